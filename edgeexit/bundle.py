@@ -1,0 +1,514 @@
+"""The bundle on disk: writing it so that it is whole or not there, reading it so that nothing is trusted.
+
+A bundle is a directory that never changes after export: ``manifest.json``, ``graphs/`` with one
+weight store, ``samples/``, and the tokenizer. Its digest is the SHA-256 of the manifest, which holds
+the SHA-256 of every other file. `open_bundle` refuses anything that is not exactly what the manifest
+lists, before an engine sees it; `BundleWriter` fills a temporary sibling and renames it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Literal
+
+import msgspec
+
+from edgeexit.errors import (
+    BundleError,
+    EdgeExitError,
+    FormatError,
+    IntegrityError,
+    OutputBusyError,
+    OutputExistsError,
+    UsageError,
+)
+from edgeexit.graphfile import read_graph_file
+from edgeexit.manifest import (
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    KNOWN_FEATURES,
+    SCORES,
+    Exit,
+    File,
+    Manifest,
+    Segment,
+    Tensor,
+    TextPreprocessing,
+)
+
+MANIFEST = "manifest.json"
+WEIGHTS = "graphs/weights.bin"
+OWNED_FOLDERS = ("graphs", "samples", "tokenizer")
+"""Folders in which every file must be listed in the manifest."""
+
+HASHED_AT_LOAD_BYTES = 4 << 20
+MANIFEST_LIMIT_BYTES = 16 << 20
+GRAPH_LIMIT_BYTES = 64 << 20
+_RECOPY = "The bundle was changed after export; copy it again or export it again."
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, checked bundle.
+
+    Attributes:
+        path: Its directory.
+        manifest: What it says about itself.
+        digest: SHA-256 of ``manifest.json`` in hex: the name that engines and policies are bound to.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file. Raises `IntegrityError` for one that is not listed."""
+        if name not in self.manifest.files:
+            raise IntegrityError(f"{name}: not listed in the manifest of {self.path}", fix=_RECOPY)
+        return self.path / name
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weight store."""
+        found = self.manifest.files.get(WEIGHTS)
+        return found.bytes if found else 0
+
+    def exits(self) -> list[Exit]:
+        """Every exit of every chain, in the order in which they are reached."""
+        chains = self.manifest.chains.values()
+        return [leave for chain in chains for part in chain.segments for leave in part.exits]
+
+
+def open_bundle(path: str | os.PathLike[str], *, verify: Literal["quick", "full"] = "quick") -> Bundle:
+    """Opens a bundle and refuses it unless it is exactly what its manifest says.
+
+    Every opening checks names, links, sizes, the graphs' inputs and external tensors, and hashes
+    files up to 4 MiB. ``verify="full"`` hashes the weight store too (seconds per GiB).
+
+    Raises:
+        BundleError: One of its kinds, naming the file and the reason.
+    """
+    if verify not in ("quick", "full"):
+        raise UsageError(f"verify={verify!r} is not a way to verify", fix='Use "quick" or "full".')
+    root = Path(path)
+    if not root.is_dir():
+        kind = "is a file, not a bundle directory" if root.exists() else "does not exist"
+        raise BundleError(f"{root} {kind}", fix="Give the directory that `edgeexit export -o` made.")
+    raw = _read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+    manifest = decode_manifest(raw)
+    bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
+    _check_structure(manifest)
+    _check_files(bundle, full=verify == "full")
+    _check_graphs(bundle)
+    return bundle
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """Decodes ``manifest.json``. Raises `FormatError` for another format, else `BundleError`."""
+
+    class Head(msgspec.Struct):
+        format: str
+        requires: list[str] = []
+
+    fix = "Give a bundle made by `edgeexit export`."
+    try:
+        head = msgspec.json.decode(raw, type=Head)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST}: not a manifest ({error})", fix=fix) from error
+    if not re.fullmatch(r"[0-9]{1,6}\.[0-9]{1,6}", head.format, flags=re.ASCII):
+        raise FormatError(f'{MANIFEST}: format {head.format!r} is not "major.minor"', fix=fix)
+    if int(head.format.split(".")[0]) != FORMAT_MAJOR:
+        raise FormatError(
+            f"{MANIFEST}: the bundle has format {head.format}, this edgeexit reads {FORMAT_MAJOR}.x",
+            fix="Install the edgeexit that wrote it, or export again with this one.",
+        )
+    if unknown := sorted(set(head.requires) - KNOWN_FEATURES):
+        raise FormatError(
+            f"{MANIFEST}: the bundle requires {', '.join(unknown)}, unknown to this edgeexit",
+            fix="Install a newer edgeexit.",
+        )
+    try:
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST}: {error}", fix=_RECOPY) from error
+
+
+def check_relative(name: str) -> None:
+    """Refuses a file name that could leave the bundle: absolute, ``..``, empty or odd parts."""
+    parts = name.split("/")
+    bad = (
+        PurePosixPath(name).is_absolute()
+        or any(part in ("", ".", "..") for part in parts)
+        or any(ord(character) < 32 or character in '\\:"' for character in name)
+        or len(name) > 255
+    )
+    if bad:
+        raise IntegrityError(
+            f"{MANIFEST}: the file name {name!r} may point outside the bundle",
+            fix="Names are relative, with '/' between parts and without '..'. Export again.",
+        )
+
+
+def _check_structure(manifest: Manifest) -> None:
+    """Checks the references inside a manifest: names that exist, once, in the right order."""
+    for name in manifest.files:
+        check_relative(name)
+    wanted = [variant.graph for variant in manifest.unsplit]
+    segments = [part for chain in manifest.chains.values() for part in chain.segments]
+    segments += list(manifest.heads.values())
+    wanted += [variant.graph for part in segments for variant in part.variants]
+    wanted += manifest.samples
+    wanted += [manifest.tokenizer] if manifest.tokenizer else []
+    for name in wanted:
+        if name not in manifest.files:
+            raise IntegrityError(f"{MANIFEST}: {name} is used but not listed in files", fix=_RECOPY)
+    if isinstance(manifest.preprocessing, TextPreprocessing) and not manifest.tokenizer:
+        raise BundleError(f"{MANIFEST}: text preprocessing needs a tokenizer", fix="Export again.")
+    if not manifest.chains:
+        raise BundleError(f"{MANIFEST}: it has no chain", fix="Export again.")
+    for chain_name, chain in manifest.chains.items():
+        _check_chain(manifest, chain_name, chain.segments)
+    exits = [leave.name for part in segments for leave in part.exits]
+    if repeated := sorted({name for name in exits if exits.count(name) > 1}):
+        raise BundleError(f"{MANIFEST}: exit {repeated[0]} is there twice", fix="Export again.")
+
+
+def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> None:
+    known: dict[str, Tensor] = {tensor.name: tensor for tensor in manifest.inputs}
+    for part in segments:
+        where = f"{MANIFEST}: chain {chain}, segment {part.name}"
+        for tensor in part.inputs:
+            before = known.get(tensor.name)
+            if before is None:
+                raise BundleError(f"{where}: nothing before it makes {tensor.name}", fix="Export again.")
+            if (before.dtype, before.axes, before.row_axis) != (
+                tensor.dtype,
+                tensor.axes,
+                tensor.row_axis,
+            ):
+                raise BundleError(
+                    f"{where}: {tensor.name} is {before.dtype}{before.axes} where it is made and "
+                    f"{tensor.dtype}{tensor.axes} here",
+                    fix="Export again.",
+                )
+        own = {tensor.name: tensor for tensor in part.outputs}
+        for tensor in part.outputs:
+            if tensor.name in known:
+                raise BundleError(f"{where}: {tensor.name} is made twice", fix="Export again.")
+            if tensor.row_axis is not None and tensor.row_axis >= len(tensor.axes):
+                raise BundleError(
+                    f"{where}: {tensor.name} has no axis {tensor.row_axis}", fix="Export again."
+                )
+        known |= own
+        for leave in part.exits:
+            _check_exit(manifest, where, leave, own)
+    last = segments[-1]
+    if manifest.program == "forward" and not last.exits:
+        raise BundleError(f"{MANIFEST}: chain {chain} ends without an exit", fix="Export again.")
+
+
+def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tensor]) -> None:
+    if leave.head is not None:
+        if leave.head not in manifest.heads:
+            raise BundleError(
+                f"{where}: exit {leave.name} uses the head {leave.head}, which is not there",
+                fix="Export again.",
+            )
+        own = {tensor.name: tensor for tensor in manifest.heads[leave.head].outputs}
+    promised = [output.name for output in manifest.outputs]
+    if leave.action == "stop" and sorted(leave.outputs) != sorted(promised):
+        raise BundleError(
+            f"{where}: exit {leave.name} gives {sorted(leave.outputs)}, the model promises "
+            f"{sorted(promised)}",
+            fix="Export again.",
+        )
+    for tensor in [*leave.outputs.values(), *leave.scores.values()]:
+        if tensor not in own:
+            raise BundleError(f"{where}: exit {leave.name} names {tensor}, not an output", fix=_RECOPY)
+    for score, tensor in leave.scores.items():
+        if own[tensor].dtype != "float32" or len(own[tensor].axes) != 1:
+            raise BundleError(
+                f"{where}: score {score} of exit {leave.name} is not float32 [batch]",
+                fix="Export again.",
+            )
+
+
+def _check_files(bundle: Bundle, *, full: bool) -> None:
+    for name, expected in bundle.manifest.files.items():
+        path = bundle.path / name
+        size = _regular_size(bundle.path, name)
+        if size != expected.bytes:
+            raise IntegrityError(
+                f"{name}: {size} bytes, the manifest says {expected.bytes}", fix=_RECOPY
+            )
+        if full or size <= HASHED_AT_LOAD_BYTES:
+            found = sha256_of(path)
+            if found != expected.sha256:
+                raise IntegrityError(
+                    f"{name}: sha256 differs from the manifest (expected "
+                    f"{expected.sha256[:12]}…, found {found[:12]}…)",
+                    fix=_RECOPY,
+                )
+    for name in _owned_files(bundle.path):
+        if name not in bundle.manifest.files:
+            raise IntegrityError(
+                f"{name}: in the bundle but not in its manifest",
+                fix="Remove it; results and policies belong beside a bundle, never in it.",
+            )
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    program_inputs = {tensor.name for tensor in manifest.inputs}
+    program_outputs = {tensor.name for tensor in manifest.outputs}
+    for variant in manifest.unsplit:
+        _check_graph(bundle, variant.graph, program_inputs, program_outputs)
+    parts = [part for chain in manifest.chains.values() for part in chain.segments]
+    for part in [*parts, *manifest.heads.values()]:
+        inputs = {tensor.name for tensor in part.inputs}
+        outputs = {tensor.name for tensor in part.outputs}
+        inputs |= {cache.past for cache in part.caches}
+        outputs |= {cache.present for cache in part.caches}
+        for variant in part.variants:
+            _check_graph(bundle, variant.graph, inputs, outputs)
+
+
+def _check_graph(bundle: Bundle, name: str, inputs: set[str], outputs: set[str]) -> None:
+    raw = _read_regular(bundle.path, name, limit_bytes=GRAPH_LIMIT_BYTES)
+    try:
+        graph = read_graph_file(raw)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{name}: not an ONNX graph: {error}", fix=_RECOPY) from error
+    for what, found, expected in (
+        ("inputs", set(graph.inputs), inputs),
+        ("outputs", set(graph.outputs), outputs),
+    ):
+        if found != expected:
+            raise IntegrityError(
+                f"{name}: its {what} are {sorted(found)}, the manifest says {sorted(expected)}",
+                fix=_RECOPY,
+            )
+    store = PurePosixPath(WEIGHTS).name
+    for tensor in graph.externals:
+        inside = (
+            tensor.location == store
+            and str(PurePosixPath(name).parent) == str(PurePosixPath(WEIGHTS).parent)
+            and tensor.length is not None
+            and tensor.offset + tensor.length <= bundle.weights_bytes
+        )
+        if not inside:
+            raise IntegrityError(
+                f"{name}: tensor {tensor.tensor!r} lies outside the weight store "
+                f"({tensor.location!r}, {tensor.length} bytes at {tensor.offset})",
+                fix=_RECOPY,
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _owned_files(root: Path) -> Iterator[str]:
+    for folder in OWNED_FOLDERS:
+        for directory, folders, files in os.walk(root / folder, followlinks=False):
+            for name in [*files, *(f for f in folders if (Path(directory) / f).is_symlink())]:
+                yield (Path(directory) / name).relative_to(root).as_posix()
+
+
+def _regular_size(root: Path, name: str) -> int:
+    path = root
+    try:
+        for part in name.split("/"):
+            path = path / part
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise IntegrityError(f"{name}: {path.name} is a link", fix="A bundle holds no links.")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IntegrityError(f"{name}: missing from {root}", fix=_RECOPY) from error
+    except OSError as error:
+        raise IntegrityError(f"{name}: cannot be read ({error.strerror})", fix=_RECOPY) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise IntegrityError(f"{name}: not a regular file", fix=_RECOPY)
+    return status.st_size
+
+
+def _read_regular(root: Path, name: str, *, limit_bytes: int) -> bytes:
+    size = _regular_size(root, name)
+    if size > limit_bytes:
+        raise IntegrityError(f"{name}: {size} bytes, more than the {limit_bytes} allowed", fix=_RECOPY)
+    try:
+        return (root / name).read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{name}: cannot be read ({error.strerror})", fix=_RECOPY) from error
+
+
+class BundleWriter:
+    """Writes a bundle that is whole or not there.
+
+    Files go into a temporary sibling of `output`; `commit` writes the manifest and renames. Leaving
+    the ``with`` block in any other way (an error, Ctrl-C) removes the sibling.
+
+    Args:
+        output: Where the bundle shall stand. Must not exist unless `overwrite`.
+        overwrite: Replace what is there; the old bundle stays until the new one is whole.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self.output = Path(output)
+        self.overwrite = overwrite
+        self._folder: Path | None = None
+
+    def __enter__(self) -> BundleWriter:
+        check_output(self.output, overwrite=self.overwrite)
+        parent = self.output.absolute().parent
+        with reporting_full_disk(self.output):
+            parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers(parent)
+            self._folder = parent / f".{self.output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+            (self._folder / "graphs").mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._folder is not None and self._folder.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, EdgeExitError):
+            with reporting_full_disk(self.output):
+                raise error
+
+    @property
+    def folder(self) -> Path:
+        """The temporary directory to fill."""
+        if self._folder is None:
+            raise UsageError("BundleWriter is used outside its with block")
+        return self._folder
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Hashes every file, writes the manifest, and puts the bundle in its place.
+
+        Returns the bundle as `open_bundle` reads it back, so that what was written was also checked.
+        """
+        with reporting_full_disk(self.output):
+            files = {}
+            for directory, _, names in os.walk(self.folder):
+                for name in names:
+                    path = Path(directory) / name
+                    relative = path.relative_to(self.folder).as_posix()
+                    files[relative] = File(sha256=sha256_of(path), bytes=path.stat().st_size)
+            manifest = msgspec.structs.replace(
+                manifest,
+                format=f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
+                files=dict(sorted(files.items())),
+            )
+            raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+            (self.folder / MANIFEST).write_bytes(raw + b"\n")
+            open_bundle(self.folder)
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o444)
+            self._replace()
+        return open_bundle(self.output)
+
+    def _replace(self) -> None:
+        aside = None
+        if self.overwrite and self.output.exists():
+            aside = self.folder.with_suffix(".old")
+            os.rename(self.output, aside)
+        try:
+            os.rename(self.folder, self.output)
+        except OSError as error:
+            if aside is not None and not self.output.exists():
+                os.rename(aside, self.output)
+                aside = None
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputBusyError(
+                    f"{self.output}: another export put a bundle there meanwhile",
+                    fix="Keep that one, or export again with --overwrite.",
+                ) from error
+            raise
+        finally:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _remove_leftovers(self, parent: Path) -> None:
+        """Removes what an export to the same place left when it was killed."""
+        pattern = re.compile(rf"\.{re.escape(self.output.name)}\.([0-9]+)-[0-9a-f]{{8}}\.partial")
+        for path in parent.iterdir():
+            found = pattern.fullmatch(path.name)
+            if found and not Path(f"/proc/{found[1]}").exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuses an output that exists, or that is not a bundle when it is to be replaced."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{output} exists", fix="Choose another -o, or add --overwrite.")
+    if output.is_symlink() or not output.is_dir():
+        raise OutputExistsError(f"{output} is not a directory", fix="Choose another -o.")
+    if any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise OutputExistsError(
+            f"{output} is not a bundle (no {MANIFEST}), so --overwrite does not replace it",
+            fix="Choose another -o, or remove it yourself.",
+        )
+
+
+class reporting_full_disk:
+    """Context manager: turns an operating system's refusal to write into an error with a remedy."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BundleError(
+                f"{self.output}: the disk is full; nothing was left behind",
+                fix="Free some space or choose another -o, then run the same command again.",
+            ) from error
+        raise BundleError(
+            f"{self.output}: cannot be written ({error.strerror or error})",
+            fix="Choose a directory that can be written.",
+        ) from error
+
+
+__all__ = [
+    "MANIFEST",
+    "SCORES",
+    "WEIGHTS",
+    "Bundle",
+    "BundleWriter",
+    "check_output",
+    "decode_manifest",
+    "open_bundle",
+    "sha256_of",
+]

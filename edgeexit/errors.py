@@ -1,0 +1,131 @@
+"""Every error edgeexit raises on purpose, and the exit code each one gives the command line.
+
+    EdgeExitError            anything below; its message says what, where, why, and how to fix it
+    ├── UsageError           a command or function was called with arguments that cannot be meant
+    │   ├── OutputExistsError    the output is there already and was not to be replaced
+    │   └── OutputBusyError      another process is writing the same output
+    ├── ExportError          the model or graph cannot be split as asked
+    ├── BundleError          the bundle is not whole, not ours, or not as it was exported
+    │   ├── FormatError          its format is newer than this edgeexit, or it needs a feature unknown here
+    │   └── IntegrityError       a file is missing, unlisted, linked, resized or altered
+    ├── PolicyError          a policy does not fit the bundle it is used with
+    ├── InputError           the inputs of a model do not fit its signature
+    ├── DataError            a data set cannot be read or does not fit the bundle
+    ├── EngineError          the engine library is missing, refuses a graph, or fails
+    ├── StateError           a model was used after close, from two threads, or after a fork
+    ├── MeasurementError     a measurement could not be made
+    └── CheckError           everything worked and a check did not hold (exit code 3)
+
+>>> raise_code = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in --exits 3,6").exit_code
+>>> raise_code
+2
+"""
+
+from __future__ import annotations
+
+
+class EdgeExitError(Exception):
+    """Base of every error raised on purpose.
+
+    Args:
+        what: One sentence: where, what, and why. It starts with the name of the file, flag,
+            tensor or exit it is about.
+        fix: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        what = self.what if self.what.endswith((".", "?", "!")) else f"{self.what}."
+        return f"{what} {self.fix}".rstrip()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.fix))
+
+
+def _rebuild(kind: type[EdgeExitError], what: str, fix: str) -> EdgeExitError:
+    return kind(what, fix=fix)
+
+
+class UsageError(EdgeExitError):
+    """A command or function was called with arguments that cannot be meant."""
+
+    exit_code = 2
+
+
+class OutputExistsError(UsageError):
+    """The output is there already and was not to be replaced."""
+
+
+class OutputBusyError(UsageError):
+    """Another process is writing the same output."""
+
+
+class ExportError(EdgeExitError):
+    """The model or graph cannot be split as asked."""
+
+
+class BundleError(EdgeExitError):
+    """The bundle is not whole, not ours, or not as it was exported."""
+
+
+class FormatError(BundleError):
+    """The bundle's format is newer than this edgeexit, or it needs a feature unknown here."""
+
+
+class IntegrityError(BundleError):
+    """A file of the bundle is missing, unlisted, linked, resized or altered."""
+
+
+class PolicyError(EdgeExitError):
+    """A policy does not fit the bundle it is used with."""
+
+
+class InputError(EdgeExitError):
+    """The inputs of a model do not fit its signature."""
+
+
+class DataError(EdgeExitError):
+    """A data set cannot be read or does not fit the bundle."""
+
+
+class EngineError(EdgeExitError):
+    """The engine library is missing, refuses a graph, or fails."""
+
+
+class StateError(EdgeExitError):
+    """A model was used after close, from two threads, or after a fork."""
+
+
+class MeasurementError(EdgeExitError):
+    """A measurement could not be made."""
+
+
+class CheckError(EdgeExitError):
+    """Everything worked and a check did not hold."""
+
+    exit_code = 3
+
+
+__all__ = [
+    "BundleError",
+    "CheckError",
+    "DataError",
+    "EdgeExitError",
+    "EngineError",
+    "ExportError",
+    "FormatError",
+    "InputError",
+    "IntegrityError",
+    "MeasurementError",
+    "OutputBusyError",
+    "OutputExistsError",
+    "PolicyError",
+    "StateError",
+    "UsageError",
+]

@@ -1,0 +1,180 @@
+"""Reads what a bundle check needs from an ONNX file, without onnx and without running anything.
+
+An ONNX file is a protocol-buffer message. The device has no onnx package, and an engine must not see
+a graph before it was checked, so this walks the wire format itself and takes only names: the graph's
+inputs and outputs, and where its tensors say their data lies. Field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
+_NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 5, 7, 11
+_ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
+_TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
+_SPARSE_VALUES, _SPARSE_INDICES = 1, 2
+_MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class External:
+    """Where a tensor of the graph says its data lies: `length` bytes at `offset` of `location`."""
+
+    tensor: str
+    location: str
+    offset: int
+    length: int | None
+
+
+@dataclass
+class GraphFile:
+    """Names and external references found in one ONNX file."""
+
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    initializers: set[str] = field(default_factory=set)
+    externals: list[External] = field(default_factory=list)
+
+
+def read_graph_file(data: bytes) -> GraphFile:
+    """Parses an ONNX model. Raises ValueError, with a reason, for bytes that are not one."""
+    found = GraphFile()
+    graphs = 0
+    for number, value in _fields(data):
+        if number == _MODEL_GRAPH:
+            graphs += 1
+            _read_graph(_message(value), found, depth=0)
+        elif number == _MODEL_TRAINING:
+            raise ValueError("it carries training information, which a bundle never has")
+        elif number == _MODEL_FUNCTIONS:
+            for inner, node in _fields(_message(value)):
+                if inner == _FUNCTION_NODE:
+                    _read_node(_message(node), found, depth=0)
+                elif inner == _FUNCTION_ATTRIBUTE:
+                    _read_attribute(_message(node), found, depth=0)
+    if graphs != 1:
+        raise ValueError("it holds no graph" if graphs == 0 else "it holds more than one graph")
+    found.inputs = [name for name in found.inputs if name not in found.initializers]
+    return found
+
+
+def _read_graph(data: bytes, found: GraphFile, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"graphs are nested deeper than {_MAX_DEPTH}")
+    for number, value in _fields(data):
+        if number == _GRAPH_NODE:
+            _read_node(_message(value), found, depth)
+        elif number == _GRAPH_INITIALIZER:
+            name = _read_tensor(_message(value), found)
+            if depth == 0:
+                found.initializers.add(name)
+        elif number == _GRAPH_SPARSE:
+            _read_sparse(_message(value), found)
+        elif number == _GRAPH_INPUT and depth == 0:
+            found.inputs.append(_name_of_value(_message(value)))
+        elif number == _GRAPH_OUTPUT and depth == 0:
+            found.outputs.append(_name_of_value(_message(value)))
+
+
+def _read_node(data: bytes, found: GraphFile, depth: int) -> None:
+    for number, value in _fields(data):
+        if number == _NODE_ATTRIBUTE:
+            _read_attribute(_message(value), found, depth)
+
+
+def _read_attribute(data: bytes, found: GraphFile, depth: int) -> None:
+    for number, value in _fields(data):
+        if number in (_ATTRIBUTE_T, _ATTRIBUTE_TENSORS):
+            _read_tensor(_message(value), found)
+        elif number in (_ATTRIBUTE_G, _ATTRIBUTE_GRAPHS):
+            _read_graph(_message(value), found, depth + 1)
+        elif number in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES):
+            _read_sparse(_message(value), found)
+
+
+def _read_sparse(data: bytes, found: GraphFile) -> None:
+    for number, value in _fields(data):
+        if number in (_SPARSE_VALUES, _SPARSE_INDICES):
+            _read_tensor(_message(value), found)
+
+
+def _read_tensor(data: bytes, found: GraphFile) -> str:
+    name, external, entries = "", False, {}
+    for number, value in _fields(data):
+        if number == _TENSOR_NAME:
+            name = _text(value)
+        elif number == _TENSOR_LOCATION:
+            external = value == 1
+        elif number == _TENSOR_EXTERNAL:
+            pair = dict(_fields(_message(value)))
+            entries[_text(pair.get(1, b""))] = _text(pair.get(2, b""))
+    if external or entries:
+        length = entries.get("length")
+        found.externals.append(
+            External(
+                tensor=name,
+                location=entries.get("location", ""),
+                offset=_count(entries.get("offset", "0")),
+                length=None if length is None else _count(length),
+            )
+        )
+    return name
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 19:
+        raise ValueError(f"an external tensor gives {text[:40]!r} where a byte count belongs")
+    return int(text)
+
+
+def _name_of_value(data: bytes) -> str:
+    return next((_text(value) for number, value in _fields(data) if number == 1), "")
+
+
+def _message(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number stands where a message belongs")
+    return value
+
+
+def _text(value: int | bytes) -> str:
+    return _message(value).decode("utf-8", errors="strict")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields (field number, value) of one message; fixed-width values come as bytes."""
+    position, end = 0, len(data)
+    while position < end:
+        key, position = _varint(data, position)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield number, value
+            continue
+        if wire == 2:
+            size, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"it is not a protocol-buffer message (wire type {wire})")
+        if position + size > end:
+            raise ValueError("it ends in the middle of a field")
+        yield number, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError("it ends in the middle of a number")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value, position
+        shift += 7

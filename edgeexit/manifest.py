@@ -1,0 +1,182 @@
+"""What a bundle says about itself: the structs of ``manifest.json`` (format 1).
+
+Plain data. The exporter fills them in, the runtime reads them; nothing here opens a file. The
+bundle on disk, with its checks, is `edgeexit.bundle`. Unknown fields of a newer minor format are
+ignored; ``requires`` names features that a reader must know (docs/compatibility.md).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+KNOWN_FEATURES: frozenset[str] = frozenset()
+"""Values of ``requires`` that this reader understands. Format 1.0 needs none."""
+
+DType = Literal[
+    "float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"
+]
+SCORES = ("max_prob", "margin", "entropy")
+"""Scores that every classifying exit emits; higher = safer to stop."""
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
+Axis = str | Annotated[int, Meta(ge=1)] | None
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of the manifest's structs: immutable, keyword-only, defaults left out of the JSON."""
+
+
+class Tensor(Struct):
+    """A named tensor that enters or leaves a graph.
+
+    `axes` gives a name for an axis of any size, a number for a fixed one, and null for one whose
+    size follows from the others in a way the manifest does not say. `row_axis` is the axis along
+    which rows (inputs of a batch) lie; null for a tensor that is the same for all rows.
+    """
+
+    name: Name
+    dtype: DType
+    axes: list[Axis]
+    row_axis: Annotated[int, Meta(ge=0)] | None = 0
+
+
+class Variant(Struct):
+    """One form of a graph, for engines that offer every feature in `requires`."""
+
+    graph: str
+    requires: list[str] = []
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+
+class Cache(Struct):
+    """Keys and values that a segment keeps from token to token.
+
+    `axes` names the axis that grows (``past``); `row_axis` is as in `Tensor`.
+    """
+
+    name: Name
+    dtype: DType
+    axes: list[Axis]
+    past: str
+    present: str
+    row_axis: Annotated[int, Meta(ge=0)] = 0
+
+
+class Exit(Struct):
+    """A place where the model may answer.
+
+    `outputs` maps each program output to the tensor that holds it at this exit, `scores` maps each
+    score to its float32 tensor ``[batch]``. `head` names a graph of its own in ``heads`` when
+    several exits share one; then the tensors are that graph's. `action` is ``stop``, or ``drop`` for
+    the token group `tokens`.
+    """
+
+    name: Name
+    outputs: dict[str, str]
+    scores: dict[str, str]
+    action: Literal["stop", "drop"] = "stop"
+    tokens: str | None = None
+    head: str | None = None
+
+
+class Segment(Struct):
+    """The layers between two boundaries: one graph (in one or more variants), one engine."""
+
+    name: Name
+    variants: Annotated[list[Variant], Meta(min_length=1)]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    caches: list[Cache] = []
+    exits: list[Exit] = []
+
+
+class Chain(Struct):
+    """Segments run in order. `rows` says whether rows of a batch may leave at different exits."""
+
+    segments: Annotated[list[Segment], Meta(min_length=1)]
+    rows: Literal["independent", "together"] = "independent"
+
+
+class ImagePreprocessing(Struct, tag="image"):
+    """Image to tensor: decode, resize, crop, scale, normalise; channels first.
+
+    With `shortest_edge` the image is resized so that its shorter side has that many pixels and its
+    centre of `height` x `width` is cut out; without it the image is resized to `height` x `width`.
+    value = (pixel * scale - mean[channel]) / std[channel]
+    """
+
+    input: str
+    height: Annotated[int, Meta(ge=1)]
+    width: Annotated[int, Meta(ge=1)]
+    mode: Literal["RGB", "L"] = "RGB"
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    shortest_edge: Annotated[int, Meta(ge=1)] | None = None
+    scale: float = 1 / 255
+    mean: list[float] = msgspec.field(default_factory=lambda: [0.0])
+    std: list[float] = msgspec.field(default_factory=lambda: [1.0])
+
+
+class TextPreprocessing(Struct, tag="text"):
+    """Text (or a pair of texts) to token ids with the bundle's tokenizer, padded to the batch."""
+
+    max_length: Annotated[int, Meta(ge=1)]
+    ids: str
+    mask: str | None = None
+    types: str | None = None
+    pad_id: int = 0
+    pad_token: str = "[PAD]"
+
+
+Preprocessing = ImagePreprocessing | TextPreprocessing
+
+
+class DefaultPolicy(Struct):
+    """The policy used when the user gives none. It carries no promise: nobody calibrated it."""
+
+    score: str
+    threshold: float | Literal["never", "always"]
+
+
+class File(Struct):
+    """A file of the bundle as it was when exported."""
+
+    sha256: Sha256
+    bytes: Annotated[int, Meta(ge=0)]
+
+
+class Manifest(Struct):
+    """The whole of ``manifest.json``.
+
+    `limits` gives the largest size of a symbolic axis that the model was made for (positions of a
+    text model, say); `files` lists every other file of the bundle.
+    """
+
+    format: Annotated[str, Meta(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
+    name: str
+    task: str
+    program: Literal["forward", "decode", "encode-decode"]
+    inputs: Annotated[list[Tensor], Meta(min_length=1)]
+    outputs: Annotated[list[Tensor], Meta(min_length=1)]
+    chains: dict[Name, Chain]
+    unsplit: Annotated[list[Variant], Meta(min_length=1)]
+    files: dict[str, File]
+    heads: dict[Name, Segment] = {}
+    limits: dict[str, int] = {}
+    requires: list[str] = []
+    labels: list[str] = []
+    preprocessing: Preprocessing | None = None
+    tokenizer: str | None = None
+    policy: DefaultPolicy | None = None
+    samples: list[str] = []
+    provenance: dict[str, str] = {}
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema of the manifest, as published in docs/manifest.schema.json."""
+    return msgspec.json.schema(Manifest)

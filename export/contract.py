@@ -1,0 +1,141 @@
+"""The segment contract: what the exporter needs to know of a model, and all it knows.
+
+A model is a mapping from chain name to a list of segments. A segment is a module, the named tensors
+that enter and leave it, the caches it owns, and its exits. An adapter for a new architecture returns
+an `ExitModel` (or, for classifiers, a `edgeexit.export.models.classifier.Trunk`, from which one is
+made); a user's own model does the same through ``edgeexit export -m module:function``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from edgeexit.errors import ExportError
+from edgeexit.manifest import Cache, Preprocessing, Tensor
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A place where the model may answer.
+
+    Attributes:
+        name: Unique among all exits of the model, e.g. ``exit_3``.
+        outputs: Program output -> the segment's tensor that holds it here. The scores that follow
+            from ``logits`` (`edgeexit.manifest.SCORES`) are added to the graph by the exporter.
+        scores: Further scores that the module computes itself: score -> float32 tensor ``[batch]``.
+    """
+
+    name: str
+    outputs: Mapping[str, str]
+    scores: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The layers between two boundaries.
+
+    Attributes:
+        name: Unique in its chain; the graph's file name.
+        module: ``forward(*inputs)`` returns a tuple, in the order of `outputs`.
+        inputs: Program inputs or outputs of earlier segments of the chain, by name.
+        outputs: Tensors made here: those carried on and those that exits answer with.
+        exits: Exits whose outputs are among `outputs`.
+        caches: Keys and values that this segment keeps from token to token.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    exits: tuple[Exit, ...] = ()
+    caches: tuple[Cache, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExitModel:
+    """A model that can be split.
+
+    Attributes:
+        name: For people; the bundle's name.
+        task: e.g. ``text-classification``.
+        inputs: What the whole model takes; every symbolic axis of the segments appears here.
+        outputs: What every exit and the unsplit model give.
+        chains: Chain name -> its segments in order.
+        unsplit: The model's own forward without exits: ``(*inputs) -> tuple(outputs)``.
+        example: ``example(rows)`` makes a realistic input of that many rows, ``{name: tensor}``.
+            It is what reference samples are computed from.
+        limits: Symbolic axis -> the largest size that the model was made for.
+    """
+
+    name: str
+    task: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    chains: Mapping[str, Sequence[Segment]]
+    unsplit: nn.Module
+    example: Callable[[int], dict[str, torch.Tensor]]
+    program: Literal["forward", "decode", "encode-decode"] = "forward"
+    limits: Mapping[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    tokenizer_file: str | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises `ExportError` naming the first thing that no exporter could make sense of."""
+        if not any(segment.exits for chain in self.chains.values() for segment in chain):
+            raise ExportError(
+                f"{self.name}: the model has no exits",
+                fix="Attach and train some (edgeexit.export.models.from_pretrained(path, exits=[...]), "
+                "edgeexit.export.methods.joint); a model without exits needs no edgeexit.",
+            )
+        axes = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
+        names: set[str] = set()
+        for chain, segments in self.chains.items():
+            known = {tensor.name for tensor in self.inputs}
+            for segment in segments:
+                where = f"{self.name}: segment {segment.name} of chain {chain}"
+                for tensor in segment.inputs:
+                    if tensor.name not in known:
+                        raise ExportError(
+                            f"{where} takes {tensor.name}, which nothing before it makes",
+                            fix="Segments take program inputs and outputs of earlier segments.",
+                        )
+                for tensor in segment.outputs:
+                    if tensor.name in known:
+                        raise ExportError(
+                            f"{where} makes {tensor.name} a second time",
+                            fix="Give each tensor of a chain a name of its own.",
+                        )
+                    if unknown := {a for a in tensor.axes if isinstance(a, str)} - axes:
+                        raise ExportError(
+                            f"{where}: {tensor.name} has the axis {sorted(unknown)[0]!r}, which no "
+                            "input of the model has",
+                            fix="Use the axis names of the model's inputs.",
+                        )
+                    known.add(tensor.name)
+                for leave in segment.exits:
+                    if leave.name in names:
+                        raise ExportError(
+                            f"{where}: there are two exits named {leave.name}",
+                            fix="Exit names are unique in a model.",
+                        )
+                    names.add(leave.name)
+                    made = {tensor.name for tensor in segment.outputs}
+                    for tensor_name in [*leave.outputs.values(), *leave.scores.values()]:
+                        if tensor_name not in made:
+                            raise ExportError(
+                                f"{where}: exit {leave.name} answers with {tensor_name}, which the "
+                                "segment does not make",
+                                fix="An exit's tensors are outputs of its segment.",
+                            )
+            if not segments or not segments[-1].exits:
+                raise ExportError(
+                    f"{self.name}: chain {chain} does not end with an exit",
+                    fix="The model's own head is the exit of the last segment.",
+                )

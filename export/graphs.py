@@ -1,0 +1,176 @@
+"""Segments to ONNX graphs: one module at a time through ``torch.onnx.export``.
+
+`graph_from_segment` gives an `onnx_ir` model whose inputs, outputs and axes carry the contract's names
+and whose exits emit their scores; `simplify` takes out the shape arithmetic that torch leaves behind
+(benchmarks/README.md tells what that is worth). Weights stay where torch has them until the store
+writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch import nn
+
+from edgeexit.errors import ExportError
+from edgeexit.export.contract import Exit, Segment
+from edgeexit.export.scores import append_scores
+from edgeexit.export.simplify import simplify
+from edgeexit.manifest import SCORES, Tensor
+
+DEFAULT_OPSET = 20
+IR_VERSION = 10
+"""What ONNX Runtime 1.23 and TensorRT 10.3 read."""
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+def graph_from_segment(
+    segment: Segment, values: Mapping[str, torch.Tensor], *, opset: int = DEFAULT_OPSET
+) -> ir.Model:
+    """Exports one segment.
+
+    Args:
+        segment: What to export.
+        values: An example of every input, with at least two rows (the exporter would freeze one).
+
+    Returns:
+        A model whose outputs are the segment's outputs followed by the scores of its exits, named as
+        `score_tensors` says.
+    """
+    model = graph_from_module(
+        segment.module, segment.inputs, segment.outputs, values, opset=opset, what=segment.name
+    )
+    made = {value.name: value for value in model.graph.outputs}
+    for leave in segment.exits:
+        if "logits" in leave.outputs:
+            scores = append_scores(model.graph, made[leave.outputs["logits"]], leave.name)
+            model.graph.outputs.extend(scores.values())
+    return model
+
+
+def score_tensors(leave: Exit) -> dict[str, str]:
+    """Score -> tensor name, for the scores the exporter appends and those the module makes."""
+    own = {score: f"{leave.name}/{score}" for score in SCORES} if "logits" in leave.outputs else {}
+    return own | dict(leave.scores)
+
+
+def graph_from_module(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    values: Mapping[str, torch.Tensor],
+    *,
+    opset: int = DEFAULT_OPSET,
+    what: str = "model",
+) -> ir.Model:
+    """Exports a module that maps `inputs` to a tuple of `outputs`, keeping the contract's names."""
+    axes = sorted({a for tensor in inputs for a in tensor.axes if isinstance(a, str)})
+    dims = {axis: torch.export.Dim(axis, min=1) for axis in axes}
+    shapes = tuple(
+        {i: dims[axis] for i, axis in enumerate(tensor.axes) if isinstance(axis, str)}
+        for tensor in inputs
+    )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Positional(module, len(inputs)),
+                tuple(values[tensor.name] for tensor in inputs),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[tensor.name for tensor in inputs],
+                output_names=[tensor.name for tensor in outputs],
+                dynamic_shapes=(shapes,),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"{what}: torch.onnx could not export it: {_reason(error)}",
+            fix="The segment's module must trace with torch.export for any size of "
+            f"{', '.join(axes) or 'its inputs'}; run again with -vv for torch's own report.",
+        ) from error
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    for value, tensor in zip(model.graph.inputs, inputs, strict=True):
+        value.shape = ir.Shape(tensor.axes)
+    _name_outputs(model.graph, outputs)
+    simplify(model)
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.graph.name = what
+    return model
+
+
+def save_graph(model: ir.Model, path: str) -> None:
+    """Writes a graph whose large tensors are in the weight store already."""
+    model.producer_name = "edgeexit"
+    model.producer_version = None
+    with open(path, "wb") as file:
+        file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+class _Positional(nn.Module):
+    """Gives a module the signature ``(*inputs)``, whatever names its own arguments have."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        super().__init__()
+        self.module = module
+        self.count = count
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = self.module(*inputs)
+        return made if isinstance(made, tuple) else (made,)
+
+
+def _name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
+    """Gives every output its contract name and axes; one that is an input gets a node of its own."""
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"{graph.name}: the module gives {len(graph.outputs)} tensors, its segment names "
+            f"{len(outputs)}",
+            fix="List every tensor that forward returns in the segment's outputs, in order.",
+        )
+    for position, (value, tensor) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
+        if value.is_graph_input() or value.is_initializer() or value in graph.outputs[:position]:
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            node.outputs[0].type = value.type
+            value = graph.outputs[position] = node.outputs[0]
+        value.name = tensor.name
+        value.shape = ir.Shape(tensor.axes)
+
+
+def _reason(error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip() or type(cause).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says that means nothing to a user (missing torchvision, renamings)."""
+    loud = logging.getLogger().isEnabledFor(logging.DEBUG)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if not loud:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
+                logger = logging.getLogger(name)
+                stack.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
+        yield

@@ -1,0 +1,13 @@
+"""Architecture families: one short file each, which says what a model's stem, layers and head are.
+
+`from_pretrained` reads a checkpoint directory (or hub id) with transformers and gives a classifier with
+exits. To add a family: write a function ``trunk(model) -> Trunk`` in a new file and list its model type
+in `FAMILIES`; `bert` is the example to follow.
+"""
+
+from __future__ import annotations
+
+from edgeexit.export.models.classifier import ExitClassifier, Trunk
+from edgeexit.export.models.pretrained import FAMILIES, from_pretrained
+
+__all__ = ["FAMILIES", "ExitClassifier", "Trunk", "from_pretrained"]

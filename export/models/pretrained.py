@@ -1,0 +1,110 @@
+"""`from_pretrained`: a checkpoint directory or hub id becomes a classifier with exits.
+
+The model is read with transformers, the exits from ``exits.safetensors`` beside it, the labels,
+preprocessing and tokenizer from the checkpoint's own files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import transformers
+
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.models.classifier import (
+    EXITS_WEIGHTS,
+    ExitClassifier,
+    load_exits,
+    saved_exits,
+)
+from edgeexit.export.models.preprocessing import image_preprocessing, text_preprocessing
+
+FAMILIES = {
+    "bert": ("bert", "AutoModelForSequenceClassification", "text-classification"),
+    "roberta": ("bert", "AutoModelForSequenceClassification", "text-classification"),
+    "distilbert": ("distilbert", "AutoModelForSequenceClassification", "text-classification"),
+    "vit": ("vit", "AutoModelForImageClassification", "image-classification"),
+    "resnet": ("resnet", "AutoModelForImageClassification", "image-classification"),
+}
+"""transformers' model type -> (module of this package, class that reads it, task)."""
+
+
+def from_pretrained(
+    path: str | Path, *, exits: Iterable[int] | None = None, untrained: bool = False
+) -> ExitClassifier:
+    """Reads a checkpoint and gives it exits.
+
+    Args:
+        path: A checkpoint directory, or a hub id.
+        exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
+            checkpoint. The last layer always answers with the model's own head.
+        untrained: Attach new, random heads even where the checkpoint has none: to measure what exits
+            would cost and save before training them, or to train them now.
+
+    Raises:
+        ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds no
+            exits for the layers asked for.
+    """
+    folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
+        raise ExportError(f"{path} does not exist", fix="Give a checkpoint directory or a hub id.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"{path}: not a transformers checkpoint ({str(error).splitlines()[0][:200]})",
+            fix="Give a directory with config.json, as save_pretrained writes it.",
+        ) from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ExportError(
+            f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
+            f"(it has {', '.join(sorted(FAMILIES))})",
+            fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
+            "(edgeexit/export/models/bert.py is the example) and give it as module:function.",
+        )
+    module_name, reader, task = family
+    saved = saved_exits(folder) if folder.is_dir() else None
+    if exits is None and saved is None:
+        raise ExportError(
+            f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is not there)",
+            fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
+            "--untrained-exits 3,6,9 to measure latency before training.",
+        )
+    wanted = list(saved or [] if exits is None else exits)
+    try:
+        model = getattr(transformers, reader).from_pretrained(path, attn_implementation="eager")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})",
+            fix="Check the checkpoint with transformers' from_pretrained.",
+        ) from error
+    adapter = importlib.import_module(f"edgeexit.export.models.{module_name}")
+    classifier = ExitClassifier(model.eval(), adapter.trunk(model), wanted)
+    missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
+    if missing and not untrained:
+        raise UsageError(
+            f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
+            fix="Choose among the trained ones, or pass untrained=True (--untrained-exits).",
+        )
+    if saved and not missing:
+        load_exits(classifier, folder)
+    classifier.eval()
+    classifier.name = folder.name
+    classifier.task = task
+    labels = config.id2label or {}
+    classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
+    classifier.provenance = {
+        "model_type": config.model_type,
+        "exits": "trained" if classifier.trained else "untrained",
+    }
+    if folder.is_dir():
+        if task == "image-classification":
+            classifier.preprocessing = image_preprocessing(folder)
+        else:
+            names = [tensor.name for tensor in classifier.trunk.inputs]
+            found = text_preprocessing(folder, names, classifier.trunk.limits["seq"])
+            classifier.preprocessing, classifier.tokenizer_file = found
+    return classifier

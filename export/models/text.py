@@ -1,0 +1,45 @@
+"""What text families share: the additive mask, the pooled token, an example input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+EXAMPLE_TOKENS = 32
+
+
+class AdditiveMask(nn.Module):
+    """``[batch, seq]`` of ones (tokens) and zeros (padding) to ``[batch, 1, 1, seq]`` of 0 and -max.
+
+    Made once by the stem and carried: it has a row axis, so it is compacted like the state, and four
+    nodes fewer run in every later segment.
+    """
+
+    def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        dropped = 1.0 - attention_mask[:, None, None, :].to(dtype)
+        return dropped * torch.finfo(dtype).min
+
+
+def first_token(state: torch.Tensor) -> torch.Tensor:
+    """State of the first token ([CLS], <s>): ``[batch, seq, hidden] -> [batch, hidden]``."""
+    return state[:, 0]
+
+
+def text_example(
+    names: Sequence[str], vocabulary: int, pad_id: int
+) -> Callable[[int], dict[str, torch.Tensor]]:
+    """A maker of random token ids with padding on the right: every row has another length."""
+
+    def example(rows: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        shape = (rows, EXAMPLE_TOKENS)
+        ids = torch.randint(0, vocabulary, shape, generator=generator)
+        lengths = torch.tensor([EXAMPLE_TOKENS - (3 * row) % (EXAMPLE_TOKENS - 2) for row in range(rows)])
+        mask = (torch.arange(EXAMPLE_TOKENS)[None, :] < lengths[:, None]).to(torch.int64)
+        ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad_id))
+        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        return {name: made[name] for name in names}
+
+    return example
