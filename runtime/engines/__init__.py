@@ -1,0 +1,67 @@
+"""Engines: what executes a segment. One module per engine library, imported when it is asked for.
+
+An engine opens graphs; an opened graph binds buffers once and then runs many times. `Engine`, `Graph`,
+`Binding` and `Slot` are all the chain knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Slot(Protocol):
+    """Memory of the device or the host that a tensor is bound to."""
+
+    device: str
+    pointer: int
+
+    @property
+    def bytes(self) -> int: ...
+
+    def keep_rows(
+        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
+    ) -> None: ...
+
+
+Bound = tuple[Slot, np.dtype, tuple[int, ...]]
+"""A tensor's place: slot, dtype, shape."""
+
+
+class Binding(Protocol):
+    """A graph with buffers for one set of shapes."""
+
+    def run(self) -> None:
+        """Runs the graph over the bound buffers; returns when the outputs are there."""
+
+
+class Graph(Protocol):
+    """An opened graph."""
+
+    def bind(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Binding:
+        """Binds buffers. Outputs that are left out are not computed."""
+
+    def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
+        """Runs once to learn the shapes of outputs that the manifest leaves open."""
+
+
+class Engine(Protocol):
+    """An engine library on a device."""
+
+    name: str
+
+    def describe(self) -> dict[str, str]:
+        """Name, library, version and settings, for results and policies."""
+
+    def open(self, path: Path) -> Graph:
+        """Opens a graph; raises `EngineError` naming it."""
+
+    def open_all(self, paths: list[Path]) -> Sequence[Graph]:
+        """Opens several graphs, side by side where that is faster."""
+
+    def allocate(self, size_bytes: int) -> Slot:
+        """Memory for tensors that stay between segments."""

@@ -1,0 +1,89 @@
+"""Where tensors live while a chain runs: a plan of shared slots, and the memory behind them.
+
+`assign_slots` is a pure function of the chain: tensors of the same form whose lives do not overlap share
+a slot, so a chain of any length needs two states. Slots are as large as the largest shape seen; a
+smaller batch uses their beginning, so compacting rows never allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.manifest import Segment, Tensor
+
+ALIGNMENT = 64
+
+
+def assign_slots(
+    inputs: Sequence[Tensor], segments: Sequence[Segment], on_host: Set[str] = frozenset()
+) -> dict[str, int]:
+    """Gives every tensor of a chain a slot.
+
+    A tensor lives from the segment that makes it to the last one that takes it (an answer only in its
+    own segment, where it is read at once). Two tensors share a slot only if they have the same dtype
+    and axes, are both on the host or both not, and never live in the same segment.
+    """
+    born = {tensor.name: -1 for tensor in inputs}
+    forms = {tensor.name: tensor for tensor in inputs}
+    for number, segment in enumerate(segments):
+        born |= {tensor.name: number for tensor in segment.outputs}
+        forms |= {tensor.name: tensor for tensor in segment.outputs}
+    dies = dict(born)
+    for number, segment in enumerate(segments):
+        dies |= {tensor.name: number for tensor in segment.inputs}
+    slots: dict[str, int] = {}
+    free_from: list[tuple[object, int]] = []
+    for name in sorted(born, key=lambda name: born[name]):
+        tensor = forms[name]
+        form = (tensor.dtype, tuple(tensor.axes), name in on_host)
+        for slot, (held, last) in enumerate(free_from):
+            if held == form and last < born[name]:
+                break
+        else:
+            slot = len(free_from)
+            free_from.append((form, -2))
+        slots[name] = slot
+        free_from[slot] = (form, dies[name])
+    return slots
+
+
+def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Shape of a tensor for given axis sizes; None when the manifest leaves an axis open."""
+    shape = []
+    for axis in tensor.axes:
+        if axis is None or (isinstance(axis, str) and axis not in sizes):
+            return None
+        shape.append(sizes[axis] if isinstance(axis, str) else axis)
+    return tuple(shape)
+
+
+class HostSlot:
+    """Memory on the host that tensors take turns in."""
+
+    device = "cpu"
+
+    def __init__(self, size_bytes: int) -> None:
+        raw = np.zeros(size_bytes + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self._bytes: NDArray[np.uint8] = raw[start : start + size_bytes]
+        self.pointer: int = self._bytes.ctypes.data
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return self._bytes.nbytes
+
+    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
+        """The beginning of the slot as an array of that form; no copy."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self._bytes[:size].view(dtype).reshape(shape)
+
+    def keep_rows(
+        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
+    ) -> None:
+        """Moves the given rows (ascending) to the front; the slot then holds only those."""
+        kept = np.take(self.array(dtype, shape), rows, axis=axis)
+        self.array(dtype, kept.shape)[...] = kept

@@ -1,0 +1,237 @@
+"""The ``forward`` program: one pass, each row answered at the exit where its own score says so.
+
+`Model` is what `load` returns. It checks inputs against the manifest, runs the chain, and hands out
+copies. One model is used by one thread at a time; several models may run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import InputError, PolicyError, StateError
+from edgeexit.manifest import Exit, Tensor
+from edgeexit.runtime.chain import Chain
+from edgeexit.runtime.engines import Engine
+from edgeexit.runtime.policy import Decision, Policy, decide
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call gives. All arrays are copies, in the caller's order of rows.
+
+    Attributes:
+        outputs: Output name -> ``[batch, ...]``, each row from the exit where it left.
+        exits: ``[batch]``, index of the exit taken.
+        exit_names: Name of that exit, per row.
+        scores: ``[batch]`` float32, the policy's score at that exit.
+        times_ms: Milliseconds of each segment that ran, in order; empty unless asked for.
+    """
+
+    outputs: dict[str, NDArray]
+    exits: NDArray[np.int64]
+    exit_names: list[str]
+    scores: NDArray[np.float32]
+    times_ms: list[float]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every exit's answer for every row, from `Model.trace`.
+
+    Attributes:
+        outputs: Per exit, output name -> ``[batch, ...]``.
+        scores: Per exit, score name -> ``[batch]`` float32.
+        times_ms: Milliseconds of each segment.
+    """
+
+    outputs: list[dict[str, NDArray]]
+    scores: list[dict[str, NDArray]]
+    times_ms: list[float]
+
+
+class Model:
+    """A loaded bundle with a ``forward`` program. Made by `edgeexit.runtime.load`.
+
+    Attributes:
+        bundle: The bundle it was loaded from.
+        exits: Its exits in order; the last one always answers.
+        policy: The policy in force; assign another to change it.
+    """
+
+    def __init__(self, bundle: Bundle, chain: Chain, engine: Engine, policy: Policy) -> None:
+        self.bundle = bundle
+        self.exits: list[Exit] = chain.exits
+        self._chain: Chain | None = chain
+        self._engine = engine
+        self._inputs = {tensor.name: tensor for tensor in bundle.manifest.inputs}
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._policy = policy
+        self._decisions: list[Decision] = []
+        self.policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """When rows stop."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        decisions = decide(policy, self.exits, digest=self.bundle.digest)
+        if policy.patience and any("logits" not in leave.outputs for leave in self.exits):
+            raise PolicyError(
+                "patience compares predicted classes, and an exit of this bundle has no logits",
+                fix="Use a policy without patience.",
+            )
+        self._policy, self._decisions = policy, decisions
+
+    def __call__(self, inputs: Mapping[str, NDArray], *, timed: bool = False) -> Result:
+        """Answers a batch.
+
+        Args:
+            inputs: Input name -> array, as the manifest's `inputs` say: exact dtypes, at least one row.
+            timed: Report the time of every segment.
+
+        Raises:
+            InputError: An input is missing, unknown, or of the wrong type or shape.
+            StateError: The model is closed, in use by another thread, or was carried over a fork.
+        """
+        with self._use() as chain:
+            sizes = check_inputs(self._inputs, inputs, self.bundle.manifest.limits)
+            answers = chain.run(
+                inputs,
+                sizes,
+                self._decisions,
+                score=self._policy.score,
+                patience=self._policy.patience,
+                timed=timed,
+            )
+        return Result(
+            outputs=answers.outputs,
+            exits=answers.exits,
+            exit_names=[self.exits[number].name for number in answers.exits],
+            scores=answers.scores,
+            times_ms=[time_ns / 1e6 for time_ns in answers.times_ns],
+        )
+
+    def trace(self, inputs: Mapping[str, NDArray]) -> Trace:
+        """Runs every segment for every row and returns what every exit says."""
+        with self._use() as chain:
+            sizes = check_inputs(self._inputs, inputs, self.bundle.manifest.limits)
+            records, times_ns = chain.run_all(inputs, sizes, timed=True)
+        prefix = "score/"
+        return Trace(
+            outputs=[{k: v for k, v in r.items() if not k.startswith(prefix)} for r in records],
+            scores=[
+                {k.removeprefix(prefix): v for k, v in r.items() if k.startswith(prefix)} for r in records
+            ],
+            times_ms=[time_ns / 1e6 for time_ns in times_ns],
+        )
+
+    def describe_engine(self) -> dict[str, str]:
+        """What executes the model: engine, library, version, settings."""
+        return self._engine.describe()
+
+    def close(self) -> None:
+        """Releases engines and buffers. A closed model cannot be used again; closing twice is fine."""
+        with self._lock:
+            self._chain = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise StateError("a model cannot be copied or pickled", fix="Load the bundle again there.")
+
+    @contextlib.contextmanager
+    def _use(self) -> Iterator[Chain]:
+        if os.getpid() != self._process:
+            raise StateError(
+                "the model was loaded before this process forked; its engines do not survive that",
+                fix='Load the bundle in the child, or start children with "spawn".',
+            )
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "the model is in use by another thread",
+                fix="Give each thread a model of its own, or put a lock around the calls.",
+            )
+        try:
+            if self._chain is None:
+                raise StateError("the model is closed", fix="Load the bundle again.")
+            yield self._chain
+        finally:
+            self._lock.release()
+
+
+def check_inputs(
+    expected: Mapping[str, Tensor], inputs: Mapping[str, NDArray], limits: Mapping[str, int]
+) -> dict[str, int]:
+    """Checks inputs against a signature. Returns the size of every symbolic axis.
+
+    Raises:
+        InputError: Naming the input, what is wrong, and what was expected.
+    """
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"inputs are a {type(inputs).__name__}, not a mapping",
+            fix=f"Call model({{{', '.join(f'{name!r}: array' for name in expected)}}}).",
+        )
+    if inputs.keys() != expected.keys():
+        missing = sorted(expected.keys() - inputs.keys())
+        unknown = sorted(str(name) for name in inputs.keys() - expected.keys())
+        what = f"input {missing[0]} is missing" if missing else f"there is no input {unknown[0]}"
+        raise InputError(what, fix=f"The model takes {', '.join(expected)}.")
+    sizes: dict[str, int] = {}
+    for name, tensor in expected.items():
+        value = inputs[name]
+        if not isinstance(value, np.ndarray):
+            raise InputError(
+                f"input {name} is a {type(value).__name__}, not a numpy array",
+                fix=f"Pass numpy.asarray(value, {tensor.dtype!r}).",
+            )
+        if value.dtype.name != tensor.dtype:
+            raise InputError(
+                f"input {name} is {value.dtype.name}, the model takes {tensor.dtype}",
+                fix=f'Convert it: {name}.astype("{tensor.dtype}").',
+            )
+        if value.ndim != len(tensor.axes):
+            raise InputError(
+                f"input {name} has the shape {list(value.shape)}, the model takes {tensor.axes}",
+                fix="Batches have a leading axis for rows, also when there is only one.",
+            )
+        for axis, size in zip(tensor.axes, value.shape, strict=True):
+            known = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+            if size == 0:
+                raise InputError(
+                    f"input {name} is empty (shape {list(value.shape)})", fix="Give at least one row."
+                )
+            if known is not None and known != size:
+                raise InputError(
+                    f"input {name} has the shape {list(value.shape)}, expected {tensor.axes}"
+                    + (f" with {axis} = {known}" if isinstance(axis, str) else ""),
+                    fix="All inputs share the sizes of axes of the same name.",
+                )
+            if isinstance(axis, str) and size > limits.get(axis, size):
+                raise InputError(
+                    f"input {name}: {axis} is {size}, the model was made for at most {limits[axis]}",
+                    fix="Truncate the input.",
+                )
+    return sizes

@@ -1,0 +1,110 @@
+"""`load`: from a bundle's path to a model that runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Literal
+
+
+from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.errors import BundleError, PolicyError, UsageError
+from edgeexit.manifest import Chain as ChainManifest
+from edgeexit.manifest import Exit, Segment
+from edgeexit.runtime.chain import Chain
+from edgeexit.runtime.engines import Engine
+from edgeexit.runtime.forward import Model
+from edgeexit.runtime.policy import Policy, read_policy
+
+ENGINES = ("cpu", "cuda", "tensorrt-provider")
+Threads = int | Literal["blocking", "spinning", "process"]
+
+
+def load(
+    path: str | os.PathLike[str] | Bundle,
+    engine: str = "cpu",
+    *,
+    policy: Policy | str | os.PathLike[str] | None = None,
+    threads: Threads = "blocking",
+    verify: Literal["quick", "full"] = "quick",
+) -> Model:
+    """Loads a bundle.
+
+    Args:
+        path: The bundle's directory, or an opened bundle.
+        engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's).
+        policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and without
+            one every row goes to the last exit.
+        threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
+            threads, or ``process``: ONNX Runtime's global pool, which is faster on a quiet machine and
+            makes other default sessions in this process fail.
+        verify: ``full`` also hashes the weights.
+
+    Raises:
+        BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
+    """
+    bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
+    manifest = bundle.manifest
+    if manifest.program != "forward":
+        raise BundleError(
+            f"{bundle.path}: the program {manifest.program!r} cannot be run by this edgeexit",
+            fix="Install a newer edgeexit.",
+        )
+    if len(manifest.chains) != 1:
+        raise BundleError(
+            f"{bundle.path}: one pass runs one chain, the bundle has {len(manifest.chains)}",
+            fix="Export again.",
+        )
+    chosen = _policy(policy, bundle)
+    (chain_manifest,) = manifest.chains.values()
+    opened = _engine(engine, threads)
+    chain = Chain(bundle, chain_manifest, manifest.inputs, opened)
+    return Model(bundle, chain, opened, chosen)
+
+
+def load_unsplit(
+    path: str | os.PathLike[str] | Bundle, engine: str = "cpu", *, threads: Threads = "blocking"
+) -> Model:
+    """Loads the same model as one graph without exits: the baseline, bound as well as the chain is."""
+    bundle = path if isinstance(path, Bundle) else open_bundle(path)
+    manifest = bundle.manifest
+    leave = Exit(name="unsplit", outputs={t.name: t.name for t in manifest.outputs}, scores={})
+    segment = Segment(
+        name="unsplit",
+        variants=manifest.unsplit,
+        inputs=manifest.inputs,
+        outputs=list(manifest.outputs),
+        exits=[leave],
+    )
+    opened = _engine(engine, threads)
+    chain = Chain(bundle, ChainManifest(segments=[segment]), manifest.inputs, opened)
+    return Model(bundle, chain, opened, Policy())
+
+
+def _engine(name: str, threads: Threads) -> Engine:
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}.")
+    from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(name, threads)
+
+
+def _policy(policy: Policy | str | os.PathLike[str] | None, bundle: Bundle) -> Policy:
+    if isinstance(policy, Policy):
+        return policy
+    if policy is None:
+        default = bundle.manifest.policy
+        if default is None:
+            return Policy()
+        named = {"never": math.inf, "always": -math.inf}
+        threshold = default.threshold
+        value = named[threshold] if isinstance(threshold, str) else threshold
+        return Policy(score=default.score, thresholds=value)
+    if isinstance(policy, (str, os.PathLike)):
+        return read_policy(policy)
+    raise PolicyError(
+        f"policy is a {type(policy).__name__}", fix="Give a Policy or the path of a policy.json."
+    )
+
+
+__all__ = ["load", "load_unsplit"]
