@@ -1,13 +1,15 @@
-"""The bundle on disk: writing it so that it is whole or not there, reading it so that nothing is trusted.
+"""The bundle on disk: writing it so that it is whole or not there, reading it so that nothing is
+trusted.
 
 A bundle is a directory that never changes after export: ``manifest.json``, ``graphs/`` with one
-weight store, ``samples/``, and the tokenizer. Its digest is the SHA-256 of the manifest, which holds
-the SHA-256 of every other file. `open_bundle` refuses anything that is not exactly what the manifest
-lists, before an engine sees it; `BundleWriter` fills a temporary sibling and renames it.
+weight store, ``samples/``, and the tokenizer. Its digest is the SHA-256 of the manifest, which
+holds the SHA-256 of every other file. `open_bundle` refuses anything that is not exactly what the
+manifest lists, before an engine sees it; `BundleWriter` fills a temporary sibling and renames it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -64,7 +66,8 @@ class Bundle:
     Attributes:
         path: Its directory.
         manifest: What it says about itself.
-        digest: SHA-256 of ``manifest.json`` in hex: the name that engines and policies are bound to.
+        digest: SHA-256 of ``manifest.json`` in hex: the name that engines and policies are bound
+            to.
     """
 
     path: Path
@@ -89,7 +92,9 @@ class Bundle:
         return [leave for chain in chains for part in chain.segments for leave in part.exits]
 
 
-def open_bundle(path: str | os.PathLike[str], *, verify: Literal["quick", "full"] = "quick") -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str], *, verify: Literal["quick", "full"] = "quick"
+) -> Bundle:
     """Opens a bundle and refuses it unless it is exactly what its manifest says.
 
     Every opening checks names, links, sizes, the graphs' inputs and external tensors, and hashes
@@ -103,7 +108,9 @@ def open_bundle(path: str | os.PathLike[str], *, verify: Literal["quick", "full"
     root = Path(path)
     if not root.is_dir():
         kind = "is a file, not a bundle directory" if root.exists() else "does not exist"
-        raise BundleError(f"{root} {kind}", fix="Give the directory that `edgeexit export -o` made.")
+        raise BundleError(
+            f"{root} {kind}", fix="Give the directory that `edgeexit export -o` made."
+        )
     raw = _read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
     manifest = decode_manifest(raw)
     bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
@@ -176,6 +183,10 @@ def _check_structure(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: text preprocessing needs a tokenizer", fix="Export again.")
     if not manifest.chains:
         raise BundleError(f"{MANIFEST}: it has no chain", fix="Export again.")
+    for tensor in [*manifest.inputs, *manifest.outputs]:
+        _check_rows(f"{MANIFEST}: {tensor.name}", tensor)
+    if not any("batch" in tensor.axes for tensor in manifest.inputs):
+        raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix="Export again.")
     for chain_name, chain in manifest.chains.items():
         _check_chain(manifest, chain_name, chain.segments)
     exits = [leave.name for part in segments for leave in part.exits]
@@ -190,7 +201,9 @@ def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> Non
         for tensor in part.inputs:
             before = known.get(tensor.name)
             if before is None:
-                raise BundleError(f"{where}: nothing before it makes {tensor.name}", fix="Export again.")
+                raise BundleError(
+                    f"{where}: nothing before it makes {tensor.name}", fix="Export again."
+                )
             if (before.dtype, before.axes, before.row_axis) != (
                 tensor.dtype,
                 tensor.axes,
@@ -205,16 +218,23 @@ def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> Non
         for tensor in part.outputs:
             if tensor.name in known:
                 raise BundleError(f"{where}: {tensor.name} is made twice", fix="Export again.")
-            if tensor.row_axis is not None and tensor.row_axis >= len(tensor.axes):
-                raise BundleError(
-                    f"{where}: {tensor.name} has no axis {tensor.row_axis}", fix="Export again."
-                )
+            _check_rows(f"{where}: {tensor.name}", tensor)
         known |= own
         for leave in part.exits:
             _check_exit(manifest, where, leave, own)
     last = segments[-1]
     if manifest.program == "forward" and not last.exits:
         raise BundleError(f"{MANIFEST}: chain {chain} ends without an exit", fix="Export again.")
+
+
+def _check_rows(where: str, tensor: Tensor) -> None:
+    """Rows lie along the axis named batch, and along no other."""
+    found = [place for place, axis in enumerate(tensor.axes) if axis == "batch"]
+    if found != ([] if tensor.row_axis is None else [tensor.row_axis]):
+        raise BundleError(
+            f"{where} has the axes {tensor.axes}, so its row_axis cannot be {tensor.row_axis}",
+            fix="Rows lie along the axis named batch. Export again.",
+        )
 
 
 def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tensor]) -> None:
@@ -234,13 +254,36 @@ def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tens
         )
     for tensor in [*leave.outputs.values(), *leave.scores.values()]:
         if tensor not in own:
-            raise BundleError(f"{where}: exit {leave.name} names {tensor}, not an output", fix=_RECOPY)
+            raise BundleError(
+                f"{where}: exit {leave.name} names {tensor}, not an output", fix=_RECOPY
+            )
+    for output in manifest.outputs if leave.action == "stop" else ():
+        given = own[leave.outputs[output.name]]
+        if not _same_form(given, output):
+            raise BundleError(
+                f"{where}: {given.name} of exit {leave.name} is {given.dtype}{given.axes}, the model "
+                f"promises {output.name} as {output.dtype}{output.axes}",
+                fix="Export again.",
+            )
     for score, tensor in leave.scores.items():
-        if own[tensor].dtype != "float32" or len(own[tensor].axes) != 1:
+        if own[tensor].dtype != "float32" or own[tensor].axes != ["batch"]:
             raise BundleError(
                 f"{where}: score {score} of exit {leave.name} is not float32 [batch]",
                 fix="Export again.",
             )
+
+
+def _same_form(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of these forms can stand in one array: sizes differ only where one is open.
+    """
+    return (one.dtype, one.row_axis, len(one.axes)) == (
+        other.dtype,
+        other.row_axis,
+        len(other.axes),
+    ) and not any(
+        isinstance(a, int) and isinstance(b, int) and a != b
+        for a, b in zip(one.axes, other.axes, strict=True)
+    )
 
 
 def _check_files(bundle: Bundle, *, full: bool) -> None:
@@ -337,7 +380,9 @@ def _regular_size(root: Path, name: str) -> int:
             path = path / part
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
-                raise IntegrityError(f"{name}: {path.name} is a link", fix="A bundle holds no links.")
+                raise IntegrityError(
+                    f"{name}: {path.name} is a link", fix="A bundle holds no links."
+                )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IntegrityError(f"{name}: missing from {root}", fix=_RECOPY) from error
     except OSError as error:
@@ -350,7 +395,9 @@ def _regular_size(root: Path, name: str) -> int:
 def _read_regular(root: Path, name: str, *, limit_bytes: int) -> bytes:
     size = _regular_size(root, name)
     if size > limit_bytes:
-        raise IntegrityError(f"{name}: {size} bytes, more than the {limit_bytes} allowed", fix=_RECOPY)
+        raise IntegrityError(
+            f"{name}: {size} bytes, more than the {limit_bytes} allowed", fix=_RECOPY
+        )
     try:
         return (root / name).read_bytes()
     except OSError as error:
@@ -374,12 +421,14 @@ class BundleWriter:
         self._folder: Path | None = None
 
     def __enter__(self) -> BundleWriter:
-        check_output(self.output, overwrite=self.overwrite)
         parent = self.output.absolute().parent
         with reporting_full_disk(self.output):
+            self._clear_leftovers()
+            check_output(self.output, overwrite=self.overwrite)
             parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers(parent)
-            self._folder = parent / f".{self.output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+            self._folder = (
+                parent / f".{self.output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+            )
             (self._folder / "graphs").mkdir(parents=True)
         return self
 
@@ -405,7 +454,8 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Bundle:
         """Hashes every file, writes the manifest, and puts the bundle in its place.
 
-        Returns the bundle as `open_bundle` reads it back, so that what was written was also checked.
+        Returns the bundle as `open_bundle` reads it back, so that what was written was also
+        checked.
         """
         with reporting_full_disk(self.output):
             files = {}
@@ -430,31 +480,42 @@ class BundleWriter:
 
     def _replace(self) -> None:
         aside = None
-        if self.overwrite and self.output.exists():
-            aside = self.folder.with_suffix(".old")
-            os.rename(self.output, aside)
+        if self.overwrite:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another export may have moved it meanwhile
+                aside = self.folder.with_suffix(".old")
+                os.rename(self.output, aside)
         try:
             os.rename(self.folder, self.output)
-        except OSError as error:
-            if aside is not None and not self.output.exists():
+        except BaseException as error:  # Ctrl-C too: the old bundle must not go without a new one
+            if aside is not None and aside.exists() and not self.output.exists():
                 os.rename(aside, self.output)
-                aside = None
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputBusyError(
                     f"{self.output}: another export put a bundle there meanwhile",
                     fix="Keep that one, or export again with --overwrite.",
                 ) from error
             raise
         finally:
-            if aside is not None:
+            if aside is not None and self.output.exists():
                 shutil.rmtree(aside, ignore_errors=True)
 
-    def _remove_leftovers(self, parent: Path) -> None:
-        """Removes what an export to the same place left when it was killed."""
-        pattern = re.compile(rf"\.{re.escape(self.output.name)}\.([0-9]+)-[0-9a-f]{{8}}\.partial")
-        for path in parent.iterdir():
+    def _clear_leftovers(self) -> None:
+        """Removes what an export to the same place left when it was killed.
+
+        An old bundle that was moved aside, and whose successor never came, goes back to its place.
+        """
+        parent = self.output.absolute().parent
+        name = re.escape(self.output.name)
+        pattern = re.compile(rf"\.{name}\.([0-9]+)-[0-9a-f]{{8}}\.(partial|old)")
+        for path in parent.iterdir() if parent.is_dir() else ():
             found = pattern.fullmatch(path.name)
-            if found and not Path(f"/proc/{found[1]}").exists():
+            if not found or Path(f"/proc/{found[1]}").exists():
+                continue
+            if found[2] == "old" and not self.output.exists():
+                os.rename(path, self.output)
+            else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -490,7 +551,7 @@ class reporting_full_disk:
     ) -> None:
         if not isinstance(error, OSError):
             return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BundleError(
                 f"{self.output}: the disk is full; nothing was left behind",
                 fix="Free some space or choose another -o, then run the same command again.",

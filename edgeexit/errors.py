@@ -6,9 +6,9 @@
     │   └── OutputBusyError      another process is writing the same output
     ├── ExportError          the model or graph cannot be split as asked
     ├── BundleError          the bundle is not whole, not ours, or not as it was exported
-    │   ├── FormatError          its format is newer than this edgeexit, or it needs a feature unknown here
-    │   └── IntegrityError       a file is missing, unlisted, linked, resized or altered
-    ├── PolicyError          a policy does not fit the bundle it is used with
+    │   ├── FormatError          its format is newer than this edgeexit, or it needs a feature
+    unknown here │   └── IntegrityError       a file is missing, unlisted, linked, resized or
+    altered ├── PolicyError          a policy does not fit the bundle it is used with
     ├── InputError           the inputs of a model do not fit its signature
     ├── DataError            a data set cannot be read or does not fit the bundle
     ├── EngineError          the engine library is missing, refuses a graph, or fails
@@ -16,7 +16,8 @@
     ├── MeasurementError     a measurement could not be made
     └── CheckError           everything worked and a check did not hold (exit code 3)
 
->>> raise_code = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in --exits 3,6").exit_code
+>>> raise_code = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in --exits
+3,6").exit_code
 >>> raise_code
 2
 """

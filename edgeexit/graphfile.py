@@ -1,8 +1,9 @@
 """Reads what a bundle check needs from an ONNX file, without onnx and without running anything.
 
-An ONNX file is a protocol-buffer message. The device has no onnx package, and an engine must not see
-a graph before it was checked, so this walks the wire format itself and takes only names: the graph's
-inputs and outputs, and where its tensors say their data lies. Field numbers are those of onnx.proto.
+An ONNX file is a protocol-buffer message. The device has no onnx package, and an engine must not
+see a graph before it was checked, so this walks the wire format itself and takes only names: the
+graph's inputs and outputs, and where its tensors say their data lies. Field numbers are those of
+onnx.proto.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     while position < end:
         key, position = _varint(data, position)
         number, wire = key >> 3, key & 7
+        if key >> 32:
+            raise ValueError("it is not a protocol-buffer message (field number too large)")
         if wire == 0:
             value, position = _varint(data, position)
             yield number, value

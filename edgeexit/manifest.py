@@ -29,10 +29,14 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of the manifest's structs: immutable, keyword-only, defaults left out of the JSON."""
+    """Base of the manifest's structs: defaults left out of the JSON.
+
+    Each struct says `frozen` and `kw_only` itself: msgspec does not hand the second one down, and
+    type checkers neither.
+    """
 
 
-class Tensor(Struct):
+class Tensor(Struct, frozen=True, kw_only=True):
     """A named tensor that enters or leaves a graph.
 
     `axes` gives a name for an axis of any size, a number for a fixed one, and null for one whose
@@ -46,7 +50,7 @@ class Tensor(Struct):
     row_axis: Annotated[int, Meta(ge=0)] | None = 0
 
 
-class Variant(Struct):
+class Variant(Struct, frozen=True, kw_only=True):
     """One form of a graph, for engines that offer every feature in `requires`."""
 
     graph: str
@@ -54,7 +58,7 @@ class Variant(Struct):
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
 
-class Cache(Struct):
+class Cache(Struct, frozen=True, kw_only=True):
     """Keys and values that a segment keeps from token to token.
 
     `axes` names the axis that grows (``past``); `row_axis` is as in `Tensor`.
@@ -68,13 +72,13 @@ class Cache(Struct):
     row_axis: Annotated[int, Meta(ge=0)] = 0
 
 
-class Exit(Struct):
+class Exit(Struct, frozen=True, kw_only=True):
     """A place where the model may answer.
 
     `outputs` maps each program output to the tensor that holds it at this exit, `scores` maps each
     score to its float32 tensor ``[batch]``. `head` names a graph of its own in ``heads`` when
-    several exits share one; then the tensors are that graph's. `action` is ``stop``, or ``drop`` for
-    the token group `tokens`.
+    several exits share one; then the tensors are that graph's. `action` is ``stop``, or ``drop``
+    for the token group `tokens`.
     """
 
     name: Name
@@ -85,7 +89,7 @@ class Exit(Struct):
     head: str | None = None
 
 
-class Segment(Struct):
+class Segment(Struct, frozen=True, kw_only=True):
     """The layers between two boundaries: one graph (in one or more variants), one engine."""
 
     name: Name
@@ -96,14 +100,14 @@ class Segment(Struct):
     exits: list[Exit] = []
 
 
-class Chain(Struct):
+class Chain(Struct, frozen=True, kw_only=True):
     """Segments run in order. `rows` says whether rows of a batch may leave at different exits."""
 
     segments: Annotated[list[Segment], Meta(min_length=1)]
     rows: Literal["independent", "together"] = "independent"
 
 
-class ImagePreprocessing(Struct, tag="image"):
+class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
     """Image to tensor: decode, resize, crop, scale, normalise; channels first.
 
     With `shortest_edge` the image is resized so that its shorter side has that many pixels and its
@@ -122,7 +126,7 @@ class ImagePreprocessing(Struct, tag="image"):
     std: list[float] = msgspec.field(default_factory=lambda: [1.0])
 
 
-class TextPreprocessing(Struct, tag="text"):
+class TextPreprocessing(Struct, frozen=True, kw_only=True, tag="text"):
     """Text (or a pair of texts) to token ids with the bundle's tokenizer, padded to the batch."""
 
     max_length: Annotated[int, Meta(ge=1)]
@@ -136,21 +140,21 @@ class TextPreprocessing(Struct, tag="text"):
 Preprocessing = ImagePreprocessing | TextPreprocessing
 
 
-class DefaultPolicy(Struct):
+class DefaultPolicy(Struct, frozen=True, kw_only=True):
     """The policy used when the user gives none. It carries no promise: nobody calibrated it."""
 
     score: str
     threshold: float | Literal["never", "always"]
 
 
-class File(Struct):
+class File(Struct, frozen=True, kw_only=True):
     """A file of the bundle as it was when exported."""
 
     sha256: Sha256
     bytes: Annotated[int, Meta(ge=0)]
 
 
-class Manifest(Struct):
+class Manifest(Struct, frozen=True, kw_only=True):
     """The whole of ``manifest.json``.
 
     `limits` gives the largest size of a symbolic axis that the model was made for (positions of a

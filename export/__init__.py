@@ -1,9 +1,10 @@
-"""The workstation side: a torch model with exits, or an ONNX graph with exit outputs, becomes a bundle.
+"""The workstation side: a torch model with exits, or an ONNX graph with exit outputs, becomes a
+bundle.
 
-`contract` is what a model must offer; `models` holds one adapter per architecture family and `methods`
-trains exits. `graphs` turns segments into ONNX, `cut` splits an ONNX graph at its exits, `store` keeps
-every tensor once, `package` writes the bundle. Everything here may import torch; nothing in
-`edgeexit.runtime` may import anything here.
+`contract` is what a model must offer; `models` holds one adapter per architecture family and
+`methods` trains exits. `graphs` turns segments into ONNX, `cut` splits an ONNX graph at its exits,
+`store` keeps every tensor once, `package` writes the bundle. Everything here may import torch;
+nothing in `edgeexit.runtime` may import anything here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The segment contract: what the exporter needs to know of a model, and all it knows.
 
 A model is a mapping from chain name to a list of segments. A segment is a module, the named tensors
-that enter and leave it, the caches it owns, and its exits. An adapter for a new architecture returns
-an `ExitModel` (or, for classifiers, a `edgeexit.export.models.classifier.Trunk`, from which one is
-made); a user's own model does the same through ``edgeexit export -m module:function``.
+that enter and leave it, the caches it owns, and its exits. An adapter for a new architecture
+returns an `ExitModel` (or, for classifiers, a `edgeexit.export.models.classifier.Trunk`, from
+which one is made); a user's own model does the same through ``edgeexit export -m module:function``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,6 +71,9 @@ class ExitModel:
         example: ``example(rows)`` makes a realistic input of that many rows, ``{name: tensor}``.
             It is what reference samples are computed from.
         limits: Symbolic axis -> the largest size that the model was made for.
+        preprocessing_sample: Raw data and what the model's own preprocessing makes of it, so that a
+            device can check that it does the same: ``image`` uint8 ``[height, width(, 3)]``, or
+            ``text`` strings ``[n]``; and ``expected/<input>`` for every input.
     """
 
     name: str
@@ -84,6 +88,7 @@ class ExitModel:
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
     tokenizer_file: str | None = None
+    preprocessing_sample: Mapping[str, np.ndarray] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -91,8 +96,8 @@ class ExitModel:
         if not any(segment.exits for chain in self.chains.values() for segment in chain):
             raise ExportError(
                 f"{self.name}: the model has no exits",
-                fix="Attach and train some (edgeexit.export.models.from_pretrained(path, exits=[...]), "
-                "edgeexit.export.methods.joint); a model without exits needs no edgeexit.",
+                fix="Attach and train some (edgeexit.export.models.from_pretrained(path, exits=[...]) "
+                "and edgeexit.export.methods.joint); a model without exits needs no edgeexit.",
             )
         axes = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
         names: set[str] = set()

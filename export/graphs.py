@@ -1,9 +1,9 @@
 """Segments to ONNX graphs: one module at a time through ``torch.onnx.export``.
 
-`graph_from_segment` gives an `onnx_ir` model whose inputs, outputs and axes carry the contract's names
-and whose exits emit their scores; `simplify` takes out the shape arithmetic that torch leaves behind
-(benchmarks/README.md tells what that is worth). Weights stay where torch has them until the store
-writes them.
+`graph_from_segment` gives an `onnx_ir` model whose inputs, outputs and axes carry the contract's
+names and whose exits emit their scores; `simplify` takes out the shape arithmetic that torch
+leaves behind (benchmarks/README.md tells what that is worth). Weights stay where torch has them
+until the store writes them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def graph_from_segment(
         values: An example of every input, with at least two rows (the exporter would freeze one).
 
     Returns:
-        A model whose outputs are the segment's outputs followed by the scores of its exits, named as
-        `score_tensors` says.
+        A model whose outputs are the segment's outputs followed by the scores of its exits, named
+        as `score_tensors` says.
     """
     model = graph_from_module(
         segment.module, segment.inputs, segment.outputs, values, opset=opset, what=segment.name
@@ -136,7 +136,8 @@ class _Positional(nn.Module):
 
 
 def _name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
-    """Gives every output its contract name and axes; one that is an input gets a node of its own."""
+    """Gives every output its contract name and axes; one that is an input gets a node of its own.
+    """
     if len(graph.outputs) != len(outputs):
         raise ExportError(
             f"{graph.name}: the module gives {len(graph.outputs)} tensors, its segment names "
@@ -163,7 +164,9 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the exporter says that means nothing to a user (missing torchvision, renamings)."""
+    """Silences what the exporter says that means nothing to a user (missing torchvision,
+    renamings).
+    """
     loud = logging.getLogger().isEnabledFor(logging.DEBUG)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """Precision as a property of the graph: a float16 form of a model, made before export.
 
-Every float32 weight and boundary becomes float16; program inputs, exit outputs and scores stay float32,
-with the casts inside the first and the answering segments, so that callers and policies see no
-difference.
+Every float32 weight and boundary becomes float16; program inputs, exit outputs and scores stay
+float32, with the casts inside the first and the answering segments, so that callers and policies
+see no difference.
 """
 
 from __future__ import annotations

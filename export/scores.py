@@ -1,8 +1,8 @@
 """The scores of an exit: how safe it is to stop, from its logits.
 
 `append_scores` writes them into a graph, for segments from torch and for cut ONNX graphs alike;
-`reference_scores` computes the same in float64, for samples and tests. z = logits, p = softmax(z) over
-N classes; every score is float32 ``[batch]``, higher = safer:
+`reference_scores` computes the same in float64, for samples and tests. z = logits, p = softmax(z)
+over N classes; every score is float32 ``[batch]``, higher = safer:
 
 - ``max_prob``: max p;
 - ``margin``: the largest p minus the second largest;
@@ -24,14 +24,14 @@ from edgeexit.manifest import SCORES
 def append_scores(graph: ir.Graph, logits: ir.Value, prefix: str) -> dict[str, ir.Value]:
     """Adds the nodes for every score of `SCORES` behind `logits` ``[batch, classes]``.
 
-    Each score hangs on nodes of its own where it can, so that an engine that is asked for one of them
-    runs the fewest nodes (two for ``max_prob``). The new values are not made graph outputs.
+    Each score hangs on nodes of its own where it can, so that an engine that is asked for one of
+    them runs the fewest nodes (two for ``max_prob``). The new values are not made graph outputs.
     """
     classes = logits.shape[-1] if logits.shape is not None and len(logits.shape) == 2 else None
     if not isinstance(classes, int) or classes < 2:
         raise ExportError(
-            f"{logits.name}: logits have the shape {logits.shape}, scores need [batch, classes] with a "
-            "fixed number of two or more classes",
+            f"{logits.name}: logits have the shape {logits.shape}, scores need [batch, classes] "
+            "with a fixed number of two or more classes",
             fix="Name an exit output that holds one row of class logits per input.",
         )
     build = _Builder(graph, prefix)
@@ -85,13 +85,20 @@ class _Builder:
         self.count = 0
 
     def __call__(
-        self, kind: str, inputs: list[ir.Value], *, name: str = "", outputs: int = 1, **attributes: int
+        self,
+        kind: str,
+        inputs: list[ir.Value],
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: int,
     ) -> ir.Value:
         self.count += 1
         node = ir.node(kind, inputs, attributes, num_outputs=outputs)
         node.name = f"{self.prefix}/{kind}_{self.count}"
         for number, value in enumerate(node.outputs):
-            value.name = f"{self.prefix}/{name or f'{kind}_{self.count}'}" + (f"_{number}" * bool(number))
+            own = name or f"{kind}_{self.count}"
+            value.name = f"{self.prefix}/{own}" + (f"_{number}" if number else "")
         self.graph.append(node)
         return node.outputs[0]
 

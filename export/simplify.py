@@ -1,8 +1,9 @@
 """Takes shape arithmetic out of a graph that its own shape annotations make unnecessary.
 
-Tracing turns ``x.view(batch, seq, heads, size)`` into Shape, Gather and Concat nodes that compute what
-the annotations already say. A Reshape whose target keeps axes of its input needs none of them: 0 copies
-an axis, -1 stands for one that is left. Segments gain most: each would compute shapes anew.
+Tracing turns ``x.view(batch, seq, heads, size)`` into Shape, Gather and Concat nodes that compute
+what the annotations already say. A Reshape whose target keeps axes of its input needs none of
+them: 0 copies an axis, -1 stands for one that is left. Segments gain most: each would compute
+shapes anew.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node) -> bool:
     made = node.outputs[0]
     if data is None or target is None or target.is_initializer() or target.const_value is not None:
         return False
-    allow_zero = node.attributes.get("allowzero")
-    if data.shape is None or made.shape is None or (allow_zero and allow_zero.as_int()):
+    if data.shape is None or made.shape is None:
         return False
     sizes, free = [], 0
     for axis, size in enumerate(made.shape):
@@ -49,6 +49,7 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node) -> bool:
         constant.const_value = ir.tensor(np.array(sizes, np.int64), name=name)
         graph.register_initializer(constant)
     node.replace_input_with(1, graph.initializers[name])
+    node.attributes.pop("allowzero", None)
     return True
 
 

@@ -1,8 +1,8 @@
 """The weight store: every tensor of every graph once, found again by its content.
 
 `WeightStore` appends tensors of 1 KiB and more to one file and gives each graph external references
-into it. The SHA-256 of dtype-free bytes is the key, so a tensor that several graphs use (segments and
-the unsplit graph, tied weights) takes its place once. Nothing is held in memory but the keys.
+into it. The SHA-256 of dtype-free bytes is the key, so a tensor that several graphs use (segments
+and the unsplit graph, tied weights) takes its place once. Nothing is held in memory but the keys.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ class WeightStore:
             for owner in [graph, *graph.subgraphs()]:
                 for value in owner.initializers.values():
                     tensor = value.const_value
-                    if tensor is None or tensor.nbytes < INLINE_LIMIT_BYTES:
+                    if tensor is None:
+                        continue
+                    if tensor.nbytes < INLINE_LIMIT_BYTES:
+                        if isinstance(tensor, ir.ExternalTensor):
+                            array = np.array(tensor.numpy())
+                            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
                         continue
                     offset, length = self._place(tensor, file)
                     value.const_value = ir.ExternalTensor(

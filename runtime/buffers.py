@@ -1,13 +1,14 @@
 """Where tensors live while a chain runs: a plan of shared slots, and the memory behind them.
 
-`assign_slots` is a pure function of the chain: tensors of the same form whose lives do not overlap share
-a slot, so a chain of any length needs two states. Slots are as large as the largest shape seen; a
-smaller batch uses their beginning, so compacting rows never allocates.
+`assign_slots` is a pure function of the chain: tensors of the same form whose lives do not overlap
+share a slot, so a chain of any length needs two states. Slots are as large as the largest shape
+seen; a smaller batch uses their beginning, so compacting rows never allocates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,9 @@ def assign_slots(
 ) -> dict[str, int]:
     """Gives every tensor of a chain a slot.
 
-    A tensor lives from the segment that makes it to the last one that takes it (an answer only in its
-    own segment, where it is read at once). Two tensors share a slot only if they have the same dtype
-    and axes, are both on the host or both not, and never live in the same segment.
+    A tensor lives from the segment that makes it to the last one that takes it (an answer only in
+    its own segment, where it is read at once). Two tensors share a slot only if they have the same
+    dtype and axes, are both on the host or both not, and never live in the same segment.
     """
     born = {tensor.name: -1 for tensor in inputs}
     forms = {tensor.name: tensor for tensor in inputs}
@@ -35,18 +36,16 @@ def assign_slots(
     for number, segment in enumerate(segments):
         dies |= {tensor.name: number for tensor in segment.inputs}
     slots: dict[str, int] = {}
-    free_from: list[tuple[object, int]] = []
+    taken: list[tuple[object, int]] = []  # per slot, its form and the last segment it is needed in
     for name in sorted(born, key=lambda name: born[name]):
         tensor = forms[name]
         form = (tensor.dtype, tuple(tensor.axes), name in on_host)
-        for slot, (held, last) in enumerate(free_from):
-            if held == form and last < born[name]:
-                break
-        else:
-            slot = len(free_from)
-            free_from.append((form, -2))
+        fits = (
+            slot for slot, (held, last) in enumerate(taken) if held == form and last < born[name]
+        )
+        slot = next(fits, len(taken))
+        taken[slot : slot + 1] = [(form, dies[name])]
         slots[name] = slot
-        free_from[slot] = (form, dies[name])
     return slots
 
 
@@ -76,7 +75,7 @@ class HostSlot:
         """Size in bytes."""
         return self._bytes.nbytes
 
-    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
+    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
         """The beginning of the slot as an array of that form; no copy."""
         size = int(np.prod(shape)) * dtype.itemsize
         return self._bytes[:size].view(dtype).reshape(shape)

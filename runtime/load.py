@@ -6,7 +6,6 @@ import math
 import os
 from typing import Literal
 
-
 from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import BundleError, PolicyError, UsageError
 from edgeexit.manifest import Chain as ChainManifest
@@ -33,11 +32,11 @@ def load(
     Args:
         path: The bundle's directory, or an opened bundle.
         engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's).
-        policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and without
-            one every row goes to the last exit.
+        policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and
+            without one every row goes to the last exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
-            threads, or ``process``: ONNX Runtime's global pool, which is faster on a quiet machine and
-            makes other default sessions in this process fail.
+            threads, or ``process``: ONNX Runtime's global pool, which is faster on a quiet machine
+            and makes other default sessions in this process fail.
         verify: ``full`` also hashes the weights.
 
     Raises:
@@ -65,7 +64,7 @@ def load(
 def load_unsplit(
     path: str | os.PathLike[str] | Bundle, engine: str = "cpu", *, threads: Threads = "blocking"
 ) -> Model:
-    """Loads the same model as one graph without exits: the baseline, bound as well as the chain is."""
+    """Loads the same model as one graph without exits: the baseline, bound as the chain is."""
     bundle = path if isinstance(path, Bundle) else open_bundle(path)
     manifest = bundle.manifest
     leave = Exit(name="unsplit", outputs={t.name: t.name for t in manifest.outputs}, scores={})

@@ -1,13 +1,15 @@
 """When to stop: the policy, its file, and what it decides at each exit.
 
-A policy is made for one bundle (`calibrate` binds it to the digest) and stands beside it, never in it.
-At an exit a row stops when its score is at least the exit's threshold, and, with patience t, the last
-t + 1 exits that were consulted predict the same class (PABEE's count). NaN is at least nothing.
+A policy is made for one bundle (`calibrate` binds it to the digest) and stands beside it, never in
+it. At an exit a row stops when its score is at least the exit's threshold, and, with patience t,
+the last t + 1 exits that were consulted predict the same class (PABEE's count). NaN is at least
+nothing.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +30,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """When rows stop.
 
     Attributes:
-        thresholds: Stop when score >= threshold: one number for all exits, one per exit in order (the
-            last exit, which always answers, left out), or a mapping from exit names. ``inf`` = never,
-            ``-inf`` = always; exits a mapping leaves out never fire.
+        thresholds: Stop when score >= threshold: one number for all exits, one per exit in order
+            (the last exit, which always answers, left out), or a mapping from exit names. ``inf``
+            = never, ``-inf`` = always; exits a mapping leaves out never fire.
         score: Which of the exits' scores counts.
         patience: 0, or how many further exits must have predicted the same before a row stops.
         first: Name of the first exit where rows may stop; None = the first there is.
@@ -62,7 +64,8 @@ def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) 
     """Resolves a policy against the exits of a chain, in order; the last one always answers.
 
     Raises:
-        PolicyError: It was made for another bundle, names an unknown exit or score, or has the wrong
+        PolicyError: It was made for another bundle, names an unknown exit or score, or has the
+        wrong
             number of thresholds.
     """
     if policy.bundle is not None and digest is not None and policy.bundle != digest:
@@ -72,8 +75,8 @@ def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) 
         )
     early = [leave.name for leave in exits[:-1]]
     thresholds = _by_name(policy.thresholds, early)
-    if policy.patience < 0:
-        raise PolicyError(f"patience {policy.patience} is negative", fix="Use 0 or more.")
+    if not isinstance(policy.patience, int) or policy.patience < 0:
+        raise PolicyError(f"patience {policy.patience!r} is no count", fix="Use 0, 1, 2 or more.")
     low = _position(policy.first, early, "first", 0)
     high = _position(policy.last, early, "last", len(early) - 1)
     if early and low > high:
@@ -113,7 +116,9 @@ def _position(name: str | None, early: list[str], field: str, default: int) -> i
     return early.index(name)
 
 
-def _by_name(thresholds: float | list[float] | dict[str, float], early: list[str]) -> dict[str, float]:
+def _by_name(
+    thresholds: float | list[float] | dict[str, float], early: list[str]
+) -> dict[str, float]:
     if isinstance(thresholds, dict):
         if unknown := sorted(set(thresholds) - set(early)):
             raise PolicyError(
@@ -130,11 +135,16 @@ def _by_name(thresholds: float | list[float] | dict[str, float], early: list[str
             )
         found = dict(zip(early, thresholds, strict=True))
     else:
-        found = dict.fromkeys(early, float(thresholds))
+        found = dict.fromkeys(early, thresholds)
     for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise PolicyError(
+                f"the threshold of {name} is {value!r}, not a number",
+                fix="Use a number, inf or -inf.",
+            )
         if math.isnan(value):
             raise PolicyError(f"the threshold of {name} is NaN", fix="Use a number, inf or -inf.")
-    return found
+    return {name: float(value) for name, value in found.items()}
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
@@ -154,15 +164,21 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         return msgspec.convert(raw, Policy)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read ({error.strerror})", fix=fix) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (
+        msgspec.MsgspecError,
+        UnicodeDecodeError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise PolicyError(f"{path}: not a policy ({error})", fix=fix) from error
 
 
 def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     """Writes a policy as JSON; never and always are spelled out, for JSON has no infinity."""
     raw = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
-    raw["thresholds"] = _to_json(policy.thresholds)
     path = Path(path)
+    raw["thresholds"] = _to_json(policy.thresholds)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=1) + b"\n")
@@ -182,6 +198,8 @@ def _to_json(value: Any) -> Any:
         return {name: _to_json(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_to_json(one) for one in value]
+    if math.isnan(value):
+        raise PolicyError("a threshold is NaN", fix="Use a number, inf or -inf.")
     return {NEVER: "never", ALWAYS: "always"}.get(value, value)
 
 

@@ -1,0 +1,99 @@
+"""The command line: one verb per module, each imported only when it is used.
+
+`main` runs a verb and turns what comes out of it into what a shell understands: exit code 0 (done),
+1 (failed), 2 (wrong usage) or 3 (a check did not hold), and one line on stderr. Errors raised on
+purpose show no traceback; bugs always do. ``edgeexit --help`` imports neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from edgeexit import __version__
+from edgeexit.errors import EdgeExitError
+
+VERBS = {
+    "export": "Split a checkpoint, torch model or ONNX file at its exits into a bundle.",
+    "inspect": "Show what is in a bundle, and the bytes that cross each boundary.",
+    "check": "Verify a bundle on this device against its reference samples.",
+    "trace": "Record every exit's scores and predictions for a data set.",
+    "calibrate": "Choose thresholds from a trace for a risk that is acceptable.",
+    "run": "Answer inputs, and tell which exit answered.",
+    "bench": "Measure latency and throughput against the same model unsplit.",
+    "doctor": "Show what this machine has, what is missing, and the command that helps.",
+}
+"""Every verb and its one-line help, in the order in which a user meets them."""
+
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are the modules ``edgeexit.cli.<verb>``, imported when used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of `VERBS`."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Imports the verb's module and returns its ``command``."""
+        if name not in VERBS:
+            return None
+        command = importlib.import_module(f"edgeexit.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgeexit")
+def cli() -> None:
+    """Early exits that save real time on real devices.
+
+    A model with exits becomes a bundle on the workstation (export); the device checks it,
+    calibrates when to stop, runs it, and measures what that gained.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(args=arguments, prog_name="edgeexit", standalone_mode=False)
+        sys.stdout.flush()
+    except click.Abort:
+        _say("interrupted")
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except EdgeExitError as error:
+        _say(f"error: {error}")
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader has what it wanted (`| head`). Python would complain again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leaves as after an error, so that nothing half-written stays behind."""
+    sys.exit(128 + number)
+
+
+__all__ = ["cli", "main"]

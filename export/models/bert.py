@@ -30,7 +30,7 @@ def trunk(model: Model) -> Trunk:
         context=(Tensor(name="mask", dtype="float32", axes=["batch", 1, 1, "seq"]),),
         pool=first_token,
         widths=[width] * config.num_hidden_layers,
-        head=_Head(getattr(base, "pooler", None), model.classifier),
+        head=_Head(getattr(base, "pooler", None), model.classifier, getattr(model, "dropout", None)),
         classes=config.num_labels,
         example=text_example(names, config.vocab_size, config.pad_token_id or 0),
         limits={"seq": config.max_position_embeddings - offset},
@@ -83,10 +83,13 @@ class _Layer(nn.Module):
 class _Head(nn.Module):
     """BERT: pooler and classifier. RoBERTa: its classification head, which pools by itself."""
 
-    def __init__(self, pooler: nn.Module | None, classifier: nn.Module) -> None:
+    def __init__(
+        self, pooler: nn.Module | None, classifier: nn.Module, dropout: nn.Module | None
+    ) -> None:
         super().__init__()
         self.pooler = pooler
+        self.dropout = nn.Identity() if dropout is None else dropout
         self.classifier = classifier
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.classifier(state if self.pooler is None else self.pooler(state))
+        return self.classifier(state if self.pooler is None else self.dropout(self.pooler(state)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -109,6 +110,7 @@ class ExitClassifier(nn.Module):
         self.labels: tuple[str, ...] = ()
         self.preprocessing: Preprocessing | None = None
         self.tokenizer_file: str | None = None
+        self.preprocessing_sample: dict[str, np.ndarray] | None = None
         self.provenance: dict[str, str] = {}
 
     @property
@@ -173,6 +175,7 @@ class ExitClassifier(nn.Module):
             labels=self.labels,
             preprocessing=self.preprocessing,
             tokenizer_file=self.tokenizer_file,
+            preprocessing_sample=self.preprocessing_sample,
             provenance=self.provenance,
         )
 

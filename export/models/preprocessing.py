@@ -1,78 +1,191 @@
-"""A checkpoint's own preprocessing files, read into the schema that the device executes."""
+"""A checkpoint's own preprocessing, as the schema that the device executes, with a sample of it.
+
+transformers reads the checkpoint's files (so that old spellings and defaults mean what they mean there)
+and processes the sample; what the schema cannot express is refused, never left out. `edgeexit check`
+holds the device's result against the sample.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import transformers
 
 from edgeexit.errors import ExportError
 from edgeexit.manifest import ImagePreprocessing, TextPreprocessing
 
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}
+_WARPS_FROM = 384
+"""ConvNeXt's processor (ResNet's too) crops below this size and warps from it on."""
+_SAMPLE_TEXTS = (
+    "The film was better than anyone had hoped, and I would watch it again tomorrow.",
+    "No.",
+    "Was it 3.50 or 4? Größe, naïveté, 東京 — and an e-mail to nobody@example.org!",
+)
+Sample = dict[str, np.ndarray]
 
 
-def image_preprocessing(folder: Path) -> ImagePreprocessing | None:
+def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing, Sample] | None:
     """From ``preprocessor_config.json``; None when the checkpoint has none.
 
-    Raises `ExportError` for steps the schema cannot express, rather than leaving them out.
+    Args:
+        folder: The checkpoint.
+        channels: Of the images that the model takes.
+
+    Returns:
+        The schema and a sample ``{"image", "expected/pixel_values"}``: an image larger than the model's,
+        neither square nor smooth.
+
+    Raises:
+        ExportError: transformers cannot read it, or a step cannot be expressed.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text())
-    size = config.get("size") or {}
-    size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
-    crop = config.get("crop_size") if config.get("do_center_crop") else None
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    # Pillow is what the device has; torchvision's filters round differently.
+    pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _refused(path, f"transformers cannot read it ({_line(error)})") from error
+    schema = _image_schema(path, processor.to_dict(), type(processor).__name__, channels)
+    image = _sample_image(schema)
+    from PIL import Image
+
+    made = processor(Image.fromarray(image), return_tensors="np")["pixel_values"]
+    return schema, {"image": image, "expected/pixel_values": np.asarray(made, np.float32)}
+
+
+def _image_schema(
+    path: Path, config: Mapping[str, Any], processor: str, channels: int
+) -> ImagePreprocessing:
+    for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
+        if config.get(step):
+            raise _refused(path, f"{step} cannot be expressed")
+    if not config.get("do_resize", True):
+        raise _refused(path, "do_resize is false, and a graph takes images of one size")
+    if channels not in (1, 3):
+        raise _refused(path, f"the model takes {channels} channels, images have 1 or 3")
+    size = {key: value for key, value in dict(config["size"]).items() if value is not None}
     shortest = size.get("shortest_edge")
-    if config.get("crop_pct") is not None and shortest is not None and shortest < 384:
-        crop = crop or {"height": shortest, "width": shortest}
-        shortest = int(shortest / config["crop_pct"])
-    target = crop or ({"height": shortest, "width": shortest} if shortest else size)
-    resample = _RESAMPLE.get(config.get("resample", 2))
-    if resample is None or not {"height", "width"} <= set(target):
-        raise ExportError(
-            f"{path}: size {config.get('size')}, resample {config.get('resample')} cannot be expressed",
-            fix="Give height and width (or shortest_edge) and a PIL resample filter from 0 to 3.",
+    crop = dict(config["crop_size"]) if config.get("do_center_crop") else None
+    if shortest is not None and processor.startswith("ConvNext"):
+        if shortest >= _WARPS_FROM:
+            size, shortest = {"height": shortest, "width": shortest}, None
+        else:
+            crop = crop or {"height": shortest, "width": shortest}
+            shortest = int(shortest / config["crop_pct"])
+    elif crop is not None and shortest is None:
+        raise _refused(path, "a crop without shortest_edge cannot be expressed")
+    target = crop if shortest is not None else size
+    resample = _RESAMPLE.get(int(config.get("resample", 2)))
+    if resample is None or target is None or not {"height", "width"} <= target.keys():
+        raise _refused(
+            path, f"size {config['size']} with resample {config.get('resample')} cannot be expressed"
         )
     normalise = config.get("do_normalize", True)
-    mean = config.get("image_mean", [0.5] * 3) if normalise else [0.0]
-    std = config.get("image_std", [0.5] * 3) if normalise else [1.0]
     return ImagePreprocessing(
         input="pixel_values",
         height=target["height"],
         width=target["width"],
-        mode="L" if len(mean) == 1 and normalise else "RGB",
+        mode="L" if channels == 1 else "RGB",
         resample=resample,
         shortest_edge=shortest,
-        scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
-        mean=[float(value) for value in mean],
-        std=[float(value) for value in std],
+        scale=float(config["rescale_factor"]) if config.get("do_rescale", True) else 1.0,
+        mean=_per_channel(path, config["image_mean"] if normalise else 0.0, channels),
+        std=_per_channel(path, config["image_std"] if normalise else 1.0, channels),
     )
+
+
+def _per_channel(path: Path, value: float | Sequence[float], channels: int) -> list[float]:
+    values = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
+    if len(values) not in (1, channels):
+        raise _refused(path, f"{len(values)} means or deviations for {channels} channels")
+    return values * channels if len(values) == 1 else values
+
+
+def _sample_image(schema: ImagePreprocessing) -> np.ndarray:
+    """Slopes, stripes and noise, 3/2 times as wide as what the model sees and 5/4 as high."""
+    edge = schema.shortest_edge or 1
+    height, width = max(schema.height, edge) * 5 // 4, max(schema.width, edge) * 3 // 2
+    y, x = np.mgrid[0:height, 0:width]
+    random = np.random.RandomState(0)
+    planes = [
+        255 * (x / width * (1 - share) + share * y / height) * (1 + ((x + y) // 3) % 2) / 2
+        for share in (0.2, 0.5, 0.8)[: 1 if schema.mode == "L" else 3]
+    ]
+    noisy = np.stack(planes, -1) + random.randint(-20, 21, (height, width, len(planes)))
+    image = noisy.clip(0, 255).astype(np.uint8)
+    return image[..., 0] if schema.mode == "L" else image
 
 
 def text_preprocessing(
     folder: Path, inputs: Sequence[str], positions: int
-) -> tuple[TextPreprocessing | None, str | None]:
-    """From ``tokenizer.json`` and its config; (None, None) when the checkpoint has no tokenizer."""
+) -> tuple[TextPreprocessing, str, Sample] | None:
+    """From ``tokenizer.json`` and its config; None when the checkpoint has no tokenizer.
+
+    Args:
+        folder: The checkpoint.
+        inputs: Names of the inputs that the model takes.
+        positions: The longest sequence that the model takes.
+
+    Returns:
+        The schema, the tokenizer's file, and a sample ``{"text", "expected/<input>"}`` with padding and
+        truncation.
+
+    Raises:
+        ExportError: transformers cannot read it, or it pads on the left.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return None, None
-    config_path = folder / "tokenizer_config.json"
-    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    pad = config.get("pad_token", "[PAD]")
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    vocabulary = {t["content"]: t["id"] for t in json.loads(path.read_text()).get("added_tokens", [])}
-    limit = config.get("model_max_length", positions)
-    return (
-        TextPreprocessing(
-            max_length=int(min(limit, positions)),
-            ids="input_ids",
-            mask="attention_mask" if "attention_mask" in inputs else None,
-            types="token_type_ids" if "token_type_ids" in inputs else None,
-            pad_id=vocabulary.get(pad, 0),
-            pad_token=pad,
-        ),
-        str(path),
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _refused(path, f"transformers cannot read it ({_line(error)})") from error
+    if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
+        raise _refused(path, "padding or truncation on the left cannot be expressed")
+    if tokenizer.pad_token_id is None:
+        raise _refused(path, "it has no padding token")
+    schema = TextPreprocessing(
+        max_length=int(min(tokenizer.model_max_length, positions)),
+        ids="input_ids",
+        mask="attention_mask" if "attention_mask" in inputs else None,
+        types="token_type_ids" if "token_type_ids" in inputs else None,
+        pad_id=int(tokenizer.pad_token_id),
+        pad_token=str(tokenizer.pad_token),
     )
+    texts = [*_SAMPLE_TEXTS, " ".join([_SAMPLE_TEXTS[0]] * (schema.max_length // 12 + 1))]
+    made = tokenizer(
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=schema.max_length,
+        return_token_type_ids=schema.types is not None,
+        return_tensors="np",
+    )
+    expected = {f"expected/{name}": np.asarray(made[name], np.int64) for name in inputs}
+    return schema, str(path), {"text": np.array(texts), **expected}
+
+
+def _refused(path: Path, why: str) -> ExportError:
+    return ExportError(
+        f"{path}: {why}",
+        fix="Correct it, or move it away: the bundle then takes finished inputs (.npz) only.",
+    )
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _version() -> int:
+    return int(transformers.__version__.split(".")[0])

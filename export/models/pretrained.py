@@ -6,10 +6,12 @@ preprocessing and tokenizer from the checkpoint's own files.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 import transformers
 
 from edgeexit.errors import ExportError, UsageError
@@ -47,11 +49,9 @@ def from_pretrained(
         ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds no
             exits for the layers asked for.
     """
-    folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
-        raise ExportError(f"{path} does not exist", fix="Give a checkpoint directory or a hub id.")
+    folder = _local(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(
             f"{path}: not a transformers checkpoint ({str(error).splitlines()[0][:200]})",
@@ -66,7 +66,7 @@ def from_pretrained(
             "(edgeexit/export/models/bert.py is the example) and give it as module:function.",
         )
     module_name, reader, task = family
-    saved = saved_exits(folder) if folder.is_dir() else None
+    saved = saved_exits(folder)
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is not there)",
@@ -75,24 +75,42 @@ def from_pretrained(
         )
     wanted = list(saved or [] if exits is None else exits)
     try:
-        model = getattr(transformers, reader).from_pretrained(path, attn_implementation="eager")
+        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers them on request.
+        with _without_bars():
+            model, found = getattr(transformers, reader).from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})",
             fix="Check the checkpoint with transformers' from_pretrained.",
         ) from error
+    if found["missing_keys"] and not untrained:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, which its "
+            "classifier needs",
+            fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
+            "measure latency with random weights.",
+        )
     adapter = importlib.import_module(f"edgeexit.export.models.{module_name}")
-    classifier = ExitClassifier(model.eval(), adapter.trunk(model), wanted)
+    images = None
+    if task == "image-classification":
+        images = image_preprocessing(folder, config.num_channels)
+        size = (images[0].height, images[0].width) if images else None
+        trunk = adapter.trunk(model.eval(), size)
+    else:
+        trunk = adapter.trunk(model.eval())
+    classifier = ExitClassifier(model, trunk, wanted)
     missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
     if missing and not untrained:
         raise UsageError(
             f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
             fix="Choose among the trained ones, or pass untrained=True (--untrained-exits).",
         )
-    if saved and not missing:
+    if saved is not None and not missing:
         load_exits(classifier, folder)
     classifier.eval()
-    classifier.name = folder.name
+    classifier.name = Path(path).resolve().name
     classifier.task = task
     labels = config.id2label or {}
     classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
@@ -100,11 +118,53 @@ def from_pretrained(
         "model_type": config.model_type,
         "exits": "trained" if classifier.trained else "untrained",
     }
-    if folder.is_dir():
-        if task == "image-classification":
-            classifier.preprocessing = image_preprocessing(folder)
-        else:
-            names = [tensor.name for tensor in classifier.trunk.inputs]
-            found = text_preprocessing(folder, names, classifier.trunk.limits["seq"])
-            classifier.preprocessing, classifier.tokenizer_file = found
+    if images:
+        classifier.preprocessing, classifier.preprocessing_sample = images
+    elif task == "text-classification":
+        names = [tensor.name for tensor in trunk.inputs]
+        if texts := text_preprocessing(folder, names, trunk.limits["seq"]):
+            classifier.preprocessing, classifier.tokenizer_file, sample = texts
+            classifier.preprocessing_sample = sample
     return classifier
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers' own progress bars off stderr, which is the command line's."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _local(path: str | Path) -> Path:
+    """The checkpoint's directory; that of a hub id is fetched into (or found in) the hub's cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ExportError(f"{path} is a file", fix="Give a checkpoint directory or a hub id.")
+    absent = ExportError(f"{path} does not exist", fix="Give a checkpoint directory or a hub id.")
+    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        raise absent
+    import huggingface_hub
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            found = huggingface_hub.snapshot_download(
+                str(path),
+                allow_patterns=["*.json", "*.txt", weights],
+                ignore_patterns=["*/*", "training_args.bin"],
+            )
+            if any(Path(found).glob(weights)):
+                break
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path}: neither a directory nor to be had from the hub "
+            f"({str(error).splitlines()[0][:200]})",
+            fix="Check the name and the network, or fetch it elsewhere and give the directory.",
+        ) from error
+    return Path(found)

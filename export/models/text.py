@@ -22,6 +22,14 @@ class AdditiveMask(nn.Module):
         return dropped * torch.finfo(dtype).min
 
 
+class KeptMask(nn.Module):
+    """``[batch, seq]`` of ones (tokens) and zeros (padding) as the state's type, for layers that choose
+    by themselves what to do with padding."""
+
+    def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return attention_mask.to(dtype)
+
+
 def first_token(state: torch.Tensor) -> torch.Tensor:
     """State of the first token ([CLS], <s>): ``[batch, seq, hidden] -> [batch, hidden]``."""
     return state[:, 0]
@@ -36,7 +44,11 @@ def text_example(
         generator = torch.Generator().manual_seed(rows)
         shape = (rows, EXAMPLE_TOKENS)
         ids = torch.randint(0, vocabulary, shape, generator=generator)
-        lengths = torch.tensor([EXAMPLE_TOKENS - (3 * row) % (EXAMPLE_TOKENS - 2) for row in range(rows)])
+        # Padding among the tokens is nothing a tokenizer makes, and RoBERTa counts positions by it.
+        ids = torch.where(ids == pad_id, (pad_id + 1) % vocabulary, ids)
+        lengths = torch.tensor(
+            [EXAMPLE_TOKENS - (3 * row) % (EXAMPLE_TOKENS - 2) for row in range(rows)]
+        )
         mask = (torch.arange(EXAMPLE_TOKENS)[None, :] < lengths[:, None]).to(torch.int64)
         ids = torch.where(mask.bool(), ids, torch.full_like(ids, pad_id))
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}

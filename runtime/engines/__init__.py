@@ -1,12 +1,12 @@
 """Engines: what executes a segment. One module per engine library, imported when it is asked for.
 
-An engine opens graphs; an opened graph binds buffers once and then runs many times. `Engine`, `Graph`,
-`Binding` and `Slot` are all the chain knows of it.
+An engine opens graphs; an opened graph binds buffers once and then runs many times. `Engine`,
+`Graph` and `Slot` are all the chain knows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,18 +32,17 @@ Bound = tuple[Slot, np.dtype, tuple[int, ...]]
 """A tensor's place: slot, dtype, shape."""
 
 
-class Binding(Protocol):
-    """A graph with buffers for one set of shapes."""
-
-    def run(self) -> None:
-        """Runs the graph over the bound buffers; returns when the outputs are there."""
-
-
 class Graph(Protocol):
     """An opened graph."""
 
-    def bind(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Binding:
-        """Binds buffers. Outputs that are left out are not computed."""
+    def bind(
+        self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
+    ) -> Callable[[], object]:
+        """Binds buffers and returns the call that runs the graph over them.
+
+        Outputs that are left out are not computed. The call returns when the outputs are there, and
+        raises the library's own exceptions, which the chain turns into `EngineError`.
+        """
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Runs once to learn the shapes of outputs that the manifest leaves open."""

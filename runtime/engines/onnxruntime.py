@@ -1,9 +1,9 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
 Three settings matter, each measured in benchmarks/README.md. Sessions share one arena, or a chain
-of twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions steal the
-cores of the one that runs. The binding is run through the compiled session: the Python wrapper around
-it costs more than a small segment's hand-over.
+of twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions steal
+the cores of the one that runs. The binding is run through the compiled session: the Python wrapper
+around it costs more than a small segment's hand-over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,8 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise EngineError(
-            f"ONNX Runtime cannot be imported ({error})", fix='Install it: pip install "edgeexit[cpu]".'
+            f"ONNX Runtime cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[cpu]".',
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EngineError(
@@ -53,7 +54,9 @@ def import_onnxruntime() -> Any:
 def _share_arena() -> bool:
     """Registers the arena that edgeexit's sessions share. Other sessions do not use it."""
     ort = import_onnxruntime()
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
     try:
         ort.create_and_register_allocator(memory, None)
     except Exception as error:
@@ -69,8 +72,8 @@ _process_pool: list[int] = []
 def install_process_pool(threads: int | None = None) -> None:
     """Installs ONNX Runtime's global thread pool for this whole process.
 
-    Every session created later must use it: default sessions made elsewhere in the process then fail.
-    Must come before the process's first session.
+    Every session created later must use it: default sessions made elsewhere in the process then
+    fail. Older versions of ONNX Runtime refuse once the process has made a session.
     """
     if _process_pool:
         return
@@ -83,6 +86,7 @@ def install_process_pool(threads: int | None = None) -> None:
             fix="Ask for it before the first ONNX Runtime session of the process, or leave it out.",
         ) from error
     _process_pool.append(count)
+    _share_arena.cache_clear()  # ONNX Runtime starts a new environment, without the arena
 
 
 def available_cores() -> int:
@@ -95,8 +99,8 @@ class OnnxRuntimeEngine:
 
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
-        threads: A pool per session that blocks while idle (``blocking``) or spins, that many threads,
-            or the pool of the process (see `install_process_pool`).
+        threads: A pool per session that blocks while idle (``blocking``) or spins, that many
+            threads, or the pool of the process (see `install_process_pool`).
     """
 
     def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
@@ -107,6 +111,12 @@ class OnnxRuntimeEngine:
             raise UsageError(
                 f"threads={threads!r} is not a thread setting",
                 fix='Use a number from 1 up, "blocking", "spinning" or "process".',
+            )
+        if _process_pool and threads != "process":
+            raise EngineError(
+                f'threads={threads!r} cannot be had: this process took threads="process" before, '
+                "and sessions with pools of their own then fail",
+                fix='Load with threads="process" here too, or in another process.',
             )
         available = self._ort.get_available_providers()
         if PROVIDERS[name] not in available:
@@ -138,8 +148,8 @@ class OnnxRuntimeEngine:
             session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
         except Exception as error:
             raise EngineError(
-                f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load it: "
-                f"{str(error).splitlines()[0][:300]}",
+                f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
+                f"it: {str(error).splitlines()[0][:300]}",
                 fix="`edgeexit check BUNDLE` tells whether the bundle is whole; an older opset "
                 "(export --opset) suits an older library.",
             ) from error
@@ -149,7 +159,7 @@ class OnnxRuntimeEngine:
                 f"{session.get_providers()[0]}",
                 fix="Check the driver and CUDA libraries with `edgeexit doctor`.",
             )
-        return OnnxRuntimeGraph(self._ort, session, path.name, self._device)
+        return OnnxRuntimeGraph(self._ort, session, self._device)
 
     def open_all(self, paths: list[Path]) -> list[OnnxRuntimeGraph]:
         """Opens several graphs, side by side where cores allow: opening is mostly optimisation."""
@@ -184,14 +194,15 @@ def _is_count(threads: object) -> bool:
 class OnnxRuntimeGraph:
     """One session."""
 
-    def __init__(self, ort: Any, session: Any, name: str, device: str) -> None:
+    def __init__(self, ort: Any, session: Any, device: str) -> None:
         self._ort = ort
         self._session = session
-        self._name = name
         self._device = device
         self._outputs = [output.name for output in session.get_outputs()]
 
-    def bind(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> OnnxRuntimeBinding:
+    def bind(
+        self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
+    ) -> Callable[[], object]:
         """Binds buffers for one set of shapes; runs only what the given outputs need."""
         binding = self._session.io_binding()
         for name, (slot, dtype, shape) in inputs.items():
@@ -202,7 +213,7 @@ class OnnxRuntimeGraph:
         options.log_severity_level = 3
         if len(outputs) < len(self._outputs):
             options.only_execute_path_to_fetches = True
-        return OnnxRuntimeBinding(self._session, binding, options, self._name)
+        return _runner(self._session, binding, options)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Runs once with outputs that ONNX Runtime allocates, and reads their shapes."""
@@ -211,36 +222,22 @@ class OnnxRuntimeGraph:
             binding.bind_input(name, slot.device, 0, dtype.type, shape, slot.pointer)
         for name in self._outputs:
             binding.bind_output(name, self._device)
-        OnnxRuntimeBinding(self._session, binding, self._ort.RunOptions(), self._name).run()
+        _runner(self._session, binding, self._ort.RunOptions())()
         values = binding.get_outputs()
         return {n: tuple(v.shape()) for n, v in zip(self._outputs, values, strict=True)}
 
 
-class OnnxRuntimeBinding:
-    """A session with buffers bound."""
+def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
+    """A call of the session over bound buffers, with as little Python around it as there can be.
 
-    def __init__(self, session: Any, binding: Any, options: Any, name: str) -> None:
-        # The wrapper's own run_with_iobinding checks for WebGPU capture first, which took 70 us a call
-        # in ONNX Runtime 1.31; the compiled session under it takes 5 us.
-        inner = getattr(session, "_sess", None)
-        inner_binding = getattr(binding, "_iobinding", None)
-        if inner is not None and inner_binding is not None:
-            self._run, self._binding = inner.run_with_iobinding, inner_binding
-        else:
-            self._run, self._binding = session.run_with_iobinding, binding
-        self._options = options
-        self._keep = (session, binding)
-        self._name = name
-
-    def run(self) -> None:
-        """Runs over the bound buffers. Raises `EngineError` with ONNX Runtime's reason."""
-        try:
-            self._run(self._binding, self._options)
-        except Exception as error:
-            raise EngineError(
-                f"{self._name}: ONNX Runtime failed: {str(error).splitlines()[0][:300]}",
-                fix="Check the sizes of the inputs against `edgeexit inspect`.",
-            ) from error
+    The wrapper's own run_with_iobinding checks for WebGPU capture first, which took 70 us a call in
+    ONNX Runtime 1.31; the compiled session under it takes 5 us.
+    """
+    inner = getattr(session, "_sess", None)
+    inner_binding = getattr(binding, "_iobinding", None)
+    if inner is None or inner_binding is None:
+        return functools.partial(session.run_with_iobinding, binding, options)
+    return functools.partial(inner.run_with_iobinding, inner_binding, options)
 
 
 class DeviceSlot:

@@ -1,0 +1,143 @@
+"""Builds what the chain is measured against: other graphs of the same model, over the same weights.
+
+`merged`: all segments as one graph without exits. `first K`: the segments up to exit K and its head, as
+one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind every exit,
+each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight store, so that
+`Bundle` and `runtime.load_unsplit` open them as they open the bundle's own unsplit graph.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from edgeexit.bundle import WEIGHTS, Bundle, open_bundle, sha256_of
+from edgeexit.export.graphs import save_graph
+from edgeexit.export.merge import merge
+from edgeexit.manifest import File, Tensor, Variant
+
+THRESHOLDS = "thresholds"
+"""Input of the nested graph: one threshold per early exit, so that any path can be forced."""
+
+
+def build(bundle: Bundle, folder: Path) -> None:
+    """Writes every graph."""
+    (folder / "graphs").mkdir(parents=True, exist_ok=True)
+    weights = folder / WEIGHTS
+    shutil.copyfile(bundle.path / WEIGHTS, weights)  # a link would be refused by every reader
+    (chain,) = bundle.manifest.chains.values()
+    exits = [leave for part in chain.segments for leave in part.exits]
+    for count in range(1, len(exits) + 1):
+        name = "merged" if count == len(exits) else f"first_{count}"
+        answer = exits[count - 1].outputs["logits"]
+        model = merge(_segments(bundle)[:count], [answer], name=name)
+        value = model.graph.outputs[0]
+        value.name = "logits"
+        save_graph(model, str(folder / f"graphs/{name}.onnx"))
+    save_graph(_nested(bundle), str(folder / "graphs/nested.onnx"))
+
+
+def open_graph(bundle: str, folder: str, name: str) -> Bundle:
+    """The bundle with one of these graphs in the place of its unsplit one."""
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    file = f"graphs/{name}.onnx"
+    path = Path(folder) / file
+    inputs = list(manifest.inputs)
+    if name == "nested":
+        early = len(opened.exits()) - 1
+        inputs.append(Tensor(name=THRESHOLDS, dtype="float32", axes=[early], row_axis=None))
+    listed = manifest.files | {file: File(sha256=sha256_of(path), bytes=path.stat().st_size)}
+    manifest = msgspec.structs.replace(
+        manifest, inputs=inputs, unsplit=[Variant(graph=file)], files=listed
+    )
+    return Bundle(path=Path(folder), manifest=manifest, digest=opened.digest)
+
+
+def _segments(bundle: Bundle) -> list[ir.Model]:
+    (chain,) = bundle.manifest.chains.values()
+    return [ir.load(bundle.path / part.variants[0].graph) for part in chain.segments]
+
+
+def _nested(bundle: Bundle, score: str = "max_prob") -> ir.Model:
+    (chain,) = bundle.manifest.chains.values()
+    models = _segments(bundle)
+    early = len(models) - 1
+    thresholds = ir.Value(
+        name=THRESHOLDS, shape=ir.Shape([early]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    initializers: list[ir.Value] = []
+    inputs = list(models[0].graph.inputs)
+    known = {str(value.name): value for value in inputs}
+    bodies: list[list[ir.Node]] = []
+    for number, model in enumerate(models):
+        graph = model.graph
+        if number:
+            for value in list(graph.inputs):
+                value.replace_all_uses_with(known[str(value.name)])
+        known |= {str(value.name): value for value in graph.outputs}
+        made = set(map(id, graph.outputs))
+        graph.inputs.clear()
+        graph.outputs.clear()
+        for value in list(graph.initializers.values()):
+            del graph.initializers[str(value.name)]
+            value.name = f"{number}/{value.name}"
+            initializers.append(value)
+        nodes = list(graph)
+        for node in nodes:
+            graph.remove(node)
+            for value in node.outputs:
+                if id(value) not in made:
+                    value.name = f"{number}/{value.name}"
+                    value.shape = None
+        bodies.append(nodes)
+    answers = [known[part.exits[0].outputs["logits"]] for part in chain.segments]
+    result, inner = answers[-1], bodies[-1]
+    for number in reversed(range(early)):
+        index = ir.Value(
+            name=f"{number}/index", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
+        )
+        index.const_value = ir.tensor(np.array([number], np.int64), name=index.name)
+        initializers.append(index)
+        threshold = ir.node("Gather", [thresholds, index], name=f"{number}/threshold")
+        score_value = known[chain.segments[number].exits[0].scores[score]]
+        fires = ir.node(
+            "GreaterOrEqual", [score_value, threshold.outputs[0]], name=f"{number}/fires"
+        )
+        copy = ir.node("Identity", [answers[number]], name=f"{number}/answer")
+        branch = ir.node(
+            "If",
+            [fires.outputs[0]],
+            {
+                "then_branch": ir.Graph([], copy.outputs, nodes=[copy], name=f"exit_{number}"),
+                "else_branch": ir.Graph([], [result], nodes=inner, name=f"on_{number}"),
+            },
+            name=f"{number}/if",
+        )
+        copy.outputs[0].name = f"{number}/answer_then"
+        threshold.outputs[0].name = f"{number}/threshold_now"
+        fires.outputs[0].name = f"{number}/fires_now"
+        branch.outputs[0].name = f"{number}/result"
+        for value, like in ((copy.outputs[0], result), (branch.outputs[0], result)):
+            value.type, value.shape = like.type, like.shape
+        inner = [*bodies[number], threshold, fires, branch]
+        result = branch.outputs[0]
+    result.name = "logits"
+    model = ir.Model(
+        ir.Graph(
+            [*inputs, thresholds],
+            [result],
+            nodes=inner,
+            initializers=initializers,
+            opset_imports=models[0].opset_imports,
+            name="nested",
+        ),
+        ir_version=models[0].ir_version,
+    )
+    passes.RemoveUnusedNodesPass()(model)
+    return model

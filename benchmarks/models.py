@@ -1,0 +1,121 @@
+"""Makes the models that `split.py` measures: random weights in the shape of BERT, exits behind every layer.
+
+Run as a child process, ``python benchmarks/models.py checkpoint|export ...``, so that the memory it takes
+can be told from the caller's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A BERT classifier and the inputs it is measured with."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    tokens: int
+    vocabulary: int = 30522
+    labels: int = 4
+
+
+SHAPES = {
+    "large": Shape("large", layers=12, width=768, heads=12, tokens=128),
+    "small": Shape("small", layers=12, width=256, heads=4, tokens=32),
+}
+QUICK = {
+    "large": Shape("large-quick", layers=4, width=256, heads=4, tokens=64, vocabulary=1000),
+    "small": Shape("small-quick", layers=4, width=64, heads=2, tokens=16, vocabulary=1000),
+}
+
+
+def make_checkpoint(shape: Shape, folder: Path) -> None:
+    """Saves a checkpoint with random weights and random exits."""
+    import torch
+    import transformers
+
+    from edgeexit.export.models import from_pretrained
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width,
+        vocab_size=shape.vocabulary,
+        num_labels=shape.labels,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    from_pretrained(folder, exits=range(1, shape.layers), untrained=True).save_pretrained(folder)
+
+
+def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
+    """Exports a checkpoint. Returns seconds, and bytes of memory above what the imports took."""
+    import torch  # noqa: F401
+
+    from edgeexit.export import export_model
+    from edgeexit.export.models import from_pretrained
+
+    _warm_exporter()
+    before = _peak_bytes()
+    started = time.perf_counter()
+    model = from_pretrained(checkpoint).exit_model()
+    written = export_model(model, bundle, overwrite=True)
+    seconds = time.perf_counter() - started
+    weights = written.weights_bytes
+    return {
+        "seconds": round(seconds, 2),
+        "memory_above_imports_bytes": _peak_bytes() - before,
+        "memory_above_imports_of_weights": round((_peak_bytes() - before) / weights, 3),
+        "bundle_bytes": sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
+        "weights_bytes": weights,
+    }
+
+
+def _warm_exporter() -> None:
+    """Exports one Linear: torch.onnx and what it needs are imported at the first export."""
+    import torch
+
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        torch.nn.Linear(2, 2),
+        (torch.zeros(2, 2),),
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+    )
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """The child's command line; ``export`` prints one JSON object as its last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=["checkpoint", "export"])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--shape", type=json.loads, help="fields of a Shape, as JSON")
+    given = parser.parse_args()
+    if given.job == "checkpoint":
+        make_checkpoint(Shape(**given.shape), given.checkpoint)
+    else:
+        print(json.dumps(export(given.checkpoint, given.bundle)))
+
+
+def as_json(shape: Shape) -> str:
+    """A shape as `main` reads it."""
+    return json.dumps(asdict(shape))
+
+
+if __name__ == "__main__":
+    main()

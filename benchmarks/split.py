@@ -1,0 +1,388 @@
+"""What splitting costs and saves: the chain against every other way to run the same early-exit model.
+
+    python benchmarks/split.py                 # both shapes, about twelve minutes on two cores
+    python benchmarks/split.py --shape small
+    python benchmarks/split.py --quick         # tiny shapes: does the script run?
+
+Every figure is a median of ratios of neighbouring blocks, each side in a process and a thread setting
+of its own (edgeexit/measure/sidebyside.py). benchmarks/README.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import graphs
+import models
+import numpy as np
+from results import HERE, SCRATCH, save, say, verdict
+
+from edgeexit import runtime
+from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.measure import environment
+from edgeexit.measure.bench import prepare_inputs, share_of_ideal
+from edgeexit.measure.sidebyside import Lane, Side, alternate, best_setting, spread, warm
+from edgeexit.measure.subjects import settings, write_inputs
+from edgeexit.runtime.engines.onnxruntime import available_cores
+from edgeexit.runtime.policy import write_policy
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    seconds: float
+    pair_rounds: int
+    loads: int
+    search: bool = True
+
+
+EFFORTS = {
+    "large": Effort(seconds=25, pair_rounds=7, loads=4),
+    "small": Effort(seconds=20, pair_rounds=15, loads=5),
+    "quick": Effort(seconds=1, pair_rounds=5, loads=2, search=False),
+}
+
+
+def main() -> None:
+    """Measures the shapes asked for and writes one result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=["large", "small"], action="append")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
+    parser.add_argument("--keep", action="store_true", help="use the bundles of the last run")
+    given = parser.parse_args()
+    watch = environment.Watch()
+    chosen = given.shape or ["small", "large"]
+    result: dict[str, Any] = {"imports": import_time()}
+    say(f"import edgeexit.runtime: {result['imports']}")
+    for name in chosen:
+        shape = (models.QUICK if given.quick else models.SHAPES)[name]
+        effort = EFFORTS["quick" if given.quick else name]
+        result[name] = measure(shape, effort, keep=given.keep)
+    result["verdicts"] = verdicts(result)
+    result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
+    result["environment"]["machine"].pop("other_load_cores")  # children's time is not counted here
+    save("split" if len(chosen) == 2 else f"split-{chosen[0]}", result, quick=given.quick)
+
+
+def import_time() -> dict[str, Any]:
+    """Seconds that ``import edgeexit.runtime`` takes in a fresh interpreter, and what it brings."""
+    code = (
+        "import time; t = time.perf_counter(); import edgeexit.runtime; t = time.perf_counter() - t; "
+        "import sys; print(t, [m for m in ('torch', 'transformers', 'onnx', 'onnxruntime') "
+        "if m in sys.modules])"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(7)
+    ]
+    seconds, _, heavy = runs[0].stdout.strip().partition(" ")
+    times = [float(run.stdout.split()[0]) for run in runs]
+    return {"seconds": round(statistics.median(times), 4), "heavy_modules": heavy}
+
+
+def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any]:
+    """Every figure of one shape."""
+    folder = SCRATCH / shape.name
+    found: dict[str, Any] = {"shape": asdict(shape)}
+    say(f"{shape.name}: checkpoint, export, graphs")
+    found["export"] = prepare(shape, folder, keep=keep)
+    bundle = open_bundle(folder / "bundle")
+    found["bundle_digest"] = bundle.digest
+    inputs = folder / "inputs.npz"
+    write_inputs(inputs, [tokens(shape, 1, seed) for seed in range(16)])
+    arguments = {"bundle": str(bundle.path), "inputs": str(inputs)}
+    built = arguments | {"folder": str(folder / "graphs")}
+    with contextlib.ExitStack() as stack:
+        opener = _Opener(stack, effort)
+        subjects = "edgeexit.measure.subjects"
+        options = settings("cpu", available_cores()) if effort.search else ["blocking"]
+        chain = opener.open("chain", f"{subjects}:chain", arguments, "all", options)
+        direct = opener.open("direct", f"{subjects}:unsplit", arguments, "unsplit", options)
+        like_direct = [opener.chosen["direct"]]  # found for one large graph, so good for another
+        merged = opener.open(
+            "merged", "subjects:graph", built | {"name": "merged"}, "unsplit", like_direct
+        )
+        found |= split_tax(chain, direct, merged, effort)
+        say(f"  split tax {found['split_tax']}")
+        merged.close()
+        last = f"path:exit_{shape.layers}"
+        first = opener.open("first", "subjects:first", built, "forced:exit_1", like_direct)
+        found["against_truncated"] = pairs(chain, first, "forced", shape, effort)
+        first.close()
+        for name, given, tried in (
+            ("nested", built, [*like_direct, *(o for o in options[:2] if o not in like_direct)]),
+            ("naive", arguments, options),
+            ("eager", arguments | {"checkpoint": str(folder / "checkpoint")}, eager_settings(effort.search)),
+        ):
+            with opener.open(name, f"subjects:{name}", given, last, tried) as side:
+                found[f"against_{name}"] = pairs(chain, side, "path", shape, effort)
+            say(f"  against {name}: {[one['ratio'] for one in found[f'against_{name}']]}")
+        found["threads"] = {name: str(setting) for name, setting in opener.chosen.items()}
+        found["thread_search"] = opener.searched
+    say("  loading and memory")
+    found |= loading(arguments, effort)
+    say("  batches of 32")
+    found["batch_32"] = batches(shape, bundle, folder, opener.chosen["chain"], effort)
+    return found
+
+
+def prepare(shape: models.Shape, folder: Path, *, keep: bool) -> dict[str, Any]:
+    """Checkpoint, bundle and the other graphs; what the export took."""
+    import json
+
+    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    facts = folder / "export.json"
+    if keep and facts.is_file():
+        return json.loads(facts.read_text())
+    script = [sys.executable, str(HERE / "models.py")]
+    subprocess.run(
+        [*script, "checkpoint", str(checkpoint), "--shape", models.as_json(shape)],
+        check=True,
+        capture_output=True,
+    )
+    made = subprocess.run(
+        [*script, "export", str(checkpoint), "--bundle", str(bundle)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(made.stdout.splitlines()[-1])
+    found["bundle_of_weights"] = round(found["bundle_bytes"] / found["weights_bytes"], 4)
+    opened = open_bundle(bundle)
+    graphs.build(opened, folder / "graphs")
+    facts.write_text(json.dumps(found))
+    return found
+
+
+def tokens(shape: models.Shape, rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Random token ids ``[rows, tokens]``, no padding."""
+    size = (rows, shape.tokens)
+    ids = np.random.default_rng(seed).integers(0, shape.vocabulary, size)
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones(size, np.int64),
+        "token_type_ids": np.zeros(size, np.int64),
+    }
+
+
+class _Opener:
+    """Opens sides in their best settings, and remembers which those were."""
+
+    def __init__(self, stack: contextlib.ExitStack, effort: Effort) -> None:
+        self._stack = stack
+        self._seconds = min(2.0, effort.seconds / 5)
+        self.chosen: dict[str, Any] = {}
+        self.searched: dict[str, dict[str, float]] = {}
+
+    def open(
+        self, name: str, subject: str, arguments: dict[str, Any], case: str, tried: list[Any]
+    ) -> Side:
+        def make(setting: Any) -> Side:
+            given = arguments | {"threads": setting}
+            return Side(subject, given, folder=str(HERE), name=name)
+
+        side, best, relative = best_setting(make, case, tried, seconds=self._seconds)
+        self._stack.callback(side.close)
+        self.chosen[name], self.searched[name] = best, relative
+        return side
+
+
+def eager_settings(search: bool) -> list[list[Any]]:
+    """Thread counts and attention implementations that PyTorch is tried with."""
+    counts = sorted({1, available_cores()}, reverse=True)
+    if not search:
+        return [[counts[0], "sdpa"]]
+    return [[count, attention] for count in counts for attention in ("sdpa", "eager")]
+
+
+def split_tax(chain: Side, direct: Side, merged: Side, effort: Effort) -> dict[str, Any]:
+    """All scores consulted, none fires, against the faster of the two unsplit graphs."""
+    lanes = {
+        "direct": Lane("direct", direct, "unsplit"),
+        "merged": Lane("merged", merged, "unsplit"),
+    }
+    against = {}
+    warm([*lanes.values()])
+    alternate(lanes["direct"], [lanes["merged"]], seconds=effort.seconds / 2)
+    merged_ratio = statistics.median(lanes["merged"].ratios)
+    for name, lane in lanes.items():
+        full = Lane("all", chain, "all")
+        warm([full])
+        alternate(lane, [full], seconds=effort.seconds)
+        against[name] = {
+            "split_tax": round(statistics.median(full.ratios), 4),
+            "spread": round(spread(full.ratios), 4),
+            "blocks": len(full.ratios),
+            "chain_p50_ms": round(statistics.median(full.times_ms), 4),
+            "unsplit_p50_ms": round(statistics.median(lane.times_ms), 4),
+        }
+    baseline = "merged" if merged_ratio < 1 else "direct"
+    return {
+        "baseline": baseline,
+        "merged_to_direct": round(merged_ratio, 4),
+        "split_tax": against[baseline]["split_tax"],
+        "split_tax_against": against,
+    }
+
+
+def pairs(
+    chain: Side, other: Side, kind: str, shape: models.Shape, effort: Effort
+) -> list[dict[str, Any]]:
+    """The chain against another side, exit by exit: chain's time ÷ the other's."""
+    found = []
+    for layer in range(1, shape.layers + 1):
+        case = f"{kind}:exit_{layer}"
+        if case not in other.cases:
+            continue
+        ours, theirs = Lane("chain", chain, case), Lane("other", other, case)
+        warm([ours, theirs], seconds=0.2)
+        block_ms = 40.0
+        per_round_s = (2 * block_ms + 15) / 1000
+        alternate(
+            theirs,
+            [ours],
+            seconds=effort.pair_rounds * per_round_s,
+            block_ms=block_ms,
+            min_block_runs=2,
+            min_runs=2 * effort.pair_rounds,
+            seed=layer,
+        )
+        found.append(
+            {
+                "exit": f"exit_{layer}",
+                "ratio": round(statistics.median(ours.ratios), 4),
+                "spread": round(spread(ours.ratios), 4),
+                "chain_p50_ms": round(statistics.median(ours.times_ms), 4),
+                "other_p50_ms": round(statistics.median(theirs.times_ms), 4),
+            }
+        )
+    return found
+
+
+def loading(arguments: dict[str, Any], effort: Effort) -> dict[str, Any]:
+    """Loading time and peak memory of chain and unsplit, in fresh processes that take turns."""
+    times: dict[str, list[float]] = {"chain": [], "unsplit": []}
+    peaks: dict[str, list[int]] = {"chain": [], "unsplit": []}
+    for done in range(effort.loads):
+        for what in ("chain", "unsplit") if done % 2 else ("unsplit", "chain"):
+            with Side("subjects:loading", arguments | {"what": what}, folder=str(HERE)) as side:
+                times[what].append(side.facts["load_s"])
+                side.run("unsplit", [0, 1, 2])
+                peaks[what].append(side.peak_bytes())
+    ratios = [a / b for a, b in zip(times["chain"], times["unsplit"], strict=True)]
+    median = {what: statistics.median(values) for what, values in peaks.items()}
+    return {
+        "loading": {
+            "ratio": round(statistics.median(ratios), 4),
+            "chain_s": round(statistics.median(times["chain"]), 4),
+            "unsplit_s": round(statistics.median(times["unsplit"]), 4),
+        },
+        "peak_memory": {
+            "ratio": round(median["chain"] / median["unsplit"], 4),
+            "chain_bytes": median["chain"],
+            "unsplit_bytes": median["unsplit"],
+        },
+    }
+
+
+def batches(
+    shape: models.Shape, bundle: Bundle, folder: Path, threads: Any, effort: Effort
+) -> dict[str, Any]:
+    """Batches of 32 with rows leaving at every exit alike: throughput against the ideal."""
+    rows, size = 128, 32
+    data = folder / "rows.npz"
+    np.savez(data, **tokens(shape, rows, 7))
+    thresholds = even_thresholds(bundle, tokens(shape, rows, 7))
+    policy = folder / "policy.json"
+    write_policy(runtime.Policy(thresholds=thresholds), policy)
+    inputs = prepare_inputs(bundle, str(data), size, str(folder), 0)
+    arguments = {"bundle": str(bundle.path), "inputs": inputs.path, "policy": str(policy)}
+    with Side("edgeexit.measure.subjects:chain", arguments | {"threads": threads}) as chain:
+        whole, natural = Lane("segments", chain, "segments"), Lane("natural", chain, "natural")
+        for lane in (whole, natural):
+            block = lane.side.run(lane.case, range(inputs.count), lead=False)
+            lane.expected_ms = statistics.median(block["times_ms"])
+        alternate(
+            whole,
+            [natural],
+            seconds=effort.seconds / 2,
+            block_ms=200.0,
+            min_block_runs=1,
+            min_runs=1,
+            whole=natural,
+        )
+    whole.mean_ratios = [1.0]
+    exits = np.concatenate([record["exits"] for record in natural.records])
+    return {
+        "of_ideal": round(share_of_ideal(natural, whole), 4),
+        "ratio_to_all_segments": round(statistics.median(natural.ratios), 4),
+        "rates": [round(float((exits == n).mean()), 4) for n in range(shape.layers)],
+        "blocks": len(natural.ratios),
+    }
+
+
+def even_thresholds(bundle: Bundle, rows: dict[str, np.ndarray]) -> list[float]:
+    """Thresholds under which about the same number of these rows leaves at every exit."""
+    with runtime.load(bundle) as model:
+        count = len(next(iter(rows.values())))
+        parts = [
+            model.trace({name: value[start : start + 32] for name, value in rows.items()}).scores
+            for start in range(0, count, 32)
+        ]
+    scores = [
+        np.concatenate([part[number]["max_prob"] for part in parts])
+        for number in range(len(parts[0]))
+    ]
+    left = np.ones(count, bool)
+    thresholds = []
+    for number, score in enumerate(scores[:-1]):
+        share = 1 / (len(scores) - number)
+        threshold = float(np.quantile(score[left], 1 - share))
+        thresholds.append(threshold)
+        left &= score < threshold
+    return thresholds
+
+
+def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The goals of the project, and which level each figure reached."""
+    figures = [("import edgeexit.runtime, s", result["imports"]["seconds"], "<=", 0.3, 0.3)]
+    for name, tax, eager in (("large", (1.03, 1.0), 1.3), ("small", (1.05, 1.02), 2.5)):
+        if name not in result:
+            continue
+        found = result[name]
+
+        def worst(key: str, found: dict[str, Any] = found) -> float:
+            return max(one["ratio"] for one in found[key])
+
+        figures += [
+            (f"{name}: split tax", found["split_tax"], "<=", *tax),
+            (f"{name}: forced exit ÷ truncated, worst", worst("against_truncated"), "<=", 1.05, 1.02),
+            (f"{name}: ÷ nested If, worst exit", worst("against_nested"), "<=", 1.0, 1.0),
+            (f"{name}: ÷ naive chain, worst exit", worst("against_naive"), "<=", 1.0, 1.0),
+            (f"{name}: eager PyTorch ÷ chain, worst", 1 / worst("against_eager"), ">=", eager, eager),
+            (f"{name}: bundle ÷ weights", found["export"]["bundle_of_weights"], "<=", 1.05, 1.05),
+            (f"{name}: loading ÷ unsplit", found["loading"]["ratio"], "<=", 1.5, 1.1),
+            (f"{name}: peak memory ÷ unsplit", found["peak_memory"]["ratio"], "<=", 1.2, 1.05),
+            (f"{name}: batch 32 of ideal", found["batch_32"]["of_ideal"], ">=", 0.8, 0.95),
+            (f"{name}: export, s", found["export"]["seconds"], "<=", 180.0, 180.0),
+            (
+                f"{name}: export memory ÷ weights",
+                found["export"]["memory_above_imports_of_weights"],
+                "<=",
+                2.5,
+                2.5,
+            ),
+        ]
+    return verdict(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Subjects for the workers that `split.py` starts: every way to run the same early-exit model.
+
+Each takes the bundle, the inputs' file and a thread setting, and offers the cases ``path:EXIT`` (all
+exits before EXIT consulted, EXIT fires) or a single case of its own. `loading` is made for its facts.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from edgeexit import runtime
+from edgeexit.bundle import open_bundle
+from edgeexit.measure.subjects import read_inputs, subject_of_unsplit
+from edgeexit.measure.worker import Case, Subject
+
+import graphs
+
+Threads = Any
+
+
+def graph(bundle: str, folder: str, name: str, inputs: str, threads: Threads) -> Subject:
+    """One of `graphs.build`'s graphs, bound as the bundle's own unsplit graph is."""
+    model = runtime.load_unsplit(graphs.open_graph(bundle, folder, name), threads=threads)
+    return subject_of_unsplit(model, inputs)
+
+
+def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
+    """Every model cut off behind K layers: cases ``forced:EXIT``."""
+    rows = read_inputs(inputs)
+    cases, models = {}, []
+    for number, leave in enumerate(open_bundle(bundle).exits()[:-1], start=1):
+        opened = graphs.open_graph(bundle, folder, f"first_{number}")
+        model = runtime.load_unsplit(opened, threads=threads)
+        models.append(model)
+        cases[f"forced:{leave.name}"] = Case(lambda row, model=model: model(rows[row]))
+    return Subject(cases, len(rows), close=lambda: [model.close() for model in models])
+
+
+def nested(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
+    """One graph with an ``If`` behind every exit."""
+    model = runtime.load_unsplit(graphs.open_graph(bundle, folder, "nested"), threads=threads)
+    rows = read_inputs(inputs)
+    exits = open_bundle(bundle).exits()
+    cases = {}
+    for place, leave in enumerate(exits):
+        thresholds = np.full(len(exits) - 1, np.inf, np.float32)
+        if place < len(exits) - 1:
+            thresholds[place] = -np.inf
+        fed = [row | {graphs.THRESHOLDS: thresholds} for row in rows]
+        cases[f"path:{leave.name}"] = Case(
+            lambda row, fed=fed: model(fed[row]), lambda result: result.outputs["logits"].tolist()
+        )
+    return Subject(cases, len(rows), close=model.close)
+
+
+def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
+    """A chain of sessions as one writes it first: ``run`` with numpy, every output fetched."""
+    import onnxruntime as ort
+
+    opened = open_bundle(bundle)
+    (chain,) = opened.manifest.chains.values()
+    if threads == "process":
+        ort.set_global_thread_pool_sizes(2, 1)
+    parts = []
+    for segment in chain.segments:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads == "process":
+            options.use_per_session_threads = False
+        elif threads != "spinning":
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            if threads != "blocking":
+                options.intra_op_num_threads = threads
+        path = str(opened.file(segment.variants[0].graph))
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        made = [value.name for value in session.get_outputs()]
+        parts.append((session, names, made, segment.exits[0]))
+    rows = read_inputs(inputs)
+
+    def run(row: int, thresholds: list[float]) -> np.ndarray:
+        known = dict(rows[row])
+        for (session, names, made, leave), threshold in zip(parts, thresholds, strict=True):
+            found = session.run(None, {name: known[name] for name in names})
+            known |= dict(zip(made, found, strict=True))
+            if known[leave.scores["max_prob"]][0] >= threshold:
+                break
+        return known[leave.outputs["logits"]]
+
+    return _paths(run, [part[3].name for part in parts], len(rows))
+
+
+def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subject:
+    """The same model in PyTorch, a Python ``if`` behind every layer. `threads`: count, attention."""
+    import torch
+
+    from edgeexit.export.models import from_pretrained
+
+    count, attention = threads
+    torch.set_num_threads(count)
+    names = [leave.name for leave in open_bundle(bundle).exits()]
+    depth = len(names)
+    torch.manual_seed(0)
+    model = from_pretrained(checkpoint, exits=range(1, depth), untrained=True)
+    model.model.set_attn_implementation(attention)
+    trunk, heads = model.trunk, model.heads
+    wanted = [tensor.name for tensor in trunk.inputs]
+    rows = [{k: torch.from_numpy(v) for k, v in row.items()} for row in read_inputs(inputs)]
+
+    @torch.inference_mode()
+    def run(row: int, thresholds: list[float]) -> np.ndarray:
+        state, *context = trunk.stem(*(rows[row][name] for name in wanted))
+        for number, layer in enumerate(trunk.layers):
+            state = layer(state, *context)
+            head = heads[names[number]] if number < depth - 1 else trunk.head
+            logits = head(state)
+            if torch.softmax(logits, -1).amax(-1).item() >= thresholds[number]:
+                break
+        return logits.numpy()
+
+    return _paths(run, names, len(rows))
+
+
+def loading(bundle: str, inputs: str, what: str, threads: Threads = "blocking") -> Subject:
+    """Loads the chain or the unsplit graph; the time it took is a fact. Its one case runs it."""
+    import onnxruntime  # noqa: F401, the time of importing the library is not the time of loading
+
+    load = runtime.load if what == "chain" else runtime.load_unsplit
+    started = time.perf_counter()
+    model = load(bundle, threads=threads)
+    took = time.perf_counter() - started
+    subject = subject_of_unsplit(model, inputs)
+    subject.facts["load_s"] = took
+    return subject
+
+
+def _paths(run: Any, names: list[str], rows: int) -> Subject:
+    cases = {}
+    for place, name in enumerate(names):
+        thresholds = [np.inf] * place + [-np.inf] * (len(names) - place)
+        cases[f"path:{name}"] = Case(
+            lambda row, thresholds=thresholds: run(row, thresholds), lambda logits: logits.tolist()
+        )
+    return Subject(cases, rows)

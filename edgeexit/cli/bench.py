@@ -1,0 +1,188 @@
+"""``edgeexit bench``: a bundle against the same model unsplit, on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeexit.cli.common import (
+    add_current_directory,
+    bundle_argument,
+    engine_option,
+    json_option,
+    print_json,
+    print_table,
+    progress_bar,
+    share,
+    verbosity_options,
+)
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(ms|s|m|min|h)", value)
+    if not found or float(found[1]) <= 0:
+        raise click.BadParameter(
+            f"{value!r} is not a time; give one with its unit, as in 30s or 2m."
+        )
+    return float(found[1]) * _UNITS_S[found[2]]
+
+
+def _threads(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    if value is None or value in ("blocking", "spinning", "process"):
+        return value
+    if value.isascii() and value.isdigit() and int(value) >= 1:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
+
+
+@click.command("bench")
+@bundle_argument
+@click.option(
+    "--mode",
+    type=click.Choice(["latency", "throughput"]),
+    default="latency",
+    show_default=True,
+    help="One row at a time, or full batches.",
+)
+@click.option("--data", metavar="DATA", help="Real inputs (and labels) for natural exits.")
+@click.option(
+    "--policy", type=click.Path(path_type=Path), help="policy.json; default: the bundle's own."
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=32, show_default=True, help="Rows, for throughput."
+)
+@click.option(
+    "--time",
+    "seconds",
+    default="30s",
+    show_default=True,
+    callback=_seconds,
+    metavar="TIME",
+    help="How long the timed part takes; warm-up and the search for thread settings come on top.",
+)
+@click.option(
+    "--threads",
+    callback=_threads,
+    metavar="N|blocking|spinning|process",
+    help="A setting for both sides; default: the best one for each, found by a short search.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random order of rows.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
+)
+@engine_option
+@json_option
+@verbosity_options
+def command(
+    bundle: Path,
+    mode: str,
+    data: str | None,
+    policy: Path | None,
+    batch: int,
+    seconds: float,
+    threads: Any,
+    seed: int,
+    output: Path | None,
+    engine: str,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Measure BUNDLE against the same model unsplit.
+
+    Each side runs in a process of its own, in the thread setting in which it is fastest; blocks of the
+    two alternate, and ratios are made of neighbouring blocks.
+    """
+    import json
+
+    from edgeexit.measure.bench import bench
+    from edgeexit.measure.files import check_output, write_atomic
+
+    add_current_directory()
+    if output is not None:
+        check_output(output)
+    with progress_bar(quiet) as progress:
+        result = bench(
+            bundle,
+            mode=mode,  # type: ignore[arg-type]
+            engine=engine,
+            policy=policy,
+            data=data,
+            batch=batch,
+            seconds=seconds,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+    if output is not None:
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_atomic(output, lambda file: file.write(text.encode()))
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    machine = result["environment"]
+    throughput = result["mode"] == "throughput"
+    columns = [
+        "path",
+        "rows/s" if throughput else "p50 ms",
+        "p90",
+        "p99",
+        "x unsplit",
+        "rate",
+        "accuracy",
+    ]
+    rows = [_row("unsplit", result["unsplit"], throughput, ratio=1.0)]
+    for leave in result["exits"]:
+        rows.append(_row(leave["name"], leave, throughput))
+    if result["natural"] is not None:
+        rows.append(_row("natural", result["natural"], throughput))
+    notes = [
+        "",
+        f"split tax {result['split_tax']:.3f} (all scores consulted, none fires)",
+        f"threads: unsplit {result['unsplit']['threads']}, chain {result['chain']['threads']}; "
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{result['chain']['engine']['library']} {result['chain']['engine']['version']}",
+    ]
+    natural = result["natural"]
+    if natural is not None and not throughput:
+        notes.append(
+            f"mean {natural['mean_ms']:.3f} ms measured, {natural['expected_mean_ms']:.3f} ms expected "
+            "(sum of rate x latency)"
+        )
+    if natural is not None and throughput:
+        notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")
+    if natural is None:
+        notes.append("no natural exits: give real inputs with --data")
+    notes += [f"warning: {text}" for text in result["warnings"]]
+    print_table(
+        f"{machine['bundle']['name']} on {result['data']['name']}, {result['mode']}",
+        columns,
+        rows,
+        notes=notes,
+    )
+
+
+def _row(
+    name: str, found: dict[str, Any], throughput: bool, ratio: float | None = None
+) -> list[str]:
+    def number(key: str, form: str = ".3f") -> str:
+        return format(found[key], form) if found.get(key) is not None else "-"
+
+    return [
+        name,
+        number("rows_per_s", ".1f") if throughput else number("p50_ms"),
+        number("p90_ms"),
+        number("p99_ms"),
+        f"{ratio:.3f}" if ratio is not None else number("ratio_to_unsplit"),
+        share(found["rate"]) if found.get("rate") is not None else "-",
+        share(found["accuracy"]) if found.get("accuracy") is not None else "-",
+    ]

@@ -1,0 +1,100 @@
+"""``edgeexit check``: is this bundle right on this device?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgeexit.cli.common import (
+    bundle_argument,
+    engine_option,
+    json_option,
+    print_json,
+    print_table,
+    threads_option,
+    verbosity_options,
+)
+
+if TYPE_CHECKING:
+    from edgeexit.measure.check import Comparison
+
+
+@click.command("check")
+@bundle_argument
+@engine_option
+@threads_option
+@click.option(
+    "--policy", type=click.Path(path_type=Path), help="Check the decisions of this policy too."
+)
+@click.option(
+    "--atol", type=click.FloatRange(min=0), help="Absolute tolerance; default: by precision."
+)
+@click.option(
+    "--rtol", type=click.FloatRange(min=0), help="Relative tolerance; default: by precision."
+)
+@json_option
+@verbosity_options
+def command(
+    bundle: Path,
+    engine: str,
+    threads: int | str,
+    policy: Path | None,
+    atol: float | None,
+    rtol: float | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Verify a bundle on this device against its reference samples.
+
+    Hashes every file, then compares every exit's outputs and scores, the decisions of the chain,
+    the unsplit graph and the preprocessing. Exit code 3 if something differs.
+
+    \b
+    edgeexit check bundle
+    edgeexit check bundle --policy policy.json --atol 1e-3
+    """
+    from edgeexit.bundle import open_bundle
+    from edgeexit.measure.check import check, describe
+    from edgeexit.runtime import load, read_policy
+
+    opened = open_bundle(bundle, verify="full")
+    chosen = None if policy is None else read_policy(policy)
+    with load(opened, engine, threads=threads) as model:  # type: ignore[arg-type]
+        report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
+        about = model.describe_engine()
+    if as_json:
+        print_json(
+            {"bundle": str(bundle), "digest": opened.digest, "engine": about} | describe(report)
+        )
+    elif not quiet:
+        shown = [c for c in report.comparisons if verbose or not c.passed] or _worst(
+            report.comparisons
+        )
+        print_table(
+            f"{bundle}: {len(opened.manifest.files)} files as exported; {report.rows} sample rows "
+            f"on {about['library']} {about['version']} ({about['engine']})",
+            ("where", "what", "largest difference", ""),
+            [
+                (c.where, c.what, f"{c.difference:.3g}", "ok" if c.passed else "DIFFERS")
+                for c in shown
+            ],
+        )
+        held = sum(c.passed for c in report.comparisons)
+        click.echo(
+            f"{held} of {len(report.comparisons)} comparisons hold "
+            f"(atol {report.atol:g}, rtol {report.rtol:g})" + ("" if verbose else "; -v shows all")
+        )
+    report.require()
+
+
+def _worst(comparisons: list[Comparison]) -> list[Comparison]:
+    """The largest difference of each place."""
+    worst: dict[str, Comparison] = {}
+    for one in comparisons:
+        before = worst.get(one.where)
+        if before is None or one.difference > before.difference:
+            worst[one.where] = one
+    return list(worst.values())

@@ -1,0 +1,196 @@
+"""What every verb shares: options, progress on stderr, one JSON object on stdout, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgeexit.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, of)``; `of` is 0 where the end is not known."""
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["cpu", "cuda", "tensorrt-provider"]),
+    default="cpu",
+    show_default=True,
+    help="What computes.",
+)
+
+
+def _threads(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    if value in ("blocking", "spinning", "process"):
+        return value
+    if value.isascii() and value.isdigit() and int(value) >= 1:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
+
+
+threads_option = click.option(
+    "--threads",
+    default="process",
+    show_default=True,
+    callback=_threads,
+    metavar="N|blocking|spinning|process",
+    help="Threads of the engine: a number, or how its pools wait.",
+)
+
+
+def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    """Sets up logging to stderr; libraries' own chatter only with -v."""
+    quiet = bool(context.params.get("quiet"))
+    level = (
+        logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
+    )
+    logging.basicConfig(
+        level=max(level, logging.WARNING), format="%(name)s: %(message)s", force=True
+    )
+    logging.getLogger("edgeexit").setLevel(level)
+    if not value:
+        warnings.simplefilter("ignore")
+    return value
+
+
+def verbosity_options(function: F) -> F:
+    """Adds -v and -q. The function gets `verbose` (a count) and `quiet`."""
+    function = click.option(
+        "-v", "--verbose", count=True, callback=_verbosity, help="Say more on stderr."
+    )(function)
+    return click.option(
+        "-q", "--quiet", is_flag=True, is_eager=True, help="Only errors on stderr, no progress."
+    )(function)
+
+
+@contextlib.contextmanager
+def progress_bar(quiet: bool) -> Iterator[Progress]:
+    """A progress bar on stderr, if that is a terminal; otherwise a function that does nothing."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, of: bar.update(
+            task, description=what, completed=done, total=of or None
+        )
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON object. Infinite and undefined numbers, which JSON lacks, become null."""
+    click.echo(json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    notes: Sequence[str] = (),
+) -> None:
+    """Prints a table on stdout: text columns left, numbers right."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [
+        max(len(head), *(len(row[i]) for row in cells)) if cells else len(head)
+        for i, head in enumerate(columns)
+    ]
+    right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    if title:
+        click.echo(title)
+    click.echo(line(columns))
+    click.echo("  ".join("-" * width for width in widths))
+    for row in cells:
+        click.echo(line(row))
+    for note in notes:
+        click.echo(note)
+
+
+def _numeric(cell: str) -> bool:
+    return cell in ("", "-", "never") or cell[0] in "+-0123456789."
+
+
+def fraction(value: str, option: str) -> float:
+    """Reads ``0.5%`` or ``0.005``.
+
+    >>> fraction("0.5%", "--max-risk")
+    0.005
+    """
+    text = value.strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    number = number / 100 if text.endswith("%") else number
+    if not 0 <= number < 1:
+        raise UsageError(
+            f"{option} {value}: not a share from 0 up to 1 (100 %)",
+            fix=f"Give a percentage or a fraction, as in {option} 0.5% or {option} 0.005.",
+        )
+    return number
+
+
+def share(value: float) -> str:
+    """A share as a percentage."""
+    return "-" if math.isnan(value) else f"{100 * value:.2f} %"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest fitting unit.
+
+    >>> size(512), size(1536), size(3 << 20)
+    ('512 B', '1.5 KiB', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def add_current_directory() -> None:
+    """Makes modules of the current directory importable, as ``python -m`` does."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)

@@ -1,0 +1,246 @@
+"""``edgeexit export``: a checkpoint, a torch model or an ONNX file becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeexit.cli.common import (
+    Progress,
+    add_current_directory,
+    json_option,
+    print_json,
+    progress_bar,
+    size,
+    verbosity_options,
+)
+from edgeexit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.bundle import Bundle
+    from edgeexit.export.contract import ExitModel
+
+DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
+
+
+@click.command("export")
+@click.option(
+    "-m",
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Checkpoint directory, hub id, module:function, or file.onnx.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle.")
+@click.option("--task", help="Refuse a checkpoint made for another task.")
+@click.option(
+    "--exits",
+    metavar="LIST",
+    help='Checkpoints: layers, as in 3,6,9, or "all". ONNX: outputs in order, the last one last.',
+)
+@click.option(
+    "--untrained-exits",
+    metavar="LIST",
+    help="Layers that get new, random exits: to measure latency before training.",
+)
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset of the graphs.")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="float32",
+    show_default=True,
+    help="What the graphs compute in.",
+)
+@click.option("--name", help="Name of the bundle; default: that of the model.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="ONNX: .npz with sample inputs; default: random ones.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@json_option
+@verbosity_options
+def command(
+    model: str,
+    output: Path,
+    task: str | None,
+    exits: str | None,
+    untrained_exits: str | None,
+    opset: int,
+    dtype: str,
+    name: str | None,
+    data: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Split a model at its exits into a bundle.
+
+    \b
+    edgeexit export -m checkpoint -o bundle
+    edgeexit export -m checkpoint --untrained-exits 3,6,9 -o bundle
+    edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
+    edgeexit export -m my_package.model:make -o bundle
+    """
+    from edgeexit.bundle import check_output
+
+    check_output(output, overwrite=overwrite)
+    options = {"dtype": DTYPES[dtype], "opset": opset, "overwrite": overwrite}
+    with progress_bar(quiet) as progress:
+        progress("reading the model", 0, 0)
+        if model.endswith(".onnx"):
+            bundle = _onnx(
+                model, output, exits, untrained_exits, task, name, data, options, progress
+            )
+        else:
+            if data is not None:
+                raise UsageError(
+                    "--data is for ONNX files; this model makes its own samples",
+                    fix="Leave it out.",
+                )
+            bundle = _torch(model, output, exits, untrained_exits, task, name, options, progress)
+    found = bundle.exits()
+    made = sum(file.bytes for file in bundle.manifest.files.values())
+    if as_json:
+        print_json(
+            {
+                "bundle": str(output),
+                "digest": bundle.digest,
+                "name": bundle.manifest.name,
+                "exits": [leave.name for leave in found],
+                "bytes": made,
+                "weights_bytes": bundle.weights_bytes,
+            }
+        )
+    elif not quiet:
+        click.echo(
+            f"{output}: {len(found)} exits ({', '.join(leave.name for leave in found)}), "
+            f"{size(made)}, weights {size(bundle.weights_bytes)}"
+        )
+
+
+def _onnx(
+    model: str,
+    output: Path,
+    exits: str | None,
+    untrained_exits: str | None,
+    task: str | None,
+    name: str | None,
+    data: Path | None,
+    options: dict[str, Any],
+    progress: Progress,
+) -> Bundle:
+    if untrained_exits is not None:
+        raise UsageError(
+            "--untrained-exits: an ONNX file cannot be given new exits",
+            fix="Add the exits before the model becomes ONNX, and name its outputs with --exits.",
+        )
+    if exits is None:
+        raise UsageError(
+            f"{model}: which outputs are exits?",
+            fix="Name them in order, the model's own last: --exits logits_3,logits_6,logits.",
+        )
+    from edgeexit.export import export_onnx
+    from edgeexit.measure.data import read_npz
+
+    extra: dict[str, Any] = {}
+    if task is not None:
+        extra["task"] = task
+    if name is not None:
+        extra["name"] = name
+    if data is not None:
+        if not data.is_file():
+            raise DataError(
+                f"{data} does not exist", fix="Give a .npz keyed by the model's inputs."
+            )
+        extra["samples"] = read_npz(data)
+    names = [part.strip() for part in exits.split(",") if part.strip()]
+    return export_onnx(model, output, exits=names, progress=progress, **extra, **options)
+
+
+def _torch(
+    model: str,
+    output: Path,
+    exits: str | None,
+    untrained_exits: str | None,
+    task: str | None,
+    name: str | None,
+    options: dict[str, Any],
+    progress: Progress,
+) -> Bundle:
+    import transformers
+
+    from edgeexit.export import export_model
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if ":" in model and not Path(model).exists():
+        if exits is not None or untrained_exits is not None:
+            raise UsageError(
+                f"{model}: the function says itself where its exits are",
+                fix="Leave out --exits and --untrained-exits.",
+            )
+        split = _from_function(model)
+    else:
+        split = _from_checkpoint(model, exits, untrained_exits)
+    if task is not None and task != split.task:
+        raise UsageError(
+            f"--task {task}: {model} is made for {split.task}", fix="Leave --task out."
+        )
+    if name is not None:
+        import dataclasses
+
+        split = dataclasses.replace(split, name=name)
+    return export_model(split, output, progress=progress, **options)
+
+
+def _from_function(spec: str) -> ExitModel:
+    from edgeexit.export.contract import ExitModel
+    from edgeexit.measure.data import load_function
+
+    add_current_directory()
+    made = load_function(spec, "--model")()
+    if hasattr(made, "exit_model"):
+        made = made.exit_model()
+    if not isinstance(made, ExitModel):
+        raise UsageError(
+            f"--model {spec}: it returned a {type(made).__name__}",
+            fix="Return an edgeexit.export.ExitModel, or a model with a method exit_model().",
+        )
+    return made
+
+
+def _from_checkpoint(model: str, exits: str | None, untrained_exits: str | None) -> ExitModel:
+    from edgeexit.export.models import from_pretrained
+
+    if exits is not None and untrained_exits is not None:
+        raise UsageError("--exits and --untrained-exits together", fix="Give one of them.")
+    option, text = (
+        ("--exits", exits) if untrained_exits is None else ("--untrained-exits", untrained_exits)
+    )
+    layers: list[int] | None = None
+    if text is not None:
+        layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
+    untrained = untrained_exits is not None
+    return from_pretrained(model, exits=layers, untrained=untrained).exit_model()
+
+
+def _layers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            raise UsageError(
+                f"{option}: {part!r} is not a layer number",
+                fix=f'Give numbers, as in {option} 3,6,9, or "all".',
+            )
+    return [int(part) for part in parts]
+
+
+def _all_layers(model: str) -> list[int]:
+    """Every layer of a checkpoint; `from_pretrained` without new exits tells how many there are."""
+    from edgeexit.export.models import from_pretrained
+
+    return list(range(1, from_pretrained(model, exits=[], untrained=True).depth))

@@ -1,0 +1,170 @@
+"""``edgeexit run``: answers, and the exits that gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeexit.cli.common import (
+    add_current_directory,
+    bundle_argument,
+    engine_option,
+    json_option,
+    print_json,
+    print_table,
+    threads_option,
+    verbosity_options,
+)
+from edgeexit.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.bundle import Bundle
+    from edgeexit.measure.data import Batch
+
+
+@click.command("run")
+@bundle_argument
+@click.option(
+    "--data", metavar="DATA", help=".npz, .jsonl, a folder of images, or module:function."
+)
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file."
+)
+@click.option("--text", "texts", multiple=True, help="A text.")
+@click.option("--policy", type=click.Path(path_type=Path), help="When to stop; from calibrate.")
+@click.option(
+    "--threshold", type=float, help="Stop where max_prob is at least this, without a policy."
+)
+@click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
+@click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the data.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@engine_option
+@threads_option
+@json_option
+@verbosity_options
+def command(
+    bundle: Path,
+    data: str | None,
+    images: tuple[Path, ...],
+    texts: tuple[str, ...],
+    policy: Path | None,
+    threshold: float | None,
+    exit_name: str | None,
+    rows: int | None,
+    batch_size: int,
+    engine: str,
+    threads: int | str,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Answer inputs, and tell which exit answered.
+
+    \b
+    edgeexit run bundle --image digit.png --policy policy.json
+    edgeexit run bundle --text "a fine film" --threshold 0.9 -v
+    edgeexit run bundle --data test.npz --rows 10 --json
+    """
+    from edgeexit.runtime import Policy, load
+    from edgeexit.runtime.policy import forced
+
+    if sum(map(bool, (data, images, texts))) != 1:
+        raise UsageError("run needs one kind of input", fix="Give --data, --image or --text.")
+    if sum(choice is not None for choice in (policy, threshold, exit_name)) > 1:
+        raise UsageError(
+            "--policy, --threshold and --exit contradict each other", fix="Give one of them."
+        )
+    add_current_directory()
+    chosen = policy if threshold is None else Policy(thresholds=threshold)
+    with load(bundle, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
+        if exit_name is not None:
+            names = [leave.name for leave in model.exits]
+            if exit_name not in names:
+                raise UsageError(
+                    f"--exit {exit_name}: no such exit", fix=f"It has {', '.join(names)}."
+                )
+            model.policy = forced(model.exits, exit_name)
+        found: list[dict[str, Any]] = []
+        for batch in _batches(model.bundle, data, images, texts, batch_size):
+            if not found and (verbose or as_json):
+                model(batch.inputs)  # the first call also binds buffers, which its times would show
+            result = model(batch.inputs, timed=True)
+            found += _answers(model.bundle, batch, result, first=len(found))
+            if rows is not None and len(found) >= rows:
+                break
+        found = found[:rows]
+        about = model.describe_engine()
+        score = model.policy.score
+    if as_json:
+        print_json({"bundle": str(bundle), "engine": about, "score": score, "rows": found})
+        return
+    columns = ["row", "answer", "exit", score]
+    if verbose:
+        columns.append("ms per segment")
+    if any("label" in row for row in found):
+        columns.append("label")
+    print_table("", columns, [_cells(row, columns) for row in found])
+    labelled = [row for row in found if "label" in row]
+    if labelled and not quiet:
+        right = sum(row["label"] == row["class"] for row in labelled)
+        click.echo(f"{right} of {len(labelled)} right")
+
+
+def _batches(
+    bundle: Bundle, data: str | None, images: tuple[Path, ...], texts: tuple[str, ...], size: int
+) -> Iterator[Batch]:
+    from edgeexit.errors import DataError
+    from edgeexit.manifest import ImagePreprocessing
+    from edgeexit.measure.data import Batch, open_data
+    from edgeexit.measure.preprocess import TextSource, encode_texts, open_image, preprocess_images
+
+    if data is not None:
+        yield from open_data(data, bundle).batches(size)
+        return
+    for start in range(0, len(images), size):
+        preprocessing = bundle.manifest.preprocessing
+        if not isinstance(preprocessing, ImagePreprocessing):
+            raise DataError(
+                "--image: the bundle has no image preprocessing", fix="Use --data with .npz."
+            )
+        opened = [open_image(path, str(path)) for path in images[start : start + size]]
+        yield Batch(
+            {preprocessing.input: preprocess_images(preprocessing, opened)}, None, len(opened)
+        )
+    for start in range(0, len(texts), size):
+        sources = [TextSource(text) for text in texts[start : start + size]]
+        yield Batch(encode_texts(bundle, sources), None, len(sources))
+
+
+def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[dict[str, Any]]:
+    labels = bundle.manifest.labels
+    found = []
+    for row in range(batch.rows):
+        answer: dict[str, Any] = {
+            "row": first + row,
+            "exit": result.exit_names[row],
+            "score": float(result.scores[row]),
+        }
+        if "logits" in result.outputs:
+            predicted = int(result.outputs["logits"][row].argmax())
+            answer["class"] = predicted
+            answer["answer"] = labels[predicted] if predicted < len(labels) else str(predicted)
+        else:
+            answer["outputs"] = {name: value[row] for name, value in result.outputs.items()}
+        if batch.labels is not None:
+            answer["label"] = int(batch.labels[row])
+        answer["batch_times_ms"] = result.times_ms
+        found.append(answer)
+    return found
+
+
+def _cells(row: dict[str, Any], columns: list[str]) -> list[str]:
+    cells = [str(row["row"]), str(row.get("answer", "-")), row["exit"], f"{row['score']:.4f}"]
+    if "ms per segment" in columns:
+        cells.append(" ".join(f"{time_ms:.3f}" for time_ms in row["batch_times_ms"]))
+    if "label" in columns:
+        cells.append(str(row.get("label", "-")))
+    return cells

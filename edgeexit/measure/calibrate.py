@@ -1,0 +1,328 @@
+"""Thresholds from a trace: the sweep.
+
+One threshold for all exits is lowered from "never" over every score that occurs. Risk is the mean
+over rows of a loss against the last exit: ``consistency``, 1 where the prediction differs (needs no
+labels), or ``performance``, max(0, loss(exit) - loss(last)) with 0/1 loss. The loosest threshold is
+taken for which the measured risk holds **and holds for all stricter ones**: a risk that dips again
+behind a gap is luck. The result is a measured figure on this data, not a certificate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.errors import CheckError, DataError, UsageError
+from edgeexit.measure.trace import Trace, replay
+from edgeexit.runtime import Policy
+from edgeexit.runtime.policy import NEVER
+
+Risk = Literal["consistency", "performance"]
+_ROUNDING = 1e-12
+"""A risk of k/n must not fail a limit of k/n because of how the two were rounded."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Every distinct outcome of a common threshold, strict to loose; entry 0 is "never".
+
+    Attributes:
+        thresholds: ``[point]``; a row leaves where score >= threshold.
+        risks: ``[point]``, mean loss against the last exit.
+        depths: ``[point]``, mean number of segments run.
+        shares: ``[point, exit]``, share of rows that each exit answers.
+        expected_ms: ``[point]``, time per row by the trace's segment times.
+    """
+
+    thresholds: NDArray[np.float64]
+    risks: NDArray[np.float64]
+    depths: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    expected_ms: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExitFigures:
+    """What a trace says of one exit when every row is answered there.
+
+    Attributes:
+        accuracy: Share of right predictions; NaN without labels.
+        agreement: Share of rows where it predicts what the last exit predicts.
+        auroc: How well the score ranks rows that agree above rows that do not; NaN if all or none
+            do.
+        cumulative_ms: Time per row up to this exit.
+    """
+
+    name: str
+    accuracy: float
+    agreement: float
+    auroc: float
+    cumulative_ms: float
+
+
+def losses(trace: Trace, risk: Risk) -> NDArray[np.float64]:
+    """Loss ``[exit, row]`` against the last exit; zero in the last row.
+
+    Raises:
+        DataError: ``performance`` needs labels and the trace has none.
+    """
+    predictions = trace.predictions
+    if risk == "consistency":
+        return (predictions != predictions[-1]).astype(np.float64)
+    if trace.labels is None:
+        raise DataError(
+            f"the trace of {trace.data.get('name', 'this data')} has no labels, which the risk "
+            '"performance" needs',
+            fix="Trace data with labels, or use --risk consistency, which needs none.",
+        )
+    wrong = (predictions != trace.labels).astype(np.float64)
+    return np.maximum(0.0, wrong - wrong[-1])
+
+
+def sweep(trace: Trace, score: str, risk: Risk = "consistency") -> Curve:
+    """The whole curve of a common threshold.
+
+    A row leaves at exit k exactly while the threshold lies above every earlier score and not above
+    the one at k, so each row changes its exit only at the running maxima of its scores. Sorting
+    those gives the curve in n log n steps, n = rows x exits.
+    """
+    usable = _usable_scores(trace, score)
+    loss = losses(trace, risk)
+    exits, rows = len(trace.exits), trace.rows
+    reached = np.maximum.accumulate(usable, axis=0)
+    before = np.vstack([np.full((1, rows), -np.inf), reached[:-1]])
+    exit_of, row_of = np.nonzero(np.isfinite(reached) & (reached > before))
+    thresholds = reached[exit_of, row_of]
+    # Going loose, a row comes from the exit of its next larger running maximum, or the last one.
+    later = np.full((exits - 1, rows), exits - 1)
+    following = np.full(rows, exits - 1)
+    for number in range(exits - 2, -1, -1):
+        later[number] = following
+        rises = np.isfinite(reached[number]) & (reached[number] > before[number])
+        following = np.where(rises, number, following)
+    from_exit = later[exit_of, row_of]
+    order = np.argsort(-thresholds, kind="stable")
+    thresholds, exit_of, row_of, from_exit = (
+        array[order] for array in (thresholds, exit_of, row_of, from_exit)
+    )
+    last_of_equals = np.append(thresholds[1:] != thresholds[:-1], True)[: len(thresholds)]
+    counts = np.zeros((len(thresholds) + 1, exits))
+    counts[0, -1] = rows
+    steps = np.arange(1, len(thresholds) + 1)
+    counts[steps, exit_of] += 1
+    counts[steps, from_exit] -= 1
+    added = loss[exit_of, row_of] - loss[from_exit, row_of]
+    kept = np.concatenate([[0], np.flatnonzero(last_of_equals) + 1])
+    shares = np.cumsum(counts, axis=0)[kept] / rows
+    risks = np.concatenate([[0.0], np.cumsum(added)])[kept] / rows
+    per_row_ms = cumulative_ms(trace)
+    return Curve(
+        thresholds=np.concatenate([[NEVER], thresholds[kept[1:] - 1]]),
+        risks=risks,
+        depths=shares @ np.arange(1, exits + 1),
+        shares=shares,
+        expected_ms=shares @ per_row_ms,
+    )
+
+
+def choose(curve: Curve, max_risk: float) -> int:
+    """Index of the loosest point that, with all stricter ones, stays within the risk.
+
+    Raises:
+        CheckError: Only "never" does.
+    """
+    over = np.flatnonzero(curve.risks > max_risk + _ROUNDING)
+    chosen = int(over[0]) - 1 if len(over) else len(curve.risks) - 1
+    if chosen == 0:
+        first = f"{curve.risks[1]:.4%}" if len(curve.risks) > 1 else "none"
+        raise CheckError(
+            f"no threshold keeps the risk within {max_risk:.4%} (the strictest has {first}): run "
+            "the full model",
+            fix="Allow more risk, use more data, or train the exits further.",
+        )
+    return chosen
+
+
+def calibrate(
+    trace: Trace, *, max_risk: float, score: str, risk: Risk = "consistency", per_exit: bool = False
+) -> tuple[Policy, Curve, int]:
+    """A policy for a risk. Returns it with the curve of the common threshold and the point chosen.
+
+    Args:
+        trace: What the exits said.
+        max_risk: Largest mean loss against the last exit, as a fraction.
+        score: Which score.
+        risk: What counts as a loss.
+        per_exit: Starting from the common threshold, lower the thresholds of single exits greedily
+            while the risk allows.
+
+    Raises:
+        CheckError: Nothing passes; run the full model.
+    """
+    curve = sweep(trace, score, risk)
+    chosen = choose(curve, max_risk)
+    thresholds: float | dict[str, float] = float(curve.thresholds[chosen])
+    if per_exit:
+        thresholds = _greedy(
+            trace, score, losses(trace, risk), max_risk, float(curve.thresholds[chosen])
+        )
+    policy = Policy(thresholds=thresholds, score=score, bundle=trace.bundle, engine=trace.engine)
+    taken = replay(trace, policy)
+    loss = losses(trace, risk)[taken, np.arange(trace.rows)]
+    per_row_ms = cumulative_ms(trace)
+    calibration = {
+        "method": "sweep, per exit" if per_exit else "sweep",
+        "uncertified": True,
+        "risk": risk,
+        "max_risk": max_risk,
+        "measured_risk": float(loss.mean()),
+        "n": trace.rows,
+        "data": trace.data,
+        "mean_depth": float(taken.mean() + 1),
+        "exit_shares": dict(
+            zip(trace.exits, _shares(taken, len(trace.exits)).tolist(), strict=True)
+        ),
+        "batch_size": trace.batch_size,
+        "expected_ms": float(per_row_ms[taken].mean()),
+        "full_ms": float(per_row_ms[-1]),
+    }
+    return msgspec.structs.replace(policy, calibration=calibration), curve, chosen
+
+
+def figures(trace: Trace, score: str) -> list[ExitFigures]:
+    """Accuracy, agreement and ranking of every exit on its own."""
+    agrees = trace.predictions == trace.predictions[-1]
+    per_row_ms = cumulative_ms(trace)
+    return [
+        ExitFigures(
+            name=name,
+            accuracy=math.nan
+            if trace.labels is None
+            else float((trace.predictions[number] == trace.labels).mean()),
+            agreement=float(agrees[number].mean()),
+            auroc=auroc(trace.scores[score][number], agrees[number]),
+            cumulative_ms=float(per_row_ms[number]),
+        )
+        for number, name in enumerate(trace.exits)
+    ]
+
+
+def auroc(scores: NDArray, positive: NDArray[np.bool_]) -> float:
+    """Probability that a positive row scores above a negative one, ties counting half.
+
+    The Mann-Whitney statistic over mid-ranks. NaN scores rank lowest; NaN if one class is empty.
+
+    >>> auroc(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, False]))
+    0.875
+    """
+    count = int(positive.sum())
+    others = len(positive) - count
+    if not count or not others:
+        return math.nan
+    values = np.where(np.isnan(scores), -np.inf, scores)
+    _, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[inverse]
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def cumulative_ms(trace: Trace) -> NDArray[np.float64]:
+    """Time per row ``[exit]`` up to each exit, from medians over full batches."""
+    return np.cumsum(trace.segment_ms()) / int(trace.batch_rows.max())
+
+
+def default_score(trace: Trace, score: str | None) -> str:
+    """The score asked for, or ``max_prob``, or the first there is. Raises `UsageError`."""
+    if score is None:
+        return "max_prob" if "max_prob" in trace.scores else next(iter(trace.scores))
+    if score not in trace.scores:
+        raise UsageError(
+            f"--score {score}: the trace has {', '.join(trace.scores)}", fix="Choose one of those."
+        )
+    return score
+
+
+def _usable_scores(trace: Trace, score: str) -> NDArray[np.float64]:
+    """Scores ``[early exit, row]`` as thresholds see them.
+
+    NaN is below everything, and rows that can only leave together leave when the lowest does.
+    """
+    values = trace.scores[score][:-1].astype(np.float64)
+    values = np.where(np.isnan(values), -np.inf, values)
+    if not trace.independent and len(values):
+        starts = np.cumsum(trace.batch_rows) - trace.batch_rows
+        lowest = np.minimum.reduceat(values, starts, axis=1)
+        values = np.repeat(lowest, trace.batch_rows, axis=1)
+    return values
+
+
+def _shares(taken: NDArray[np.int64], exits: int) -> NDArray[np.float64]:
+    return np.bincount(taken, minlength=exits) / len(taken)
+
+
+_LEVELS = 64
+
+
+def _greedy(
+    trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float, common: float
+) -> dict[str, float]:
+    """Lowers one exit's threshold at a time, where it saves most time for the risk it adds.
+
+    Once from "never" and once from the common threshold; the faster outcome is taken, so the result
+    is never slower than the common threshold on this data.
+    """
+    search = _Search(trace, score, loss, max_risk)
+    found = [search.descend(start) for start in (NEVER, common)]
+    _, thresholds = min(found, key=lambda one: one[0])
+    return dict(zip(trace.exits[:-1], thresholds.tolist(), strict=True))
+
+
+class _Search:
+    """What a greedy search measures again and again."""
+
+    def __init__(
+        self, trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float
+    ) -> None:
+        self.usable = _usable_scores(trace, score)
+        self.loss = loss
+        self.max_risk = max_risk
+        self.per_row_ms = cumulative_ms(trace)
+        self.rows = np.arange(trace.rows)
+        self.levels = [self._grid(values) for values in self.usable]
+
+    @staticmethod
+    def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """At most `_LEVELS` of an exit's scores, evenly over their ranks, strict to loose."""
+        finite = np.unique(values[np.isfinite(values)])
+        places = np.linspace(0, len(finite) - 1, min(_LEVELS, len(finite))).round().astype(np.int64)
+        return finite[np.unique(places)][::-1]
+
+    def measure(self, thresholds: NDArray[np.float64]) -> tuple[float, float]:
+        """Expected time per row and mean loss."""
+        fires = self.usable >= thresholds[:, None]
+        taken = np.vstack([fires, np.ones((1, len(self.rows)), np.bool_)]).argmax(axis=0)
+        return float(self.per_row_ms[taken].mean()), float(self.loss[taken, self.rows].mean())
+
+    def descend(self, start: float) -> tuple[float, NDArray[np.float64]]:
+        """Lowers thresholds while the risk allows. Returns the expected time and the thresholds."""
+        current = np.full(len(self.usable), start)
+        time_ms, risk = self.measure(current)
+        while True:
+            trials = []
+            for number, levels in enumerate(self.levels):
+                looser = levels[levels < current[number]]
+                if not len(looser):
+                    continue
+                trial = current.copy()
+                trial[number] = looser[0]
+                trial_ms, trial_risk = self.measure(trial)
+                if trial_risk <= self.max_risk + _ROUNDING:
+                    gain = (time_ms - trial_ms) / max(trial_risk - risk, 1e-9)
+                    trials.append((gain, number, trial, trial_ms, trial_risk))
+            if not trials:
+                return time_ms, current
+            _, _, current, time_ms, risk = max(trials, key=lambda one: one[0])

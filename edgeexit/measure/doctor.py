@@ -1,0 +1,212 @@
+"""What a machine has, what is missing, and the command that helps.
+
+Only looks: nothing is installed or changed, and no library that is merely reported is imported. A
+problem is something that is installed and cannot work; a missing extra is not one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeexit import __version__
+
+PACKAGES = (
+    "numpy",
+    "msgspec",
+    "click",
+    "rich",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-bindings",
+    "tokenizers",
+    "pillow",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "safetensors",
+)
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("run bundles on the processor", ("onnxruntime",)),
+    "cuda": ("run bundles on an NVIDIA GPU", ("onnxruntime-gpu",)),
+    "text": ("texts as data", ("tokenizers",)),
+    "images": ("images as data", ("pillow",)),
+    "export": (
+        "make bundles",
+        ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors"),
+    ),
+}
+"""Extra -> what it adds, and the packages that it brings."""
+
+_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        machine: Processor, cores, memory, GPU, system.
+        packages: Package -> version, None where it is not installed.
+        providers: What ONNX Runtime offers.
+        extras: Extra -> what it adds, whether it is complete, and the command that installs it.
+        problems: What is broken, each with the command that repairs it.
+    """
+
+    machine: dict[str, Any]
+    packages: dict[str, str | None]
+    providers: list[str] = field(default_factory=list)
+    extras: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[dict[str, str]] = field(default_factory=list)
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this machine and this Python."""
+    found = Diagnosis(machine=_machine(), packages={name: _version(name) for name in PACKAGES})
+    _check_onnxruntime(found)
+    for extra, (adds, packages) in EXTRAS.items():
+        missing = [name for name in packages if found.packages[name] is None]
+        found.extras[extra] = {
+            "adds": adds,
+            "complete": not missing,
+            "missing": missing,
+            "command": f'{_pip()} install "edgeexit[{extra}]"',
+        }
+    return found
+
+
+def _check_onnxruntime(found: Diagnosis) -> None:
+    installed = [name for name in _ORT_PACKAGES if found.packages[name] is not None]
+    if len(installed) > 1:
+        wanted = "cuda" if found.machine["gpus"] else "cpu"
+        found.problems.append(
+            {
+                "what": "onnxruntime and onnxruntime-gpu are both installed; each overwrote files "
+                "of the other",
+                "fix": f"{_pip()} uninstall -y {' '.join(_ORT_PACKAGES)} && "
+                f'{_pip()} install --force-reinstall --no-deps "{_keep(wanted)}"',
+            }
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    # In a process of its own: a broken library may take the process down with it.
+    asked = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import onnxruntime as o; o.InferenceSession; print(*o.get_available_providers())",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if asked.returncode == 0:
+        found.providers = asked.stdout.split()
+        return
+    last = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+    package = installed[0] if installed else "onnxruntime"
+    found.problems.append(
+        {
+            "what": f"onnxruntime cannot be imported: {last[:300]}",
+            "fix": f"{_pip()} install --force-reinstall --no-deps {package}",
+        }
+    )
+
+
+def _keep(extra: str) -> str:
+    return "onnxruntime-gpu" if extra == "cuda" else "onnxruntime"
+
+
+def _pip() -> str:
+    return "python -m pip"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "edgeexit": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "cgroup_cores": _cgroup_cores(),
+        "cgroup_memory_bytes": _cgroup_memory_bytes(),
+        "gpus": _gpus(),
+        "jetson": _first_line(Path("/etc/nv_tegra_release")),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _cgroup_cores() -> float | None:
+    """Cores that the control group allows; None without a limit."""
+    quota = (_first_line(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
+    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
+        return int(quota[0]) / int(quota[1])
+    old = _first_line(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+    period = _first_line(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+    if old and period and old.isdigit() and period.isdigit():
+        return int(old) / int(period)
+    return None
+
+
+def _cgroup_memory_bytes() -> int | None:
+    unlimited = 1 << 60
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        line = _first_line(Path(path))
+        if line and line.isdigit() and int(line) < unlimited:
+            return int(line)
+    return None
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return lines[0].strip() if lines else None
+
+
+def _gpus() -> list[dict[str, str]]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = subprocess.run(
+        [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if asked.returncode != 0:
+        return []
+    rows = [line.split(", ") for line in asked.stdout.strip().splitlines()]
+    return [{"name": row[0], "driver": row[1], "memory": row[2]} for row in rows if len(row) == 3]

@@ -1,0 +1,52 @@
+"""Results on disk: written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from edgeexit.bundle import MANIFEST
+from edgeexit.errors import MeasurementError, UsageError
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Calls ``write(file)`` on a temporary sibling and puts it in the place of `path`.
+
+    Raises:
+        UsageError: `path` is a directory, or lies inside a bundle, which never changes.
+        MeasurementError: The operating system refuses; nothing is left behind.
+    """
+    path = Path(path)
+    check_output(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            write(file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise MeasurementError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was left behind",
+            fix="Free some space, or choose another -o.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def check_output(path: Path) -> None:
+    """Refuses an output before work is spent on it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory", fix="Give the name of a file with -o.")
+    for parent in path.absolute().parents:
+        if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
+            raise UsageError(
+                f"{path} lies inside the bundle {parent.name}",
+                fix="Results and policies stand beside a bundle, never in it; choose another -o.",
+            )
+        if parent.exists() and not parent.is_dir():
+            raise UsageError(f"{parent} is a file, not a directory", fix="Choose another -o.")

@@ -1,0 +1,153 @@
+"""The bundle's declared preprocessing on the device: images with Pillow, texts with tokenizers.
+
+Neither library is imported before it is needed. `edgeexit check` compares the result with the
+sample that the exporter made with the checkpoint's own preprocessing.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import DataError, EngineError
+from edgeexit.manifest import ImagePreprocessing, TextPreprocessing
+
+IMAGE_LIMIT_PIXELS = 256 << 20
+ImageSource = Any
+"""A ``PIL.Image.Image``; Pillow is not imported here for its types."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text, or a pair of texts."""
+
+    text: str
+    pair: str | None = None
+
+
+def import_pillow() -> Any:
+    """Imports ``PIL.Image``, or raises `EngineError` with the extra that brings it."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise EngineError(
+            f"images need Pillow, which cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[images]".',
+        ) from error
+    return PIL.Image
+
+
+def open_image(
+    path: Path, where: str, update: Callable[[bytes], None] | None = None
+) -> ImageSource:
+    """Reads an image file whole; `update` gets its bytes. Raises `DataError` naming `where`."""
+    pillow = import_pillow()
+    fix = "Give a readable image file, or take it out of the data."
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror})", fix=fix) from error
+    if update is not None:
+        update(raw)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = pillow.open(io.BytesIO(raw))
+            if image.width * image.height > IMAGE_LIMIT_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            image.load()
+    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+        raise DataError(f"{where}: not an image that Pillow reads ({error})", fix=fix) from error
+    return image
+
+
+def image_from_array(value: NDArray[np.uint8]) -> ImageSource:
+    """An image from ``[height, width]`` or ``[height, width, 3]`` uint8."""
+    return import_pillow().fromarray(value)
+
+
+def preprocess_images(
+    preprocessing: ImagePreprocessing, images: Sequence[ImageSource]
+) -> NDArray[np.float32]:
+    """Images to ``[batch, channel, height, width]`` float32, as `ImagePreprocessing` says."""
+    return np.stack([_preprocess_image(preprocessing, image) for image in images])
+
+
+def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> NDArray[np.float32]:
+    resample = import_pillow().Resampling[preprocessing.resample.upper()]
+    height, width = preprocessing.height, preprocessing.width
+    image = image.convert(preprocessing.mode)
+    if (edge := preprocessing.shortest_edge) is not None:
+        short, long = sorted(image.size)
+        longer = int(edge * long / short)
+        size = (edge, longer) if image.width <= image.height else (longer, edge)
+        image = image if image.size == size else image.resize(size, resample)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    elif image.size != (width, height):
+        image = image.resize((width, height), resample)
+    pixels = np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1)
+    mean = np.asarray(preprocessing.mean, np.float32)[:, None, None]
+    std = np.asarray(preprocessing.std, np.float32)[:, None, None]
+    scaled = pixels * np.float32(preprocessing.scale)
+    return np.ascontiguousarray((scaled - mean) / std, np.float32)
+
+
+def encode_texts(bundle: Bundle, texts: Sequence[TextSource]) -> dict[str, NDArray]:
+    """Texts to token ids ``[batch, seq]``, padded to the longest of the batch."""
+    preprocessing = bundle.manifest.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing) or bundle.manifest.tokenizer is None:
+        raise DataError(
+            "the bundle has no text preprocessing",
+            fix="Give the inputs as .npz, or export from a checkpoint with tokenizer.json.",
+        )
+    tokenizer = _tokenizer(bundle, preprocessing)
+    pairs = [source.text if source.pair is None else (source.text, source.pair) for source in texts]
+    encodings = tokenizer.encode_batch(pairs)
+    columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
+    columns[preprocessing.types] = "type_ids"
+    dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
+    return {
+        name: np.asarray([getattr(encoding, column) for encoding in encodings], dtypes[name])
+        for name, column in columns.items()
+        if name is not None
+    }
+
+
+def _tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise EngineError(
+            f"texts need tokenizers, which cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[text]".',
+        ) from error
+    assert bundle.manifest.tokenizer is not None
+    path = bundle.file(bundle.manifest.tokenizer)
+    # Its own files are the cache key: a bundle never changes, a path may come to hold another.
+    key = (bundle.digest, preprocessing.max_length)
+    if key not in _tokenizers:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"{bundle.manifest.tokenizer}: tokenizers {tokenizers.__version__} cannot read it "
+                f"({error})",
+                fix="Install a newer tokenizers.",
+            ) from error
+        tokenizer.enable_truncation(preprocessing.max_length)
+        tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
+        _tokenizers.clear()
+        _tokenizers[key] = tokenizer
+    return _tokenizers[key]
+
+
+_tokenizers: dict[tuple[str, int], Any] = {}

@@ -1,0 +1,127 @@
+"""What `bench` measures: a bundle's chain, and the same model unsplit, as subjects of a worker.
+
+Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user calls
+them: `Model.__call__` with numpy arrays, answers copied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit import runtime
+from edgeexit.measure.worker import Case, Subject
+from edgeexit.runtime.forward import Model, Result
+from edgeexit.runtime.load import Threads
+from edgeexit.runtime.policy import ALWAYS, NEVER, Policy, forced
+
+Inputs = Mapping[str, NDArray]
+
+
+def write_inputs(path: Path, inputs: Sequence[Inputs]) -> None:
+    """Writes inputs (each a whole batch, shapes may differ) where workers read them."""
+    arrays = {f"{number}/{name}": a for number, one in enumerate(inputs) for name, a in one.items()}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def read_inputs(path: str | Path) -> list[dict[str, NDArray]]:
+    """Reads what `write_inputs` wrote, in the same order."""
+    found: dict[int, dict[str, NDArray]] = {}
+    with np.load(path, allow_pickle=False) as file:
+        for key in file.files:
+            number, _, name = key.partition("/")
+            found.setdefault(int(number), {})[name] = file[key]
+    return [found[number] for number in sorted(found)]
+
+
+def unsplit(
+    bundle: str, inputs: str, engine: str = "cpu", threads: Threads = "blocking"
+) -> Subject:
+    """The model as one graph without exits. Its one case is ``unsplit``."""
+    return subject_of_unsplit(runtime.load_unsplit(bundle, engine, threads=threads), inputs)
+
+
+def subject_of_unsplit(model: Model, inputs: str) -> Subject:
+    """A subject with the one case ``unsplit`` from a loaded model."""
+    rows = read_inputs(inputs)
+    case = Case(call=lambda number: model(rows[number]), read=read_answers)
+    return Subject({"unsplit": case}, len(rows), model.describe_engine(), model.close)
+
+
+def chain(
+    bundle: str,
+    inputs: str,
+    engine: str = "cpu",
+    threads: Threads = "blocking",
+    policy: str | None = None,
+) -> Subject:
+    """The chain of segments.
+
+    Cases: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits before EXIT
+    consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``: the
+    policy decides; ``segments``: as ``all``, and the result is each segment's time.
+    """
+    model = runtime.load(bundle, engine, threads=threads, policy=policy)
+    given = model.policy
+    rows = read_inputs(inputs)
+    score = given.score
+    names = [leave.name for leave in model.exits]
+
+    def case(policy: Policy) -> Case:
+        def call(number: int) -> Result:
+            return model(rows[number])
+
+        return Case(call=call, read=read_answers, enter=_policy_setter(model, policy))
+
+    never = Policy(thresholds=NEVER, score=score)
+    cases = {"all": case(never), "natural": case(given)}
+    for place, name in enumerate(names):
+        stops = {earlier: NEVER for earlier in names[:place]} | {name: ALWAYS}
+        on_its_way = Policy(thresholds=stops, score=score, last=name)
+        last = place == len(names) - 1
+        cases[f"path:{name}"] = case(never if last else on_its_way)
+        alone = forced(model.exits, name)
+        unasked = Policy(thresholds=NEVER, score=score, first=names[0], last=names[0])
+        alone = unasked if last else msgspec.structs.replace(alone, score=score)
+        cases[f"forced:{name}"] = case(alone)
+    cases["segments"] = Case(
+        call=lambda number: model(rows[number], timed=True),
+        read=lambda result: result.times_ms,
+        enter=_policy_setter(model, never),
+    )
+    facts = {**model.describe_engine(), "score": score, "thresholds": str(given.thresholds)}
+    return Subject(cases, len(rows), facts, model.close)
+
+
+def read_answers(result: Result) -> dict[str, list[int] | None]:
+    """Exit index and predicted label of every row of a result."""
+    logits = result.outputs.get("logits")
+    labels = None if logits is None else [int(label) for label in logits.argmax(-1)]
+    return {"exits": [int(number) for number in result.exits], "labels": labels}
+
+
+def _policy_setter(model: Model, policy: Policy) -> Callable[[], None]:
+    def enter() -> None:
+        model.policy = policy
+
+    return enter
+
+
+def settings(engine: str, cores: int) -> list[Any]:
+    """Thread settings worth trying for an engine: on GPUs the host's threads do not compute.
+
+    >>> settings("cpu", 4)
+    ['blocking', 'process', 'spinning', 1, 2]
+    """
+    if engine != "cpu":
+        return ["blocking"]
+    counts = [2**power for power in range(cores.bit_length()) if 2**power < cores]
+    return ["blocking", "process", "spinning", *counts]
+
+
+__all__ = ["chain", "read_inputs", "settings", "unsplit", "write_inputs"]

@@ -1,0 +1,173 @@
+"""Trains the digits example: a 12-layer ViT with an exit behind every layer.
+
+    python examples/digits/train.py                  # checkpoint/, as it is in the repository
+    python examples/digits/train.py --truncated 2    # truncated/2/: a model of 2 layers, trained alike
+    python examples/digits/train.py --smoke -o DIR   # a few steps, to see that it works
+
+Needs ``edgeexit[export]`` and scikit-learn. The training set is all that is ever trained on; validation
+accuracy is printed, the test split is not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification
+
+from edgeexit.export.methods.joint import Batches, train_joint
+from edgeexit.export.models import ExitClassifier, from_pretrained
+from edgeexit.export.models.vit import trunk
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import data  # noqa: E402
+
+LAYERS = 12
+STEPS, SMOKE_STEPS = 2000, 8
+BATCH = 128
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 150, 0.05
+DISTILLATION, TEMPERATURE = 0.5, 2.0
+ROTATION_DEGREES, SHIFT_PIXELS, ZOOM = 12.0, 0.8, 0.12
+
+
+def make_model(layers: int) -> ViTForImageClassification:
+    """A small ViT: 8 x 8 pixels in patches of 2 x 2, so 16 tokens and the class token."""
+    config = ViTConfig(
+        hidden_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        intermediate_size=192,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label={i: str(i) for i in range(10)},
+        label2id={str(i): i for i in range(10)},
+    )
+    return ViTForImageClassification(config)
+
+
+def make_batches(seed: int) -> Batches:
+    """Random batches of the training split, each image turned, shifted and zoomed a little."""
+    inputs, labels = data.inputs("train")
+    images, targets = torch.from_numpy(inputs["pixel_values"]), torch.from_numpy(labels)
+
+    def batches(step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(0, len(images), (BATCH,), generator=generator)
+        return {"pixel_values": augment(images[rows], generator)}, targets[rows]
+
+    return batches
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images ``[n, 1, 8, 8]``, each under a random small affine map; black comes in from outside."""
+    count = len(images)
+    angle, zoom, right, down = (torch.rand(4, count, generator=generator) * 2 - 1).unbind()
+    angle = angle * math.radians(ROTATION_DEGREES)
+    scale = 1 + zoom * ZOOM
+    shift = torch.stack([right, down], -1) * (2 * SHIFT_PIXELS / images.shape[-1])
+    turn = torch.stack(
+        [angle.cos() * scale, -angle.sin() * scale, angle.sin() * scale, angle.cos() * scale], -1
+    )
+    maps = torch.cat([turn.view(count, 2, 2), shift[:, :, None]], dim=2)
+    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
+    # Black is -1 once normalised, and grid_sample fills with 0.
+    return functional.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def train(layers: int, exits: list[int], steps: int, state: Path | None) -> ExitClassifier:
+    """Makes a model and trains it, with fixed seeds."""
+    torch.manual_seed(layers)
+    model = make_model(layers)
+    classifier = ExitClassifier(model, trunk(model), exits)
+    show = sys.stderr.isatty()
+
+    def progress(done: int, of: int, loss: float) -> None:
+        if show or done % 100 == 0 or done == of:
+            print(
+                f"\rstep {done}/{of}  loss {loss:.4f}", end="" if show else "\n", file=sys.stderr
+            )
+
+    train_joint(
+        classifier,
+        make_batches(seed=1),
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        warmup=min(WARMUP, steps // 2),
+        distillation=DISTILLATION if exits else 0.0,
+        temperature=TEMPERATURE,
+        state_file=state,
+        progress=progress,
+    )
+    return classifier
+
+
+def save(classifier: ExitClassifier, folder: Path) -> None:
+    """Writes the checkpoint with its exits and its preprocessing."""
+    classifier.save_pretrained(folder)
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 8, "width": 8},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [data.MEAN],
+        "image_std": [data.STD],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
+
+
+def logits(classifier: ExitClassifier, split: str) -> np.ndarray:
+    """Logits ``[exits, n, 10]`` of every exit for a split."""
+    inputs, _ = data.inputs(split)
+    with torch.no_grad():
+        found = classifier(pixel_values=torch.from_numpy(inputs["pixel_values"]))
+    return torch.stack(found).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ or truncated/N/ here")
+    parser.add_argument("--truncated", type=int, metavar="N", help="a model of N layers, no exits")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps; needs -o")
+    parser.add_argument("--state", type=Path, help="file to save the training in and to resume from")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    options = parser.parse_args()
+    if options.smoke and options.output is None:
+        parser.error("--smoke needs -o: its checkpoint is worth nothing")
+    if options.truncated is not None and not 1 <= options.truncated < LAYERS:
+        parser.error(f"--truncated {options.truncated}: 1 to {LAYERS - 1} layers")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    default = HERE / (f"truncated/{options.truncated}" if options.truncated else "checkpoint")
+    output = options.output or default
+    steps = SMOKE_STEPS if options.smoke else options.steps
+    layers = options.truncated or LAYERS
+    exits = [] if options.truncated else list(range(1, LAYERS))
+    save(train(layers, exits, steps, options.state), output)
+    classifier = from_pretrained(output)
+    if options.truncated:
+        arrays = {split: logits(classifier, split)[-1] for split in ("validation", "test")}
+        np.savez(output / "logits.npz", **arrays)
+    _, labels = data.inputs("validation")
+    correct = (logits(classifier, "validation").argmax(-1) == labels).mean(-1)
+    for name, share in zip(classifier.exit_names, correct, strict=True):
+        print(f"{name:8} {share:.4f} of the validation images right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Segments merged into one graph: the opposite of splitting.
+
+`merge` puts graphs of a chain one behind the other, keeps the outputs asked for and drops whatever
+leads to none of them, exits above all. The baseline of every figure is the faster of this and the
+model's own direct export, and a plan that leaves exits out merges the segments between those it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from edgeexit.errors import ExportError
+
+
+def merge(
+    graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "merged"
+) -> ir.Model:
+    """Merges graphs in order; a later one takes what an earlier one made by the tensor's name.
+
+    Args:
+        graphs: Used up: their nodes move into the result.
+        outputs: Names of outputs of any of them, in the order wanted.
+        name: Of the new graph.
+
+    Returns:
+        A model whose inputs are those that no graph makes. Only inputs and outputs keep shapes: the
+        axis names of the values between mean something else in each graph.
+    """
+    known: dict[str, ir.Value] = {}
+    inputs: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    initializers: list[ir.Value] = []
+    opsets: dict[str, int] = {}
+    for number, model in enumerate(graphs):
+        graph = model.graph
+        opsets |= model.opset_imports
+        for value in list(graph.inputs):
+            if value.name in known:
+                value.replace_all_uses_with(known[value.name])
+            else:
+                inputs.append(value)
+                known[str(value.name)] = value
+        own = {str(value.name): value for value in graph.outputs}
+        graph.inputs.clear()
+        graph.outputs.clear()
+        for value in list(graph.initializers.values()):
+            del graph.initializers[str(value.name)]
+            value.name = f"{number}/{value.name}"
+            initializers.append(value)
+        for node in list(graph):
+            graph.remove(node)
+            node.name = f"{number}/{node.name}"
+            for value in node.outputs:
+                if value.name not in own or own[str(value.name)] is not value:
+                    value.name = f"{number}/{value.name}"
+                    value.shape = None
+            nodes.append(node)
+        known |= own
+    if missing := [output for output in outputs if output not in known]:
+        raise ExportError(
+            f"{name}: no segment makes {missing[0]}", fix="Name outputs of the segments merged."
+        )
+    merged = ir.Model(
+        ir.Graph(
+            inputs,
+            [known[output] for output in outputs],
+            nodes=nodes,
+            initializers=initializers,
+            opset_imports=opsets,
+            name=name,
+        ),
+        ir_version=graphs[0].ir_version,
+    )
+    passes.RemoveUnusedNodesPass()(merged)
+    return merged

@@ -1,0 +1,22 @@
+"""What image families share: sizes as configurations write them, an example input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+
+def image_size(size: int | Iterable[int]) -> list[int]:
+    """Height and width from a configuration's ``image_size``, which is one number or two."""
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def image_example(shape: Sequence[int]) -> Callable[[int], dict[str, torch.Tensor]]:
+    """A maker of random images ``[rows, channels, height, width]``, normalised as models expect."""
+
+    def example(rows: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        return {"pixel_values": torch.randn(rows, *shape, generator=generator)}
+
+    return example

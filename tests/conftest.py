@@ -1,0 +1,168 @@
+"""Fixtures that every folder of tests may use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from edgeexit.bundle import Bundle
+from tests.toys import Toy, make_toy, write_toy
+
+settings.register_profile("edgeexit", deadline=None, print_blob=True)
+settings.load_profile("edgeexit")
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    """A model of four segments, each with an exit."""
+    return make_toy()
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The toy as a bundle. Shared: never change it; `toy_copy` gives one to spoil."""
+    return write_toy(toy, tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture
+def toy_copy(toy_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the toy's bundle with writable files."""
+    return _writable_copy(toy_bundle.path, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def copy_toy(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes such copies, for property tests that need one per example."""
+    return lambda: _writable_copy(toy_bundle.path, tmp_path_factory.mktemp("copies") / "copy")
+
+
+def _writable_copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return target
+
+
+@pytest.fixture(scope="session")
+def bert_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT classifier of four layers with an exit behind each, and a tokenizer of 60 words."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from edgeexit.export.models import ExitClassifier
+    from edgeexit.export.models.bert import trunk
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=3,
+        max_position_embeddings=40,
+        initializer_range=0.3,
+        id2label={0: "bad", 1: "fair", 2: "good"},
+        label2id={"bad": 0, "fair": 1, "good": 2},
+    )
+    model = BertForSequenceClassification(config).eval()
+    folder = tmp_path_factory.mktemp("bert") / "checkpoint"
+    _save_with_exits(ExitClassifier(model, trunk(model), exits=[1, 2, 3]), folder)
+    _save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_bundle(bert_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """That BERT as a bundle. Shared: never change it."""
+    return _export(bert_checkpoint, tmp_path_factory.mktemp("bert") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT classifier of three layers for 16 x 16 images, with an exit behind each."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from edgeexit.export.models import ExitClassifier
+    from edgeexit.export.models.vit import trunk
+
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+        initializer_range=0.3,
+        id2label={0: "cat", 1: "dog", 2: "owl"},
+        label2id={"cat": 0, "dog": 1, "owl": 2},
+    )
+    model = ViTForImageClassification(config).eval()
+    folder = tmp_path_factory.mktemp("vit") / "checkpoint"
+    _save_with_exits(ExitClassifier(model, trunk(model), exits=[1, 2]), folder)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 16, "width": 16},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.4, 0.6],
+        "image_std": [0.5, 0.3, 0.25],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_bundle(vit_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """That ViT as a bundle. Shared: never change it."""
+    return _export(vit_checkpoint, tmp_path_factory.mktemp("vit") / "bundle")
+
+
+def _save_with_exits(classifier: Any, folder: Path) -> None:
+    """Saves a classifier whose exits differ from row to row, as trained ones do."""
+    import torch
+
+    for head in classifier.heads.values():
+        torch.nn.init.normal_(head.classifier.weight, std=0.5)
+    folder.mkdir()
+    classifier.save_pretrained(folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(60))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=40, **special
+    ).save_pretrained(folder)
+
+
+def _export(checkpoint: Path, output: Path) -> Bundle:
+    from edgeexit.export import export_model
+    from edgeexit.export.models import from_pretrained
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch's exporter says about itself
+        return export_model(from_pretrained(checkpoint).exit_model(), output)

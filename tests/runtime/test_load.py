@@ -1,0 +1,164 @@
+"""`load`: the front door, with everything that can be wrong at it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgeexit.bundle import MANIFEST, Bundle, BundleWriter, open_bundle
+from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
+from edgeexit.manifest import DefaultPolicy, Manifest
+from edgeexit.runtime import Policy, load, load_unsplit, write_policy
+from edgeexit.runtime.policy import ALWAYS, NEVER
+from tests.test_bundle import edit_graph
+from tests.toys import Toy, fill_toy, make_inputs
+
+
+def write_changed(toy: Toy, output: Path, **changes: object) -> Bundle:
+    """A bundle whose manifest differs from the toy's."""
+    with BundleWriter(output) as writer:
+        manifest: Manifest = msgspec.structs.replace(fill_toy(toy, writer.folder), **changes)
+        return writer.commit(manifest)
+
+
+def test_load_takes_a_path_a_string_and_an_opened_bundle(toy_bundle: Bundle) -> None:
+    for path in (toy_bundle.path, str(toy_bundle.path), open_bundle(toy_bundle.path)):
+        with load(path) as model:
+            assert model.bundle.digest == toy_bundle.digest
+            assert [leave.name for leave in model.exits] == ["exit_1", "exit_2", "exit_3", "exit_4"]
+
+
+def test_load_without_a_policy_sends_every_row_to_the_last_exit(toy_bundle: Bundle) -> None:
+    with load(toy_bundle) as model:
+        assert model.policy == Policy()
+        assert set(model(make_inputs(5)).exit_names) == {"exit_4"}
+
+
+@pytest.mark.parametrize(
+    "threshold, expected", [("never", NEVER), ("always", ALWAYS), (0.25, 0.25)]
+)
+def test_load_uses_the_default_policy_of_the_bundle(
+    toy: Toy, tmp_path: Path, threshold: str | float, expected: float
+) -> None:
+    default = DefaultPolicy(score="margin", threshold=threshold)  # type: ignore[arg-type]
+    bundle = write_changed(toy, tmp_path / "bundle", policy=default)
+    with load(bundle) as model:
+        assert model.policy == Policy(score="margin", thresholds=expected)
+
+
+def test_load_takes_a_policy_or_its_path(toy_bundle: Bundle, tmp_path: Path) -> None:
+    policy = Policy(thresholds=[0.1, 0.2, 0.3], score="entropy")
+    write_policy(policy, tmp_path / "policy.json")
+    for given in (policy, tmp_path / "policy.json", str(tmp_path / "policy.json")):
+        with load(toy_bundle, policy=given) as model:
+            assert model.policy == policy
+    with pytest.raises(PolicyError, match="policy is a float"):
+        load(toy_bundle, policy=0.5)  # type: ignore[arg-type]
+
+
+def test_load_refuses_an_unknown_engine(toy_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"no engine 'abacus'.*cpu, cuda"):
+        load(toy_bundle, engine="abacus")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is here"
+)
+@pytest.mark.parametrize("engine", ["cuda", "tensorrt-provider"])
+def test_load_names_the_remedy_when_the_provider_is_missing(
+    toy_bundle: Bundle, engine: str
+) -> None:
+    with pytest.raises(EngineError, match=r"this onnxruntime has no .*edgeexit\[cuda\]"):
+        load(toy_bundle, engine=engine)
+
+
+def test_load_names_the_extra_when_onnxruntime_is_missing(toy_bundle: Bundle) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from edgeexit.runtime import load\n"
+        "from edgeexit.errors import EngineError\n"
+        "try:\n    load(sys.argv[1])\n"
+        "except EngineError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(toy_bundle.path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert 'pip install "edgeexit[cpu]"' in done.stdout
+
+
+@pytest.mark.parametrize("program", ["decode", "encode-decode"])
+def test_load_refuses_a_program_it_cannot_run(toy: Toy, tmp_path: Path, program: str) -> None:
+    bundle = write_changed(toy, tmp_path / "bundle", program=program)
+    with pytest.raises(BundleError, match=f"program '{program}'"):
+        load(bundle)
+
+
+def test_load_refuses_two_exits_behind_one_segment(toy: Toy, tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        manifest = fill_toy(toy, writer.folder)
+        exits = manifest.chains["forward"].segments[1].exits
+        exits.append(msgspec.structs.replace(exits[0], name="again"))
+        bundle = writer.commit(manifest)
+    with pytest.raises(BundleError, match="segment s1 has 2 exits"):
+        load(bundle)
+
+
+def test_load_refuses_a_segment_without_a_usable_variant(toy: Toy, tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        manifest = fill_toy(toy, writer.folder)
+        variants = manifest.chains["forward"].segments[1].variants
+        variants[:] = [msgspec.structs.replace(variants[0], requires=["abacus"])]
+        bundle = writer.commit(manifest)
+    with pytest.raises(EngineError, match="segment s1 has no variant"):
+        load(bundle)
+
+
+def test_load_names_the_graph_that_the_engine_refuses(toy_copy: Path) -> None:
+    edit_graph(toy_copy, lambda model: setattr(model.graph.node[0], "op_type", "NoSuchOperator"))
+    with pytest.raises(EngineError, match=r"graphs/s1\.onnx: ONNX Runtime .* cannot load it"):
+        load(toy_copy)
+
+
+def test_load_with_full_verification_hashes_the_weights(
+    toy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeexit.bundle.HASHED_AT_LOAD_BYTES", 0)
+    data = bytearray((toy_copy / "graphs/weights.bin").read_bytes())
+    data[0] ^= 1
+    (toy_copy / "graphs/weights.bin").write_bytes(bytes(data))
+    load(toy_copy).close()
+    with pytest.raises(BundleError, match="sha256 differs"):
+        load(toy_copy, verify="full")
+
+
+def test_load_refuses_a_bundle_that_was_changed(toy_copy: Path) -> None:
+    raw = json.loads((toy_copy / MANIFEST).read_text())
+    raw["format"] = "3.0"
+    (toy_copy / MANIFEST).write_text(json.dumps(raw))
+    for opener in (load, load_unsplit):
+        with pytest.raises(BundleError, match="format 3.0"):
+            opener(toy_copy)
+
+
+def test_model_describes_what_executes_it(toy_bundle: Bundle) -> None:
+    with load(toy_bundle, threads=1) as model:
+        described = model.describe_engine()
+    assert described["engine"] == "cpu"
+    assert described["version"] == onnxruntime.__version__
+    assert described["threads"] == "1"
+
+
+def test_answers_match_the_samples_of_the_bundle(toy_bundle: Bundle) -> None:
+    with np.load(toy_bundle.file("samples/reference.npz")) as sample, load(toy_bundle) as model:
+        inputs = {n.removeprefix("input/"): sample[n] for n in sample if n.startswith("input/")}
+        trace = model.trace(inputs)
+        for leave, outputs in zip(model.exits, trace.outputs, strict=True):
+            np.testing.assert_allclose(outputs["logits"], sample[f"{leave.name}/logits"], atol=1e-4)

@@ -1,0 +1,60 @@
+"""What may be imported where: the device side stays light, the command line starts fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgeexit
+
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "PIL", "tokenizers"}
+ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "edgeexit",
+        "edgeexit.bundle",
+        "edgeexit.errors",
+        "edgeexit.manifest",
+        "edgeexit.graphfile",
+        "edgeexit.runtime",
+        "edgeexit.runtime.engines.onnxruntime",
+        "edgeexit.measure",
+        "edgeexit.cli",
+    ],
+)
+def test_import_loads_no_engine_and_nothing_of_the_workstation(module: str) -> None:
+    loaded = _loaded_by(f"import {module}")
+    assert not loaded & (HEAVY | ENGINES)
+
+
+def test_device_side_needs_numpy_and_msgspec_only() -> None:
+    third_party = _loaded_by("import edgeexit.runtime") - set(sys.stdlib_module_names)
+    found = {name for name in third_party if not name.startswith("_")} - {"edgeexit"}
+    found -= {"typing_extensions"}  # msgspec takes it where it happens to be installed
+    assert found - _loaded_by("pass") == {"numpy", "msgspec"}
+
+
+def test_folders_are_imported_under_the_name_of_the_package_only() -> None:
+    root = Path(edgeexit.__file__).parent.parent
+    for path in [
+        *root.glob("edgeexit/**/*.py"),
+        *root.glob("export/**/*.py"),
+        *root.glob("runtime/**/*.py"),
+    ]:
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] not in ("export", "runtime"), f"{path}: {line}"
+
+
+def _loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in json.loads(done.stdout)}
