@@ -18,6 +18,7 @@ help:
 	@echo "make test   format, lint, types, import contracts, tests and docstring examples"
 	@echo "make lint   the first four of these"
 	@echo "make bench  the measurements quoted in the README (about an hour on a quiet machine)"
+	@echo "make clean  removes the environment and everything that was made"
 	@echo "make setup  only the environment in $(VENV)"
 
 setup: $(READY)
@@ -39,5 +40,34 @@ lint: $(READY)
 test: $(READY) lint
 	@$(BIN)/python -m pytest
 
+demo: $(READY)
+	@mkdir -p $(DEMO)
+	@echo; echo "== 1 of 6. A vision transformer with an exit behind every layer, trained on handwritten"
+	@echo "   digits (examples/digits), is split at its exits: one small graph per layer."
+	$(BIN)/edgeexit export -m examples/digits/checkpoint -o $(DEMO)/bundle --overwrite
+	@echo; echo "== 2 of 6. Is the bundle whole, and does this machine compute what torch computed?"
+	$(BIN)/edgeexit check $(DEMO)/bundle
+	@echo; echo "== 3 of 6. What does every exit say about digits the model was not trained on?"
+	$(BIN)/edgeexit trace $(DEMO)/bundle --data examples.digits.data:validation \
+	  -o $(DEMO)/validation.npz
+	@echo; echo "== 4 of 6. When may it stop? The loosest threshold at which at most 0.5 % of the answers"
+	@echo "   differ from those of the whole model."
+	$(BIN)/edgeexit calibrate $(DEMO)/validation.npz --bundle $(DEMO)/bundle --max-risk 0.5% \
+	  -o $(DEMO)/policy.json
+	@echo; echo "== 5 of 6. Five digits that neither training nor calibration saw, and where each left:"
+	$(BIN)/edgeexit run $(DEMO)/bundle --data examples.digits.data:test --rows 5 \
+	  --policy $(DEMO)/policy.json
+	@echo; echo "== 6 of 6. What did that gain against the same model unsplit?"
+	$(BIN)/edgeexit bench $(DEMO)/bundle --data examples.digits.data:test \
+	  --policy $(DEMO)/policy.json -o $(DEMO)/bench.json
+	@echo; echo "The bundle, the policy and the figures are in $(DEMO)."
+
+bench: $(READY)
+	$(BIN)/python benchmarks/split.py
+	$(BIN)/python benchmarks/digits.py
+
 docs/manifest.schema.json: edgeexit/manifest.py $(READY)
 	@$(BIN)/python -c "import json, edgeexit.manifest as m; print(json.dumps(m.json_schema(), indent=1))" > $@
+
+clean:
+	rm -rf $(VENV) local build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,9 +1,11 @@
 """Builds what the chain is measured against: other graphs of the same model, over the same weights.
 
-`merged`: all segments as one graph without exits. `first K`: the segments up to exit K and its head, as
-one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind every exit,
-each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight store, so that
-`Bundle` and `runtime.load_unsplit` open them as they open the bundle's own unsplit graph.
+`merged`: all segments as one graph without exits. `first K`: the segments up to exit K and its
+    head, as
+one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind every
+exit, each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight
+store, so that `Bundle` and `runtime.load_unsplit` open them as they open the bundle's own unsplit
+graph.
 """
 
 from __future__ import annotations

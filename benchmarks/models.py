@@ -1,7 +1,8 @@
-"""Makes the models that `split.py` measures: random weights in the shape of BERT, exits behind every layer.
+"""Makes the models that `split.py` measures: random weights in the shape of BERT, exits behind
+every layer.
 
-Run as a child process, ``python benchmarks/models.py checkpoint|export ...``, so that the memory it takes
-can be told from the caller's.
+Run as a child process, ``python benchmarks/models.py checkpoint|export ...``, so that the memory it
+takes can be told from the caller's.
 """
 
 from __future__ import annotations

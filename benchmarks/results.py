@@ -35,7 +35,12 @@ def verdict(figures: list[tuple[str, float, str, float, float]]) -> list[dict[st
         holds = [value <= goal if sign == "<=" else value >= goal for goal in (must, aim)]
         level = "aim" if holds[1] else "must" if holds[0] else "missed"
         found.append(
-            {"figure": name, "value": round(value, 4), "must": f"{sign} {must}", "aim": f"{sign} {aim}"}
+            {
+                "figure": name,
+                "value": round(value, 4),
+                "must": f"{sign} {must}",
+                "aim": f"{sign} {aim}",
+            }
             | {"reached": level}
         )
         say(f"  {name}: {value:.3f} (must {sign} {must}, aim {sign} {aim}): {level}")

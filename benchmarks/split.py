@@ -1,11 +1,13 @@
-"""What splitting costs and saves: the chain against every other way to run the same early-exit model.
+"""What splitting costs and saves: the chain against every other way to run the same early-exit
+model.
 
     python benchmarks/split.py                 # both shapes, about twelve minutes on two cores
     python benchmarks/split.py --shape small
     python benchmarks/split.py --quick         # tiny shapes: does the script run?
 
-Every figure is a median of ratios of neighbouring blocks, each side in a process and a thread setting
-of its own (edgeexit/measure/sidebyside.py). benchmarks/README.md says what each figure means.
+Every figure is a median of ratios of neighbouring blocks, each side in a process and a thread
+setting of its own (edgeexit/measure/sidebyside.py). benchmarks/README.md says what each figure
+means.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def main() -> None:
 def import_time() -> dict[str, Any]:
     """Seconds that ``import edgeexit.runtime`` takes in a fresh interpreter, and what it brings."""
     code = (
-        "import time; t = time.perf_counter(); import edgeexit.runtime; t = time.perf_counter() - t; "
+        "import time; t = time.perf_counter(); import edgeexit.runtime; "
+        "t = time.perf_counter() - t; "
         "import sys; print(t, [m for m in ('torch', 'transformers', 'onnx', 'onnxruntime') "
         "if m in sys.modules])"
     )
@@ -83,7 +86,7 @@ def import_time() -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(7)
     ]
-    seconds, _, heavy = runs[0].stdout.strip().partition(" ")
+    heavy = runs[0].stdout.strip().partition(" ")[2]
     times = [float(run.stdout.split()[0]) for run in runs]
     return {"seconds": round(statistics.median(times), 4), "heavy_modules": heavy}
 
@@ -120,7 +123,11 @@ def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any
         for name, given, tried in (
             ("nested", built, [*like_direct, *(o for o in options[:2] if o not in like_direct)]),
             ("naive", arguments, options),
-            ("eager", arguments | {"checkpoint": str(folder / "checkpoint")}, eager_settings(effort.search)),
+            (
+                "eager",
+                arguments | {"checkpoint": str(folder / "checkpoint")},
+                eager_settings(effort.search),
+            ),
         ):
             with opener.open(name, f"subjects:{name}", given, last, tried) as side:
                 found[f"against_{name}"] = pairs(chain, side, "path", shape, effort)
@@ -364,10 +371,22 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
 
         figures += [
             (f"{name}: split tax", found["split_tax"], "<=", *tax),
-            (f"{name}: forced exit ÷ truncated, worst", worst("against_truncated"), "<=", 1.05, 1.02),
+            (
+                f"{name}: forced exit ÷ truncated, worst",
+                worst("against_truncated"),
+                "<=",
+                1.05,
+                1.02,
+            ),
             (f"{name}: ÷ nested If, worst exit", worst("against_nested"), "<=", 1.0, 1.0),
             (f"{name}: ÷ naive chain, worst exit", worst("against_naive"), "<=", 1.0, 1.0),
-            (f"{name}: eager PyTorch ÷ chain, worst", 1 / worst("against_eager"), ">=", eager, eager),
+            (
+                f"{name}: eager PyTorch ÷ chain, worst",
+                1 / worst("against_eager"),
+                ">=",
+                eager,
+                eager,
+            ),
             (f"{name}: bundle ÷ weights", found["export"]["bundle_of_weights"], "<=", 1.05, 1.05),
             (f"{name}: loading ÷ unsplit", found["loading"]["ratio"], "<=", 1.5, 1.1),
             (f"{name}: peak memory ÷ unsplit", found["peak_memory"]["ratio"], "<=", 1.2, 1.05),

@@ -1,7 +1,8 @@
 """Subjects for the workers that `split.py` starts: every way to run the same early-exit model.
 
-Each takes the bundle, the inputs' file and a thread setting, and offers the cases ``path:EXIT`` (all
-exits before EXIT consulted, EXIT fires) or a single case of its own. `loading` is made for its facts.
+Each takes the bundle, the inputs' file and a thread setting, and offers the cases ``path:EXIT``
+(all exits before EXIT consulted, EXIT fires) or a single case of its own. `loading` is made for its
+facts.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import graphs
 import numpy as np
 
 from edgeexit import runtime
 from edgeexit.bundle import open_bundle
-from edgeexit.measure.subjects import read_inputs, subject_of_unsplit
+from edgeexit.measure.subjects import policy_case, read_inputs, subject_of_unsplit
 from edgeexit.measure.worker import Case, Subject
-
-import graphs
+from edgeexit.runtime.policy import ALWAYS, NEVER, Policy
 
 Threads = Any
 
@@ -94,7 +95,8 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
 
 
 def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subject:
-    """The same model in PyTorch, a Python ``if`` behind every layer. `threads`: count, attention."""
+    """The same model in PyTorch, a Python ``if`` behind every layer. `threads`: count,
+    attention."""
     import torch
 
     from edgeexit.export.models import from_pretrained
@@ -145,3 +147,18 @@ def _paths(run: Any, names: list[str], rows: int) -> Subject:
             lambda row, thresholds=thresholds: run(row, thresholds), lambda logits: logits.tolist()
         )
     return Subject(cases, rows)
+
+
+def policies(bundle: str, inputs: str, policies: list[str], threads: Threads) -> Subject:
+    """The chain under several policies: cases ``policy:N``; and ``path:EXIT`` as ever."""
+    model = runtime.load(bundle, threads=threads)
+    rows = read_inputs(inputs)
+    names = [leave.name for leave in model.exits]
+    cases = {"all": policy_case(model, rows, Policy())}
+    for number, path in enumerate(policies):
+        cases[f"policy:{number}"] = policy_case(model, rows, runtime.read_policy(path))
+    for place, name in enumerate(names[:-1]):
+        stops = dict.fromkeys(names[:place], NEVER) | {name: ALWAYS}
+        cases[f"path:{name}"] = policy_case(model, rows, Policy(thresholds=stops, last=name))
+    cases[f"path:{names[-1]}"] = cases["all"]
+    return Subject(cases, len(rows), model.describe_engine(), model.close)

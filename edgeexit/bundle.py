@@ -136,7 +136,7 @@ def decode_manifest(raw: bytes) -> Manifest:
         raise FormatError(f'{MANIFEST}: format {head.format!r} is not "major.minor"', fix=fix)
     if int(head.format.split(".")[0]) != FORMAT_MAJOR:
         raise FormatError(
-            f"{MANIFEST}: the bundle has format {head.format}, this edgeexit reads {FORMAT_MAJOR}.x",
+            f"{MANIFEST}: the format is {head.format}, this edgeexit reads {FORMAT_MAJOR}.x",
             fix="Install the edgeexit that wrote it, or export again with this one.",
         )
     if unknown := sorted(set(head.requires) - KNOWN_FEATURES):
@@ -261,8 +261,8 @@ def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tens
         given = own[leave.outputs[output.name]]
         if not _same_form(given, output):
             raise BundleError(
-                f"{where}: {given.name} of exit {leave.name} is {given.dtype}{given.axes}, the model "
-                f"promises {output.name} as {output.dtype}{output.axes}",
+                f"{where}: {given.name} of exit {leave.name} is {given.dtype}{given.axes}, "
+                f"the model promises {output.name} as {output.dtype}{output.axes}",
                 fix="Export again.",
             )
     for score, tensor in leave.scores.items():

@@ -1,14 +1,14 @@
 """Splits one ONNX graph at its exits, by ancestry.
 
-Segment *i* is what exit *i* needs and no earlier exit did. What the cut severs crosses it, unless it is
-cheap: masks and shapes are computed anew from the program's inputs (which lose the rows that left), a
-constant is folded again, and a DequantizeLinear stands on both sides so that the quantised tensor
-crosses. `normalise` (in `onnxfile`) prepares the graph; which axis holds the rows, `rows` finds out.
+Segment *i* is what exit *i* needs and no earlier exit did. What the cut severs crosses it, unless
+it is cheap: masks and shapes are computed anew from the program's inputs (which lose the rows that
+left), a constant is folded again, and a DequantizeLinear stands on both sides so that the quantised
+tensor crosses. `onnxfile` and `shapes` prepare the graph; `rows` finds the axis that holds rows.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from edgeexit.errors import ExportError
 from edgeexit.export.graphs import IR_VERSION
 from edgeexit.export.onnxfile import DTYPES, subgraphs, valid_name
 from edgeexit.export.scores import append_scores
+from edgeexit.export.shapes import drop_shape_inputs
 from edgeexit.manifest import SCORES, Tensor
 
 ANSWER = "logits"
@@ -26,10 +27,42 @@ ANSWER = "logits"
 
 _SMALL_BYTES = 1 << 20
 _HEAVY = frozenset(
-    "MatMul Gemm Einsum MatMulInteger QLinearMatMul Conv ConvTranspose ConvInteger QLinearConv "
-    "DeformConv LSTM GRU RNN Attention BatchNormalization InstanceNormalization GroupNormalization "
-    "LayerNormalization RMSNormalization LpNormalization LRN AveragePool MaxPool GlobalAveragePool "
-    "GlobalMaxPool LpPool GlobalLpPool Resize GridSample RoiAlign NonMaxSuppression TopK STFT DFT".split()
+    {
+        "MatMul",
+        "Gemm",
+        "Einsum",
+        "MatMulInteger",
+        "QLinearMatMul",
+        "Conv",
+        "ConvTranspose",
+        "ConvInteger",
+        "QLinearConv",
+        "DeformConv",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Attention",
+        "BatchNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "LayerNormalization",
+        "RMSNormalization",
+        "LpNormalization",
+        "LRN",
+        "AveragePool",
+        "MaxPool",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "LpPool",
+        "GlobalLpPool",
+        "Resize",
+        "GridSample",
+        "RoiAlign",
+        "NonMaxSuppression",
+        "TopK",
+        "STFT",
+        "DFT",
+    }
 )
 _OWN_DOMAINS = ("", "ai.onnx")
 
@@ -70,7 +103,7 @@ def cut(model: ir.Model, what: str) -> Cut:
     """Cuts a normalised model.
 
     Args:
-        model: As `edgeexit.export.onnxfile.normalise` gives it; only names are changed.
+        model: Normalised, with resolved shapes and float32 outputs; only names are changed.
         what: The file, for messages.
 
     Raises:
@@ -102,9 +135,8 @@ def cut(model: ir.Model, what: str) -> Cut:
     for value in later:
         if value.dtype not in DTYPES:
             raise ExportError(
-                f"{what}: {value.name} crosses a cut and has the type "
-                f"{'unknown' if value.dtype is None else value.dtype.name.lower()}, which no bundle carries",
-                fix="Cut elsewhere, or export the model again in float32 or float16.",
+                f"{what}: {value.name} crosses a cut; no bundle carries {_kind(value)}",
+                fix="Cut elsewhere, or give the file as it was before an optimiser changed it.",
             )
     axes = {d.value for v in graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)}
     tensors = {
@@ -118,6 +150,8 @@ def cut(model: ir.Model, what: str) -> Cut:
         part = _extract(
             model, [*taken_inputs, *crossing_in], [*made, leave], f"segment_{number + 1}"
         )
+        drop_shape_inputs(part)
+        _drop_inner_shapes(part.graph)
         logits = part.graph.outputs[-1]
         scores = append_scores(part.graph, logits, logits.name or "")
         part.graph.outputs.extend(scores.values())
@@ -125,26 +159,22 @@ def cut(model: ir.Model, what: str) -> Cut:
             Piece(
                 name=f"segment_{number + 1}",
                 model=part,
-                inputs=tuple(value.name or "" for value in [*taken_inputs, *crossing_in]),
+                inputs=tuple(value.name or "" for value in part.graph.inputs),
                 carried=tuple(value.name or "" for value in carried_out),
                 exit=logits.name or "",
                 scores={score: f"{logits.name}/{score}" for score in SCORES},
             )
         )
     unsplit = _extract(model, list(graph.inputs), [exits[-1]], "unsplit")
+    _drop_inner_shapes(unsplit.graph)
     _rename_answer(unsplit.graph, what)
     names = tuple(value.name or "" for value in graph.inputs)
     return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
 
 
 def annotate(model: ir.Model, tensors: dict[str, Tensor]) -> None:
-    """Writes the axes of `tensors` onto a graph's inputs and outputs, and drops all inner shapes."""
-    outside = {*model.graph.inputs, *model.graph.outputs}
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if value not in outside:
-                value.shape = None
-    for value in outside:
+    """Writes the axes of `tensors` onto a graph's inputs and outputs."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name in tensors:
             value.shape = ir.Shape(tensors[value.name].axes)
 
@@ -271,7 +301,7 @@ def _check_order(
     shared = [needed & last for needed in needs]
     names = [value.name for value in exits]
     best = sorted(range(len(exits)), key=lambda number: len(shared[number]))
-    nested = all(shared[a] < shared[b] for a, b in zip(best, best[1:], strict=False))
+    nested = all(shared[a] < shared[b] for a, b in itertools.pairwise(best))
     if nested and shared[best[0]] and best != list(range(len(exits))):
         raise ExportError(
             f"{what}: exits are not ordered from shallow to deep",
@@ -288,22 +318,22 @@ def _check_order(
     for number, part in enumerate(shared):
         if not part:
             raise ExportError(
-                f"{what}: exit {names[number]} shares no computation with the last exit, {names[-1]}",
+                f"{what}: exit {names[number]} shares no computation with the last, {names[-1]}",
                 fix="Name outputs of one backbone, from shallow to deep, the model's answer last.",
             )
     for number in range(1, len(exits)):
         before, after = shared[number - 1], shared[number]
         if before == after:
             raise ExportError(
-                f"{what}: exits {names[number - 1]} and {names[number]} leave the model at the same place",
+                f"{what}: exits {names[number - 1]} and {names[number]} leave at the same place",
                 fix="Keep one of them; nothing would be saved between the two.",
             )
         if missing := before - after:
             example = min(node.outputs[0].name or "" for node in missing)
             raise ExportError(
                 f"{what}: exits {names[number - 1]} and {names[number]} are not ordered: "
-                f"{names[number - 1]} needs {len(missing)} operators of the last exit's backbone that "
-                f"{names[number]} does not reach ({example})",
+                f"{names[number - 1]} needs {len(missing)} operators on the way to the last exit "
+                f"that {names[number]} does not reach ({example})",
                 fix="Exits of a chain lie on one path; leave out the one on the side branch.",
             )
 
@@ -321,12 +351,15 @@ def _name_crossing(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
             value.name = valid_name(own, taken)
 
 
+def _kind(value: ir.Value) -> str:
+    return "a type that is not known" if value.dtype is None else value.dtype.name.lower()
+
+
 def _describe(value: ir.Value, known_axes: set[str | None], what: str) -> Tensor:
     name = value.name or ""
     if value.dtype not in DTYPES:
-        kind = "an unknown type" if value.dtype is None else value.dtype.name.lower()
         raise ExportError(
-            f"{what}: input {name} has the type {kind}, which no bundle carries",
+            f"{what}: input {name}: no bundle carries {_kind(value)}",
             fix="Put the conversion outside the model: engines take numbers.",
         )
     axes: list[str | int | None] = []
@@ -352,6 +385,15 @@ def _extract(
     return part
 
 
+def _drop_inner_shapes(graph: ir.Graph) -> None:
+    """Engines infer these again; what is wrong or unknown in them only does harm."""
+    outside = {*graph.inputs, *graph.outputs}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in outside:
+                value.shape = None
+
+
 def _rename_answer(graph: ir.Graph, what: str) -> None:
     answer = graph.outputs[0]
     if answer.name == ANSWER:
@@ -363,5 +405,5 @@ def _rename_answer(graph: ir.Graph, what: str) -> None:
         )
     for value in [*graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]:
         if value.name == ANSWER:
-            value.name = f"inner_{ANSWER}_{math.floor(len(graph))}"
+            value.name = f"inner_{ANSWER}_{len(graph)}"
     answer.name = ANSWER

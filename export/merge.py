@@ -2,7 +2,8 @@
 
 `merge` puts graphs of a chain one behind the other, keeps the outputs asked for and drops whatever
 leads to none of them, exits above all. The baseline of every figure is the faster of this and the
-model's own direct export, and a plan that leaves exits out merges the segments between those it keeps.
+model's own direct export, and a plan that leaves exits out merges the segments between those it
+keeps.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import onnx_ir.passes.common as passes
 from edgeexit.errors import ExportError
 
 
-def merge(
-    graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "merged"
-) -> ir.Model:
+def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "merged") -> ir.Model:
     """Merges graphs in order; a later one takes what an earlier one made by the tensor's name.
 
     Args:

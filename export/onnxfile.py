@@ -1,8 +1,8 @@
-"""An ONNX file from anywhere, made ready to be cut: read, checked, and brought into one form.
+"""An ONNX file from anywhere: read, checked, and brought into one form.
 
 `read_onnx` refuses what is not a whole ONNX model; `normalise` leaves a graph whose outputs are the
-exits in float32, whose rows lie along an axis named ``batch``, without functions, constant nodes and
-foldable shape arithmetic, in an opset that bundles may have. `cut` takes it from there.
+exits, whose rows lie along an axis named ``batch``, without functions and constant nodes, in an
+opset that bundles may have. `shapes` and `cut` take it from there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Literal
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import version_converter
-from onnxscript.optimizer import fold_constants
 
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.graphs import IR_VERSION
-from edgeexit.export.simplify import simplify
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +42,15 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataT
 EXIT_NAME_LENGTH = 100
 """Score tensors are named after their exit, within the 128 characters of a manifest name."""
 _RANDOM = frozenset(
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial".split()
+    {
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    }
 )
-_ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Mod Max Min Where And Or Xor Equal Less LessOrEqual Greater GreaterOrEqual".split()
-)
-_INFERENCE_ROUNDS = 8
 _RE_EXPORT = (
     "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
     'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}.'
@@ -75,7 +76,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     except Exception as error:
         raise ExportError(
             f"{path}: not an ONNX model, or only a part of one ({_first_line(error)})",
-            fix="Copy the file again, or export it again; text and TensorFlow formats are not read.",
+            fix="Copy the file again, or export it again; only ONNX is read.",
         ) from error
     if not model.opset_imports or not len(model.graph):
         raise ExportError(
@@ -88,7 +89,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
-    """Brings a model into the form that `edgeexit.export.cut.cut` takes.
+    """Brings a model into one form, whatever wrote it.
 
     Args:
         model: As `read_onnx` gives it; it is changed.
@@ -96,16 +97,16 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
         what: The file, for messages.
 
     Returns:
-        A model whose outputs are the exits in their order: float32, under valid names.
+        A model whose outputs are the exits in their order, under valid names.
     """
-    with _quiet(what):
+    with quiet():
         passes.InlinePass()(model)
         passes.RemoveInitializersFromInputsPass()(model)
     _choose_outputs(model.graph, exits, what)
-    with _quiet(what):
+    with quiet():
         passes.RemoveUnusedNodesPass()(model)
     model = _convert(model, what)
-    with _quiet(what):
+    with quiet():
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.IdentityEliminationPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
@@ -113,17 +114,29 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
     _name_axes(model.graph, what)
-    _infer(model)
-    simplify(model)
-    _shapes_from_inputs(model.graph)
-    with _quiet(what):
-        fold_constants(model, onnx_shape_inference=False)
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.RemoveUnusedNodesPass()(model)
-    model.graph.sort()
-    _float_outputs(model.graph, what)
     _name_values(model.graph, what)
+    model.graph.sort()
     return model
+
+
+def float_outputs(graph: ir.Graph, what: str) -> None:
+    """Casts exits to float32. Their types are known once `shapes.infer` ran."""
+    for position, value in enumerate(list(graph.outputs)):
+        if value.dtype not in FLOATS:
+            kind = "an unknown type" if value.dtype is None else str(value.dtype).lower()
+            raise ExportError(
+                f"{what}: exit {value.name} gives {kind}, not floating-point logits",
+                fix="Name the tensor of class logits from which that is computed.",
+            )
+        if value.dtype == ir.DataType.FLOAT:
+            continue
+        name = value.name
+        value.name = f"{name}_{str(value.dtype).lower()}"
+        node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        made = node.outputs[0]
+        made.name, made.dtype, made.shape = name, ir.DataType.FLOAT, value.shape
+        graph.append(node)
+        graph.outputs[position] = made
 
 
 def precision_of(model: ir.Model) -> Literal["float32", "float16", "bfloat16", "int8"]:
@@ -148,7 +161,7 @@ def valid_name(name: str, taken: set[str]) -> str:
 
 
 def subgraphs(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node carries in its attributes (the branches of an If, the body of a Loop)."""
+    """The graphs that a node carries in its attributes (branches of an If, body of a Loop)."""
     found: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.is_ref():
@@ -180,13 +193,13 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
             file = Path(tensor.path)
             if not file.is_file():
                 raise ExportError(
-                    f"{path}: the weights of {value.name!r} should be in {file.name}, which is not there",
+                    f"{path}: {value.name!r} belongs into {file.name}, which is not there",
                     fix="Copy the weight file to where the .onnx file is.",
                 )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if end > file.stat().st_size:
                 raise ExportError(
-                    f"{path}: the weights of {value.name!r} end at byte {end} of {file.name}, which has "
+                    f"{path}: {value.name!r} ends at byte {end} of {file.name}, which has "
                     f"{file.stat().st_size}",
                     fix="Copy the weight file again; it is not whole.",
                 )
@@ -203,8 +216,7 @@ def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
         if name not in values:
             raise ExportError(
                 f"{what}: there is no output {name!r}",
-                fix=f"Its outputs are {', '.join(map(str, outputs))}; any tensor inside can be named "
-                "too.",
+                fix=f"Its outputs are {', '.join(map(str, outputs))}; inner tensors will do too.",
             )
         if values[name].producer() is None:
             raise ExportError(
@@ -223,8 +235,8 @@ def _check_deterministic(graph: ir.Graph, what: str) -> None:
         switch = ir.convenience.get_const_tensor(training) if training is not None else None
         if node.op_type in _RANDOM or (switch is not None and bool(switch.numpy())):
             raise ExportError(
-                f"{what}: it draws random numbers ({node.op_type} {node.name}), so no answer can be "
-                "compared with another",
+                f"{what}: it draws random numbers ({node.op_type} {node.name}), so no two answers "
+                "can be compared",
                 fix="Export the model in evaluation mode: model.eval() before torch.onnx.export.",
             )
 
@@ -240,7 +252,7 @@ def _convert(model: ir.Model, what: str) -> ir.Model:
             fix="Export it again with opset_version=20, which every supported engine reads.",
         )
     try:
-        with _quiet(what):
+        with quiet():
             made = version_converter.ConvertVersionPass(OPSETS[0], fallback=True)(model).model
     except Exception as error:
         raise _not_convertible(what, opset, _first_line(error)) from error
@@ -297,175 +309,24 @@ def _name_axes(graph: ir.Graph, what: str) -> None:
         if first is None:
             raise ExportError(f"{what}: it has no inputs", fix="Give a model that takes some.")
         raise ExportError(
-            f"{what}: the number of rows is fixed (input {first.name} is {list(first.shape or [])}); "
-            "rows could not leave at different exits",
+            f"{what}: the number of rows is fixed (input {first.name} is "
+            f"{list(first.shape or [])}), so no row can leave before another",
             fix=_RE_EXPORT.format(first.name),
         )
     inputs = set(graph.inputs)
     for node in graph.all_nodes():
         for value in node.outputs:
             if value not in inputs and value.shape is not None:
-                dims = [
-                    renamed.get(d.value, d.value)
-                    if isinstance(d, ir.SymbolicDim) and d.value
-                    else d
-                    for d in value.shape
-                ]
-                value.shape = ir.Shape(dims)
-
-
-def _infer(model: ir.Model) -> None:
-    """Infers shapes, with the names of the inputs' axes as far as they reach."""
-    known = {
-        d.value for v in model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)
-    }
-    for _ in range(_INFERENCE_ROUNDS):
-        with _quiet("shape inference"):
-            passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        same = _equal_axes(model.graph, known)
-        if not same:
-            return
-        for node in model.graph:
-            for value in node.outputs:
-                if value.shape is None:
-                    continue
-                dims = [
-                    same.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d
-                    for d in value.shape
-                ]
-                value.shape = ir.Shape(dims)
-                if any(isinstance(d, ir.SymbolicDim) and _is_unknown(d.value) for d in value.shape):
-                    value.shape = None
-
-
-def _equal_axes(graph: ir.Graph, known: set[str | None]) -> dict[str, str]:
-    """Unknown axes that are added to (compared with, ...) an axis of the inputs, so must equal it.
-
-    Inference cannot follow the length of a Range or Slice, such as positions up to the length of the
-    text. What is added to ``[batch, seq, hidden]`` has that ``seq`` too, for any seq but 1.
-    """
-    same: dict[str, str] = {}
-    for node in graph:
-        if node.domain != "" or node.op_type not in _ELEMENTWISE:
-            continue
-        shapes = [list(v.shape) for v in node.inputs if v is not None and v.shape is not None]
-        for place in range(1, max(map(len, shapes), default=0) + 1):
-            dims = [shape[-place] for shape in shapes if len(shape) >= place]
-            named = {d.value for d in dims if isinstance(d, ir.SymbolicDim) and d.value in known}
-            if len(named) == 1:
-                axis = named.pop()
-                for d in dims:
-                    if isinstance(d, ir.SymbolicDim) and d.value and _is_unknown(d.value) and axis:
-                        same[d.value] = axis
-    return same
-
-
-def _is_unknown(axis: str | None) -> bool:
-    return axis is None or axis.startswith("unk__")
-
-
-def _shapes_from_inputs(graph: ir.Graph) -> None:
-    """Reads the shapes of inner tensors from the program's inputs where the axis names allow it.
-
-    A shape that is taken from a state ties every later use of it to the segment of that state.
-    """
-    first_op = graph[0]
-    home: dict[str, tuple[ir.Value, int]] = {}
-    for value in graph.inputs:
-        for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and size.value:
-                home.setdefault(size.value, (value, axis))
-    made: dict[tuple[int | str, ...], ir.Value] = {}
-
-    def size_of(dim: int | str) -> ir.Value:
-        if isinstance(dim, str):
-            value, axis = home[dim]
-            node = ir.node("Shape", [value], {"start": axis, "end": axis + 1})
-            node.outputs[0].name = f"edgeexit/size_of_{dim}"
-            node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.INT64, ir.Shape([1])
-            graph.insert_before(first_op, node)
-            return node.outputs[0]
-        tensor = ir.tensor([dim], dtype=ir.DataType.INT64, name=f"edgeexit/size_{dim}")
-        constant = ir.Value(
-            name=tensor.name,
-            shape=ir.Shape([1]),
-            type=ir.TensorType(ir.DataType.INT64),
-            const_value=tensor,
-        )
-        graph.register_initializer(constant)
-        return constant
-
-    for node in list(graph):
-        data = node.inputs[0] if node.op_type == "Shape" and node.domain == "" else None
-        if data is None or data.is_graph_input() or data.shape is None or not len(data.shape):
-            continue
-        dims = [d if isinstance(d, int) else d.value for d in data.shape]
-        start = node.attributes.get_int("start", 0)
-        dims = dims[start : node.attributes.get_int("end", len(dims))]
-        if not dims or any(not isinstance(d, int) and d not in home for d in dims):
-            continue
-        key = tuple(d for d in dims if d is not None)
-        parts = []
-        for dim in key:
-            if (dim,) not in made:
-                made[(dim,)] = size_of(dim)
-            parts.append(made[(dim,)])
-        if key not in made:
-            joined = ir.node("Concat", parts, {"axis": 0})
-            joined.outputs[0].name = "edgeexit/sizes_" + "_".join(map(str, key))
-            joined.outputs[0].dtype = ir.DataType.INT64
-            joined.outputs[0].shape = ir.Shape([len(key)])
-            graph.insert_before(first_op, joined)
-            made[key] = joined.outputs[0]
-        for user, _ in list(node.outputs[0].uses()):
-            _fold_gather(graph, user, key)
-        node.outputs[0].replace_all_uses_with(made[key], replace_graph_outputs=True)
-
-
-def _fold_gather(graph: ir.Graph, node: ir.Node, dims: tuple[int | str, ...]) -> None:
-    """Replaces the choice of one fixed size out of a shape by that size."""
-    index = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "Gather" else None
-    if index is None or index.shape.rank() != 0 or node.domain != "":
-        return
-    position = int(index.numpy())
-    if not -len(dims) <= position < len(dims) or isinstance(dims[position], str):
-        return
-    name = f"edgeexit/scalar_{dims[position]}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(int(dims[position]), dtype=ir.DataType.INT64, name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                shape=ir.Shape([]),
-                type=ir.TensorType(ir.DataType.INT64),
-                const_value=tensor,
-            )
-        )
-    node.outputs[0].replace_all_uses_with(graph.initializers[name])
-
-
-def _float_outputs(graph: ir.Graph, what: str) -> None:
-    """Casts exits to float32, and gives those that are the same tensor twice one of their own."""
-    for position, value in enumerate(list(graph.outputs)):
-        if value.dtype not in FLOATS:
-            kind = "an unknown type" if value.dtype is None else str(value.dtype).lower()
-            raise ExportError(
-                f"{what}: exit {value.name} gives {kind}, not floating-point logits",
-                fix="Name the tensor of class logits from which that is computed.",
-            )
-        if value.dtype == ir.DataType.FLOAT:
-            continue
-        name = value.name
-        value.name = f"{name}_{str(value.dtype).lower()}"
-        node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-        made = node.outputs[0]
-        made.name, made.dtype, made.shape = name, ir.DataType.FLOAT, value.shape
-        graph.append(node)
-        graph.outputs[position] = made
+                value.shape = ir.Shape(
+                    [
+                        d if isinstance(d, int) else renamed.get(d.value or "", d)
+                        for d in value.shape
+                    ]
+                )
 
 
 def _name_values(graph: ir.Graph, what: str) -> None:
-    """Gives inputs and exits names that the manifest accepts, and keeps the names of scores free."""
+    """Gives inputs and exits names that the manifest accepts; keeps those of scores free."""
     taken: set[str] = set()
     named = [*graph.inputs, *graph.outputs]
     wanted = [valid_name(value.name or "", taken) for value in named]
@@ -486,7 +347,7 @@ def _name_values(graph: ir.Graph, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(what: str) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps what the graph libraries log for their own authors out of the user's log."""
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         yield

@@ -24,10 +24,11 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import graphs
 from edgeexit.export.contract import Exit, ExitModel, Segment
 from edgeexit.export.cut import ANSWER, annotate, cut
-from edgeexit.export.onnxfile import normalise, precision_of, read_onnx
+from edgeexit.export.onnxfile import float_outputs, normalise, precision_of, read_onnx
 from edgeexit.export.precision import to_float16
-from edgeexit.export.rows import TOLERANCES, close, prove_rows, run_graph, sample_inputs
+from edgeexit.export.rows import close, prove_rows, run_graph, sample_inputs, tolerance_of
 from edgeexit.export.scores import reference_scores
+from edgeexit.export.shapes import resolve_shapes
 from edgeexit.export.store import WeightStore
 from edgeexit.manifest import Chain, Manifest, Tensor, Variant
 from edgeexit.manifest import Exit as ManifestExit
@@ -146,8 +147,9 @@ def export_onnx(
 ) -> Bundle:
     """Cuts an ONNX file at its exits and writes the bundle.
 
-    The file's opset is kept (below 18 it is converted to 18), and so is its precision; exits and scores
-    are float32 always. What the segments answer is compared with the file before anything is kept.
+    The file's opset is kept (below 18 it is converted to 18), and so is its precision; exits and
+    scores are float32 always. What the segments answer is compared with the file before anything is
+    kept.
 
     Args:
         path: The ONNX file; its weights may lie in files beside it.
@@ -155,8 +157,8 @@ def export_onnx(
         exits: Names of the tensors that hold an exit's logits ``[batch, classes]``, from shallow to
             deep; the last one is the model's answer. Tensors inside the graph may be named too.
         name: The bundle's name; the file's, if left out.
-        samples: Input name -> array with two rows or more, to compute the reference from; inputs are
-            made up if left out.
+        samples: Input name -> array with two rows or more, to compute the reference from; inputs
+            are made up if left out.
         labels: Names of the classes.
 
     Raises:
@@ -173,6 +175,8 @@ def export_onnx(
         own_inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
         own_outputs = {value.name for value in model.graph.outputs}
         model = normalise(model, exits, what)
+        resolve_shapes(model)
+        float_outputs(model.graph, what)
         names = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
         leaves = {old: v.name or "" for old, v in zip(exits, model.graph.outputs, strict=True)}
         store = WeightStore(writer.folder)
@@ -198,7 +202,7 @@ def export_onnx(
             graphs.save_graph(piece.model, str(place))
         tell("comparing the segments with the file")
         precision = precision_of(model)
-        tolerance = TOLERANCES[precision]
+        tolerance = tolerance_of(model.graph, precision)
         proof = prove_rows(pieces, paths, inputs, what, tolerance)
         for leave, expected in answers.items():
             if not close(proof.values[leave], expected, tolerance):
@@ -316,7 +320,8 @@ def _check_logits(value: ir.Value, found: np.ndarray, rows: int, what: str) -> n
     """Completes the shape of an exit from what it gave; refuses what is not logits by row."""
     if found.ndim != 2 or found.shape[0] != rows or found.shape[1] < 2:
         raise ExportError(
-            f"{what}: exit {value.name} gives {list(found.shape)} for {rows} rows, not [rows, classes]",
+            f"{what}: exit {value.name} gives {list(found.shape)} for {rows} rows, not "
+            "[rows, classes]",
             fix="Name a tensor with one row of class logits (two classes or more) per input.",
         )
     value.shape = ir.Shape(["batch", found.shape[1]])
@@ -330,7 +335,7 @@ def _check_classes(answers: Mapping[str, np.ndarray], what: str) -> None:
             raise ExportError(
                 f"{what}: exit {leave} has {found.shape[1]} classes, the last exit ({last}) "
                 f"{logits.shape[1]}",
-                fix="Exits answer the same question; name the tensors with the logits of the same classes.",
+                fix="Exits answer the same question; name tensors with logits of the same classes.",
             )
 
 
@@ -338,8 +343,7 @@ def _differs(leave: str, found: np.ndarray, expected: np.ndarray, what: str) -> 
     off = float(np.nanmax(np.abs(found.astype(np.float64) - expected)))
     return ExportError(
         f"{what}: at exit {leave} the segments answer otherwise than the file (by up to {off:.3g})",
-        fix="Does the file draw random numbers (dropout left on)? If not, this is a bug in edgeexit; "
-        "please report it.",
+        fix="This is a bug in edgeexit; please report it with the tool that wrote the file.",
     )
 
 

@@ -1,8 +1,8 @@
 """Runs what was cut: inputs to run it with, and the proof of which axis holds the rows.
 
-A graph does not say which axis of an inner tensor belongs to the batch. So the segments run once with
-all rows and again with some of them: an axis that loses exactly the rows left out, with the values of
-the others unchanged, is the row axis. Where none does, rows of a batch can only leave together.
+A graph does not say which axis of an inner tensor belongs to the batch. So the segments run once
+with all rows and again with some of them: an axis that loses exactly the rows left out, with the
+values of the others unchanged, is the row axis. Where none does, rows can only leave together.
 ONNX Runtime does the running where it is installed, else onnx's own reference evaluator.
 """
 
@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 MOST_ROWS = 16
 """Rows of a user's samples that are used; a few are enough for a reference."""
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2}
-"""Relative to the largest value: how far a row may move with the size of its batch, per precision."""
-_SAME_VALUES = frozenset("Cast Identity Reshape Flatten Squeeze Unsqueeze Transpose Expand".split())
+"""Per precision: how far a row may move with the size of its batch, per largest value."""
+_SAME_VALUES = frozenset(
+    {"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"}
+)
 _TABLES = {"EmbedLayerNormalization": {0: 2, 1: 4}}
 """Operators of other domains that look ids up: input of ids -> input of the table."""
 
@@ -71,8 +73,8 @@ def run_graph(
     batches: Sequence[Mapping[str, NDArray]],
     *,
     reference: bool | None = None,
-    fix: str = "If the inputs made up for the model do not suit it, give real ones (--samples, an .npz "
-    "with two rows or more); else check the file with the tool that wrote it.",
+    fix: str = "If the inputs made up for the model do not suit it, give real ones (--data, an "
+    ".npz with two rows or more); else check the file with the tool that wrote it.",
 ) -> list[dict[str, NDArray]]:
     """Runs a graph file on several batches. Returns every output, by name.
 
@@ -104,6 +106,7 @@ def run_graph(
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_prepacking", "1")
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
@@ -169,6 +172,12 @@ def prove_rows(
                     run |= made
             except ExportError as error:
                 failed = error.what
+    for name, tensor in tensors.items():
+        if runs[0][name].dtype.name != tensor.dtype:
+            raise ExportError(
+                f"{what}: {name} was taken to be {tensor.dtype} and is {runs[0][name].dtype.name}",
+                fix="Cut elsewhere, or give the file without an optimiser's own operators.",
+            )
     reasons = [f"with fewer rows, {failed}"] if failed else []
     sizes = [_axis_sizes(tensors, pieces.inputs, run) for run in runs]
     exits = {piece.exit for piece in pieces.pieces}
@@ -200,6 +209,14 @@ def prove_rows(
     return Proof(tensors=tensors, independent=not reasons, values=runs[0])
 
 
+def tolerance_of(graph: ir.Graph, precision: str) -> float:
+    """How far results may lie apart. Scales that are found at run time tie rows to each other by
+    about one step, which must be seen: such graphs are held to what float32 promises."""
+    if any(node.op_type == "DynamicQuantizeLinear" for node in graph.all_nodes()):
+        precision = "float32"
+    return TOLERANCES[precision]
+
+
 def row_axis(
     whole: NDArray,
     parts: Sequence[tuple[NDArray[np.intp], NDArray]],
@@ -222,7 +239,7 @@ def row_axis(
         ValueError: With the reason why no axis, or more than one, fits.
     """
     shrunk: set[int] = set()
-    for chosen, part in parts:
+    for _, part in parts:
         if part.ndim != whole.ndim:
             raise ValueError("its number of axes depends on the number of rows")
         shrunk |= {axis for axis in range(whole.ndim) if whole.shape[axis] != part.shape[axis]}
@@ -257,6 +274,8 @@ def _given_inputs(
     graph: ir.Graph, samples: Mapping[str, NDArray], names: Mapping[str, str]
 ) -> dict[str, NDArray]:
     given = {names.get(name, name): np.asarray(array) for name, array in samples.items()}
+    if "label" not in {value.name for value in graph.inputs}:
+        given.pop("label", None)  # data sets have it; the model does not take it
     wanted = [value.name or "" for value in graph.inputs]
     for name in [*sorted(set(wanted) - given.keys()), *sorted(given.keys() - set(wanted))]:
         kind = "is missing" if name in wanted else "is not an input"
@@ -307,7 +326,7 @@ def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> ND
 
 
 def _bound(value: ir.Value) -> int | None:
-    """Entries of the smallest table that an input of ids looks things up in; None if it does not."""
+    """Entries of the smallest table that an input of ids is looked up in; None if there is none."""
     bounds = []
     stack, seen = [value], {value}
     while stack:

@@ -107,7 +107,8 @@ class _Builder:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         tensor = ir.tensor(np.asarray(array), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        shape = ir.Shape(np.shape(array))
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value

@@ -44,7 +44,9 @@ class WeightStore:
                     if tensor.nbytes < INLINE_LIMIT_BYTES:
                         if isinstance(tensor, ir.ExternalTensor):
                             array = np.array(tensor.numpy())
-                            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+                            value.const_value = ir.Tensor(
+                                array, dtype=tensor.dtype, name=tensor.name
+                            )
                         continue
                     offset, length = self._place(tensor, file)
                     value.const_value = ir.ExternalTensor(
@@ -58,8 +60,9 @@ class WeightStore:
                     )
 
     def _place(self, tensor: ir.TensorProtocol, file: object) -> tuple[int, int]:
-        data = np.frombuffer(tensor.tobytes(), dtype=np.uint8)
-        key = hashlib.sha256(data).digest()
+        raw = tensor.tobytes()
+        key = hashlib.sha256(raw).digest()
+        data = np.frombuffer(raw, dtype=np.uint8)
         if key not in self._places:
             alignment = _PAGE if data.nbytes >= 16 * _PAGE else _SMALL_ALIGNMENT
             offset = -(-self._end // alignment) * alignment

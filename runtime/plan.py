@@ -206,7 +206,9 @@ class Planner:
         self._learnt |= {(tensor.name, key): shapes[tensor.name] for tensor in made}
 
     def _shape(self, number: int, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        shape = shape_of(tensor, sizes) or self._learnt.get((tensor.name, _key(sizes)))
+        shape = shape_of(tensor, sizes)
+        if shape is None:
+            shape = self._learnt.get((tensor.name, _key(sizes)))
         if shape is None:
             raise EngineError(
                 f"segment {self._segments[number].name}: the shape of {tensor.name} is not known",

@@ -24,6 +24,8 @@ _TEXT = {"vocab_size": 60, "max_position_embeddings": 50, "pad_token_id": 0}
 TEXT_FAMILIES = ("bert", "roberta", "distilbert")
 IMAGE_FAMILIES = ("vit", "resnet")
 FAMILIES = (*TEXT_FAMILIES, *IMAGE_FAMILIES)
+EXITS = {family: [2] for family in FAMILIES} | {"bert": [1, 2], "resnet": [1, 2]}
+"""Layers that get an exit in the bundles that tests share."""
 
 
 def make_model(family: str) -> transformers.PreTrainedModel:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 from edgeexit.bundle import Bundle
 from tests.toys import Toy, make_toy, write_toy
+
+if TYPE_CHECKING:
+    from edgeexit.export.models import ExitClassifier
 
 settings.register_profile("edgeexit", deadline=None, print_blob=True)
 settings.load_profile("edgeexit")
@@ -41,6 +45,46 @@ def toy_copy(toy_bundle: Bundle, tmp_path: Path) -> Path:
 def copy_toy(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Makes such copies, for property tests that need one per example."""
     return lambda: _writable_copy(toy_bundle.path, tmp_path_factory.mktemp("copies") / "copy")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small checkpoint of every family."""
+    from tests.checkpoints import FAMILIES, save_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: save_checkpoint(family, folder / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def classifiers(checkpoints: dict[str, Path]) -> dict[str, ExitClassifier]:
+    """These checkpoints read back, with untrained exits."""
+    import torch
+
+    from edgeexit.export.models import from_pretrained
+    from tests.checkpoints import EXITS
+
+    found = {}
+    for family, folder in checkpoints.items():
+        torch.manual_seed(1)
+        found[family] = from_pretrained(folder, exits=EXITS[family], untrained=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def family_bundle(
+    classifiers: dict[str, ExitClassifier], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Bundle]:
+    """The bundle of a family, exported once (it takes seconds) and shared: never change it."""
+    from edgeexit.export import export_model
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def exported(family: str) -> Bundle:
+        return export_model(classifiers[family].exit_model(), folder / family)
+
+    return exported
 
 
 def _writable_copy(source: Path, target: Path) -> Path:

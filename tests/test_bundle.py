@@ -159,7 +159,7 @@ def test_open_refuses_what_is_not_a_regular_file(toy_copy: Path) -> None:
 @pytest.mark.parametrize("version", ["2.0", "0.9", "11.0"])
 def test_open_refuses_another_major_format(toy_copy: Path, version: str) -> None:
     rewrite(toy_copy, lambda raw: raw.update(format=version, chains="of another shape"))
-    with pytest.raises(FormatError, match=f"format {version}"):
+    with pytest.raises(FormatError, match=f"format is {version}"):
         open_bundle(toy_copy)
 
 

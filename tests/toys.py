@@ -29,7 +29,7 @@ class Toy:
     """Weights of the model and how its bundle describes it.
 
     Attributes:
-        layers: ``(W [WIDTH, WIDTH], H [WIDTH, CLASSES])`` per segment.
+        layers: ``(W [taken, made], H [made, CLASSES])`` per segment; the first takes WIDTH.
         rows: As in `edgeexit.manifest.Chain`.
         open_axes: The states' sizes are left open (null) in the manifest.
         rows_last: States are ``[WIDTH, batch]``, with rows along axis 1.
@@ -41,15 +41,18 @@ class Toy:
     rows_last: bool = False
 
 
-def make_toy(depth: int = 4, *, seed: int = 0, **options: object) -> Toy:
-    """Random weights, large enough that scores differ between rows and exits."""
+def make_toy(widths: tuple[int, ...] = (WIDTH,) * 4, *, seed: int = 0, **options: object) -> Toy:
+    """Random weights, large enough that scores differ between rows and exits.
+
+    `widths` are the sizes of the states that the segments make.
+    """
     random = np.random.default_rng(seed)
     layers = [
         (
-            random.normal(0, 1.2, (WIDTH, WIDTH)).astype(np.float32),
-            random.normal(0, 1.5, (WIDTH, CLASSES)).astype(np.float32),
+            random.normal(0, 1.2, (taken, made)).astype(np.float32),
+            random.normal(0, 1.5, (made, CLASSES)).astype(np.float32),
         )
-        for _ in range(depth)
+        for taken, made in zip((WIDTH, *widths), widths)  # noqa: B905 the last makes nothing more
     ]
     return Toy(layers, **options)  # type: ignore[arg-type]
 
@@ -157,7 +160,7 @@ def _segment(toy: Toy, number: int, inputs: list[Tensor]) -> Segment:
 
 
 def _state(toy: Toy, number: int) -> Tensor:
-    wide: int | None = None if toy.open_axes else WIDTH
+    wide = None if toy.open_axes else toy.layers[number][0].shape[1]
     axes: list[str | int | None] = [wide, "batch"] if toy.rows_last else ["batch", wide]
     return Tensor(name=f"h{number}", dtype="float32", axes=axes, row_axis=int(toy.rows_last))
 
@@ -189,6 +192,7 @@ def _write_segment(
     toy: Toy, folder: Path, number: int, places: tuple[tuple[int, int], ...]
 ) -> None:
     last = number + 1 == len(toy.layers)
+    weights, head = toy.layers[number]
     taken = "x" if number == 0 else f"h{number - 1}"
     nodes = []
     state = taken
@@ -215,30 +219,32 @@ def _write_segment(
         helper.make_node("Add", ["relative", "one"], [f"entropy_{n}"]),
     ]
     initializers = [
-        _external(f"W{n}", (WIDTH, WIDTH), places[0]),
-        _external(f"H{n}", (WIDTH, CLASSES), places[1]),
+        _external(f"W{n}", weights.shape, places[0]),
+        _external(f"H{n}", head.shape, places[1]),
         helper.make_tensor("last_axis", TensorProto.INT64, [1], [-1]),
         helper.make_tensor("two", TensorProto.INT64, [1], [2]),
         helper.make_tensor("log_classes", TensorProto.FLOAT, [], [math.log(CLASSES)]),
         helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
     ]
-    state_axes = [WIDTH, "batch"] if toy.rows_last else ["batch", WIDTH]
+    taken_axes, made_axes = (
+        [size, "batch"] if toy.rows_last else ["batch", size] for size in weights.shape
+    )
     outputs = [_value(f"logits_{n}", ["batch", CLASSES])]
     outputs += [_value(f"{score}_{n}", ["batch"]) for score in SCORE_NAMES]
     if not last:
-        outputs.insert(0, _value(f"h{n}", state_axes))
-    first = _value(taken, ["batch", WIDTH] if number == 0 else state_axes)
+        outputs.insert(0, _value(f"h{n}", made_axes))
+    first = _value(taken, ["batch", WIDTH] if number == 0 else taken_axes)
     _save(nodes, [first], outputs, initializers, folder / f"graphs/s{n}.onnx")
 
 
 def _write_unsplit(toy: Toy, folder: Path, places: list[tuple[tuple[int, int], ...]]) -> None:
     nodes, initializers = [], []
-    for number, (weights, _) in enumerate(places):
+    for number, (place, _) in enumerate(places):
         nodes += _layer(number, "x" if number == 0 else f"h{number - 1}", f"h{number}")
-        initializers.append(_external(f"W{number}", (WIDTH, WIDTH), weights))
+        initializers.append(_external(f"W{number}", toy.layers[number][0].shape, place))
     last = len(places) - 1
     nodes.append(helper.make_node("MatMul", [f"h{last}", "H"], ["logits"]))
-    initializers.append(_external("H", (WIDTH, CLASSES), places[last][1]))
+    initializers.append(_external("H", toy.layers[last][1].shape, places[last][1]))
     outputs = [_value("logits", ["batch", CLASSES])]
     path = folder / "graphs/unsplit.onnx"
     _save(nodes, [_value("x", ["batch", WIDTH])], outputs, initializers, path)

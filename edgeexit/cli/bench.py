@@ -95,8 +95,8 @@ def command(
 ) -> None:
     """Measure BUNDLE against the same model unsplit.
 
-    Each side runs in a process of its own, in the thread setting in which it is fastest; blocks of the
-    two alternate, and ratios are made of neighbouring blocks.
+    Each side runs in a process of its own, in the thread setting in which it is fastest; blocks of
+    the two alternate, and ratios are made of neighbouring blocks.
     """
     import json
 
@@ -155,8 +155,8 @@ def _print(result: dict[str, Any]) -> None:
     natural = result["natural"]
     if natural is not None and not throughput:
         notes.append(
-            f"mean {natural['mean_ms']:.3f} ms measured, {natural['expected_mean_ms']:.3f} ms expected "
-            "(sum of rate x latency)"
+            f"mean {natural['mean_ms']:.3f} ms measured, {natural['expected_mean_ms']:.3f} ms "
+            "expected (sum of rate x latency)"
         )
     if natural is not None and throughput:
         notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")

@@ -45,13 +45,13 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
     metavar="LIST",
     help="Layers that get new, random exits: to measure latency before training.",
 )
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset of the graphs.")
+@click.option(
+    "--opset", type=int, help="ONNX opset of the graphs; default: 20, ONNX files keep theirs."
+)
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    default="float32",
-    show_default=True,
-    help="What the graphs compute in.",
+    help="What the graphs compute in; default: float32, ONNX files keep theirs.",
 )
 @click.option("--name", help="Name of the bundle; default: that of the model.")
 @click.option(
@@ -68,8 +68,8 @@ def command(
     task: str | None,
     exits: str | None,
     untrained_exits: str | None,
-    opset: int,
-    dtype: str,
+    opset: int | None,
+    dtype: str | None,
     name: str | None,
     data: Path | None,
     overwrite: bool,
@@ -88,7 +88,11 @@ def command(
     from edgeexit.bundle import check_output
 
     check_output(output, overwrite=overwrite)
-    options = {"dtype": DTYPES[dtype], "opset": opset, "overwrite": overwrite}
+    options: dict[str, Any] = {"overwrite": overwrite}
+    if dtype is not None:
+        options["dtype"] = DTYPES[dtype]
+    if opset is not None:
+        options["opset"] = opset
     with progress_bar(quiet) as progress:
         progress("reading the model", 0, 0)
         if model.endswith(".onnx"):
@@ -138,11 +142,19 @@ def _onnx(
             "--untrained-exits: an ONNX file cannot be given new exits",
             fix="Add the exits before the model becomes ONNX, and name its outputs with --exits.",
         )
+    for option in ("dtype", "opset"):
+        if option in options:
+            raise UsageError(
+                f"--{option}: an ONNX file keeps its own",
+                fix=f"Leave --{option} out, or convert the file before.",
+            )
     if exits is None:
         raise UsageError(
             f"{model}: which outputs are exits?",
             fix="Name them in order, the model's own last: --exits logits_3,logits_6,logits.",
         )
+    if not Path(model).is_file():
+        raise UsageError(f"{model} does not exist", fix="Give an ONNX file.")
     from edgeexit.export import export_onnx
     from edgeexit.measure.data import read_npz
 

@@ -1,9 +1,9 @@
 """`bench`: a bundle against the same model unsplit, on this machine.
 
 Both sides run in processes of their own, each in the thread setting in which it is fastest, in
-alternating blocks (`edgeexit.measure.sidebyside`). Latency and throughput are separate modes: one row
-at a time, or full batches. The result is one JSON object that also says what it was measured on and
-why it should not be trusted, where that is so.
+alternating blocks (`edgeexit.measure.sidebyside`). Latency and throughput are separate modes: one
+row at a time, or full batches. The result is one JSON object that also says what it was measured on
+and why it should not be trusted, where that is so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import MeasurementError, UsageError
+from edgeexit.manifest import Tensor
 from edgeexit.measure import environment
-from edgeexit.measure.data import open_data
+from edgeexit.measure.data import Batch, open_data, take_rows
 from edgeexit.measure.sidebyside import (
     Lane,
     Side,
@@ -79,9 +80,10 @@ def bench(
         mode: ``latency``: one row at a time. ``throughput``: batches of `batch` rows.
         engine: As for `edgeexit.runtime.load`.
         policy: Path of a policy; None: the bundle's default.
-        data: Real data for natural exits (see `edgeexit.measure.data`); None: the bundle's samples, and
-            no natural exits.
-        seconds: How long the timed part shall take; warm-up and the search for settings come on top.
+        data: Real data for natural exits (see `edgeexit.measure.data`); None: the bundle's samples,
+            and no natural exits.
+        seconds: How long the timed part shall take; warm-up and the search for settings come on
+            top.
         threads: A setting for both sides; None: search the best one for each.
         seed: Of the order of rows.
 
@@ -143,28 +145,25 @@ def prepare_inputs(
     Rows of different shapes (texts) are batched in the order of the data. Rows that do not fill a
     batch are left out.
     """
-    digest = None
+    digest, labels = None, None
     if data is None:
         whole = _samples(bundle)
-        rows = len(next(iter(whole.values())))
-        pick = np.arange(rows) if batch == 1 else np.resize(np.arange(rows), batch)
-        step = 1 if batch == 1 else batch
-        parts = [pick[start : start + step] for start in range(0, len(pick), step)]
-        made = [{name: value[part] for name, value in whole.items()} for part in parts]
-        labels = None
+        rows = next(whole[t.name].shape[t.row_axis or 0] for t in _row_inputs(bundle))
+        order = np.arange(rows) if batch == 1 else np.resize(np.arange(rows), batch)
+        made = [_take(bundle, whole, part) for part in np.split(order, len(order) // batch)]
         name = "samples"
     else:
         opened = open_data(data, bundle)
         batches = list(opened.batches(batch))
         name, digest = opened.name, opened.digest
-        made = [one.inputs for one in batches]
-        labels = [one.labels for one in batches if one.labels is not None] or None
         if batch > 1:
-            made, labels = _shuffled(made, labels, batch, seed)
-        if not made:
+            batches = _shuffled(bundle, batches, batch, seed)
+        if not batches:
             raise MeasurementError(
                 f"{name}: fewer rows than one batch of {batch}", fix="Use a smaller --batch."
             )
+        made = [one.inputs for one in batches]
+        labels = [one.labels for one in batches if one.labels is not None] or None
     path = Path(folder) / "inputs.npz"
     write_inputs(path, made)
     return Inputs(str(path), len(made), batch, labels, name, digest)
@@ -179,22 +178,41 @@ def _samples(bundle: Bundle) -> dict[str, NDArray]:
         return {t.name: file[f"input/{t.name}"] for t in bundle.manifest.inputs}
 
 
-def _shuffled(
-    made: list[dict[str, NDArray]], labels: list[NDArray[np.int64]] | None, batch: int, seed: int
-) -> tuple[list[dict[str, NDArray]], list[NDArray[np.int64]] | None]:
-    forms = {tuple(value.shape[1:] for value in one.values()) for one in made}
-    if len(forms) == 1:
-        rows = sum(len(next(iter(one.values()))) for one in made)
-        order = np.random.default_rng(seed).permutation(rows)
-        parts = [order[start : start + batch] for start in range(0, rows - batch + 1, batch)]
-        whole = {name: np.concatenate([one[name] for one in made]) for name in made[0]}
-        made = [{name: value[part] for name, value in whole.items()} for part in parts]
-        if labels is not None:
-            joined = np.concatenate(labels)
-            labels = [joined[part] for part in parts]
-        return made, labels
-    full = [n for n, one in enumerate(made) if len(next(iter(one.values()))) == batch]
-    return [made[n] for n in full], None if labels is None else [labels[n] for n in full]
+def _row_inputs(bundle: Bundle) -> list[Tensor]:
+    return [tensor for tensor in bundle.manifest.inputs if tensor.row_axis is not None]
+
+
+def _take(
+    bundle: Bundle, inputs: Mapping[str, NDArray], rows: NDArray[np.int64]
+) -> dict[str, NDArray]:
+    axes = {tensor.name: tensor.row_axis for tensor in bundle.manifest.inputs}
+    return {name: take_rows(value, rows, axes[name]) for name, value in inputs.items()}
+
+
+def _shuffled(bundle: Bundle, batches: list[Batch], size: int, seed: int) -> list[Batch]:
+    """The same rows in random batches; those of unlike shapes stay in the batches they are in."""
+    shapes = {
+        (t.name, *np.delete(one.inputs[t.name].shape, t.row_axis or 0))
+        for one in batches
+        for t in _row_inputs(bundle)
+    }
+    if len(shapes) > len(_row_inputs(bundle)):
+        return [one for one in batches if one.rows == size]
+    whole = dict(batches[0].inputs)
+    for tensor in _row_inputs(bundle):
+        parts = [one.inputs[tensor.name] for one in batches]
+        whole[tensor.name] = np.concatenate(parts, axis=tensor.row_axis or 0)
+    rows = sum(one.rows for one in batches)
+    labels = None
+    if batches[0].labels is not None:
+        labels = np.concatenate([one.labels for one in batches if one.labels is not None])
+    order = np.random.default_rng(seed).permutation(rows)
+    made = []
+    for start in range(0, rows - size + 1, size):
+        part = order[start : start + size]
+        chosen = None if labels is None else labels[part]
+        made.append(Batch(_take(bundle, whole, part), chosen, size))
+    return made
 
 
 class _Sides:
@@ -364,8 +382,8 @@ def _throughput(
 def natural_ratio(natural: Lane, rates: Sequence[float]) -> float:
     """Expected time of a row relative to unsplit: per exit the median, weighted by the exit's rate.
 
-    A median over all rows would tell the time of the commonest exit only, and a mean would tell what
-    else the machine did. Exits that no timed row took (`_cover` ran those) are left out.
+    A median over all rows would tell the time of the commonest exit only, and a mean would tell
+    what else the machine did. Exits that no timed row took (`_cover` ran those) are left out.
     """
     taken: dict[int, list[float]] = {}
     for record, relative in zip(natural.records, natural.relative, strict=False):
@@ -378,8 +396,8 @@ def natural_ratio(natural: Lane, rates: Sequence[float]) -> float:
 def share_of_ideal(natural: Lane, timed: Lane) -> float:
     """Throughput with natural exits ÷ the ideal: each row charged only for its segments.
 
-    A segment's charge per row is its time for a whole batch ÷ the batch; both lanes' times are taken
-    relative to the baseline blocks they are paired with.
+    A segment's charge per row is its time for a whole batch ÷ the batch; both lanes' times are
+    taken relative to the baseline blocks they are paired with.
     """
     segments = np.asarray(timed.records)
     whole = segments.sum(1)
@@ -396,7 +414,8 @@ def doubts(machine: dict[str, Any], restless: Sequence[str]) -> list[str]:
     other, steal = machine["other_load_cores"], machine["steal_share"]
     if other is not None and other > MAX_OTHER_CORES:
         found.append(
-            f"other processes kept {other:.2f} cores busy; close them and measure again for absolute times"
+            f"other processes kept {other:.2f} cores busy; close them and measure "
+            "again for absolute times"
         )
     if steal is not None and steal > MAX_STEAL:
         found.append(f"the host gave {steal:.1%} of this machine's time to other guests")
@@ -414,14 +433,15 @@ def _unsettled(lanes: Sequence[Lane], rounds: int) -> list[str]:
     if wide:
         worst = max(wide, key=lambda lane: spread(lane.ratios))
         found.append(
-            f"{len(wide)} of {len(lanes)} figures vary by more than {MAX_SPREAD:.0%} between {rounds} "
-            f"blocks (worst: {worst.name}, {spread(worst.ratios):.0%})"
+            f"{len(wide)} of {len(lanes)} figures vary by more than {MAX_SPREAD:.0%} between "
+            f"{rounds} blocks (worst: {worst.name}, {spread(worst.ratios):.0%})"
         )
     return found
 
 
 def _cover(natural: Lane, inputs: Inputs, seconds: float) -> list[str]:
-    """Runs the inputs that no block has reached yet, untimed, so that rates are those of the data."""
+    """Runs the inputs that no block has reached yet, untimed, so that rates are those of the
+    data."""
     left = sorted(set(range(inputs.count)) - set(natural.numbers))
     affordable = int(seconds * 1000 / max(natural.expected_ms, 1e-3))
     for start in range(0, min(len(left), affordable), 256):
@@ -431,8 +451,8 @@ def _cover(natural: Lane, inputs: Inputs, seconds: float) -> list[str]:
     if len(left) <= affordable:
         return []
     return [
-        f"natural exits were run on {inputs.count - len(left) + affordable} of {inputs.count} inputs; "
-        "a longer --time covers more"
+        f"natural exits were run on {inputs.count - len(left) + affordable} of {inputs.count} "
+        "inputs; a longer --time covers more"
     ]
 
 

@@ -1,7 +1,7 @@
 """What a figure was measured on, and what else the machine was doing meanwhile.
 
-`Watch` reads the kernel's counters before and after; `describe` names processor, versions, bundle and
-command. Every result carries both, without names of people, hosts or folders.
+`Watch` reads the kernel's counters before and after; `describe` names processor, versions, bundle
+and command. Every result carries both, without names of people, hosts or folders.
 """
 
 from __future__ import annotations

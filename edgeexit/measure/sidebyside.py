@@ -1,9 +1,10 @@
-"""Two or more sides measured against each other: each in a process of its own, in alternating blocks.
+"""Two or more sides measured against each other: each in a process of its own, in alternating
+blocks.
 
 A machine's speed changes from second to second, so nothing here compares two times that lie far
-apart. `alternate` runs a block of the baseline and a block of a candidate over the same inputs, back to
-back, the order turning every round; a figure is made of the ratios of such pairs. The side that waits
-sleeps (`edgeexit.measure.worker`).
+apart. `alternate` runs a block of the baseline and a block of a candidate over the same inputs,
+back to back, the order turning every round; a figure is made of the ratios of such pairs. The side
+that waits sleeps (`edgeexit.measure.worker`).
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Side:
         return self._ask(do="warm_up", case=case, seconds=seconds, seed=seed)
 
     def run(self, case: str, numbers: Sequence[int], *, lead: bool = True) -> dict[str, Any]:
-        """Runs the given inputs (`lead`: one untimed first): ``{"times_ms": [...], "records": [...]}``."""
+        """Runs the given inputs (`lead`: one untimed first): ``{"times_ms": [...], "records":
+        [...]}``."""
         return self._ask(do="run", case=case, numbers=list(numbers), lead=lead)
 
     def peak_bytes(self) -> int:
@@ -112,7 +114,8 @@ class Side:
             raise MeasurementError(
                 f"{self.name}: its process ended with status {status} while it was asked to "
                 f"{order['do']}",
-                fix="If it was killed (-9), memory ran out: close other programs or use a smaller batch.",
+                fix="If it was killed (-9), memory ran out: close other programs or use "
+                "a smaller batch.",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -179,7 +182,8 @@ def alternate(
     Args:
         baseline: What every lane is paired with; its own times are those of all its blocks.
         lanes: Warmed up.
-        seconds: How long; at least `min_runs` runs of every lane, and `MIN_ROUNDS` rounds, are made.
+        seconds: How long; at least `min_runs` runs of every lane, and `MIN_ROUNDS` rounds, are
+            made.
         block_ms: Length of a block, if that is `min_block_runs` runs or more.
         seed: Of the random order of inputs.
         whole: A lane whose runs shall go through all inputs once before any twice.
@@ -232,7 +236,8 @@ def best_setting(
 ) -> tuple[Side, Any, dict[str, float]]:
     """Finds the thread setting in which a case is fastest: the champion meets every challenger.
 
-    Fastest by the mean, so that a setting whose pools fight now and then does not win by its median. Never more than two sides are open. The loser is closed.
+    Fastest by the mean, so that a setting whose pools fight now and then does not win by its
+    median. Never more than two sides are open. The loser is closed.
 
     Returns:
         The winning side, its setting, and every setting's time relative to the first one's.

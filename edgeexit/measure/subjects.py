@@ -1,12 +1,13 @@
 """What `bench` measures: a bundle's chain, and the same model unsplit, as subjects of a worker.
 
-Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user calls
+Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user
+calls
 them: `Model.__call__` with numpy arrays, answers copied out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def chain(
     """The chain of segments.
 
     Cases: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits before EXIT
-    consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``: the
-    policy decides; ``segments``: as ``all``, and the result is each segment's time.
+    consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``:
+    the policy decides; ``segments``: as ``all``, and the result is each segment's time.
     """
     model = runtime.load(bundle, engine, threads=threads, policy=policy)
     given = model.policy
@@ -73,15 +74,12 @@ def chain(
     names = [leave.name for leave in model.exits]
 
     def case(policy: Policy) -> Case:
-        def call(number: int) -> Result:
-            return model(rows[number])
-
-        return Case(call=call, read=read_answers, enter=_policy_setter(model, policy))
+        return policy_case(model, rows, policy)
 
     never = Policy(thresholds=NEVER, score=score)
     cases = {"all": case(never), "natural": case(given)}
     for place, name in enumerate(names):
-        stops = {earlier: NEVER for earlier in names[:place]} | {name: ALWAYS}
+        stops = dict.fromkeys(names[:place], NEVER) | {name: ALWAYS}
         on_its_way = Policy(thresholds=stops, score=score, last=name)
         last = place == len(names) - 1
         cases[f"path:{name}"] = case(never if last else on_its_way)
@@ -92,7 +90,7 @@ def chain(
     cases["segments"] = Case(
         call=lambda number: model(rows[number], timed=True),
         read=lambda result: result.times_ms,
-        enter=_policy_setter(model, never),
+        enter=cases["all"].enter,
     )
     facts = {**model.describe_engine(), "score": score, "thresholds": str(given.thresholds)}
     return Subject(cases, len(rows), facts, model.close)
@@ -105,11 +103,16 @@ def read_answers(result: Result) -> dict[str, list[int] | None]:
     return {"exits": [int(number) for number in result.exits], "labels": labels}
 
 
-def _policy_setter(model: Model, policy: Policy) -> Callable[[], None]:
+def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy) -> Case:
+    """A model called under a policy."""
+
     def enter() -> None:
         model.policy = policy
 
-    return enter
+    def call(number: int) -> Result:
+        return model(rows[number])
+
+    return Case(call=call, read=read_answers, enter=enter)
 
 
 def settings(engine: str, cores: int) -> list[Any]:
@@ -124,4 +127,13 @@ def settings(engine: str, cores: int) -> list[Any]:
     return ["blocking", "process", "spinning", *counts]
 
 
-__all__ = ["chain", "read_inputs", "settings", "unsplit", "write_inputs"]
+__all__ = [
+    "chain",
+    "policy_case",
+    "read_answers",
+    "read_inputs",
+    "settings",
+    "subject_of_unsplit",
+    "unsplit",
+    "write_inputs",
+]

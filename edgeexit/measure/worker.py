@@ -1,9 +1,10 @@
 """One side of a measurement: a process of its own that runs cases of a subject when it is told to.
 
-``python -m edgeexit.measure.worker`` speaks JSON lines over its pipes; `edgeexit.measure.sidebyside` is the
-other end. A subject is ``module:function``: called with keyword arguments, it gives a `Subject`, whose
-cases each run one input. Between two orders the process sleeps, and it says so: after a block it
-waits until its own thread pools have stopped spinning before it answers.
+``python -m edgeexit.measure.worker`` speaks JSON lines over its pipes;
+`edgeexit.measure.sidebyside` is the other end. A subject is ``module:function``: called with
+keyword arguments, it gives a `Subject`, whose cases each run one input. Between two orders the
+process sleeps, and it says so: after a block it waits until its own thread pools have stopped
+spinning before it answers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -67,6 +69,9 @@ class Subject:
 
 def serve() -> None:
     """Answers orders from standard input until it ends. Whatever libraries print goes to stderr."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends us
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     subject: Subject | None = None

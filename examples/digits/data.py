@@ -1,8 +1,8 @@
 """scikit-learn's handwritten digits (1797 images of 8 x 8 pixels) in fixed splits.
 
-``examples.digits.data:validation`` and ``examples.digits.data:test`` are data sources for the command
-line; they need numpy and scikit-learn, not torch. The splits never change: 1000 images train, 400
-choose thresholds, 397 are for figures only.
+``examples.digits.data:validation`` and ``examples.digits.data:test`` are data sources for the
+command line; they need numpy and scikit-learn, not torch. The splits never change: 1000 images
+train, 400 choose thresholds, 397 are for figures only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def indices(split: str) -> NDArray[np.int64]:
     """
     order = np.random.RandomState(SPLIT_SEED).permutation(1797)
     border = TRAIN + VALIDATION
-    return {"train": order[:TRAIN], "validation": order[TRAIN:border], "test": order[border:]}[split]
+    return {"train": order[:TRAIN], "validation": order[TRAIN:border], "test": order[border:]}[
+        split
+    ]
 
 
 def images(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

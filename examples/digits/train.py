@@ -1,11 +1,11 @@
 """Trains the digits example: a 12-layer ViT with an exit behind every layer.
 
     python examples/digits/train.py                  # checkpoint/, as it is in the repository
-    python examples/digits/train.py --truncated 2    # truncated/2/: a model of 2 layers, trained alike
+    python examples/digits/train.py --truncated 2    # truncated/2/: a 2-layer model trained alike
     python examples/digits/train.py --smoke -o DIR   # a few steps, to see that it works
 
-Needs ``edgeexit[export]`` and scikit-learn. The training set is all that is ever trained on; validation
-accuracy is printed, the test split is not looked at.
+Needs ``edgeexit[export]`` and scikit-learn. The training set is all that is ever trained on;
+validation accuracy is printed, the test split is not looked at.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make_batches(seed: int) -> Batches:
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images ``[n, 1, 8, 8]``, each under a random small affine map; black comes in from outside."""
+    """Images ``[n, 1, 8, 8]``, each under a random small affine map; outside is black."""
     count = len(images)
     angle, zoom, right, down = (torch.rand(4, count, generator=generator) * 2 - 1).unbind()
     angle = angle * math.radians(ROTATION_DEGREES)
@@ -94,9 +94,7 @@ def train(layers: int, exits: list[int], steps: int, state: Path | None) -> Exit
 
     def progress(done: int, of: int, loss: float) -> None:
         if show or done % 100 == 0 or done == of:
-            print(
-                f"\rstep {done}/{of}  loss {loss:.4f}", end="" if show else "\n", file=sys.stderr
-            )
+            print(f"\rstep {done}/{of}  loss {loss:.4f}", end="" if show else "\n", file=sys.stderr)
 
     train_joint(
         classifier,
@@ -140,11 +138,15 @@ def logits(classifier: ExitClassifier, split: str) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ or truncated/N/ here")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: checkpoint/ or truncated/N/ here"
+    )
     parser.add_argument("--truncated", type=int, metavar="N", help="a model of N layers, no exits")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps; needs -o")
-    parser.add_argument("--state", type=Path, help="file to save the training in and to resume from")
+    parser.add_argument(
+        "--state", type=Path, help="file to save the training in and to resume from"
+    )
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     if options.smoke and options.output is None:

@@ -1,9 +1,10 @@
 """Training of exits: all of the model together, or the exit heads alone on a frozen backbone.
 
 `train_joint` minimises a weighted sum of the exits' cross-entropies (BranchyNet, arXiv:1709.01686),
-`train_heads` the same over the heads only. With distillation each early exit also learns from the last
-one's softened answers (arXiv:1905.08094). Both are functions that a script calls: it brings the batches,
-they bring optimizer, schedule and a state file from which an interrupted training goes on.
+`train_heads` the same over the heads only. With distillation each early exit also learns from the
+last one's softened answers (arXiv:1905.08094). Both are functions that a script calls: it brings
+the batches, they bring optimizer, schedule and a state file from which an interrupted training goes
+on.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def train_joint(
         weight_decay: For matrices; biases, norms and embeddings of one row have none.
         warmup: Steps of linear warm-up.
         weights: One per exit, shallow to deep, the last exit included. None: equal.
-        distillation: Share of the early exits' loss that comes from the last exit's answers, 0 to 1.
+        distillation: Share of the early exits' loss that comes from the last exit's answers,
+            from 0 to 1.
         temperature: Softens both sides of the distillation.
         state_file: Where training is saved every `save_every` steps and resumed from. Delete it to
             start anew.
@@ -102,10 +104,10 @@ def train_heads(
     save_every: int = 200,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Trains the exit heads alone: the backbone and the model's own head stay bit for bit as they are.
+    """Trains the exit heads alone; backbone and last head stay bit for bit as they are.
 
-    The backbone runs as it will on the device, without dropout and with its batch statistics fixed. The
-    arguments are those of `train_joint`; `weights` has one entry per early exit.
+    The backbone runs as it will on the device, without dropout and with its batch statistics fixed.
+    The arguments are those of `train_joint`; `weights` has one entry per early exit.
     """
     if not len(classifier.heads):
         raise UsageError(
@@ -150,9 +152,10 @@ def exit_loss(
 ) -> torch.Tensor:
     """Weighted mean of the exits' losses.
 
-    With a = `distillation`, T = `temperature`, z = logits of an exit, y = those of the last one held
-    constant: an early exit's loss is (1 - a) CE(z, label) + a T² KL(softmax(y / T) || softmax(z / T)),
-    the last one's is CE(y, label). T² keeps gradients comparable (arXiv:1503.02531).
+    With a = `distillation`, T = `temperature`, z = logits of an exit, y = those of the last one
+    held constant: an early exit's loss is (1 - a) CE(z, label) + a T² KL(softmax(y / T) ||
+    softmax(z / T)), the last one's is CE(y, label). T² keeps gradients comparable
+    (arXiv:1503.02531).
 
     Args:
         logits: Of every exit, shallow to deep, each ``[batch, classes]``.
@@ -257,7 +260,7 @@ def _train(
                     fix="Lower the learning rate or warm up longer; check inputs for NaN.",
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
             optimizer.step()
             if path is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
@@ -273,7 +276,8 @@ def _train(
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; biases, norms, class tokens and positions (whose first axis is 1) do not."""
-    decays, stays = [], []
+    decays: list[nn.Parameter] = []
+    stays: list[nn.Parameter] = []
     for parameter in parameters:
         (decays if parameter.ndim > 1 and parameter.shape[0] > 1 else stays).append(parameter)
     groups: list[dict[str, object]] = [

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa classifiers: post-norm layers, an additive mask, the state of the first token."""
+"""BERT and RoBERTa classifiers: post-norm layers, an additive mask, the first token's state."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from edgeexit.export.models.classifier import Trunk
 from edgeexit.export.models.text import AdditiveMask, first_token, text_example
 from edgeexit.manifest import Tensor
 
-Model = BertForSequenceClassification | RobertaForSequenceClassification
 
-
-def trunk(model: Model) -> Trunk:
+def trunk(model: BertForSequenceClassification | RobertaForSequenceClassification) -> Trunk:
     """Describes a BERT or RoBERTa classifier; both have the same parts under other names."""
     config = model.config
     base = getattr(model, model.base_model_prefix)
@@ -30,7 +28,9 @@ def trunk(model: Model) -> Trunk:
         context=(Tensor(name="mask", dtype="float32", axes=["batch", 1, 1, "seq"]),),
         pool=first_token,
         widths=[width] * config.num_hidden_layers,
-        head=_Head(getattr(base, "pooler", None), model.classifier, getattr(model, "dropout", None)),
+        head=_Head(
+            getattr(base, "pooler", None), model.classifier, getattr(model, "dropout", None)
+        ),
         classes=config.num_labels,
         example=text_example(names, config.vocab_size, config.pad_token_id or 0),
         limits={"seq": config.max_position_embeddings - offset},
@@ -40,8 +40,8 @@ def trunk(model: Model) -> Trunk:
 class _Stem(nn.Module):
     """Token ids to embeddings, attention mask to what is added to attention logits.
 
-    RoBERTa counts positions from `padding offset` over the tokens that are not padding; here positions
-    follow the mask, which is the same for padding on the right.
+    RoBERTa counts positions from `padding offset` over the tokens that are not padding; here
+    positions follow the mask, which is the same for padding on the right.
     """
 
     def __init__(self, embeddings: nn.Module, offset: int | None) -> None:

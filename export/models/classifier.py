@@ -1,12 +1,14 @@
 """A classifier with exits: any trunk of layers, a light head behind some of them.
 
-A family's file describes its model as a `Trunk`: a stem, layers that map a state to the next, and the
-model's own head. `ExitClassifier` puts exit heads behind chosen layers, runs as one torch module for
-training (`forward` gives the logits of every exit), and offers the segment contract for export.
+A family's file describes its model as a `Trunk`: a stem, layers that map a state to the next, and
+the model's own head. `ExitClassifier` puts exit heads behind chosen layers, runs as one torch
+module for training (`forward` gives the logits of every exit), and offers the segment contract for
+export.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +35,8 @@ class Trunk:
         inputs: What the model takes.
         stem: ``(*inputs) -> (state, *context)``.
         layers: Each ``(state, *context) -> state``; an exit can stand behind any of them.
-        state_axes: Axes of the state behind the stem and behind each layer (``layers + 1`` entries).
+        state_axes: Axes of the state behind the stem and behind each layer (``layers + 1``
+            entries).
         context: What every layer reads besides the state (a mask); made by the stem once.
         pool: ``state -> [batch, features]``, what an exit head looks at.
         widths: Features that `pool` gives behind each layer.
@@ -61,8 +64,8 @@ class Trunk:
 class ExitHead(nn.Module):
     """A light exit head: pool, LayerNorm where the trunk leaves states unnormalised, one Linear.
 
-    A second dense layer (BERT's pooler) in every exit would cost more than several exits save on small
-    models: a 256 x 256 product is 25 microseconds of memory traffic, a twentieth of a layer.
+    A second dense layer (BERT's pooler) in every exit would cost more than several exits save on
+    small models: a 256 x 256 product is 25 microseconds of memory traffic, a twentieth of a layer.
     """
 
     def __init__(
@@ -135,12 +138,12 @@ class ExitClassifier(nn.Module):
         save_exits(self, folder)
 
     def exit_model(self) -> ExitModel:
-        """The segment contract: one segment per exit, from its predecessor's boundary to its own."""
+        """The segment contract: one segment per exit, from the boundary before it to its own."""
         trunk = self.trunk
         borders = [0, *self.exit_layers, self.depth]
         logits_axes: list[Axis] = ["batch", trunk.classes]
         segments, known = [], {tensor.name for tensor in trunk.inputs}
-        for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
             last = stop == self.depth
             inputs = trunk.inputs if start == 0 else (self._state(start), *trunk.context)
             outputs = [] if last else [self._state(stop)]
@@ -224,9 +227,7 @@ def check_layers(exits: Iterable[int], depth: int) -> list[int]:
     if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
         raise UsageError(f"exits: layer {repeated[0]} is given twice", fix="Name each layer once.")
     if layers != sorted(layers):
-        raise UsageError(
-            f"exits: {layers} are not in order", fix="Give them from shallow to deep."
-        )
+        raise UsageError(f"exits: {layers} are not in order", fix="Give them from shallow to deep.")
     return [layer for layer in layers if layer != depth]
 
 
@@ -262,7 +263,8 @@ def load_exits(classifier: ExitClassifier, folder: Path) -> None:
         classifier.heads.load_state_dict(chosen)
     except RuntimeError as error:
         raise ExportError(
-            f"{folder / EXITS_WEIGHTS}: does not fit the model: {str(error).splitlines()[-1].strip()}",
+            f"{folder / EXITS_WEIGHTS}: does not fit the model: "
+            f"{str(error).splitlines()[-1].strip()}",
             fix="Use exits saved with this very checkpoint.",
         ) from error
     classifier.trained = True

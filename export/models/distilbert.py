@@ -1,4 +1,4 @@
-"""DistilBERT classifiers: post-norm layers as BERT's, no token types, a head of two dense layers."""
+"""DistilBERT classifiers: post-norm layers as BERT's, no token types, two dense layers on top."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import DistilBertForSequenceClassification
 
 from edgeexit.export.models.classifier import Trunk
 from edgeexit.export.models.text import AdditiveMask, KeptMask, first_token, text_example
-from edgeexit.manifest import Tensor
+from edgeexit.manifest import Axis, Tensor
 
 
 def trunk(model: DistilBertForSequenceClassification) -> Trunk:
@@ -20,7 +20,7 @@ def trunk(model: DistilBertForSequenceClassification) -> Trunk:
     layers = base.transformer.layer
     # transformers 4 asks its eager attention which tokens to keep, 5 for what to add to its logits.
     additive = "attention_mask" in inspect.signature(layers[0].forward).parameters
-    axes = ["batch", 1, 1, "seq"] if additive else ["batch", "seq"]
+    axes: list[Axis] = ["batch", 1, 1, "seq"] if additive else ["batch", "seq"]
     names = ["input_ids", "attention_mask"]
     return Trunk(
         inputs=tuple(Tensor(name=name, dtype="int64", axes=["batch", "seq"]) for name in names),

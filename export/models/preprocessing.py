@@ -1,8 +1,8 @@
 """A checkpoint's own preprocessing, as the schema that the device executes, with a sample of it.
 
-transformers reads the checkpoint's files (so that old spellings and defaults mean what they mean there)
-and processes the sample; what the schema cannot express is refused, never left out. `edgeexit check`
-holds the device's result against the sample.
+transformers reads the checkpoint's files (so that old spellings and defaults mean what they mean
+there) and processes the sample; what the schema cannot express is refused, never left out.
+`edgeexit check` holds the device's result against the sample.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
         channels: Of the images that the model takes.
 
     Returns:
-        The schema and a sample ``{"image", "expected/pixel_values"}``: an image larger than the model's,
-        neither square nor smooth.
+        The schema and a sample ``{"image", "expected/pixel_values"}``: an image larger than the
+        model's, neither square nor smooth.
 
     Raises:
         ExportError: transformers cannot read it, or a step cannot be expressed.
@@ -58,9 +58,8 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
         raise _refused(path, f"transformers cannot read it ({_line(error)})") from error
     schema = _image_schema(path, processor.to_dict(), type(processor).__name__, channels)
     image = _sample_image(schema)
-    from PIL import Image
-
-    made = processor(Image.fromarray(image), return_tensors="np")["pixel_values"]
+    last = image if image.ndim == 3 else image[..., None]
+    made = processor(last, input_data_format="channels_last", return_tensors="np")["pixel_values"]
     return schema, {"image": image, "expected/pixel_values": np.asarray(made, np.float32)}
 
 
@@ -89,7 +88,8 @@ def _image_schema(
     resample = _RESAMPLE.get(int(config.get("resample", 2)))
     if resample is None or target is None or not {"height", "width"} <= target.keys():
         raise _refused(
-            path, f"size {config['size']} with resample {config.get('resample')} cannot be expressed"
+            path,
+            f"size {config['size']} with resample {config.get('resample')} cannot be expressed",
         )
     normalise = config.get("do_normalize", True)
     return ImagePreprocessing(
@@ -138,8 +138,8 @@ def text_preprocessing(
         positions: The longest sequence that the model takes.
 
     Returns:
-        The schema, the tokenizer's file, and a sample ``{"text", "expected/<input>"}`` with padding and
-        truncation.
+        The schema, the tokenizer's file, and a sample ``{"text", "expected/<input>"}`` with padding
+        and truncation.
 
     Raises:
         ExportError: transformers cannot read it, or it pads on the left.

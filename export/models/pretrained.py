@@ -42,12 +42,12 @@ def from_pretrained(
         path: A checkpoint directory, or a hub id.
         exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
             checkpoint. The last layer always answers with the model's own head.
-        untrained: Attach new, random heads even where the checkpoint has none: to measure what exits
-            would cost and save before training them, or to train them now.
+        untrained: Attach new, random heads even where the checkpoint has none: to measure what
+            exits would cost and save before training them, or to train them now.
 
     Raises:
-        ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds no
-            exits for the layers asked for.
+        ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
+            no exits for the layers asked for.
     """
     folder = _local(path)
     try:
@@ -75,7 +75,7 @@ def from_pretrained(
         )
     wanted = list(saved or [] if exits is None else exits)
     try:
-        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers them on request.
+        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
         with _without_bars():
             model, found = getattr(transformers, reader).from_pretrained(
                 folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
@@ -87,8 +87,8 @@ def from_pretrained(
         ) from error
     if found["missing_keys"] and not untrained:
         raise ExportError(
-            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, which its "
-            "classifier needs",
+            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, "
+            "which its classifier needs",
             fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
             "measure latency with random weights.",
         )
@@ -141,7 +141,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _local(path: str | Path) -> Path:
-    """The checkpoint's directory; that of a hub id is fetched into (or found in) the hub's cache."""
+    """The checkpoint's directory; a hub id's is fetched into (or found in) the hub's cache."""
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -1,8 +1,8 @@
 """ResNet image classifiers: residual blocks, global average pooling.
 
 An exit stands behind residual blocks, numbered from 1 through all stages: of ResNet-50's blocks
-(3, 4, 6, 3) the stages end behind blocks 3, 7, 13 and 16, so ``exits=[3, 7, 13]`` puts one behind each
-stage but the last. `stage_ends` gives those numbers for any model.
+(3, 4, 6, 3) the stages end behind blocks 3, 7, 13 and 16, so ``exits=[3, 7, 13]`` puts one behind
+each stage but the last. `stage_ends` gives those numbers for any model.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ from transformers import ResNetForImageClassification
 
 from edgeexit.export.models.classifier import Trunk
 from edgeexit.export.models.images import image_example
-from edgeexit.manifest import Axis, Tensor
+from edgeexit.manifest import Tensor
 
 PIXELS = (224, 224)
 """Height and width where a checkpoint says nothing: the weights would take any."""
 
 
-def trunk(
-    model: ResNetForImageClassification, size: tuple[int, int] | None = None
-) -> Trunk:
-    """Describes a ResNet classifier for images of one size: height and width, 224 x 224 when None."""
+def trunk(model: ResNetForImageClassification, size: tuple[int, int] | None = None) -> Trunk:
+    """Describes a ResNet classifier for images of one size (height, width; None: 224 x 224)."""
     config = model.config
     shape = [config.num_channels, *(size or PIXELS)]
-    axes = _state_axes(model, shape)
+    sizes = _state_sizes(model, shape)
     return Trunk(
         inputs=(Tensor(name="pixel_values", dtype="float32", axes=["batch", *shape]),),
         stem=_Stem(model.resnet.embedder),
         layers=_blocks(model),
-        state_axes=axes,
+        state_axes=[["batch", *size] for size in sizes],
         pool=global_average,
-        widths=[int(sizes[1]) for sizes in axes[1:]],
+        widths=[channels for channels, _, _ in sizes[1:]],
         head=_Head(model.classifier),
         classes=config.num_labels,
         example=image_example(shape),
@@ -52,18 +50,18 @@ def global_average(state: torch.Tensor) -> torch.Tensor:
     return state.mean(dim=(2, 3))
 
 
-def _state_axes(model: ResNetForImageClassification, shape: Sequence[int]) -> list[list[Axis]]:
-    """Axes behind the stem and every block, as one black image finds them."""
+def _state_sizes(
+    model: ResNetForImageClassification, shape: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Channels, height and width behind the stem and every block, as one black image finds them."""
     training = model.training
     model.eval()  # batch statistics are the model's, not the black image's
     with torch.no_grad():
-        state = model.resnet.embedder(torch.zeros(1, *shape, dtype=model.dtype))
-        found = [state.shape[1:]]
+        states = [model.resnet.embedder(torch.zeros(1, *shape, dtype=model.dtype))]
         for block in _blocks(model):
-            state = block(state)
-            found.append(state.shape[1:])
+            states.append(block(states[-1]))
     model.train(training)
-    return [["batch", *sizes] for sizes in found]
+    return [(state.shape[1], state.shape[2], state.shape[3]) for state in states]
 
 
 def _blocks(model: ResNetForImageClassification) -> list[nn.Module]:

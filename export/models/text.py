@@ -11,10 +11,10 @@ EXAMPLE_TOKENS = 32
 
 
 class AdditiveMask(nn.Module):
-    """``[batch, seq]`` of ones (tokens) and zeros (padding) to ``[batch, 1, 1, seq]`` of 0 and -max.
+    """Ones (tokens) and zeros (padding) ``[batch, seq]`` to 0 and -max ``[batch, 1, 1, seq]``.
 
-    Made once by the stem and carried: it has a row axis, so it is compacted like the state, and four
-    nodes fewer run in every later segment.
+    Made once by the stem and carried: it has a row axis, so it is compacted like the state, and
+    four nodes fewer run in every later segment.
     """
 
     def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -23,8 +23,10 @@ class AdditiveMask(nn.Module):
 
 
 class KeptMask(nn.Module):
-    """``[batch, seq]`` of ones (tokens) and zeros (padding) as the state's type, for layers that choose
-    by themselves what to do with padding."""
+    """Ones (tokens) and zeros (padding) ``[batch, seq]``, as the state's type.
+
+    For layers that see to padding themselves.
+    """
 
     def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return attention_mask.to(dtype)

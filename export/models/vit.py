@@ -1,7 +1,7 @@
 """ViT image classifiers: pre-norm layers over patches, the state of the class token.
 
-States leave the layers unnormalised: exit heads bring a norm of their own, and the model's last norm
-belongs to its head.
+States leave the layers unnormalised: exit heads bring a norm of their own, and the model's last
+norm belongs to its head.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def trunk(model: ViTForImageClassification, size: tuple[int, int] | None = None)
 
     Args:
         model: The classifier.
-        size: Height and width that preprocessing gives, where known. Positions are learnt, so it must
-            be the model's own.
+        size: Height and width that preprocessing gives, where known. Positions are learnt, so it
+            must be the model's own.
     """
     config, base = model.config, model.vit
     own = image_size(config.image_size)
@@ -75,7 +75,7 @@ class _Layer(nn.Module):
 
 
 class _Head(nn.Module):
-    """The model's last norm and classifier. Only the class token is normalised: no other is read."""
+    """The model's last norm and classifier. Only the class token is normalised."""
 
     def __init__(self, norm: nn.Module, classifier: nn.Module) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -82,7 +83,7 @@ class ImageModel(nn.Module):
             nn.Sequential(
                 nn.Conv2d(before, after, 3, padding=1, stride=2), nn.BatchNorm2d(after), nn.ReLU()
             )
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in itertools.pairwise(widths)
         )
         self.heads = nn.ModuleList(nn.Linear(width, classes) for width in widths[1:])
 

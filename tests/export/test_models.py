@@ -1,4 +1,4 @@
-"""Every family: layers in order are the model, bundles are the layers, checkpoints keep their exits."""
+"""Every family: layers in order are the model, bundles are the layers, exits are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 
 from edgeexit.bundle import Bundle
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export import export_model
 from edgeexit.export.models import ExitClassifier, from_pretrained
 from edgeexit.export.models.preprocessing import image_preprocessing
 from edgeexit.export.models.resnet import stage_ends
@@ -24,41 +24,22 @@ from edgeexit.manifest import ImagePreprocessing
 from edgeexit.measure.preprocess import TextSource, encode_texts, preprocess_images
 from edgeexit.runtime import Policy, load, load_unsplit
 from tests.checkpoints import (
+    EXITS,
     FAMILIES,
     IMAGE_FAMILIES,
     TEXT_FAMILIES,
     make_model,
-    save_checkpoint,
     save_preprocessor,
 )
-
-EXITS = {family: [2] for family in FAMILIES} | {"bert": [1, 2], "resnet": [1, 2]}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {family: save_checkpoint(family, folder / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="session")
-def classifiers(checkpoints: dict[str, Path]) -> dict[str, ExitClassifier]:
-    found = {}
-    for family, folder in checkpoints.items():
-        torch.manual_seed(1)
-        found[family] = from_pretrained(folder, exits=EXITS[family], untrained=True)
-    return found
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def exported(
     request: pytest.FixtureRequest,
     classifiers: dict[str, ExitClassifier],
-    tmp_path_factory: pytest.TempPathFactory,
+    family_bundle: Callable[[str], Bundle],
 ) -> tuple[ExitClassifier, Bundle]:
-    classifier = classifiers[request.param]
-    output = tmp_path_factory.mktemp("bundles") / request.param
-    return classifier, export_model(classifier.exit_model(), output)
+    return classifiers[request.param], family_bundle(request.param)
 
 
 def other_inputs(classifier: ExitClassifier, rows: int) -> dict[str, torch.Tensor]:
@@ -217,7 +198,7 @@ def test_from_pretrained_refuses_when_there_are_no_exits(checkpoints: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("exits", "complaint"),
+    "exits, complaint",
     [([0], "no layer 0"), ([9], "no layer 9"), ([2, 2], "twice"), ([2, 1], "not in order")],
 )
 def test_from_pretrained_refuses_exits_that_cannot_be(
@@ -295,10 +276,16 @@ def test_vit_refuses_images_of_a_size_that_its_positions_are_not_for(
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    "config, expected",
     [
-        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}}, (384, None)),
-        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}}, (224, 256)),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+            (384, None),
+        ),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}},
+            (224, 256),
+        ),
         ({"image_processor_type": "ViTImageProcessor", "size": 30}, (30, None)),
     ],
 )
@@ -325,7 +312,7 @@ def test_image_preprocessing_is_grey_when_the_model_has_one_channel(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("extra", "complaint"),
+    "extra, complaint",
     [({"do_resize": False}, "do_resize"), ({"resample": 4}, "resample 4")],
 )
 def test_image_preprocessing_refuses_when_a_step_cannot_be_expressed(

@@ -108,7 +108,10 @@ def test_jsonl_pads_texts_to_their_batch_when_lengths_differ(
     bert_bundle: Bundle, tmp_path: Path
 ) -> None:
     path = tmp_path / "d.jsonl"
-    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, [0, 1, "good", "bad"])]
+    rows = [
+        {"text": text, "label": label}
+        for text, label in zip(TEXTS, [0, 1, "good", "bad"], strict=True)
+    ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     first, second = read(path, bert_bundle)
     assert first.inputs["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]]

@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rows last": {"rows_last": True},
     "rows last, open axes": {"rows_last": True, "open_axes": True},
     "together": {"rows": "together"},
+    "growing": {"widths": (5, 40, 300, 7), "open_axes": True},
+    "shrinking": {"widths": (300, 40, 5, 7), "rows_last": True},
 }
 EXITS = ["exit_1", "exit_2", "exit_3", "exit_4"]
 Loaded = dict[str, tuple[Toy, Model]]

@@ -144,7 +144,7 @@ def test_load_refuses_a_bundle_that_was_changed(toy_copy: Path) -> None:
     raw["format"] = "3.0"
     (toy_copy / MANIFEST).write_text(json.dumps(raw))
     for opener in (load, load_unsplit):
-        with pytest.raises(BundleError, match="format 3.0"):
+        with pytest.raises(BundleError, match="format is 3.0"):
             opener(toy_copy)
 
 

@@ -1,0 +1,173 @@
+"""The command line as a user has it: a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.toys import make_inputs
+
+TORCH_MODEL = '''
+"""A model of the user's own: three segments of one Linear each."""
+import torch
+from torch import nn
+
+from edgeexit.export import Exit, ExitModel, Segment
+from edgeexit.manifest import Tensor
+
+WIDTH, CLASSES = 192, 3
+
+class Part(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.last = last
+
+    def forward(self, state):
+        state = torch.tanh(self.layer(state))
+        return (self.head(state),) if self.last else (state, self.head(state))
+
+class Unsplit(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, state):
+        for part in self.parts[:-1]:
+            state = part(state)[0]
+        return self.parts[-1](state)
+
+def make():
+    torch.manual_seed(0)
+    parts = [Part(number == 2).eval() for number in range(3)]
+    x = Tensor(name="x", dtype="float32", axes=["batch", WIDTH])
+    segments, state = [], x
+    for number, part in enumerate(parts):
+        logits = Tensor(name=f"logits_{number}", dtype="float32", axes=["batch", CLASSES])
+        made = Tensor(name=f"h_{number}", dtype="float32", axes=["batch", WIDTH])
+        segments.append(
+            Segment(
+                name=f"part_{number}",
+                module=part,
+                inputs=(state,),
+                outputs=(logits,) if part.last else (made, logits),
+                exits=(Exit(name=f"exit_{number}", outputs={"logits": logits.name}),),
+            )
+        )
+        state = made
+    return ExitModel(
+        name="user",
+        task="classification",
+        inputs=(x,),
+        outputs=(Tensor(name="logits", dtype="float32", axes=["batch", CLASSES]),),
+        chains={"main": segments},
+        unsplit=Unsplit(parts).eval(),
+        example=lambda rows: {"x": torch.randn(rows, WIDTH)},
+    )
+
+def broken():
+    return make()["no such thing"]
+
+def another():
+    return 3
+'''
+
+
+@dataclass
+class Ran:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout, which must be one JSON object and nothing else."""
+        return json.loads(self.out)
+
+
+class Cli:
+    """Runs ``python -m edgeexit`` in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The package is found by its place, not by the folder that a command runs in.
+        self.environment = os.environ | {"PYTHONWARNINGS": "default"}
+
+    def arguments(self, *arguments: object) -> list[str]:
+        return [sys.executable, "-m", "edgeexit", *map(str, arguments)]
+
+    def __call__(self, *arguments: object, **options: Any) -> Ran:
+        done = subprocess.run(
+            self.arguments(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+            **options,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.arguments(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """The command line, run in an empty folder."""
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
+    """The command line in this process, which has torch already; importing it takes seconds."""
+    from edgeexit.cli import main
+
+    handlers, terminate = logging.root.handlers[:], signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Ran:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+
+    yield run
+    logging.root.handlers[:] = handlers
+    signal.signal(signal.SIGTERM, terminate)
+
+
+@pytest.fixture
+def torch_model(tmp_path: Path) -> str:
+    """A user's own torch model in that folder, as module:function."""
+    (tmp_path / "user_model.py").write_text(TORCH_MODEL)
+    return "user_model:make"
+
+
+@pytest.fixture
+def toy_data(tmp_path: Path) -> Path:
+    """Forty labelled rows for the toy bundle."""
+    path = tmp_path / "data.npz"
+    np.savez(path, **make_inputs(40), label=np.arange(40) % 3)
+    return path
