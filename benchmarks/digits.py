@@ -295,7 +295,8 @@ def truncated(
     if not folder.is_dir():
         say(f"no {folder.name}/ beside the checkpoint: nothing to compare with")
         return found
-    for checkpoint in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+    depths = [path for path in folder.iterdir() if path.name.isdigit()]
+    for checkpoint in sorted(depths, key=lambda path: int(path.name)):
         small = export(checkpoint, scratch / f"truncated-{checkpoint.name}")
         with runtime.load_unsplit(small) as model:
             right = model(rows).outputs["logits"].argmax(-1) == labels

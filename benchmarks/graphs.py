@@ -94,7 +94,7 @@ def _nested(bundle: Bundle, score: str = "max_prob") -> ir.Model:
         for node in nodes:
             graph.remove(node)
             for value in node.outputs:
-                if id(value) not in made:
+                if value.name and id(value) not in made:
                     value.name = f"{number}/{value.name}"
                     value.shape = None
         bodies.append(nodes)

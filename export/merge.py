@@ -25,8 +25,8 @@ def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "me
         name: Of the new graph.
 
     Returns:
-        A model whose inputs are those that no graph makes. Only inputs and outputs keep shapes: the
-        axis names of the values between mean something else in each graph.
+        A model whose inputs are those that no graph makes. Only what crosses a boundary keeps its
+        shape: axis names of other values mean something else in each graph.
     """
     known: dict[str, ir.Value] = {}
     inputs: list[ir.Value] = []
@@ -51,9 +51,9 @@ def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "me
             initializers.append(value)
         for node in list(graph):
             graph.remove(node)
-            node.name = f"{number}/{node.name}"
+            node.name = f"{number}/{node.name or len(nodes)}"
             for value in node.outputs:
-                if value.name not in own or own[str(value.name)] is not value:
+                if value.name and own.get(value.name) is not value:
                     value.name = f"{number}/{value.name}"
                     value.shape = None
             nodes.append(node)

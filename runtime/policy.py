@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
@@ -175,14 +176,21 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
 
 
 def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
-    """Writes a policy as JSON; never and always are spelled out, for JSON has no infinity."""
+    """Writes a policy as JSON, whole or not at all.
+
+    JSON has no infinity, so the thresholds never and always are spelled out.
+    """
     raw = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
-    path = Path(path)
     raw["thresholds"] = _to_json(policy.thresholds)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=1) + b"\n")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=1) + b"\n")
+        os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise PolicyError(
             f"{path}: cannot be written ({error.strerror})", fix="Choose another -o."
         ) from error

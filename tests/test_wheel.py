@@ -86,9 +86,17 @@ def build(source: Path, *kinds: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tree with links and the same tree without."""
+    folder = tmp_path_factory.mktemp("sources")
+    linked = copy_sources(folder / "linked", links=True)
+    return linked, copy_sources(folder / "unlinked", links=False)
+
+
+@pytest.fixture(scope="session")
+def dist(sources: tuple[Path, Path]) -> Path:
     """A folder with the source distribution, and the wheel that was built from it."""
-    return build(copy_sources(tmp_path_factory.mktemp("build") / "source", links=True))
+    return build(sources[0])
 
 
 @pytest.fixture(scope="session")
@@ -126,9 +134,9 @@ def test_wheel_holds_every_module_once_and_the_licence(wheel: Path) -> None:
 
 
 def test_wheel_is_the_same_from_a_tree_in_which_git_made_no_links(
-    wheel: Path, tmp_path: Path
+    wheel: Path, sources: tuple[Path, Path]
 ) -> None:
-    (other,) = build(copy_sources(tmp_path / "source", links=False), "--wheel").glob("*.whl")
+    (other,) = build(sources[1], "--wheel").glob("*.whl")
     assert contents(other) == contents(wheel)
 
 

@@ -9,6 +9,7 @@ that waits sleeps (`edgeexit.measure.worker`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
@@ -26,6 +27,7 @@ SEARCH_ROUNDS = 5
 MIN_BLOCK_RUNS = 3
 MIN_ROUNDS = 5
 SLOW_MS = 50.0
+END_S = 2.0
 LEAD_MS = 500.0
 """Cases slower than that run no untimed input before a block: waking up is nothing to them."""
 
@@ -81,14 +83,15 @@ class Side:
     def close(self) -> None:
         """Ends the process."""
         process = self._process
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
-            process.wait(timeout=5)
+            process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        process.stdout.close()
 
     def __enter__(self) -> Side:
         return self
