@@ -1,4 +1,4 @@
-"""Reads what a bundle check needs from an ONNX file, without onnx and without running anything.
+"""Reads what the device needs from an ONNX file, without onnx and without running anything.
 
 An ONNX file is a protocol-buffer message. The device has no onnx package, and an engine must not
 see a graph before it was checked, so this walks the wire format itself and takes only names: the
@@ -8,12 +8,12 @@ onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
-_NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 5, 7, 11
+_NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 1, 2, 5, 7, 11
 _ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
 _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
@@ -181,3 +181,90 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, position
         shift += 7
+
+
+def keep_outputs(data: bytes, outputs: Collection[str]) -> bytes:
+    """The same ONNX model with only these outputs, and without what only the others needed.
+
+    An exit emits every cheap score so that choosing one needs no new export; a run needs one. On a
+    small model the nodes of the others cost as much as the hand-over (benchmarks/README.md).
+
+    Args:
+        data: A model that `read_graph_file` accepts, with its nodes in topological order.
+        outputs: Names of graph outputs to keep.
+    """
+    parts = []
+    for number, value in _fields(data):
+        if number == _MODEL_GRAPH:
+            value = _keep_graph_outputs(_message(value), set(outputs))
+        parts.append(_encode(number, value))
+    return b"".join(parts)
+
+
+def _keep_graph_outputs(data: bytes, outputs: set[str]) -> bytes:
+    fields = [(number, value) for number, value in _fields(data)]
+    needed, kept = set(outputs), set()
+    for place in range(len(fields) - 1, -1, -1):
+        number, value = fields[place]
+        if number == _GRAPH_NODE:
+            inputs, made = _node_names(_message(value))
+            if not needed.isdisjoint(made):
+                needed |= inputs
+                kept.add(place)
+    parts = []
+    for place, (number, value) in enumerate(fields):
+        if number == _GRAPH_NODE and place not in kept:
+            continue
+        if number == _GRAPH_OUTPUT and _name_of_value(_message(value)) not in outputs:
+            continue
+        if number == _GRAPH_INITIALIZER and _tensor_name(_message(value)) not in needed:
+            continue
+        parts.append(_encode(number, value))
+    return b"".join(parts)
+
+
+def _node_names(data: bytes) -> tuple[set[str], set[str]]:
+    """Names a node takes (those its subgraphs take from outside included) and names it makes."""
+    inputs: set[str] = set()
+    outputs: set[str] = set()
+    for number, value in _fields(data):
+        if number == _NODE_INPUT:
+            inputs.add(_text(value))
+        elif number == _NODE_OUTPUT:
+            outputs.add(_text(value))
+        elif number == _NODE_ATTRIBUTE:
+            for inner, graph in _fields(_message(value)):
+                if inner in (_ATTRIBUTE_G, _ATTRIBUTE_GRAPHS):
+                    inputs |= _graph_names(_message(graph))
+    return inputs, outputs - {""}
+
+
+def _graph_names(data: bytes) -> set[str]:
+    """Every name that a subgraph's nodes take or that it gives, those from outside among them."""
+    names: set[str] = set()
+    for number, value in _fields(data):
+        if number == _GRAPH_NODE:
+            names |= _node_names(_message(value))[0]
+        elif number == _GRAPH_OUTPUT:
+            names.add(_name_of_value(_message(value)))
+    return names
+
+
+def _tensor_name(data: bytes) -> str:
+    return next((_text(value) for number, value in _fields(data) if number == _TENSOR_NAME), "")
+
+
+def _encode(number: int, value: int | bytes) -> bytes:
+    """One field of a message. Models have no fixed-width fields at the levels rewritten here."""
+    if isinstance(value, int):
+        return _encode_varint(number << 3) + _encode_varint(value)
+    return _encode_varint(number << 3 | 2) + _encode_varint(len(value)) + value
+
+
+def _encode_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)

@@ -43,10 +43,17 @@ class Chain:
         manifest: The chain.
         inputs: What its first segments take: the program's inputs.
         engine: What executes it.
+        score: The score that segments are opened with, or `EVERY_SCORE`; asking for another one
+            later opens them again.
     """
 
     def __init__(
-        self, bundle: Bundle, manifest: ChainManifest, inputs: Sequence[Tensor], engine: Engine
+        self,
+        bundle: Bundle,
+        manifest: ChainManifest,
+        inputs: Sequence[Tensor],
+        engine: Engine,
+        score: str,
     ) -> None:
         self.segments: list[Segment] = manifest.segments
         self.independent = manifest.rows == "independent"
@@ -60,8 +67,27 @@ class Chain:
                     fix="Export again.",
                 )
             self.exits += stops
-        graphs = engine.open_all([bundle.file(_usable_graph(segment)) for segment in self.segments])
-        self._planner = Planner(self.segments, self.exits, inputs, graphs, engine)
+        self._inputs = inputs
+        self._engine = engine
+        self._paths = [bundle.file(_usable_graph(segment)) for segment in self.segments]
+        self._opened: str | None = None
+        self._planner: Planner
+        self._open(score)
+
+    def _open(self, score: str) -> None:
+        """Opens the segments with one score (or all); those open before are closed first."""
+        if self._opened in (score, EVERY_SCORE):
+            return
+        self._opened = None
+        self.__dict__.pop("_planner", None)
+        wanted: list[list[str] | None] = []
+        for segment, leave in zip(self.segments, self.exits, strict=True):
+            unasked = {t for name, t in leave.scores.items() if score not in (name, EVERY_SCORE)}
+            names = [t.name for t in segment.outputs if t.name not in unasked]
+            wanted.append(names if unasked else None)
+        graphs = self._engine.open_all(list(zip(self._paths, wanted, strict=True)))
+        self._planner = Planner(self.segments, self.exits, self._inputs, graphs, self._engine)
+        self._opened = score
 
     def run(
         self,
@@ -83,6 +109,8 @@ class Chain:
             patience: See `Policy`.
             timed: Record the time of every segment, its exit and compaction included.
         """
+        if self._opened != score:
+            self._open(score)
         plan = self._planner.plan(sizes)
         for name, place in plan.inputs:
             place[...] = feeds[name]
@@ -156,6 +184,7 @@ class Chain:
     ) -> tuple[list[dict[str, NDArray[Any]]], list[int]]:
         """Runs every segment for every row. Returns, per exit, copies of all outputs and scores
         (``{"logits": ..., "score/max_prob": ...}``), and the time of each segment."""
+        self._open(EVERY_SCORE)
         plan = self._planner.plan(sizes)
         for name, place in plan.inputs:
             place[...] = feeds[name]

@@ -13,6 +13,7 @@ from edgeexit.manifest import Exit, Segment
 from edgeexit.runtime.chain import Chain
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
+from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, read_policy
 
 ENGINES = ("cpu", "cuda", "tensorrt-provider")
@@ -26,6 +27,7 @@ def load(
     policy: Policy | str | os.PathLike[str] | None = None,
     threads: Threads = "blocking",
     verify: Literal["quick", "full"] = "quick",
+    all_scores: bool = False,
 ) -> Model:
     """Loads a bundle.
 
@@ -38,6 +40,8 @@ def load(
             threads, or ``process``: ONNX Runtime's global pool, which is faster on a quiet machine
             and makes other default sessions in this process fail.
         verify: ``full`` also hashes the weights.
+        all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
+            with the policy's; a model opened otherwise opens them again when it is first traced.
 
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
@@ -57,7 +61,8 @@ def load(
     chosen = _policy(policy, bundle)
     (chain_manifest,) = manifest.chains.values()
     opened = _engine(engine, threads)
-    chain = Chain(bundle, chain_manifest, manifest.inputs, opened)
+    score = EVERY_SCORE if all_scores else chosen.score
+    chain = Chain(bundle, chain_manifest, manifest.inputs, opened, score)
     return Model(bundle, chain, opened, chosen)
 
 
@@ -76,8 +81,10 @@ def load_unsplit(
         exits=[leave],
     )
     opened = _engine(engine, threads)
-    chain = Chain(bundle, ChainManifest(segments=[segment]), manifest.inputs, opened)
-    return Model(bundle, chain, opened, Policy())
+    policy = Policy()
+    only = ChainManifest(segments=[segment])
+    chain = Chain(bundle, only, manifest.inputs, opened, policy.score)
+    return Model(bundle, chain, opened, policy)
 
 
 def _engine(name: str, threads: Threads) -> Engine:

@@ -203,7 +203,9 @@ class Planner:
             shapes = self._graphs[number].output_shapes(inputs)
         except Exception as error:
             raise self.failure(error, number) from error
-        self._learnt |= {(tensor.name, key): shapes[tensor.name] for tensor in made}
+        self._learnt |= {
+            (tensor.name, key): shapes[tensor.name] for tensor in made if tensor.name in shapes
+        }
 
     def _shape(self, number: int, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
         shape = shape_of(tensor, sizes)

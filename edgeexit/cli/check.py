@@ -62,7 +62,7 @@ def command(
 
     opened = open_bundle(bundle, verify="full")
     chosen = None if policy is None else read_policy(policy)
-    with load(opened, engine, threads=threads) as model:  # type: ignore[arg-type]
+    with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
         about = model.describe_engine()
     if as_json:

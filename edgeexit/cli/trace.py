@@ -63,7 +63,7 @@ def command(
 
     check_output(output)
     add_current_directory()
-    with load(bundle, engine, threads=threads) as model:  # type: ignore[arg-type]
+    with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:
             trace = record(model, opened, batch_size, progress=progress)

@@ -6,7 +6,7 @@ An engine opens graphs; an opened graph binds buffers once and then runs many ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class Graph(Protocol):
     ) -> Callable[[], object]:
         """Binds buffers and returns the call that runs the graph over them.
 
-        Outputs that are left out are not computed. The call returns when the outputs are there, and
+        Outputs may be left out. The call returns when the outputs are there, and
         raises the library's own exceptions, which the chain turns into `EngineError`.
         """
 
@@ -56,10 +56,10 @@ class Engine(Protocol):
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""
 
-    def open(self, path: Path) -> Graph:
-        """Opens a graph; raises `EngineError` naming it."""
+    def open(self, path: Path, outputs: Collection[str] | None = None) -> Graph:
+        """Opens a graph, with all its outputs or only some; raises `EngineError` naming it."""
 
-    def open_all(self, paths: list[Path]) -> Sequence[Graph]:
+    def open_all(self, graphs: Sequence[tuple[Path, Collection[str] | None]]) -> Sequence[Graph]:
         """Opens several graphs, side by side where that is faster."""
 
     def allocate(self, size_bytes: int) -> Slot:

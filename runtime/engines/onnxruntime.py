@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import EngineError, UsageError
+from edgeexit.graphfile import keep_outputs
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines import Bound, Slot
 
 logger = logging.getLogger(__name__)
 
 Threads = int | Literal["blocking", "spinning", "process"]
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -139,13 +141,18 @@ class OnnxRuntimeEngine:
             "threads": str(self.threads),
         }
 
-    def open(self, path: Path) -> OnnxRuntimeGraph:
-        """Opens one graph."""
+    def open(self, path: Path, outputs: Collection[str] | None = None) -> OnnxRuntimeGraph:
+        """Opens one graph, with only the given outputs where there are more."""
         providers: list[Any] = [PROVIDERS[self.name]]
         if self.name != "cpu":
             providers.append(PROVIDERS["cpu"])
+        options = self._options()
+        model: str | bytes = str(path)
         try:
-            session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
+            if outputs is not None:
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent.absolute()))
+                model = keep_outputs(path.read_bytes(), outputs)
+            session = self._ort.InferenceSession(model, options, providers=providers)
         except Exception as error:
             raise EngineError(
                 f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
@@ -161,10 +168,12 @@ class OnnxRuntimeEngine:
             )
         return OnnxRuntimeGraph(self._ort, session, self._device)
 
-    def open_all(self, paths: list[Path]) -> list[OnnxRuntimeGraph]:
+    def open_all(
+        self, graphs: Sequence[tuple[Path, Collection[str] | None]]
+    ) -> list[OnnxRuntimeGraph]:
         """Opens several graphs, side by side where cores allow: opening is mostly optimisation."""
-        with ThreadPoolExecutor(min(len(paths), available_cores())) as pool:
-            return list(pool.map(self.open, paths))
+        with ThreadPoolExecutor(min(len(graphs), available_cores())) as pool:
+            return list(pool.map(lambda graph: self.open(*graph), graphs))
 
     def allocate(self, size_bytes: int) -> Slot:
         """Host memory for the CPU provider, device memory for the others."""
@@ -203,7 +212,7 @@ class OnnxRuntimeGraph:
     def bind(
         self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
     ) -> Callable[[], object]:
-        """Binds buffers for one set of shapes; runs only what the given outputs need."""
+        """Binds buffers for one set of shapes, for all outputs or some."""
         binding = self._session.io_binding()
         for name, (slot, dtype, shape) in inputs.items():
             binding.bind_input(name, slot.device, 0, dtype.type, shape, slot.pointer)
@@ -211,8 +220,6 @@ class OnnxRuntimeGraph:
             binding.bind_output(name, slot.device, 0, dtype.type, shape, slot.pointer)
         options = self._ort.RunOptions()
         options.log_severity_level = 3
-        if len(outputs) < len(self._outputs):
-            options.only_execute_path_to_fetches = True
         return _runner(self._session, binding, options)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
