@@ -274,7 +274,7 @@ def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tens
 
 
 def _same_form(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of these forms can stand in one array: sizes differ only where one is open."""
+    """Whether tensors of these forms can stand in one array: only open axes may differ."""
     return (one.dtype, one.row_axis, len(one.axes)) == (
         other.dtype,
         other.row_axis,

@@ -96,8 +96,9 @@ class ExitModel:
         if not any(segment.exits for chain in self.chains.values() for segment in chain):
             raise ExportError(
                 f"{self.name}: the model has no exits",
-                fix="Attach and train some (edgeexit.export.models.from_pretrained(path, exits=[...]) "
-                "and edgeexit.export.methods.joint); a model without exits needs no edgeexit.",
+                fix="Attach some with edgeexit.export.models.from_pretrained(path, exits=[...]) "
+                "and train them with edgeexit.export.methods.joint; a model without exits needs "
+                "no edgeexit.",
             )
         axes = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
         names: set[str] = set()

@@ -136,7 +136,7 @@ class _Positional(nn.Module):
 
 
 def _name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
-    """Gives every output its contract name and axes; one that is an input gets a node of its own."""
+    """Gives every output its contract name and axes; an input among them gets a node of its own."""
     if len(graph.outputs) != len(outputs):
         raise ExportError(
             f"{graph.name}: the module gives {len(graph.outputs)} tensors, its segment names "

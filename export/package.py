@@ -1,7 +1,7 @@
 """Everything into a bundle: graphs, weights, samples, manifest.
 
-`export_model` takes the segment contract, `export_onnx` an ONNX graph with exit outputs; both write the
-same bundle, one segment in memory at a time, and give it back opened and checked.
+`export_model` takes the segment contract, `export_onnx` an ONNX graph with exit outputs; both write
+the same bundle, one segment in memory at a time, and give it back opened and checked.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def export_model(
     Args:
         model: What to split.
         output: The bundle's directory; must not exist unless `overwrite`.
-        dtype: ``float32`` or ``float16``: what the graphs compute in. Inputs, answers and scores stay
-            float32.
+        dtype: ``float32`` or ``float16``: what the graphs compute in. Inputs, answers and scores
+            stay float32.
         opset: ONNX opset. 20 is read by ONNX Runtime 1.23 and TensorRT 10.3.
 
     Raises:
@@ -407,7 +407,7 @@ def _check_example(model: ExitModel, inputs: Mapping[str, torch.Tensor]) -> None
         expected = graphs.TORCH_DTYPES.get(tensor.dtype)
         if value.dtype != expected or value.ndim != len(tensor.axes):
             raise ExportError(
-                f"{model.name}: example() gives {tensor.name} as {value.dtype} with {value.ndim} axes, "
-                f"the contract says {tensor.dtype}{tensor.axes}",
+                f"{model.name}: example() gives {tensor.name} as {value.dtype} with {value.ndim} "
+                f"axes, the contract says {tensor.dtype}{tensor.axes}",
                 fix="Make the two agree.",
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from edgeexit.bundle import Bundle
-from edgeexit.graphfile import External, read_graph_file
+from edgeexit.graphfile import External, keep_outputs, read_graph_file
 
 
 @pytest.mark.parametrize("name", ["s0", "s1", "s2", "s3", "unsplit"])
@@ -32,6 +34,58 @@ def test_names_and_external_tensors_are_those_that_onnx_reads(
         for name, data in entries
     ]
     assert found.externals
+
+
+def test_a_trimmed_graph_gives_the_same_and_runs_nothing_else(toy_bundle: Bundle) -> None:
+    path = toy_bundle.path / "graphs/s1.onnx"
+    whole = onnx.load(path)
+    outputs = [value.name for value in whole.graph.output]
+    kept = [name for name in outputs if not name.startswith(("margin", "entropy"))]
+    assert len(kept) == len(outputs) - 2
+    trimmed = onnx.load_from_string(keep_outputs(whole.SerializeToString(), kept))
+    assert [value.name for value in trimmed.graph.output] == kept
+    assert len(trimmed.graph.node) < len(whole.graph.node)
+    used = {name for node in trimmed.graph.node for name in node.input}
+    assert {tensor.name for tensor in trimmed.graph.initializer} <= used
+    onnx.checker.check_model(trimmed, full_check=True)
+    generator = np.random.default_rng(0)
+    initial = {tensor.name for tensor in whole.graph.initializer}
+    feeds = {
+        value.name: generator.normal(
+            size=[axis.dim_value or 3 for axis in value.type.tensor_type.shape.dim]
+        ).astype(np.float32)
+        for value in whole.graph.input
+        if value.name not in initial
+    }
+    expected = ReferenceEvaluator(whole).run(kept, feeds)
+    for made, right in zip(ReferenceEvaluator(trimmed).run(kept, feeds), expected, strict=True):
+        np.testing.assert_array_equal(made, right)
+
+
+def test_trimming_keeps_what_a_subgraph_takes_from_outside() -> None:
+    def branch(name: str, taken: str) -> onnx.GraphProto:
+        made = helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])
+        return helper.make_graph([helper.make_node("Neg", [taken], [name])], name, [], [made])
+
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("Abs", ["x"], ["outside"]),
+            helper.make_node("Exp", ["x"], ["unused"]),
+            helper.make_node(
+                "If",
+                ["flag"],
+                ["y"],
+                then_branch=branch("a", "outside"),
+                else_branch=branch("b", "x"),
+            ),
+        ],
+        "g",
+        [value("x", TensorProto.FLOAT, [2]), value("flag", TensorProto.BOOL, [])],
+        [value("y", TensorProto.FLOAT, [2]), value("unused", TensorProto.FLOAT, [2])],
+    )
+    data = keep_outputs(helper.make_model(graph).SerializeToString(), ["y"])
+    assert [node.op_type for node in onnx.load_from_string(data).graph.node] == ["Abs", "If"]
 
 
 def test_inputs_with_a_default_are_not_inputs() -> None:
