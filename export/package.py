@@ -19,7 +19,8 @@ import onnx_ir as ir
 import torch
 
 from edgeexit import __version__
-from edgeexit.bundle import Bundle, BundleWriter
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import graphs
 from edgeexit.export.contract import Exit, ExitModel, Segment
@@ -195,6 +196,12 @@ def export_onnx(
         for value in model.graph.outputs:
             answers[value.name or ""] = _check_logits(value, answers[value.name or ""], rows, what)
         _check_classes(answers, what)
+        classes = next(iter(answers.values())).shape[-1]
+        if labels and len(labels) != classes:
+            raise UsageError(
+                f"{len(labels)} labels for the {classes} classes of {what}",
+                fix="Give one label per class, in the order of the logits.",
+            )
         pieces = cut(model, what)
         paths = [writer.folder / f"graphs/{piece.name}.onnx" for piece in pieces.pieces]
         for piece, place in zip(pieces.pieces, paths, strict=True):

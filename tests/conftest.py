@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from tests.toys import Toy, make_toy, write_toy
 if TYPE_CHECKING:
     from edgeexit.export.models import ExitClassifier
 
+# torch's tracer logs every step to pytest's capture, which buries the reason of a failure.
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 settings.register_profile("edgeexit", deadline=None, print_blob=True)
 settings.load_profile("edgeexit")
 

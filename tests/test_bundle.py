@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edgeexit.bundle import MANIFEST, WEIGHTS, Bundle, BundleWriter, decode_manifest, open_bundle
+from edgeexit.bundle import MANIFEST, WEIGHTS, Bundle, decode_manifest, open_bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import (
     BundleError,
     EdgeExitError,

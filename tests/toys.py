@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgeexit.bundle import Bundle, BundleWriter
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.manifest import Chain, Exit, File, Manifest, Segment, Tensor, Variant
 
 WIDTH, CLASSES = 6, 3

@@ -82,6 +82,8 @@ def command(
                 for c in shown
             ],
         )
+        for note in report.notes:
+            click.echo(note)
         held = sum(c.passed for c in report.comparisons)
         click.echo(
             f"{held} of {len(report.comparisons)} comparisons hold "

@@ -59,6 +59,11 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
     type=click.Path(path_type=Path),
     help="ONNX: .npz with sample inputs; default: random ones.",
 )
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="ONNX: a text file with one class name per line; checkpoints bring theirs.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
 @json_option
 @verbosity_options
@@ -72,6 +77,7 @@ def command(
     dtype: str | None,
     name: str | None,
     data: Path | None,
+    labels: Path | None,
     overwrite: bool,
     as_json: bool,
     verbose: int,
@@ -85,7 +91,7 @@ def command(
     edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
     edgeexit export -m my_package.model:make -o bundle
     """
-    from edgeexit.bundle import check_output
+    from edgeexit.bundlewriter import check_output
 
     check_output(output, overwrite=overwrite)
     options: dict[str, Any] = {"overwrite": overwrite}
@@ -97,14 +103,15 @@ def command(
         progress("reading the model", 0, 0)
         if model.endswith(".onnx"):
             bundle = _onnx(
-                model, output, exits, untrained_exits, task, name, data, options, progress
+                model, output, exits, untrained_exits, task, name, data, labels, options, progress
             )
         else:
-            if data is not None:
-                raise UsageError(
-                    "--data is for ONNX files; this model makes its own samples",
-                    fix="Leave it out.",
-                )
+            for option, value in (("--data", data), ("--labels", labels)):
+                if value is not None:
+                    raise UsageError(
+                        f"{option} is for ONNX files; this model brings its own",
+                        fix="Leave it out.",
+                    )
             bundle = _torch(model, output, exits, untrained_exits, task, name, options, progress)
     found = bundle.exits()
     made = sum(file.bytes for file in bundle.manifest.files.values())
@@ -134,6 +141,7 @@ def _onnx(
     task: str | None,
     name: str | None,
     data: Path | None,
+    labels: Path | None,
     options: dict[str, Any],
     progress: Progress,
 ) -> Bundle:
@@ -169,6 +177,13 @@ def _onnx(
                 f"{data} does not exist", fix="Give a .npz keyed by the model's inputs."
             )
         extra["samples"] = read_npz(data)
+    if labels is not None:
+        try:
+            extra["labels"] = labels.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{labels}: cannot be read ({error})", fix="Give a text file, one label per line."
+            ) from error
     names = [part.strip() for part in exits.split(",") if part.strip()]
     return export_onnx(model, output, exits=names, progress=progress, **extra, **options)
 

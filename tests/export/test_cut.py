@@ -133,6 +133,12 @@ def test_text_model_answers_like_its_file_when_cut(text_onnx: Path, tmp_path: Pa
             assert len(set(taken)) > 1
 
 
+def test_labels_of_another_number_than_classes_are_refused(text_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="2 labels for the 3 classes"):
+        export_onnx(text_onnx, tmp_path / "bundle", exits=TEXT_EXITS, labels=["x", "y"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_the_state_crosses_when_masks_and_shapes_are_recomputed(
     text_onnx: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle, BundleWriter
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import BundleError, CheckError, PolicyError
 from edgeexit.measure.check import check, describe, tolerances
 from edgeexit.runtime import Policy, load
@@ -42,6 +44,18 @@ def test_check_passes_and_restores_the_policy_when_a_bundle_is_right(toy_bundle:
     places = {one.where for one in report.comparisons}
     assert places == {"exit_1", "exit_2", "exit_3", "exit_4", "decisions", "unsplit"}
     assert all(one.difference < 1e-4 for one in report.comparisons)
+
+
+def test_check_says_what_it_could_not_compare_when_pillow_is_missing(
+    vit_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with load(vit_bundle) as model:
+        report = check(model)
+    assert report.passed
+    assert len(report.notes) == 1
+    assert "edgeexit[images]" in report.notes[0]
+    assert "preprocessing" not in {one.where for one in report.comparisons}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgeexit.bundle import Bundle, BundleWriter
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import InputError, PolicyError, StateError
 from edgeexit.runtime import Model, Policy, Result, load, load_unsplit
 from edgeexit.runtime.policy import ALWAYS, NEVER, forced

@@ -12,7 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgeexit.bundle import MANIFEST, Bundle, BundleWriter, open_bundle
+from edgeexit.bundle import MANIFEST, Bundle, open_bundle
+from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
 from edgeexit.manifest import DefaultPolicy, Manifest
 from edgeexit.runtime import Policy, load, load_unsplit, write_policy
