@@ -7,6 +7,7 @@ facts.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 
 from edgeexit import runtime
 from edgeexit.bundle import open_bundle
-from edgeexit.measure.subjects import policy_case, read_inputs, subject_of_unsplit
+from edgeexit.measure.subjects import chain, policy_case, read_inputs, subject_of_unsplit
 from edgeexit.measure.worker import Case, Subject
+from edgeexit.runtime.engines import onnxruntime
 from edgeexit.runtime.policy import ALWAYS, NEVER, Policy
 
 Threads = Any
@@ -26,6 +28,17 @@ def graph(bundle: str, folder: str, name: str, inputs: str, threads: Threads) ->
     """One of `graphs.build`'s graphs, bound as the bundle's own unsplit graph is."""
     model = runtime.load_unsplit(graphs.open_graph(bundle, folder, name), threads=threads)
     return subject_of_unsplit(model, inputs)
+
+
+def without(bundle: str, inputs: str, threads: Threads, choice: str) -> Subject:
+    """The chain with one of the runtime's choices undone: case ``all``."""
+    if choice == "compiled session":
+        onnxruntime._runner = lambda session, binding, options: functools.partial(
+            session.run_with_iobinding, binding, options
+        )
+    elif choice == "shared arena":
+        onnxruntime._share_arena = lambda: False
+    return chain(bundle, inputs, threads=threads, all_scores=choice == "one score")
 
 
 def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:

@@ -60,14 +60,15 @@ def chain(
     engine: str = "cpu",
     threads: Threads = "blocking",
     policy: str | None = None,
+    all_scores: bool = False,
 ) -> Subject:
-    """The chain of segments.
+    """The chain of segments, opened with the policy's score or with every one.
 
     Cases: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits before EXIT
     consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``:
     the policy decides; ``segments``: as ``all``, and the result is each segment's time.
     """
-    model = runtime.load(bundle, engine, threads=threads, policy=policy)
+    model = runtime.load(bundle, engine, threads=threads, policy=policy, all_scores=all_scores)
     given = model.policy
     rows = read_inputs(inputs)
     score = given.score
