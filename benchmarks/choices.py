@@ -2,8 +2,9 @@
 
     python benchmarks/choices.py         # after split.py, whose small bundle it uses; two minutes
 
-The ratio is the chain without the choice to the chain with it, every exit consulted and none firing,
-each in a process of its own in the same thread setting. benchmarks/README.md says what each is.
+The ratio is the chain without the choice to the chain with it, every exit consulted and none
+firing, each in a process of its own in the same thread setting. benchmarks/README.md says what each
+is.
 """
 
 from __future__ import annotations
