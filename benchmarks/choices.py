@@ -1,4 +1,4 @@
-"""What three choices of the runtime are worth on a small model: each undone, one at a time.
+"""What four choices of the runtime are worth on a small model: each undone, one at a time.
 
     python benchmarks/choices.py         # after split.py, whose small bundle it uses; two minutes
 
@@ -13,13 +13,16 @@ import argparse
 import statistics
 from typing import Any
 
+import models
 from results import HERE, SCRATCH, save, say
+from split import tokens
 
 from edgeexit.errors import UsageError
 from edgeexit.measure import environment
 from edgeexit.measure.sidebyside import Lane, Side, alternate, spread, warm
+from edgeexit.measure.subjects import write_inputs
 
-CHOICES = ("one score", "shared arena", "compiled session")
+CHOICES = ("one score", "fusions left out", "shared arena", "compiled session")
 
 
 def main() -> None:
@@ -31,10 +34,9 @@ def main() -> None:
     folder = SCRATCH / "small"
     if not (folder / "bundle").is_dir():
         raise UsageError(f"{folder} has no bundle", fix="Run benchmarks/split.py first.")
-    arguments: dict[str, Any] = {
-        "bundle": str(folder / "bundle"),
-        "inputs": str(folder / "inputs.npz"),
-    }
+    inputs = folder / "choices.npz"
+    write_inputs(inputs, [tokens(models.SHAPES["small"], 1, seed) for seed in range(16)])
+    arguments: dict[str, Any] = {"bundle": str(folder / "bundle"), "inputs": str(inputs)}
     watch = environment.Watch()
     found: dict[str, Any] = {}
     for text in given.threads:

@@ -38,6 +38,8 @@ def without(bundle: str, inputs: str, threads: Threads, choice: str) -> Subject:
         )
     elif choice == "shared arena":
         onnxruntime._share_arena = lambda: False
+    elif choice == "fusions left out":
+        onnxruntime.SLOW_FUSIONS = []
     return chain(bundle, inputs, threads=threads, all_scores=choice == "one score")
 
 

@@ -24,7 +24,7 @@ from edgeexit.runtime.plan import EVERY_SCORE, Plan, Planner, Step
 from edgeexit.runtime.policy import Decision
 
 
-@dataclass
+@dataclass(slots=True)
 class Answers:
     """What a run gives, per row: outputs, the index of the exit taken, and its score there."""
 

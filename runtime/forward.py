@@ -6,10 +6,9 @@ copies. One model is used by one thread at a time; several models may run side b
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -28,7 +27,7 @@ FORMS_KEPT = 1024
 """Forms of inputs (dtypes and shapes) that a model remembers having checked."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Result:
     """What a call gives. All arrays are copies, in the caller's order of rows.
 
@@ -111,29 +110,33 @@ class Model:
             InputError: An input is missing, unknown, or of the wrong type or shape.
             StateError: The model is closed, in use by another thread, or was carried over a fork.
         """
-        with self._use() as chain:
-            sizes = self._sizes(inputs)
+        chain = self._enter()
+        try:
             answers = chain.run(
                 inputs,
-                sizes,
+                self._sizes(inputs),
                 self._decisions,
                 score=self._policy.score,
                 patience=self._policy.patience,
                 timed=timed,
             )
+        finally:
+            self._lock.release()
         return Result(
-            outputs=answers.outputs,
-            exits=answers.exits,
-            exit_names=[self.exits[number].name for number in answers.exits],
-            scores=answers.scores,
-            times_ms=[time_ns / 1e6 for time_ns in answers.times_ns],
+            answers.outputs,
+            answers.exits,
+            [self.exits[number].name for number in answers.exits.tolist()],
+            answers.scores,
+            [time_ns / 1e6 for time_ns in answers.times_ns],
         )
 
     def trace(self, inputs: Mapping[str, NDArray[Any]]) -> Trace:
         """Runs every segment for every row and returns what every exit says."""
-        with self._use() as chain:
-            sizes = self._sizes(inputs)
-            records, times_ns = chain.run_all(inputs, sizes, timed=True)
+        chain = self._enter()
+        try:
+            records, times_ns = chain.run_all(inputs, self._sizes(inputs), timed=True)
+        finally:
+            self._lock.release()
         prefix = "score/"
         return Trace(
             outputs=[{k: v for k, v in r.items() if not k.startswith(prefix)} for r in records],
@@ -180,8 +183,8 @@ class Model:
                 self._forms[form] = known
         return known
 
-    @contextlib.contextmanager
-    def _use(self) -> Iterator[Chain]:
+    def _enter(self) -> Chain:
+        """Takes the model for one call; the caller releases the lock."""
         if os.getpid() != self._process:
             raise StateError(
                 "the model was loaded before this process forked; its engines do not survive that",
@@ -192,12 +195,10 @@ class Model:
                 "the model is in use by another thread",
                 fix="Give each thread a model of its own, or put a lock around the calls.",
             )
-        try:
-            if self._chain is None:
-                raise StateError("the model is closed", fix="Load the bundle again.")
-            yield self._chain
-        finally:
+        if self._chain is None:
             self._lock.release()
+            raise StateError("the model is closed", fix="Load the bundle again.")
+        return self._chain
 
 
 def check_inputs(

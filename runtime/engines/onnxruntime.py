@@ -1,9 +1,10 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
-Three settings matter, each measured in benchmarks/README.md. Sessions share one arena, or a chain
-of twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions steal
-the cores of the one that runs. The binding is run through the compiled session: the Python wrapper
-around it costs more than a small segment's hand-over.
+Five choices matter, each measured in benchmarks/README.md. Sessions share one arena, or a chain of
+twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions steal the
+cores of the one that runs. Two fusions are left out, for their kernels are slower than what they
+replace. A graph is opened with the score that is asked for, not with all. The binding is run
+through the compiled session, whose Python wrapper costs more than a small segment's hand-over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from edgeexit.runtime.engines import Bound, Slot
 logger = logging.getLogger(__name__)
 
 Threads = int | Literal["blocking", "spinning", "process"]
+SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
+"""ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""
+
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -152,7 +156,12 @@ class OnnxRuntimeEngine:
             if outputs is not None:
                 options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent.absolute()))
                 model = keep_outputs(path.read_bytes(), outputs)
-            session = self._ort.InferenceSession(model, options, providers=providers)
+            session = self._ort.InferenceSession(
+                model,
+                options,
+                providers=providers,
+                disabled_optimizers=SLOW_FUSIONS if self.name == "cpu" else None,
+            )
         except Exception as error:
             raise EngineError(
                 f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
