@@ -123,6 +123,9 @@ class Cli:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        """Starts it as a terminal does: Ctrl-C reaches it, also where the tests run in the
+        background of a shell, which makes their children ignore it."""
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         return subprocess.Popen(
             self.arguments(*arguments),
             cwd=self.folder,

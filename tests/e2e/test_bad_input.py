@@ -242,4 +242,4 @@ def test_an_error_leaves_stdout_empty_when_json_is_asked_for(cli: Cli, toy_copy:
     manifest = json.loads((toy_copy / "manifest.json").read_text())
     manifest["format"] = "2.0"
     (toy_copy / "manifest.json").write_text(json.dumps(manifest))
-    assert_clear(cli("inspect", toy_copy, "--json"), 1, "format 2.0", "Install the edgeexit")
+    assert_clear(cli("inspect", toy_copy, "--json"), 1, "the format is 2.0", "Install the edgeexit")
