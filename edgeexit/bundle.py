@@ -100,6 +100,11 @@ def open_bundle(
         raise BundleError(
             f"{root} {kind}", fix="Give the directory that `edgeexit export -o` made."
         )
+    if not (root / MANIFEST).exists() and (root / "config.json").exists():
+        raise BundleError(
+            f"{root} is a checkpoint, not a bundle",
+            fix=f"Make a bundle of it: edgeexit export -m {root} -o BUNDLE.",
+        )
     raw = _read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
     manifest = decode_manifest(raw)
     bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())

@@ -211,9 +211,14 @@ def _keep_graph_outputs(data: bytes, outputs: set[str]) -> bytes:
             if not needed.isdisjoint(made):
                 needed |= inputs
                 kept.add(place)
+    initial = {
+        _tensor_name(_message(value)) for number, value in fields if number == _GRAPH_INITIALIZER
+    }
     parts = []
     for place, (number, value) in enumerate(fields):
         if number == _GRAPH_NODE and place not in kept:
+            continue
+        if number == _GRAPH_INPUT and _name_of_value(_message(value)) in initial - needed:
             continue
         if number == _GRAPH_OUTPUT and _name_of_value(_message(value)) not in outputs:
             continue

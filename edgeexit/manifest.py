@@ -24,7 +24,7 @@ SCORES = ("max_prob", "margin", "entropy")
 """Scores that every classifying exit emits; higher = safer to stop."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
-Axis = str | Annotated[int, Meta(ge=1)] | None
+Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -25,7 +25,8 @@ def assign_slots(
 
     A tensor lives from the segment that makes it to the last one that takes it (an answer only in
     its own segment, where it is read at once). Two tensors share a slot only if they have the same
-    dtype and axes, are both on the host or both not, and never live in the same segment.
+    dtype and axes, none of them open, are both on the host or both not, and never live in the same
+    segment.
     """
     born = {tensor.name: -1 for tensor in inputs}
     forms = {tensor.name: tensor for tensor in inputs}
@@ -39,7 +40,10 @@ def assign_slots(
     taken: list[tuple[object, int]] = []  # per slot, its form and the last segment it is needed in
     for name in sorted(born, key=lambda name: born[name]):
         tensor = forms[name]
-        form = (tensor.dtype, tuple(tensor.axes), name in on_host)
+        # A tensor with an open axis shares with none: the other may be larger, and a slot that
+        # grows in the middle of a run leaves what was bound before pointing at freed memory.
+        own = name if None in tensor.axes else ""
+        form = (tensor.dtype, tuple(tensor.axes), name in on_host, own)
         fits = (
             slot for slot, (held, last) in enumerate(taken) if held == form and last < born[name]
         )

@@ -80,9 +80,11 @@ class Chain:
             return
         self._opened = None
         self.__dict__.pop("_planner", None)
+        taken = {tensor.name for segment in self.segments for tensor in segment.inputs}
         wanted: list[list[str] | None] = []
         for segment, leave in zip(self.segments, self.exits, strict=True):
             unasked = {t for name, t in leave.scores.items() if score not in (name, EVERY_SCORE)}
+            unasked -= {leave.scores.get(score), *leave.outputs.values(), *taken}
             names = [t.name for t in segment.outputs if t.name not in unasked]
             wanted.append(names if unasked else None)
         graphs = self._engine.open_all(list(zip(self._paths, wanted, strict=True)))

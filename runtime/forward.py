@@ -90,6 +90,11 @@ class Model:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise PolicyError(
+                f"policy is a {type(policy).__name__}",
+                fix="Assign a Policy; read_policy reads one.",
+            )
         decisions = decide(policy, self.exits, digest=self.bundle.digest)
         if policy.patience and any("logits" not in leave.outputs for leave in self.exits):
             raise PolicyError(
@@ -131,7 +136,11 @@ class Model:
         )
 
     def trace(self, inputs: Mapping[str, NDArray[Any]]) -> Trace:
-        """Runs every segment for every row and returns what every exit says."""
+        """Runs every segment for every row and returns what every exit says.
+
+        A model that was loaded without ``all_scores`` opens its segments again for this, and keeps
+        them so: later calls compute every score, which costs small models some percent.
+        """
         chain = self._enter()
         try:
             records, times_ns = chain.run_all(inputs, self._sizes(inputs), timed=True)
@@ -153,6 +162,8 @@ class Model:
 
     def close(self) -> None:
         """Releases engines and buffers; closing twice is fine, using the model again is not."""
+        if os.getpid() != self._process:
+            return  # a thread of the parent may have held the lock at the fork, for ever
         with self._lock:
             self._chain = None
 

@@ -46,6 +46,8 @@ def load(
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
     """
+    if not isinstance(path, (str, os.PathLike, Bundle)):
+        raise UsageError(f"path is a {type(path).__name__}", fix="Give the path of a bundle.")
     bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
     manifest = bundle.manifest
     if manifest.program != "forward":

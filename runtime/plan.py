@@ -139,7 +139,10 @@ class Planner:
             for tensor in segment.outputs
             if tensor.name in wanted
         }
-        run = self._graphs[number].bind(inputs, outputs)
+        try:
+            run = self._graphs[number].bind(inputs, outputs)
+        except Exception as error:
+            raise self.failure(error, number) from error
         views = {name: _view(*outputs[name]) for name in answers}
         own = leave.scores.get(score) if score is not None else None
         step = Step(run, views, views[own] if own is not None else None)
@@ -229,7 +232,13 @@ class Planner:
         slot = self._slots.get(index)
         if slot is None or slot.bytes < size_bytes:
             host = name in self._on_host
-            grown = HostSlot(size_bytes) if host else self._engine.allocate(size_bytes)
+            try:
+                grown = HostSlot(size_bytes) if host else self._engine.allocate(size_bytes)
+            except (MemoryError, ValueError, OverflowError) as error:
+                raise EngineError(
+                    f"{name} needs {size_bytes} bytes, more than there are",
+                    fix="Run fewer rows at a time.",
+                ) from error
             if slot is not None:
                 self._plans.clear()  # their bindings point into the old memory
             self._slots[index] = slot = grown

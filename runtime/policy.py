@@ -69,6 +69,9 @@ def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) 
         wrong
             number of thresholds.
     """
+    for field, value in (("score", policy.score), ("bundle", policy.bundle or "")):
+        if not isinstance(value, str):
+            raise PolicyError(f"{field} is {value!r}, not a text", fix="Give a name.")
     if policy.bundle is not None and digest is not None and policy.bundle != digest:
         raise PolicyError(
             f"the policy was made for the bundle {policy.bundle[:12]}…, this one is {digest[:12]}…",
@@ -121,7 +124,7 @@ def _by_name(
     thresholds: float | list[float] | dict[str, float], early: list[str]
 ) -> dict[str, float]:
     if isinstance(thresholds, dict):
-        if unknown := sorted(set(thresholds) - set(early)):
+        if unknown := sorted(map(str, set(thresholds) - set(early))):
             raise PolicyError(
                 f"thresholds name the exit {unknown[0]!r}; the early exits are "
                 f"{', '.join(early) or 'none'}",
@@ -138,7 +141,8 @@ def _by_name(
     else:
         found = dict.fromkeys(early, thresholds)
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        huge = isinstance(value, int) and abs(value) > 2**53
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or huge:
             raise PolicyError(
                 f"the threshold of {name} is {value!r}, not a number",
                 fix="Use a number, inf or -inf.",

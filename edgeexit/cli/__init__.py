@@ -7,6 +7,7 @@ purpose show no traceback; bugs always do. ``edgeexit --help`` imports neither t
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = cli.main(args=arguments, prog_name="edgeexit", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: it was closed before Python started
+            sys.stdout.flush()
     except click.Abort:
         _say("interrupted")
         code = INTERRUPTED
@@ -82,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except BrokenPipeError:
         # The reader has what it wanted (`| head`). Python would complain again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _say("error: standard output cannot be written: the disk is full")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

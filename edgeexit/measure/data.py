@@ -129,8 +129,13 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # A module missing inside the user's own module is another fault than a wrong name.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+        if error.name is None:
             raise
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise UsageError(
+                f"{what} {spec}: it needs the module {error.name}, which is not installed",
+                fix=f"Install what brings {error.name} into this environment.",
+            ) from error
         raise UsageError(f"{what} {spec}: there is no module {error.name}", fix=fix) from error
     except FileNotFoundError as error:
         raise UsageError(f"{what} {spec}: {module_name} does not exist", fix=fix) from error

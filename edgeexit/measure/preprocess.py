@@ -7,6 +7,7 @@ sample that the exporter made with the checkpoint's own preprocessing.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,13 @@ def open_image(
     pillow = import_pillow()
     fix = "Give a readable image file, or take it out of the data."
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{where}: not a regular file", fix=fix)
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror})", fix=fix) from error
+    except ValueError as error:  # NUL or lone surrogates, which no file name can hold
+        raise DataError(f"{where}: {str(path)!a} is not a file name", fix=fix) from error
     if update is not None:
         update(raw)
     try:

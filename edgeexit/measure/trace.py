@@ -212,6 +212,12 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         for name, (found, expected) in shapes.items():
             if found != expected:
                 raise ValueError(f"{name} has the shape {list(found)}, expected {list(expected)}")
+        if any(np.isinf(value).any() for value in scores.values()):
+            raise ValueError("a score is infinite")
+        if batch_rows.size and batch_rows.max() > rows:
+            raise ValueError(f"a batch holds {batch_rows.max()} rows, its predictions {rows}")
+        if not 1 <= int(about["batch_size"]) < 2**31:
+            raise ValueError(f"batch_size is {about['batch_size']}")
         if rows == 0 or batch_rows.min() < 1 or batch_rows.sum() != rows:
             raise ValueError(f"its batches hold {batch_rows.sum()} rows, its predictions {rows}")
         if not (np.isfinite(times_ms).all() and (times_ms >= 0).all()):
@@ -229,7 +235,14 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             batch_size=int(about["batch_size"]),
             independent=about["independent"] is True,
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a trace ({reason})", fix=_FIX) from error
 

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits (1797 images of 8 x 8 pixels) in fixed splits.
 
-``examples.digits.data:validation`` and ``examples.digits.data:test`` are data sources for the
+``examples/digits/data.py:validation`` and ``examples/digits/data.py:test`` are data sources for the
 command line; they need numpy and scikit-learn, not torch. The splits never change: 1000 images
 train, 400 choose thresholds, 397 are for figures only.
 """

@@ -50,6 +50,8 @@ def from_pretrained(
             no exits for the layers asked for.
     """
     folder = _local(path)
+    if (folder / "manifest.json").is_file():
+        raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

@@ -72,6 +72,16 @@ def test_a_chain_of_any_length_needs_two_states() -> None:
     assert len(set(assign_slots([tensor("h0")], parts).values())) == 2
 
 
+def test_a_tensor_with_an_open_axis_shares_with_none() -> None:
+    states = [tensor(f"t{number}", 1) for number in range(6)]
+    segments = [
+        segment(number, states[number : number + 1], states[number + 1 : number + 2])
+        for number in range(5)
+    ]
+    slots = assign_slots(states[:1], segments)
+    assert len(set(slots.values())) == len(states)
+
+
 def test_inputs_never_share_a_slot_even_if_unused() -> None:
     slots = assign_slots([tensor("a"), tensor("b")], [segment(0, [tensor("a")], [tensor("c")])])
     assert slots["a"] != slots["b"]

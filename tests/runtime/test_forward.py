@@ -49,6 +49,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
         model.close()
 
 
+def test_a_first_call_with_one_row_is_right_when_states_of_open_size_grow(tmp_path: Path) -> None:
+    toy = make_toy((5, 400, 30_000, 7), open_axes=True)
+    inputs = make_inputs(1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # scores saturate; logits matter here
+        bundle = write_toy(toy, tmp_path / "bundle")
+        expected = reference(toy, inputs)[-1]["logits"]
+    with load(bundle) as fresh:
+        made = fresh(inputs).outputs["logits"]
+    np.testing.assert_allclose(made, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.fixture
 def model(toy_bundle: Bundle) -> Iterator[Model]:
     with load(toy_bundle) as opened:
