@@ -1,14 +1,14 @@
 """Every error edgeexit raises on purpose, and the exit code each one gives the command line.
 
-    EdgeExitError            anything below; its message says what, where, why, and how to fix it
-    ├── UsageError           a command or function was called with arguments that cannot be meant
+    EdgeExitError            anything below: what, where, why, and how to fix it
+    ├── UsageError           called with arguments that cannot be meant
     │   ├── OutputExistsError    the output is there already and was not to be replaced
     │   └── OutputBusyError      another process is writing the same output
     ├── ExportError          the model or graph cannot be split as asked
     ├── BundleError          the bundle is not whole, not ours, or not as it was exported
-    │   ├── FormatError          its format is newer than this edgeexit, or it needs a feature
-    unknown here │   └── IntegrityError       a file is missing, unlisted, linked, resized or
-    altered ├── PolicyError          a policy does not fit the bundle it is used with
+    │   ├── FormatError          another major format, or a feature unknown here
+    │   └── IntegrityError       a file is missing, unlisted, linked, resized or altered
+    ├── PolicyError          a policy does not fit the bundle it is used with
     ├── InputError           the inputs of a model do not fit its signature
     ├── DataError            a data set cannot be read or does not fit the bundle
     ├── EngineError          the engine library is missing, refuses a graph, or fails
@@ -16,9 +16,10 @@
     ├── MeasurementError     a measurement could not be made
     └── CheckError           everything worked and a check did not hold (exit code 3)
 
->>> raise_code = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in --exits
-3,6").exit_code
->>> raise_code
+>>> error = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in 3,6.")
+>>> print(error)
+--exits: 'a' is not a layer number. Give numbers, as in 3,6.
+>>> error.exit_code
 2
 """
 
