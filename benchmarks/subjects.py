@@ -37,7 +37,7 @@ def without(bundle: str, inputs: str, threads: Threads, choice: str) -> Subject:
             session.run_with_iobinding, binding, options
         )
     elif choice == "shared arena":
-        onnxruntime._share_arena = lambda: False
+        onnxruntime._share_arena = functools.cache(lambda: False)
     elif choice == "fusions left out":
         onnxruntime.SLOW_FUSIONS = []
     return chain(bundle, inputs, threads=threads, all_scores=choice == "one score")

@@ -1,10 +1,10 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
-Five choices matter, each measured in benchmarks/README.md. Sessions share one arena, or a chain of
-twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions steal the
-cores of the one that runs. Two fusions are left out, for their kernels are slower than what they
-replace. A graph is opened with the score that is asked for, not with all. The binding is run
-through the compiled session, whose Python wrapper costs more than a small segment's hand-over.
+Five choices matter; benchmarks/README.md says what is known of each. Sessions share one arena, or a
+chain of twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions
+steal the cores of the one that runs. Two fusions are left out, for their kernels are slower than
+what they replace. A graph is opened with the score that is asked for, not with all. The binding is
+run through the compiled session, whose Python wrapper costs more than a small segment's hand-over.
 """
 
 from __future__ import annotations
