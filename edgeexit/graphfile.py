@@ -187,7 +187,7 @@ def keep_outputs(data: bytes, outputs: Collection[str]) -> bytes:
     """The same ONNX model with only these outputs, and without what only the others needed.
 
     An exit emits every cheap score so that choosing one needs no new export; a run needs one. On a
-    small model the nodes of the others cost as much as the hand-over (benchmarks/README.md).
+    small model the nodes of the others cost some percent (benchmarks/results/choices.json).
 
     Args:
         data: A model that `read_graph_file` accepts, with its nodes in topological order.
