@@ -1,7 +1,7 @@
 """What splitting costs and saves: the chain against every other way to run the same early-exit
 model.
 
-    python benchmarks/split.py                 # both shapes, about twelve minutes on two cores
+    python benchmarks/split.py                 # both shapes
     python benchmarks/split.py --shape small
     python benchmarks/split.py --quick         # tiny shapes: does the script run?
 

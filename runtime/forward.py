@@ -182,7 +182,7 @@ class Model:
         raise StateError("a model cannot be copied or pickled", fix="Load the bundle again there.")
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """`check_inputs`, remembered for forms seen before: it costs a tenth of a small layer."""
+        """`check_inputs`, remembered for forms seen before."""
         try:
             form: Any = tuple([(inputs[name].dtype, inputs[name].shape) for name in self._inputs])
             known = self._forms.get(form) if len(inputs) == len(self._inputs) else None

@@ -37,8 +37,8 @@ def load(
         policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and
             without one every row goes to the last exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
-            threads, or ``process``: ONNX Runtime's global pool, which is faster on a quiet machine
-            and makes other default sessions in this process fail.
+            threads, or ``process``: ONNX Runtime's global pool, which
+            makes other default sessions in this process fail.
         verify: ``full`` also hashes the weights.
         all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
             with the policy's; a model opened otherwise opens them again when it is first traced.

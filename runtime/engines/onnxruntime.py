@@ -246,8 +246,8 @@ class OnnxRuntimeGraph:
 def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
     """A call of the session over bound buffers, with as little Python around it as there can be.
 
-    The wrapper's own run_with_iobinding checks for WebGPU capture first, which took 70 us a call in
-    ONNX Runtime 1.31; the compiled session under it takes 5 us.
+    The wrapper's own run_with_iobinding checks for WebGPU capture first; what that
+    costs a chain is in benchmarks/results/choices.json.
     """
     inner = getattr(session, "_sess", None)
     inner_binding = getattr(binding, "_iobinding", None)
