@@ -48,8 +48,8 @@ class Effort:
 
 
 EFFORTS = {
-    "large": Effort(seconds=14, launches=3, pair_rounds=7, loads=4),
-    "small": Effort(seconds=6, launches=5, pair_rounds=15, loads=5),
+    "large": Effort(seconds=12, launches=3, pair_rounds=5, loads=4),
+    "small": Effort(seconds=5, launches=7, pair_rounds=7, loads=5),
     "quick": Effort(seconds=1, launches=1, pair_rounds=5, loads=2, search=False),
 }
 
@@ -104,39 +104,35 @@ def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any
     write_inputs(inputs, [tokens(shape, 1, seed) for seed in range(16)])
     arguments = {"bundle": str(bundle.path), "inputs": str(inputs)}
     built = arguments | {"folder": str(folder / "graphs")}
-    with contextlib.ExitStack() as stack:
-        opener = _Opener(stack, effort)
-        subjects = "edgeexit.measure.subjects"
-        options = settings("cpu", available_cores()) if effort.search else ["blocking"]
-        chain = opener.open("chain", f"{subjects}:chain", arguments, "all", options)
-        direct = opener.open("direct", f"{subjects}:unsplit", arguments, "unsplit", options)
-        like_direct = [opener.chosen["direct"]]  # found for one large graph, so good for another
-        opener.chosen["merged"] = opener.chosen["direct"]
-        direct.close()
-        found |= split_tax(arguments, built, opener.chosen, effort)
-        say(f"  split tax {found['split_tax']} against {found['baseline']}")
-        last = f"path:exit_{shape.layers}"
-        first = opener.open("first", "subjects:first", built, "forced:exit_1", like_direct)
-        found["against_truncated"] = pairs(chain, first, "forced", shape, effort)
-        first.close()
-        for name, given, tried in (
-            ("nested", built, [*like_direct, *(o for o in options[:2] if o not in like_direct)]),
-            ("naive", arguments, options),
-            (
-                "eager",
-                arguments | {"checkpoint": str(folder / "checkpoint")},
-                eager_settings(effort.search),
-            ),
-        ):
-            with opener.open(name, f"subjects:{name}", given, last, tried) as side:
-                found[f"against_{name}"] = pairs(chain, side, "path", shape, effort)
-            say(f"  against {name}: {[one['ratio'] for one in found[f'against_{name}']]}")
-        found["threads"] = {name: str(setting) for name, setting in opener.chosen.items()}
-        found["thread_search"] = opener.searched
+    search = _Search(effort)
+    subjects = "edgeexit.measure.subjects"
+    options = settings("cpu", available_cores()) if effort.search else ["blocking"]
+    chain = search.best("chain", f"{subjects}:chain", arguments, "all", options)
+    direct = search.best("direct", f"{subjects}:unsplit", arguments, "unsplit", options)
+    search.chosen["merged"] = direct.threads  # found for one large graph, so good for another
+    found |= split_tax(arguments, built, search.chosen, effort)
+    say(f"  split tax {found['split_tax']} against {found['baseline']}")
+    last = f"path:exit_{shape.layers}"
+    forced = Opening("chain", "subjects:forced_exits", arguments, chain.threads)
+    first = search.best("first", "subjects:first", built, "forced:exit_1", [direct.threads])
+    found["against_truncated"] = pairs(forced, first, "forced", shape, effort)
+    say(f"  against truncated: {[one['ratio'] for one in found['against_truncated']]}")
+    near = [direct.threads, *(o for o in options[:2] if o != direct.threads)]
+    torch = arguments | {"checkpoint": str(folder / "checkpoint")}
+    for name, given, tried in (
+        ("nested", built, near),
+        ("naive", arguments, options),
+        ("eager", torch, eager_settings(effort.search)),
+    ):
+        other = search.best(name, f"subjects:{name}", given, last, tried)
+        found[f"against_{name}"] = pairs(chain, other, "path", shape, effort)
+        say(f"  against {name}: {[one['ratio'] for one in found[f'against_{name}']]}")
+    found["threads"] = {name: str(setting) for name, setting in search.chosen.items()}
+    found["thread_search"] = search.searched
     say("  loading and memory")
     found |= loading(arguments, effort)
     say("  batches of 32")
-    found["batch_32"] = batches(shape, bundle, folder, opener.chosen["chain"], effort)
+    found["batch_32"] = batches(shape, bundle, folder, chain.threads, effort)
     return found
 
 
@@ -179,26 +175,40 @@ def tokens(shape: models.Shape, rows: int, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-class _Opener:
-    """Opens sides in their best settings, and remembers which those were."""
+@dataclass(frozen=True)
+class Opening:
+    """How a side is opened: its subject, what that is given, and the thread setting."""
 
-    def __init__(self, stack: contextlib.ExitStack, effort: Effort) -> None:
-        self._stack = stack
+    name: str
+    subject: str
+    arguments: dict[str, Any]
+    threads: Any
+
+    def __call__(self) -> Side:
+        given = self.arguments | {"threads": self.threads}
+        return Side(self.subject, given, folder=str(HERE), name=self.name)
+
+
+class _Search:
+    """Finds the best thread setting of each side, and remembers how the others did."""
+
+    def __init__(self, effort: Effort) -> None:
         self._seconds = min(2.0, effort.seconds / 4)
         self.chosen: dict[str, Any] = {}
         self.searched: dict[str, dict[str, float]] = {}
 
-    def open(
+    def best(
         self, name: str, subject: str, arguments: dict[str, Any], case: str, tried: list[Any]
-    ) -> Side:
+    ) -> Opening:
         def make(setting: Any) -> Side:
-            given = arguments | {"threads": setting}
-            return Side(subject, given, folder=str(HERE), name=name)
+            return Opening(name, subject, arguments, setting)()
 
-        side, best, relative = best_setting(make, case, tried, seconds=self._seconds)
-        self._stack.callback(side.close)
+        best, relative = tried[0], {str(tried[0]): 1.0}
+        if len(tried) > 1:
+            side, best, relative = best_setting(make, case, tried, seconds=self._seconds)
+            side.close()
         self.chosen[name], self.searched[name] = best, relative
-        return side
+        return Opening(name, subject, arguments, best)
 
 
 def eager_settings(search: bool) -> list[list[Any]]:
@@ -262,37 +272,48 @@ def split_tax(
 
 
 def pairs(
-    chain: Side, other: Side, kind: str, shape: models.Shape, effort: Effort
+    chain: Opening, other: Opening, kind: str, shape: models.Shape, effort: Effort
 ) -> list[dict[str, Any]]:
-    """The chain against another side, exit by exit: chain's time ÷ the other's."""
-    found = []
-    for layer in range(1, shape.layers + 1):
-        case = f"{kind}:exit_{layer}"
-        if case not in other.cases:
-            continue
-        ours, theirs = Lane("chain", chain, case), Lane("other", other, case)
-        warm([ours, theirs], seconds=0.2)
-        block_ms = 40.0
-        per_round_s = (2 * block_ms + 15) / 1000
-        alternate(
-            theirs,
-            [ours],
-            seconds=effort.pair_rounds * per_round_s,
-            block_ms=block_ms,
-            min_block_runs=2,
-            min_runs=2 * effort.pair_rounds,
-            seed=layer,
-        )
-        found.append(
-            {
-                "exit": f"exit_{layer}",
-                "ratio": round(statistics.median(ours.ratios), 4),
-                "spread": round(spread(ours.ratios), 4),
-                "chain_p50_ms": round(statistics.median(ours.times_ms), 4),
-                "other_p50_ms": round(statistics.median(theirs.times_ms), 4),
-            }
-        )
-    return found
+    """The chain against another side, exit by exit: chain's time ÷ the other's.
+
+    As for the split tax, both sides are started anew several times, and a figure is the median over
+    these launches.
+    """
+    measured: dict[str, list[dict[str, float]]] = {}
+    for launch in range(effort.launches):
+        with chain() as ours, other() as theirs:
+            for layer in range(1, shape.layers + 1):
+                case = f"{kind}:exit_{layer}"
+                if case in theirs.cases:
+                    one = _pair(ours, theirs, case, effort, seed=launch * 100 + layer)
+                    measured.setdefault(f"exit_{layer}", []).append(one)
+    return [
+        {"exit": name}
+        | {key: round(statistics.median(one[key] for one in launches), 4) for key in launches[0]}
+        | {"launches": [one["ratio"] for one in launches]}
+        for name, launches in measured.items()
+    ]
+
+
+def _pair(ours: Side, theirs: Side, case: str, effort: Effort, seed: int) -> dict[str, float]:
+    candidate, base = Lane("chain", ours, case), Lane("other", theirs, case)
+    warm([candidate, base], seconds=0.2)
+    block_ms = 40.0
+    alternate(
+        base,
+        [candidate],
+        seconds=effort.pair_rounds * (2 * block_ms + 15) / 1000,
+        block_ms=block_ms,
+        min_block_runs=2,
+        min_runs=2 * effort.pair_rounds,
+        seed=seed,
+    )
+    return {
+        "ratio": round(statistics.median(candidate.ratios), 4),
+        "spread": round(spread(candidate.ratios), 4),
+        "chain_p50_ms": round(statistics.median(candidate.times_ms), 4),
+        "other_p50_ms": round(statistics.median(base.times_ms), 4),
+    }
 
 
 def loading(arguments: dict[str, Any], effort: Effort) -> dict[str, Any]:

@@ -16,10 +16,18 @@ import numpy as np
 
 from edgeexit import runtime
 from edgeexit.bundle import open_bundle
-from edgeexit.measure.subjects import chain, policy_case, read_inputs, subject_of_unsplit
+from edgeexit.measure.subjects import (
+    chain,
+    on_its_way,
+    policy_case,
+    read_answers,
+    read_inputs,
+    subject_of_unsplit,
+)
 from edgeexit.measure.worker import Case, Subject
 from edgeexit.runtime.engines import onnxruntime
-from edgeexit.runtime.policy import ALWAYS, NEVER, Policy
+from edgeexit.runtime.forward import Model
+from edgeexit.runtime.policy import OUT_OF_REACH, Policy, forced
 
 Threads = Any
 
@@ -53,6 +61,28 @@ def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
         models.append(model)
         cases[f"forced:{leave.name}"] = Case(lambda row, model=model: model(rows[row]))
     return Subject(cases, len(rows), close=lambda: [model.close() for model in models])
+
+
+def forced_exits(bundle: str, inputs: str, threads: Threads) -> Subject:
+    """The chain loaded anew for each exit with the policy that forces it: cases ``forced:EXIT``."""
+    rows = read_inputs(inputs)
+    opened = open_bundle(bundle)
+    loaded: dict[str, Model] = {}
+
+    def case(name: str) -> Case:
+        def enter() -> None:
+            if name not in loaded:
+                for other in loaded.values():
+                    other.close()
+                loaded.clear()
+                policy = forced(opened.exits(), name)
+                loaded[name] = runtime.load(opened, policy=policy, threads=threads)
+
+        return Case(lambda row: loaded[name](rows[row]), read_answers, enter)
+
+    return Subject(
+        {f"forced:{leave.name}": case(leave.name) for leave in opened.exits()}, len(rows)
+    )
 
 
 def nested(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
@@ -169,11 +199,9 @@ def policies(bundle: str, inputs: str, policies: list[str], threads: Threads) ->
     model = runtime.load(bundle, threads=threads)
     rows = read_inputs(inputs)
     names = [leave.name for leave in model.exits]
-    cases = {"all": policy_case(model, rows, Policy())}
+    cases = {"all": policy_case(model, rows, Policy(thresholds=OUT_OF_REACH))}
     for number, path in enumerate(policies):
         cases[f"policy:{number}"] = policy_case(model, rows, runtime.read_policy(path))
-    for place, name in enumerate(names[:-1]):
-        stops = dict.fromkeys(names[:place], NEVER) | {name: ALWAYS}
-        cases[f"path:{name}"] = policy_case(model, rows, Policy(thresholds=stops, last=name))
-    cases[f"path:{names[-1]}"] = cases["all"]
+    for place, name in enumerate(names):
+        cases[f"path:{name}"] = policy_case(model, rows, on_its_way(names, place))
     return Subject(cases, len(rows), model.describe_engine(), model.close)

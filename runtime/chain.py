@@ -19,7 +19,7 @@ from edgeexit.bundle import Bundle
 from edgeexit.errors import BundleError, EngineError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment, Tensor
-from edgeexit.runtime.engines import Engine
+from edgeexit.runtime.engines import Engine, Graph
 from edgeexit.runtime.plan import EVERY_SCORE, Plan, Planner, Step
 from edgeexit.runtime.policy import Decision
 
@@ -43,8 +43,8 @@ class Chain:
         manifest: The chain.
         inputs: What its first segments take: the program's inputs.
         engine: What executes it.
-        score: The score that segments are opened with, or `EVERY_SCORE`; asking for another one
-            later opens them again.
+        needs: Per exit, the score that its segment is opened with, None (no exit head at all) or
+            `EVERY_SCORE`; whatever a later run needs besides is opened then, and kept.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Chain:
         manifest: ChainManifest,
         inputs: Sequence[Tensor],
         engine: Engine,
-        score: str,
+        needs: Sequence[str | None],
     ) -> None:
         self.segments: list[Segment] = manifest.segments
         self.independent = manifest.rows == "independent"
@@ -70,26 +70,44 @@ class Chain:
         self._inputs = inputs
         self._engine = engine
         self._paths = [bundle.file(_usable_graph(segment)) for segment in self.segments]
-        self._opened: str | None = None
+        self._graphs: list[Graph | None] = [None] * len(self.segments)
+        self._has: list[str | None] = [None] * len(self.segments)
+        self._ready_for: tuple[Sequence[Decision], str] | None = None
         self._planner: Planner
-        self._open(score)
+        self._open(needs)
 
-    def _open(self, score: str) -> None:
-        """Opens the segments with one score (or all); those open before are closed first."""
-        if self._opened in (score, EVERY_SCORE):
+    def _open(self, needs: Sequence[str | None]) -> None:
+        """Opens the segments that do not yet give what is needed; their old ones are closed first.
+
+        The last segment always answers, so its head is always there.
+        """
+        late = [
+            number
+            for number, need in enumerate(needs)
+            if self._graphs[number] is None or not _covers(self._has[number], need)
+        ]
+        if not late:
             return
-        self._opened = None
         self.__dict__.pop("_planner", None)
+        self._ready_for = None
         taken = {tensor.name for segment in self.segments for tensor in segment.inputs}
-        wanted: list[list[str] | None] = []
-        for segment, leave in zip(self.segments, self.exits, strict=True):
-            unasked = {t for name, t in leave.scores.items() if score not in (name, EVERY_SCORE)}
-            unasked -= {leave.scores.get(score), *leave.outputs.values(), *taken}
+        wanted = []
+        for number in late:
+            self._graphs[number] = None
+            segment, leave = self.segments[number], self.exits[number]
+            need = needs[number]
+            unasked = {t for name, t in leave.scores.items() if need not in (name, EVERY_SCORE)}
+            if need is None and number < len(needs) - 1:
+                unasked |= {*leave.outputs.values()}
+            else:
+                unasked -= {leave.scores.get(need or ""), *leave.outputs.values()}
+            unasked -= taken
             names = [t.name for t in segment.outputs if t.name not in unasked]
-            wanted.append(names if unasked else None)
-        graphs = self._engine.open_all(list(zip(self._paths, wanted, strict=True)))
+            wanted.append((self._paths[number], names if unasked else None))
+        for number, graph in zip(late, self._engine.open_all(wanted), strict=True):
+            self._graphs[number], self._has[number] = graph, needs[number]
+        graphs = [graph for graph in self._graphs if graph is not None]
         self._planner = Planner(self.segments, self.exits, self._inputs, graphs, self._engine)
-        self._opened = score
 
     def run(
         self,
@@ -111,8 +129,10 @@ class Chain:
             patience: See `Policy`.
             timed: Record the time of every segment, its exit and compaction included.
         """
-        if self._opened != score:
-            self._open(score)
+        ready = self._ready_for
+        if ready is None or ready[0] is not decisions or ready[1] != score:
+            self._open(needs(decisions, score))
+            self._ready_for = decisions, score
         plan = self._planner.plan(sizes)
         for name, place in plan.inputs:
             place[...] = feeds[name]
@@ -186,7 +206,7 @@ class Chain:
     ) -> tuple[list[dict[str, NDArray[Any]]], list[int]]:
         """Runs every segment for every row. Returns, per exit, copies of all outputs and scores
         (``{"logits": ..., "score/max_prob": ...}``), and the time of each segment."""
-        self._open(EVERY_SCORE)
+        self._open([EVERY_SCORE] * len(self.segments))
         plan = self._planner.plan(sizes)
         for name, place in plan.inputs:
             place[...] = feeds[name]
@@ -250,6 +270,15 @@ class Chain:
 
 _ALL = np.empty(0, np.intp)
 """Says that every row stays. Compared by identity."""
+
+
+def needs(decisions: Sequence[Decision], score: str) -> list[str | None]:
+    """Per exit, what a policy asks of it: its score, or nothing where it is not consulted."""
+    return [score if decision.consult else None for decision in decisions]
+
+
+def _covers(has: str | None, need: str | None) -> bool:
+    return need is None or has in (need, EVERY_SCORE)
 
 
 def _usable_graph(segment: Segment) -> str:

@@ -10,11 +10,11 @@ from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import BundleError, PolicyError, UsageError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment
-from edgeexit.runtime.chain import Chain
+from edgeexit.runtime.chain import Chain, needs
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
 from edgeexit.runtime.plan import EVERY_SCORE
-from edgeexit.runtime.policy import Policy, read_policy
+from edgeexit.runtime.policy import Policy, decide, read_policy
 
 ENGINES = ("cpu", "cuda", "tensorrt-provider")
 Threads = int | Literal["blocking", "spinning", "process"]
@@ -41,7 +41,8 @@ def load(
             makes other default sessions in this process fail.
         verify: ``full`` also hashes the weights.
         all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
-            with the policy's; a model opened otherwise opens them again when it is first traced.
+            with what the policy asks for (exits that it never consults are left out of their
+            graphs). A model opened otherwise opens segments again when they are first needed.
 
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
@@ -63,8 +64,11 @@ def load(
     chosen = _policy(policy, bundle)
     (chain_manifest,) = manifest.chains.values()
     opened = _engine(engine, threads)
-    score = EVERY_SCORE if all_scores else chosen.score
-    chain = Chain(bundle, chain_manifest, manifest.inputs, opened, score)
+    exits = bundle.exits()
+    wanted = needs(decide(chosen, exits, digest=bundle.digest), chosen.score)
+    if all_scores:
+        wanted = [EVERY_SCORE] * len(exits)
+    chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted)
     return Model(bundle, chain, opened, chosen)
 
 
@@ -85,7 +89,7 @@ def load_unsplit(
     opened = _engine(engine, threads)
     policy = Policy()
     only = ChainManifest(segments=[segment])
-    chain = Chain(bundle, only, manifest.inputs, opened, policy.score)
+    chain = Chain(bundle, only, manifest.inputs, opened, [None])
     return Model(bundle, chain, opened, policy)
 
 

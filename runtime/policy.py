@@ -25,6 +25,8 @@ from edgeexit.manifest import Exit
 
 POLICY_FORMAT = "1.0"
 NEVER, ALWAYS = math.inf, -math.inf
+OUT_OF_REACH = 3.4028234663852886e38
+"""The largest float32: a threshold that is compared with, and met by no score. For measurements."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +57,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy says at one exit: whether to consult it, and the threshold there."""
+    """What a policy says at one exit: whether to consult it, and the threshold there.
+
+    An exit that never fires is not consulted: its score is not computed at all. Only with patience
+    it is, if the policy allows it, for its prediction counts.
+    """
 
     consult: bool
     threshold: float
@@ -91,13 +97,14 @@ def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) 
     decisions = []
     for number, leave in enumerate(exits[:-1]):
         threshold = thresholds.get(leave.name, NEVER)
-        consult = low <= number <= high
-        if consult and policy.score not in leave.scores:
+        allowed = low <= number <= high
+        if allowed and policy.score not in leave.scores:
             raise PolicyError(
                 f"exit {leave.name} has no score {policy.score!r} (it has "
                 f"{', '.join(sorted(leave.scores)) or 'none'})",
                 fix="Choose one of those.",
             )
+        consult = allowed and (threshold != NEVER or policy.patience > 0)
         decisions.append(Decision(consult=consult, threshold=threshold))
     return [*decisions, Decision(consult=True, threshold=ALWAYS)] if exits else []
 

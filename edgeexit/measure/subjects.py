@@ -19,7 +19,7 @@ from edgeexit import runtime
 from edgeexit.measure.worker import Case, Subject
 from edgeexit.runtime.forward import Model, Result
 from edgeexit.runtime.load import Threads
-from edgeexit.runtime.policy import ALWAYS, NEVER, Policy, forced
+from edgeexit.runtime.policy import ALWAYS, OUT_OF_REACH, Policy, forced
 
 Inputs = Mapping[str, NDArray]
 
@@ -77,16 +77,10 @@ def chain(
     def case(policy: Policy) -> Case:
         return policy_case(model, rows, policy)
 
-    never = Policy(thresholds=NEVER, score=score)
-    cases = {"all": case(never), "natural": case(given)}
+    cases = {"all": case(Policy(thresholds=OUT_OF_REACH, score=score)), "natural": case(given)}
     for place, name in enumerate(names):
-        stops = dict.fromkeys(names[:place], NEVER) | {name: ALWAYS}
-        on_its_way = Policy(thresholds=stops, score=score, last=name)
-        last = place == len(names) - 1
-        cases[f"path:{name}"] = case(never if last else on_its_way)
-        alone = forced(model.exits, name)
-        unasked = Policy(thresholds=NEVER, score=score, first=names[0], last=names[0])
-        alone = unasked if last else msgspec.structs.replace(alone, score=score)
+        cases[f"path:{name}"] = case(msgspec.structs.replace(on_its_way(names, place), score=score))
+        alone = msgspec.structs.replace(forced(model.exits, name), score=score)
         cases[f"forced:{name}"] = case(alone)
     cases["segments"] = Case(
         call=lambda number: model(rows[number], timed=True),
@@ -95,6 +89,14 @@ def chain(
     )
     facts = {**model.describe_engine(), "score": score, "thresholds": str(given.thresholds)}
     return Subject(cases, len(rows), facts, model.close)
+
+
+def on_its_way(names: Sequence[str], place: int) -> Policy:
+    """The policy under which every exit before `place` is consulted in vain, and that one fires."""
+    if place == len(names) - 1:
+        return Policy(thresholds=OUT_OF_REACH)
+    stops = dict.fromkeys(names[:place], OUT_OF_REACH) | {names[place]: ALWAYS}
+    return Policy(thresholds=stops, last=names[place])
 
 
 def read_answers(result: Result) -> dict[str, list[int] | None]:
@@ -130,6 +132,7 @@ def settings(engine: str, cores: int) -> list[Any]:
 
 __all__ = [
     "chain",
+    "on_its_way",
     "policy_case",
     "read_answers",
     "read_inputs",

@@ -185,6 +185,36 @@ def test_every_row_leaves_at_a_forced_exit(models: Loaded, name: str) -> None:
     check(result, reference(toy, inputs), "max_prob")
 
 
+def test_exits_that_the_policy_never_consults_are_not_computed_until_one_does(
+    toy: Toy, toy_bundle: Bundle
+) -> None:
+    inputs = make_inputs(3)
+    records = reference(toy, inputs)
+    only_third = Policy(thresholds={"exit_3": ALWAYS})
+    with load(toy_bundle, policy=only_third) as model:
+        assert made_by_engine(model) == [0, 0, 2, 2]  # logits and score; the last one answers anyway
+        check(model(inputs), records, "max_prob")
+        model.policy = Policy(thresholds=0.75, score="margin")
+        result = model(inputs)
+        assert made_by_engine(model) == [2, 2, 2, 2]
+        check(result, records, "margin")
+        model.policy = only_third
+        check(model(inputs), records, "max_prob")
+        model.policy = Policy(thresholds=NEVER, patience=1)
+        check(model(inputs), records, "max_prob")
+
+
+def made_by_engine(model: Model) -> list[int]:
+    """Per segment, how many answers and scores its opened graph makes."""
+    chain = model._chain
+    assert chain is not None
+    found = []
+    for graph, leave in zip(chain._graphs, chain.exits, strict=True):
+        own = {*leave.outputs.values(), *leave.scores.values()}
+        found.append(len(own.intersection(graph._outputs)))  # type: ignore[union-attr]
+    return found
+
+
 def test_thresholds_equal_to_the_score_stop(models: Loaded) -> None:
     _, model = models["plain"]
     inputs = make_inputs(1)
