@@ -192,7 +192,7 @@ def test_exits_that_the_policy_never_consults_are_not_computed_until_one_does(
     records = reference(toy, inputs)
     only_third = Policy(thresholds={"exit_3": ALWAYS})
     with load(toy_bundle, policy=only_third) as model:
-        assert made_by_engine(model) == [0, 0, 2, 2]  # logits and score; the last one answers anyway
+        assert made_by_engine(model) == [0, 0, 2, 2]  # answers and scores
         check(model(inputs), records, "max_prob")
         model.policy = Policy(thresholds=0.75, score="margin")
         result = model(inputs)
