@@ -36,7 +36,10 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 from edgeexit.runtime.policy import write_policy
 
 EXAMPLE = ROOT / "examples" / "digits"
-MAX_DROP = 0.005
+AIMED_DROP = 0.0025
+"""What calibration aims at on its part of the digits: half of the 0.5 points that the other part is
+allowed to lose, since a threshold fits the rows that it was chosen on best."""
+
 VALIDATION_ROWS = 400
 
 
@@ -65,7 +68,7 @@ def main() -> None:
     for number, (validation, _) in enumerate(parts):
         policy, _, _ = calibrate(
             take(trace, validation),
-            max_risk=MAX_DROP,
+            max_risk=AIMED_DROP,
             score=given.score,
             risk=given.risk,
             per_exit=given.per_exit,
@@ -85,7 +88,7 @@ def main() -> None:
         "costs_to_unsplit": measured["costs"],
         "threads": measured["threads"],
         "calibration": {
-            "max_risk": MAX_DROP,
+            "max_risk": AIMED_DROP,
             "risk": given.risk,
             "score": given.score,
             "per_exit": given.per_exit,

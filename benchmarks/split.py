@@ -208,6 +208,7 @@ class _Search:
             side, best, relative = best_setting(make, case, tried, seconds=self._seconds)
             side.close()
         self.chosen[name], self.searched[name] = best, relative
+        say(f"  {name}: threads {best}, of {relative}")
         return Opening(name, subject, arguments, best)
 
 
@@ -257,6 +258,7 @@ def split_tax(
                     "unsplit_p50_ms": round(statistics.median(lane.times_ms), 4),
                 }
             launches.append(found)
+            say(f"  launch: {[(name, found[name]['split_tax']) for name in ('direct', 'merged')]}")
     taxes = {
         name: round(statistics.median(one[name]["split_tax"] for one in launches), 4)
         for name in ("direct", "merged")
