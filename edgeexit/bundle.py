@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -28,8 +28,10 @@ from edgeexit.errors import (
 from edgeexit.graphfile import read_graph_file
 from edgeexit.manifest import (
     FORMAT_MAJOR,
+    ITEM_BYTES,
     KNOWN_FEATURES,
     SCORES,
+    Decoding,
     Exit,
     Manifest,
     Segment,
@@ -79,6 +81,41 @@ class Bundle:
         """Every exit of every chain, in the order in which they are reached."""
         chains = self.manifest.chains.values()
         return [leave for chain in chains for part in chain.segments for leave in part.exits]
+
+
+class Unchanged:
+    """Knows how a bundle's files were when it was opened, for those who read them again later.
+
+    Graphs are held against the manifest's digests, the weight store against its inode, size and
+    time: hashing it would take too long.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._files = bundle.manifest.files
+        self._root = bundle.path.absolute()
+        self._weights = self._stat()
+
+    def require_unchanged(self, names: Iterable[str]) -> None:
+        """Raises `IntegrityError` if one of these graphs, or the weights, changed meanwhile."""
+        fix = "Load the bundle again."
+        for name in names:
+            try:
+                found = sha256_of(self._root / name)
+            except OSError as error:
+                raise IntegrityError(
+                    f"{name}: gone since the bundle was loaded ({error.strerror})", fix=fix
+                ) from error
+            if found != self._files[name].sha256:
+                raise IntegrityError(f"{name}: changed since the bundle was loaded", fix=fix)
+        if self._stat() != self._weights:
+            raise IntegrityError(f"{WEIGHTS}: changed since the bundle was loaded", fix=fix)
+
+    def _stat(self) -> tuple[int, int, int] | None:
+        try:
+            status = (self._root / WEIGHTS).stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_bundle(
@@ -181,6 +218,13 @@ def _check_structure(manifest: Manifest) -> None:
         _check_rows(f"{MANIFEST}: {tensor.name}", tensor)
     if not any("batch" in tensor.axes for tensor in manifest.inputs):
         raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix="Export again.")
+    if (manifest.decoding is None) != (manifest.program == "forward"):
+        raise BundleError(
+            f"{MANIFEST}: the program {manifest.program} and the decoding section do not fit",
+            fix="Export again.",
+        )
+    if manifest.decoding is not None:
+        _check_decoding(manifest, manifest.decoding)
     for chain_name, chain in manifest.chains.items():
         _check_chain(manifest, chain_name, chain.segments)
     exits = [leave.name for part in segments for leave in part.exits]
@@ -188,8 +232,34 @@ def _check_structure(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: exit {repeated[0]} is there twice", fix="Export again.")
 
 
+def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
+    """Checks the table of embeddings against the store, and what the section names."""
+    embedding = decoding.embedding
+    width, store = embedding.output.axes[-1:], manifest.files.get(WEIGHTS)
+    if not width or not isinstance(width[0], int) or store is None:
+        raise BundleError(
+            f"{MANIFEST}: the embedding's output {embedding.output.axes} has no width, or there is "
+            "no weight store",
+            fix="Export again.",
+        )
+    end = embedding.offset + embedding.vocabulary * width[0] * ITEM_BYTES[embedding.output.dtype]
+    if end > store.bytes:
+        raise IntegrityError(
+            f"{MANIFEST}: the embedding lies outside the weight store (it would end at byte {end} "
+            f"of {store.bytes})",
+            fix=_RECOPY,
+        )
+    if embedding.tokens not in [tensor.name for tensor in manifest.inputs]:
+        raise BundleError(f"{MANIFEST}: there is no input {embedding.tokens}", fix="Export again.")
+    if decoding.head not in manifest.heads:
+        raise BundleError(f"{MANIFEST}: there is no head {decoding.head}", fix="Export again.")
+
+
 def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> None:
     known: dict[str, Tensor] = {tensor.name: tensor for tensor in manifest.inputs}
+    if manifest.decoding is not None:
+        given = (manifest.decoding.embedding.output, manifest.decoding.positions)
+        known |= {tensor.name: tensor for tensor in given}
     for part in segments:
         where = f"{MANIFEST}: chain {chain}, segment {part.name}"
         for tensor in part.inputs:
@@ -237,6 +307,10 @@ def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tens
             raise BundleError(
                 f"{where}: exit {leave.name} uses the head {leave.head}, which is not there",
                 fix="Export again.",
+            )
+        if leave.state not in own:
+            raise BundleError(
+                f"{where}: exit {leave.name} looks at {leave.state}, not an output", fix=_RECOPY
             )
         own = {tensor.name: tensor for tensor in manifest.heads[leave.head].outputs}
     promised = [output.name for output in manifest.outputs]
@@ -307,8 +381,14 @@ def _check_graphs(bundle: Bundle) -> None:
     manifest = bundle.manifest
     program_inputs = {tensor.name for tensor in manifest.inputs}
     program_outputs = {tensor.name for tensor in manifest.outputs}
+    if manifest.decoding is not None:
+        given = (manifest.decoding.embedding.output, manifest.decoding.positions)
+        caches = [c for chain in manifest.chains.values() for p in chain.segments for c in p.caches]
+        program_inputs = {t.name for t in given} | {cache.past for cache in caches}
+        program_outputs |= {cache.present for cache in caches}
     for variant in manifest.unsplit:
-        _check_graph(bundle, variant.graph, program_inputs, program_outputs)
+        lengths = {f"lengths/{kind}" for kind in variant.lengths}
+        _check_graph(bundle, variant.graph, program_inputs | lengths, program_outputs)
     parts = [part for chain in manifest.chains.values() for part in chain.segments]
     for part in [*parts, *manifest.heads.values()]:
         inputs = {tensor.name for tensor in part.inputs}
@@ -316,7 +396,8 @@ def _check_graphs(bundle: Bundle) -> None:
         inputs |= {cache.past for cache in part.caches}
         outputs |= {cache.present for cache in part.caches}
         for variant in part.variants:
-            _check_graph(bundle, variant.graph, inputs, outputs)
+            lengths = {f"lengths/{kind}" for kind in variant.lengths}
+            _check_graph(bundle, variant.graph, inputs | lengths, outputs)
 
 
 def _check_graph(bundle: Bundle, name: str, inputs: set[str], outputs: set[str]) -> None:
@@ -402,6 +483,7 @@ __all__ = [
     "SCORES",
     "WEIGHTS",
     "Bundle",
+    "Unchanged",
     "decode_manifest",
     "open_bundle",
     "sha256_of",

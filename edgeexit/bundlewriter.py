@@ -18,7 +18,7 @@ from types import TracebackType
 
 import msgspec
 
-from edgeexit.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from edgeexit.bundle import MANIFEST, OWNED_FOLDERS, Bundle, open_bundle, sha256_of
 from edgeexit.errors import (
     BundleError,
     EdgeExitError,
@@ -157,6 +157,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"{output} is not a bundle (no {MANIFEST}), so --overwrite does not replace it",
             fix="Choose another -o, or remove it yourself.",
         )
+    for path in output.iterdir():
+        if path.name not in (MANIFEST, *OWNED_FOLDERS):
+            raise OutputExistsError(
+                f"{output} holds {path.name}, which is not the bundle's and would be lost",
+                fix="Move it away: what is yours stands beside a bundle, never in it.",
+            )
 
 
 class reporting_full_disk:

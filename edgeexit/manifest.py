@@ -13,15 +13,27 @@ import msgspec
 from msgspec import Meta
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
-KNOWN_FEATURES: frozenset[str] = frozenset()
+FORMAT_MINOR = 1
+KNOWN_FEATURES: frozenset[str] = frozenset({"decode"})
 """Values of ``requires`` that this reader understands. Format 1.0 needs none."""
 
 DType = Literal[
     "float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"
 ]
+ITEM_BYTES = {
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 SCORES = ("max_prob", "margin", "entropy")
 """Scores that every classifying exit emits; higher = safer to stop."""
+LENGTHS: dict[str, tuple[str, list[str]]] = {
+    "past": ("int64", ["batch"]),
+    "last": ("int32", ["batch"]),
+    "most": ("int32", []),
+}
+"""What a graph with caches may ask to be told, as dtype and axes of its input ``lengths/KIND``: how
+many tokens of each row are cached (past), the place of each row's last new token (last = past + new
+- 1), and the largest number of tokens in any row, the new ones included (most)."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
 Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
@@ -51,17 +63,25 @@ class Tensor(Struct, frozen=True, kw_only=True):
 
 
 class Variant(Struct, frozen=True, kw_only=True):
-    """One form of a graph, for engines that offer every feature in `requires`."""
+    """One form of a graph, for engines that offer every feature in `requires`.
+
+    Forms with caches differ in what they do with them: ``append`` gives the new keys and values
+    only, and the runtime appends them; ``in-place`` gives the whole cache, and past and present are
+    one buffer. `lengths` are the kinds (`LENGTHS`) that the graph takes besides its inputs.
+    """
 
     graph: str
     requires: list[str] = []
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    caches: Literal["append", "in-place"] = "append"
+    lengths: list[Literal["past", "last", "most"]] = []
 
 
 class Cache(Struct, frozen=True, kw_only=True):
-    """Keys and values that a segment keeps from token to token.
+    """Keys or values of a layer, which a segment keeps from token to token.
 
-    `axes` names the axis that grows (``past``); `row_axis` is as in `Tensor`.
+    `axes` names the axis that grows (``past``); `row_axis` is as in `Tensor`. `past` and `present`
+    are the graph's input and output.
     """
 
     name: Name
@@ -77,8 +97,8 @@ class Exit(Struct, frozen=True, kw_only=True):
 
     `outputs` maps each program output to the tensor that holds it at this exit, `scores` maps each
     score to its float32 tensor ``[batch]``. `head` names a graph of its own in ``heads`` when
-    several exits share one; then the tensors are that graph's. `action` is ``stop``, or ``drop``
-    for the token group `tokens`.
+    several exits share one; then the tensors are that graph's, and `state` is the segment's output
+    that it looks at. `action` is ``stop``, or ``drop`` for the token group `tokens`.
     """
 
     name: Name
@@ -87,6 +107,7 @@ class Exit(Struct, frozen=True, kw_only=True):
     action: Literal["stop", "drop"] = "stop"
     tokens: str | None = None
     head: str | None = None
+    state: str | None = None
 
 
 class Segment(Struct, frozen=True, kw_only=True):
@@ -140,6 +161,32 @@ class TextPreprocessing(Struct, frozen=True, kw_only=True, tag="text"):
 Preprocessing = ImagePreprocessing | TextPreprocessing
 
 
+class Embedding(Struct, frozen=True, kw_only=True):
+    """A table whose rows the runtime gathers from the weight store: token id -> row.
+
+    `output` is what the first segment takes, ``[batch, new, width]``; `offset` is where the table
+    begins in the store, ``[vocabulary, width]`` of the output's dtype.
+    """
+
+    tokens: Name
+    output: Tensor
+    vocabulary: Annotated[int, Meta(ge=1)]
+    offset: Annotated[int, Meta(ge=0)]
+
+
+class Decoding(Struct, frozen=True, kw_only=True):
+    """What a ``decode`` program needs besides its chain.
+
+    `positions` is the int64 input ``[batch, new]`` of segments that says where each token stands;
+    `head` names the head that all exits share. `stop_tokens` end a text.
+    """
+
+    embedding: Embedding
+    positions: Tensor
+    head: Name
+    stop_tokens: list[int] = []
+
+
 class DefaultPolicy(Struct, frozen=True, kw_only=True):
     """The policy used when the user gives none. It carries no promise: nobody calibrated it."""
 
@@ -171,6 +218,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     unsplit: Annotated[list[Variant], Meta(min_length=1)]
     files: dict[str, File]
     heads: dict[Name, Segment] = {}
+    decoding: Decoding | None = None
     limits: dict[str, int] = {}
     requires: list[str] = []
     labels: list[str] = []

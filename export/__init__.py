@@ -9,7 +9,16 @@ nothing in `edgeexit.runtime` may import anything here.
 
 from __future__ import annotations
 
-from edgeexit.export.contract import Exit, ExitModel, Segment
+from edgeexit.export.contract import DecodeModel, Exit, ExitModel, Segment
+from edgeexit.export.decode import export_decoder
 from edgeexit.export.package import export_model, export_onnx
 
-__all__ = ["Exit", "ExitModel", "Segment", "export_model", "export_onnx"]
+__all__ = [
+    "DecodeModel",
+    "Exit",
+    "ExitModel",
+    "Segment",
+    "export_decoder",
+    "export_model",
+    "export_onnx",
+]

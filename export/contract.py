@@ -58,6 +58,78 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Form:
+    """One way to write the graph of a part with caches.
+
+    Attributes:
+        module: ``forward(*inputs, *lengths, *past)`` returns ``(*outputs, *present)``, caches in
+            the order of the segment's.
+        requires: Features that an engine must offer to run it.
+        caches: Whether it gives the new keys and values (``append``) or whole caches that are the
+            very buffers of the past (``in-place``).
+        lengths: Kinds of `edgeexit.manifest.LENGTHS` that it takes.
+    """
+
+    module: nn.Module
+    requires: tuple[str, ...] = ()
+    caches: Literal["append", "in-place"] = "append"
+    lengths: tuple[Literal["past", "last", "most"], ...] = ()
+
+
+@dataclass(frozen=True)
+class CachedSegment:
+    """A part of a decoder: layers that keep caches, in one form per kind of engine.
+
+    Attributes:
+        name: Unique in the model; the graphs' file name.
+        inputs, outputs: Tensors besides caches, as in `Segment`.
+        caches: Keys and values of its layers, two per layer.
+        forms: Fastest first; the last one runs on every engine.
+        exit: Name of the exit behind it, if there is one; its head looks at the last output.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    caches: tuple[Cache, ...]
+    forms: tuple[Form, ...]
+    exit: str | None = None
+
+
+@dataclass(frozen=True)
+class DecodeModel:
+    """A decoder that can be split: token by token, with caches, one head for all exits.
+
+    Attributes:
+        embedding: ``[vocabulary, width]``, whose rows the runtime gathers.
+        embedded: What the first segment takes, ``[batch, new, width]``.
+        positions: The input that says where tokens stand, ``[batch, new]``.
+        segments: In order; the last one's exit is the model's own answer.
+        head: The shared head: ``state [batch, width]`` to ``logits [batch, vocabulary]``.
+        unsplit: All layers and the head as one part; gives ``logits`` of each row's last token.
+        tokens: ``tokens(rows)`` makes token ids ``[rows, seq]`` that reference samples are computed
+            from.
+        reference: ``reference(tokens) -> {exit: logits [rows, seq, vocabulary]}``.
+        limits: ``positions`` -> the most tokens that the model was made for.
+    """
+
+    name: str
+    embedding: torch.Tensor
+    embedded: Tensor
+    positions: Tensor
+    segments: Sequence[CachedSegment]
+    head: Segment
+    unsplit: CachedSegment
+    tokens: Callable[[int], torch.Tensor]
+    reference: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    limits: Mapping[str, int]
+    stop_tokens: tuple[int, ...] = ()
+    task: str = "text-generation"
+    tokenizer_folder: str | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ExitModel:
     """A model that can be split.
 

@@ -70,7 +70,7 @@ def export_model(
     if dtype == "float16":
         model = to_float16(model)
     steps = sum(len(segments) for segments in model.chains.values()) + 2
-    tell = _counter(progress, steps)
+    tell = counter(progress, steps)
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
         store = WeightStore(writer.folder)
         inputs = model.example(SAMPLE_ROWS)
@@ -104,10 +104,10 @@ def export_model(
         }
         tell("samples and manifest")
         arrays = {f"input/{name}": value.numpy() for name, value in inputs.items()} | reference
-        samples = [_write_samples(writer.folder, "reference", arrays)]
+        samples = [write_samples(writer.folder, "reference", arrays)]
         if model.preprocessing_sample is not None:
             raw = model.preprocessing_sample
-            samples.append(_write_samples(writer.folder, "preprocessing", raw))
+            samples.append(write_samples(writer.folder, "preprocessing", raw))
         tokenizer = None
         if model.tokenizer_file is not None:
             tokenizer = "tokenizer/tokenizer.json"
@@ -169,7 +169,7 @@ def export_onnx(
     """
     check_exits(exits)
     what = Path(path).name
-    tell = _counter(progress, len(exits) + 4)
+    tell = counter(progress, len(exits) + 4)
     with BundleWriter(output, overwrite=overwrite) as writer:
         tell("reading")
         model = read_onnx(path)
@@ -231,7 +231,7 @@ def export_onnx(
             arrays[f"{leave}/{ANSWER}"] = logits
             arrays |= {f"{leave}/{s}": value for s, value in reference_scores(logits).items()}
         arrays[f"unsplit/{ANSWER}"] = answers[pieces.pieces[-1].exit]
-        sample_file = _write_samples(writer.folder, "reference", arrays)
+        sample_file = write_samples(writer.folder, "reference", arrays)
         parts = [
             ManifestSegment(
                 name=piece.name,
@@ -306,7 +306,7 @@ def provenance() -> dict[str, str]:
     return found
 
 
-def _counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
+def counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
     done = 0
 
     def tell(what: str) -> None:
@@ -359,7 +359,7 @@ def _write(model: ir.Model, store: WeightStore, path: Path) -> None:
     graphs.save_graph(model, str(path))
 
 
-def _write_samples(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+def write_samples(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes one file of samples; returns its path in the bundle."""
     (folder / "samples").mkdir(exist_ok=True)
     path = f"samples/{name}.npz"

@@ -59,6 +59,11 @@ class WeightStore:
                         base_dir=str(self.path.parent),
                     )
 
+    def place(self, tensor: ir.TensorProtocol) -> int:
+        """Puts one tensor into the store, if it is not there yet. Returns where it begins."""
+        with self.path.open("r+b") as file:
+            return self._place(tensor, file)[0]
+
     def _place(self, tensor: ir.TensorProtocol, file: object) -> tuple[int, int]:
         raw = tensor.tobytes()
         key = hashlib.sha256(raw).digest()

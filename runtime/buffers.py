@@ -8,12 +8,14 @@ seen; a smaller batch uses their beginning, so compacting rows never allocates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.manifest import Segment, Tensor
+from edgeexit.runtime.engines import Bound
 
 ALIGNMENT = 64
 
@@ -61,6 +63,28 @@ def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None
             return None
         shape.append(sizes[axis] if isinstance(axis, str) else axis)
     return tuple(shape)
+
+
+@dataclass(slots=True)
+class Window:
+    """A stretch of a slot, for binding one row of what the slot holds."""
+
+    device: str
+    pointer: int
+    bytes: int
+
+    def keep_rows(
+        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
+    ) -> None:
+        """Rows are moved in whole slots only."""
+        raise NotImplementedError
+
+
+def row_of(bound: Bound, row: int) -> Bound:
+    """One row (of the first axis) of a bound tensor, as a tensor of one row; no copy."""
+    slot, dtype, shape = bound
+    size = int(np.prod(shape[1:])) * dtype.itemsize
+    return Window(slot.device, slot.pointer + row * size, size), dtype, (1, *shape[1:])
 
 
 class HostSlot:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle import Bundle, Unchanged
 from edgeexit.errors import BundleError, EngineError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment, Tensor
@@ -69,7 +69,9 @@ class Chain:
             self.exits += stops
         self._inputs = inputs
         self._engine = engine
-        self._paths = [bundle.file(_usable_graph(segment)) for segment in self.segments]
+        self._store = Unchanged(bundle)
+        self._names = [_usable_graph(segment) for segment in self.segments]
+        self._paths = [bundle.file(name).absolute() for name in self._names]
         self._graphs: list[Graph | None] = [None] * len(self.segments)
         self._has: list[str | None] = [None] * len(self.segments)
         self._ready_for: tuple[Sequence[Decision], str] | None = None
@@ -77,10 +79,15 @@ class Chain:
         self._open(needs)
 
     def _open(self, needs: Sequence[str | None]) -> None:
-        """Opens the segments that do not yet give what is needed; their old ones are closed first.
+        """Opens the segments that do not yet give what is needed; if that fails, all stays as it
+        was.
 
         The last segment always answers, so its head is always there.
         """
+        needs = [
+            need if need == EVERY_SCORE or need in leave.scores else None
+            for need, leave in zip(needs, self.exits, strict=True)
+        ]
         late = [
             number
             for number, need in enumerate(needs)
@@ -88,12 +95,11 @@ class Chain:
         ]
         if not late:
             return
-        self.__dict__.pop("_planner", None)
-        self._ready_for = None
+        if any(graph is not None for graph in self._graphs):
+            self._store.require_unchanged([self._names[number] for number in late])
         taken = {tensor.name for segment in self.segments for tensor in segment.inputs}
         wanted = []
         for number in late:
-            self._graphs[number] = None
             segment, leave = self.segments[number], self.exits[number]
             need = needs[number]
             unasked = {t for name, t in leave.scores.items() if need not in (name, EVERY_SCORE)}
@@ -104,7 +110,10 @@ class Chain:
             unasked -= taken
             names = [t.name for t in segment.outputs if t.name not in unasked]
             wanted.append((self._paths[number], names if unasked else None))
-        for number, graph in zip(late, self._engine.open_all(wanted), strict=True):
+        opened = self._engine.open_all(wanted)
+        self.__dict__.pop("_planner", None)
+        self._ready_for = None
+        for number, graph in zip(late, opened, strict=True):
             self._graphs[number], self._has[number] = graph, needs[number]
         graphs = [graph for graph in self._graphs if graph is not None]
         self._planner = Planner(self.segments, self.exits, self._inputs, graphs, self._engine)

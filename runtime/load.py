@@ -1,4 +1,4 @@
-"""`load`: from a bundle's path to a model that runs."""
+"""`load` and `load_decoder`: from a bundle's path to a model that runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from edgeexit.manifest import Exit, Segment
 from edgeexit.runtime.chain import Chain, needs
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
+from edgeexit.runtime.generate import Decoder
+from edgeexit.runtime.parts import open_decoder
 from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, decide, read_policy
 
@@ -29,7 +31,7 @@ def load(
     verify: Literal["quick", "full"] = "quick",
     all_scores: bool = False,
 ) -> Model:
-    """Loads a bundle.
+    """Loads a bundle with a ``forward`` program.
 
     Args:
         path: The bundle's directory, or an opened bundle.
@@ -51,6 +53,11 @@ def load(
         raise UsageError(f"path is a {type(path).__name__}", fix="Give the path of a bundle.")
     bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
     manifest = bundle.manifest
+    if manifest.program == "decode":
+        raise UsageError(
+            f"{bundle.path} writes text: it is not run in one pass",
+            fix="Use load_decoder and generate (edgeexit run --prompt).",
+        )
     if manifest.program != "forward":
         raise BundleError(
             f"{bundle.path}: the program {manifest.program!r} cannot be run by this edgeexit",
@@ -72,8 +79,51 @@ def load(
     return Model(bundle, chain, opened, chosen)
 
 
+def load_decoder(
+    path: str | os.PathLike[str] | Bundle,
+    engine: str = "cpu",
+    *,
+    policy: Policy | str | os.PathLike[str] | None = None,
+    threads: Threads = "blocking",
+    verify: Literal["quick", "full"] = "quick",
+    capacity: int | None = None,
+    unsplit: bool = False,
+) -> Decoder:
+    """Loads a bundle with a ``decode`` program: a language model.
+
+    Args:
+        path, engine, threads, verify: As for `load`.
+        policy: When ``fast`` decoding stops; the other modes do without.
+        capacity: The most tokens of a text, prompt included; caches are that large. None: as many
+            as the model was made for.
+        unsplit: Load the same model as one graph without exits: the baseline, with the same caches.
+
+    Raises:
+        BundleError, PolicyError, EngineError, UsageError: naming what is wrong and how to mend it.
+    """
+    bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
+    if bundle.manifest.program != "decode":
+        raise UsageError(
+            f"{bundle.path} does not write text: its program is {bundle.manifest.program}",
+            fix="Use load.",
+        )
+    chosen = _policy(policy, bundle)
+    decide(chosen, bundle.exits(), digest=bundle.digest)
+    limit = bundle.manifest.limits["positions"]
+    if capacity is not None and not 2 <= capacity <= limit:
+        raise UsageError(
+            f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
+            fix=f"Use at most {limit}.",
+        )
+    opened = open_decoder(bundle, _engine(engine, threads), unsplit=unsplit)
+    return Decoder(bundle, opened, chosen, limit if capacity is None else capacity)
+
+
 def load_unsplit(
-    path: str | os.PathLike[str] | Bundle, engine: str = "cpu", *, threads: Threads = "blocking"
+    path: str | os.PathLike[str] | Bundle,
+    engine: str = "cpu",
+    *,
+    threads: Threads = "blocking",
 ) -> Model:
     """Loads the same model as one graph without exits: the baseline, bound as the chain is."""
     bundle = path if isinstance(path, Bundle) else open_bundle(path)
@@ -119,4 +169,4 @@ def _policy(policy: Policy | str | os.PathLike[str] | None, bundle: Bundle) -> P
     )
 
 
-__all__ = ["load", "load_unsplit"]
+__all__ = ["load", "load_decoder", "load_unsplit"]

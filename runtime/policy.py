@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from edgeexit.bundle import Bundle
 from edgeexit.errors import PolicyError
@@ -104,9 +105,20 @@ def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) 
                 f"{', '.join(sorted(leave.scores)) or 'none'})",
                 fix="Choose one of those.",
             )
+        threshold = _float32_above(threshold)
         consult = allowed and (threshold != NEVER or policy.patience > 0)
         decisions.append(Decision(consult=consult, threshold=threshold))
     return [*decisions, Decision(consult=True, threshold=ALWAYS)] if exits else []
+
+
+def _float32_above(threshold: float) -> float:
+    """The smallest float32 that is no less: scores are float32, so it decides alike, and however
+    it is compared."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(threshold)
+    if float(rounded) < threshold:  # numpy alone would round the threshold first
+        rounded = np.nextafter(rounded, np.float32(np.inf))
+    return float(rounded)
 
 
 def forced(exits: Sequence[Exit], name: str) -> Policy:
@@ -193,7 +205,11 @@ def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     """
     raw = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
     raw["thresholds"] = _to_json(policy.thresholds)
-    path = Path(path)
+    path = Path(path).resolve()  # through links, so that they stay
+    if path.exists() and not path.is_file():
+        raise PolicyError(
+            f"{path} is not a file, and would be replaced by one", fix="Choose another -o."
+        )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,31 @@ def copy_toy(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small checkpoint of a family of language models, made when it is first asked for."""
+    from tests.decoders import save_decoder
+
+    folder = tmp_path_factory.mktemp("decoders")
+    return functools.cache(lambda family: save_decoder(family, folder / family))
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(decoder_folder: Callable[[str], Path]) -> Callable[[str], Bundle]:
+    """The same as a bundle with exits. Shared: never change it."""
+    from edgeexit.export import DecodeModel, export_decoder
+    from edgeexit.export.models import from_pretrained
+    from tests.decoders import EXITS
+
+    def make(family: str) -> Bundle:
+        folder = decoder_folder(family)
+        model = from_pretrained(folder, exits=EXITS).exit_model()
+        assert isinstance(model, DecodeModel)
+        return export_decoder(model, folder.with_name(f"{family}-bundle"))
+
+    return functools.cache(make)
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of every family."""
     from tests.checkpoints import FAMILIES, save_checkpoint

@@ -527,6 +527,10 @@ def test_writer_refuses_an_output_that_exists_unless_told_to_overwrite(
     old = write_toy(toy, tmp_path / "bundle")
     with pytest.raises(OutputExistsError, match=r"exists.*--overwrite"):
         write_toy(toy, tmp_path / "bundle")
+    (tmp_path / "bundle" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"holds notes.txt.*would be lost"):
+        write_toy(make_toy(seed=3), tmp_path / "bundle", overwrite=True)
+    (tmp_path / "bundle" / "notes.txt").unlink()
     new = write_toy(make_toy(seed=3), tmp_path / "bundle", overwrite=True)
     assert new.digest != old.digest
     assert open_bundle(tmp_path / "bundle", verify="full").digest == new.digest

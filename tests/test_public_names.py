@@ -13,15 +13,28 @@ import edgeexit
 FRONT_DOORS = {
     "edgeexit": {"__version__"},
     "edgeexit.runtime": {
+        "Decoder",
+        "Generation",
         "Model",
+        "Piece",
         "Policy",
         "Result",
+        "Sampling",
         "load",
+        "load_decoder",
         "load_unsplit",
         "read_policy",
         "write_policy",
     },
-    "edgeexit.export": {"Exit", "ExitModel", "Segment", "export_model", "export_onnx"},
+    "edgeexit.export": {
+        "DecodeModel",
+        "Exit",
+        "ExitModel",
+        "Segment",
+        "export_decoder",
+        "export_model",
+        "export_onnx",
+    },
 }
 MODULES = [
     found.name

@@ -16,6 +16,7 @@ from edgeexit.cli.common import (
     threads_option,
     verbosity_options,
 )
+from edgeexit.errors import CheckError, IntegrityError
 
 if TYPE_CHECKING:
     from edgeexit.measure.check import Comparison
@@ -58,13 +59,22 @@ def command(
     """
     from edgeexit.bundle import open_bundle
     from edgeexit.measure.check import check, describe
-    from edgeexit.runtime import load, read_policy
+    from edgeexit.measure.checkdecode import check_decoder
+    from edgeexit.runtime import load, load_decoder, read_policy
 
-    opened = open_bundle(bundle, verify="full")
+    try:
+        opened = open_bundle(bundle, verify="full")
+    except IntegrityError as error:
+        raise CheckError(error.what, fix=error.fix) from error
     chosen = None if policy is None else read_policy(policy)
-    with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
-        report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
-        about = model.describe_engine()
+    if opened.manifest.program == "decode":
+        with load_decoder(opened, engine, policy=chosen, threads=threads) as decoder:  # type: ignore[arg-type]
+            report = check_decoder(decoder, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
+            about = decoder.describe_engine()
+    else:
+        with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
+            report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
+            about = model.describe_engine()
     if as_json:
         print_json(
             {"bundle": str(bundle), "digest": opened.digest, "engine": about} | describe(report)

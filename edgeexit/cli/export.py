@@ -20,7 +20,7 @@ from edgeexit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
-    from edgeexit.export.contract import ExitModel
+    from edgeexit.export.contract import DecodeModel, ExitModel
 
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
 
@@ -46,7 +46,9 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
     help="Layers that get new, random exits: to measure latency before training.",
 )
 @click.option(
-    "--opset", type=int, help="ONNX opset of the graphs; default: 20, ONNX files keep theirs."
+    "--opset",
+    type=int,
+    help="ONNX opset of the graphs; default: 20; ONNX files keep theirs from 18 up.",
 )
 @click.option(
     "--dtype",
@@ -200,7 +202,7 @@ def _torch(
 ) -> Bundle:
     import transformers
 
-    from edgeexit.export import export_model
+    from edgeexit.export import DecodeModel, export_decoder, export_model
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -221,18 +223,24 @@ def _torch(
         import dataclasses
 
         split = dataclasses.replace(split, name=name)
+    if isinstance(split, DecodeModel):
+        if options.pop("dtype", "float32") != "float32":
+            raise UsageError(
+                "--dtype: decoders are exported in float32 only", fix="Leave --dtype out."
+            )
+        return export_decoder(split, output, progress=progress, **options)
     return export_model(split, output, progress=progress, **options)
 
 
-def _from_function(spec: str) -> ExitModel:
-    from edgeexit.export.contract import ExitModel
+def _from_function(spec: str) -> ExitModel | DecodeModel:
+    from edgeexit.export.contract import DecodeModel, ExitModel
     from edgeexit.measure.data import load_function
 
     add_current_directory()
     made = load_function(spec, "--model")()
     if hasattr(made, "exit_model"):
         made = made.exit_model()
-    if not isinstance(made, ExitModel):
+    if not isinstance(made, (ExitModel, DecodeModel)):
         raise UsageError(
             f"--model {spec}: it returned a {type(made).__name__}",
             fix="Return an edgeexit.export.ExitModel, or a model with a method exit_model().",
@@ -240,7 +248,9 @@ def _from_function(spec: str) -> ExitModel:
     return made
 
 
-def _from_checkpoint(model: str, exits: str | None, untrained_exits: str | None) -> ExitModel:
+def _from_checkpoint(
+    model: str, exits: str | None, untrained_exits: str | None
+) -> ExitModel | DecodeModel:
     from edgeexit.export.models import from_pretrained
 
     if exits is not None and untrained_exits is not None:

@@ -39,6 +39,25 @@ if TYPE_CHECKING:
     "--threshold", type=float, help="Stop where max_prob is at least this, without a policy."
 )
 @click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
+@click.option("--prompt", "prompts", multiple=True, help="A text to go on with (decoders).")
+@click.option(
+    "--mode",
+    type=click.Choice(["full", "exact", "fast"]),
+    help="Decoders: every layer for every token (the default); the same tokens, drafted by an "
+    "early exit; or exits by score.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), help="Decoders; default: 128 at most."
+)
+@click.option("--stream", is_flag=True, help="Decoders: print the text while it comes.")
+@click.option("--draft-exit", metavar="NAME", help="--mode exact: the exit that drafts.")
+@click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft.")
+@click.option("--audit", is_flag=True, help="--mode fast: how often the last exit agrees.")
+@click.option("--stop", "stops", multiple=True, help="Decoders: a string that ends the text.")
+@click.option("--temperature", type=float, help="Decoders: draw tokens; default: the likeliest.")
+@click.option("--top-k", type=int, help="Decoders: draw among that many.")
+@click.option("--top-p", type=float, help="Decoders: draw among the likeliest with that chance.")
+@click.option("--seed", type=int, help="Decoders: of the draws.")
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @engine_option
@@ -53,6 +72,18 @@ def command(
     policy: Path | None,
     threshold: float | None,
     exit_name: str | None,
+    prompts: tuple[str, ...],
+    mode: str | None,
+    max_new_tokens: int | None,
+    stream: bool,
+    draft_exit: str | None,
+    drafts: int | None,
+    audit: bool,
+    stops: tuple[str, ...],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
     rows: int | None,
     batch_size: int,
     engine: str,
@@ -67,18 +98,44 @@ def command(
     edgeexit run bundle --image digit.png --policy policy.json
     edgeexit run bundle --text "a fine film" --threshold 0.9 -v
     edgeexit run bundle --data test.npz --rows 10 --json
+    edgeexit run bundle --prompt "def main(" --mode exact --stream
     """
     from edgeexit.runtime import Policy, load
     from edgeexit.runtime.policy import forced
 
-    if sum(map(bool, (data, images, texts))) != 1:
-        raise UsageError("run needs one kind of input", fix="Give --data, --image or --text.")
+    if sum(map(bool, (data, images, texts, prompts))) != 1:
+        raise UsageError(
+            "run needs one kind of input", fix="Give --data, --image, --text or --prompt."
+        )
     if sum(choice is not None for choice in (policy, threshold, exit_name)) > 1:
         raise UsageError(
             "--policy, --threshold and --exit contradict each other", fix="Give one of them."
         )
     add_current_directory()
     chosen = policy if threshold is None else Policy(thresholds=threshold)
+    draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in draws.items() if value is not None}
+    writing: dict[str, Any] = {
+        "mode": mode,
+        "max_new_tokens": max_new_tokens,
+        "draft_exit": draft_exit,
+        "drafts": drafts,
+        "audit": audit or None,
+        "stop": stops or None,
+    }
+    writing = {name: value for name, value in writing.items() if value is not None}
+    if prompts:
+        if exit_name is not None:
+            raise UsageError("--exit is for models of one pass", fix="Use --draft-exit.")
+        loading = {"engine": engine, "policy": chosen, "threads": threads}
+        _write(bundle, prompts, loading, writing, given, stream=stream, as_json=as_json)
+        return
+    if writing or given or stream:
+        raise UsageError(
+            f"--{next(iter({**writing, **given}), 'stream').replace('_', '-')} is for text that is "
+            "written",
+            fix="Give a --prompt.",
+        )
     with load(bundle, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
         if exit_name is not None:
             names = [leave.name for leave in model.exits]
@@ -111,6 +168,64 @@ def command(
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
         click.echo(f"{right} of {len(labelled)} right")
+
+
+def _write(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    loading: dict[str, Any],
+    writing: dict[str, Any],
+    draws: dict[str, Any],
+    *,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Goes on with prompts, and tells where the tokens came from."""
+    from edgeexit.runtime import Sampling, load_decoder
+
+    if stream and (as_json or len(prompts) > 1):
+        raise UsageError("--stream shows one text as it comes", fix="Give one --prompt, no --json.")
+    with load_decoder(bundle, **loading) as model:
+        sampling = Sampling(**draws) if draws else None
+        made = model.generate(list(prompts), sampling=sampling, **writing)
+        if stream:
+            click.echo(prompts[0], nl=False)
+            for piece in made:
+                click.echo(piece.text, nl=False)
+            click.echo()
+        else:
+            made.finish()
+        about = model.describe_engine()
+    statistics = made.statistics
+    facts = {
+        "tokens": statistics.tokens,
+        "tokens_per_s": made.tokens_per_s,
+        "first_token_ms": made.first_token_s * 1000,
+        "exits": statistics.exits,
+        "acceptance": statistics.acceptance,
+        "alpha": statistics.alpha,
+        "catch_ups": statistics.catch_ups,
+        "agreement": statistics.agreement,
+    }
+    if as_json:
+        texts = [
+            {"prompt": prompt, "text": text, "tokens": tokens}
+            for prompt, text, tokens in zip(prompts, made.texts, made.tokens, strict=True)
+        ]
+        print_json({"bundle": str(bundle), "engine": about, "texts": texts, "statistics": facts})
+        return
+    if not stream:
+        for prompt, text in zip(prompts, made.texts, strict=True):
+            click.echo(prompt + text)
+    said = [f"{statistics.tokens} tokens, first after {facts['first_token_ms']:.0f} ms"]
+    if made.tokens_per_s is not None:
+        said.append(f"then {made.tokens_per_s:.1f} tokens/s")
+    said.append("exits " + ", ".join(f"{k} {v}" for k, v in sorted(statistics.exits.items())))
+    if statistics.acceptance is not None:
+        said.append(f"{statistics.acceptance:.0%} of drafts accepted")
+    if statistics.agreement is not None:
+        said.append(f"the last exit agrees with {statistics.agreement:.1%}")
+    click.echo("; ".join(said), err=True)
 
 
 def _batches(

@@ -97,6 +97,11 @@ def bench(
     if batch < 1:
         raise UsageError(f"--batch {batch} is less than 1", fix="Use 1 or more.")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if opened.manifest.program != "forward":
+        raise MeasurementError(
+            f"{opened.path} is a language model, which bench does not take yet",
+            fix="`edgeexit run --prompt` tells tokens per second.",
+        )
     tell = progress or (lambda what, done, of: None)
     watch = environment.Watch()
     with contextlib.ExitStack() as stack:

@@ -126,7 +126,7 @@ def check(
     """
     bundle, before = model.bundle, model.policy
     default_atol, default_rtol = tolerances(bundle)
-    judge = _Judge(default_atol if atol is None else atol, default_rtol if rtol is None else rtol)
+    judge = Judge(default_atol if atol is None else atol, default_rtol if rtol is None else rtol)
     samples = _samples(bundle)
     inputs = {t.name: samples[f"input/{t.name}"] for t in bundle.manifest.inputs}
     rows = _row_count(bundle, inputs)
@@ -149,7 +149,7 @@ def check(
     return Report(judge.comparisons, rows, judge.atol, judge.rtol, notes)
 
 
-class _Judge:
+class Judge:
     """Collects comparisons under one pair of tolerances."""
 
     def __init__(self, atol: float, rtol: float) -> None:
@@ -206,7 +206,7 @@ def _check_exits(
     samples: Mapping[str, NDArray],
     inputs: Mapping[str, NDArray],
     rows: int,
-    judge: _Judge,
+    judge: Judge,
 ) -> None:
     whole = model.trace(inputs)
     alone = [model.trace(_rows(model, inputs, np.array([row]))) for row in range(rows)]
@@ -225,7 +225,7 @@ def _check_decisions(
     samples: Mapping[str, NDArray],
     inputs: Mapping[str, NDArray],
     rows: int,
-    judge: _Judge,
+    judge: Judge,
     policy: Policy | None,
 ) -> None:
     """Runs policies and compares the exit taken, and what it answered, with the reference."""
@@ -255,7 +255,7 @@ def _compare_decisions(
     result: Result,
     policy: Policy,
     title: str,
-    judge: _Judge,
+    judge: Judge,
     independent: bool,
 ) -> None:
     # The rule is written out here a second time, on purpose: the reference decides by itself.
@@ -321,7 +321,7 @@ def _rows(
     return {name: take_rows(value, rows, axes[name]) for name, value in inputs.items()}
 
 
-def _check_preprocessing(bundle: Bundle, judge: _Judge) -> None:
+def _check_preprocessing(bundle: Bundle, judge: Judge) -> None:
     arrays = read_npz(bundle.file(PREPROCESSING))
     preprocessing = bundle.manifest.preprocessing
     prefix = "expected/"
@@ -365,4 +365,4 @@ def describe(report: Report) -> dict[str, object]:
     }
 
 
-__all__ = ["Comparison", "Report", "check", "describe", "tolerances"]
+__all__ = ["Comparison", "Judge", "Report", "check", "describe", "tolerances"]

@@ -22,6 +22,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     """
     path = Path(path)
     check_output(path)
+    path = path.resolve()  # through links, so that they stay
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,11 @@ def check_output(path: Path) -> None:
     """Refuses an output before work is spent on it."""
     if path.is_dir():
         raise UsageError(f"{path} is a directory", fix="Give the name of a file with -o.")
+    if path.exists() and not path.is_file():
+        raise UsageError(
+            f"{path} is a device or a pipe, which would be replaced by a file",
+            fix="Give the name of a file with -o; --json writes to stdout.",
+        )
     for parent in path.absolute().parents:
         if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
             raise UsageError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeexit.bundle import Bundle
 from edgeexit.graphfile import read_graph_file
-from edgeexit.manifest import Chain, Tensor
+from edgeexit.manifest import Chain, Segment, Tensor
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import read_npz
 
@@ -86,10 +86,18 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
                     _tensor(tensor) | {"bytes": size}
                     for tensor, size in zip(crossing, parts, strict=True)
                 ],
+                "cache_bytes_per_token": _cache_bytes(segment),
                 "boundary_bytes": None if None in parts else sum(p for p in parts if p is not None),
             }
         )
     return {"rows": chain.rows, "segments": segments}
+
+
+def _cache_bytes(segment: Segment) -> int:
+    """What a segment's caches take for one token of one row."""
+    sizes = {"batch": 1, "past": 1}
+    tensors = [Tensor(name=c.name, dtype=c.dtype, axes=c.axes) for c in segment.caches]
+    return sum(tensor_bytes(tensor, sizes) or 0 for tensor in tensors)
 
 
 def tensor_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int | None:

@@ -9,28 +9,23 @@ on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import UsageError
+from edgeexit.export.methods.training import Progress, train
 from edgeexit.export.models.classifier import ExitClassifier
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
 Batches = Callable[[int], Batch]
 """``batches(step)`` gives that step's inputs and labels ``[batch]``. A function of the step, not an
 iterator: a resumed training asks for the very batches that an uninterrupted one would have seen."""
-Progress = Callable[[int, int, float], None]
-"""Called as ``progress(steps done, of, loss)`` after every step."""
-
-STATE_FORMAT = 1
-GRADIENT_NORM_LIMIT = 1.0
 
 
 def train_joint(
@@ -222,117 +217,13 @@ def _train(
     parameters: list[nn.Parameter],
     batches: Batches,
     *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup: int,
     loss_of: Callable[[Batch], torch.Tensor],
-    settings: str,
-    prepare: Callable[[], object],
-    state_file: str | os.PathLike[str] | None,
-    save_every: int,
-    progress: Progress | None,
+    **how: Any,
 ) -> list[float]:
-    if steps < 1 or save_every < 1 or not 0 <= warmup <= steps:
-        raise UsageError(
-            f"steps {steps}, warmup {warmup}, save_every {save_every} cannot be meant",
-            fix="steps and save_every are at least 1, warmup at most steps.",
-        )
-    optimizer = torch.optim.AdamW(_groups(parameters, weight_decay), lr=learning_rate)
-    names = sorted(name for name, _ in classifier.named_parameters())
-    settings += f" {steps} {learning_rate} {weight_decay} {warmup} {names}"
-    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
-    path = None if state_file is None else Path(state_file)
-    start = 0
-    if path is not None and path.exists():
-        start = _resume(path, classifier, optimizer, fingerprint)
-    losses = []
-    prepare()
-    try:
-        for step in range(start, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, steps, warmup)
-            loss = loss_of(batches(step))
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ExportError(
-                    f"training: the loss of step {step + 1} is {losses[-1]}",
-                    fix="Lower the learning rate or warm up longer; check inputs for NaN.",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
-            optimizer.step()
-            if path is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-                _save(path, classifier, optimizer, step + 1, fingerprint)
-            if progress is not None:
-                progress(step + 1, steps, losses[-1])
-    finally:
-        classifier.eval()
+    losses = train(classifier, parameters, lambda step: loss_of(batches(step)), **how)
     classifier.trained = True
     classifier.provenance["exits"] = "trained"
     return losses
-
-
-def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms, class tokens and positions (whose first axis is 1) do not."""
-    decays: list[nn.Parameter] = []
-    stays: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decays if parameter.ndim > 1 and parameter.shape[0] > 1 else stays).append(parameter)
-    groups: list[dict[str, object]] = [
-        {"params": decays, "weight_decay": weight_decay},
-        {"params": stays, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _schedule(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _save(
-    path: Path,
-    classifier: ExitClassifier,
-    optimizer: torch.optim.Optimizer,
-    done: int,
-    fingerprint: str,
-) -> None:
-    state = {
-        "format": STATE_FORMAT,
-        "fingerprint": fingerprint,
-        "done": done,
-        "weights": classifier.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _resume(
-    path: Path, classifier: ExitClassifier, optimizer: torch.optim.Optimizer, fingerprint: str
-) -> int:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        known = state["format"] == STATE_FORMAT and state["fingerprint"] == fingerprint
-    except Exception as error:  # torch.load raises whatever its readers raise
-        raise ExportError(
-            f"{path}: not a training state ({type(error).__name__})",
-            fix="Delete it to start the training anew, or name another state_file.",
-        ) from error
-    if not known:
-        raise ExportError(
-            f"{path}: the state of another training (other steps, rates, weights or model)",
-            fix="Use the arguments it was made with, or delete it to start anew.",
-        )
-    classifier.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    return int(state["done"])
 
 
 __all__ = ["Batch", "Batches", "exit_loss", "train_heads", "train_joint"]

@@ -235,7 +235,12 @@ def save_exits(classifier: ExitClassifier, folder: Path) -> None:
     """Writes the exit heads into a checkpoint directory."""
     weights = {k: v.detach().contiguous() for k, v in classifier.heads.state_dict().items()}
     save_file(weights, folder / EXITS_WEIGHTS)
-    config = {"format": 1, "exits": classifier.exit_layers}
+    save_exit_layers(classifier.exit_layers, folder)
+
+
+def save_exit_layers(layers: Sequence[int], folder: Path) -> None:
+    """Writes into a checkpoint directory behind which layers there are exits."""
+    config = {"format": 1, "exits": list(layers)}
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -1,7 +1,8 @@
-"""`from_pretrained`: a checkpoint directory or hub id becomes a classifier with exits.
+"""`from_pretrained`: a checkpoint directory or hub id becomes a model with exits.
 
-The model is read with transformers, the exits from ``exits.safetensors`` beside it, the labels,
-preprocessing and tokenizer from the checkpoint's own files.
+The model is read with transformers, a classifier's exits from ``exits.safetensors`` beside it, the
+labels, preprocessing and tokenizer from the checkpoint's own files. A decoder's exits share its own
+head; the checkpoint only says behind which layers they were trained.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +23,7 @@ from edgeexit.export.models.classifier import (
     load_exits,
     saved_exits,
 )
+from edgeexit.export.models.decoder import ExitDecoder
 from edgeexit.export.models.preprocessing import image_preprocessing, text_preprocessing
 
 FAMILIES = {
@@ -32,10 +35,13 @@ FAMILIES = {
 }
 """transformers' model type -> (module of this package, class that reads it, task)."""
 
+DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
+"""The same for causal language models: model type -> module of this package."""
+
 
 def from_pretrained(
     path: str | Path, *, exits: Iterable[int] | None = None, untrained: bool = False
-) -> ExitClassifier:
+) -> ExitClassifier | ExitDecoder:
     """Reads a checkpoint and gives it exits.
 
     Args:
@@ -59,11 +65,13 @@ def from_pretrained(
             f"{path}: not a transformers checkpoint ({str(error).splitlines()[0][:200]})",
             fix="Give a directory with config.json, as save_pretrained writes it.",
         ) from error
+    if config.model_type in DECODERS:
+        return _decoder(path, folder, config, exits)
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ExportError(
             f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
-            f"(it has {', '.join(sorted(FAMILIES))})",
+            f"(it has {', '.join(sorted({*FAMILIES, *DECODERS}))})",
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/models/bert.py is the example) and give it as module:function.",
         )
@@ -76,17 +84,7 @@ def from_pretrained(
             "--untrained-exits 3,6,9 to measure latency before training.",
         )
     wanted = list(saved or [] if exits is None else exits)
-    try:
-        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
-        with _without_bars():
-            model, found = getattr(transformers, reader).from_pretrained(
-                folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(
-            f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})",
-            fix="Check the checkpoint with transformers' from_pretrained.",
-        ) from error
+    model, found = _read(reader, path, folder)
     if found["missing_keys"] and not untrained:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, "
@@ -128,6 +126,56 @@ def from_pretrained(
             classifier.preprocessing, classifier.tokenizer_file, sample = texts
             classifier.preprocessing_sample = sample
     return classifier
+
+
+def _decoder(
+    path: str | Path,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    exits: Iterable[int] | None,
+) -> ExitDecoder:
+    """A causal language model; its exits share its own head, so any layer can have one."""
+    saved = saved_exits(folder)
+    if exits is None and saved is None:
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
+            "(--exits 2,4).",
+        )
+    model, found = _read("AutoModelForCausalLM", path, folder)
+    if found["missing_keys"]:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}",
+            fix="Give a whole causal language model.",
+        )
+    adapter = importlib.import_module(f"edgeexit.export.models.{DECODERS[config.model_type]}")
+    chosen = saved or [] if exits is None else exits
+    decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen)
+    decoder.eval()
+    decoder.name = Path(path).resolve().name
+    decoder.tokenizer_folder = folder
+    trained = set(decoder.exit_layers) <= set(saved or [])
+    decoder.provenance = {
+        "model_type": config.model_type,
+        "exits": "trained" if trained else "untrained",
+    }
+    return decoder
+
+
+def _read(reader: str, path: str | Path, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads a model with one of transformers' classes. Returns it, and what was found."""
+    try:
+        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
+        with _without_bars():
+            model, found = getattr(transformers, reader).from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})",
+            fix="Check the checkpoint with transformers' from_pretrained.",
+        ) from error
+    return model, found
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ class Engine(Protocol):
     """An engine library on a device."""
 
     name: str
+    features: frozenset[str]
+    """What its graphs may use beyond plain ONNX; a variant's `requires` is held against it."""
 
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""

@@ -109,6 +109,8 @@ class OnnxRuntimeEngine:
             threads, or the pool of the process (see `install_process_pool`).
     """
 
+    features = frozenset({"onnxruntime-operators"})
+
     def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
         self._ort = import_onnxruntime()
         self.name = name

@@ -121,12 +121,12 @@ def test_an_axis_that_is_not_there_is_named(cli: Cli, toy_bundle: Bundle) -> Non
     assert_clear(cli("inspect", toy_bundle.path, "--axis", "seq=3"), 2, "--axis seq=3", "batch")
 
 
-def test_check_fails_with_code_1_when_weights_were_altered(cli: Cli, toy_copy: Path) -> None:
+def test_check_fails_with_code_3_when_weights_were_altered(cli: Cli, toy_copy: Path) -> None:
     path = toy_copy / "graphs/weights.bin"
     raw = bytearray(path.read_bytes())
     raw[5] ^= 1
     path.write_bytes(raw)
-    assert_clear(cli("check", toy_copy), 1, "graphs/weights.bin: sha256 differs")
+    assert_clear(cli("check", toy_copy), 3, "graphs/weights.bin: sha256 differs")
 
 
 def test_check_is_exit_code_3_when_tolerances_do_not_hold(cli: Cli, toy_bundle: Bundle) -> None:

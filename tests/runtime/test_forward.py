@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle import Bundle
 from edgeexit.bundlewriter import BundleWriter
-from edgeexit.errors import InputError, PolicyError, StateError
+from edgeexit.errors import InputError, IntegrityError, PolicyError, StateError
 from edgeexit.runtime import Model, Policy, Result, load, load_unsplit
+from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from edgeexit.runtime.policy import ALWAYS, NEVER, forced
 from tests.toys import SCORE_NAMES, Toy, fill_toy, make_inputs, make_toy, reference, write_toy
 
@@ -459,3 +461,67 @@ def test_unsplit_answers_as_the_last_exit_does(toy: Toy, toy_bundle: Bundle) -> 
     np.testing.assert_allclose(
         result.outputs["logits"], reference(toy, inputs)[-1]["logits"], atol=1e-4
     )
+
+
+def test_a_bundle_that_changed_after_loading_is_not_read_again(
+    toy: Toy, toy_copy: Path, tmp_path: Path
+) -> None:
+    """Policies that need other graphs open them then; what was loaded before still answers."""
+    inputs = make_inputs(3)
+    records = reference(toy, inputs)
+    with load(toy_copy) as model:
+        check(model(inputs), records, "max_prob")
+        weights = toy_copy / "graphs/weights.bin"
+        other = tmp_path / "weights.bin"
+        other.write_bytes(weights.read_bytes()[::-1])
+        os.replace(other, weights)
+        model.policy = Policy(thresholds=0.75)
+        with pytest.raises(IntegrityError, match=r"weights.bin: changed since .* Load .* again"):
+            model(inputs)
+        model.policy = Policy()
+        check(model(inputs), records, "max_prob")
+        shutil.rmtree(toy_copy)
+        model.policy = Policy(thresholds=0.75)
+        with pytest.raises(IntegrityError, match="gone since"):
+            model(inputs)
+        model.policy = Policy()
+        check(model(inputs), records, "max_prob")
+
+
+def test_a_model_loaded_from_a_relative_path_does_not_mind_another_directory(
+    toy: Toy, toy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy_copy.parent)
+    inputs = make_inputs(3)
+    with load(toy_copy.name) as model:
+        monkeypatch.chdir("/")
+        model.policy = Policy(thresholds=0.75)
+        check(model(inputs), reference(toy, inputs), "max_prob")
+
+
+def test_unsplit_is_opened_once(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    real = OnnxRuntimeEngine.open
+
+    def counting(self: OnnxRuntimeEngine, path: Path, outputs: Any = None) -> Any:
+        opened.append(path)
+        return real(self, path, outputs)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "open", counting)
+    with load_unsplit(toy_bundle) as model:
+        model(make_inputs(2))
+        model(make_inputs(1))
+    assert len(opened) == 1
+
+
+def test_one_row_decides_as_a_batch_does_when_a_threshold_lies_between_two_floats(
+    models: Loaded,
+) -> None:
+    _, model = models["plain"]
+    inputs = make_inputs(1)
+    score = model.trace(inputs).scores[0]["max_prob"][0]
+    between = (float(score) + float(np.nextafter(score, np.float32(2)))) / 2
+    model.policy = Policy(thresholds={"exit_1": between})
+    pair = {k: v if k == "scale" else np.repeat(v, 2, axis=0) for k, v in inputs.items()}
+    alone, timed, both = model(inputs), model(inputs, timed=True), model(pair)
+    assert alone.exits[0] == timed.exits[0] == both.exits[0] == both.exits[1] != 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -43,7 +46,7 @@ def thresholds(policy: Policy) -> list[float]:
 )
 def test_thresholds_reach_their_exits(given_: Any, expected: list[float]) -> None:
     policy = Policy(thresholds=given_)
-    assert thresholds(policy) == expected
+    assert thresholds(policy) == pytest.approx(expected, rel=1e-6)
     assert decide(policy, EXITS)[-1] == ANSWERS
 
 
@@ -214,3 +217,27 @@ def test_a_policy_bound_to_one_bundle_is_refused_by_another(
         with pytest.raises(PolicyError, match=r"Calibrate again"):
             model.policy = msgspec.structs.replace(policy, bundle="0" * 64)
         assert model.policy == policy
+
+
+@pytest.mark.parametrize("value", [0.9998312006459961, 1.00000001, 1e300, -1e300, 0.1])
+def test_thresholds_are_float32_that_are_no_less(value: float) -> None:
+    """So a score is compared alike as a float32 and as a double."""
+    [decision, *_] = decide(Policy(thresholds=value), EXITS)
+    assert decision.threshold >= value
+    assert decision.threshold == float(np.float32(decision.threshold))
+    with np.errstate(over="ignore"):
+        below = np.nextafter(np.float32(decision.threshold), np.float32(-np.inf))
+    assert float(below) < value
+    assert decision.consult == (value < 1e300)
+
+
+def test_a_policy_is_written_through_a_link_and_not_onto_a_device(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_policy(Policy(thresholds=0.5), tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_policy(tmp_path / "real.json").thresholds == 0.5
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PolicyError, match="not a file"):
+        write_policy(Policy(), tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -1,0 +1,187 @@
+"""Forms of attention with a cache, one module each: the same numbers for different engines.
+
+A decoder's segment is exported once per form. `InPlace` is ONNX Runtime's GroupQueryAttention,
+which appends to the cache it reads. `Append` is the plain form that every engine takes: it gives
+the new keys and values, and the runtime appends them. Caches are ``[batch, heads, capacity,
+size]``; how much of each row is filled comes in as lengths, whose kinds are
+`edgeexit.manifest.LENGTHS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Kind = Literal["past", "last", "most"]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of a trunk's attention.
+
+    Attributes:
+        queries: Attention heads.
+        keys: Heads of keys and values; each serves ``queries / keys`` query heads.
+        size: Width of one head.
+        rotary: Tables ``(cos, sin)``, each ``[positions, size / 2]``: the two halves of a query or
+            key are turned by them (RoPE, arXiv:2104.09864). None: positions enter elsewhere.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class InPlace(nn.Module):
+    """GroupQueryAttention: past and present are one buffer, so nothing is copied.
+
+    Can be exported, not run: the operator is ONNX Runtime's own. It takes heads whose size is a
+    multiple of 16.
+    """
+
+    requires: tuple[str, ...] = ("onnxruntime-operators",)
+    lengths: tuple[Kind, ...] = ("last", "most")
+    caches: Literal["append", "in-place"] = "in-place"
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        heads, rotary = self.heads, self.heads.rotary is not None
+        last, most = lengths
+        inputs = [q, k, v, *past, last, most]
+        if rotary:
+            inputs += [self.cos, self.sin, positions]
+        attended, key, value = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            {
+                "num_heads": heads.queries,
+                "kv_num_heads": heads.keys,
+                "do_rotary": int(rotary),
+                "scale": heads.size**-0.5,
+            },
+            dtypes=[q.dtype] * 3,
+            shapes=[q.shape, past[0].shape, past[1].shape],
+            version=1,
+        )
+        return attended, key, value
+
+
+class Append(nn.Module):
+    """Attention over the cache and the new tokens in operators that every engine has (opset 20).
+
+    The scores of cached and new keys stand beside each other under one softmax; what lies beyond a
+    row's length is masked.
+    """
+
+    requires: tuple[str, ...] = ()
+    lengths: tuple[Kind, ...] = ("past",)
+    caches: Literal["append", "in-place"] = "append"
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and the new keys and
+        values ``[batch, heads, new, size]``."""
+        heads, (filled,) = self.heads, lengths
+        past_key, past_value = past
+        q, k, v = (
+            split_heads(x, count, heads.size)
+            for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+        )
+        if heads.rotary is not None:
+            q, k = (rotate(x, self.cos, self.sin, positions) for x in (q, k))
+        new, capacity = q.shape[2], past_key.shape[2]
+        # Query heads that share keys lie beside each other: [batch, keys, shared, new, size]
+        grouped = (q * heads.size**-0.5).unflatten(1, (heads.keys, heads.queries // heads.keys))
+        old = grouped @ past_key.unsqueeze(2).transpose(-1, -2)
+        own = grouped @ k.unsqueeze(2).transpose(-1, -2)
+        places = torch.arange(capacity, device=q.device)
+        there = places < filled.reshape(-1, 1, 1, 1, 1)
+        order = torch.arange(new, device=q.device)
+        earlier = order.unsqueeze(0) <= order.unsqueeze(1)
+        lowest = torch.finfo(q.dtype).min
+        scores = torch.cat(
+            [old.masked_fill(~there, lowest), own.masked_fill(~earlier, lowest)], dim=-1
+        )
+        shares = torch.softmax(scores, dim=-1)
+        attended = shares[..., :capacity] @ past_value.unsqueeze(2) + shares[
+            ..., capacity:
+        ] @ v.unsqueeze(2)
+        return join_heads(attended.flatten(1, 2)), k, v
+
+
+AnyForm = InPlace | Append
+
+
+def forms(heads: Heads) -> tuple[type[AnyForm], ...]:
+    """The forms that such heads can have, fastest first: a runtime takes the first one whose
+    requirements its engine meets."""
+    return (InPlace, Append) if heads.size % 16 == 0 else (Append,)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads, positions: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention over whole sequences. q ``[batch, seq, queries * size]``, result alike."""
+    q, k, v = (
+        split_heads(x, count, heads.size)
+        for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+    )
+    if heads.rotary is not None:
+        q, k = (rotate(x, *heads.rotary, positions) for x in (q, k))
+    shared = heads.queries // heads.keys
+    if shared > 1:
+        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    return join_heads(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Turns queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
+    cos, sin = (table[positions].unsqueeze(1) for table in (cos, sin))
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def split_heads(x: torch.Tensor, count: int, size: int) -> torch.Tensor:
+    """``[batch, new, heads * size]`` to ``[batch, heads, new, size]``."""
+    return x.unflatten(-1, (count, size)).transpose(1, 2)
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, new, size]`` to ``[batch, new, heads * size]``."""
+    return x.transpose(1, 2).flatten(-2)

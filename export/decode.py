@@ -1,0 +1,232 @@
+"""A decoder into a bundle: every segment in every form, the shared head, the table of embeddings.
+
+`export_decoder` takes a `DecodeModel` and writes what `edgeexit.export.package.export_model` writes
+for one pass, with one graph per form of a segment over the same stored weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
+from edgeexit.errors import UsageError
+from edgeexit.export import graphs
+from edgeexit.export.contract import CachedSegment, DecodeModel, Form
+from edgeexit.export.package import Progress, counter, provenance, write_samples
+from edgeexit.export.scores import append_scores
+from edgeexit.export.store import WeightStore
+from edgeexit.manifest import LENGTHS, SCORES, Chain, Decoding, Embedding, Manifest, Tensor, Variant
+from edgeexit.manifest import Exit as ManifestExit
+from edgeexit.manifest import Segment as ManifestSegment
+
+SAMPLE_ROWS = 3
+HEAD = "head"
+TOKEN = Tensor(name="token", dtype="int64", axes=["batch"])
+_EXAMPLE_SIZES = {"batch": 2, "new": 3, "past": 16}
+
+
+def export_decoder(
+    model: DecodeModel,
+    output: str | os.PathLike[str],
+    *,
+    opset: int = graphs.DEFAULT_OPSET,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Splits a decoder at its exits and writes the bundle.
+
+    Args:
+        model: What to split.
+        output: The bundle's directory; must not exist unless `overwrite`.
+        opset: ONNX opset of every graph.
+
+    Raises:
+        ExportError: The model cannot be split; nothing is left behind.
+        OutputExistsError: `output` exists.
+    """
+    if len(model.segments) < 2:
+        raise UsageError(
+            f"{model.name}: there is no early exit", fix="Name layers: exits=[2, 4] (--exits 2,4)."
+        )
+    parts = [*model.segments, model.unsplit]
+    tell = counter(progress, sum(len(part.forms) for part in parts) + 2)
+    with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
+        store = WeightStore(writer.folder)
+        made: dict[str, list[Variant]] = {}
+        for part in parts:
+            made[part.name] = []
+            for number, form in enumerate(part.forms):
+                tell(f"{part.name}, form {number + 1} of {len(part.forms)}")
+                suffix = "" if number == len(part.forms) - 1 else f".{form.caches}"
+                path = f"graphs/{part.name}{suffix}.onnx"
+                graph = _graph(part, form, opset)
+                if part is model.unsplit:
+                    _add_token(graph.graph)
+                store.externalize(graph.graph)
+                graphs.save_graph(graph, str(writer.folder / path))
+                made[part.name].append(
+                    Variant(
+                        graph=path,
+                        requires=list(form.requires),
+                        caches=form.caches,
+                        lengths=list(form.lengths),
+                    )
+                )
+        tell("head")
+        logits = model.head.outputs[0]
+        scores = {score: f"{HEAD}/{score}" for score in SCORES}
+        state = model.head.inputs[0]
+        example = {state.name: torch.zeros(2, int(state.axes[-1]))}  # type: ignore[arg-type]
+        graph = graphs.graph_from_module(
+            model.head.module,
+            model.head.inputs,
+            model.head.outputs,
+            example,
+            opset=opset,
+            what=HEAD,
+        )
+        [value] = graph.graph.outputs
+        graph.graph.outputs.extend(append_scores(graph.graph, value, HEAD).values())
+        _add_token(graph.graph)
+        store.externalize(graph.graph)
+        graphs.save_graph(graph, str(writer.folder / f"graphs/{HEAD}.onnx"))
+        offset = store.place(ir.tensor(model.embedding.contiguous()))
+        tell("samples and manifest")
+        samples = [write_samples(writer.folder, "reference", _reference(model))]
+        head = ManifestSegment(
+            name=HEAD,
+            variants=[Variant(graph=f"graphs/{HEAD}.onnx")],
+            inputs=list(model.head.inputs),
+            outputs=[
+                logits,
+                TOKEN,
+                *(Tensor(name=t, dtype="float32", axes=["batch"]) for t in scores.values()),
+            ],
+        )
+        return writer.commit(
+            Manifest(
+                format="1.1",
+                requires=["decode"],
+                name=model.name,
+                task=model.task,
+                program="decode",
+                inputs=[Tensor(name="tokens", dtype="int64", axes=["batch", "new"])],
+                outputs=[logits, TOKEN],
+                chains={
+                    "main": Chain(segments=[_segment(s, made, scores) for s in model.segments])
+                },
+                unsplit=made[model.unsplit.name],
+                heads={HEAD: head},
+                decoding=Decoding(
+                    embedding=Embedding(
+                        tokens="tokens",
+                        output=model.embedded,
+                        vocabulary=model.embedding.shape[0],
+                        offset=offset,
+                    ),
+                    positions=model.positions,
+                    head=HEAD,
+                    stop_tokens=list(model.stop_tokens),
+                ),
+                files={},
+                limits=dict(model.limits),
+                tokenizer=_tokenizer(model, writer.folder),
+                samples=samples,
+                provenance=provenance() | dict(model.provenance) | {"opset": str(opset)},
+            )
+        )
+
+
+def _graph(part: CachedSegment, form: Form, opset: int) -> ir.Model:
+    """One form of a part, with its inputs named as the manifest says."""
+    lengths = [
+        Tensor(name=f"lengths/{kind}", dtype=LENGTHS[kind][0], axes=LENGTHS[kind][1],  # type: ignore[arg-type]
+               row_axis=0 if LENGTHS[kind][1] else None)
+        for kind in form.lengths
+    ]  # fmt: skip
+    past = [Tensor(name=c.past, dtype=c.dtype, axes=c.axes) for c in part.caches]
+    grown = "past" if form.caches == "in-place" else "new"
+    present = [
+        Tensor(name=c.present, dtype=c.dtype, axes=[grown if a == "past" else a for a in c.axes])
+        for c in part.caches
+    ]
+    inputs = [*part.inputs, *lengths, *past]
+    values = {tensor.name: _example(tensor) for tensor in inputs}
+    return graphs.graph_from_module(
+        form.module, inputs, [*part.outputs, *present], values, opset=opset, what=part.name
+    )
+
+
+def _example(tensor: Tensor) -> torch.Tensor:
+    sizes = [_EXAMPLE_SIZES[a] if isinstance(a, str) else int(a or 1) for a in tensor.axes]
+    return torch.zeros(sizes, dtype=graphs.TORCH_DTYPES[tensor.dtype])
+
+
+def _add_token(graph: ir.Graph) -> None:
+    """Adds the greedy token ``[batch]``, so that logits need not cross to the host."""
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
+    node.name = "token"
+    graph.append(node)
+    [token] = node.outputs
+    token.name = TOKEN.name
+    token.dtype = ir.DataType.INT64
+    token.shape = ir.Shape(TOKEN.axes)
+    graph.outputs.insert(1, token)
+
+
+def _segment(
+    part: CachedSegment, made: Mapping[str, list[Variant]], scores: Mapping[str, str]
+) -> ManifestSegment:
+    exits = []
+    if part.exit is not None:
+        exits.append(
+            ManifestExit(
+                name=part.exit,
+                outputs={"logits": "logits", "token": TOKEN.name},
+                scores=dict(scores),
+                head=HEAD,
+                state=part.outputs[-1].name,
+            )
+        )
+    return ManifestSegment(
+        name=part.name,
+        variants=made[part.name],
+        inputs=list(part.inputs),
+        outputs=list(part.outputs),
+        caches=list(part.caches),
+        exits=exits,
+    )
+
+
+def _reference(model: DecodeModel) -> dict[str, np.ndarray]:
+    """Token ids; per exit the logits of each row's last token, and for all of them the greedy token
+    and how far its logit lies above the next."""
+    tokens = model.tokens(SAMPLE_ROWS)
+    found = {"input/tokens": tokens.numpy()}
+    for name, logits in model.reference(tokens).items():
+        found[f"{name}/logits"] = logits[:, -1].numpy()
+        found[f"{name}/token"] = logits.argmax(-1).numpy()
+        largest = logits.topk(2, dim=-1).values
+        found[f"{name}/margin"] = (largest[..., 0] - largest[..., 1]).numpy()
+    return found
+
+
+def _tokenizer(model: DecodeModel, folder: Path) -> str | None:
+    """Copies tokenizer.json, and the chat template's file where the tokenizer has one."""
+    if model.tokenizer_folder is None:
+        return None
+    source = Path(model.tokenizer_folder) / "tokenizer.json"
+    if not source.is_file():
+        return None
+    (folder / "tokenizer").mkdir()
+    shutil.copyfile(source, folder / "tokenizer/tokenizer.json")
+    return "tokenizer/tokenizer.json"

@@ -1,0 +1,128 @@
+"""LayerSkip training (arXiv:2404.16710): a decoder that can be left early with its one shared head.
+
+Two things are added to plain language modelling. Layers are dropped at random, deeper ones more
+often, so that no state relies on what comes next; and early exits have losses of their own through
+the shared head. It is what makes drafting with the first layers worth while (``exact`` decoding).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional
+
+from edgeexit.errors import UsageError
+from edgeexit.export.methods.training import Progress, train
+from edgeexit.export.models.decoder import ExitDecoder
+
+TokenBatches = Callable[[int], torch.Tensor]
+"""``batches(step)`` gives that step's token ids ``[batch, seq + 1]``; each predicts the next."""
+
+
+def train_layerskip(
+    decoder: ExitDecoder,
+    batches: TokenBatches,
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    warmup: int = 0,
+    dropout: float = 0.1,
+    exit_scale: float = 1.0,
+    weights: Mapping[int, float] | None = None,
+    state_file: str | os.PathLike[str] | None = None,
+    save_every: int = 200,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Trains all weights with layer dropout and early-exit losses.
+
+    Every step trains the last layer's answer and that of one exit, taking turns (the rotational
+    curriculum; one head more a step whatever the number of exits).
+
+    Args:
+        decoder: What to train, in place. Its exits are the layers that get losses.
+        batches: ``batches(step) -> [batch, seq + 1]`` token ids.
+        dropout: p_max, the chance that the last layer is dropped from a step; see
+            `dropout_rates`. A layer is dropped for the whole batch, which saves its time (the paper
+            draws per sample).
+        exit_scale: e_scale of the paper, see `exit_weights`.
+        weights: Exit layer -> weight of its loss beside 1 for the last layer, in place of the
+            paper's. 0 for all of them and no dropout is plain language modelling.
+
+    The other arguments and the result are those of `train_joint`.
+    """
+    depth = decoder.depth
+    if not 0 <= dropout < 1:
+        raise UsageError(
+            f"dropout {dropout} is no chance", fix="Give a number from 0 to less than 1."
+        )
+    chosen = exit_weights(decoder.exit_layers, depth, exit_scale) if weights is None else weights
+    if unknown := sorted(set(chosen) - set(decoder.exit_layers)):
+        raise UsageError(
+            f"weights: layer {unknown[0]} has no exit (exits: {decoder.exit_layers})",
+            fix="Give weights to exits only.",
+        )
+    rates = dropout_rates(depth, dropout)
+    turns = [layer for layer in decoder.exit_layers if chosen.get(layer, 0.0) > 0]
+
+    def loss_at(step: int) -> torch.Tensor:
+        tokens = batches(step)
+        generator = torch.Generator().manual_seed(step)
+        draws = torch.rand(depth, generator=generator).tolist()
+        skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
+        early = turns[step % len(turns)] if turns else None
+        exits = [depth] if early is None else [early, depth]
+        logits = decoder(tokens[:, :-1], exits=exits, skipped=skipped)
+        loss = next_token_loss(logits[depth], tokens)
+        if early is None:
+            return loss
+        weight = chosen[early]
+        return (loss + weight * next_token_loss(logits[early], tokens)) / (1 + weight)
+
+    return train(
+        decoder,
+        list(decoder.model.parameters()),
+        loss_at,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        settings=f"layerskip {dropout} {sorted(chosen.items())}",
+        prepare=decoder.train,
+        state_file=state_file,
+        save_every=save_every,
+        progress=progress,
+    )
+
+
+def dropout_rates(depth: int, highest: float) -> list[float]:
+    """Chance of every layer to be dropped: p_max (exp(l ln 2 / (L - 1)) - 1), l from 0 (eq. 2).
+
+    >>> [round(rate, 3) for rate in dropout_rates(3, 0.2)]
+    [0.0, 0.083, 0.2]
+    """
+    last = max(depth - 1, 1)
+    return [highest * (math.exp(layer * math.log(2) / last) - 1) for layer in range(depth)]
+
+
+def exit_weights(exits: list[int], depth: int, scale: float) -> dict[int, float]:
+    """Weights of the exits' losses beside 1 for the last layer's: the paper's, which grow
+    quadratically with depth (eq. 5 and 6), divided by that of the last layer.
+
+    >>> exit_weights([2, 3], 4, scale=1.0)
+    {2: 0.16666666666666666, 3: 0.5}
+    """
+    last = depth - 1 + scale * (depth - 2) * (depth - 1) / 2
+    return {layer: scale * (layer - 1) * layer / 2 / last for layer in exits}
+
+
+def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of logits ``[batch, seq, vocabulary]`` against the next of the tokens
+    ``[batch, seq + 1]``, in nats."""
+    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+__all__ = ["dropout_rates", "exit_weights", "next_token_loss", "train_layerskip"]

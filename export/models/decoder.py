@@ -1,0 +1,257 @@
+"""A causal language model with exits: a trunk of decoder layers, one head that all exits share.
+
+A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
+state, what each layer does before and after attention, and the head. Attention itself, its caches
+and its masks belong to nobody's layer: training uses torch's own (`ExitDecoder`), export chooses a
+form for the engine (`edgeexit.export.attention`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgeexit.export.attention import AnyForm, Heads, causal_attention, forms
+from edgeexit.export.contract import CachedSegment, DecodeModel, Form, Segment
+from edgeexit.export.models.classifier import check_layers, save_exit_layers
+from edgeexit.manifest import Cache, Tensor
+
+
+@dataclass(frozen=True)
+class DecoderTrunk:
+    """What a family says of its model.
+
+    Attributes:
+        embedding: ``[vocabulary, embedded]``; a token's row of it is what the first segment gets.
+        stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``.
+        layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
+            rotated, and ``after(state, attended) -> state``.
+        head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
+        width: Size of a state.
+        positions: The most positions that the model was made for.
+        stop_tokens: Token ids that end a text.
+    """
+
+    embedding: torch.Tensor
+    stem: nn.Module
+    layers: Sequence[nn.Module]
+    head: nn.Module
+    heads: Heads
+    width: int
+    positions: int
+    stop_tokens: tuple[int, ...] = ()
+
+
+class Layer(Protocol):
+    """What a trunk's layer module offers besides being an ``nn.Module``."""
+
+    def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor: ...
+
+
+class DirectStem(nn.Module):
+    """The stem of models whose first state is the embedding itself."""
+
+    def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return embedded
+
+
+class ExitDecoder(nn.Module):
+    """A causal language model with exits behind some layers, all answering with the shared head.
+
+    Args:
+        model: The transformers model that owns the weights.
+        trunk: Its description; modules are shared with `model`, not copied.
+        exits: Layers (1 = behind the first) with an exit; the last layer always answers.
+    """
+
+    def __init__(self, model: nn.Module, trunk: DecoderTrunk, exits: Iterable[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.trunk = trunk
+        self.layers = nn.ModuleList(trunk.layers)
+        self.depth = len(trunk.layers)
+        self.exit_layers = check_layers(exits, self.depth)
+        self.name = type(model).__name__
+        self.tokenizer_folder: Path | None = None
+        self.provenance: dict[str, str] = {}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        exits: Sequence[int] | None = None,
+        skipped: Sequence[int] = (),
+    ) -> dict[int, torch.Tensor]:
+        """Logits of exits over whole sequences, for training and as a reference.
+
+        Args:
+            input_ids: ``[batch, seq]``, no padding.
+            exits: Layers whose logits to give; None: all exits and the last layer.
+            skipped: Layers (1 = the first) left out of this pass (layer dropout).
+
+        Returns:
+            Layer -> logits ``[batch, seq, vocabulary]``.
+        """
+        wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = positions.expand_as(input_ids)
+        embedded = functional.embedding(input_ids, self.trunk.embedding)
+        state = self.trunk.stem(embedded, positions)
+        found = {}
+        for number, layer in enumerate(_typed(self.layers), start=1):
+            if number not in skipped:
+                q, k, v = layer.before(state)
+                state = layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
+            if number in wanted:
+                flat = self.trunk.head(state.reshape(-1, self.trunk.width))
+                found[number] = flat.unflatten(0, input_ids.shape)
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model as transformers does, and behind which layers it has exits."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        save_exit_layers(self.exit_layers, Path(folder))
+
+    def exit_model(self) -> DecodeModel:
+        """The segment contract: layers between exits with their caches, and the shared head."""
+        trunk = self.trunk
+        borders = [0, *self.exit_layers, self.depth]
+        vocabulary, width = trunk.embedding.shape
+        embedded = _state("embedded", width)
+        segments = []
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
+            before = embedded if start == 0 else _state(f"state_{start}", trunk.width)
+            segments.append(
+                CachedSegment(
+                    name=f"segment_{number}",
+                    inputs=(before, POSITIONS),
+                    outputs=(_state(f"state_{stop}", trunk.width),),
+                    caches=_caches(trunk.heads, start, stop),
+                    forms=self._forms(start, stop, head=False),
+                    exit=f"exit_{stop}",
+                )
+            )
+        logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
+        head = Segment(
+            name="head",
+            module=trunk.head,
+            inputs=(Tensor(name="state", dtype="float32", axes=["batch", trunk.width]),),
+            outputs=(logits,),
+        )
+        unsplit = CachedSegment(
+            name="unsplit",
+            inputs=(embedded, POSITIONS),
+            outputs=(logits,),
+            caches=_caches(trunk.heads, 0, self.depth),
+            forms=self._forms(0, self.depth, head=True),
+        )
+
+        def tokens(rows: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randint(0, vocabulary, (rows, 12), generator=generator)
+
+        def reference(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {f"exit_{layer}": logits for layer, logits in self(ids).items()}
+
+        return DecodeModel(
+            name=self.name,
+            embedding=trunk.embedding.detach(),
+            embedded=embedded,
+            positions=POSITIONS,
+            segments=segments,
+            head=head,
+            unsplit=unsplit,
+            tokens=tokens,
+            reference=reference,
+            limits={"positions": trunk.positions},
+            stop_tokens=trunk.stop_tokens,
+            tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),
+            provenance=self.provenance,
+        )
+
+    def _forms(self, start: int, stop: int, *, head: bool) -> tuple[Form, ...]:
+        trunk = self.trunk
+        return tuple(
+            Form(
+                module=_Part(
+                    trunk.stem if start == 0 else None,
+                    trunk.layers[start:stop],
+                    form(trunk.heads),
+                    trunk.head if head else None,
+                ).eval(),
+                requires=form.requires,
+                caches=form.caches,
+                lengths=form.lengths,
+            )
+            for form in forms(trunk.heads)
+        )
+
+
+class _Part(nn.Module):
+    """Layers with their caches: a segment, or with the head on the last token the whole model."""
+
+    def __init__(
+        self,
+        stem: nn.Module | None,
+        layers: Sequence[nn.Module],
+        attention: AnyForm,
+        head: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.layers = nn.ModuleList(layers)
+        self.attention = attention
+        self.head = head
+
+    def forward(
+        self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(self.attention.lengths)
+        lengths, past = rest[:count], rest[count:]
+        if self.stem is not None:
+            state = self.stem(state, positions)
+        present: list[torch.Tensor] = []
+        for number, layer in enumerate(_typed(self.layers)):
+            own = (past[2 * number], past[2 * number + 1])
+            attended, key, value = self.attention(*layer.before(state), own, positions, lengths)
+            state = layer.after(state, attended)
+            present += [key, value]
+        made = state if self.head is None else self.head(state[:, -1])
+        return (made, *present)
+
+
+def _typed(layers: nn.ModuleList) -> Iterator[Layer]:
+    return (cast("Layer", layer) for layer in layers)
+
+
+POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
+
+
+def _state(name: str, width: int) -> Tensor:
+    return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
+
+
+def _caches(heads: Heads, start: int, stop: int) -> tuple[Cache, ...]:
+    return tuple(
+        Cache(
+            name=f"layer_{layer + 1}/{kind}",
+            dtype="float32",
+            axes=["batch", heads.keys, "past", heads.size],
+            past=f"layer_{layer + 1}/past_{kind}",
+            present=f"layer_{layer + 1}/present_{kind}",
+        )
+        for layer in range(start, stop)
+        for kind in ("key", "value")
+    )
+
+
+__all__ = ["DecoderTrunk", "DirectStem", "ExitDecoder"]

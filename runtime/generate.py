@@ -1,0 +1,357 @@
+"""The ``decode`` program: text that grows token by token, in one of several modes.
+
+`Decoder` is what `load_decoder` returns. `Decoder.generate` gives a `Generation`: an
+iterator over pieces as they come, with statistics that fill while it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import InputError, PolicyError, StateError, UsageError
+from edgeexit.manifest import Exit
+from edgeexit.runtime.modes import Exact, Fast, Full, Ints, Mode, Statistics
+from edgeexit.runtime.parts import Opened, Session, check_tokens
+from edgeexit.runtime.policy import Policy, decide
+from edgeexit.runtime.sampling import Sampler, Sampling
+from edgeexit.runtime.text import Stream, open_tokenizer
+
+ModeName = Literal["full", "exact", "fast"]
+Prompt = str | Sequence[int]
+NEW_TOKENS = 128
+"""Tokens made where the caller names no number."""
+
+CHUNK = 256
+"""Prompt tokens that one run takes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came at once for one row: tokens, and the text that they make certain."""
+
+    row: int
+    tokens: list[int]
+    text: str
+
+
+@dataclass
+class Generation:
+    """Texts being written. Iterate over it, or call `finish`.
+
+    Attributes:
+        tokens: Per row, the tokens made so far; a stop token is not among them.
+        texts: Per row, the text given out so far; empty strings without a tokenizer.
+        statistics: What happened so far.
+        first_token_s: Seconds to the first token, the prompt included.
+        decode_s: Seconds from the first token to the last.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    statistics: Statistics
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    _pieces: Iterator[Piece] = field(default_factory=lambda: iter(()), repr=False)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second over all rows, from the second token on."""
+        made = sum(map(len, self.tokens)) - len(self.tokens)
+        return made / self.decode_s if self.decode_s and made > 0 else None
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def finish(self) -> Generation:
+        """Runs to the end and returns itself."""
+        for _ in self._pieces:
+            pass
+        return self
+
+
+class Decoder:
+    """A loaded decoder. Made by `edgeexit.runtime.load_decoder`.
+
+    Attributes:
+        bundle: The bundle it was loaded from.
+        exits: Its exits in order; the last one always answers.
+        policy: The policy of ``fast`` decoding.
+        capacity: The most tokens of a text, prompt included.
+    """
+
+    def __init__(self, bundle: Bundle, opened: Opened, policy: Policy, capacity: int) -> None:
+        self.bundle = bundle
+        self.exits: list[Exit] = bundle.exits()
+        self.policy = policy
+        self.capacity = capacity
+        self._opened: Opened | None = opened
+        self._session: Session | None = None
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        mode: ModeName = "full",
+        draft_exit: str | None = None,
+        drafts: int | None = None,
+        draft_threshold: float = 0.0,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        audit: bool = False,
+        on_piece: Callable[[Piece], object] | None = None,
+    ) -> Generation:
+        """Continues prompts.
+
+        Args:
+            prompts: A text or a list of token ids, or several of either: a batch.
+            max_new_tokens: The most tokens to make per row; None: 128, or as many as the capacity
+                has room for.
+            mode: ``full``: every layer for every token. ``exact``: the same tokens, drafted by an
+                early exit and verified. ``fast``: a token leaves at the exit where the policy says
+                so.
+            draft_exit: The exit that drafts (``exact``); None: the first one.
+            drafts: Tokens of a draft (``exact``); None: adapted to what is accepted.
+            draft_threshold: Stop drafting when the drafting exit's score is below.
+            sampling: How tokens are drawn; None: the likeliest one is taken.
+            stop: Strings that end a row; they are not given out.
+            audit: Compute what the last exit says to tokens of early exits (``fast``).
+            on_piece: Called with every piece before it is yielded.
+
+        Raises:
+            InputError: A prompt is empty, too long for the capacity, or holds unknown token ids.
+            UsageError: Arguments that cannot be meant.
+            StateError: The model is closed, in use, or was carried over a fork.
+        """
+        if mode not in ("full", "exact", "fast"):
+            raise UsageError(f"mode {mode!r} is not known", fix="Use full, exact or fast.")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}", fix="Use 1 or more.")
+        if sampling is not None:
+            sampling.check()
+        opened = self._check_usable()
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        rows = self._tokens(prompts)
+        longest = max(len(row) for row in rows)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
+        for row in rows:
+            check_tokens(opened, row)
+            if len(row) + max_new_tokens > self.capacity:
+                raise InputError(
+                    f"a prompt of {len(row)} tokens and {max_new_tokens} new ones need "
+                    f"{len(row) + max_new_tokens} places, the capacity is {self.capacity}",
+                    fix="Shorten the prompt, lower max_new_tokens, or load with a larger capacity "
+                    f"(the model was made for {opened.limit}).",
+                )
+        if mode != "full" and opened.head is None:
+            raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
+        generation = Generation([[] for _ in rows], ["" for _ in rows], Statistics())
+        sampler = None
+        if sampling is not None and sampling.temperature > 0:
+            sampler = Sampler(sampling, [row.tolist() for row in rows])
+        generation._pieces = self._write(
+            generation,
+            rows,
+            lambda session: self._mode(
+                session, mode, sampler, draft_exit, drafts, draft_threshold, audit=audit
+            ),
+            max_new_tokens,
+            stops,
+            on_piece,
+        )
+        return generation
+
+    def _write(
+        self,
+        generation: Generation,
+        prompts: list[Ints],
+        make_mode: Callable[[Session], Mode],
+        most: int,
+        stops: Sequence[str],
+        on_piece: Callable[[Piece], object] | None,
+    ) -> Iterator[Piece]:
+        """Runs the rounds. The lock is held while the iterator lives."""
+        opened = self._check_usable()
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "the model is writing another text",
+                fix="Finish or close that generation first, or load a second model.",
+            )
+        try:
+            ends = set(opened.decoding.stop_tokens)
+            streams = None
+            if self.bundle.manifest.tokenizer is not None or stops:
+                tokenizer = self._tokenizers()
+                streams = [Stream(tokenizer, stops) for _ in prompts]
+            session = self.session(len(prompts))
+            mode = make_mode(session)
+            generation.statistics = mode.statistics
+            active = np.ones(len(prompts), bool)
+            started = time.perf_counter()
+            new = [[int(token)] for token in mode.prefill(prompts)]
+            first = time.perf_counter()
+            generation.first_token_s = first - started
+            while True:
+                for row, tokens in enumerate(new):
+                    if not active[row] or not tokens:
+                        continue
+                    kept, text = [], ""
+                    for token in tokens:
+                        if token in ends:
+                            active[row] = False
+                            break
+                        kept.append(token)
+                        generation.tokens[row].append(token)
+                        if mode.sampler is not None:
+                            mode.sampler.histories[row].append(token)
+                        if streams is not None:
+                            text += streams[row].add(token)
+                        full = len(generation.tokens[row]) == most
+                        if full or (streams is not None and streams[row].stopped):
+                            active[row] = False
+                            break
+                    if not active[row] and streams is not None:
+                        text += streams[row].end()
+                    generation.texts[row] += text
+                    generation.decode_s = time.perf_counter() - first
+                    piece = Piece(row, kept, text)
+                    if on_piece is not None:
+                        on_piece(piece)
+                    yield piece
+                if not active.any():
+                    break
+                new = mode.step(active)
+            if isinstance(mode, Fast) and mode.audit:
+                mode.flush()
+        finally:
+            self._lock.release()
+
+    def _mode(
+        self,
+        session: Session,
+        mode: ModeName,
+        sampler: Sampler | None,
+        draft_exit: str | None,
+        drafts: int | None,
+        draft_threshold: float,
+        *,
+        audit: bool,
+    ) -> Mode:
+        names = [leave.name for leave in self.exits]
+        if mode == "full":
+            return Full(session, names, sampler)
+        if mode == "exact":
+            return Exact(
+                session,
+                names,
+                self._position(draft_exit, names),
+                drafts=drafts,
+                threshold=draft_threshold,
+                score=self.policy.score,
+                sampler=sampler,
+            )
+        decisions = decide(self.policy, self.exits, digest=self.bundle.digest)
+        thresholds = [d.threshold if d.consult else float("inf") for d in decisions[:-1]]
+        return Fast(
+            session, names, thresholds, score=self.policy.score, audit=audit, sampler=sampler
+        )
+
+    @staticmethod
+    def _position(name: str | None, names: list[str]) -> int:
+        if name is None:
+            return 0
+        if name not in names[:-1]:
+            raise PolicyError(
+                f"draft_exit names {name!r}; the early exits are {', '.join(names[:-1])}",
+                fix="Use one of those names.",
+            )
+        return names.index(name)
+
+    def _tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
+        many: Sequence[Any] = (
+            [prompts] if isinstance(prompts, str) or _are_ids(prompts) else prompts
+        )
+        found = []
+        for prompt in many:
+            ids = self._tokenizers().encode(prompt).ids if isinstance(prompt, str) else prompt
+            row = np.asarray(ids)
+            if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
+                raise InputError(
+                    "a prompt is empty"
+                    if row.size == 0
+                    else f"a prompt is {row.dtype} with {row.ndim} axes, not a list of token ids",
+                    fix="Give a text, or token ids with at least one of them.",
+                )
+            found.append(row.astype(np.int64))
+        if not found:
+            raise InputError("there is no prompt", fix="Give one.")
+        return found
+
+    def _tokenizers(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.bundle)
+        return self._tokenizer
+
+    def session(self, batch: int) -> Session:
+        """The state of a batch of so many texts, emptied; kept while the number stays the same."""
+        opened = self._check_usable()
+        session = self._session
+        if session is None or session.batch != batch:
+            self._session = None
+            session = Session(opened, batch, self.capacity, min(CHUNK, self.capacity))
+            self._session = session
+        for part in session.parts:
+            part.caches.lengths[:] = 0
+        for ring in session.rings:
+            ring.clear()
+        return session
+
+    def describe_engine(self) -> dict[str, str]:
+        """What executes the model: engine, library, version, settings."""
+        return self._check_usable().engine.describe()
+
+    def close(self) -> None:
+        """Releases engines and buffers."""
+        if os.getpid() == self._process:
+            self._opened = self._session = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise StateError("a model cannot be copied or pickled", fix="Load the bundle again there.")
+
+    def _check_usable(self) -> Opened:
+        if os.getpid() != self._process:
+            raise StateError(
+                "the model was loaded before this process forked; its engines do not survive that",
+                fix='Load the bundle in the child, or start children with "spawn".',
+            )
+        if self._opened is None:
+            raise StateError("the model is closed", fix="Load the bundle again.")
+        return self._opened
+
+
+def _are_ids(prompts: Any) -> bool:
+    return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))

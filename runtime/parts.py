@@ -1,0 +1,369 @@
+"""A decoder's graphs bound to buffers: segments with their caches, the shared head, the embedding.
+
+`Session` is the state of one batch of texts being written: caches, boundaries, and rings of states
+that wait. What is run when is decided in `edgeexit.runtime.modes`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle import WEIGHTS, Bundle
+from edgeexit.errors import EngineError, InputError
+from edgeexit.manifest import LENGTHS, Decoding, Segment, Variant
+from edgeexit.runtime.buffers import HostSlot, row_of
+from edgeexit.runtime.caches import Ring, SegmentCaches
+from edgeexit.runtime.engines import Bound, Engine, Graph
+
+BINDINGS_KEPT = 1024
+"""Numbers of new tokens for which a part keeps its bindings."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A decoder's graphs as opened on an engine; shared by every session."""
+
+    bundle: Bundle
+    decoding: Decoding
+    engine: Engine
+    segments: Sequence[Segment]
+    variants: Sequence[Variant]
+    graphs: Sequence[Graph]
+    head: Segment | None
+    head_graph: Graph | None
+    table: Floats
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that the model was made for."""
+        return self.bundle.manifest.limits["positions"]
+
+
+def open_decoder(bundle: Bundle, engine: Engine, *, unsplit: bool = False) -> Opened:
+    """Opens a bundle's segments and head, or the unsplit graph as its one segment."""
+    manifest = bundle.manifest
+    decoding = manifest.decoding
+    assert decoding is not None
+    (chain,) = manifest.chains.values()
+    segments: list[Segment] = chain.segments
+    if unsplit:
+        caches = [cache for segment in segments for cache in segment.caches]
+        whole = Segment(
+            name="unsplit",
+            variants=manifest.unsplit,
+            inputs=[decoding.embedding.output, decoding.positions],
+            outputs=list(manifest.outputs),
+            caches=caches,
+        )
+        segments = [whole]
+    variants = [choose_variant(segment, engine) for segment in segments]
+    head = None if unsplit else manifest.heads[decoding.head]
+    paths = [bundle.file(variant.graph) for variant in variants]
+    if head is not None:
+        paths.append(bundle.file(choose_variant(head, engine).graph))
+    graphs = list(engine.open_all([(path, None) for path in paths]))
+    return Opened(
+        bundle=bundle,
+        decoding=decoding,
+        engine=engine,
+        segments=segments,
+        variants=variants,
+        graphs=graphs[: len(segments)],
+        head=head,
+        head_graph=None if head is None else graphs[-1],
+        table=_map_table(bundle, decoding),
+    )
+
+
+def choose_variant(segment: Segment, engine: Engine) -> Variant:
+    """The first form of a part whose requirements the engine meets."""
+    for variant in segment.variants:
+        if set(variant.requires) <= engine.features:
+            return variant
+    raise EngineError(
+        f"{segment.name} has no form for this engine (it has "
+        f"{[variant.requires for variant in segment.variants]}, the engine offers "
+        f"{sorted(engine.features)})",
+        fix="Export again with a newer edgeexit.",
+    )
+
+
+def _map_table(bundle: Bundle, decoding: Decoding) -> Floats:
+    """The embedding's rows in the mapped weight store: only those that are used are read."""
+    embedding = decoding.embedding
+    width = embedding.output.axes[-1]
+    assert isinstance(width, int)
+    with bundle.file(WEIGHTS).open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    count = embedding.vocabulary * width
+    dtype = np.dtype(embedding.output.dtype)
+    flat = np.frombuffer(mapped, dtype, count=count, offset=embedding.offset)
+    return flat.reshape(embedding.vocabulary, width)
+
+
+class Session:
+    """Caches, boundaries and waiting states of one batch.
+
+    Args:
+        opened: The decoder.
+        batch: Rows.
+        capacity: Tokens that each row can hold, prompt included.
+        chunk: The most new tokens of a row that one run takes.
+
+    Attributes:
+        parts: The segments; `parts[k]` reads boundary k and writes boundary k + 1.
+        rings: ``rings[k]`` holds what waits for `parts[k]`; the first one stays empty.
+    """
+
+    def __init__(self, opened: Opened, batch: int, capacity: int, chunk: int) -> None:
+        self.opened, self.batch, self.capacity, self.chunk = opened, batch, capacity, chunk
+        positions = HostSlot(batch * chunk * 8)
+        boundaries = []
+        for tensor in [s.inputs[0] for s in opened.segments] + [opened.segments[-1].outputs[0]]:
+            width = tensor.axes[-1] if "new" in tensor.axes else 0  # unsplit ends with answers
+            assert isinstance(width, int)
+            boundaries.append((HostSlot(batch * chunk * width * 4), width))
+        self.parts = [
+            Part(opened, number, batch, capacity, positions, boundaries[number : number + 2])
+            for number in range(len(opened.segments))
+        ]
+        self.rings = [Ring(batch, capacity, width) for _, width in boundaries[:-1]]
+        self._boundaries = boundaries
+        self._positions = positions
+        self._views: dict[tuple[int, int], Floats] = {}
+        self._places: dict[int, NDArray[np.int64]] = {}
+        self.head = None if opened.head is None else Head(opened, boundaries[-1][1])
+
+    def boundary(self, number: int, new: int) -> Floats:
+        """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
+        view = self._views.get((number, new))
+        if view is None:
+            slot, width = self._boundaries[number]
+            view = slot.array(np.dtype(np.float32), (self.batch, new, width))
+            self._views[number, new] = view
+        return view
+
+    def positions(self, new: int) -> NDArray[np.int64]:
+        """The buffer that says where new tokens stand, ``[batch, new]``."""
+        view = self._places.get(new)
+        if view is None:
+            view = self._positions.array(np.dtype(np.int64), (self.batch, new))
+            self._places[new] = view
+        return view
+
+    def embed(self, tokens: NDArray[np.int64]) -> None:
+        """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary."""
+        np.take(self.opened.table, tokens, axis=0, out=self.boundary(0, tokens.shape[1]))
+
+    def run(self, number: int, new: int, counts: NDArray[np.int64] | None = None) -> Floats:
+        """Runs a segment over what its boundary holds.
+
+        Args:
+            number: Which segment.
+            new: Tokens per row in the boundary.
+            counts: How many of them count, per row; None: all. The others were padding.
+
+        Returns:
+            The next boundary, ``[batch, new, width]``.
+        """
+        part = self.parts[number]
+        positions = self.positions(new)
+        if new == 1:
+            positions[:, 0] = part.caches.lengths
+        else:
+            np.add(part.caches.lengths[:, None], np.arange(new), out=positions)
+        part.run(new)
+        part.caches.lengths += new if counts is None else counts
+        return self.boundary(number + 1, new)
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Shortens every cache that is longer to these lengths ``[batch]``."""
+        for part in self.parts:
+            np.minimum(part.caches.lengths, lengths, out=part.caches.lengths)
+
+
+class Part:
+    """One segment: graph, caches, and bindings per number of new tokens."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        number: int,
+        batch: int,
+        capacity: int,
+        positions: HostSlot,
+        boundaries: Sequence[tuple[HostSlot, int]],
+    ) -> None:
+        self.segment, self.variant = opened.segments[number], opened.variants[number]
+        self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
+        self.caches = SegmentCaches(self.segment.caches, batch, capacity, opened.engine)
+        self._positions, self._boundaries = positions, boundaries
+        self._bindings: dict[
+            tuple[int, int | None], tuple[Callable[[], object], dict[str, NDArray[Any]]]
+        ] = {}
+        self._lengths = {
+            kind: HostSlot(max(1, batch) * np.dtype(LENGTHS[kind][0]).itemsize)
+            for kind in self.variant.lengths
+        }
+        self._length_views = {
+            kind: slot.array(np.dtype(LENGTHS[kind][0]), (batch,) if LENGTHS[kind][1] else ())
+            for kind, slot in self._lengths.items()
+        }
+        self.answers: dict[str, NDArray[Any]] = {}
+        self._answer_slots = {
+            tensor.name: HostSlot(batch * _width(tensor.axes) * np.dtype(tensor.dtype).itemsize)
+            for tensor in self.segment.outputs
+            if "new" not in tensor.axes
+        }
+
+    def run(self, new: int) -> None:
+        """Runs over the boundary; lengths are those before it."""
+        lengths = self.caches.lengths
+        longest = int(lengths.max())
+        assert longest + new <= self.caches.capacity, "a cache would run over its end"
+        views = self._length_views
+        if "past" in views:
+            views["past"][...] = lengths
+        if "last" in views:
+            np.add(lengths, new - 1, out=views["last"], casting="unsafe")
+        if self._batch > 1 and new > 1 and longest and self.variant.caches == "in-place":
+            # ONNX Runtime's operator takes several new tokens behind a past for one row only.
+            for row, length in enumerate(lengths.tolist()):
+                views["most"][...] = length + new
+                self._call(new, row)
+            return
+        if "most" in views:
+            views["most"][...] = longest + new
+        made = self._call(new, None)
+        if made:
+            self.caches.append(made)
+
+    def _call(self, new: int, row: int | None) -> dict[str, NDArray[Any]]:
+        bound = self._bindings.get((new, row))
+        if bound is None:
+            bound = self._bind(new, row)
+        run, made = bound
+        try:
+            run()
+        except Exception as error:
+            engine = self._engine.describe()
+            raise EngineError(
+                f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
+                f"{str(error).splitlines()[0][:300]}",
+                fix="This is a bug in edgeexit or the engine; please report it.",
+            ) from error
+        return made
+
+    def _bind(
+        self, new: int, row: int | None
+    ) -> tuple[Callable[[], object], dict[str, NDArray[Any]]]:
+        """Binds all rows, or one of them alone."""
+        batch = self._batch
+        (before, width), (after, _) = self._boundaries
+        float32, int64 = np.dtype(np.float32), np.dtype(np.int64)
+        state, positions, *_ = self.segment.inputs
+        inputs: dict[str, Bound] = {
+            state.name: (before, float32, (batch, new, width)),
+            positions.name: (self._positions, int64, (batch, new)),
+            **self.caches.past(),
+        }
+        for kind, slot in self._lengths.items():
+            dtype, axes = LENGTHS[kind]
+            inputs[f"lengths/{kind}"] = (slot, np.dtype(dtype), (batch,) if axes else ())
+        outputs: dict[str, Bound] = {}
+        for tensor in self.segment.outputs:
+            dtype_ = np.dtype(tensor.dtype)
+            if "new" in tensor.axes:
+                last = tensor.axes[-1]
+                assert isinstance(last, int)
+                outputs[tensor.name] = (after, dtype_, (batch, new, last))
+            else:
+                own = self._answer_slots[tensor.name]
+                outputs[tensor.name] = (own, dtype_, (batch, *map(int, tensor.axes[1:])))  # type: ignore[arg-type]
+        made: dict[str, NDArray[Any]] = {}
+        if self.variant.caches == "in-place":
+            outputs |= self.caches.present()
+        else:
+            for cache in self.segment.caches:
+                shape = tuple(
+                    {"batch": batch, "past": new}[a] if isinstance(a, str) else int(a or 1)
+                    for a in cache.axes
+                )
+                own = HostSlot(int(np.prod(shape)) * np.dtype(cache.dtype).itemsize)
+                outputs[cache.present] = (own, np.dtype(cache.dtype), shape)
+                made[cache.present] = own.array(np.dtype(cache.dtype), shape)
+        for tensor in self.segment.outputs:
+            if "new" not in tensor.axes:
+                _, dtype_, shape = outputs[tensor.name]
+                self.answers[tensor.name] = self._answer_slots[tensor.name].array(dtype_, shape)
+        if row is not None:
+            inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
+            outputs = {k: row_of(v, row) for k, v in outputs.items()}
+        bound = self._graph.bind(inputs, outputs), made
+        while len(self._bindings) >= BINDINGS_KEPT:
+            self._bindings.pop(next(iter(self._bindings)))
+        self._bindings[new, row] = bound
+        return bound
+
+
+def _width(axes: Sequence[Any]) -> int:
+    return int(np.prod([int(size) for size in axes[1:]])) if len(axes) > 1 else 1
+
+
+class Head:
+    """The shared head: states ``[rows, width]`` to tokens, scores and logits."""
+
+    def __init__(self, opened: Opened, width: int) -> None:
+        assert opened.head is not None and opened.head_graph is not None
+        self._head, self._graph, self._width = opened.head, opened.head_graph, width
+        self._bindings: dict[int, tuple[Callable[[], object], Floats, dict[str, Any]]] = {}
+
+    def __call__(self, states: Floats) -> Mapping[str, NDArray[Any]]:
+        """Runs on states ``[rows, width]``. The arrays given are overwritten by the next call with
+        as many rows."""
+        rows = len(states)
+        bound = self._bindings.get(rows)
+        if bound is None:
+            bound = self._bind(rows)
+        run, place, made = bound
+        place[...] = states
+        run()
+        return made
+
+    def _bind(self, rows: int) -> tuple[Callable[[], object], Floats, dict[str, Any]]:
+        inputs: dict[str, Bound] = {}
+        slot = HostSlot(rows * self._width * 4)
+        [state] = self._head.inputs
+        inputs[state.name] = (slot, np.dtype(np.float32), (rows, self._width))
+        outputs: dict[str, Bound] = {}
+        made: dict[str, Any] = {}
+        for tensor in self._head.outputs:
+            dtype = np.dtype(tensor.dtype)
+            shape = (rows, *(int(size) for size in tensor.axes[1:]))  # type: ignore[arg-type]
+            own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
+            outputs[tensor.name] = (own, dtype, shape)
+            made[tensor.name.removeprefix(f"{self._head.name}/")] = own.array(dtype, shape)
+        place = slot.array(np.dtype(np.float32), (rows, self._width))
+        while len(self._bindings) >= BINDINGS_KEPT:
+            self._bindings.pop(next(iter(self._bindings)))
+        self._bindings[rows] = bound = (self._graph.bind(inputs, outputs), place, made)
+        return bound
+
+
+def check_tokens(opened: Opened, tokens: NDArray[np.int64]) -> None:
+    """Refuses token ids outside the vocabulary."""
+    vocabulary = opened.decoding.embedding.vocabulary
+    bad = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if bad.size:
+        raise InputError(
+            f"token id {int(bad[0])} is outside the vocabulary (0 to {vocabulary - 1})",
+            fix="Use the bundle's own tokenizer.",
+        )

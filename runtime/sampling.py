@@ -1,0 +1,138 @@
+"""Drawing tokens: processors over logits, and the rejection rule that keeps drafts exact.
+
+`distribution` is a pure function of logits, settings and history, so the drafting exit and the last
+one pass through the same processors (arXiv:2211.17192). All of it is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.errors import UsageError
+
+Floats64 = NDArray[np.float64]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 = greedy, and all else is ignored.
+        top_k: Draw among that many tokens at most; 0 = all.
+        top_p: Draw among the likeliest tokens that together have this chance.
+        repetition_penalty: Divides positive logits of tokens that occurred before, multiplies
+            negative ones (CTRL, arXiv:1909.05858); 1 = none.
+        seed: Of the draws; row r of a batch draws from a stream of its own.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `UsageError` for settings that cannot be meant."""
+        for name, value, holds, range_ in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty > 0,
+                "more than 0",
+            ),
+            ("seed", self.seed, self.seed >= 0, "0 or more"),
+        ):
+            if not math.isfinite(value) or not holds:
+                raise UsageError(f"{name} {value} cannot be meant", fix=f"Use {range_}.")
+
+
+def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) -> Floats64:
+    """Chances ``[vocabulary]`` of the next token, after every processor.
+
+    Args:
+        logits: ``[vocabulary]``.
+        history: Tokens before it, prompt included; read only by the repetition penalty.
+    """
+    z = logits.astype(np.float64)
+    if sampling.repetition_penalty != 1.0 and len(history):
+        seen = np.unique(np.asarray(history))
+        z[seen] = np.where(
+            z[seen] > 0,
+            z[seen] / sampling.repetition_penalty,
+            z[seen] * sampling.repetition_penalty,
+        )
+    z = z / sampling.temperature
+    if 0 < sampling.top_k < len(z):
+        kept = np.argpartition(z, -sampling.top_k)[-sampling.top_k :]
+        masked = np.full_like(z, -np.inf)
+        masked[kept] = z[kept]
+        z = masked
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    if sampling.top_p < 1.0:
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= sampling.top_p]] = 0.0
+        p /= p.sum()
+    return np.asarray(p, np.float64)
+
+
+@dataclass
+class Sampler:
+    """Draws for the rows of a batch, each from its own stream.
+
+    Attributes:
+        histories: Per row, prompt and tokens so far; the caller appends what was emitted.
+    """
+
+    sampling: Sampling
+    histories: list[list[int]]
+
+    def __post_init__(self) -> None:
+        self._streams = [
+            np.random.default_rng((self.sampling.seed, row)) for row in range(len(self.histories))
+        ]
+
+    def chances(self, row: int, logits: NDArray, drafted: Sequence[int] = ()) -> Floats64:
+        """`distribution` behind a row's history and what was drafted since."""
+        if self.sampling.repetition_penalty == 1.0:
+            return distribution(logits, self.sampling, ())
+        return distribution(logits, self.sampling, [*self.histories[row], *drafted])
+
+    def draw(self, row: int, chances: Floats64) -> int:
+        """A token with these chances."""
+        total = np.cumsum(chances)
+        place = np.searchsorted(total, self._streams[row].random() * total[-1], side="right")
+        return int(min(place, np.flatnonzero(chances)[-1]))
+
+    def verify(
+        self, row: int, drafts: Sequence[int], q: Sequence[Floats64], p: Sequence[Floats64]
+    ) -> tuple[int, int]:
+        """Accepts a prefix of drafts and draws one more token, so that all of them are distributed
+        as if drawn from `p` (arXiv:2211.17192, algorithm 1).
+
+        Args:
+            drafts: Tokens drawn from `q`.
+            q: The drafting exit's chances at each.
+            p: The last exit's, one more than `q`.
+
+        Returns:
+            How many drafts are accepted, and the token behind them.
+        """
+        for place, token in enumerate(drafts):
+            if self._streams[row].random() * q[place][token] >= p[place][token]:
+                left = np.maximum(p[place] - q[place], 0.0)
+                return place, self.draw(row, left if left.sum() > 0 else p[place])
+        return len(drafts), self.draw(row, p[len(drafts)])
+
+
+__all__ = ["Sampler", "Sampling", "distribution"]

@@ -1,0 +1,95 @@
+"""Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import EngineError, InputError
+
+HELD_TOKENS = 8
+"""Tokens that may wait for the rest of a character; then what they give is given out, broken."""
+
+
+def open_tokenizer(bundle: Bundle) -> Any:
+    """The bundle's tokenizer. Raises `InputError` if it has none, `EngineError` without library."""
+    name = bundle.manifest.tokenizer
+    if name is None:
+        raise InputError(
+            f"{bundle.path}: the bundle has no tokenizer",
+            fix="Give token ids, or export a checkpoint that has tokenizer.json.",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise EngineError(
+            f"tokenizers cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[text]".',
+        ) from error
+    return Tokenizer.from_file(str(bundle.file(name)))
+
+
+class Stream:
+    """Turns one row's tokens into text as they come.
+
+    Text is held back while its last character is incomplete, or while it could be the beginning of
+    a stop string.
+
+    Attributes:
+        text: All that was given out so far.
+        stopped: Whether a stop string came; nothing from it on is given out.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = [stop for stop in stops if stop]
+        self._tokens: list[int] = []
+        self._start = self._read = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Takes a token. Returns the text that is certain by now."""
+        self._tokens.append(token)
+        known = self._decode(self._start, self._read)
+        now = self._decode(self._start, len(self._tokens))
+        if now.endswith("\ufffd") and len(self._tokens) - self._read < HELD_TOKENS:
+            return ""
+        self._held += now[len(known) :]
+        self._start, self._read = self._read, len(self._tokens)
+        return self._release(final=False)
+
+    def end(self) -> str:
+        """The text that was held back, once no token follows."""
+        if not self.stopped and self._read < len(self._tokens):
+            known = self._decode(self._start, self._read)
+            self._held += self._decode(self._start, len(self._tokens))[len(known) :]
+            self._read = len(self._tokens)
+        return self._release(final=True)
+
+    def _decode(self, start: int, stop: int) -> str:
+        made: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+        return made
+
+    def _release(self, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            given = self._held[: min(found)]
+        else:
+            keep = 0 if final else self._beginning()
+            given = self._held[: len(self._held) - keep]
+        self._held = self._held[len(given) :]
+        self.text += given
+        return given
+
+    def _beginning(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        for length in range(min(len(self._held), max(map(len, self._stops), default=1) - 1), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0

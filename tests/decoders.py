@@ -1,0 +1,102 @@
+"""Small causal language models, made from a configuration, and the plainest way to run them.
+
+Weights are drawn wide, so that positions and masks matter; `reference` recomputes everything from
+the beginning for every token, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY, LAYERS, POSITIONS = 300, 4, 96
+FAMILIES = ("llama", "qwen3", "opt")
+EXITS = [1, 2]
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def make_decoder(family: str) -> transformers.PreTrainedModel:
+    """A causal language model of four layers with random weights."""
+    torch.manual_seed(0)
+    if family == "llama":
+        config = transformers.LlamaConfig(
+            **_SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True
+        )
+        model = transformers.LlamaForCausalLM(config)
+    elif family == "qwen3":
+        config = transformers.Qwen3Config(
+            **_SIZES, intermediate_size=48, num_key_value_heads=1, head_dim=16
+        )
+        model = transformers.Qwen3ForCausalLM(config)
+    else:
+        config = transformers.OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=48)
+        model = transformers.OPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def save_decoder(family: str, folder: Path) -> Path:
+    """Writes a checkpoint with a byte-level tokenizer."""
+    make_decoder(family).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0} | {letter: n for n, letter in enumerate(alphabet, start=1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class Reference:
+    """The model in float64, without caches, through transformers' own layers."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self.model = model.double().eval()
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int], layer: int | None = None) -> np.ndarray:
+        """Logits ``[seq, vocabulary]`` of the last layer, or through the head from an earlier
+        one."""
+        ids = torch.tensor([list(tokens)])
+        made = self.model(ids, output_hidden_states=True)
+        if layer is None or layer == LAYERS:
+            return made.logits[0].numpy()
+        state = made.hidden_states[layer]
+        base = self.model.model
+        if hasattr(base, "norm"):
+            return self.model.lm_head(base.norm(state))[0].numpy()
+        narrow = base.decoder.project_out(base.decoder.final_layer_norm(state))
+        return self.model.lm_head(narrow)[0].numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Tokens, and how far the largest logit was above the second."""
+        tokens, margins = list(prompt), []
+        for _ in range(count):
+            logits = self.logits(tokens)[-1]
+            ordered = np.sort(logits)
+            margins.append(float(ordered[-1] - ordered[-2]))
+            tokens.append(int(logits.argmax()))
+        return tokens[len(prompt) :], margins
+
+
+def random_prompts(count: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of random tokens (none of them the end)."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, VOCABULARY, lengths[n % len(lengths)]).tolist() for n in range(count)]

@@ -1,0 +1,110 @@
+"""LayerSkip training: what it adds to language modelling, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.export.methods.layerskip import (
+    dropout_rates,
+    exit_weights,
+    next_token_loss,
+    train_layerskip,
+)
+from edgeexit.export.models import ExitDecoder
+from edgeexit.export.models.llama import trunk
+from tests.decoders import LAYERS, VOCABULARY, make_decoder
+
+
+def make(exits: list[int]) -> ExitDecoder:
+    model = make_decoder("llama")
+    return ExitDecoder(model, trunk(model), exits)  # type: ignore[arg-type]
+
+
+def batches(step: int) -> torch.Tensor:
+    """Tokens that count upwards from a random start: the next one can be known."""
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(1, VOCABULARY, (8, 1), generator=generator)
+    return (starts + torch.arange(13)) % 20 + 1
+
+
+def losses(decoder: ExitDecoder) -> dict[int, float]:
+    with torch.no_grad():
+        tokens = batches(12345)
+        found = decoder(tokens[:, :-1])
+    return {layer: next_token_loss(logits, tokens).item() for layer, logits in found.items()}
+
+
+def test_deeper_layers_are_dropped_more_often() -> None:
+    rates = dropout_rates(12, 0.2)
+    assert rates == sorted(rates)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.2)
+
+
+def test_the_papers_weights_grow_with_depth_and_stay_below_the_last_layers() -> None:
+    weights = exit_weights([1, 2, 3], LAYERS, 1.0)
+    assert list(weights.values()) == sorted(weights.values())
+    assert all(0 <= weight < 1 for weight in weights.values())
+
+
+def test_exits_learn_with_losses_and_do_not_without() -> None:
+    plain, skipping = make([1, 2]), make([1, 2])
+    how = {"steps": 60, "learning_rate": 5e-3}
+    train_layerskip(plain, batches, **how, dropout=0.0, weights={})  # type: ignore[arg-type]
+    train_layerskip(skipping, batches, **how, dropout=0.2, weights={1: 0.5, 2: 0.5})  # type: ignore[arg-type]
+    without, with_ = losses(plain), losses(skipping)
+    assert with_[1] < 0.7 * without[1] and with_[2] < 0.7 * without[2]
+    assert with_[LAYERS] < 1.0 and without[LAYERS] < 1.0
+
+
+def test_a_dropped_layer_is_left_out() -> None:
+    decoder = make([1])
+    ids = batches(0)
+    with torch.no_grad():
+        whole, short = decoder(ids), decoder(ids, skipped=[2, 3, 4])
+    torch.testing.assert_close(short[LAYERS], whole[1])
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    once, twice = make([1, 2]), make([1, 2])
+    how = {"steps": 8, "dropout": 0.2, "weights": {1: 0.5}, "save_every": 4}
+    train_layerskip(once, batches, **how)  # type: ignore[arg-type]
+
+    def stop(done: int, of: int, loss: float) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        train_layerskip(twice, batches, **how, state_file=state, progress=stop)  # type: ignore[arg-type]
+    train_layerskip(twice, batches, **how, state_file=state)  # type: ignore[arg-type]
+    for one, other in zip(once.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(EdgeExitError, match="another training"):
+        train_layerskip(make([1, 2]), batches, **(how | {"dropout": 0.1}), state_file=state)  # type: ignore[arg-type]
+
+
+def test_saved_exits_are_read_back(tmp_path: Path) -> None:
+    from edgeexit.export.models import from_pretrained
+
+    make([1, 3]).save_pretrained(tmp_path)
+    read = from_pretrained(tmp_path)
+    assert isinstance(read, ExitDecoder) and read.exit_layers == [1, 3]
+    assert read.provenance["exits"] == "trained"
+    assert from_pretrained(tmp_path, exits=[2]).provenance["exits"] == "untrained"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"dropout": 1.0}, "dropout"),
+        ({"weights": {3: 1.0}}, "layer 3 has no exit"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train_layerskip(make([1]), batches, **({"steps": 1} | wrong))  # type: ignore[arg-type]

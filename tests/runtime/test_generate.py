@@ -1,0 +1,346 @@
+"""Decoding: every mode against a reference in float64 that recomputes everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import EdgeExitError, InputError, StateError, UsageError
+from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
+from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from edgeexit.runtime.text import Stream
+from tests.decoders import EXITS, FAMILIES, Reference, make_decoder, random_prompts
+
+Bundles = Callable[[str], Bundle]
+NEW = 20
+ROUNDING = 1e-3
+"""Two logits closer than that may change places between float32 and float64."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(family: str) -> Reference:
+    return Reference(make_decoder(family))
+
+
+@pytest.fixture(params=["in-place", "append"])
+def decoder(
+    request: pytest.FixtureRequest,
+    family: str,
+    decoder_bundle: Bundles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Decoder]:
+    """Both forms of the caches, on the engine that can run both."""
+    if request.param == "append":
+        monkeypatch.setattr(OnnxRuntimeEngine, "features", frozenset())
+    with load_decoder(decoder_bundle(family)) as loaded:
+        forms = {variant.caches for variant in loaded._opened.variants}  # type: ignore[union-attr]
+        assert forms == {request.param}
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> Callable[[list[int]], tuple[list[int], list[float]]]:
+    known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
+
+    def greedy(prompt: list[int]) -> tuple[list[int], list[float]]:
+        key = tuple(prompt)
+        if key not in known:
+            known[key] = reference.greedy(prompt, NEW)
+        return known[key]
+
+    return greedy
+
+
+Expected = Callable[[list[int]], tuple[list[int], list[float]]]
+
+
+def check(tokens: list[int], prompt: list[int], expected: Expected) -> None:
+    """Equal until a place where the two largest logits are as good as equal, or a stop token."""
+    wanted, margins = expected(prompt)
+    for place, (found, right) in enumerate(zip(tokens, wanted, strict=False)):
+        if found != right:
+            assert margins[place] < ROUNDING, f"token {place}: {found} for {right}"
+            return
+    if len(tokens) < NEW:
+        assert wanted[len(tokens)] == 0, "ended without a stop token"
+
+
+def test_full_decoding_gives_the_reference_tokens(decoder: Decoder, expected: Expected) -> None:
+    for prompt in random_prompts(3, [1, 5, 17]):
+        made = decoder.generate(prompt, max_new_tokens=NEW).finish()
+        check(made.tokens[0], prompt, expected)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4, 8, None])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_exact_decoding_gives_the_reference_tokens(
+    decoder: Decoder, expected: Expected, drafts: int | None, batch: int
+) -> None:
+    prompts = random_prompts(batch, [6, 3, 11, 1])
+    for draft_exit in ("exit_1", "exit_2"):
+        made = decoder.generate(
+            prompts, max_new_tokens=NEW, mode="exact", drafts=drafts, draft_exit=draft_exit
+        ).finish()
+        for tokens, prompt in zip(made.tokens, prompts, strict=True):
+            check(tokens, prompt, expected)
+        statistics = made.statistics
+        assert statistics.drafted >= statistics.tested >= statistics.accepted
+
+
+def test_exact_decoding_may_stop_drafting_early(decoder: Decoder, expected: Expected) -> None:
+    [prompt] = random_prompts(1, [6])
+    always = decoder.generate(
+        prompt, max_new_tokens=NEW, mode="exact", drafts=4, draft_threshold=2.0
+    ).finish()
+    check(always.tokens[0], prompt, expected)
+    never = decoder.generate(prompt, max_new_tokens=NEW, mode="exact", drafts=4).finish()
+    assert always.statistics.drafted < never.statistics.drafted
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fast_decoding_without_exits_gives_the_reference_tokens(
+    decoder: Decoder, expected: Expected, batch: int
+) -> None:
+    prompts = random_prompts(batch, [6, 3, 11])
+    decoder.policy = Policy()
+    made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast").finish()
+    for tokens, prompt in zip(made.tokens, prompts, strict=True):
+        check(tokens, prompt, expected)
+
+
+def max_prob(logits: np.ndarray) -> float:
+    return float(1 / np.exp(logits - logits.max()).sum())
+
+
+def middling(reference: Reference) -> float:
+    """A threshold on max_prob that about half of the tokens reach at the first exit."""
+    scores = [max_prob(z) for p in random_prompts(8, [12], seed=9) for z in reference.logits(p, 1)]
+    return float(np.median(scores))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fast_decoding_leaves_where_the_score_says_and_keeps_caches_exact(
+    decoder: Decoder, reference: Reference, batch: int
+) -> None:
+    """Token for token: the exit's own answer where its score, in float64, reaches the threshold."""
+    prompts = random_prompts(batch, [6, 3, 11])
+    threshold = middling(reference)
+    decoder.policy = Policy(thresholds=threshold)
+    made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast", audit=True).finish()
+    exits: dict[str, int] = {}
+    audited = agreed = 0
+    for tokens, prompt in zip(made.tokens, prompts, strict=True):
+        text = list(prompt)
+        for place, token in enumerate(tokens):
+            for layer in [*EXITS, 4]:
+                logits = reference.logits(text, layer)[-1]
+                score = max_prob(logits)
+                assert layer == 4 or abs(score - threshold) > 1e-5, "choose another threshold"
+                if layer == 4 or score >= threshold:
+                    break
+            ordered = np.sort(logits)
+            if token != int(logits.argmax()):
+                assert ordered[-1] - ordered[-2] < ROUNDING, f"token {place}"
+            exits[f"exit_{layer}"] = exits.get(f"exit_{layer}", 0) + 1
+            if layer != 4:
+                audited += 1
+                agreed += token == int(reference.logits(text)[-1].argmax())
+            text.append(token)
+    assert len(exits) > 1, "the threshold should let some tokens leave and others not"
+    assert made.statistics.exits == exits
+    assert made.statistics.audited == audited
+    assert abs(made.statistics.agreed - agreed) <= 1
+
+
+def test_caches_after_catching_up_are_those_of_full_decoding(
+    decoder: Decoder, reference: Reference
+) -> None:
+    [prompt] = random_prompts(1, [9])
+    decoder.policy = Policy(thresholds=middling(reference))
+    made = decoder.generate(prompt, max_new_tokens=NEW, mode="fast", audit=True).finish()
+    session = decoder._session
+    assert session is not None
+    text = [*prompt, *made.tokens[0]]
+    kept = [
+        {c.name: part.caches.rows(c.name).copy() for c in part.segment.caches}
+        for part in session.parts
+    ]
+    lengths = [int(part.caches.lengths[0]) for part in session.parts]
+    assert lengths == [len(text) - 1] * len(session.parts)
+    decoder.generate(text[:-1], max_new_tokens=1).finish()
+    for part, before in zip(session.parts, kept, strict=True):
+        for cache in part.segment.caches:
+            now = part.caches.rows(cache.name)
+            np.testing.assert_allclose(
+                now[:, :, : len(text) - 1], before[cache.name][:, :, : len(text) - 1], atol=2e-4
+            )
+
+
+def test_a_prompt_longer_than_a_chunk_is_taken_in_pieces(
+    decoder: Decoder, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeexit.runtime.generate.CHUNK", 8)
+    prompts = random_prompts(2, [29, 8])
+    for mode in ("full", "exact", "fast"):
+        decoder._session = None
+        decoder.policy = Policy()
+        made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
+        for tokens, prompt in zip(made.tokens, prompts, strict=True):
+            check(tokens, prompt, expected)
+    decoder._session = None
+
+
+def test_texts_may_fill_the_capacity_to_the_last_place(
+    decoder_bundle: Bundles, family: str, reference: Reference
+) -> None:
+    prompts = random_prompts(2, [12, 4])
+    with load_decoder(decoder_bundle(family), capacity=32) as decoder:
+        decoder.policy = Policy(thresholds=middling(reference))
+        for mode in ("full", "exact", "fast"):
+            made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
+            assert all(len(tokens) == NEW or 0 not in tokens for tokens in made.tokens)
+        with pytest.raises(InputError, match=r"12 tokens and 21 new ones .* capacity is 32"):
+            decoder.generate(prompts, max_new_tokens=NEW + 1)
+
+
+@pytest.fixture(scope="module")
+def llama(decoder_bundle: Bundles) -> Iterator[Decoder]:
+    with load_decoder(decoder_bundle("llama")) as loaded:
+        yield loaded
+
+
+def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Decoder) -> None:
+    [prompt] = random_prompts(1, [9])
+    chained = llama.generate(prompt, max_new_tokens=NEW).finish()
+    with load_decoder(decoder_bundle("llama"), unsplit=True) as whole:
+        assert whole.generate(prompt, max_new_tokens=NEW).finish().tokens == chained.tokens
+        with pytest.raises(UsageError, match="no exits"):
+            whole.generate(prompt, mode="exact")
+
+
+def test_pieces_come_as_they_are_made_and_say_what_the_result_says(llama: Decoder) -> None:
+    seen: list[Piece] = []
+    [prompt] = random_prompts(1, [9])
+    made = llama.generate(prompt, max_new_tokens=NEW, on_piece=seen.append)
+    pieces = list(made)
+    assert pieces == seen
+    assert [t for piece in pieces for t in piece.tokens] == made.tokens[0]
+    assert "".join(piece.text for piece in pieces) == made.texts[0]
+    assert made.tokens_per_s is not None and made.first_token_s > 0
+
+
+def test_text_goes_in_and_comes_out(llama: Decoder) -> None:
+    made = llama.generate("def f(x):", max_new_tokens=8).finish()
+    assert made.tokens[0] and isinstance(made.texts[0], str)
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "no prompt"),
+        ("", "a prompt is empty"),
+        ([[]], "a prompt is empty"),
+        ([5, 300], "300 is outside the vocabulary"),
+        ([-1], "-1 is outside"),
+        ([[0.5]], "not a list of token ids"),
+        (list(range(1, 95)), "capacity is 96"),
+    ],
+)
+def test_prompts_that_cannot_be_meant_are_refused(
+    llama: Decoder, prompts: object, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        llama.generate(prompts, max_new_tokens=8)  # type: ignore[arg-type]
+
+
+def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle: Bundles) -> None:
+    for wrong in ({"mode": "quick"}, {"max_new_tokens": 0}):
+        with pytest.raises(UsageError):
+            llama.generate([5], **wrong)  # type: ignore[arg-type]
+    with pytest.raises(EdgeExitError, match="exit_9"):
+        llama.generate([5], mode="exact", draft_exit="exit_9").finish()
+    with pytest.raises(UsageError, match="1000"):
+        load_decoder(decoder_bundle("llama"), capacity=1000)
+    with pytest.raises(UsageError, match="load_decoder"):
+        load(decoder_bundle("llama"))
+
+
+def test_a_forward_bundle_is_no_decoder(toy_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="does not write text"):
+        load_decoder(toy_bundle)
+
+
+def test_one_text_at_a_time(llama: Decoder) -> None:
+    first = iter(llama.generate([5, 6], max_new_tokens=4))
+    next(first)
+    with pytest.raises(StateError, match="another text"):
+        llama.generate([5, 6], max_new_tokens=4).finish()
+    first.close()  # type: ignore[attr-defined]
+    llama.generate([5, 6], max_new_tokens=4).finish()
+
+
+def test_a_callback_that_raises_leaves_the_model_usable(llama: Decoder, expected: Expected) -> None:
+    def fail(piece: Piece) -> None:
+        raise RuntimeError("mine")
+
+    [prompt] = random_prompts(1, [9])
+    before = llama.generate(prompt, max_new_tokens=6).finish().tokens
+    with pytest.raises(RuntimeError, match="mine"):
+        llama.generate(prompt, max_new_tokens=6, on_piece=fail).finish()
+    assert llama.generate(prompt, max_new_tokens=6).finish().tokens == before
+
+
+def test_a_closed_decoder_says_so(decoder_bundle: Bundles) -> None:
+    decoder = load_decoder(decoder_bundle("llama"))
+    decoder.close()
+    with pytest.raises(StateError, match="closed"):
+        decoder.generate([5])
+
+
+def tokens_of(decoder: Decoder, text: str) -> list[int]:
+    ids: list[int] = decoder._tokenizers().encode(text).ids
+    return ids
+
+
+def test_characters_that_span_tokens_are_held_until_they_are_whole(llama: Decoder) -> None:
+    ids = tokens_of(llama, "aé🙂b")
+    assert len(ids) == 1 + 2 + 4 + 1  # one token per byte
+    stream = Stream(llama._tokenizers())
+    assert [stream.add(token) for token in ids] == ["a", "", "é", "", "", "", "🙂", "b"]
+
+
+def test_bytes_that_are_no_text_come_out_broken_but_come_out(llama: Decoder) -> None:
+    broken = tokens_of(llama, "🙂")[1:3]
+    stream = Stream(llama._tokenizers())
+    text = "".join(stream.add(token) for token in [*broken, *tokens_of(llama, "ab")])
+    assert (text + stream.end()).endswith("ab")
+    assert "\ufffd" in stream.text
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(llama: Decoder) -> None:
+    stream = Stream(llama._tokenizers(), ["END", "xy"])
+    given = [stream.add(token) for token in tokens_of(llama, "aEbENDc")]
+    assert given == ["a", "", "Eb", "", "", "", ""]
+    assert stream.stopped and stream.text == "aEb" and stream.end() == ""
+
+
+def test_text_held_for_a_stop_string_comes_at_the_end(llama: Decoder) -> None:
+    stream = Stream(llama._tokenizers(), ["END"])
+    assert [stream.add(token) for token in tokens_of(llama, "aEN")] == ["a", "", ""]
+    assert stream.end() == "EN"
+
+
+def test_stop_strings_end_a_generation(llama: Decoder) -> None:
+    [prompt] = random_prompts(1, [9], seed=4)
+    free = llama.generate(prompt, max_new_tokens=NEW).finish()
+    stop = free.texts[0][4:7]
+    made = llama.generate(prompt, max_new_tokens=NEW, stop=stop).finish()
+    assert made.texts[0] == free.texts[0][: free.texts[0].index(stop)]
