@@ -64,6 +64,8 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/split.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/choices.py
 	$(BIN)/python benchmarks/digits.py
 
 docs/manifest.schema.json: edgeexit/manifest.py $(READY)

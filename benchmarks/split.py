@@ -43,14 +43,13 @@ class Effort:
     seconds: float
     launches: int
     pair_rounds: int
-    loads: int
     search: bool = True
 
 
 EFFORTS = {
-    "large": Effort(seconds=12, launches=3, pair_rounds=5, loads=4),
-    "small": Effort(seconds=5, launches=7, pair_rounds=7, loads=5),
-    "quick": Effort(seconds=1, launches=1, pair_rounds=5, loads=2, search=False),
+    "large": Effort(seconds=12, launches=3, pair_rounds=5),
+    "small": Effort(seconds=5, launches=7, pair_rounds=7),
+    "quick": Effort(seconds=1, launches=1, pair_rounds=5, search=False),
 }
 
 
@@ -129,8 +128,6 @@ def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any
         say(f"  against {name}: {[one['ratio'] for one in found[f'against_{name}']]}")
     found["threads"] = {name: str(setting) for name, setting in search.chosen.items()}
     found["thread_search"] = search.searched
-    say("  loading and memory")
-    found |= loading(arguments, effort)
     say("  batches of 32")
     found["batch_32"] = batches(shape, bundle, folder, chain.threads, effort)
     return found
@@ -318,32 +315,6 @@ def _pair(ours: Side, theirs: Side, case: str, effort: Effort, seed: int) -> dic
     }
 
 
-def loading(arguments: dict[str, Any], effort: Effort) -> dict[str, Any]:
-    """Loading time and peak memory of chain and unsplit, in fresh processes that take turns."""
-    times: dict[str, list[float]] = {"chain": [], "unsplit": []}
-    peaks: dict[str, list[int]] = {"chain": [], "unsplit": []}
-    for done in range(effort.loads):
-        for what in ("chain", "unsplit") if done % 2 else ("unsplit", "chain"):
-            with Side("subjects:loading", arguments | {"what": what}, folder=str(HERE)) as side:
-                times[what].append(side.facts["load_s"])
-                side.run("unsplit", [0, 1, 2])
-                peaks[what].append(side.peak_bytes())
-    ratios = [a / b for a, b in zip(times["chain"], times["unsplit"], strict=True)]
-    median = {what: statistics.median(values) for what, values in peaks.items()}
-    return {
-        "loading": {
-            "ratio": round(statistics.median(ratios), 4),
-            "chain_s": round(statistics.median(times["chain"]), 4),
-            "unsplit_s": round(statistics.median(times["unsplit"]), 4),
-        },
-        "peak_memory": {
-            "ratio": round(median["chain"] / median["unsplit"], 4),
-            "chain_bytes": median["chain"],
-            "unsplit_bytes": median["unsplit"],
-        },
-    }
-
-
 def batches(
     shape: models.Shape, bundle: Bundle, folder: Path, threads: Any, effort: Effort
 ) -> dict[str, Any]:
@@ -432,8 +403,6 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
                 eager,
             ),
             (f"{name}: bundle ÷ weights", found["export"]["bundle_of_weights"], "<=", 1.05, 1.05),
-            (f"{name}: loading ÷ unsplit", found["loading"]["ratio"], "<=", 1.5, 1.1),
-            (f"{name}: peak memory ÷ unsplit", found["peak_memory"]["ratio"], "<=", 1.2, 1.05),
             (f"{name}: batch 32 of ideal", found["batch_32"]["of_ideal"], ">=", 0.8, 0.95),
             (f"{name}: export, s", found["export"]["seconds"], "<=", 180.0, 180.0),
             (

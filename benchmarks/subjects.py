@@ -1,14 +1,12 @@
 """Subjects for the workers that `split.py` starts: every way to run the same early-exit model.
 
 Each takes the bundle, the inputs' file and a thread setting, and offers the cases ``path:EXIT``
-(all exits before EXIT consulted, EXIT fires) or a single case of its own. `loading` is made for its
-facts.
+(all exits before EXIT consulted, EXIT fires) or a single case of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import graphs
@@ -169,19 +167,6 @@ def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subj
         return logits.numpy()
 
     return _paths(run, names, len(rows))
-
-
-def loading(bundle: str, inputs: str, what: str, threads: Threads = "blocking") -> Subject:
-    """Loads the chain or the unsplit graph; the time it took is a fact. Its one case runs it."""
-    import onnxruntime  # noqa: F401, the time of importing the library is not the time of loading
-
-    load = runtime.load if what == "chain" else runtime.load_unsplit
-    started = time.perf_counter()
-    model = load(bundle, threads=threads)
-    took = time.perf_counter() - started
-    subject = subject_of_unsplit(model, inputs)
-    subject.facts["load_s"] = took
-    return subject
 
 
 def _paths(run: Any, names: list[str], rows: int) -> Subject:
