@@ -63,7 +63,8 @@ demo: $(READY)
 	@echo; echo "The bundle, the policy and the figures are in $(DEMO)."
 
 bench: $(READY)
-	$(BIN)/python benchmarks/split.py
+	$(BIN)/python benchmarks/split.py --shape small
+	$(BIN)/python benchmarks/split.py --shape large
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/choices.py
 	$(BIN)/python benchmarks/digits.py

@@ -220,7 +220,7 @@ def eager_settings(search: bool) -> list[list[Any]]:
 def split_tax(
     arguments: dict[str, Any], built: dict[str, Any], chosen: dict[str, Any], effort: Effort
 ) -> dict[str, Any]:
-    """All scores consulted, none fires, against the faster of the two unsplit graphs.
+    """All scores consulted, none fires, against both unsplit graphs; the larger tax counts.
 
     Where memory lies differs from process to process and moves a ratio by some percent, so the
     three sides are started anew several times; the figure is the median over these launches.
@@ -260,7 +260,7 @@ def split_tax(
         name: round(statistics.median(one[name]["split_tax"] for one in launches), 4)
         for name in ("direct", "merged")
     }
-    baseline = max(taxes, key=lambda name: taxes[name])  # the faster graph gives the larger tax
+    baseline = max(taxes, key=lambda name: taxes[name])
     return {
         "baseline": baseline,
         "merged_to_direct": statistics.median(one["merged_to_direct"] for one in launches),

@@ -221,7 +221,7 @@ def _reference(model: DecodeModel) -> dict[str, np.ndarray]:
 
 
 def _tokenizer(model: DecodeModel, folder: Path) -> str | None:
-    """Copies tokenizer.json, and the chat template's file where the tokenizer has one."""
+    """Copies tokenizer.json, where the checkpoint has one. Returns its path in the bundle."""
     if model.tokenizer_folder is None:
         return None
     source = Path(model.tokenizer_folder) / "tokenizer.json"

@@ -71,20 +71,13 @@ class Window:
 
     device: str
     pointer: int
-    bytes: int
-
-    def keep_rows(
-        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
-    ) -> None:
-        """Rows are moved in whole slots only."""
-        raise NotImplementedError
 
 
 def row_of(bound: Bound, row: int) -> Bound:
     """One row (of the first axis) of a bound tensor, as a tensor of one row; no copy."""
-    slot, dtype, shape = bound
+    place, dtype, shape = bound
     size = int(np.prod(shape[1:])) * dtype.itemsize
-    return Window(slot.device, slot.pointer + row * size, size), dtype, (1, *shape[1:])
+    return Window(place.device, place.pointer + row * size), dtype, (1, *shape[1:])
 
 
 class HostSlot:

@@ -93,14 +93,9 @@ class Ring:
             larger = np.zeros((batch, grown, width), np.float32)
             larger[:, :held] = self._states
             self._states = larger
-        if len(counts) == 1:
-            start = int(self.counts[0])
-            self._states[0, start : start + int(counts[0])] = states[0, : int(counts[0])]
-        else:
-            for row, (start, count) in enumerate(
-                zip(self.counts.tolist(), counts.tolist(), strict=True)
-            ):
-                self._states[row, start : start + count] = states[row, :count]
+        starts = self.counts.tolist()
+        for row, (start, count) in enumerate(zip(starts, counts.tolist(), strict=True)):
+            self._states[row, start : start + count] = states[row, :count]
         self.counts += counts
 
     def states(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -110,7 +105,3 @@ class Ring:
     def clear(self) -> None:
         """Forgets all of them."""
         self.counts[:] = 0
-
-    def drop_last(self, counts: NDArray[np.int64]) -> None:
-        """Forgets the last ``counts[row]`` states of each row."""
-        self.counts -= counts

@@ -164,10 +164,8 @@ class Exact:
         self._head = session.head
         self._fixed, self._threshold, self._score = drafts, threshold, score
         self._full = Full(session, exits, sampler)
-        self._seen, self._kept = (
-            4.0,
-            3.0,
-        )  # drafts tested and accepted, fading: alpha starts at 0.75
+        # Drafts tested and accepted, fading, so that the chance of acceptance starts at 0.75.
+        self._seen, self._kept = 4.0, 3.0
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         first = self._full.prefill(prompts)
@@ -268,11 +266,15 @@ class Exact:
         self.statistics.exits[name] = self.statistics.exits.get(name, 0) + tokens
 
     def _wanted(self) -> int:
-        """Drafts that pay: tokens per round over cost per round, by decoding.md's cost model."""
+        """Drafts that pay: tokens per round over cost per round.
+
+        With f the share of layers that draft, a the chance of acceptance, h the head's cost and s
+        the slope of verification, d drafts give (1 - a^(d+1)) / (1 - a) tokens and cost
+        d (f + h) + f + (1 - f) (1 + s d) + h.
+        """
         if self._fixed is not None:
             return self._fixed
         alpha = min(self._kept / self._seen, 0.99)
-        share = (self.exit_number + 1) / len(self.session.parts)
         layers = [len(part.segment.caches) for part in self.session.parts]
         share = sum(layers[: self.exit_number + 1]) / sum(layers)
 
@@ -285,8 +287,8 @@ class Exact:
 
 
 HEAD_SHARE, VERIFY_SLOPE = 0.08, 0.05
-"""What the head costs beside all layers, and by how much each further row slows a verification:
-starting points for the length of drafts, measured on two cores at widths of 256 and 512."""
+"""What the head costs beside all layers, and by how much each further row slows a verification.
+Assumed, not measured on the model at hand: they only choose the length of drafts."""
 
 
 class Fast:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgeexit.errors import EngineError
 from edgeexit.manifest import Exit, Segment, Tensor
 from edgeexit.runtime.buffers import HostSlot, assign_slots, shape_of
-from edgeexit.runtime.engines import Bound, Engine, Graph, Slot
+from edgeexit.runtime.engines import Bound, Engine, Graph, Place, Slot
 from edgeexit.runtime.policy import Decision
 
 PLANS_KEPT = 256
@@ -245,7 +245,7 @@ class Planner:
         return slot
 
 
-def _view(slot: Slot, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+def _view(slot: Place, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
     assert isinstance(slot, HostSlot)
     return slot.array(dtype, shape)
 

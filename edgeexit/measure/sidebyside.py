@@ -76,10 +76,6 @@ class Side:
         [...]}``."""
         return self._ask(do="run", case=case, numbers=list(numbers), lead=lead)
 
-    def peak_bytes(self) -> int:
-        """Largest resident memory of the process so far."""
-        return int(self._ask(do="peak_memory")["peak_bytes"])
-
     def close(self) -> None:
         """Ends the process."""
         process = self._process

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import random
-import resource
 import signal
 import statistics
 import sys
@@ -159,15 +158,9 @@ def run_block(
     return {"times_ms": [time_ns / 1e6 for time_ns in times], "records": results}
 
 
-def peak_memory(subject: Subject) -> dict[str, Any]:
-    """Largest memory the process has held so far."""
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
 ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
     "warm_up": warm_up,
     "run": run_block,
-    "peak_memory": peak_memory,
 }
 
 

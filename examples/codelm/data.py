@@ -2,7 +2,7 @@
 
 Files are split into train and test by their names before anything else is done; the tokenizer
 learns from the training files only. What this interpreter brings is what is read, so another Python
-gives other text: the checkpoint's README says which one it was made with.
+gives other text: training.json beside a checkpoint says which one it was made with.
 """
 
 from __future__ import annotations
@@ -72,21 +72,3 @@ def tokens(split: str, tokenizer: Path) -> np.ndarray:
     for encoding in loaded.encode_batch(texts(split)):
         parts += [np.array(encoding.ids, np.uint16), np.array([end], np.uint16)]
     return np.concatenate(parts)
-
-
-def prompts(count: int, tokenizer: Path, *, length: int = 64, seed: int = 0) -> list[list[int]]:
-    """Beginnings of passages in the test files: `count` lists of `length` token ids, each from the
-    start of a line."""
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(tokenizer))
-    rng = np.random.default_rng(seed)
-    sources = [text for text in texts("test") if len(text) > 4000]
-    found: list[list[int]] = []
-    while len(found) < count:
-        text = sources[rng.integers(len(sources))]
-        start = text.rfind("\n", 0, int(rng.integers(len(text) - 2000))) + 1
-        ids = loaded.encode(text[start : start + 2000]).ids
-        if len(ids) >= length:
-            found.append(ids[:length])
-    return found

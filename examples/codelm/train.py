@@ -1,6 +1,6 @@
 """Trains the codelm example: a small Llama that completes Python, with exits for drafting.
 
-    python examples/codelm/train.py                     # checkpoint/, as it is in the repository
+    python examples/codelm/train.py                     # checkpoint/
     python examples/codelm/train.py --plain             # the same model without LayerSkip
     python examples/codelm/train.py --truncated 6       # a 6-layer model, without LayerSkip
     python examples/codelm/train.py --smoke -o DIR      # a few steps, to see that it works
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgeexit.export.methods.layerskip import next_token_loss, train_layerskip
+from edgeexit.export.methods.layerskip import TokenBatches, next_token_loss, train_layerskip
 from edgeexit.export.models.decoder import ExitDecoder
 from edgeexit.export.models.llama import trunk
 
@@ -59,7 +59,7 @@ def make_model(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_batches(tokens: np.ndarray, seed: int) -> object:
+def make_batches(tokens: np.ndarray, seed: int) -> TokenBatches:
     """Random passages ``[BATCH, SEQUENCE + 1]`` of the training text, fixed by the step."""
 
     def batches(step: int) -> torch.Tensor:
@@ -122,7 +122,7 @@ def main() -> None:
 
     train_layerskip(
         decoder,
-        make_batches(text, seed=1),  # type: ignore[arg-type]
+        make_batches(text, seed=1),
         steps=steps,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,

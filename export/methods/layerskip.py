@@ -99,7 +99,7 @@ def train_layerskip(
 
 
 def dropout_rates(depth: int, highest: float) -> list[float]:
-    """Chance of every layer to be dropped: p_max (exp(l ln 2 / (L - 1)) - 1), l from 0 (eq. 2).
+    """Chance of every layer to be dropped: p_max (exp(l ln 2 / (L - 1)) - 1), l from 0.
 
     >>> [round(rate, 3) for rate in dropout_rates(3, 0.2)]
     [0.0, 0.083, 0.2]
@@ -110,7 +110,7 @@ def dropout_rates(depth: int, highest: float) -> list[float]:
 
 def exit_weights(exits: list[int], depth: int, scale: float) -> dict[int, float]:
     """Weights of the exits' losses beside 1 for the last layer's: the paper's, which grow
-    quadratically with depth (eq. 5 and 6), divided by that of the last layer.
+    quadratically with depth, divided by that of the last layer.
 
     >>> exit_weights([2, 3], 4, scale=1.0)
     {2: 0.16666666666666666, 3: 0.5}
@@ -125,4 +125,4 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-__all__ = ["dropout_rates", "exit_weights", "next_token_loss", "train_layerskip"]
+__all__ = ["TokenBatches", "dropout_rates", "exit_weights", "next_token_loss", "train_layerskip"]

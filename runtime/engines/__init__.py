@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Slot(Protocol):
-    """Memory of the device or the host that a tensor is bound to."""
+class Place(Protocol):
+    """Where a tensor lies: on which device, and from which address on."""
 
     device: str
     pointer: int
+
+
+class Slot(Place, Protocol):
+    """Memory of the device or the host that tensors take turns in."""
 
     @property
     def bytes(self) -> int: ...
@@ -28,8 +32,8 @@ class Slot(Protocol):
     ) -> None: ...
 
 
-Bound = tuple[Slot, np.dtype, tuple[int, ...]]
-"""A tensor's place: slot, dtype, shape."""
+Bound = tuple[Place, np.dtype, tuple[int, ...]]
+"""A bound tensor: place, dtype, shape."""
 
 
 class Graph(Protocol):

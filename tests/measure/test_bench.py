@@ -132,7 +132,6 @@ def test_side_runs_the_inputs_asked_for_when_the_library_prints(clockwork: str) 
             ms >= (number + 1) * 0.1
             for ms, number in zip(block["times_ms"], (2, 0, 3), strict=True)
         )
-        assert side.peak_bytes() > 1 << 20
         assert side.facts == {"ms": 0.1}
 
 
@@ -219,7 +218,7 @@ def test_doubts_are_raised_when_others_used_the_machine() -> None:
 
 def test_environment_names_no_folder_when_paths_are_absolute() -> None:
     found = environment.describe(
-        command=["/home/ada/bin/edgeexit", "bench", "--data=/srv/x/rows.npz"]
+        command=["/somewhere/bin/edgeexit", "bench", "--data=/somewhere/rows.npz"]
     )
     assert found["command"] == "edgeexit bench --data=rows.npz"
     assert found["cores"] == len(os.sched_getaffinity(0))
