@@ -205,6 +205,7 @@ def _check_structure(manifest: Manifest) -> None:
     segments = [part for chain in manifest.chains.values() for part in chain.segments]
     segments += list(manifest.heads.values())
     wanted += [variant.graph for part in segments for variant in part.variants]
+    wanted += [part.projection.graph for part in segments if part.projection is not None]
     wanted += manifest.samples
     wanted += [manifest.tokenizer] if manifest.tokenizer else []
     for name in wanted:
@@ -258,8 +259,8 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
 def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> None:
     known: dict[str, Tensor] = {tensor.name: tensor for tensor in manifest.inputs}
     if manifest.decoding is not None:
-        given = (manifest.decoding.embedding.output, manifest.decoding.positions)
-        known |= {tensor.name: tensor for tensor in given}
+        fed = (manifest.decoding.embedding.output, manifest.decoding.positions)
+        known |= {tensor.name: tensor for tensor in fed}
     for part in segments:
         where = f"{MANIFEST}: chain {chain}, segment {part.name}"
         for tensor in part.inputs:
@@ -382,9 +383,9 @@ def _check_graphs(bundle: Bundle) -> None:
     program_inputs = {tensor.name for tensor in manifest.inputs}
     program_outputs = {tensor.name for tensor in manifest.outputs}
     if manifest.decoding is not None:
-        given = (manifest.decoding.embedding.output, manifest.decoding.positions)
+        fed = (manifest.decoding.embedding.output, manifest.decoding.positions)
         caches = [c for chain in manifest.chains.values() for p in chain.segments for c in p.caches]
-        program_inputs = {t.name for t in given} | {cache.past for cache in caches}
+        program_inputs = {t.name for t in fed} | {cache.past for cache in caches}
         program_outputs |= {cache.present for cache in caches}
     for variant in manifest.unsplit:
         lengths = {f"lengths/{kind}" for kind in variant.lengths}
@@ -398,6 +399,10 @@ def _check_graphs(bundle: Bundle) -> None:
         for variant in part.variants:
             lengths = {f"lengths/{kind}" for kind in variant.lengths}
             _check_graph(bundle, variant.graph, inputs | lengths, outputs)
+        if part.projection is not None:
+            given = {tensor.name for tensor in part.inputs}
+            made = {cache.present for cache in part.caches}
+            _check_graph(bundle, part.projection.graph, given, made)
 
 
 def _check_graph(bundle: Bundle, name: str, inputs: set[str], outputs: set[str]) -> None:

@@ -111,7 +111,11 @@ class Exit(Struct, frozen=True, kw_only=True):
 
 
 class Segment(Struct, frozen=True, kw_only=True):
-    """The layers between two boundaries: one graph (in one or more variants), one engine."""
+    """The layers between two boundaries: one graph (in one or more variants), one engine.
+
+    `projection` is a graph that takes the same inputs and gives only the new keys and values of the
+    caches, all of them made from the state that comes in: for tokens that skip the segment.
+    """
 
     name: Name
     variants: Annotated[list[Variant], Meta(min_length=1)]
@@ -119,6 +123,7 @@ class Segment(Struct, frozen=True, kw_only=True):
     outputs: list[Tensor]
     caches: list[Cache] = []
     exits: list[Exit] = []
+    projection: Variant | None = None
 
 
 class Chain(Struct, frozen=True, kw_only=True):

@@ -86,6 +86,9 @@ class CachedSegment:
         caches: Keys and values of its layers, two per layer.
         forms: Fastest first; the last one runs on every engine.
         exit: Name of the exit behind it, if there is one; its head looks at the last output.
+        projection: ``forward(*inputs)`` returns the new keys and values ``[batch, heads, new,
+            size]`` of all caches, made from the state that comes in: what a token that skips the
+            segment leaves there (``approximate`` decoding).
     """
 
     name: str
@@ -94,6 +97,7 @@ class CachedSegment:
     caches: tuple[Cache, ...]
     forms: tuple[Form, ...]
     exit: str | None = None
+    projection: nn.Module | None = None
 
 
 @dataclass(frozen=True)

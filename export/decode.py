@@ -57,7 +57,8 @@ def export_decoder(
             f"{model.name}: there is no early exit", fix="Name layers: exits=[2, 4] (--exits 2,4)."
         )
     parts = [*model.segments, model.unsplit]
-    tell = counter(progress, sum(len(part.forms) for part in parts) + 2)
+    skipped = [part for part in model.segments if part.projection is not None]
+    tell = counter(progress, sum(len(part.forms) for part in parts) + len(skipped) + 2)
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
         store = WeightStore(writer.folder)
         made: dict[str, list[Variant]] = {}
@@ -80,6 +81,14 @@ def export_decoder(
                         lengths=list(form.lengths),
                     )
                 )
+        projections = {}
+        for part in skipped:
+            tell(f"{part.name}, projection")
+            path = f"graphs/{part.name}.projection.onnx"
+            graph = _projection(part, opset)
+            store.externalize(graph.graph)
+            graphs.save_graph(graph, str(writer.folder / path))
+            projections[part.name] = Variant(graph=path)
         tell("head")
         logits = model.head.outputs[0]
         scores = {score: f"{HEAD}/{score}" for score in SCORES}
@@ -121,7 +130,12 @@ def export_decoder(
                 inputs=[Tensor(name="tokens", dtype="int64", axes=["batch", "new"])],
                 outputs=[logits, TOKEN],
                 chains={
-                    "main": Chain(segments=[_segment(s, made, scores) for s in model.segments])
+                    "main": Chain(
+                        segments=[
+                            _segment(part, made[part.name], projections.get(part.name), scores)
+                            for part in model.segments
+                        ]
+                    )
                 },
                 unsplit=made[model.unsplit.name],
                 heads={HEAD: head},
@@ -153,16 +167,30 @@ def _graph(part: CachedSegment, form: Form, opset: int) -> ir.Model:
         for kind in form.lengths
     ]  # fmt: skip
     past = [Tensor(name=c.past, dtype=c.dtype, axes=c.axes) for c in part.caches]
-    grown = "past" if form.caches == "in-place" else "new"
-    present = [
-        Tensor(name=c.present, dtype=c.dtype, axes=[grown if a == "past" else a for a in c.axes])
-        for c in part.caches
-    ]
+    present = _present(part, "past" if form.caches == "in-place" else "new")
     inputs = [*part.inputs, *lengths, *past]
     values = {tensor.name: _example(tensor) for tensor in inputs}
     return graphs.graph_from_module(
         form.module, inputs, [*part.outputs, *present], values, opset=opset, what=part.name
     )
+
+
+def _projection(part: CachedSegment, opset: int) -> ir.Model:
+    assert part.projection is not None
+    values = {tensor.name: _example(tensor) for tensor in part.inputs}
+    what = f"{part.name}, projection"
+    made = _present(part, "new")
+    return graphs.graph_from_module(
+        part.projection, part.inputs, made, values, opset=opset, what=what
+    )
+
+
+def _present(part: CachedSegment, grown: str) -> list[Tensor]:
+    """What a graph gives of a part's caches: whole ones (``past``), or what is ``new``."""
+    return [
+        Tensor(name=c.present, dtype=c.dtype, axes=[grown if a == "past" else a for a in c.axes])
+        for c in part.caches
+    ]
 
 
 def _example(tensor: Tensor) -> torch.Tensor:
@@ -184,7 +212,10 @@ def _add_token(graph: ir.Graph) -> None:
 
 
 def _segment(
-    part: CachedSegment, made: Mapping[str, list[Variant]], scores: Mapping[str, str]
+    part: CachedSegment,
+    variants: list[Variant],
+    projection: Variant | None,
+    scores: Mapping[str, str],
 ) -> ManifestSegment:
     exits = []
     if part.exit is not None:
@@ -199,11 +230,12 @@ def _segment(
         )
     return ManifestSegment(
         name=part.name,
-        variants=made[part.name],
+        variants=variants,
         inputs=list(part.inputs),
         outputs=list(part.outputs),
         caches=list(part.caches),
         exits=exits,
+        projection=projection,
     )
 
 

@@ -49,17 +49,18 @@ class SegmentCaches:
         """Graph output -> the same buffer, for forms that append in place."""
         return {cache.present: self._bound[cache.name] for cache in self._caches}
 
-    def append(self, new: dict[str, NDArray]) -> None:
+    def append(self, new: dict[str, NDArray], rows: NDArray[np.bool_] | None = None) -> None:
         """Writes new keys and values ``[batch, heads, new, size]`` behind each row's length.
 
         Args:
             new: Graph output -> what the segment made.
+            rows: Which rows of the batch; None: all.
         """
+        chosen = range(len(self.lengths)) if rows is None else np.flatnonzero(rows).tolist()
         for cache in self._caches:
-            slot, dtype, shape = self._bound[cache.name]
-            assert isinstance(slot, HostSlot)
-            whole, made = slot.array(dtype, shape), new[cache.present]
-            for row, length in enumerate(self.lengths.tolist()):
+            whole, made = self.rows(cache.name), new[cache.present]
+            for row in chosen:
+                length = int(self.lengths[row])
                 whole[row, :, length : length + made.shape[2]] = made[row]
 
     def rows(self, name: str) -> NDArray:

@@ -9,23 +9,32 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from edgeexit.bundle import Bundle
 from edgeexit.errors import InputError, PolicyError, StateError, UsageError
 from edgeexit.manifest import Exit
-from edgeexit.runtime.modes import Exact, Fast, Full, Ints, Mode, Statistics
+from edgeexit.runtime.modes import (
+    Approximate,
+    Exact,
+    Fast,
+    Full,
+    Ints,
+    Mode,
+    Pace,
+    Statistics,
+)
 from edgeexit.runtime.parts import Opened, Session, check_tokens
 from edgeexit.runtime.policy import Policy, decide
 from edgeexit.runtime.sampling import Sampler, Sampling
 from edgeexit.runtime.text import Stream, open_tokenizer
 
-ModeName = Literal["full", "exact", "fast"]
+ModeName = Literal["full", "exact", "fast", "approximate"]
 Prompt = str | Sequence[int]
 NEW_TOKENS = 128
 """Tokens made where the caller names no number."""
@@ -45,7 +54,7 @@ class Piece:
 
 @dataclass
 class Generation:
-    """Texts being written. Iterate over it, or call `finish`.
+    """Texts being written. Iterate over it, or call `finish`; `close` ends it early.
 
     Attributes:
         tokens: Per row, the tokens made so far; a stop token is not among them.
@@ -60,7 +69,7 @@ class Generation:
     statistics: Statistics
     first_token_s: float = 0.0
     decode_s: float = 0.0
-    _pieces: Iterator[Piece] = field(default_factory=lambda: iter(()), repr=False)
+    _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -76,6 +85,14 @@ class Generation:
         for _ in self._pieces:
             pass
         return self
+
+    def close(self) -> None:
+        """Ends it where it is; the model is free for the next text."""
+        self._pieces.close()
+
+
+def _no_pieces() -> Generator[Piece, None, None]:
+    yield from ()
 
 
 class Decoder:
@@ -95,6 +112,7 @@ class Decoder:
         self.capacity = capacity
         self._opened: Opened | None = opened
         self._session: Session | None = None
+        self._paces: dict[int, dict[int, Pace]] = {}
         self._tokenizer: Any = None
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -111,6 +129,7 @@ class Decoder:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         audit: bool = False,
+        text: bool = True,
         on_piece: Callable[[Piece], object] | None = None,
     ) -> Generation:
         """Continues prompts.
@@ -121,13 +140,16 @@ class Decoder:
                 has room for.
             mode: ``full``: every layer for every token. ``exact``: the same tokens, drafted by an
                 early exit and verified. ``fast``: a token leaves at the exit where the policy says
-                so.
-            draft_exit: The exit that drafts (``exact``); None: the first one.
+                so, and the layers behind it catch up later. ``approximate``: the same, but they
+                never do: they keep what their projections make of the exit's state.
+            draft_exit: The exit that drafts (``exact``); None: the one that pays most.
             drafts: Tokens of a draft (``exact``); None: adapted to what is accepted.
             draft_threshold: Stop drafting when the drafting exit's score is below.
             sampling: How tokens are drawn; None: the likeliest one is taken.
             stop: Strings that end a row; they are not given out.
             audit: Compute what the last exit says to tokens of early exits (``fast``).
+            text: Give out text as well as tokens, where the bundle has a tokenizer; False saves
+                the time that takes.
             on_piece: Called with every piece before it is yielded.
 
         Raises:
@@ -135,8 +157,10 @@ class Decoder:
             UsageError: Arguments that cannot be meant.
             StateError: The model is closed, in use, or was carried over a fork.
         """
-        if mode not in ("full", "exact", "fast"):
-            raise UsageError(f"mode {mode!r} is not known", fix="Use full, exact or fast.")
+        if mode not in get_args(ModeName):
+            raise UsageError(
+                f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."
+            )
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", fix="Use 1 or more.")
         if sampling is not None:
@@ -158,6 +182,12 @@ class Decoder:
                 )
         if mode != "full" and opened.head is None:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
+        if mode == "approximate" and not opened.skippable:
+            raise UsageError(
+                f"{self.bundle.path} cannot be run in mode approximate: it has no projections for "
+                "tokens that skip a segment",
+                fix="Export it again, or use another mode.",
+            )
         generation = Generation([[] for _ in rows], ["" for _ in rows], Statistics())
         sampler = None
         if sampling is not None and sampling.temperature > 0:
@@ -171,6 +201,7 @@ class Decoder:
             max_new_tokens,
             stops,
             on_piece,
+            text=text,
         )
         return generation
 
@@ -182,7 +213,9 @@ class Decoder:
         most: int,
         stops: Sequence[str],
         on_piece: Callable[[Piece], object] | None,
-    ) -> Iterator[Piece]:
+        *,
+        text: bool,
+    ) -> Generator[Piece, None, None]:
         """Runs the rounds. The lock is held while the iterator lives."""
         opened = self._check_usable()
         if not self._lock.acquire(blocking=False):
@@ -193,7 +226,7 @@ class Decoder:
         try:
             ends = set(opened.decoding.stop_tokens)
             streams = None
-            if self.bundle.manifest.tokenizer is not None or stops:
+            if (text and self.bundle.manifest.tokenizer is not None) or stops:
                 tokenizer = self._tokenizers()
                 streams = [Stream(tokenizer, stops) for _ in prompts]
             session = self.session(len(prompts))
@@ -208,7 +241,7 @@ class Decoder:
                 for row, tokens in enumerate(new):
                     if not active[row] or not tokens:
                         continue
-                    kept, text = [], ""
+                    kept, written = [], ""
                     for token in tokens:
                         if token in ends:
                             active[row] = False
@@ -218,16 +251,16 @@ class Decoder:
                         if mode.sampler is not None:
                             mode.sampler.histories[row].append(token)
                         if streams is not None:
-                            text += streams[row].add(token)
+                            written += streams[row].add(token)
                         full = len(generation.tokens[row]) == most
                         if full or (streams is not None and streams[row].stopped):
                             active[row] = False
                             break
                     if not active[row] and streams is not None:
-                        text += streams[row].end()
-                    generation.texts[row] += text
+                        written += streams[row].end()
+                    generation.texts[row] += written
                     generation.decode_s = time.perf_counter() - first
-                    piece = Piece(row, kept, text)
+                    piece = Piece(row, kept, written)
                     if on_piece is not None:
                         on_piece(piece)
                     yield piece
@@ -262,17 +295,19 @@ class Decoder:
                 threshold=draft_threshold,
                 score=self.policy.score,
                 sampler=sampler,
+                paces=self._paces.setdefault(session.batch, {}),
             )
         decisions = decide(self.policy, self.exits, digest=self.bundle.digest)
         thresholds = [d.threshold if d.consult else float("inf") for d in decisions[:-1]]
-        return Fast(
-            session, names, thresholds, score=self.policy.score, audit=audit, sampler=sampler
-        )
+        score = self.policy.score
+        if mode == "approximate":
+            return Approximate(session, names, thresholds, score=score, sampler=sampler)
+        return Fast(session, names, thresholds, score=score, audit=audit, sampler=sampler)
 
     @staticmethod
-    def _position(name: str | None, names: list[str]) -> int:
+    def _position(name: str | None, names: list[str]) -> int | None:
         if name is None:
-            return 0
+            return None
         if name not in names[:-1]:
             raise PolicyError(
                 f"draft_exit names {name!r}; the early exits are {', '.join(names[:-1])}",

@@ -1,4 +1,5 @@
-"""How the next tokens come about: ``full``, ``exact`` and ``fast``, on one set of engines.
+"""How the next tokens come about: ``full``, ``exact``, ``fast`` and ``approximate``, on one set of
+engines.
 
 Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
 token or several per row). All of them keep to three rules. A state that passed a boundary without
@@ -8,6 +9,7 @@ what a cache holds beyond its length does not count.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,6 +50,12 @@ class Statistics:
     audited: int = 0
     agreed: int = 0
 
+    def count(self, exit_name: str, tokens: int) -> None:
+        """Counts tokens answered at an exit."""
+        self.tokens += tokens
+        if tokens:
+            self.exits[exit_name] = self.exits.get(exit_name, 0) + tokens
+
     @property
     def acceptance(self) -> float | None:
         """Accepted ÷ drafted."""
@@ -75,6 +83,9 @@ class Mode(Protocol):
 
     def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
         """One round. Returns the new tokens of every row; those that are not active get none."""
+
+    def force(self, tokens: Ints) -> None:
+        """Goes on with these tokens ``[batch]`` in place of the last ones made."""
 
 
 class Full:
@@ -106,7 +117,7 @@ class Full:
                 last = made.copy() if last is None else np.where(ends[:, None], made, last)
         assert last is not None
         self._current[:, 0] = self._answer(last[:, None])
-        self._count(np.ones(session.batch, bool))
+        self.statistics.count(self.exits[-1], session.batch)
         return self._current[:, 0].copy()
 
     def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
@@ -115,20 +126,17 @@ class Full:
         for number in range(len(session.parts)):
             states = session.run(number, 1)
         self._current[:, 0] = self._answer(states)
-        self._count(active)
+        self.statistics.count(self.exits[-1], int(active.sum()))
         return [[int(t)] if on else [] for t, on in zip(self._current[:, 0], active, strict=True)]
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
 
     def _answer(self, states: Floats) -> Ints:
         """Tokens for states ``[batch, 1, width]``; the unsplit graph has answered already."""
         head = self.session.head
         answers = self.session.parts[-1].answers if head is None else head(states[:, 0])
         return choose(answers, self.sampler)
-
-    def _count(self, active: NDArray[np.bool_]) -> None:
-        made = int(active.sum())
-        self.statistics.tokens += made
-        name = self.exits[-1]
-        self.statistics.exits[name] = self.statistics.exits.get(name, 0) + made
 
 
 class Exact:
@@ -139,55 +147,62 @@ class Exact:
     more token of the last exit. Nothing of the first segments is computed twice.
 
     Args:
-        exit_number: Index of the exit that drafts.
-        drafts: The most tokens of a draft; None: adapted to the acceptance seen.
+        exit_number: Index of the exit that drafts; None: of every round the one that pays most by
+            what was measured so far (`Pace`), the earliest ones being tried first.
+        drafts: The most tokens of a draft; None: as many as pay, none included.
         threshold: Drafting stops early when the drafting exit's score is below.
+        paces: What earlier texts told of the exits, for batches of the same size; kept up.
     """
-
-    MOST_DRAFTS = 8
 
     def __init__(
         self,
         session: Session,
         exits: Sequence[str],
-        exit_number: int,
+        exit_number: int | None = None,
         *,
         drafts: int | None = None,
         threshold: float = 0.0,
         score: str = "max_prob",
         sampler: Sampler | None = None,
+        paces: dict[int, Pace] | None = None,
     ) -> None:
         assert session.head is not None
-        self.session, self.exits, self.exit_number = session, exits, exit_number
+        self.session, self.exits = session, exits
         self.sampler = sampler
         self.statistics = Statistics()
         self._head = session.head
         self._fixed, self._threshold, self._score = drafts, threshold, score
         self._full = Full(session, exits, sampler)
-        # Drafts tested and accepted, fading, so that the chance of acceptance starts at 0.75.
-        self._seen, self._kept = 4.0, 3.0
+        layers = [len(part.segment.caches) for part in session.parts]
+        shares = [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers) - 1)]
+        known = {} if paces is None else paces
+        for number, share in enumerate(shares):
+            known.setdefault(number, Pace(share)).next_text()
+        chosen = range(len(shares)) if exit_number is None else [exit_number]
+        self._paces = {number: known[number] for number in chosen}
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         first = self._full.prefill(prompts)
         self._current = first.copy()
-        self.statistics.tokens += len(first)
-        self._count(self.exits[-1], len(first))
+        self.statistics.count(self.exits[-1], len(first))
         return first
 
     def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
         session, batch = self.session, self.session.batch
-        behind = self.exit_number + 1
+        exit_number, drafts_wanted = self._plan()
+        behind = exit_number + 1
         for part in session.parts:
             part.caches.lengths[~active] = 0  # rows that ended need no room, and go on in vain
         start = session.parts[0].caches.lengths.copy()
         room = session.capacity - int(start.max()) - 1
-        wanted = max(0, min(self._wanted(), room, session.chunk - 1))
+        wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)
         chances: list[list[Floats64]] = [[] for _ in range(batch)]
         ring = session.rings[behind]
         one = np.ones(batch, np.int64)
         made = 0
+        started = time.perf_counter()
         while True:
             session.embed(tokens)
             for number in range(behind):
@@ -202,6 +217,7 @@ class Exact:
             tokens[:, 0] = self._draft(answers, drafts[:, :made], chances)
             drafts[:, made] = tokens[:, 0]
             made += 1
+        drafted = time.perf_counter()
         rows = made + 1
         session.boundary(behind, rows)[...] = ring.states(0, rows)
         ring.clear()
@@ -210,14 +226,26 @@ class Exact:
         answers = self._head(states.reshape(batch * rows, -1))
         kept, self._current = self._verify(answers, drafts[:, :made], chances)
         session.crop(np.where(active, start + kept + 1, start))
+        verified = time.perf_counter()
         found: list[list[int]] = []
+        tested = accepted = 0
         for row, count in enumerate(kept.tolist()):
             if not active[row]:
                 found.append([])
                 continue
             found.append([*drafts[row, :count].tolist(), int(self._current[row])])
-            self._tally(made, count)
+            tested += min(count + 1, made)
+            accepted += count
+            self.statistics.count(self.exits[exit_number], count)
+            self.statistics.count(self.exits[-1], 1)
+            self.statistics.drafted += made
+        self.statistics.tested += tested
+        self.statistics.accepted += accepted
+        self._paces[exit_number].tell(made, tested, accepted, drafted - started, verified - drafted)
         return found
+
+    def force(self, tokens: Ints) -> None:
+        self._current = tokens.copy()
 
     def _draft(
         self, answers: Answers, drafted: Ints, chances: list[list[Floats64]]
@@ -250,45 +278,89 @@ class Exact:
             kept[row], after[row] = self.sampler.verify(row, told, chances[row], p)
         return kept, after
 
-    def _tally(self, made: int, kept: int) -> None:
-        tested = min(kept + 1, made)
-        statistics = self.statistics
-        statistics.tokens += kept + 1
-        statistics.drafted += made
-        statistics.accepted += kept
-        statistics.tested += tested
-        self._count(self.exits[self.exit_number], kept)
-        self._count(self.exits[-1], 1)
-        self._seen = 0.9 * self._seen + tested
-        self._kept = 0.9 * self._kept + kept
+    def _plan(self) -> tuple[int, int]:
+        """The exit that drafts next, and how many tokens."""
+        known = next((pace.full_s for pace in self._paces.values() if pace.full_s), None)
+        for pace in self._paces.values():
+            if not pace.full_s:
+                pace.guess(known or 1.0)
+        number = max(self._paces, key=lambda number: self._paces[number].best[1])
+        return number, self._paces[number].best[0] if self._fixed is None else self._fixed
 
-    def _count(self, name: str, tokens: int) -> None:
-        self.statistics.exits[name] = self.statistics.exits.get(name, 0) + tokens
 
-    def _wanted(self) -> int:
-        """Drafts that pay: tokens per round over cost per round.
+class Pace:
+    """What drafting at one exit was seen to bring and to cost.
 
-        With f the share of layers that draft, a the chance of acceptance, h the head's cost and s
-        the slope of verification, d drafts give (1 - a^(d+1)) / (1 - a) tokens and cost
-        d (f + h) + f + (1 - f) (1 + s d) + h.
-        """
-        if self._fixed is not None:
-            return self._fixed
+    A round of d drafts gives (1 - a^(d+1)) / (1 - a) tokens, a being the chance that a draft is
+    accepted when all before it were. It costs d + 1 runs of the layers before the exit and one of
+    those behind it, whose time grows with its d + 1 rows. What has not been measured is guessed
+    from the share of layers, so that exits are tried from the cheapest on.
+
+    Attributes:
+        full_s: Seconds of a round without drafts; 0 until something was measured.
+        best: The number of drafts that pays most, and its tokens per second.
+    """
+
+    MOST_DRAFTS = 8
+    ACCEPTANCE = 0.75
+    """Assumed until drafts were tested, and slowly again while there are none."""
+
+    HEAD_SHARE, SLOPE = 0.08, 0.05
+    """Guesses: what the head costs beside all layers, and by how much each further row slows the
+    layers behind the exit."""
+
+    FADING, RETURN = 0.9, 0.005
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._seen, self._kept = 4.0, 4.0 * self.ACCEPTANCE
+        self._draft_s = self._behind_s = 0.0
+        self.full_s = 0.0
+        self.best = (0, 0.0)
+
+    def guess(self, full_s: float) -> None:
+        """Assumes costs by the share of layers, a whole step taking `full_s`."""
+        self._draft_s = full_s * (self._share + self.HEAD_SHARE)
+        self._behind_s = full_s * (1 - self._share + self.HEAD_SHARE)
+        self._choose()
+
+    def tell(self, drafts: int, tested: int, kept: int, before_s: float, behind_s: float) -> None:
+        """Takes in a round: drafts tested and kept over all rows, and its two times."""
+        if tested:
+            self._seen = self.FADING * self._seen + tested
+            self._kept = self.FADING * self._kept + kept
+        else:
+            self._kept += self.RETURN * (self.ACCEPTANCE * self._seen - self._kept)
+        draft_s, behind_s = before_s / (drafts + 1), behind_s / (1 + self.SLOPE * drafts)
+        if self.full_s:
+            draft_s = _smooth(self._draft_s, draft_s)
+            behind_s = _smooth(self._behind_s, behind_s)
+        self._draft_s, self._behind_s = draft_s, behind_s
+        self.full_s = draft_s + behind_s
+        self._choose()
+
+    def next_text(self) -> None:
+        """Keeps what was learnt of times, and less of what was accepted: texts differ."""
+        fewer = min(1.0, 4.0 / self._seen)
+        self._seen, self._kept = self._seen * fewer, self._kept * fewer
+        if self.full_s:
+            self._choose()
+
+    def _choose(self) -> None:
         alpha = min(self._kept / self._seen, 0.99)
-        layers = [len(part.segment.caches) for part in self.session.parts]
-        share = sum(layers[: self.exit_number + 1]) / sum(layers)
+        self.best = (0, 0.0)
+        tokens, power = 0.0, 1.0
+        for drafts in range(self.MOST_DRAFTS + 1):
+            tokens += power
+            power *= alpha
+            took = (drafts + 1) * self._draft_s + self._behind_s * (1 + self.SLOPE * drafts)
+            if tokens / took > self.best[1]:
+                self.best = (drafts, tokens / took)
 
-        def rate(drafts: int) -> float:
-            tokens = (1 - alpha ** (drafts + 1)) / (1 - alpha)
-            behind = (1 - share) * (1 + VERIFY_SLOPE * drafts)
-            return tokens / (drafts * (share + HEAD_SHARE) + share + behind + HEAD_SHARE)
 
-        return max(range(1, self.MOST_DRAFTS + 1), key=rate)
-
-
-HEAD_SHARE, VERIFY_SLOPE = 0.08, 0.05
-"""What the head costs beside all layers, and by how much each further row slows a verification.
-Assumed, not measured on the model at hand: they only choose the length of drafts."""
+def _smooth(known_s: float, seen_s: float) -> float:
+    """A running time that follows faster down than up: what is slow once was disturbed."""
+    return known_s + (0.5 if seen_s < known_s else 0.1) * (seen_s - known_s)
 
 
 class Fast:
@@ -354,6 +426,9 @@ class Fast:
             self.flush()
         return found
 
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
     def flush(self) -> None:
         """Lets every segment catch up with all states that wait."""
         for number in range(1, len(self.session.parts)):
@@ -367,24 +442,23 @@ class Fast:
             if number:
                 states = self._drain(number)
             final = number == len(session.parts) - 1
-            threshold = -np.inf if final else self._thresholds[number]
-            if threshold == np.inf:
+            if not final and self._thresholds[number] == np.inf:
                 continue
             answers = self._head(states)
-            fires = undecided if final else undecided & (answers[self._score] >= threshold)
+            fires = undecided if final else undecided & self._leave_at(number, answers)
             for row in np.flatnonzero(fires).tolist():
-                token = int(answers["token"][row])
                 if not final:
-                    self._emitted[row][-1] = token
-                if self.sampler is not None:
-                    p = self.sampler.chances(row, answers["logits"][row])
-                    token = self.sampler.draw(row, p)
-                self._current[row, 0] = token
-            self._count(self.exits[number], int(fires.sum()))
+                    self._emitted[row][-1] = int(answers["token"][row])
+                self._current[row, 0] = pick(answers, row, self.sampler)
+            self.statistics.count(self.exits[number], int(fires.sum()))
             undecided &= ~fires
             if not undecided.any():
                 break
         return self._current[:, 0].copy()
+
+    def _leave_at(self, number: int, answers: Answers) -> NDArray[np.bool_]:
+        """Which rows an exit's answers are good enough for, ``[batch]``."""
+        return answers[self._score] >= self._thresholds[number]
 
     def _wait(self, number: int, states: Floats, counts: Ints) -> None:
         if number < len(self.session.parts):
@@ -432,22 +506,96 @@ class Fast:
                 agreed = [told[place] == token for place, token in zip(places, tokens, strict=True)]
                 self.statistics.agreed += sum(agreed)
 
-    def _count(self, name: str, tokens: int) -> None:
-        self.statistics.tokens += tokens
-        if tokens:
-            self.statistics.exits[name] = self.statistics.exits.get(name, 0) + tokens
+
+class Approximate:
+    """Exits by score, as CALM does it (arXiv:2207.07061): the state that a token leaves with is all
+    that the layers behind ever see of it, through their projections to keys and values.
+
+    Nothing is caught up, so caches are not those of the full model. Prompts are not approximated:
+    their first token is the full model's.
+
+    Args:
+        thresholds: As for `Fast`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exits: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        score: str = "max_prob",
+        sampler: Sampler | None = None,
+    ) -> None:
+        assert session.head is not None
+        self.session, self.exits, self.sampler = session, exits, sampler
+        self._head = session.head
+        self._thresholds, self._score = list(thresholds), score
+        self._full = Full(session, exits, sampler)
+        self.statistics = self._full.statistics
+        self._current: Ints = np.zeros((session.batch, 1), np.int64)
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        self._current[:, 0] = self._full.prefill(prompts)
+        return self._current[:, 0].copy()
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        session = self.session
+        places = session.parts[0].caches.lengths.copy()
+        undecided = active.copy()
+        left = np.zeros((session.batch, session.boundary(1, 1).shape[-1]), np.float32)
+        session.embed(self._current)
+        for number in range(len(session.parts)):
+            gone = active & ~undecided
+            if gone.any():
+                session.boundary(number, 1)[gone, 0] = left[gone]
+            if undecided.any():
+                counts = undecided.astype(np.int64)
+                states = session.run(number, 1, counts, places=places)[:, 0]
+                fires = self._decide(number, states, undecided)
+                left[fires] = states[fires]
+                undecided &= ~fires
+            if gone.any():
+                self._skip(number, gone, places)
+        tokens = self._current[:, 0].tolist()
+        return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
+    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+        """What a segment keeps of tokens that left before it."""
+        self.session.project(number, rows, places)
+
+    def _decide(
+        self, number: int, states: Floats, undecided: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Which rows are answered behind a segment; their tokens become the current ones."""
+        final = number == len(self.session.parts) - 1
+        if not final and self._thresholds[number] == np.inf:
+            return np.zeros_like(undecided)
+        answers = self._head(states)
+        fires = undecided
+        if not final:
+            fires = undecided & (answers[self._score] >= self._thresholds[number])
+        for row in np.flatnonzero(fires).tolist():
+            self._current[row, 0] = pick(answers, row, self.sampler)
+        self.statistics.count(self.exits[number], int(fires.sum()))
+        return fires.copy()
 
 
 def choose(answers: Answers, sampler: Sampler | None) -> Ints:
     """One token per row of a head's answers: the greedy one, or a drawn one."""
     if sampler is None:
         return answers["token"]
-    return np.array(
-        [
-            sampler.draw(row, sampler.chances(row, logits))
-            for row, logits in enumerate(answers["logits"])
-        ]
-    )
+    return np.array([pick(answers, row, sampler) for row in range(len(answers["token"]))])
+
+
+def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
+    """The token of one row of a head's answers."""
+    if sampler is None:
+        return int(answers["token"][row])
+    return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
 
 
 def _chunk(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, Ints]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,25 @@ class Opened:
     head: Segment | None
     head_graph: Graph | None
     table: Floats
+    projections: dict[int, Graph] = field(default_factory=dict)
 
     @property
     def limit(self) -> int:
         """The most tokens that the model was made for."""
         return self.bundle.manifest.limits["positions"]
+
+    @property
+    def skippable(self) -> bool:
+        """Whether tokens can skip every segment but the first (`Segment.projection`)."""
+        return all(segment.projection is not None for segment in self.segments[1:])
+
+    def projection(self, number: int) -> Graph:
+        """The projection of a segment, opened when it is first needed."""
+        if number not in self.projections:
+            variant = self.segments[number].projection
+            assert variant is not None
+            self.projections[number] = self.engine.open(self.bundle.file(variant.graph))
+        return self.projections[number]
 
 
 def open_decoder(bundle: Bundle, engine: Engine, *, unsplit: bool = False) -> Opened:
@@ -163,26 +177,51 @@ class Session:
         """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary."""
         np.take(self.opened.table, tokens, axis=0, out=self.boundary(0, tokens.shape[1]))
 
-    def run(self, number: int, new: int, counts: NDArray[np.int64] | None = None) -> Floats:
+    def run(
+        self,
+        number: int,
+        new: int,
+        counts: NDArray[np.int64] | None = None,
+        *,
+        places: NDArray[np.int64] | None = None,
+    ) -> Floats:
         """Runs a segment over what its boundary holds.
 
         Args:
             number: Which segment.
             new: Tokens per row in the boundary.
             counts: How many of them count, per row; None: all. The others were padding.
+            places: Position of each row's first new token, ``[batch]``; None: behind what the
+                segment's caches hold. They differ where tokens are missing there.
 
         Returns:
             The next boundary, ``[batch, new, width]``.
         """
         part = self.parts[number]
-        positions = self.positions(new)
-        if new == 1:
-            positions[:, 0] = part.caches.lengths
-        else:
-            np.add(part.caches.lengths[:, None], np.arange(new), out=positions)
+        self._place(part.caches.lengths if places is None else places, new)
         part.run(new)
         part.caches.lengths += new if counts is None else counts
         return self.boundary(number + 1, new)
+
+    def project(self, number: int, rows: NDArray[np.bool_], places: NDArray[np.int64]) -> None:
+        """Lets one state per row skip a segment: what its boundary holds for these rows leaves keys
+        and values in the segment's caches (`Segment.projection`), and is not changed.
+
+        Args:
+            rows: Which rows, ``[batch]``.
+            places: Position of each row's state, ``[batch]``.
+        """
+        part = self.parts[number]
+        self._place(places, 1)
+        part.caches.append(part.project(), rows)
+        part.caches.lengths[rows] += 1
+
+    def _place(self, places: NDArray[np.int64], new: int) -> None:
+        positions = self.positions(new)
+        if new == 1:
+            positions[:, 0] = places
+        else:
+            np.add(places[:, None], np.arange(new), out=positions)
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """Shortens every cache that is longer to these lengths ``[batch]``."""
@@ -206,6 +245,8 @@ class Part:
         self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
         self.caches = SegmentCaches(self.segment.caches, batch, capacity, opened.engine)
         self._positions, self._boundaries = positions, boundaries
+        self._opened, self._number = opened, number
+        self._projection: tuple[Callable[[], object], dict[str, NDArray[Any]]] | None = None
         self._bindings: dict[
             tuple[int, int | None], tuple[Callable[[], object], dict[str, NDArray[Any]]]
         ] = {}
@@ -292,14 +333,8 @@ class Part:
         if self.variant.caches == "in-place":
             outputs |= self.caches.present()
         else:
-            for cache in self.segment.caches:
-                shape = tuple(
-                    {"batch": batch, "past": new}[a] if isinstance(a, str) else int(a or 1)
-                    for a in cache.axes
-                )
-                own = HostSlot(int(np.prod(shape)) * np.dtype(cache.dtype).itemsize)
-                outputs[cache.present] = (own, np.dtype(cache.dtype), shape)
-                made[cache.present] = own.array(np.dtype(cache.dtype), shape)
+            grown, made = self._new_caches(new)
+            outputs |= grown
         for tensor in self.segment.outputs:
             if "new" not in tensor.axes:
                 _, dtype_, shape = outputs[tensor.name]
@@ -312,6 +347,36 @@ class Part:
             self._bindings.pop(next(iter(self._bindings)))
         self._bindings[new, row] = bound
         return bound
+
+    def _new_caches(self, new: int) -> tuple[dict[str, Bound], dict[str, NDArray[Any]]]:
+        """Buffers for keys and values of new tokens: what to bind, and the same as arrays."""
+        bound: dict[str, Bound] = {}
+        made: dict[str, NDArray[Any]] = {}
+        sizes = {"batch": self._batch, "past": new}
+        for cache in self.segment.caches:
+            shape = tuple(sizes[a] if isinstance(a, str) else int(a or 1) for a in cache.axes)
+            dtype = np.dtype(cache.dtype)
+            own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
+            bound[cache.present] = (own, dtype, shape)
+            made[cache.present] = own.array(dtype, shape)
+        return bound, made
+
+    def project(self) -> dict[str, NDArray[Any]]:
+        """Keys and values that the boundary's states, one per row, leave if they skip the
+        segment."""
+        if self._projection is None:
+            (before, width), _ = self._boundaries
+            state, positions, *_ = self.segment.inputs
+            inputs: dict[str, Bound] = {
+                state.name: (before, np.dtype(np.float32), (self._batch, 1, width)),
+                positions.name: (self._positions, np.dtype(np.int64), (self._batch, 1)),
+            }
+            outputs, made = self._new_caches(1)
+            graph = self._opened.projection(self._number)
+            self._projection = graph.bind(inputs, outputs), made
+        run, made = self._projection
+        run()
+        return made
 
 
 def _width(axes: Sequence[Any]) -> int:

@@ -100,3 +100,59 @@ def random_prompts(count: int, lengths: Sequence[int], seed: int = 0) -> list[li
     """Prompts of random tokens (none of them the end)."""
     rng = np.random.default_rng(seed)
     return [rng.integers(1, VOCABULARY, lengths[n % len(lengths)]).tolist() for n in range(count)]
+
+
+@torch.no_grad()
+def approximate(
+    model: transformers.PreTrainedModel, prompt: Sequence[int], count: int, threshold: float
+) -> tuple[list[int], list[int], list[float]]:
+    """What CALM's propagation of skipped states gives, one layer and one token at a time, float64.
+
+    Returns:
+        Tokens, the layer that answered each, and how far its largest logit was above the second.
+    """
+    from edgeexit.export.attention import join_heads, rotate, split_heads
+    from edgeexit.export.models.pretrained import DECODERS
+
+    trunk = DECODERS[model.config.model_type].trunk(model.double().eval())
+    heads = trunk.heads
+    past: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in trunk.layers]
+
+    def project(layer: int, state: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        q, k, v = trunk.layers[layer].before(state)
+        sizes = (heads.queries, heads.keys, heads.keys)
+        q, k, v = (split_heads(x, n, heads.size) for x, n in zip((q, k, v), sizes, strict=True))
+        if heads.rotary is not None:
+            cos, sin = (table.double() for table in heads.rotary)
+            q, k = rotate(q, cos, sin, place), rotate(k, cos, sin, place)
+        past[layer].append((k, v))
+        return q
+
+    tokens, layers, margins = list(prompt), [], []
+    place = 0
+    while len(tokens) < len(prompt) + count:
+        where = torch.tensor([[place]])
+        embedded = torch.nn.functional.embedding(torch.tensor([[tokens[place]]]), trunk.embedding)
+        state = trunk.stem(embedded, where)
+        left = None
+        for layer in range(LAYERS):
+            q = project(layer, state, where)
+            if left is not None:
+                continue
+            k, v = (torch.cat(x, dim=2) for x in zip(*past[layer], strict=True))
+            k, v = (x.repeat_interleave(heads.queries // heads.keys, dim=1) for x in (k, v))
+            shares = torch.softmax(q @ k.transpose(-1, -2) * heads.size**-0.5, dim=-1)
+            state = trunk.layers[layer].after(state, join_heads(shares @ v))
+            logits = trunk.head(state[:, -1])[0]
+            chances = torch.softmax(logits, dim=-1)
+            early = layer + 1 in EXITS and place >= len(prompt)
+            if layer + 1 == LAYERS or (early and float(chances.max()) >= threshold):
+                left = layer + 1
+                largest = logits.topk(2).values
+        place += 1
+        if place >= len(prompt):
+            assert left is not None
+            tokens.append(int(logits.argmax()))
+            layers.append(left)
+            margins.append(float(largest[0] - largest[1]))
+    return tokens[len(prompt) :], layers, margins

@@ -19,6 +19,7 @@ from edgeexit.cli.common import (
     share,
     verbosity_options,
 )
+from edgeexit.errors import UsageError
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -71,6 +72,20 @@ def _threads(context: click.Context, parameter: click.Parameter, value: str | No
     metavar="N|blocking|spinning|process",
     help="A setting for both sides; default: the best one for each, found by a short search.",
 )
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Decoders without --data: length of random prompts.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Decoders: tokens written behind each prompt.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random order of rows.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
@@ -86,6 +101,8 @@ def command(
     batch: int,
     seconds: float,
     threads: Any,
+    prompt_tokens: int,
+    new_tokens: int,
     seed: int,
     output: Path | None,
     engine: str,
@@ -100,32 +117,95 @@ def command(
     """
     import json
 
+    from edgeexit.bundle import open_bundle
     from edgeexit.measure.bench import bench
+    from edgeexit.measure.decodebench import bench_decoder
     from edgeexit.measure.files import check_output, write_atomic
 
     add_current_directory()
     if output is not None:
         check_output(output)
-    with progress_bar(quiet) as progress:
-        result = bench(
-            bundle,
-            mode=mode,  # type: ignore[arg-type]
-            engine=engine,
-            policy=policy,
-            data=data,
-            batch=batch,
-            seconds=seconds,
-            threads=threads,
-            seed=seed,
-            progress=progress,
+    opened = open_bundle(bundle)
+    writes = opened.manifest.program == "decode"
+    if writes and mode != "latency":
+        raise UsageError(
+            f"{bundle} is a language model, and --mode {mode} counts rows",
+            fix="Leave --mode out: tokens per second are reported.",
         )
+    common: dict[str, Any] = {
+        "engine": engine,
+        "policy": policy,
+        "data": data,
+        "seconds": seconds,
+        "threads": threads,
+        "seed": seed,
+    }
+    with progress_bar(quiet) as progress:
+        if writes:
+            result = bench_decoder(
+                opened,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                **common,
+                progress=progress,
+            )
+        else:
+            result = bench(opened, mode=mode, batch=batch, **common, progress=progress)  # type: ignore[arg-type]
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomic(output, lambda file: file.write(text.encode()))
     if as_json:
         print_json(result)
+    elif writes:
+        _print_decoder(result)
     else:
         _print(result)
+
+
+def _print_decoder(result: dict[str, Any]) -> None:
+    machine, data = result["environment"], result["data"]
+    columns = ["mode", "first token ms", "tokens/s", "prefill", "decode", "of full", "notes"]
+    unsplit = result["unsplit"]
+    speed = [f"{unsplit['prefill_ms']:.2f}", f"{unsplit['tokens_per_s']:.1f}"]
+    rows = [["unsplit", *speed, "1.000", "1.000", "-", ""]]
+    for name, found in result["modes"].items():
+        ours, full = found["against_unsplit"], found["against_full"]
+        rows.append(
+            [
+                name,
+                f"{found['prefill_ms']:.2f}",
+                f"{found['tokens_per_s']:.1f}",
+                f"{ours['prefill']:.3f}",
+                f"{ours['decode']:.3f}",
+                f"{full['decode']:.3f}",
+                _remark(name, found),
+            ]
+        )
+    print_table(
+        f"{machine['bundle']['name']} on {data['name']}, {result['new_tokens']} tokens each",
+        columns,
+        rows,
+        notes=[
+            "",
+            "prefill, decode, of full: times as fast as unsplit, and as mode full",
+            f"split tax of decoding {result['split_tax']:.3f} (full depth)",
+            f"threads: unsplit {result['threads']['unsplit']}, chain {result['threads']['modes']}; "
+            f"{machine['processor']}, {machine['cores']} cores, "
+            f"{machine['engine']['library']} {machine['engine']['version']}",
+            *([] if len(result["modes"]) > 1 else ["other modes: give real prompts with --data"]),
+            *(f"warning: {text}" for text in result["warnings"]),
+        ],
+    )
+
+
+def _remark(name: str, found: dict[str, Any]) -> str:
+    if "alpha" in found:
+        other = found["turns_with_other_tokens_than_full"]
+        same = "same tokens as full" if not other else f"{other} texts differ from full"
+        return f"{share(found['accepted_of_drafted'])} of drafts accepted; {same}"
+    if "agreement" in found:
+        return f"last exit agrees with {share(found['agreement'])} of early tokens"
+    return ""
 
 
 def _print(result: dict[str, Any]) -> None:

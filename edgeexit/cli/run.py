@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", "prompts", multiple=True, help="A text to go on with (decoders).")
 @click.option(
     "--mode",
-    type=click.Choice(["full", "exact", "fast"]),
+    type=click.Choice(["full", "exact", "fast", "approximate"]),
     help="Decoders: every layer for every token (the default); the same tokens, drafted by an "
     "early exit; or exits by score.",
 )
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     "--max-new-tokens", type=click.IntRange(min=1), help="Decoders; default: 128 at most."
 )
 @click.option("--stream", is_flag=True, help="Decoders: print the text while it comes.")
-@click.option("--draft-exit", metavar="NAME", help="--mode exact: the exit that drafts.")
+@click.option("--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays.")
 @click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft.")
 @click.option("--audit", is_flag=True, help="--mode fast: how often the last exit agrees.")
 @click.option("--stop", "stops", multiple=True, help="Decoders: a string that ends the text.")

@@ -99,8 +99,8 @@ def bench(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.manifest.program != "forward":
         raise MeasurementError(
-            f"{opened.path} is a language model, which bench does not take yet",
-            fix="`edgeexit run --prompt` tells tokens per second.",
+            f"{opened.path} is a language model",
+            fix="Measure it with edgeexit.measure.decodebench.bench_decoder, as the command does.",
         )
     tell = progress or (lambda what, done, of: None)
     watch = environment.Watch()

@@ -73,6 +73,9 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
                     {"precision": v.precision, "requires": v.requires} | _graph(bundle, v.graph)
                     for v in segment.variants
                 ],
+                "projection": None
+                if segment.projection is None
+                else _graph(bundle, segment.projection.graph),
                 "inputs": [tensor.name for tensor in segment.inputs],
                 "exits": [
                     {

@@ -72,3 +72,26 @@ def tokens(split: str, tokenizer: Path) -> np.ndarray:
     for encoding in loaded.encode_batch(texts(split)):
         parts += [np.array(encoding.ids, np.uint16), np.array([end], np.uint16)]
     return np.concatenate(parts)
+
+
+def prompts(split: str, tokenizer: Path, count: int, *, seed: int = 0) -> list[list[int]]:
+    """Beginnings of passages of a split as token ids: random lines of random files, of 32 to 320
+    tokens.
+
+    For ``test``, seed 0 is what figures are made of and no other is used; ``train`` is for choosing
+    thresholds.
+    """
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer))
+    rng = np.random.default_rng(seed)
+    sources = texts(split)
+    found: list[list[int]] = []
+    while len(found) < count:
+        lines = sources[rng.integers(len(sources))].splitlines(keepends=True)
+        start = int(rng.integers(max(1, len(lines))))
+        ids = loaded.encode("".join(lines[start : start + 100])).ids
+        length = int(rng.integers(32, 321))
+        if len(ids) >= length:
+            found.append(ids[:length])
+    return found

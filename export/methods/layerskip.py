@@ -33,6 +33,7 @@ def train_layerskip(
     dropout: float = 0.1,
     exit_scale: float = 1.0,
     weights: Mapping[int, float] | None = None,
+    autocast: torch.dtype | None = None,
     state_file: str | os.PathLike[str] | None = None,
     save_every: int = 200,
     progress: Progress | None = None,
@@ -51,6 +52,8 @@ def train_layerskip(
         exit_scale: e_scale of the paper, see `exit_weights`.
         weights: Exit layer -> weight of its loss beside 1 for the last layer, in place of the
             paper's. 0 for all of them and no dropout is plain language modelling.
+        autocast: Type in which matrices are multiplied, as `torch.autocast` does; weights and the
+            optimizer stay as they are.
 
     The other arguments and the result are those of `train_joint`.
     """
@@ -75,7 +78,8 @@ def train_layerskip(
         skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
         early = turns[step % len(turns)] if turns else None
         exits = [depth] if early is None else [early, depth]
-        logits = decoder(tokens[:, :-1], exits=exits, skipped=skipped)
+        with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None):
+            logits = decoder(tokens[:, :-1], exits=exits, skipped=skipped)
         loss = next_token_loss(logits[depth], tokens)
         if early is None:
             return loss
@@ -90,7 +94,7 @@ def train_layerskip(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
-        settings=f"layerskip {dropout} {sorted(chosen.items())}",
+        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}",
         prepare=decoder.train,
         state_file=state_file,
         save_every=save_every,

@@ -12,13 +12,20 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.export.attention import AnyForm, Heads, causal_attention, forms
+from edgeexit.export.attention import (
+    AnyForm,
+    Heads,
+    causal_attention,
+    forms,
+    rotate,
+    split_heads,
+)
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form, Segment
 from edgeexit.export.models.classifier import check_layers, save_exit_layers
 from edgeexit.manifest import Cache, Tensor
@@ -83,6 +90,14 @@ class ExitDecoder(nn.Module):
         self.name = type(model).__name__
         self.tokenizer_folder: Path | None = None
         self.provenance: dict[str, str] = {}
+        self._layer = self._through_layer
+        self._head = trunk.head.__call__
+
+    def compile(self, **options: Any) -> None:
+        """Compiles one layer and the head rather than the whole pass (`torch.compile` with these
+        options): all layers share that code, whichever exits are asked for and layers dropped."""
+        self._layer = torch.compile(self._through_layer, **options)
+        self._head = torch.compile(self.trunk.head, **options)
 
     def forward(
         self,
@@ -109,12 +124,17 @@ class ExitDecoder(nn.Module):
         found = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
             if number not in skipped:
-                q, k, v = layer.before(state)
-                state = layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
+                state = self._layer(layer, state, positions)
             if number in wanted:
-                flat = self.trunk.head(state.reshape(-1, self.trunk.width))
+                flat = self._head(state.reshape(-1, self.trunk.width))
                 found[number] = flat.unflatten(0, input_ids.shape)
         return found
+
+    def _through_layer(
+        self, layer: Layer, state: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        q, k, v = layer.before(state)
+        return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model as transformers does, and behind which layers it has exits."""
@@ -138,6 +158,7 @@ class ExitDecoder(nn.Module):
                     caches=_caches(trunk.heads, start, stop),
                     forms=self._forms(start, stop, head=False),
                     exit=f"exit_{stop}",
+                    projection=None if start == 0 else self._projection(start, stop),
                 )
             )
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
@@ -194,6 +215,31 @@ class ExitDecoder(nn.Module):
             )
             for form in forms(trunk.heads)
         )
+
+    def _projection(self, start: int, stop: int) -> nn.Module:
+        return _Projection(self.trunk.layers[start:stop], self.trunk.heads).eval()
+
+
+class _Projection(nn.Module):
+    """Keys and values that layers would make of one state, were it the input of each of them
+    (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
+
+    def __init__(self, layers: Sequence[nn.Module], heads: Heads) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads = heads
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made: list[torch.Tensor] = []
+        for layer in _typed(self.layers):
+            _, k, v = layer.before(state)
+            k, v = (split_heads(x, self.heads.keys, self.heads.size) for x in (k, v))
+            if self.heads.rotary is not None:
+                k = rotate(k, self.cos, self.sin, positions)
+            made += [k, v]
+        return tuple(made)
 
 
 class _Part(nn.Module):

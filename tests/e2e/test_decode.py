@@ -82,11 +82,21 @@ def test_what_cannot_be_meant_is_refused(
     assert "Traceback" not in ran.err and ran.out == ""
 
 
-@pytest.mark.parametrize("verb", ["bench", "trace"])
-def test_verbs_that_take_no_language_model_say_so(
-    cli: Cli, writer: Path, tmp_path: Path, verb: str
-) -> None:
-    more = () if verb == "bench" else ("--data", "x.npz", "-o", tmp_path / "t.npz")
-    ran = cli(verb, writer, *more)
+def test_trace_takes_no_language_model_and_says_so(cli: Cli, writer: Path, tmp_path: Path) -> None:
+    ran = cli("trace", writer, "--data", "x.npz", "-o", tmp_path / "t.npz")
     assert ran.code in (1, 2) and "Traceback" not in ran.err
     assert "language model" in ran.err or "writes text" in ran.err
+
+
+def test_bench_tells_prefill_and_decode_of_every_mode(
+    cli: Cli, writer: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def f(x):"}\n')
+    quick = ("--data", prompts, "--new-tokens", "4", "--time", "10ms", "--threads", "1")
+    told = cli("bench", writer, *quick, "-o", tmp_path / "bench.json")
+    assert told.code == 0
+    assert all(word in told.out for word in ("unsplit", "full", "exact", "split tax"))
+    assert (tmp_path / "bench.json").is_file()
+    refused = cli("bench", writer, *quick, "--mode", "throughput")
+    assert refused.code == 2 and "language model" in refused.err

@@ -11,8 +11,16 @@ from edgeexit.bundle import Bundle
 from edgeexit.errors import EdgeExitError, InputError, StateError, UsageError
 from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from edgeexit.runtime.generate import ModeName
 from edgeexit.runtime.text import Stream
-from tests.decoders import EXITS, FAMILIES, Reference, make_decoder, random_prompts
+from tests.decoders import (
+    EXITS,
+    FAMILIES,
+    Reference,
+    approximate,
+    make_decoder,
+    random_prompts,
+)
 
 Bundles = Callable[[str], Bundle]
 NEW = 20
@@ -160,6 +168,36 @@ def test_fast_decoding_leaves_where_the_score_says_and_keeps_caches_exact(
     assert abs(made.statistics.agreed - agreed) <= 1
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_approximate_decoding_projects_the_state_that_a_token_left_with(
+    decoder: Decoder, reference: Reference, batch: int
+) -> None:
+    prompts = random_prompts(batch, [6, 3, 11])
+    threshold = middling(reference)
+    decoder.policy = Policy(thresholds=threshold)
+    made = decoder.generate(prompts, max_new_tokens=NEW, mode="approximate").finish()
+    exits: dict[str, int] = {}
+    for tokens, prompt in zip(made.tokens, prompts, strict=True):
+        wanted, layers, margins = approximate(reference.model, prompt, NEW, threshold)
+        for place, (found, right) in enumerate(zip(tokens, wanted, strict=False)):
+            if found != right:
+                assert margins[place] < ROUNDING, f"token {place}: {found} for {right}"
+        for layer in layers[: len(tokens)]:
+            exits[f"exit_{layer}"] = exits.get(f"exit_{layer}", 0) + 1
+    assert len(exits) > 1, "the threshold should let some tokens leave and others not"
+    assert made.statistics.exits == exits
+
+
+def test_approximate_decoding_without_exits_gives_the_reference_tokens(
+    decoder: Decoder, expected: Expected
+) -> None:
+    prompts = random_prompts(3, [6, 3, 11])
+    decoder.policy = Policy()
+    made = decoder.generate(prompts, max_new_tokens=NEW, mode="approximate").finish()
+    for tokens, prompt in zip(made.tokens, prompts, strict=True):
+        check(tokens, prompt, expected)
+
+
 def test_caches_after_catching_up_are_those_of_full_decoding(
     decoder: Decoder, reference: Reference
 ) -> None:
@@ -279,12 +317,31 @@ def test_a_forward_bundle_is_no_decoder(toy_bundle: Bundle) -> None:
 
 
 def test_one_text_at_a_time(llama: Decoder) -> None:
-    first = iter(llama.generate([5, 6], max_new_tokens=4))
-    next(first)
+    first = llama.generate([5, 6], max_new_tokens=4)
+    next(iter(first))
     with pytest.raises(StateError, match="another text"):
         llama.generate([5, 6], max_new_tokens=4).finish()
-    first.close()  # type: ignore[attr-defined]
+    first.close()
     llama.generate([5, 6], max_new_tokens=4).finish()
+
+
+@pytest.mark.parametrize("mode", ["full", "exact", "fast", "approximate"])
+def test_a_text_left_in_the_middle_changes_nothing_for_the_next(
+    llama: Decoder, mode: ModeName
+) -> None:
+    llama.policy = Policy(thresholds=0.02)
+    [prompt, other] = random_prompts(2, [9, 14])
+    before = llama.generate(prompt, max_new_tokens=12, mode=mode).finish().tokens
+    for done, _ in enumerate(llama.generate(other, max_new_tokens=12, mode=mode), start=1):
+        if done == 3:
+            break
+    assert llama.generate(prompt, max_new_tokens=12, mode=mode).finish().tokens == before
+
+
+def test_without_text_only_tokens_come(llama: Decoder) -> None:
+    silent = llama.generate("def f(x):", max_new_tokens=6, text=False).finish()
+    spoken = llama.generate("def f(x):", max_new_tokens=6).finish()
+    assert silent.tokens == spoken.tokens and silent.texts == [""] and spoken.texts != [""]
 
 
 def test_a_callback_that_raises_leaves_the_model_usable(llama: Decoder, expected: Expected) -> None:

@@ -1,0 +1,125 @@
+"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.modes` against.
+
+`Lookup` drafts by looking for the last tokens earlier in the text (prompt lookup). `Copied` and
+`Missing` are what `Approximate` could do with tokens that skip layers: copy the keys and values of
+the layer they left behind, or leave none. `Random` leaves at random exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.runtime.modes import Answers, Approximate, Fast, Full, Ints, Statistics
+from edgeexit.runtime.parts import Session
+
+
+class Lookup:
+    """Drafts are what followed the same last tokens earlier in the text; all segments verify.
+
+    For one row. Drafts of `most` tokens behind the longest match of up to `longest` tokens.
+    """
+
+    def __init__(
+        self, session: Session, exits: Sequence[str], *, most: int = 8, longest: int = 3
+    ) -> None:
+        assert session.batch == 1 and session.head is not None
+        self.session, self.exits, self.sampler = session, exits, None
+        self.statistics = Statistics()
+        self._head = session.head
+        self._full = Full(session, exits)
+        self._most, self._longest = most, longest
+        self._text: list[int] = []
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        first = self._full.prefill(prompts)
+        self._text = [*prompts[0].tolist(), int(first[0])]
+        self.statistics.count(self.exits[-1], 1)
+        return first
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        session = self.session
+        start = int(session.parts[0].caches.lengths[0])
+        room = session.capacity - start - 1
+        drafts = self._find()[: max(0, min(room, session.chunk - 1))]
+        rows = np.array([[self._text[-1], *drafts]])
+        session.embed(rows)
+        for number in range(len(session.parts)):
+            states = session.run(number, rows.shape[1])
+        own = self._head(states[0])["token"].tolist()
+        kept = 0
+        while kept < len(drafts) and drafts[kept] == own[kept]:
+            kept += 1
+        session.crop(np.array([start + kept + 1]))
+        made = [*drafts[:kept], own[kept]]
+        self._text += made
+        counts = self.statistics
+        counts.count(self.exits[-1], len(made))
+        counts.drafted += len(drafts)
+        counts.accepted += kept
+        counts.tested += min(kept + 1, len(drafts))
+        return [made]
+
+    def force(self, tokens: Ints) -> None:
+        self._text[-1] = int(tokens[0])
+
+    def _find(self) -> list[int]:
+        text = np.array(self._text)
+        for length in range(self._longest, 0, -1):
+            if len(text) <= length:
+                continue
+            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
+            hits = np.flatnonzero((windows == text[-length:]).all(1))
+            if hits.size:
+                after = int(hits[-1]) + length
+                return text[after : after + self._most].tolist()  # type: ignore[no-any-return]
+        return []
+
+
+class Copied(Approximate):
+    """Skipped layers get a copy of the keys and values of the layer that the token left behind."""
+
+    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+        for row in np.flatnonzero(rows).tolist():
+            source = self.session.parts[self._left_behind[row]]
+            key, value = (c.name for c in source.segment.caches[-2:])
+            target = self.session.parts[number]
+            at, to = int(source.caches.lengths[row]) - 1, int(target.caches.lengths[row])
+            for n, cache in enumerate(target.segment.caches):
+                made = source.caches.rows(value if n % 2 else key)[row, :, at]
+                target.caches.rows(cache.name)[row, :, to] = made
+            target.caches.lengths[row] += 1
+
+    def _decide(self, number: int, states: Any, undecided: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        fires = super()._decide(number, states, undecided)
+        if number == 0:
+            self._left_behind = [0] * self.session.batch
+        for row in np.flatnonzero(fires).tolist():
+            self._left_behind[row] = number
+        return fires
+
+
+class Missing(Approximate):
+    """Skipped layers get nothing: later tokens do not see these there."""
+
+    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+        pass
+
+
+class Random(Fast):
+    """Leaves at each exit with a given chance, whatever the score."""
+
+    def __init__(self, *arguments: Any, chances: Sequence[float], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._chances = list(chances)
+        self._rng = np.random.default_rng(0)
+
+    def _leave_at(self, number: int, answers: Answers) -> NDArray[np.bool_]:
+        drawn = self._rng.random(self.session.batch)
+        return drawn < self._chances[number]
+
+
+__all__ = ["Copied", "Lookup", "Missing", "Random"]

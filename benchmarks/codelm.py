@@ -1,0 +1,376 @@
+"""What exits gain a language model: the codelm example on prompts from files it never saw.
+
+    python benchmarks/codelm.py            # the trained checkpoint of examples/codelm
+    python benchmarks/codelm.py --quick    # few prompts
+
+Every way to decode continues the same 50 prompts, taking turns. benchmarks/README.md says what each
+figure means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import HERE, ROOT, SCRATCH, save, say, verdict
+
+from edgeexit import runtime
+from edgeexit.bundle import open_bundle
+from edgeexit.measure import environment
+from edgeexit.measure.decodebench import Writer, differences, summary, take_turns
+from edgeexit.measure.sidebyside import Side, best_setting
+from edgeexit.measure.subjects import settings, write_inputs
+from edgeexit.runtime.engines.onnxruntime import available_cores
+from edgeexit.runtime.modes import Approximate, Fast, Full, Mode
+from edgeexit.runtime.parts import Session
+
+EXAMPLE = ROOT / "examples" / "codelm"
+sys.path.insert(0, str(EXAMPLE))
+import data  # noqa: E402
+from alternatives import Copied, Missing, Random  # noqa: E402
+
+PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
+CHOOSING_PROMPTS = 20
+GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+AGREEMENT, AIMED_AGREEMENT = 0.95, 0.96
+"""Of early exits' tokens with the last exit: what is asked for, and what thresholds are chosen for
+on other prompts."""
+
+PASSAGES, PASSAGE_TOKENS, LEAD_TOKENS = 40, 160, 32
+
+
+def main() -> None:
+    """Measures and writes one result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
+    parser.add_argument("--truncated", type=Path, default=EXAMPLE / "truncated")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
+    given = parser.parse_args()
+    count = 4 if given.quick else PROMPTS
+    watch = environment.Watch()
+    folder = SCRATCH / "codelm"
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle, tokenizer = folder / "bundle", given.checkpoint / "tokenizer.json"
+    if not (given.keep and bundle.is_dir()):
+        command = ["export", "-m", str(given.checkpoint), "-o", str(bundle), "--overwrite"]
+        subprocess.run([sys.executable, "-m", "edgeexit", *command], check=True)
+    rows = data.prompts("test", tokenizer, count)
+    write_inputs(folder / "prompts.npz", [{"tokens": np.array(row)} for row in rows])
+    training = json.loads((given.checkpoint / "training.json").read_text())
+    result: dict[str, Any] = {
+        "prompts": count,
+        "prompt_tokens": [min(map(len, rows)), max(map(len, rows))],
+        "new_tokens": NEW_TOKENS,
+        "training": training,
+    }
+    chosen = choose(
+        bundle, data.prompts("train", tokenizer, 4 if given.quick else CHOOSING_PROMPTS, seed=1)
+    )
+    result["chosen"] = chosen
+    say(f"  chosen: {chosen}")
+    result |= speeds(folder, given.checkpoint, count, chosen)
+    result["quality"] = quality(bundle, given.truncated, tokenizer, chosen, given.quick)
+    result["exactness"] = exactness(bundle, rows)
+    modes, peers = result["modes"], result["transformers"]
+    ours = modes["exact"]["total_tokens_per_s"] / modes["full"]["total_tokens_per_s"]
+    theirs = peers["early_exit"]["total_tokens_per_s"] / peers["plain"]["total_tokens_per_s"]
+    result["self_speculation"] = {"edgeexit": round(ours, 4), "transformers": round(theirs, 4)}
+    against = modes["exact"]["total_tokens_per_s"] / peers["early_exit"]["total_tokens_per_s"]
+    result["exact_against_transformers_early_exit"] = round(against, 4)
+    result["verdicts"] = verdict(
+        [
+            ("exact ÷ full", modes["exact"]["of_full"], ">=", 1.4, 1.7),
+            ("exact ÷ transformers' early exit", against, ">=", 3, 3),
+            ("gain of self-speculation ÷ transformers'", ours / theirs, ">=", 1, 1),
+            ("fast ÷ full", modes["fast"]["of_full"], ">=", 1.5, 2.2),
+            ("agreement of fast", modes["audit"]["agreement"], ">=", AGREEMENT, AGREEMENT),
+        ]
+    )
+    result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
+    result["environment"]["machine"].pop("other_load_cores")
+    save("codelm", result, quick=given.quick)
+
+
+def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """The exits and the threshold with which `fast` is fastest, among those whose early tokens
+    agree with the last exit often enough. On prompts of the training split."""
+    best: dict[str, Any] = {}
+    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
+        early = [leave.name for leave in model.exits[:-1]]
+        subsets = [s for n in (1, 2, len(early)) for s in itertools.combinations(early, n)]
+        for subset, threshold in itertools.product(dict.fromkeys(subsets), GRID):
+            thresholds = {name: threshold if name in subset else float("inf") for name in early}
+            model.policy = runtime.Policy(thresholds=thresholds)
+            audited = agreed = made = 0
+            took = 0.0
+            for prompt in prompts:
+                checked = model.generate(
+                    prompt, max_new_tokens=64, mode="fast", text=False, audit=True
+                )
+                counts = checked.finish().statistics
+                audited, agreed = audited + counts.audited, agreed + counts.agreed
+                timed = model.generate(prompt, max_new_tokens=64, mode="fast", text=False).finish()
+                took += timed.decode_s
+                made += len(timed.tokens[0]) - 1
+            agreement = agreed / audited if audited else 1.0
+            if agreement >= AIMED_AGREEMENT and made / took > best.get("tokens_per_s", 0.0):
+                best = {
+                    "exits": list(subset),
+                    "threshold": threshold,
+                    "thresholds": {k: v for k, v in thresholds.items() if v != float("inf")},
+                    "agreement": round(agreement, 4),
+                    "tokens_per_s": round(made / took, 2),
+                }
+    return best
+
+
+def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """All ways to decode, on all prompts in turns."""
+    common = {"prompts": str(folder / "prompts.npz"), "new_tokens": NEW_TOKENS}
+    thresholds = dict(chosen["thresholds"])
+    early = [leave.name for leave in open_bundle(folder / "bundle").exits()[:-1]]
+    thresholds |= {name: 2.0 for name in early if name not in thresholds}
+
+    def chain(threads: Any, chances: list[float] | None = None) -> Side:
+        own = {
+            "bundle": str(folder / "bundle"),
+            "capacity": CAPACITY,
+            "thresholds": thresholds,
+            "chances": chances or [0.0] * len(early),
+            "threads": threads,
+        }
+        return Side("peers:alternatives", common | own, folder=str(HERE), name="chain")
+
+    def peer(threads: int) -> Side:
+        own = {"checkpoint": str(checkpoint), "threads": threads, "early_exit": 2}
+        subject = "peers:transformers_generate"
+        return Side(subject, common | own, folder=str(HERE), name="transformers")
+
+    side, setting, tried = best_setting(chain, "full", settings("cpu", available_cores()))
+    side.close()
+    say(f"  chain: threads {setting} {tried}")
+    side, peer_setting, peer_tried = best_setting(peer, "plain", [1, available_cores()])
+    side.close()
+    say(f"  transformers: threads {peer_setting} {peer_tried}")
+    numbers = list(range(count))
+    with ExitStack() as stack:
+        # How often each exit answers decides the chances of random exits.
+        first = stack.enter_context(chain(setting))
+        audit = Writer("audit", first, "audit")
+        take_turns([audit], numbers)
+        chances = exit_chances(summary(audit)["exits"], early)
+        ours = stack.enter_context(chain(setting, chances))
+        theirs = stack.enter_context(peer(peer_setting))
+        names = ["full", "exact", "fast", "approximate", "lookup", "copied", "missing", "random"]
+        writers = [Writer(name, ours, name) for name in names]
+        peers = [Writer(name, theirs, name) for name in ("plain", "early_exit")]
+        for writer in [*writers, *peers]:
+            writer.side.run(writer.case, [0], lead=False)
+        take_turns([*writers, *peers], numbers)
+    full = writers[0]
+    rate = full.total_tokens_per_s()
+    modes = {}
+    for writer in writers:
+        modes[writer.name] = {
+            **summary(writer),
+            "of_full": round(writer.total_tokens_per_s() / rate, 4),
+            "total_tokens_per_s": whole_rate(writer),
+            "texts_that_differ_from_full": differences(writer, full),
+        }
+        say(f"  {writer.name}: {modes[writer.name]}")
+    modes["audit"] = summary(audit)
+    found: dict[str, Any] = {
+        "threads": {"chain": setting, "transformers": peer_setting},
+        "modes": modes,
+        "random_chances": chances,
+        "transformers": {},
+    }
+    for writer in peers:
+        found["transformers"][writer.name] = {
+            "total_tokens_per_s": whole_rate(writer),
+            "texts_that_differ_from_full": differences(writer, full),
+        }
+        say(f"  transformers {writer.name}: {found['transformers'][writer.name]}")
+    return found
+
+
+def whole_rate(writer: Writer) -> float:
+    """Tokens per second of whole texts, prompts included."""
+    took = sum(record["first_token_s"] + record["decode_s"] for record in writer.records)
+    return round(sum(len(record["tokens"]) for record in writer.records) / took, 2)
+
+
+def exit_chances(exits: dict[str, int], early: list[str]) -> list[float]:
+    """Chance to leave at each exit, given that the token came so far."""
+    left, found = sum(exits.values()), []
+    for name in early:
+        found.append(exits.get(name, 0) / left if left else 0.0)
+        left -= exits.get(name, 0)
+    return [round(chance, 4) for chance in found]
+
+
+def quality(
+    bundle: Path, truncated: Path, tokenizer: Path, chosen: dict[str, Any], quick: bool
+) -> dict[str, Any]:
+    """How often each way names the true next token of test passages, the true one then being fed.
+
+    Beside it how often it names that of the last exit, and the mean exit layer.
+    """
+    tokens = data.tokens("test", tokenizer).astype(np.int64)
+    count = 4 if quick else PASSAGES
+    starts = np.random.default_rng(2).integers(len(tokens) - PASSAGE_TOKENS - 1, size=count)
+    passages = [tokens[start : start + PASSAGE_TOKENS + 1] for start in starts]
+    found: dict[str, Any] = {}
+    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
+        names = [leave.name for leave in model.exits]
+        limits = [chosen["thresholds"].get(name, float("inf")) for name in names[:-1]]
+
+        def run(make: Any) -> tuple[np.ndarray, dict[str, int]]:
+            said, exits = [], {}
+            for passage in passages:
+                mode: Mode = make(model.session(1))
+                said.append(forced(mode, passage))
+                for name, number in mode.statistics.exits.items():
+                    exits[name] = exits.get(name, 0) + number
+            return np.array(said), exits
+
+        full, exits = run(lambda session: Full(session, names))
+        ways: dict[str, Any] = {
+            "fast": lambda s: Fast(s, names, limits),
+            "approximate": lambda s: Approximate(s, names, limits),
+            "copied": lambda s: Copied(s, names, limits),
+            "missing": lambda s: Missing(s, names, limits),
+        }
+        answers = {"full": (full, exits)}
+        for way, make in ways.items():
+            answers[way] = run(make)
+        chances = exit_chances(answers["fast"][1], names[:-1])
+        answers["random"] = run(lambda s: Random(s, names, [0.0] * len(limits), chances=chances))
+    true = np.array([passage[LEAD_TOKENS:] for passage in passages])
+    for way, (said, exits) in answers.items():
+        found[way] = {
+            "right": round(float((said == true).mean()), 4),
+            "as_last_exit": round(float((said == full).mean()), 4),
+            "mean_exit_layer": round(mean_layer(exits), 3),
+        }
+    for folder in sorted(truncated.glob("*")) if truncated.is_dir() else []:
+        said = torch_answers(folder, passages)
+        layers = json.loads((folder / "training.json").read_text())["layers"]
+        found[f"truncated_{layers}"] = {
+            "right": round(float((said == true).mean()), 4),
+            "mean_exit_layer": float(layers),
+        }
+    for way, facts in found.items():
+        say(f"  quality of {way}: {facts}")
+    return found
+
+
+def mean_layer(exits: dict[str, int]) -> float:
+    """Mean layer of the exits that answered."""
+    layers = [(int(name.rpartition("_")[2]), count) for name, count in exits.items()]
+    return sum(n * count for n, count in layers) / sum(count for _, count in layers)
+
+
+def forced(mode: Mode, passage: np.ndarray) -> list[int]:
+    """What a mode says to every token of a passage behind its lead, the true ones being fed."""
+    said = [int(mode.prefill([passage[:LEAD_TOKENS]])[0])]
+    active = np.ones(1, bool)
+    for token in passage[LEAD_TOKENS:-1]:
+        mode.force(np.array([token]))
+        said.append(mode.step(active)[0][0])
+    return said
+
+
+def torch_answers(checkpoint: Path, passages: list[np.ndarray]) -> np.ndarray:
+    """What a plain checkpoint says to the same tokens, in PyTorch."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        ids = torch.from_numpy(np.array(passages))[:, :-1]
+        return model(ids).logits[:, LEAD_TOKENS - 1 :].argmax(-1).numpy()
+
+
+def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
+    """`exact` against `full`, token for token: drafts of 1 to 8 and adapted ones, texts alone and
+    four together. A difference is excused where the two largest logits lie closer than the largest
+    difference between the kernels for one and for several tokens that was seen here."""
+    found: dict[str, Any] = {"texts": 0, "equal": 0, "excused": 0, "wrong": 0}
+    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
+        expected = [
+            model.generate(row, max_new_tokens=NEW_TOKENS, text=False).finish().tokens[0]
+            for row in rows
+        ]
+        rounding = max(kernel_rounding(model.session(1), row) for row in rows[:10])
+        found["rounding"] = rounding
+        groups = [[n] for n in range(len(rows))]
+        groups += [list(range(n, min(n + 4, len(rows)))) for n in range(0, len(rows), 4)]
+        for drafts, group in itertools.product([*range(1, 9), None], groups):
+            made = model.generate(
+                [rows[n] for n in group],
+                max_new_tokens=NEW_TOKENS,
+                mode="exact",
+                drafts=drafts,
+                text=False,
+            ).finish()
+            for number, tokens in zip(group, made.tokens, strict=True):
+                found["texts"] += 1
+                came = compare_texts(model, rows[number], expected[number], tokens, rounding)
+                found[came] += 1
+    say(f"  exactness: {found}")
+    return found
+
+
+def compare_texts(
+    model: runtime.Decoder, prompt: list[int], expected: list[int], made: list[int], rounding: float
+) -> str:
+    """``equal``, ``excused`` or ``wrong``: up to the first difference."""
+    if made == expected:
+        return "equal"
+    pairs = itertools.zip_longest(expected, made)
+    place = next(n for n, (right, found) in enumerate(pairs) if right != found)
+    logits = np.sort(last_logits(model.session(1), [*prompt, *expected[:place]]))
+    return "excused" if logits[-1] - logits[-2] <= 2 * rounding else "wrong"
+
+
+def last_logits(session: Session, text: list[int]) -> np.ndarray:
+    """The last exit's logits behind a text."""
+    assert session.head is not None
+    return np.array(session.head(last_states(session, text, session.chunk)[-1:])["logits"][0])
+
+
+def kernel_rounding(session: Session, text: list[int]) -> float:
+    """Largest difference of logits between a text taken at once and token by token."""
+    assert session.head is not None
+    at_once = last_states(session, text, session.chunk)
+    one_by_one = last_states(session, text, 1)
+    a = np.array(session.head(at_once)["logits"])
+    b = np.concatenate([session.head(state[None])["logits"].copy() for state in one_by_one])
+    return float(np.abs(a - b).max())
+
+
+def last_states(session: Session, text: list[int], step: int) -> np.ndarray:
+    """States of the last boundary ``[seq, width]``, so many tokens at a time."""
+    for part in session.parts:
+        part.caches.lengths[:] = 0
+    made = []
+    for start in range(0, len(text), step):
+        new = np.array([text[start : start + step]])
+        session.embed(new)
+        for number in range(len(session.parts)):
+            states = session.run(number, new.shape[1])
+        made.append(states[0].copy())
+    return np.concatenate(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Other ways to write text with the same weights: subjects for the workers of `decode.py`.
+
+Every case gives records as `edgeexit.measure.decodesubjects.read_generation` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from edgeexit.measure.subjects import read_inputs
+from edgeexit.measure.worker import Case, Subject
+
+
+def genai(
+    folder: str, prompts: str, new_tokens: int, threads: Any, capacity: int | None = None
+) -> Subject:
+    """onnxruntime-genai on the model its own builder made. Case ``genai``.
+
+    `threads` is ``default`` (its own choice), ``blocking`` (the pool does not spin), or a number.
+    """
+    import numpy as np
+    import onnxruntime_genai as og
+
+    config = og.Config(folder)
+    options: dict[str, Any] = {}
+    if threads == "blocking":
+        options["session.intra_op.allow_spinning"] = "0"
+    elif threads != "default":
+        options["intra_op_num_threads"] = threads
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = og.Model(config)
+    rows = _rows(prompts)
+
+    def call(number: int) -> dict[str, Any]:
+        params = og.GeneratorParams(model)
+        length = len(rows[number]) + new_tokens
+        params.set_search_options(
+            do_sample=False, max_length=max(length, capacity or 0), min_length=0
+        )
+        started = time.perf_counter()
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([rows[number]], np.int32))
+        generator.generate_next_token()
+        made = [int(generator.get_next_tokens()[0])]
+        first = time.perf_counter()
+        while len(made) < new_tokens and not generator.is_done():
+            generator.generate_next_token()
+            made.append(int(generator.get_next_tokens()[0]))
+        ended = time.perf_counter()
+        return {"first_token_s": first - started, "decode_s": ended - first, "tokens": made}
+
+    facts = {"library": "onnxruntime-genai", "version": og.__version__, "threads": str(threads)}
+    return Subject({"genai": Case(call, lambda record: record)}, len(rows), facts)
+
+
+def transformers_generate(
+    checkpoint: str, prompts: str, new_tokens: int, threads: int, early_exit: int
+) -> Subject:
+    """The checkpoint in PyTorch. Cases ``plain`` and ``early_exit`` (its own self-speculation).
+
+    One time for the whole text, in ``decode_s``.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.eval()
+    rows = _rows(prompts)
+
+    def case(**options: Any) -> Case:
+        def call(number: int) -> dict[str, Any]:
+            ids = torch.tensor([rows[number]])
+            started = time.perf_counter()
+            with torch.inference_mode():
+                made = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    **options,
+                )
+            took = time.perf_counter() - started
+            tokens = made[0, ids.shape[1] :].tolist()
+            return {"first_token_s": 0.0, "decode_s": took, "tokens": tokens}
+
+        return Case(call, lambda record: record)
+
+    facts = {"library": "transformers", "version": transformers.__version__}
+    cases = {"plain": case(), "early_exit": case(assistant_early_exit=early_exit)}
+    return Subject(cases, len(rows), facts)
+
+
+def alternatives(
+    bundle: str,
+    prompts: str,
+    new_tokens: int,
+    threads: Any,
+    thresholds: dict[str, float],
+    chances: list[float],
+    capacity: int,
+) -> Subject:
+    """One loaded chain, decoded in every way there is. Cases: the runtime's modes, ``lookup``,
+    ``copied``, ``missing``, ``random``; those with exits leave at `thresholds`, the last one by
+    `chances`."""
+    from alternatives import Copied, Lookup, Missing, Random
+
+    from edgeexit import runtime
+    from edgeexit.measure.decodesubjects import read_generation
+
+    policy = runtime.Policy(thresholds=thresholds)
+    model = runtime.load_decoder(bundle, threads=threads, capacity=capacity, policy=policy)
+    names = [leave.name for leave in model.exits]
+    limits = [thresholds.get(name, float("inf")) for name in names[:-1]]
+    rows = _rows(prompts)
+    own = type(model)._mode
+    makers: dict[str, Any] = {
+        "lookup": lambda session: Lookup(session, names),
+        "copied": lambda session: Copied(session, names, limits),
+        "missing": lambda session: Missing(session, names, limits),
+        "random": lambda session: Random(session, names, [0.0] * len(limits), chances=chances),
+    }
+
+    def case(**options: Any) -> Case:
+        maker = makers.get(options.get("mode", ""))
+
+        def enter() -> None:
+            model._mode = (  # type: ignore[method-assign]
+                own.__get__(model) if maker is None else lambda session, *_, **__: maker(session)
+            )
+
+        def call(number: int) -> Any:
+            arguments = {} if maker is not None else options
+            return model.generate(
+                rows[number], max_new_tokens=new_tokens, text=False, **arguments
+            ).finish()
+
+        return Case(call, read_generation, enter)
+
+    modes = ["full", "exact", "fast", "approximate", *makers]
+    cases = {mode: case(mode=mode) for mode in modes}
+    cases["audit"] = case(mode="fast", audit=True)
+    return Subject(cases, len(rows), model.describe_engine(), model.close)
+
+
+def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str) -> int:
+    """Largest resident memory of this process above what imports took: load, one text."""
+    import onnxruntime  # noqa: F401, its import is not part of it
+    from loading import peak_bytes as largest
+
+    from edgeexit import runtime
+
+    row = _rows(prompts)[0]
+    setting: Any = int(threads) if threads.isdigit() else threads
+    before = largest()
+    with runtime.load_decoder(
+        bundle, threads=setting, capacity=int(capacity), unsplit=what == "unsplit"
+    ) as model:
+        model.generate(row, max_new_tokens=32).finish()
+        return largest() - before
+
+
+def _rows(prompts: str) -> list[list[int]]:
+    return [list(map(int, row["tokens"])) for row in read_inputs(Path(prompts))]
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == "--peak"
+    print(peak_bytes(*sys.argv[2:]))
