@@ -501,7 +501,7 @@ class Fast:
             del self._emitted[row][:count]
             places = [place for place, token in enumerate(told) if token >= 0]
             if self.audit and places:
-                tokens = self._head(states[row, places])["token"]
+                tokens = self._head(states[row, places])["token"].tolist()
                 self.statistics.audited += len(places)
                 agreed = [told[place] == token for place, token in zip(places, tokens, strict=True)]
                 self.statistics.agreed += sum(agreed)

@@ -88,6 +88,12 @@ def test_trace_takes_no_language_model_and_says_so(cli: Cli, writer: Path, tmp_p
     assert "language model" in ran.err or "writes text" in ran.err
 
 
+def test_an_audit_is_told_as_json(cli: Cli, writer: Path) -> None:
+    fast = ("--mode", "fast", "--threshold", "0.01", "--audit", "--max-new-tokens", "6")
+    ran = cli("run", writer, "--prompt", "def f(x):", *fast, "--json")
+    assert ran.code == 0 and 0 <= ran.json["statistics"]["agreement"] <= 1
+
+
 def test_bench_tells_prefill_and_decode_of_every_mode(
     cli: Cli, writer: Path, tmp_path: Path
 ) -> None:
