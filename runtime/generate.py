@@ -154,7 +154,8 @@ class Decoder:
 
         Raises:
             InputError: A prompt is empty, too long for the capacity, or holds unknown token ids.
-            UsageError: Arguments that cannot be meant.
+            UsageError: Arguments that cannot be meant; prompts of unlike length for the unsplit
+                graph.
             StateError: The model is closed, in use, or was carried over a fork.
         """
         if mode not in get_args(ModeName):
@@ -187,6 +188,13 @@ class Decoder:
                 f"{self.bundle.path} cannot be run in mode approximate: it has no projections for "
                 "tokens that skip a segment",
                 fix="Export it again, or use another mode.",
+            )
+        # It answers for the last place of a run, which rows of unlike length do not share.
+        if opened.head is None and len(lengths := {len(row) for row in rows}) > 1:
+            raise UsageError(
+                "the unsplit graph takes prompts of one length, these have from "
+                f"{min(lengths)} to {longest} tokens",
+                fix="Give them one at a time, or load without unsplit.",
             )
         generation = Generation([[] for _ in rows], ["" for _ in rows], Statistics())
         sampler = None

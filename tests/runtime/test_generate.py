@@ -264,6 +264,17 @@ def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Decoder) 
             whole.generate(prompt, mode="exact")
 
 
+def test_unsplit_refuses_prompts_of_unlike_length_before_any_work(decoder_bundle: Bundles) -> None:
+    with load_decoder(decoder_bundle("llama"), unsplit=True) as whole:
+        with pytest.raises(UsageError, match=r"one length, these have from 4 to 9 tokens"):
+            whole.generate(random_prompts(3, [9, 4, 9]), max_new_tokens=2)
+        assert whole._session is None
+        alike = random_prompts(2, [9])
+        made = whole.generate(alike, max_new_tokens=2).finish()
+        apart = [whole.generate(one, max_new_tokens=2).finish().tokens[0] for one in alike]
+        assert made.tokens == apart
+
+
 def test_pieces_come_as_they_are_made_and_say_what_the_result_says(llama: Decoder) -> None:
     seen: list[Piece] = []
     [prompt] = random_prompts(1, [9])
