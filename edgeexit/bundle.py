@@ -1,9 +1,10 @@
 """The bundle on disk: reading it so that nothing is trusted.
 
 A bundle is a directory that never changes after export: ``manifest.json``, ``graphs/`` with one
-weight store, ``samples/``, and the tokenizer. Its digest is the SHA-256 of the manifest, which
-holds the SHA-256 of every other file. `open_bundle` refuses anything that is not exactly what the
-manifest lists, before an engine sees it; `edgeexit.bundlewriter` makes bundles.
+weight store, ``samples/``, and the tokenizer with its chat templates. Its digest is the SHA-256 of
+the manifest, which holds the SHA-256 of every other file. `open_bundle` refuses anything that is
+not exactly what the manifest lists, before an engine sees it; `edgeexit.bundlewriter` makes
+bundles.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from edgeexit.manifest import (
     SCORES,
     Decoding,
     Exit,
+    File,
     Manifest,
     Segment,
     Tensor,
@@ -47,6 +49,7 @@ OWNED_FOLDERS = ("graphs", "samples", "tokenizer")
 HASHED_AT_LOAD_BYTES = 4 << 20
 MANIFEST_LIMIT_BYTES = 16 << 20
 GRAPH_LIMIT_BYTES = 64 << 20
+CHAT_TEMPLATE_LIMIT_BYTES = 1 << 20
 _RECOPY = "The bundle was changed after export; copy it again or export it again."
 
 
@@ -70,6 +73,17 @@ class Bundle:
         if name not in self.manifest.files:
             raise IntegrityError(f"{name}: not listed in the manifest of {self.path}", fix=_RECOPY)
         return self.path / name
+
+    def read(self, name: str, *, limit_bytes: int) -> bytes:
+        """The content of a listed file, held against its digest once more.
+
+        Raises:
+            IntegrityError: It is not listed, larger than `limit_bytes`, or not as it was exported.
+        """
+        self.file(name)
+        raw = _read_regular(self.path, name, limit_bytes=limit_bytes)
+        _require_digest(name, hashlib.sha256(raw).hexdigest(), self.manifest.files[name])
+        return raw
 
     @property
     def weights_bytes(self) -> int:
@@ -208,11 +222,14 @@ def _check_structure(manifest: Manifest) -> None:
     wanted += [part.projection.graph for part in segments if part.projection is not None]
     wanted += manifest.samples
     wanted += [manifest.tokenizer] if manifest.tokenizer else []
+    wanted += manifest.chat.templates.values() if manifest.chat else []
     for name in wanted:
         if name not in manifest.files:
             raise IntegrityError(f"{MANIFEST}: {name} is used but not listed in files", fix=_RECOPY)
     if isinstance(manifest.preprocessing, TextPreprocessing) and not manifest.tokenizer:
         raise BundleError(f"{MANIFEST}: text preprocessing needs a tokenizer", fix="Export again.")
+    if manifest.chat is not None and not manifest.tokenizer:
+        raise BundleError(f"{MANIFEST}: chat templates need a tokenizer", fix="Export again.")
     if not manifest.chains:
         raise BundleError(f"{MANIFEST}: it has no chain", fix="Export again.")
     for tensor in [*manifest.inputs, *manifest.outputs]:
@@ -363,19 +380,22 @@ def _check_files(bundle: Bundle, *, full: bool) -> None:
                 f"{name}: {size} bytes, the manifest says {expected.bytes}", fix=_RECOPY
             )
         if full or size <= HASHED_AT_LOAD_BYTES:
-            found = sha256_of(path)
-            if found != expected.sha256:
-                raise IntegrityError(
-                    f"{name}: sha256 differs from the manifest (expected "
-                    f"{expected.sha256[:12]}…, found {found[:12]}…)",
-                    fix=_RECOPY,
-                )
+            _require_digest(name, sha256_of(path), expected)
     for name in _owned_files(bundle.path):
         if name not in bundle.manifest.files:
             raise IntegrityError(
                 f"{name}: in the bundle but not in its manifest",
                 fix="Remove it; results and policies belong beside a bundle, never in it.",
             )
+
+
+def _require_digest(name: str, found: str, expected: File) -> None:
+    if found != expected.sha256:
+        raise IntegrityError(
+            f"{name}: sha256 differs from the manifest (expected {expected.sha256[:12]}…, found "
+            f"{found[:12]}…)",
+            fix=_RECOPY,
+        )
 
 
 def _check_graphs(bundle: Bundle) -> None:

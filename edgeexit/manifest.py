@@ -166,6 +166,19 @@ class TextPreprocessing(Struct, frozen=True, kw_only=True, tag="text"):
 Preprocessing = ImagePreprocessing | TextPreprocessing
 
 
+class Chat(Struct, frozen=True, kw_only=True):
+    """How a conversation becomes a prompt: the checkpoint's own chat templates (Jinja).
+
+    `templates` maps a name to a file in UTF-8; ``default`` is used where none is named, and
+    ``tool_use``, where there is one, when tools are given. `tokens` gives the special tokens that
+    templates name: variable (``bos_token``) -> text. A reader may ignore all of it: it then
+    continues texts, but cannot hold conversations.
+    """
+
+    templates: Annotated[dict[Name, str], Meta(min_length=1)]
+    tokens: dict[Name, str] = {}
+
+
 class Embedding(Struct, frozen=True, kw_only=True):
     """A table whose rows the runtime gathers from the weight store: token id -> row.
 
@@ -229,6 +242,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     labels: list[str] = []
     preprocessing: Preprocessing | None = None
     tokenizer: str | None = None
+    chat: Chat | None = None
     policy: DefaultPolicy | None = None
     samples: list[str] = []
     provenance: dict[str, str] = {}

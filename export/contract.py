@@ -115,6 +115,8 @@ class DecodeModel:
             from.
         reference: ``reference(tokens) -> {exit: logits [rows, seq, vocabulary]}``.
         limits: ``positions`` -> the most tokens that the model was made for.
+        stop_tokens: Token ids that end a text; the tokenizer's own end is added to them.
+        tokenizer_folder: Where ``tokenizer.json`` and chat templates lie, if there are any.
     """
 
     name: str

@@ -7,7 +7,6 @@ for one pass, with one graph per form of a segment over the same stored weights.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from edgeexit.bundle import Bundle
 from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import UsageError
 from edgeexit.export import graphs
+from edgeexit.export.chat import TextFiles, write_text_files
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form
 from edgeexit.export.package import Progress, counter, provenance, write_samples
 from edgeexit.export.scores import append_scores
@@ -110,6 +110,10 @@ def export_decoder(
         offset = store.place(ir.tensor(model.embedding.contiguous()))
         tell("samples and manifest")
         samples = [write_samples(writer.folder, "reference", _reference(model))]
+        text = TextFiles()
+        if model.tokenizer_folder is not None:
+            text = write_text_files(Path(model.tokenizer_folder), writer.folder)
+        stop_tokens = dict.fromkeys([*model.stop_tokens, *text.stop_tokens])
         head = ManifestSegment(
             name=HEAD,
             variants=[Variant(graph=f"graphs/{HEAD}.onnx")],
@@ -148,11 +152,12 @@ def export_decoder(
                     ),
                     positions=model.positions,
                     head=HEAD,
-                    stop_tokens=list(model.stop_tokens),
+                    stop_tokens=list(stop_tokens),
                 ),
                 files={},
                 limits=dict(model.limits),
-                tokenizer=_tokenizer(model, writer.folder),
+                tokenizer=text.tokenizer,
+                chat=text.chat,
                 samples=samples,
                 provenance=provenance() | dict(model.provenance) | {"opset": str(opset)},
             )
@@ -250,15 +255,3 @@ def _reference(model: DecodeModel) -> dict[str, np.ndarray]:
         largest = logits.topk(2, dim=-1).values
         found[f"{name}/margin"] = (largest[..., 0] - largest[..., 1]).numpy()
     return found
-
-
-def _tokenizer(model: DecodeModel, folder: Path) -> str | None:
-    """Copies tokenizer.json, where the checkpoint has one. Returns its path in the bundle."""
-    if model.tokenizer_folder is None:
-        return None
-    source = Path(model.tokenizer_folder) / "tokenizer.json"
-    if not source.is_file():
-        return None
-    (folder / "tokenizer").mkdir()
-    shutil.copyfile(source, folder / "tokenizer/tokenizer.json")
-    return "tokenizer/tokenizer.json"

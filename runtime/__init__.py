@@ -1,8 +1,9 @@
 """The device side: opens a bundle, chains its segments, stops when an exit's score says so.
 
 `load` gives a `Model`; calling it runs the ``forward`` program and returns a `Result`.
-`load_decoder` gives a `Decoder`, whose `generate` writes text. `Policy` says when to stop. Needs
-numpy and one engine library, which is imported when a model is loaded, never before.
+`load_decoder` gives a `Decoder`, whose `generate` continues texts and whose `chat` answers
+conversations. `Policy` says when to stop. Needs numpy and one engine library, which is imported
+when a model is loaded, never before.
 
     with edgeexit.runtime.load("bundle", policy="policy.json") as model:
         result = model({"pixel_values": images})   # result.outputs["logits"], result.exit_names

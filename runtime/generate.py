@@ -1,7 +1,8 @@
 """The ``decode`` program: text that grows token by token, in one of several modes.
 
-`Decoder` is what `load_decoder` returns. `Decoder.generate` gives a `Generation`: an
-iterator over pieces as they come, with statistics that fill while it runs.
+`Decoder` is what `load_decoder` returns. `Decoder.generate` continues prompts and `Decoder.chat`
+answers conversations. Both give a `Generation`: an iterator over pieces as they come, with
+statistics that fill while it runs.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 
 from edgeexit.bundle import Bundle
 from edgeexit.errors import InputError, PolicyError, StateError, UsageError
 from edgeexit.manifest import Exit
+from edgeexit.runtime.chat import ChatTemplates, Message
 from edgeexit.runtime.modes import (
     Approximate,
     Exact,
@@ -32,7 +34,10 @@ from edgeexit.runtime.modes import (
 from edgeexit.runtime.parts import Opened, Session, check_tokens
 from edgeexit.runtime.policy import Policy, decide
 from edgeexit.runtime.sampling import Sampler, Sampling
-from edgeexit.runtime.text import Stream, open_tokenizer
+from edgeexit.runtime.text import Stream, encode, open_tokenizer
+
+if TYPE_CHECKING:
+    from typing import Unpack  # from Python 3.11 on
 
 ModeName = Literal["full", "exact", "fast", "approximate"]
 Prompt = str | Sequence[int]
@@ -41,6 +46,21 @@ NEW_TOKENS = 128
 
 CHUNK = 256
 """Prompt tokens that one run takes."""
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `Decoder.generate` besides the prompts, which `Decoder.chat` takes too."""
+
+    max_new_tokens: int | None
+    mode: ModeName
+    draft_exit: str | None
+    drafts: int | None
+    draft_threshold: float
+    sampling: Sampling | None
+    stop: str | Sequence[str]
+    audit: bool
+    text: bool
+    on_piece: Callable[[Piece], object] | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,7 @@ class Decoder:
         self._session: Session | None = None
         self._paces: dict[int, dict[int, Pace]] = {}
         self._tokenizer: Any = None
+        self._chat = ChatTemplates(bundle)
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -212,6 +233,76 @@ class Decoder:
             text=text,
         )
         return generation
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> Generation:
+        """Answers a conversation, or several: a batch.
+
+        Nothing is kept from one call to the next: to go on, add the answer as a message of the
+        assistant, then the next question.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists.
+            tools, template, variables: As for `chat_prompt`.
+            options: Arguments of `generate`.
+
+        Raises:
+            EdgeExitError: What `chat_prompt` and `generate` raise.
+        """
+        several = isinstance(messages, Sequence) and bool(messages)
+        several = several and all(isinstance(one, (list, tuple)) for one in messages)
+        conversations: Any = messages if several else [messages]
+        prompts = [
+            self.chat_prompt(one, tools=tools, template=template, variables=variables)
+            for one in conversations
+        ]
+        # The template has written the special tokens already.
+        return self.generate([self.encode(p, special_tokens=False) for p in prompts], **options)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that `chat` gives the model for a conversation, made by its chat template.
+
+        Special tokens are part of it, so encode it without adding any. They count as such wherever
+        they stand, in a message too: remove them from texts that you do not trust.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}]``.
+            tools: Functions that the model may call, as JSON schemas.
+            template: Name of the bundle's chat template; None: its default, or the one for tools.
+            variables: More for the template, as in ``{"enable_thinking": False}``.
+
+        Raises:
+            InputError: The bundle has no template, the messages are none, or the template fails
+                on them or refuses them.
+            BundleError: The template is damaged.
+            EngineError: jinja2 is missing, or too old to be safe.
+            UsageError: There is no template of that name.
+        """
+        return self._chat.render(messages, tools=tools, template=template, variables=variables)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, as `generate` takes them.
+
+        Args:
+            text: Any text.
+            special_tokens: Add those that the model expects around a prompt (a first one, say);
+                what `chat_prompt` gives has them already.
+        """
+        return encode(self._tokenizers(), text, special_tokens=special_tokens)
 
     def _write(
         self,
@@ -329,7 +420,7 @@ class Decoder:
         )
         found = []
         for prompt in many:
-            ids = self._tokenizers().encode(prompt).ids if isinstance(prompt, str) else prompt
+            ids = self.encode(prompt) if isinstance(prompt, str) else prompt
             row = np.asarray(ids)
             if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
                 raise InputError(

@@ -1,4 +1,7 @@
-"""Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings."""
+"""Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings.
+
+How a conversation becomes a text is in `edgeexit.runtime.chat`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import EngineError, InputError
+from edgeexit.errors import BundleError, EngineError, InputError
 
 HELD_TOKENS = 8
 """Tokens that may wait for the rest of a character; then what they give is given out, broken."""
 
+TOKENIZER_LIMIT_BYTES = 1 << 30
+
 
 def open_tokenizer(bundle: Bundle) -> Any:
-    """The bundle's tokenizer. Raises `InputError` if it has none, `EngineError` without library."""
+    """The bundle's tokenizer, which neither cuts nor pads.
+
+    Raises:
+        InputError: The bundle has none.
+        EngineError: The library cannot be imported.
+        BundleError: The file is damaged, or the library cannot read it.
+    """
     name = bundle.manifest.tokenizer
     if name is None:
         raise InputError(
@@ -21,13 +32,41 @@ def open_tokenizer(bundle: Bundle) -> Any:
             fix="Give token ids, or export a checkpoint that has tokenizer.json.",
         )
     try:
-        from tokenizers import Tokenizer
+        import tokenizers
     except ImportError as error:
         raise EngineError(
-            f"tokenizers cannot be imported ({error})",
+            f"texts need tokenizers, which cannot be imported ({error})",
             fix='Install it: pip install "edgeexit[text]".',
         ) from error
-    return Tokenizer.from_file(str(bundle.file(name)))
+    raw = bundle.read(name, limit_bytes=TOKENIZER_LIMIT_BYTES)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # tokenizers raises bare Exception, too
+        raise BundleError(
+            f"{name}: tokenizers {tokenizers.__version__} cannot read it ({error})",
+            fix="Install a newer tokenizers, or export again from a checkpoint that it can read.",
+        ) from error
+    # A checkpoint's file may carry what its training cut and padded to.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises `InputError` for one that is not Unicode.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        special_tokens: Add those that the model expects around a text (a first one, say).
+    """
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
+    except Exception as error:  # bare here, too
+        raise InputError(
+            f"the tokenizer cannot encode the text {text[:40]!a} ({error})",
+            fix="Give text that is valid Unicode.",
+        ) from error
+    return ids
 
 
 class Stream:

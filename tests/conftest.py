@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle import MANIFEST, Bundle
+from edgeexit.bundlewriter import BundleWriter
 from tests.toys import Toy, make_toy, write_toy
 
 if TYPE_CHECKING:
@@ -73,6 +75,36 @@ def decoder_bundle(decoder_folder: Callable[[str], Path]) -> Callable[[str], Bun
         return export_decoder(model, folder.with_name(f"{family}-bundle"))
 
     return functools.cache(make)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint of a language model with chat templates."""
+    from tests.chats import save_chat
+
+    return save_chat(tmp_path_factory.mktemp("chat") / "talker")
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(chat_folder: Path, decoder_bundle: Callable[[str], Bundle]) -> Bundle:
+    """The same as a bundle, on the graphs of its twin without templates, for exporting takes long.
+    Shared: never change it; `chat_copy` gives one to spoil."""
+    from edgeexit.export.chat import write_text_files
+
+    twin = decoder_bundle("llama")
+    with BundleWriter(chat_folder.with_name("talker-bundle")) as writer:
+        other = shutil.ignore_patterns(MANIFEST, "tokenizer")
+        shutil.copytree(twin.path, writer.folder, dirs_exist_ok=True, ignore=other)
+        text = write_text_files(chat_folder, writer.folder)
+        return writer.commit(
+            msgspec.structs.replace(twin.manifest, tokenizer=text.tokenizer, chat=text.chat)
+        )
+
+
+@pytest.fixture
+def chat_copy(chat_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of that bundle with writable files."""
+    return _writable_copy(chat_bundle.path, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

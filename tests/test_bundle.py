@@ -51,6 +51,20 @@ def relist(bundle: Path, name: str) -> None:
 # Reading
 
 
+def test_a_file_is_held_against_its_digest_whenever_it_is_read(toy_copy: Path) -> None:
+    bundle = open_bundle(toy_copy)
+    name = bundle.manifest.unsplit[0].graph
+    whole = (toy_copy / name).read_bytes()
+    assert bundle.read(name, limit_bytes=len(whole)) == whole
+    with pytest.raises(IntegrityError, match=f"{name}: .* bytes, more than the 8 allowed"):
+        bundle.read(name, limit_bytes=8)
+    with pytest.raises(IntegrityError, match="not listed"):
+        bundle.read("graphs/other.onnx", limit_bytes=8)
+    (toy_copy / name).write_bytes(whole[::-1])
+    with pytest.raises(IntegrityError, match=f"{name}: sha256 differs"):
+        bundle.read(name, limit_bytes=len(whole))
+
+
 def test_open_gives_the_manifest_digest_and_exits_when_whole(toy_bundle: Bundle) -> None:
     bundle = open_bundle(toy_bundle.path, verify="full")
     raw = (toy_bundle.path / MANIFEST).read_bytes()
@@ -330,6 +344,20 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Raw], object], str]] = {
     "text without tokenizer": (
         lambda raw: raw.update(preprocessing={"type": "text", "max_length": 8, "ids": "x"}),
         "needs a tokenizer",
+    ),
+    "chat without tokenizer": (
+        lambda raw: raw.update(chat={"templates": {"default": raw["samples"][0]}}),
+        "chat templates need a tokenizer",
+    ),
+    "chat template not listed": (
+        lambda raw: raw.update(
+            tokenizer=raw["samples"][0], chat={"templates": {"default": "tokenizer/none.jinja"}}
+        ),
+        "tokenizer/none.jinja is used but not listed",
+    ),
+    "chat without templates": (
+        lambda raw: raw.update(tokenizer=raw["samples"][0], chat={"templates": {}}),
+        "length",
     ),
 }
 

@@ -11,7 +11,8 @@ import pytest
 
 import edgeexit
 
-HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "PIL", "tokenizers"}
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "PIL"}
+HEAVY |= {"jinja2", "tokenizers"}
 ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 

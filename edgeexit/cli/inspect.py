@@ -78,6 +78,12 @@ def _show(found: dict[str, Any], path: Path) -> None:
     if found["preprocessing"]:
         parts = found["preprocessing"].items()
         click.echo("preprocessing: " + ", ".join(f"{k} {v}" for k, v in parts))
+    if found["tokenizer"]:
+        click.echo(f"tokenizer: {found['tokenizer']}")
+    if found["chat"]:
+        tokens = [f"{k} {v!r}" for k, v in found["chat"].get("tokens", {}).items()]
+        named = ", ".join(found["chat"]["templates"])
+        click.echo(f"chat templates: {named}" + (f" (with {', '.join(tokens)})" if tokens else ""))
     axes = ", ".join(f"{k} {v}" for k, v in found["axis_sizes"].items())
     for name, chain in found["chains"].items():
         rows = []

@@ -22,6 +22,7 @@ from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
+    from edgeexit.cli.conversations import Conversation
     from edgeexit.measure.data import Batch
 
 
@@ -40,6 +41,19 @@ if TYPE_CHECKING:
 )
 @click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
 @click.option("--prompt", "prompts", multiple=True, help="A text to go on with (decoders).")
+@click.option("--chat", is_flag=True, help="Decoders: --prompt is a message, to be answered.")
+@click.option("--system-prompt", metavar="TEXT", help="--chat: what the model is told first.")
+@click.option(
+    "--messages",
+    type=click.Path(path_type=Path),
+    help="Decoders: a conversation to answer (.json), or one per line (.jsonl).",
+)
+@click.option("--chat-template", metavar="NAME", help="--chat, --messages: not the default one.")
+@click.option(
+    "--chat-template-kwargs",
+    metavar="JSON",
+    help="--chat, --messages: more for the template, as in '{\"enable_thinking\": false}'.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["full", "exact", "fast", "approximate"]),
@@ -73,6 +87,11 @@ def command(
     threshold: float | None,
     exit_name: str | None,
     prompts: tuple[str, ...],
+    chat: bool,
+    system_prompt: str | None,
+    messages: Path | None,
+    chat_template: str | None,
+    chat_template_kwargs: str | None,
     mode: str | None,
     max_new_tokens: int | None,
     stream: bool,
@@ -99,13 +118,16 @@ def command(
     edgeexit run bundle --text "a fine film" --threshold 0.9 -v
     edgeexit run bundle --data test.npz --rows 10 --json
     edgeexit run bundle --prompt "def main(" --mode exact --stream
+    edgeexit run bundle --prompt "Why is the sky blue?" --chat --stream
     """
+    from edgeexit.cli.conversations import asked, read_conversations, template_variables
     from edgeexit.runtime import Policy, load
     from edgeexit.runtime.policy import forced
 
-    if sum(map(bool, (data, images, texts, prompts))) != 1:
+    if sum(map(bool, (data, images, texts, prompts, messages))) != 1:
         raise UsageError(
-            "run needs one kind of input", fix="Give --data, --image, --text or --prompt."
+            "run needs one kind of input",
+            fix="Give --data, --image, --text, --prompt or --messages.",
         )
     if sum(choice is not None for choice in (policy, threshold, exit_name)) > 1:
         raise UsageError(
@@ -124,17 +146,38 @@ def command(
         "stop": stops or None,
     }
     writing = {name: value for name, value in writing.items() if value is not None}
-    if prompts:
+    talking = {
+        "system_prompt": system_prompt,
+        "chat_template": chat_template,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    talking = {name: value for name, value in talking.items() if value is not None}
+    if prompts or messages:
         if exit_name is not None:
             raise UsageError("--exit is for models of one pass", fix="Use --draft-exit.")
+        if talking and not (chat or messages):
+            raise UsageError(
+                f"--{next(iter(talking)).replace('_', '-')} is for conversations", fix="Add --chat."
+            )
+        if messages and system_prompt is not None:
+            raise UsageError(
+                "--messages brings its own messages, --system-prompt is for --chat",
+                fix='Put {"role": "system", "content": "..."} first in the file.',
+            )
+        templates = {
+            "template": chat_template,
+            "variables": template_variables(chat_template_kwargs),
+        }
+        inputs: list[str] | list[Conversation] = list(prompts)
+        if chat or messages:
+            inputs = read_conversations(messages) if messages else asked(prompts, system_prompt)
         loading = {"engine": engine, "policy": chosen, "threads": threads}
-        _write(bundle, prompts, loading, writing, given, stream=stream, as_json=as_json)
+        _write(bundle, inputs, templates, loading, writing, given, stream=stream, as_json=as_json)
         return
-    if writing or given or stream:
+    if writing or given or talking or stream or chat:
+        options = [*writing, *given, *talking, *(["stream"] if stream else []), "chat"]
         raise UsageError(
-            f"--{next(iter({**writing, **given}), 'stream').replace('_', '-')} is for text that is "
-            "written",
-            fix="Give a --prompt.",
+            f"--{options[0].replace('_', '-')} is for text that is written", fix="Give a --prompt."
         )
     with load(bundle, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
         if exit_name is not None:
@@ -172,7 +215,8 @@ def command(
 
 def _write(
     bundle: Path,
-    prompts: tuple[str, ...],
+    inputs: list[str] | list[Conversation],
+    templates: dict[str, Any],
     loading: dict[str, Any],
     writing: dict[str, Any],
     draws: dict[str, Any],
@@ -180,16 +224,27 @@ def _write(
     stream: bool,
     as_json: bool,
 ) -> None:
-    """Goes on with prompts, and tells where the tokens came from."""
+    """Goes on with prompts or answers conversations, and tells where the tokens came from."""
     from edgeexit.runtime import Sampling, load_decoder
 
-    if stream and (as_json or len(prompts) > 1):
+    if stream and (as_json or len(inputs) > 1):
         raise UsageError("--stream shows one text as it comes", fix="Give one --prompt, no --json.")
     with load_decoder(bundle, **loading) as model:
         sampling = Sampling(**draws) if draws else None
-        made = model.generate(list(prompts), sampling=sampling, **writing)
+        prompts: list[str] = []
+        rows: list[str | list[int]] = []
+        for one in inputs:
+            if isinstance(one, str):
+                prompts.append(one)
+                rows.append(one)
+            else:
+                prompts.append(model.chat_prompt(one.messages, tools=one.tools, **templates))
+                rows.append(model.encode(prompts[-1], special_tokens=False))
+        # Of a conversation only the answer is shown: the prompt is the template's.
+        before = [one if isinstance(one, str) else "" for one in inputs]
+        made = model.generate(rows, sampling=sampling, **writing)
         if stream:
-            click.echo(prompts[0], nl=False)
+            click.echo(before[0], nl=False)
             for piece in made:
                 click.echo(piece.text, nl=False)
             click.echo()
@@ -215,8 +270,8 @@ def _write(
         print_json({"bundle": str(bundle), "engine": about, "texts": texts, "statistics": facts})
         return
     if not stream:
-        for prompt, text in zip(prompts, made.texts, strict=True):
-            click.echo(prompt + text)
+        for start, text in zip(before, made.texts, strict=True):
+            click.echo(start + text)
     said = [f"{statistics.tokens} tokens, first after {facts['first_token_ms']:.0f} ms"]
     if made.tokens_per_s is not None:
         said.append(f"then {made.tokens_per_s:.1f} tokens/s")

@@ -30,6 +30,7 @@ PACKAGES = (
     "tensorrt-rtx",
     "cuda-bindings",
     "tokenizers",
+    "jinja2",
     "pillow",
     "torch",
     "transformers",
@@ -41,7 +42,7 @@ PACKAGES = (
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("run bundles on the processor", ("onnxruntime",)),
     "cuda": ("run bundles on an NVIDIA GPU", ("onnxruntime-gpu",)),
-    "text": ("texts as data", ("tokenizers",)),
+    "text": ("texts as data and as prompts", ("tokenizers", "jinja2")),
     "images": ("images as data", ("pillow",)),
     "export": (
         "make bundles",

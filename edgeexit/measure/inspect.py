@@ -52,6 +52,8 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "files": len(manifest.files) + 1,
         "labels": manifest.labels,
         "preprocessing": msgspec.to_builtins(manifest.preprocessing),
+        "tokenizer": manifest.tokenizer,
+        "chat": msgspec.to_builtins(manifest.chat),
         "policy": msgspec.to_builtins(manifest.policy),
         "provenance": manifest.provenance,
     }

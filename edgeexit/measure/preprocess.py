@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle import Bundle
 from edgeexit.errors import DataError, EngineError
 from edgeexit.manifest import ImagePreprocessing, TextPreprocessing
+from edgeexit.runtime.text import open_tokenizer
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any
@@ -128,26 +129,10 @@ def encode_texts(bundle: Bundle, texts: Sequence[TextSource]) -> dict[str, NDArr
 
 
 def _tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise EngineError(
-            f"texts need tokenizers, which cannot be imported ({error})",
-            fix='Install it: pip install "edgeexit[text]".',
-        ) from error
-    assert bundle.manifest.tokenizer is not None
-    path = bundle.file(bundle.manifest.tokenizer)
     # Its own files are the cache key: a bundle never changes, a path may come to hold another.
     key = (bundle.digest, preprocessing.max_length)
     if key not in _tokenizers:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(
-                f"{bundle.manifest.tokenizer}: tokenizers {tokenizers.__version__} cannot read it "
-                f"({error})",
-                fix="Install a newer tokenizers.",
-            ) from error
+        tokenizer = open_tokenizer(bundle)
         tokenizer.enable_truncation(preprocessing.max_length)
         tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
         _tokenizers.clear()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from edgeexit.errors import ExportError
 from edgeexit.export.attention import Heads
@@ -31,13 +31,18 @@ def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
         ),
         width=config.hidden_size,
         positions=config.max_position_embeddings,
-        stop_tokens=stop_tokens(config.eos_token_id),
+        stop_tokens=stop_tokens(model),
     )
 
 
-def stop_tokens(given: int | list[int] | None) -> tuple[int, ...]:
-    """A configuration's ``eos_token_id`` as a tuple."""
-    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """What ends a text: ``eos_token_id`` of the model's configuration, and of that for generation,
+    where the end of a turn is often found."""
+    found: list[int] = []
+    for config in (model.config, model.generation_config):
+        given = getattr(config, "eos_token_id", None)
+        found += [] if given is None else [given] if isinstance(given, int) else given
+    return tuple(dict.fromkeys(found))
 
 
 class _Layer(nn.Module):

@@ -26,7 +26,7 @@ def trunk(model: OPTForCausalLM) -> DecoderTrunk:
         ),
         width=config.hidden_size,
         positions=config.max_position_embeddings,
-        stop_tokens=stop_tokens(config.eos_token_id),
+        stop_tokens=stop_tokens(model),
     )
 
 

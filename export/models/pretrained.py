@@ -206,7 +206,7 @@ def _local(path: str | Path) -> Path:
         for weights in ("*.safetensors", "*.bin"):
             found = huggingface_hub.snapshot_download(
                 str(path),
-                allow_patterns=["*.json", "*.txt", weights],
+                allow_patterns=["*.json", "*.txt", "*.jinja", weights],
                 ignore_patterns=["*/*", "training_args.bin"],
             )
             if any(Path(found).glob(weights)):

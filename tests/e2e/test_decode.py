@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle import Bundle, open_bundle
+from tests.chats import TEMPLATES
 from tests.e2e.conftest import Cli
 
 
@@ -17,9 +20,9 @@ def writer(decoder_bundle: Callable[[str], Bundle]) -> Path:
 
 
 def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
-    cli: Cli, decoder_folder: Callable[[str], Path], tmp_path: Path
+    cli: Cli, chat_folder: Path, tmp_path: Path
 ) -> None:
-    folder = decoder_folder("llama")
+    folder = chat_folder
     refused = cli("export", "-m", folder, "-o", tmp_path / "bundle")
     assert refused.code == 1 and "--exits 2,4" in refused.err
     assert not (tmp_path / "bundle").exists()
@@ -28,6 +31,11 @@ def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
     made = cli("export", "-m", folder, "--exits", "2", "-o", tmp_path / "bundle", "--json")
     assert made.code == 0
     assert made.json["exits"] == ["exit_2", "exit_4"]
+    manifest = open_bundle(tmp_path / "bundle", verify="full").manifest
+    assert manifest.chat is not None and set(manifest.chat.templates) == set(TEMPLATES)
+    assert all(path in manifest.files for path in manifest.chat.templates.values())
+    # The model's own end, and the tokenizer's, which ends a turn.
+    assert manifest.decoding is not None and manifest.decoding.stop_tokens == [0, 259]
 
 
 def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer: Path) -> None:
@@ -54,6 +62,99 @@ def test_the_modes_write_text_and_say_where_it_came_from(cli: Cli, writer: Path)
     assert drawn[0] == drawn[1]
 
 
+def test_a_chat_answers_and_shows_the_answer_alone(cli: Cli, chat_bundle: Bundle) -> None:
+    common = ("run", chat_bundle.path, "--prompt", "Hi", "--chat", "--max-new-tokens", "8")
+    whole, stream, data = cli(*common), cli(*common, "--stream"), cli(*common, "--json")
+    assert whole.code == stream.code == data.code == 0, whole.err
+    [made] = data.json["texts"]
+    assert whole.out == stream.out == made["text"] + "\n"
+    assert made["prompt"] == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    told = cli(*common, "--system-prompt", "Go.", "--json").json["texts"][0]
+    assert told["prompt"].startswith("<|im_start|>system\nGo.<|im_end|>\n<|im_start|>user\nHi")
+    exact = cli(*common, "--mode", "exact", "--json").json["texts"]
+    assert exact == data.json["texts"]
+    variables = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    assert cli(*common, *variables, "--json").json["texts"][0]["prompt"].endswith("</think>\n\n")
+    named = cli(*common, "--chat-template", "strict", "--json").json["texts"][0]
+    assert "[ASK] Hi [/ASK]" in named["prompt"]
+
+
+def test_conversations_are_read_from_files(cli: Cli, chat_bundle: Bundle) -> None:
+    turns = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}]
+    turns.append({"role": "user", "content": "c"})
+    (cli.folder / "one.json").write_text(json.dumps(turns))
+    objects = [{"messages": turns, "id": 7}, {"messages": turns[:1], "tools": [{"name": "f"}]}]
+    lines = "\n\n".join(json.dumps(one, ensure_ascii=False) for one in objects)
+    (cli.folder / "two.jsonl").write_text(lines + "\n")
+    common = ("run", chat_bundle.path, "--max-new-tokens", "4", "--json", "--messages")
+    [one] = cli(*common, "one.json").json["texts"]
+    two = cli(*common, "two.jsonl").json["texts"]
+    assert one["prompt"] == two[0]["prompt"] and one["tokens"] == two[0]["tokens"]
+    assert "<|im_start|>assistant\nb<|im_end|>" in one["prompt"]
+    assert '{"name": "f"}' in two[1]["prompt"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.json", None, "none.json: cannot be read (No such file"),
+        ("a.json", b"{", "a.json: not JSON"),
+        ("a.json", b"5", "a.json: neither a list of messages"),
+        ("a.json", b'{"message": []}', "a.json: neither a list of messages"),
+        ("a.json", b"[" * 100000, "a.json: not JSON"),
+        ("a.json", b"\xff", "a.json: cannot be read (it is not UTF-8)"),
+        ("a.json", b"[]", "there are no messages"),
+        ("a.json", b'[{"role": "user"}]', "messages[0] has no content"),
+        ("a.jsonl", b"\n", "a.jsonl: it holds no conversation"),
+        ("a.jsonl", b"[]\n\n{", "a.jsonl: line 3: not JSON"),
+    ],
+)
+def test_files_that_hold_no_conversation_are_named(
+    cli: Cli, chat_bundle: Bundle, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (cli.folder / name).write_bytes(content)
+    ran = cli("run", chat_bundle.path, "--messages", name)
+    assert ran.code == 1 and message in ran.err
+    assert "Traceback" not in ran.err and ran.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--chat",), "one kind of input"),
+        (("--prompt", "x", "--messages", "x.json"), "one kind of input"),
+        (("--prompt", "x", "--system-prompt", "y"), "--system-prompt is for conversations"),
+        (("--messages", "x.json", "--system-prompt", "y"), "brings its own messages"),
+        (("--text", "x", "--chat"), "--chat is for text that is written"),
+        (("--text", "x", "--chat-template", "y"), "--chat-template is for text"),
+        (("--prompt", "x", "--chat", "--chat-template", "rag"), "no chat template 'rag'"),
+        (("--prompt", "x", "--chat", "--chat-template-kwargs", "[]"), "not a JSON object"),
+        (("--prompt", "x", "--chat", "--chat-template-kwargs", "{"), "not a JSON object"),
+    ],
+)
+def test_chats_that_cannot_be_meant_are_wrong_usage(
+    cli: Cli, chat_bundle: Bundle, arguments: tuple[str, ...], message: str
+) -> None:
+    ran = cli("run", chat_bundle.path, *arguments)
+    assert ran.code == 2 and message in ran.err
+    assert "Traceback" not in ran.err and ran.out == ""
+
+
+def test_inspect_shows_the_chat_templates(cli: Cli, chat_bundle: Bundle, writer: Path) -> None:
+    shown = cli("inspect", chat_bundle.path)
+    assert "chat templates: default, llama, strict, tool_use (with" in shown.out
+    assert "bos_token '<|begin|>'" in shown.out
+    found = cli("inspect", chat_bundle.path, "--json").json
+    assert found["tokenizer"] == "tokenizer/tokenizer.json"
+    assert found["chat"]["templates"]["default"] == "tokenizer/chat_template.jinja"
+    assert cli("inspect", writer, "--json").json["chat"] is None
+    assert "chat" not in cli("inspect", writer).out
+
+
 def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
     common = ("run", writer, "--prompt", "def f(", "--max-new-tokens", "12")
     whole, stream = cli(*common), cli(*common, "--stream")
@@ -68,6 +169,8 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
         (("--prompt", "x" * 200), "capacity is 96"),
         (("--prompt", ""), "a prompt is empty"),
         (("--prompt", "x", "--exit", "exit_1"), "--draft-exit"),
+        (("--prompt", "x", "--chat"), "no chat template"),
+        (("--prompt", b"\xff"), "cannot encode"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--mode", "exact", "--draft-exit", "exit_9"), "exit_9"),
         (("--text", "x", "--mode", "exact"), "--prompt"),
@@ -75,9 +178,9 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    cli: Cli, writer: Path, arguments: tuple[str, ...], message: str
+    cli: Cli, writer: Path, arguments: tuple[str | bytes, ...], message: str
 ) -> None:
-    ran = cli("run", writer, *arguments)
+    ran = cli("run", writer, *map(os.fsdecode, arguments))
     assert ran.code in (1, 2) and message in ran.err
     assert "Traceback" not in ran.err and ran.out == ""
 

@@ -301,6 +301,7 @@ def test_text_goes_in_and_comes_out(llama: Decoder) -> None:
         ([-1], "-1 is outside"),
         ([[0.5]], "not a list of token ids"),
         (list(range(1, 95)), "capacity is 96"),
+        ("a\ud800", r"cannot encode the text 'a\\ud800'"),
     ],
 )
 def test_prompts_that_cannot_be_meant_are_refused(
@@ -374,8 +375,7 @@ def test_a_closed_decoder_says_so(decoder_bundle: Bundles) -> None:
 
 
 def tokens_of(decoder: Decoder, text: str) -> list[int]:
-    ids: list[int] = decoder._tokenizers().encode(text).ids
-    return ids
+    return decoder.encode(text)
 
 
 def test_characters_that_span_tokens_are_held_until_they_are_whole(llama: Decoder) -> None:
