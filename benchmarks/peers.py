@@ -101,35 +101,45 @@ def alternatives(
     prompts: str,
     new_tokens: int,
     threads: Any,
-    thresholds: dict[str, float],
+    policies: dict[str, dict[str, Any]],
     chances: list[float],
     capacity: int,
 ) -> Subject:
     """One loaded chain, decoded in every way there is. Cases: the runtime's modes, ``lookup``,
-    ``copied``, ``missing``, ``random``; those with exits leave at `thresholds`, the last one by
-    `chances`."""
+    ``copied``, ``missing``, ``random``; those with exits leave by the policy ``strict``, the last
+    one by `chances`; ``fast_loose`` by the policy ``loose``. ``audit`` and ``audit_loose`` also
+    count agreement."""
     from alternatives import Copied, Lookup, Missing, Random
 
     from edgeexit import runtime
     from edgeexit.measure.decodesubjects import read_generation
+    from edgeexit.runtime.policy import OUT_OF_REACH
 
-    policy = runtime.Policy(thresholds=thresholds)
-    model = runtime.load_decoder(bundle, threads=threads, capacity=capacity, policy=policy)
+    model = runtime.load_decoder(bundle, threads=threads, capacity=capacity)
     names = [leave.name for leave in model.exits]
-    limits = [thresholds.get(name, float("inf")) for name in names[:-1]]
+    known = {
+        kind: runtime.Policy(
+            thresholds={n: found["thresholds"].get(n, OUT_OF_REACH) for n in names[:-1]},
+            score=found["score"],
+        )
+        for kind, found in policies.items()
+    }
+    score = policies["strict"]["score"]
+    limits = [policies["strict"]["thresholds"].get(name, float("inf")) for name in names[:-1]]
     rows = _rows(prompts)
     own = type(model)._mode
     makers: dict[str, Any] = {
         "lookup": lambda session: Lookup(session, names),
-        "copied": lambda session: Copied(session, names, limits),
-        "missing": lambda session: Missing(session, names, limits),
+        "copied": lambda session: Copied(session, names, limits, score=score),
+        "missing": lambda session: Missing(session, names, limits, score=score),
         "random": lambda session: Random(session, names, [0.0] * len(limits), chances=chances),
     }
 
-    def case(**options: Any) -> Case:
+    def case(policy: str = "strict", **options: Any) -> Case:
         maker = makers.get(options.get("mode", ""))
 
         def enter() -> None:
+            model.policy = known[policy]
             model._mode = (  # type: ignore[method-assign]
                 own.__get__(model) if maker is None else lambda session, *_, **__: maker(session)
             )
@@ -144,7 +154,9 @@ def alternatives(
 
     modes = ["full", "exact", "fast", "approximate", *makers]
     cases = {mode: case(mode=mode) for mode in modes}
+    cases["fast_loose"] = case("loose", mode="fast")
     cases["audit"] = case(mode="fast", audit=True)
+    cases["audit_loose"] = case("loose", mode="fast", audit=True)
     return Subject(cases, len(rows), model.describe_engine(), model.close)
 
 
