@@ -8,11 +8,13 @@ onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
+_GRAPH_VALUE = 13
+_VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_AXIS, _AXIS_SIZE, _AXIS_NAME = 2, 1, 2, 1, 1, 2
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 1, 2, 5, 7, 11
 _ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
@@ -224,6 +226,47 @@ def _keep_graph_outputs(data: bytes, outputs: set[str]) -> bytes:
             continue
         if number == _GRAPH_INITIALIZER and _tensor_name(_message(value)) not in needed:
             continue
+        parts.append(_encode(number, value))
+    return b"".join(parts)
+
+
+def fix_axes(data: bytes, sizes: Mapping[str, int]) -> bytes:
+    """The same ONNX model with numbers for some of its named axes, wherever a value has them.
+
+    An engine that fixes a size when it is built reads it from the file: TensorRT refuses a cache
+    whose axis ``past`` is only a name.
+
+    Args:
+        data: A model that `read_graph_file` accepts.
+        sizes: Axis -> its size.
+    """
+
+    def axis(data: bytes) -> bytes:
+        names = [_text(value) for number, value in _fields(data) if number == _AXIS_NAME]
+        if not names or names[-1] not in sizes:
+            return data
+        return _encode(_AXIS_SIZE, sizes[names[-1]])
+
+    def shape(data: bytes) -> bytes:
+        path = (_VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_AXIS)
+        return _rewrite(data, path, axis)
+
+    def graph(data: bytes) -> bytes:
+        for values in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
+            data = _rewrite(data, (values,), shape)
+        return data
+
+    return _rewrite(data, (_MODEL_GRAPH,), graph)
+
+
+def _rewrite(data: bytes, path: Sequence[int], change: Callable[[bytes], bytes]) -> bytes:
+    """The same message with every one at a path of field numbers changed."""
+    if not path:
+        return change(data)
+    parts = []
+    for number, value in _fields(data):
+        if number == path[0]:
+            value = _rewrite(_message(value), path[1:], change)
         parts.append(_encode(number, value))
     return b"".join(parts)
 

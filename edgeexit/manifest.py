@@ -67,13 +67,19 @@ class Variant(Struct, frozen=True, kw_only=True):
 
     Forms with caches differ in what they do with them: ``append`` gives the new keys and values
     only, and the runtime appends them; ``in-place`` gives the whole cache, and past and present are
-    one buffer. `lengths` are the kinds (`LENGTHS`) that the graph takes besides its inputs.
+    one buffer; ``fixed`` does the same for engines whose capacity (the axis ``past``) is a number
+    when they are built. `lengths` are the kinds (`LENGTHS`) that the graph takes besides its
+    inputs.
+
+    Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
+    standard ones up to that opset), ``cache-update`` (TensorScatter may write into the buffer it
+    reads), ``float32-attention`` (the Attention operator takes float32).
     """
 
     graph: str
     requires: list[str] = []
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    caches: Literal["append", "in-place"] = "append"
+    caches: Literal["append", "in-place", "fixed"] = "append"
     lengths: list[Literal["past", "last", "most"]] = []
 
 

@@ -1,17 +1,17 @@
 """Forms of attention with a cache, one module each: the same numbers for different engines.
 
 A decoder's segment is exported once per form. `InPlace` is ONNX Runtime's GroupQueryAttention,
-which appends to the cache it reads. `Append` is the plain form that every engine takes: it gives
-the new keys and values, and the runtime appends them. Caches are ``[batch, heads, capacity,
-size]``; how much of each row is filled comes in as lengths, whose kinds are
-`edgeexit.manifest.LENGTHS`.
+which appends to the cache it reads. `Fixed` does the same in standard operators, for engines that
+know opset 24. `Append` is the plain form that every engine takes: it gives the new keys and values,
+and the runtime appends them. Caches are ``[batch, heads, capacity, size]``; how much of each row is
+filled comes in as lengths, whose kinds are `edgeexit.manifest.LENGTHS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.nn import functional
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kind = Literal["past", "last", "most"]
+Caches = Literal["in-place", "fixed", "append"]
+FLOAT32_ATTENTION = "float32-attention"
+"""What `Fixed` asks of an engine in float32 only: TensorRT's Attention takes half precision."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class InPlace(nn.Module):
     multiple of 16.
     """
 
+    caches: Caches = "in-place"
     requires: tuple[str, ...] = ("onnxruntime-operators",)
     lengths: tuple[Kind, ...] = ("last", "most")
-    caches: Literal["append", "in-place"] = "in-place"
+    opset = 18
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -87,6 +91,73 @@ class InPlace(nn.Module):
         return attended, key, value
 
 
+class Fixed(nn.Module):
+    """TensorScatter and Attention of opset 24: past and present are one buffer of a size that an
+    engine may fix when it is built (TensorRT does).
+
+    Can be exported, not run. What a token sees is said by a mask and nothing else: engines disagree
+    on what ``is_causal`` and ``nonpad_kv_seqlen`` mean for several new tokens behind a past (the
+    operator's definition was corrected in onnx 1.23), and an early TensorRT parser passes over the
+    latter in silence. Queries are scaled here and not by the operator, or TensorRT would multiply
+    the whole cache. TensorRT has kernels for heads of 16 to 256 whose size is a multiple of 8, in
+    float16 and bfloat16.
+    """
+
+    caches: Caches = "fixed"
+    requires: tuple[str, ...] = ("opset-24", "cache-update", FLOAT32_ATTENTION)
+    lengths: tuple[Kind, ...] = ("past",)
+    opset = 24
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        lengths: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        heads, (filled,) = self.heads, lengths
+        q, k, v = (
+            split_heads(x, count, heads.size)
+            for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+        )
+        if heads.rotary is not None:
+            q, k = (
+                _operator("RotaryEmbedding", [x, self.cos, self.sin, positions], {}, like=x)
+                for x in (q, k)
+            )
+        key, value = (
+            _operator("TensorScatter", [whole, made, filled], {"axis": -2}, like=whole)
+            for whole, made in zip(past, (k, v), strict=True)
+        )
+        last = filled.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
+        seen = torch.arange(key.shape[2], device=q.device) <= last.unsqueeze(2)
+        attended = _operator(
+            "Attention",
+            [q * heads.size**-0.5, key, value, seen.unsqueeze(1)],
+            {"scale": 1.0},
+            like=q,
+        )
+        return join_heads(attended), key, value
+
+
+def _operator(
+    name: str, inputs: Sequence[torch.Tensor], attributes: dict[str, Any], like: torch.Tensor
+) -> torch.Tensor:
+    """An operator of opset 24 whose output has the form of `like`."""
+    return torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=Fixed.opset
+    )
+
+
 class Append(nn.Module):
     """Attention over the cache and the new tokens in operators that every engine has (opset 20).
 
@@ -94,9 +165,10 @@ class Append(nn.Module):
     row's length is masked.
     """
 
+    caches: Caches = "append"
     requires: tuple[str, ...] = ()
     lengths: tuple[Kind, ...] = ("past",)
-    caches: Literal["append", "in-place"] = "append"
+    opset = 18
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -136,20 +208,25 @@ class Append(nn.Module):
         scores = torch.cat(
             [old.masked_fill(~there, lowest), own.masked_fill(~earlier, lowest)], dim=-1
         )
-        shares = torch.softmax(scores, dim=-1)
+        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         attended = shares[..., :capacity] @ past_value.unsqueeze(2) + shares[
             ..., capacity:
         ] @ v.unsqueeze(2)
         return join_heads(attended.flatten(1, 2)), k, v
 
 
-AnyForm = InPlace | Append
+AnyForm = InPlace | Fixed | Append
 
 
 def forms(heads: Heads) -> tuple[type[AnyForm], ...]:
     """The forms that such heads can have, fastest first: a runtime takes the first one whose
     requirements its engine meets."""
-    return (InPlace, Append) if heads.size % 16 == 0 else (Append,)
+    found: list[type[AnyForm]] = [Append]
+    if heads.size % 8 == 0 and 16 <= heads.size <= 256:
+        found.insert(0, Fixed)
+    if heads.size % 16 == 0:
+        found.insert(0, InPlace)
+    return tuple(found)
 
 
 def causal_attention(

@@ -66,14 +66,16 @@ class Form:
             the order of the segment's.
         requires: Features that an engine must offer to run it.
         caches: Whether it gives the new keys and values (``append``) or whole caches that are the
-            very buffers of the past (``in-place``).
+            very buffers of the past (``in-place``; ``fixed`` where an engine may fix their size).
         lengths: Kinds of `edgeexit.manifest.LENGTHS` that it takes.
+        opset: The lowest ONNX opset that its graph can have.
     """
 
     module: nn.Module
     requires: tuple[str, ...] = ()
-    caches: Literal["append", "in-place"] = "append"
+    caches: Literal["append", "in-place", "fixed"] = "append"
     lengths: tuple[Literal["past", "last", "most"], ...] = ()
+    opset: int = 18
 
 
 @dataclass(frozen=True)

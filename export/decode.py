@@ -20,7 +20,14 @@ from edgeexit.errors import UsageError
 from edgeexit.export import graphs
 from edgeexit.export.chat import TextFiles, write_text_files
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form
-from edgeexit.export.package import Progress, counter, provenance, write_samples
+from edgeexit.export.package import (
+    Progress,
+    check_options,
+    counter,
+    provenance,
+    write_samples,
+)
+from edgeexit.export.precision import decoder_to_half
 from edgeexit.export.scores import append_scores
 from edgeexit.export.store import WeightStore
 from edgeexit.manifest import LENGTHS, SCORES, Chain, Decoding, Embedding, Manifest, Tensor, Variant
@@ -37,6 +44,7 @@ def export_decoder(
     model: DecodeModel,
     output: str | os.PathLike[str],
     *,
+    dtype: str = "float32",
     opset: int = graphs.DEFAULT_OPSET,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -46,16 +54,21 @@ def export_decoder(
     Args:
         model: What to split.
         output: The bundle's directory; must not exist unless `overwrite`.
-        opset: ONNX opset of every graph.
+        dtype: ``float32`` or ``float16``: what the graphs compute in, and what caches and
+            boundaries hold. Logits and scores stay float32.
+        opset: ONNX opset of every graph, but for forms that need a newer one.
 
     Raises:
         ExportError: The model cannot be split; nothing is left behind.
         OutputExistsError: `output` exists.
     """
+    check_options(dtype, opset)
     if len(model.segments) < 2:
         raise UsageError(
             f"{model.name}: there is no early exit", fix="Name layers: exits=[2, 4] (--exits 2,4)."
         )
+    if dtype == "float16":
+        model = decoder_to_half(model, torch.float16)
     parts = [*model.segments, model.unsplit]
     skipped = [part for part in model.segments if part.projection is not None]
     tell = counter(progress, sum(len(part.forms) for part in parts) + len(skipped) + 2)
@@ -68,7 +81,7 @@ def export_decoder(
                 tell(f"{part.name}, form {number + 1} of {len(part.forms)}")
                 suffix = "" if number == len(part.forms) - 1 else f".{form.caches}"
                 path = f"graphs/{part.name}{suffix}.onnx"
-                graph = _graph(part, form, opset)
+                graph = graph_of_form(part, form, opset)
                 if part is model.unsplit:
                     _add_token(graph.graph)
                 store.externalize(graph.graph)
@@ -77,6 +90,7 @@ def export_decoder(
                     Variant(
                         graph=path,
                         requires=list(form.requires),
+                        precision=dtype,  # type: ignore[arg-type]
                         caches=form.caches,
                         lengths=list(form.lengths),
                     )
@@ -88,12 +102,12 @@ def export_decoder(
             graph = _projection(part, opset)
             store.externalize(graph.graph)
             graphs.save_graph(graph, str(writer.folder / path))
-            projections[part.name] = Variant(graph=path)
+            projections[part.name] = Variant(graph=path, precision=dtype)  # type: ignore[arg-type]
         tell("head")
         logits = model.head.outputs[0]
         scores = {score: f"{HEAD}/{score}" for score in SCORES}
         state = model.head.inputs[0]
-        example = {state.name: torch.zeros(2, int(state.axes[-1]))}  # type: ignore[arg-type]
+        example = {state.name: _example(state)}
         graph = graphs.graph_from_module(
             model.head.module,
             model.head.inputs,
@@ -116,7 +130,7 @@ def export_decoder(
         stop_tokens = dict.fromkeys([*model.stop_tokens, *text.stop_tokens])
         head = ManifestSegment(
             name=HEAD,
-            variants=[Variant(graph=f"graphs/{HEAD}.onnx")],
+            variants=[Variant(graph=f"graphs/{HEAD}.onnx", precision=dtype)],  # type: ignore[arg-type]
             inputs=list(model.head.inputs),
             outputs=[
                 logits,
@@ -164,15 +178,16 @@ def export_decoder(
         )
 
 
-def _graph(part: CachedSegment, form: Form, opset: int) -> ir.Model:
+def graph_of_form(part: CachedSegment, form: Form, opset: int) -> ir.Model:
     """One form of a part, with its inputs named as the manifest says."""
+    opset = max(opset, form.opset)
     lengths = [
         Tensor(name=f"lengths/{kind}", dtype=LENGTHS[kind][0], axes=LENGTHS[kind][1],  # type: ignore[arg-type]
                row_axis=0 if LENGTHS[kind][1] else None)
         for kind in form.lengths
     ]  # fmt: skip
     past = [Tensor(name=c.past, dtype=c.dtype, axes=c.axes) for c in part.caches]
-    present = _present(part, "past" if form.caches == "in-place" else "new")
+    present = _present(part, "new" if form.caches == "append" else "past")
     inputs = [*part.inputs, *lengths, *past]
     values = {tensor.name: _example(tensor) for tensor in inputs}
     return graphs.graph_from_module(

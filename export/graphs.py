@@ -32,6 +32,7 @@ IR_VERSION = 10
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
     "int64": torch.int64,
     "int32": torch.int32,
     "bool": torch.bool,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.manifest import Segment, Tensor
+from edgeexit.errors import EngineError
+from edgeexit.manifest import Cache, Segment, Tensor
 from edgeexit.runtime.engines import Bound
 
 ALIGNMENT = 64
@@ -63,6 +64,17 @@ def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None
             return None
         shape.append(sizes[axis] if isinstance(axis, str) else axis)
     return tuple(shape)
+
+
+def dtype_of(tensor: Tensor | Cache) -> np.dtype[Any]:
+    """What numpy calls a tensor's dtype; raises `EngineError` for one that it does not have."""
+    try:
+        return np.dtype(tensor.dtype)
+    except TypeError as error:
+        raise EngineError(
+            f"{tensor.name} is {tensor.dtype}, which buffers of this engine cannot hold",
+            fix="Export the model in float32 or float16.",
+        ) from error
 
 
 @dataclass(slots=True)

@@ -6,13 +6,16 @@ drafted in vain is a change of length, never a copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.errors import EngineError, InputError
 from edgeexit.manifest import Cache
-from edgeexit.runtime.buffers import HostSlot
+from edgeexit.runtime.buffers import HostSlot, dtype_of
 from edgeexit.runtime.engines import Bound, Engine, Slot
 
 
@@ -27,6 +30,9 @@ class SegmentCaches:
 
     Attributes:
         lengths: ``[batch]`` int64, tokens of each row that count.
+
+    Raises:
+        EngineError: There is not enough memory.
     """
 
     def __init__(self, caches: Sequence[Cache], batch: int, capacity: int, engine: Engine) -> None:
@@ -37,16 +43,34 @@ class SegmentCaches:
         sizes = {"batch": batch, "past": capacity}
         for cache in caches:
             shape = tuple(sizes[a] if isinstance(a, str) else int(a or 1) for a in cache.axes)
-            dtype = np.dtype(cache.dtype)
-            slot: Slot = engine.allocate(int(np.prod(shape)) * dtype.itemsize)
+            dtype = dtype_of(cache)
+            size_bytes = math.prod(shape) * dtype.itemsize
+            try:
+                slot: Slot = engine.allocate(size_bytes)
+            except (MemoryError, ValueError, OverflowError) as error:
+                raise EngineError(
+                    f"{cache.name}: a cache of {batch} rows and {capacity} tokens needs "
+                    f"{size_bytes} bytes, more than there are",
+                    fix="Load with a smaller capacity, or give fewer prompts at a time.",
+                ) from error
             self._bound[cache.name] = (slot, dtype, shape)
+
+    def check_room(self, new: int, where: str) -> None:
+        """Refuses new tokens that some row has no place for, before anything is written."""
+        longest = int(self.lengths.max())
+        if longest + new > self.capacity:
+            raise InputError(
+                f"{where}: a row of the caches holds {longest} tokens, and {new} more need "
+                f"{longest + new} places; the capacity is {self.capacity}",
+                fix="Load with a larger capacity, or end the text earlier.",
+            )
 
     def past(self) -> dict[str, Bound]:
         """Graph input -> the whole buffer."""
         return {cache.past: self._bound[cache.name] for cache in self._caches}
 
     def present(self) -> dict[str, Bound]:
-        """Graph output -> the same buffer, for forms that append in place."""
+        """Graph output -> the same buffer, for forms that write into the cache they read."""
         return {cache.present: self._bound[cache.name] for cache in self._caches}
 
     def append(self, new: dict[str, NDArray], rows: NDArray[np.bool_] | None = None) -> None:
@@ -79,19 +103,19 @@ class Ring:
         counts: ``[batch]`` int64, how many wait in each row.
     """
 
-    def __init__(self, batch: int, capacity: int, width: int) -> None:
+    def __init__(self, batch: int, capacity: int, width: int, dtype: np.dtype) -> None:
         self.capacity = capacity
         self.counts: NDArray[np.int64] = np.zeros(batch, np.int64)
         # Zeros, for what is padding must be finite: a NaN would spoil its neighbours' attention.
-        self._states = np.zeros((batch, 0, width), np.float32)
+        self._states: NDArray[Any] = np.zeros((batch, 0, width), dtype)
 
-    def push(self, states: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
+    def push(self, states: NDArray[Any], counts: NDArray[np.int64]) -> None:
         """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row."""
         needed = int((self.counts + counts).max())
         if needed > self._states.shape[1]:
             grown = max(needed, min(self.capacity, 2 * self._states.shape[1]), 16)
             batch, held, width = self._states.shape
-            larger = np.zeros((batch, grown, width), np.float32)
+            larger = np.zeros((batch, grown, width), self._states.dtype)
             larger[:, :held] = self._states
             self._states = larger
         starts = self.counts.tolist()
@@ -99,7 +123,7 @@ class Ring:
             self._states[row, start : start + count] = states[row, :count]
         self.counts += counts
 
-    def states(self, start: int, stop: int) -> NDArray[np.float32]:
+    def states(self, start: int, stop: int) -> NDArray[Any]:
         """States from `start` to `stop` of every row; those beyond a row's count are leftovers."""
         return self._states[:, start:stop]
 

@@ -31,7 +31,7 @@ from edgeexit.runtime.modes import (
     Pace,
     Statistics,
 )
-from edgeexit.runtime.parts import Opened, Session, check_tokens
+from edgeexit.runtime.parts import Form, Opened, Session, check_tokens
 from edgeexit.runtime.policy import Policy, decide
 from edgeexit.runtime.sampling import Sampler, Sampling
 from edgeexit.runtime.text import Stream, encode, open_tokenizer
@@ -454,8 +454,15 @@ class Decoder:
         return session
 
     def describe_engine(self) -> dict[str, str]:
-        """What executes the model: engine, library, version, settings."""
-        return self._check_usable().engine.describe()
+        """What executes the model: engine, library, version, settings, form of the caches."""
+        opened = self._check_usable()
+        forms = dict.fromkeys(variant.caches for variant in opened.variants)
+        return {**opened.engine.describe(), "caches": ", ".join(forms)}
+
+    @property
+    def caches(self) -> Form | None:
+        """The form of the caches that was asked for; None: the fastest."""
+        return self._check_usable().form
 
     def close(self) -> None:
         """Releases engines and buffers."""

@@ -14,7 +14,7 @@ from edgeexit.runtime.chain import Chain, needs
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
 from edgeexit.runtime.generate import Decoder
-from edgeexit.runtime.parts import open_decoder
+from edgeexit.runtime.parts import Form, open_decoder
 from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, decide, read_policy
 
@@ -87,6 +87,7 @@ def load_decoder(
     threads: Threads = "blocking",
     verify: Literal["quick", "full"] = "quick",
     capacity: int | None = None,
+    caches: Form | None = None,
     unsplit: bool = False,
 ) -> Decoder:
     """Loads a bundle with a ``decode`` program: a language model.
@@ -95,7 +96,11 @@ def load_decoder(
         path, engine, threads, verify: As for `load`.
         policy: When ``fast`` decoding stops; the other modes do without.
         capacity: The most tokens of a text, prompt included; caches are that large. None: as many
-            as the model was made for.
+            as the model was made for. All forms of the caches but ``in-place`` attend over the
+            whole of it in every step, so ask for no more than you need.
+        caches: The form of the caches, for comparisons: ``in-place`` (ONNX Runtime's own
+            operator), ``fixed`` (standard operators of opset 24) or ``append`` (any engine). None:
+            the fastest one that the engine runs. All give the same tokens.
         unsplit: Load the same model as one graph without exits: the baseline, with the same caches.
 
     Raises:
@@ -110,12 +115,12 @@ def load_decoder(
     chosen = _policy(policy, bundle)
     decide(chosen, bundle.exits(), digest=bundle.digest)
     limit = bundle.manifest.limits["positions"]
-    if capacity is not None and not 2 <= capacity <= limit:
+    if capacity is not None and not (isinstance(capacity, int) and 2 <= capacity <= limit):
         raise UsageError(
             f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
             fix=f"Use at most {limit}.",
         )
-    opened = open_decoder(bundle, _engine(engine, threads), unsplit=unsplit)
+    opened = open_decoder(bundle, _engine(engine, threads), unsplit=unsplit, form=caches)
     return Decoder(bundle, opened, chosen, limit if capacity is None else capacity)
 
 

@@ -466,9 +466,7 @@ class Fast:
         session, ring = self.session, self.session.rings[number]
         counts = ring.counts.copy()
         most = int(counts.max())
-        newest = np.zeros(
-            (session.batch, self.session.boundary(number + 1, 1).shape[-1]), np.float32
-        )
+        newest = np.zeros_like(session.boundary(number + 1, 1)[:, 0])
         if most > 1:
             self.statistics.catch_ups += 1
         start = 0
@@ -539,7 +537,7 @@ class Approximate:
         session = self.session
         places = session.parts[0].caches.lengths.copy()
         undecided = active.copy()
-        left = np.zeros((session.batch, session.boundary(1, 1).shape[-1]), np.float32)
+        left = np.zeros_like(session.boundary(1, 1)[:, 0])
         session.embed(self._current)
         for number in range(len(session.parts)):
             gone = active & ~undecided

@@ -9,22 +9,25 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle import WEIGHTS, Bundle
-from edgeexit.errors import EngineError, InputError
+from edgeexit.errors import EngineError, InputError, UsageError
 from edgeexit.manifest import LENGTHS, Decoding, Segment, Variant
-from edgeexit.runtime.buffers import HostSlot, row_of
+from edgeexit.runtime.buffers import HostSlot, dtype_of, row_of
 from edgeexit.runtime.caches import Ring, SegmentCaches
 from edgeexit.runtime.engines import Bound, Engine, Graph
 
 BINDINGS_KEPT = 1024
 """Numbers of new tokens for which a part keeps its bindings."""
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]
+"""States, float32 or float16 as the manifest says."""
+
+Form = Literal["in-place", "fixed", "append"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Opened:
     head: Segment | None
     head_graph: Graph | None
     table: Floats
+    form: Form | None
     projections: dict[int, Graph] = field(default_factory=dict)
 
     @property
@@ -61,8 +65,11 @@ class Opened:
         return self.projections[number]
 
 
-def open_decoder(bundle: Bundle, engine: Engine, *, unsplit: bool = False) -> Opened:
-    """Opens a bundle's segments and head, or the unsplit graph as its one segment."""
+def open_decoder(
+    bundle: Bundle, engine: Engine, *, unsplit: bool = False, form: Form | None = None
+) -> Opened:
+    """Opens a bundle's segments and head, or the unsplit graph as its one segment; in one form of
+    the caches, or in the first one that the engine runs."""
     manifest = bundle.manifest
     decoding = manifest.decoding
     assert decoding is not None
@@ -78,7 +85,7 @@ def open_decoder(bundle: Bundle, engine: Engine, *, unsplit: bool = False) -> Op
             caches=caches,
         )
         segments = [whole]
-    variants = [choose_variant(segment, engine) for segment in segments]
+    variants = [choose_variant(segment, engine, form) for segment in segments]
     head = None if unsplit else manifest.heads[decoding.head]
     paths = [bundle.file(variant.graph) for variant in variants]
     if head is not None:
@@ -94,19 +101,34 @@ def open_decoder(bundle: Bundle, engine: Engine, *, unsplit: bool = False) -> Op
         head=head,
         head_graph=None if head is None else graphs[-1],
         table=_map_table(bundle, decoding),
+        form=form,
     )
 
 
-def choose_variant(segment: Segment, engine: Engine) -> Variant:
-    """The first form of a part whose requirements the engine meets."""
-    for variant in segment.variants:
+def choose_variant(segment: Segment, engine: Engine, form: Form | None = None) -> Variant:
+    """The first form of a part whose requirements the engine meets, or the one that is asked for.
+
+    Raises:
+        UsageError: The part does not have the form asked for.
+        EngineError: The engine lacks something that the form needs, or every one does.
+    """
+    variants = [one for one in segment.variants if form in (None, one.caches)]
+    if not variants:
+        known = ", ".join(dict.fromkeys(one.caches for one in segment.variants))
+        raise UsageError(
+            f"{segment.name} has no form {form!r} of its caches (it has {known})",
+            fix="Ask for one of those, or for none: the fastest is then taken.",
+        )
+    for variant in variants:
         if set(variant.requires) <= engine.features:
             return variant
     raise EngineError(
         f"{segment.name} has no form for this engine (it has "
-        f"{[variant.requires for variant in segment.variants]}, the engine offers "
+        f"{[variant.requires for variant in variants]}, the engine offers "
         f"{sorted(engine.features)})",
-        fix="Export again with a newer edgeexit.",
+        fix="Export again with a newer edgeexit."
+        if form is None
+        else "Leave the form open, or use a newer version of the engine.",
     )
 
 
@@ -118,7 +140,7 @@ def _map_table(bundle: Bundle, decoding: Decoding) -> Floats:
     with bundle.file(WEIGHTS).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     count = embedding.vocabulary * width
-    dtype = np.dtype(embedding.output.dtype)
+    dtype = dtype_of(embedding.output)
     flat = np.frombuffer(mapped, dtype, count=count, offset=embedding.offset)
     return flat.reshape(embedding.vocabulary, width)
 
@@ -144,24 +166,26 @@ class Session:
         for tensor in [s.inputs[0] for s in opened.segments] + [opened.segments[-1].outputs[0]]:
             width = tensor.axes[-1] if "new" in tensor.axes else 0  # unsplit ends with answers
             assert isinstance(width, int)
-            boundaries.append((HostSlot(batch * chunk * width * 4), width))
+            dtype = dtype_of(tensor)
+            slot = HostSlot(batch * chunk * width * dtype.itemsize)
+            boundaries.append(Boundary(slot, width, dtype))
         self.parts = [
             Part(opened, number, batch, capacity, positions, boundaries[number : number + 2])
             for number in range(len(opened.segments))
         ]
-        self.rings = [Ring(batch, capacity, width) for _, width in boundaries[:-1]]
+        self.rings = [Ring(batch, capacity, one.width, one.dtype) for one in boundaries[:-1]]
         self._boundaries = boundaries
         self._positions = positions
         self._views: dict[tuple[int, int], Floats] = {}
         self._places: dict[int, NDArray[np.int64]] = {}
-        self.head = None if opened.head is None else Head(opened, boundaries[-1][1])
+        self.head = None if opened.head is None else Head(opened)
 
     def boundary(self, number: int, new: int) -> Floats:
         """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
         view = self._views.get((number, new))
         if view is None:
-            slot, width = self._boundaries[number]
-            view = slot.array(np.dtype(np.float32), (self.batch, new, width))
+            one = self._boundaries[number]
+            view = one.slot.array(one.dtype, (self.batch, new, one.width))
             self._views[number, new] = view
         return view
 
@@ -196,8 +220,12 @@ class Session:
 
         Returns:
             The next boundary, ``[batch, new, width]``.
+
+        Raises:
+            InputError: Some row's cache has no room for so many.
         """
         part = self.parts[number]
+        part.caches.check_room(new, part.segment.name)
         self._place(part.caches.lengths if places is None else places, new)
         part.run(new)
         part.caches.lengths += new if counts is None else counts
@@ -229,6 +257,15 @@ class Session:
             np.minimum(part.caches.lengths, lengths, out=part.caches.lengths)
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """Where states ``[batch, new, width]`` pass from one segment to the next."""
+
+    slot: HostSlot
+    width: int
+    dtype: np.dtype
+
+
 class Part:
     """One segment: graph, caches, and bindings per number of new tokens."""
 
@@ -239,7 +276,7 @@ class Part:
         batch: int,
         capacity: int,
         positions: HostSlot,
-        boundaries: Sequence[tuple[HostSlot, int]],
+        boundaries: Sequence[Boundary],
     ) -> None:
         self.segment, self.variant = opened.segments[number], opened.variants[number]
         self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
@@ -269,13 +306,12 @@ class Part:
         """Runs over the boundary; lengths are those before it."""
         lengths = self.caches.lengths
         longest = int(lengths.max())
-        assert longest + new <= self.caches.capacity, "a cache would run over its end"
         views = self._length_views
         if "past" in views:
             views["past"][...] = lengths
         if "last" in views:
             np.add(lengths, new - 1, out=views["last"], casting="unsafe")
-        if self._batch > 1 and new > 1 and longest and self.variant.caches == "in-place":
+        if self._batch > 1 and new > 1 and longest and "most" in views:
             # ONNX Runtime's operator takes several new tokens behind a past for one row only.
             for row, length in enumerate(lengths.tolist()):
                 views["most"][...] = length + new
@@ -308,12 +344,11 @@ class Part:
     ) -> tuple[Callable[[], object], dict[str, NDArray[Any]]]:
         """Binds all rows, or one of them alone."""
         batch = self._batch
-        (before, width), (after, _) = self._boundaries
-        float32, int64 = np.dtype(np.float32), np.dtype(np.int64)
+        before, after = self._boundaries
         state, positions, *_ = self.segment.inputs
         inputs: dict[str, Bound] = {
-            state.name: (before, float32, (batch, new, width)),
-            positions.name: (self._positions, int64, (batch, new)),
+            state.name: (before.slot, before.dtype, (batch, new, before.width)),
+            positions.name: (self._positions, np.dtype(np.int64), (batch, new)),
             **self.caches.past(),
         }
         for kind, slot in self._lengths.items():
@@ -325,12 +360,12 @@ class Part:
             if "new" in tensor.axes:
                 last = tensor.axes[-1]
                 assert isinstance(last, int)
-                outputs[tensor.name] = (after, dtype_, (batch, new, last))
+                outputs[tensor.name] = (after.slot, dtype_, (batch, new, last))
             else:
                 own = self._answer_slots[tensor.name]
                 outputs[tensor.name] = (own, dtype_, (batch, *map(int, tensor.axes[1:])))  # type: ignore[arg-type]
         made: dict[str, NDArray[Any]] = {}
-        if self.variant.caches == "in-place":
+        if self.variant.caches != "append":
             outputs |= self.caches.present()
         else:
             grown, made = self._new_caches(new)
@@ -365,10 +400,10 @@ class Part:
         """Keys and values that the boundary's states, one per row, leave if they skip the
         segment."""
         if self._projection is None:
-            (before, width), _ = self._boundaries
+            before, _ = self._boundaries
             state, positions, *_ = self.segment.inputs
             inputs: dict[str, Bound] = {
-                state.name: (before, np.dtype(np.float32), (self._batch, 1, width)),
+                state.name: (before.slot, before.dtype, (self._batch, 1, before.width)),
                 positions.name: (self._positions, np.dtype(np.int64), (self._batch, 1)),
             }
             outputs, made = self._new_caches(1)
@@ -386,9 +421,9 @@ def _width(axes: Sequence[Any]) -> int:
 class Head:
     """The shared head: states ``[rows, width]`` to tokens, scores and logits."""
 
-    def __init__(self, opened: Opened, width: int) -> None:
+    def __init__(self, opened: Opened) -> None:
         assert opened.head is not None and opened.head_graph is not None
-        self._head, self._graph, self._width = opened.head, opened.head_graph, width
+        self._head, self._graph = opened.head, opened.head_graph
         self._bindings: dict[int, tuple[Callable[[], object], Floats, dict[str, Any]]] = {}
 
     def __call__(self, states: Floats) -> Mapping[str, NDArray[Any]]:
@@ -404,10 +439,11 @@ class Head:
         return made
 
     def _bind(self, rows: int) -> tuple[Callable[[], object], Floats, dict[str, Any]]:
-        inputs: dict[str, Bound] = {}
-        slot = HostSlot(rows * self._width * 4)
         [state] = self._head.inputs
-        inputs[state.name] = (slot, np.dtype(np.float32), (rows, self._width))
+        taken, width = dtype_of(state), state.axes[-1]
+        assert isinstance(width, int)
+        slot = HostSlot(rows * width * taken.itemsize)
+        inputs: dict[str, Bound] = {state.name: (slot, taken, (rows, width))}
         outputs: dict[str, Bound] = {}
         made: dict[str, Any] = {}
         for tensor in self._head.outputs:
@@ -416,7 +452,7 @@ class Head:
             own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
             outputs[tensor.name] = (own, dtype, shape)
             made[tensor.name.removeprefix(f"{self._head.name}/")] = own.array(dtype, shape)
-        place = slot.array(np.dtype(np.float32), (rows, self._width))
+        place = slot.array(taken, (rows, width))
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
         self._bindings[rows] = bound = (self._graph.bind(inputs, outputs), place, made)

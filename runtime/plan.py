@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import EngineError
 from edgeexit.manifest import Exit, Segment, Tensor
-from edgeexit.runtime.buffers import HostSlot, assign_slots, shape_of
+from edgeexit.runtime.buffers import HostSlot, assign_slots, dtype_of, shape_of
 from edgeexit.runtime.engines import Bound, Engine, Graph, Place, Slot
 from edgeexit.runtime.policy import Decision
 
@@ -98,7 +98,7 @@ class Planner:
         self._slots: dict[int, Slot] = {}
         tensors = [*inputs, *(tensor for segment in segments for tensor in segment.outputs)]
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._dtypes = {tensor.name: _dtype(tensor) for tensor in tensors}
+        self._dtypes = {tensor.name: dtype_of(tensor) for tensor in tensors}
         self._plans: dict[tuple[tuple[str, int], ...], Plan] = {}
         self._learnt: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._alive_after = self._carried()
@@ -248,16 +248,6 @@ class Planner:
 def _view(slot: Place, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
     assert isinstance(slot, HostSlot)
     return slot.array(dtype, shape)
-
-
-def _dtype(tensor: Tensor) -> np.dtype[Any]:
-    try:
-        return np.dtype(tensor.dtype)
-    except TypeError as error:
-        raise EngineError(
-            f"{tensor.name} is {tensor.dtype}, which buffers of this engine cannot hold",
-            fix="Export the model in float32 or float16.",
-        ) from error
 
 
 def _key(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

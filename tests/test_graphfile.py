@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from edgeexit.bundle import Bundle
-from edgeexit.graphfile import External, keep_outputs, read_graph_file
+from edgeexit.graphfile import External, fix_axes, keep_outputs, read_graph_file
 
 
 @pytest.mark.parametrize("name", ["s0", "s1", "s2", "s3", "unsplit"])
@@ -60,6 +60,37 @@ def test_a_trimmed_graph_gives_the_same_and_runs_nothing_else(toy_bundle: Bundle
     expected = ReferenceEvaluator(whole).run(kept, feeds)
     for made, right in zip(ReferenceEvaluator(trimmed).run(kept, feeds), expected, strict=True):
         np.testing.assert_array_equal(made, right)
+
+
+def test_named_axes_become_numbers_wherever_they_stand(toy_bundle: Bundle) -> None:
+    whole = onnx.load(toy_bundle.path / "graphs/s1.onnx")
+    whole.graph.value_info.append(
+        helper.make_tensor_value_info("between", TensorProto.FLOAT, ["batch", "other", 3, None])
+    )
+    raw = whole.SerializeToString()
+    fixed = onnx.load_from_string(fix_axes(raw, {"batch": 5, "past": 7}))
+
+    def axes(model: onnx.ModelProto) -> dict[str, list[object]]:
+        graph = model.graph
+        return {
+            value.name: [
+                getattr(axis, axis.WhichOneof("value")) if axis.WhichOneof("value") else None
+                for axis in value.type.tensor_type.shape.dim
+            ]
+            for value in [*graph.input, *graph.output, *graph.value_info]
+        }
+
+    before = axes(whole)
+    assert before["between"] == ["batch", "other", 3, None]
+    assert axes(fixed) == {
+        name: [5 if axis == "batch" else axis for axis in found] for name, found in before.items()
+    }
+    for value in (*fixed.graph.input, *fixed.graph.output, *fixed.graph.value_info):
+        value.type.tensor_type.shape.Clear()
+    for value in (*whole.graph.input, *whole.graph.output, *whole.graph.value_info):
+        value.type.tensor_type.shape.Clear()
+    assert fixed == whole
+    assert onnx.load_from_string(fix_axes(raw, {})) == onnx.load_from_string(raw)
 
 
 def test_trimming_keeps_what_a_subgraph_takes_from_outside() -> None:

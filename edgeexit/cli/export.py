@@ -224,10 +224,6 @@ def _torch(
 
         split = dataclasses.replace(split, name=name)
     if isinstance(split, DecodeModel):
-        if options.pop("dtype", "float32") != "float32":
-            raise UsageError(
-                "--dtype: decoders are exported in float32 only", fix="Leave --dtype out."
-            )
         return export_decoder(split, output, progress=progress, **options)
     return export_model(split, output, progress=progress, **options)
 

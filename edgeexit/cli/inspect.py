@@ -86,6 +86,7 @@ def _show(found: dict[str, Any], path: Path) -> None:
         click.echo(f"chat templates: {named}" + (f" (with {', '.join(tokens)})" if tokens else ""))
     axes = ", ".join(f"{k} {v}" for k, v in found["axis_sizes"].items())
     for name, chain in found["chains"].items():
+        cached = any(segment["cache_bytes_per_token"] for segment in chain["segments"])
         rows = []
         for segment in chain["segments"]:
             first = segment["graphs"][0]
@@ -99,9 +100,10 @@ def _show(found: dict[str, Any], path: Path) -> None:
                     size(first["weights_bytes"]),
                     ", ".join(_tensor(t) for t in segment["boundary"]) or "-",
                     "?" if crossing is None else size(crossing),
+                    *([_caches(segment)] if cached else []),
                 )
             )
-        columns = (
+        columns = [
             "segment",
             "precision",
             "exit",
@@ -109,7 +111,8 @@ def _show(found: dict[str, Any], path: Path) -> None:
             "weights",
             "crosses its boundary",
             "bytes",
-        )
+            *(["caches a token"] if cached else []),
+        ]
         click.echo("")
         print_table(
             f"chain {name} (rows leave {_rows(chain['rows'])}; sizes at {axes})", columns, rows
@@ -127,6 +130,11 @@ def _show(found: dict[str, Any], path: Path) -> None:
 def _tensor(tensor: dict[str, Any]) -> str:
     axes = ", ".join("?" if axis is None else str(axis) for axis in tensor["axes"])
     return f"{tensor['name']} {tensor['dtype']}[{axes}]"
+
+
+def _caches(segment: dict[str, Any]) -> str:
+    forms = ", ".join(graph["caches"] for graph in segment["graphs"] if "caches" in graph)
+    return f"{size(segment['cache_bytes_per_token'])} ({forms})"
 
 
 def _rows(rows: str) -> str:

@@ -72,7 +72,9 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
             {
                 "name": segment.name,
                 "graphs": [
-                    {"precision": v.precision, "requires": v.requires} | _graph(bundle, v.graph)
+                    {"precision": v.precision, "requires": v.requires}
+                    | ({"caches": v.caches} if segment.caches else {})
+                    | _graph(bundle, v.graph)
                     for v in segment.variants
                 ],
                 "projection": None

@@ -212,6 +212,7 @@ class ExitDecoder(nn.Module):
                 requires=form.requires,
                 caches=form.caches,
                 lengths=form.lengths,
+                opset=form.opset,
             )
             for form in forms(trunk.heads)
         )

@@ -109,11 +109,10 @@ class OnnxRuntimeEngine:
             threads, or the pool of the process (see `install_process_pool`).
     """
 
-    features = frozenset({"onnxruntime-operators"})
-
     def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
         self._ort = import_onnxruntime()
         self.name = name
+        self.features = features_of(name, self._ort.__version__)
         self.threads = threads
         if not (threads in ("blocking", "spinning", "process") or _is_count(threads)):
             raise UsageError(
@@ -205,6 +204,16 @@ class OnnxRuntimeEngine:
             if _is_count(self.threads):
                 options.intra_op_num_threads = self.threads
         return options
+
+
+def features_of(name: str, version: str) -> frozenset[str]:
+    """What graphs may use with a version. TensorScatter came to the CPU provider with 1.25, and
+    copies nothing where its input and output are one buffer; on the others it was not tried."""
+    found = {"onnxruntime-operators"}
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if name == "cpu" and (major, minor) >= (1, 25):
+        found |= {"opset-24", "cache-update", "float32-attention"}
+    return frozenset(found)
 
 
 def _is_count(threads: object) -> bool:

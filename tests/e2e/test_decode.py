@@ -26,9 +26,10 @@ def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
     refused = cli("export", "-m", folder, "-o", tmp_path / "bundle")
     assert refused.code == 1 and "--exits 2,4" in refused.err
     assert not (tmp_path / "bundle").exists()
-    half = cli("export", "-m", folder, "--exits", "2", "--dtype", "fp16", "-o", tmp_path / "bundle")
-    assert half.code == 2 and "float32 only" in half.err
-    made = cli("export", "-m", folder, "--exits", "2", "-o", tmp_path / "bundle", "--json")
+    made = cli(
+        *("export", "-m", folder, "--exits", "2", "--dtype", "fp16"),
+        *("-o", tmp_path / "bundle", "--json"),
+    )
     assert made.code == 0
     assert made.json["exits"] == ["exit_2", "exit_4"]
     manifest = open_bundle(tmp_path / "bundle", verify="full").manifest
@@ -36,6 +37,11 @@ def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
     assert all(path in manifest.files for path in manifest.chat.templates.values())
     # The model's own end, and the tokenizer's, which ends a turn.
     assert manifest.decoding is not None and manifest.decoding.stop_tokens == [0, 259]
+    checked = cli("check", tmp_path / "bundle", "--json")
+    assert checked.code == 0 and checked.json["passed"]
+    assert checked.json["atol"] == 2e-2
+    written = cli("run", tmp_path / "bundle", "--prompt", "def f(", "--max-new-tokens", "4")
+    assert written.code == 0 and written.out.startswith("def f(")
 
 
 def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer: Path) -> None:
@@ -46,6 +52,10 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
     shown = cli("inspect", writer, "--json").json
     segments = shown["chains"]["main"]["segments"]
     assert [one["cache_bytes_per_token"] for one in segments] == [256, 256, 512]
+    for one in segments:
+        assert [form["caches"] for form in one["graphs"]] == ["in-place", "fixed", "append"]
+    assert checked.json["engine"]["caches"] == "in-place"
+    assert "512 B (in-place, fixed, append)" in cli("inspect", writer).out
 
 
 def test_the_modes_write_text_and_say_where_it_came_from(cli: Cli, writer: Path) -> None:

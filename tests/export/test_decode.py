@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 
 from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import EdgeExitError
+from edgeexit.export import DecodeModel
+from edgeexit.export.attention import Heads, forms
+from edgeexit.export.decode import graph_of_form
 from edgeexit.export.models import ExitDecoder, from_pretrained
+from edgeexit.export.precision import decoder_to_half
+from edgeexit.graphfile import fix_axes
 from tests.decoders import EXITS, FAMILIES, LAYERS, VOCABULARY, make_decoder
 
 Families = Callable[[str], Path]
@@ -75,6 +83,137 @@ def test_the_plain_form_takes_caches_of_any_length(
     second = run(shifted, caches, [4, 3])
     np.testing.assert_allclose(second[0][0], whole[0][0, 4:7], atol=1e-4)
     np.testing.assert_allclose(second[0][1], whole[0][1, 3:6], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fixed_form_may_write_into_the_cache_it_reads(
+    family: str, decoder_bundle: Callable[[str], Bundle]
+) -> None:
+    """One buffer as past and present gives, to the bit, what two buffers give, and what the plain
+    form gives but for rounding: several new tokens behind pasts of unlike length, and whatever lay
+    beyond them."""
+    bundle = decoder_bundle(family)
+    (chain,) = bundle.manifest.chains.values()
+    segment = chain.segments[-1]
+    fixed, plain = (
+        next(one for one in segment.variants if one.caches == form) for form in ("fixed", "append")
+    )
+    opened = ort.InferenceSession(str(bundle.file(fixed.graph)))
+    other = ort.InferenceSession(str(bundle.file(plain.graph)))
+    rng = np.random.default_rng(0)
+    _, heads, _, size = segment.caches[0].axes
+    width = segment.inputs[0].axes[-1]
+    assert isinstance(width, int) and isinstance(heads, int) and isinstance(size, int)
+    for rows, new, capacity, lengths in [
+        (1, 1, 9, [8]),
+        (1, 4, 9, [0]),
+        (3, 1, 40, [0, 39, 17]),
+        (3, 5, 40, [0, 35, 17]),
+        (2, 12, 12, [0, 0]),
+    ]:
+        filled = np.array(lengths)
+        feeds = {
+            segment.inputs[0].name: rng.normal(size=(rows, new, width)).astype(np.float32),
+            "positions": filled[:, None] + np.arange(new),
+            "lengths/past": filled,
+        }
+        shape = (rows, heads, capacity, size)
+        past = {c.past: rng.normal(size=shape).astype(np.float32) for c in segment.caches}
+        kept = {name: value.copy() for name, value in past.items()}
+        expected = opened.run(None, feeds | past)
+        for name, value in past.items():
+            np.testing.assert_array_equal(value, kept[name])
+        binding = opened.io_binding()
+        made = np.empty_like(expected[0])
+        state = opened.get_outputs()[0].name
+        for name, value in (feeds | past).items():
+            binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        for cache in segment.caches:
+            value = past[cache.past]
+            binding.bind_output(
+                cache.present, "cpu", 0, value.dtype, value.shape, value.ctypes.data
+            )
+        binding.bind_output(state, "cpu", 0, made.dtype, made.shape, made.ctypes.data)
+        opened.run_with_iobinding(binding)
+        np.testing.assert_array_equal(made, expected[0])
+        for cache, present in zip(segment.caches, expected[1:], strict=True):
+            np.testing.assert_array_equal(past[cache.past], present)
+        appended = other.run(None, feeds | kept)
+        np.testing.assert_allclose(appended[0], made, atol=1e-4)
+        for cache, rest in zip(segment.caches, appended[1:], strict=True):
+            right = kept[cache.past]
+            for row, length in enumerate(lengths):
+                right[row, :, length : length + new] = rest[row]
+            np.testing.assert_allclose(past[cache.past], right, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fixed_form_is_of_standard_operators_and_the_others_stay_at_opset_20(
+    family: str, decoder_bundle: Callable[[str], Bundle]
+) -> None:
+    manifest = decoder_bundle(family).manifest
+    (chain,) = manifest.chains.values()
+    for variants in [manifest.unsplit, *(segment.variants for segment in chain.segments)]:
+        assert [one.caches for one in variants] == ["in-place", "fixed", "append"]
+        for one in variants:
+            path = decoder_bundle(family).file(one.graph)
+            model = onnx.load(path, load_external_data=False)
+            opsets = {entry.domain: entry.version for entry in model.opset_import}
+            domains = {node.domain for node in model.graph.node}
+            assert model.ir_version == 10
+            assert opsets[""] == (24 if one.caches == "fixed" else 20)
+            assert domains == ({"", "com.microsoft"} if one.caches == "in-place" else {""})
+            named = {a.dim_param for v in model.graph.input for a in v.type.tensor_type.shape.dim}
+            assert {"batch", "new", "past"} <= named
+        onnx.checker.check_model(str(decoder_bundle(family).file(variants[1].graph)))
+
+
+@pytest.mark.parametrize("size, expected", [(8, 1), (24, 2), (20, 1), (64, 3), (256, 3), (512, 2)])
+def test_heads_have_the_forms_whose_operators_take_their_size(size: int, expected: int) -> None:
+    assert len(forms(Heads(queries=2, keys=1, size=size))) == expected
+    assert forms(Heads(queries=2, keys=1, size=size))[-1].requires == ()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_tensorrt_builds_the_fixed_form_once_its_capacity_is_a_number(
+    family: str, dtype: str, decoder_folder: Families
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    model = from_pretrained(decoder_folder(family), exits=[2]).exit_model()
+    assert isinstance(model, DecodeModel)
+    half = decoder_to_half(model, getattr(torch, dtype))
+    part = half.segments[0]
+    form = next(one for one in part.forms if one.caches == "fixed")
+    assert set(form.requires) == {"opset-24", "cache-update"}
+    raw = ir.to_proto(graph_of_form(part, form, 20)).SerializeToString()
+    assert _tensorrt_plan(trt, raw) is None, "an open capacity is not refused any more"
+    assert _tensorrt_plan(trt, fix_axes(raw, {"past": 64})) is not None
+
+
+def _tensorrt_plan(trt: Any, raw: bytes) -> Any:
+    """A plan for two desktop GPUs, made without one; None where the parser or builder refuses."""
+    builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, builder.logger)
+    if not parser.parse(raw):
+        return None
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    sizes = {"batch": (1, 1, 4), "new": (1, 1, 32)}
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        axes = [(tensor.get_dimension_name(n), size) for n, size in enumerate(tensor.shape)]
+        shapes = [
+            [sizes[name][at] if name in sizes else size for name, size in axes] for at in range(3)
+        ]
+        if -1 in tensor.shape:
+            profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 2
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    config.set_compute_capability(trt.ComputeCapability.SM89, 1)
+    return builder.build_serialized_network(network, config)
 
 
 def test_a_decoder_without_exits_says_how_to_name_them(decoder_folder: Families) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import EdgeExitError, InputError, StateError, UsageError
+from edgeexit.errors import EdgeExitError, EngineError, InputError, StateError, UsageError
+from edgeexit.export import DecodeModel, export_decoder
+from edgeexit.export.models import from_pretrained
+from edgeexit.manifest import Cache
 from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
-from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from edgeexit.runtime.caches import SegmentCaches
+from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, features_of
 from edgeexit.runtime.generate import ModeName
+from edgeexit.runtime.parts import Form, choose_variant
 from edgeexit.runtime.text import Stream
 from tests.decoders import (
     EXITS,
@@ -23,9 +29,12 @@ from tests.decoders import (
 )
 
 Bundles = Callable[[str], Bundle]
+FORMS: tuple[Form, ...] = ("in-place", "fixed", "append")
 NEW = 20
 ROUNDING = 1e-3
 """Two logits closer than that may change places between float32 and float64."""
+HALF_ROUNDING = 0.1
+"""The same for float16."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -38,19 +47,13 @@ def reference(family: str) -> Reference:
     return Reference(make_decoder(family))
 
 
-@pytest.fixture(params=["in-place", "append"])
+@pytest.fixture(params=FORMS)
 def decoder(
-    request: pytest.FixtureRequest,
-    family: str,
-    decoder_bundle: Bundles,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, family: str, decoder_bundle: Bundles
 ) -> Iterator[Decoder]:
-    """Both forms of the caches, on the engine that can run both."""
-    if request.param == "append":
-        monkeypatch.setattr(OnnxRuntimeEngine, "features", frozenset())
-    with load_decoder(decoder_bundle(family)) as loaded:
-        forms = {variant.caches for variant in loaded._opened.variants}  # type: ignore[union-attr]
-        assert forms == {request.param}
+    """All forms of the caches, on the engine that can run all of them."""
+    with load_decoder(decoder_bundle(family), caches=request.param) as loaded:
+        assert loaded.describe_engine()["caches"] == request.param
         yield loaded
 
 
@@ -70,12 +73,14 @@ def expected(reference: Reference) -> Callable[[list[int]], tuple[list[int], lis
 Expected = Callable[[list[int]], tuple[list[int], list[float]]]
 
 
-def check(tokens: list[int], prompt: list[int], expected: Expected) -> None:
+def check(
+    tokens: list[int], prompt: list[int], expected: Expected, rounding: float = ROUNDING
+) -> None:
     """Equal until a place where the two largest logits are as good as equal, or a stop token."""
     wanted, margins = expected(prompt)
     for place, (found, right) in enumerate(zip(tokens, wanted, strict=False)):
         if found != right:
-            assert margins[place] < ROUNDING, f"token {place}: {found} for {right}"
+            assert margins[place] < rounding, f"token {place}: {found} for {right}"
             return
     if len(tokens) < NEW:
         assert wanted[len(tokens)] == 0, "ended without a stop token"
@@ -122,6 +127,57 @@ def test_fast_decoding_without_exits_gives_the_reference_tokens(
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast").finish()
     for tokens, prompt in zip(made.tokens, prompts, strict=True):
         check(tokens, prompt, expected)
+
+
+@pytest.fixture(scope="module")
+def half(decoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The Llama in float16."""
+    model = from_pretrained(decoder_folder("llama"), exits=EXITS).exit_model()
+    assert isinstance(model, DecodeModel)
+    return export_decoder(model, tmp_path_factory.mktemp("half") / "bundle", dtype="float16")
+
+
+def test_a_float16_decoder_keeps_states_and_caches_in_half_and_answers_in_float32(
+    half: Bundle, decoder_bundle: Bundles
+) -> None:
+    whole = decoder_bundle("llama")
+    assert half.weights_bytes < 0.52 * whole.weights_bytes
+    (chain,) = half.manifest.chains.values()
+    [head] = half.manifest.heads.values()
+    for segment in chain.segments:
+        states = [segment.inputs[0], *segment.outputs, *segment.caches]
+        assert {tensor.dtype for tensor in states} == {"float16"}
+        assert {variant.precision for variant in segment.variants} == {"float16"}
+    answers = {tensor.dtype for tensor in head.outputs if tensor.name != "token"}
+    assert answers == {"float32"}
+    fixed = next(one for one in chain.segments[0].variants if one.caches == "fixed")
+    assert fixed.requires == ["opset-24", "cache-update"]
+    (chain,) = whole.manifest.chains.values()
+    fixed = next(one for one in chain.segments[0].variants if one.caches == "fixed")
+    assert fixed.requires == ["opset-24", "cache-update", "float32-attention"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_float16_decoder_writes_the_tokens_of_float64_where_they_are_clear(
+    half: Bundle, form: Form
+) -> None:
+    reference = Reference(make_decoder("llama"))
+    prompts = random_prompts(3, [6, 3, 11])
+    with load_decoder(half, caches=form) as decoder:
+        for mode in ("full", "exact", "fast"):
+            made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()
+            for tokens, prompt in zip(made.tokens, prompts, strict=True):
+                check(tokens, prompt, lambda p: reference.greedy(p, NEW), HALF_ROUNDING)
+        decoder.policy = Policy(thresholds=0.0)  # everything leaves at the first exit
+        for prompt in prompts:
+            made = decoder.generate(prompt, max_new_tokens=NEW, mode="approximate").finish()
+            plain = approximate(reference.model, prompt, NEW, 0.0)
+            check(
+                made.tokens[0], prompt, lambda _, plain=plain: (plain[0], plain[2]), HALF_ROUNDING
+            )  # type: ignore[misc]
+        rows = [part.caches.rows(c.name) for part in decoder._session.parts  # type: ignore[union-attr]
+                for c in part.segment.caches]  # fmt: skip
+        assert {row.dtype for row in rows} == {np.dtype(np.float16)}
 
 
 def max_prob(logits: np.ndarray) -> float:
@@ -236,11 +292,12 @@ def test_a_prompt_longer_than_a_chunk_is_taken_in_pieces(
     decoder._session = None
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_texts_may_fill_the_capacity_to_the_last_place(
-    decoder_bundle: Bundles, family: str, reference: Reference
+    decoder_bundle: Bundles, family: str, reference: Reference, form: Form
 ) -> None:
     prompts = random_prompts(2, [12, 4])
-    with load_decoder(decoder_bundle(family), capacity=32) as decoder:
+    with load_decoder(decoder_bundle(family), capacity=32, caches=form) as decoder:
         decoder.policy = Policy(thresholds=middling(reference))
         for mode in ("full", "exact", "fast"):
             made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
@@ -249,16 +306,81 @@ def test_texts_may_fill_the_capacity_to_the_last_place(
             decoder.generate(prompts, max_new_tokens=NEW + 1)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_capacity_has_no_room_for_is_refused_before_anything_is_written(
+    decoder_bundle: Bundles, form: Form
+) -> None:
+    [fits, fills, over] = random_prompts(3, [11, 12, 13])
+    with load_decoder(decoder_bundle("llama"), capacity=12, caches=form) as decoder:
+        assert len(decoder.generate(fits).finish().tokens[0]) <= 1
+        session = decoder.session(1)
+        before = {
+            c.name: part.caches.rows(c.name).copy()
+            for part in session.parts
+            for c in part.segment.caches
+        }
+        for prompt in (fills, over):
+            for prompts in (prompt, [fits, prompt]):
+                with pytest.raises(InputError, match="capacity is 12.*larger capacity"):
+                    decoder.generate(prompts)
+        session.run(0, 10)
+        with pytest.raises(InputError, match="segment_0: .* 10 tokens, and 3 more .* 12"):
+            session.run(0, 3)
+        assert session.parts[0].caches.lengths.tolist() == [10]
+        session.run(0, 2)
+        for part in session.parts[1:]:
+            for cache in part.segment.caches:
+                np.testing.assert_array_equal(part.caches.rows(cache.name), before[cache.name])
+
+
+def test_caches_that_memory_has_no_room_for_are_refused() -> None:
+    cache = Cache(name="k", dtype="float16", axes=["batch", 2, "past", 16], past="i", present="o")
+    with pytest.raises(EngineError, match=r"k: a cache of 3 rows .* smaller capacity"):
+        SegmentCaches([cache], 3, 2**50, OnnxRuntimeEngine())
+
+
+def test_a_form_that_cannot_be_had_is_refused(decoder_bundle: Bundles) -> None:
+    bundle = decoder_bundle("llama")
+    with pytest.raises(UsageError, match=r"no form 'paged' .*in-place, fixed, append"):
+        load_decoder(bundle, caches="paged")  # type: ignore[arg-type]
+    engine = OnnxRuntimeEngine()
+    engine.features = frozenset({"opset-24"})  # as of an engine that copies what it updates
+    (chain,) = bundle.manifest.chains.values()
+    [segment, *_] = chain.segments
+    assert choose_variant(segment, engine).caches == "append"
+    with pytest.raises(EngineError, match=r"segment_0 has no form .*cache-update"):
+        choose_variant(segment, engine, "fixed")
+
+
+@pytest.mark.parametrize(
+    "name, version, known",
+    [
+        ("cpu", "1.31.1", True),
+        ("cpu", "1.25.0", True),
+        ("cpu", "1.24.4", False),
+        ("cpu", "1.23.2", False),
+        ("cuda", "1.31.1", False),
+    ],
+)
+def test_the_fixed_form_is_for_versions_that_have_its_operators(
+    name: str, version: str, known: bool
+) -> None:
+    found = features_of(name, version)
+    assert "onnxruntime-operators" in found
+    assert ("cache-update" in found) is ("opset-24" in found) is known
+
+
 @pytest.fixture(scope="module")
 def llama(decoder_bundle: Bundles) -> Iterator[Decoder]:
     with load_decoder(decoder_bundle("llama")) as loaded:
         yield loaded
 
 
-def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Decoder) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Decoder, form: Form) -> None:
     [prompt] = random_prompts(1, [9])
     chained = llama.generate(prompt, max_new_tokens=NEW).finish()
-    with load_decoder(decoder_bundle("llama"), unsplit=True) as whole:
+    with load_decoder(decoder_bundle("llama"), unsplit=True, caches=form) as whole:
         assert whole.generate(prompt, max_new_tokens=NEW).finish().tokens == chained.tokens
         with pytest.raises(UsageError, match="no exits"):
             whole.generate(prompt, mode="exact")
@@ -317,8 +439,9 @@ def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle
             llama.generate([5], **wrong)  # type: ignore[arg-type]
     with pytest.raises(EdgeExitError, match="exit_9"):
         llama.generate([5], mode="exact", draft_exit="exit_9").finish()
-    with pytest.raises(UsageError, match="1000"):
-        load_decoder(decoder_bundle("llama"), capacity=1000)
+    for capacity in (1000, 1, 0, -5, 12.5, "12"):
+        with pytest.raises(UsageError, match=f"capacity {capacity} .* 2 to 96 tokens"):
+            load_decoder(decoder_bundle("llama"), capacity=capacity)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="load_decoder"):
         load(decoder_bundle("llama"))
 
