@@ -304,6 +304,13 @@ def _check_chain(manifest: Manifest, chain: str, segments: list[Segment]) -> Non
         known |= own
         for leave in part.exits:
             _check_exit(manifest, where, leave, own)
+            if leave.adapter is not None and part is segments[-1]:
+                raise BundleError(
+                    f"{where}: exit {leave.name} has an adapter, but it answers as the model",
+                    fix="Export again.",
+                )
+            if leave.adapter is not None:
+                _check_adapter(manifest, where, leave, own)
     last = segments[-1]
     if manifest.program == "forward" and not last.exits:
         raise BundleError(f"{MANIFEST}: chain {chain} ends without an exit", fix="Export again.")
@@ -357,6 +364,30 @@ def _check_exit(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tens
                 f"{where}: score {score} of exit {leave.name} is not float32 [batch]",
                 fix="Export again.",
             )
+
+
+def _check_adapter(manifest: Manifest, where: str, leave: Exit, own: dict[str, Tensor]) -> None:
+    """An adapter maps an exit's state and the positions to a state of the same form."""
+    adapter = manifest.heads.get(leave.adapter or "")
+    if adapter is None:
+        raise BundleError(
+            f"{where}: exit {leave.name} uses the adapter {leave.adapter}, which is not there",
+            fix="Export again.",
+        )
+    if leave.head is None or manifest.decoding is None:
+        raise BundleError(
+            f"{where}: exit {leave.name} has an adapter, but no head behind it", fix="Export again."
+        )
+    state = own[leave.state or ""]
+    takes, gives = adapter.inputs, adapter.outputs
+    if takes != [state, manifest.decoding.positions] or [
+        (tensor.dtype, tensor.axes, tensor.row_axis) for tensor in gives
+    ] != [(state.dtype, state.axes, state.row_axis)]:
+        raise BundleError(
+            f"{where}: the adapter {leave.adapter} does not map {state.name} and the positions to "
+            "one state of the same form",
+            fix="Export again.",
+        )
 
 
 def _same_form(one: Tensor, other: Tensor) -> bool:

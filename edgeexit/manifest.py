@@ -14,7 +14,7 @@ from msgspec import Meta
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 1
-KNOWN_FEATURES: frozenset[str] = frozenset({"decode"})
+KNOWN_FEATURES: frozenset[str] = frozenset({"decode", "adapters"})
 """Values of ``requires`` that this reader understands. Format 1.0 needs none."""
 
 DType = Literal[
@@ -104,7 +104,9 @@ class Exit(Struct, frozen=True, kw_only=True):
     `outputs` maps each program output to the tensor that holds it at this exit, `scores` maps each
     score to its float32 tensor ``[batch]``. `head` names a graph of its own in ``heads`` when
     several exits share one; then the tensors are that graph's, and `state` is the segment's output
-    that it looks at. `action` is ``stop``, or ``drop`` for the token group `tokens`.
+    that it looks at. `adapter` names a part of ``heads`` that stands between the two for this exit
+    alone: with caches of its own, from `state` and the positions to a state of the same form.
+    `action` is ``stop``, or ``drop`` for the token group `tokens`.
     """
 
     name: Name
@@ -114,6 +116,7 @@ class Exit(Struct, frozen=True, kw_only=True):
     tokens: str | None = None
     head: str | None = None
     state: str | None = None
+    adapter: str | None = None
 
 
 class Segment(Struct, frozen=True, kw_only=True):

@@ -91,6 +91,8 @@ class CachedSegment:
         projection: ``forward(*inputs)`` returns the new keys and values ``[batch, heads, new,
             size]`` of all caches, made from the state that comes in: what a token that skips the
             segment leaves there (``approximate`` decoding).
+        adapter: Layers that this exit has for itself: they take the last output and the positions
+            and give a state of the same form, which the head looks at instead. They have no exit.
     """
 
     name: str
@@ -100,6 +102,7 @@ class CachedSegment:
     forms: tuple[Form, ...]
     exit: str | None = None
     projection: nn.Module | None = None
+    adapter: CachedSegment | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class DecodeModel:
         embedding: ``[vocabulary, width]``, whose rows the runtime gathers.
         embedded: What the first segment takes, ``[batch, new, width]``.
         positions: The input that says where tokens stand, ``[batch, new]``.
-        segments: In order; the last one's exit is the model's own answer.
+        segments: In order; the last one's exit is the model's own answer and has no adapter.
         head: The shared head: ``state [batch, width]`` to ``logits [batch, vocabulary]``.
         unsplit: All layers and the head as one part; gives ``logits`` of each row's last token.
         tokens: ``tokens(rows)`` makes token ids ``[rows, seq]`` that reference samples are computed

@@ -1,4 +1,5 @@
-"""A decoder into a bundle: every segment in every form, the shared head, the table of embeddings.
+"""A decoder into a bundle: every segment and adapter in every form, the shared head, the table of
+embeddings.
 
 `export_decoder` takes a `DecodeModel` and writes what `edgeexit.export.package.export_model` writes
 for one pass, with one graph per form of a segment over the same stored weights.
@@ -7,7 +8,7 @@ for one pass, with one graph per form of a segment over the same stored weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from edgeexit.bundle import Bundle
 from edgeexit.bundlewriter import BundleWriter
-from edgeexit.errors import UsageError
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import graphs
 from edgeexit.export.chat import TextFiles, write_text_files
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form
@@ -63,13 +64,11 @@ def export_decoder(
         OutputExistsError: `output` exists.
     """
     check_options(dtype, opset)
-    if len(model.segments) < 2:
-        raise UsageError(
-            f"{model.name}: there is no early exit", fix="Name layers: exits=[2, 4] (--exits 2,4)."
-        )
+    _check(model)
     if dtype == "float16":
         model = decoder_to_half(model, torch.float16)
-    parts = [*model.segments, model.unsplit]
+    adapters = [part.adapter for part in model.segments if part.adapter is not None]
+    parts = [*model.segments, *adapters, model.unsplit]
     skipped = [part for part in model.segments if part.projection is not None]
     tell = counter(progress, sum(len(part.forms) for part in parts) + len(skipped) + 2)
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
@@ -141,7 +140,7 @@ def export_decoder(
         return writer.commit(
             Manifest(
                 format="1.1",
-                requires=["decode"],
+                requires=["decode", "adapters"] if adapters else ["decode"],
                 name=model.name,
                 task=model.task,
                 program="decode",
@@ -156,7 +155,7 @@ def export_decoder(
                     )
                 },
                 unsplit=made[model.unsplit.name],
-                heads={HEAD: head},
+                heads={HEAD: head} | {part.name: _part(part, made[part.name]) for part in adapters},
                 decoding=Decoding(
                     embedding=Embedding(
                         tokens="tokens",
@@ -175,6 +174,26 @@ def export_decoder(
                 samples=samples,
                 provenance=provenance() | dict(model.provenance) | {"opset": str(opset)},
             )
+        )
+
+
+def _check(model: DecodeModel) -> None:
+    """Refuses what no exporter could make sense of."""
+    if len(model.segments) < 2:
+        raise UsageError(
+            f"{model.name}: there is no early exit", fix="Name layers: exits=[2, 4] (--exits 2,4)."
+        )
+    if model.segments[-1].adapter is not None:
+        raise ExportError(
+            f"{model.name}: the last segment has an adapter, but its exit answers as the model",
+            fix="Make its layers a part of the segment.",
+        )
+    adapters = [part.adapter for part in model.segments if part.adapter is not None]
+    names = [part.name for part in [*model.segments, *adapters, model.unsplit]] + [HEAD]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ExportError(
+            f"{model.name}: there are two parts named {repeated[0]}",
+            fix="Names are unique in a model: graphs are named after them.",
         )
 
 
@@ -246,15 +265,25 @@ def _segment(
                 scores=dict(scores),
                 head=HEAD,
                 state=part.outputs[-1].name,
+                adapter=None if part.adapter is None else part.adapter.name,
             )
         )
+    return _part(part, variants, projection, exits)
+
+
+def _part(
+    part: CachedSegment,
+    variants: list[Variant],
+    projection: Variant | None = None,
+    exits: Sequence[ManifestExit] = (),
+) -> ManifestSegment:
     return ManifestSegment(
         name=part.name,
         variants=variants,
         inputs=list(part.inputs),
         outputs=list(part.outputs),
         caches=list(part.caches),
-        exits=exits,
+        exits=list(exits),
         projection=projection,
     )
 

@@ -49,6 +49,7 @@ def decoder_to_half(model: DecodeModel, dtype: torch.dtype) -> DecodeModel:
             outputs=tuple(half(t) for t in part.outputs) if carried else part.outputs,
             caches=tuple(half(cache) for cache in part.caches),
             forms=tuple(_form(form, stays, dtype, copies) for form in part.forms),
+            adapter=None if part.adapter is None else convert(part.adapter, carried=True),
             projection=None
             if part.projection is None
             else _Half(part.projection, [True] * len(part.caches), dtype, copies),

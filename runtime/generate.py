@@ -206,9 +206,13 @@ class Decoder:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
         if mode == "approximate" and not opened.skippable:
             raise UsageError(
-                f"{self.bundle.path} cannot be run in mode approximate: it has no projections for "
-                "tokens that skip a segment",
-                fix="Export it again, or use another mode.",
+                f"{self.bundle.path} cannot be run in mode approximate: "
+                + (
+                    "its exits have adapters, whose caches would miss the tokens that left"
+                    if opened.adapters
+                    else "it has no projections for tokens that skip a segment"
+                ),
+                fix="Use another mode.",
             )
         # It answers for the last place of a run, which rows of unlike length do not share.
         if opened.head is None and len(lengths := {len(row) for row in rows}) > 1:
@@ -447,7 +451,7 @@ class Decoder:
             self._session = None
             session = Session(opened, batch, self.capacity, min(CHUNK, self.capacity))
             self._session = session
-        for part in session.parts:
+        for part in session.cached:
             part.caches.lengths[:] = 0
         for ring in session.rings:
             ring.clear()

@@ -2,27 +2,27 @@
 engines.
 
 Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
-token or several per row). All of them keep to three rules. A state that passed a boundary without
-the segments behind it waits in that boundary's ring; running a segment drains its ring first; and
-what a cache holds beyond its length does not count.
+token or several per row). All of them keep to four rules. A state that passed a boundary without
+the segments behind it waits in that boundary's ring; running a segment drains its ring first; an
+exit that is asked now and then is given every state that passes it (`Session.adapt`), for its
+adapter's caches; and what a cache holds beyond its length does not count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.runtime.drafter import Answers, Drafter
 from edgeexit.runtime.parts import Floats, Session
 from edgeexit.runtime.sampling import Floats64, Sampler
 
 Ints = NDArray[np.int64]
-Answers = Mapping[str, NDArray[Any]]
-"""What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
 
 
 @dataclass
@@ -89,12 +89,21 @@ class Mode(Protocol):
 
 
 class Full:
-    """Every segment for every token; also the unsplit graph, whose one segment answers itself."""
+    """Every segment for every token; also the unsplit graph, whose one segment answers itself.
+
+    Args:
+        asked: Indices of early exits that take the prompt, for a mode that asks them later.
+    """
 
     def __init__(
-        self, session: Session, exits: Sequence[str], sampler: Sampler | None = None
+        self,
+        session: Session,
+        exits: Sequence[str],
+        sampler: Sampler | None = None,
+        *,
+        asked: Collection[int] = (),
     ) -> None:
-        self.session, self.exits, self.sampler = session, exits, sampler
+        self.session, self.exits, self.sampler, self._asked = session, exits, sampler, asked
         self.statistics = Statistics()
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
 
@@ -107,6 +116,8 @@ class Full:
             session.embed(tokens)
             for number in range(len(session.parts)):
                 states = session.run(number, tokens.shape[1], counts)
+                if number in self._asked:
+                    session.adapt(number, tokens.shape[1], counts)
             ends = (start < lengths) & (lengths <= start + session.chunk)
             if ends.any():
                 made = states[np.arange(session.batch), np.maximum(counts - 1, 0)]
@@ -168,14 +179,18 @@ class Exact:
         self.statistics = Statistics()
         self._head = session.head
         self._fixed, self._threshold, self._score = drafts, threshold, score
-        self._full = Full(session, exits, sampler)
         layers = [len(part.segment.caches) for part in session.parts]
         shares = [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers) - 1)]
         known = {} if paces is None else paces
         for number, share in enumerate(shares):
             known.setdefault(number, Pace(share)).next_text()
-        chosen = range(len(shares)) if exit_number is None else [exit_number]
+        # An adapter must see every state that passes: exits with adapters do not take turns.
+        if exit_number is None and session.adapters:
+            exit_number = 0
+        chosen = list(range(len(shares))) if exit_number is None else [exit_number]
         self._paces = {number: known[number] for number in chosen}
+        self._drafters = {number: Drafter(session, number) for number in chosen}
+        self._full = Full(session, exits, sampler, asked=chosen)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         first = self._full.prefill(prompts)
@@ -186,9 +201,10 @@ class Exact:
     def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
         session, batch = self.session, self.session.batch
         exit_number, drafts_wanted = self._plan()
-        behind = exit_number + 1
-        for part in session.parts:
+        behind, drafter = exit_number + 1, self._drafters[exit_number]
+        for part in session.cached:
             part.caches.lengths[~active] = 0  # rows that ended need no room, and go on in vain
+        drafter.forget(~active)
         start = session.parts[0].caches.lengths.copy()
         room = session.capacity - int(start.max()) - 1
         wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
@@ -205,8 +221,9 @@ class Exact:
                 states = session.run(number, 1)
             ring.push(states, one)
             if made == wanted:
+                drafter.pass_by(states)
                 break
-            answers = self._head(states[:, 0])
+            answers = drafter.ask(states)
             # Decided before anything is drawn: leaving out tokens once drawn would bias the rest.
             if self._threshold > 0 and (answers[self._score][active] < self._threshold).all():
                 break
@@ -221,7 +238,9 @@ class Exact:
             states = session.run(number, rows)
         answers = self._head(states.reshape(batch * rows, -1))
         kept, self._current = self._verify(answers, drafts[:, :made], chances)
-        session.crop(np.where(active, start + kept + 1, start))
+        length = np.where(active, start + kept + 1, start)
+        session.crop(length)
+        drafter.crop(length)
         verified = time.perf_counter()
         found: list[list[int]] = []
         tested = accepted = 0
@@ -400,9 +419,10 @@ class Fast:
             session.embed(tokens)
             states = session.run(0, tokens.shape[1], counts)
             self._wait(1, states, counts)
+            seen = self._look(0, states, counts)
             ends = (start < lengths) & (lengths <= start + session.chunk)
             if ends.any():
-                made = states[np.arange(session.batch), np.maximum(counts - 1, 0)]
+                made = seen[np.arange(session.batch), np.maximum(counts - 1, 0)]
                 last = made.copy() if last is None else np.where(ends[:, None], made, last)
         for row, length in enumerate(lengths.tolist()):
             self._emitted[row] += [-1] * length
@@ -416,7 +436,8 @@ class Fast:
         for row in np.flatnonzero(active):
             self._emitted[row].append(-1)
         self._wait(1, states, active.astype(np.int64))
-        tokens = self._decide(states[:, 0].copy(), active)
+        seen = self._look(0, states, active.astype(np.int64))
+        tokens = self._decide(seen[:, 0].copy(), active)
         found = [[int(t)] if on else [] for t, on in zip(tokens, active, strict=True)]
         if any(int(ring.counts.max()) >= self._pending for ring in session.rings[1:]):
             self.flush()
@@ -430,8 +451,17 @@ class Fast:
         for number in range(1, len(self.session.parts)):
             self._drain(number)
 
+    def _look(self, number: int, states: Floats, counts: Ints) -> Floats:
+        """What the head looks at of states that a segment's run has just made. They enter the
+        exit's own caches, where it has any and will be asked."""
+        final = number == len(self.session.parts) - 1
+        if final or self._thresholds[number] == np.inf:
+            return states
+        return self.session.adapt(number, states.shape[1], counts)
+
     def _decide(self, states: Floats, active: NDArray[np.bool_]) -> Ints:
-        """Answers for the newest state of every active row, which waits at the first boundary."""
+        """Answers for the newest state of every active row, which waits at the first boundary.
+        `states` is what the first exit's head looks at."""
         session = self.session
         undecided = active.copy()
         for number in range(len(session.parts)):
@@ -461,8 +491,8 @@ class Fast:
             self.session.rings[number].push(states, counts)
 
     def _drain(self, number: int) -> Floats:
-        """Runs a segment over all that waits for it. Returns the last state of every row; that of a
-        row of which none waited means nothing."""
+        """Runs a segment over all that waits for it. Returns what the head looks at of the last
+        state of every row; that of a row of which none waited means nothing."""
         session, ring = self.session, self.session.rings[number]
         counts = ring.counts.copy()
         most = int(counts.max())
@@ -477,9 +507,10 @@ class Fast:
             some = np.clip(counts - start, 0, new)
             session.boundary(number, new)[...] = ring.states(start, start + new)
             states = session.run(number, new, some)
+            seen = self._look(number, states, some)
             ended = (counts > start) & (counts <= start + new)
             for row in np.flatnonzero(ended):
-                newest[row] = states[row, counts[row] - start - 1]
+                newest[row] = seen[row, counts[row] - start - 1]
             if number + 1 < len(session.parts):
                 self._wait(number + 1, states, some)
             else:

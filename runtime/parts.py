@@ -1,4 +1,5 @@
-"""A decoder's graphs bound to buffers: segments with their caches, the shared head, the embedding.
+"""A decoder's graphs bound to buffers: segments and adapters with their caches, the shared head,
+the embedding.
 
 `Session` is the state of one batch of texts being written: caches, boundaries, and rings of states
 that wait. What is run when is decided in `edgeexit.runtime.modes`.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,11 @@ Form = Literal["in-place", "fixed", "append"]
 
 @dataclass(frozen=True)
 class Opened:
-    """A decoder's graphs as opened on an engine; shared by every session."""
+    """A decoder's graphs as opened on an engine; shared by every session.
+
+    `adapters` gives the adapter of the exit behind a segment, by the segment's number; each is
+    opened as a decoder of that one part.
+    """
 
     bundle: Bundle
     decoding: Decoding
@@ -45,6 +50,7 @@ class Opened:
     table: Floats
     form: Form | None
     projections: dict[int, Graph] = field(default_factory=dict)
+    adapters: Mapping[int, Opened] = field(default_factory=dict)
 
     @property
     def limit(self) -> int:
@@ -53,8 +59,11 @@ class Opened:
 
     @property
     def skippable(self) -> bool:
-        """Whether tokens can skip every segment but the first (`Segment.projection`)."""
-        return all(segment.projection is not None for segment in self.segments[1:])
+        """Whether tokens can skip every segment but the first (`Segment.projection`), and no exit's
+        adapter would miss them."""
+        return not self.adapters and all(
+            segment.projection is not None for segment in self.segments[1:]
+        )
 
     def projection(self, number: int) -> Graph:
         """The projection of a segment, opened when it is first needed."""
@@ -68,8 +77,8 @@ class Opened:
 def open_decoder(
     bundle: Bundle, engine: Engine, *, unsplit: bool = False, form: Form | None = None
 ) -> Opened:
-    """Opens a bundle's segments and head, or the unsplit graph as its one segment; in one form of
-    the caches, or in the first one that the engine runs."""
+    """Opens a bundle's segments, adapters and head, or the unsplit graph as its one segment; in one
+    form of the caches, or in the first one that the engine runs."""
     manifest = bundle.manifest
     decoding = manifest.decoding
     assert decoding is not None
@@ -85,24 +94,36 @@ def open_decoder(
             caches=caches,
         )
         segments = [whole]
-    variants = [choose_variant(segment, engine, form) for segment in segments]
+    adapters = {
+        number: manifest.heads[leave.adapter]
+        for number, segment in enumerate(segments)
+        for leave in segment.exits
+        if leave.adapter is not None
+    }
+    parts = [*segments, *adapters.values()]
+    variants = [choose_variant(part, engine, form) for part in parts]
     head = None if unsplit else manifest.heads[decoding.head]
     paths = [bundle.file(variant.graph) for variant in variants]
     if head is not None:
         paths.append(bundle.file(choose_variant(head, engine).graph))
     graphs = list(engine.open_all([(path, None) for path in paths]))
-    return Opened(
+    opened = Opened(
         bundle=bundle,
         decoding=decoding,
         engine=engine,
         segments=segments,
-        variants=variants,
+        variants=variants[: len(segments)],
         graphs=graphs[: len(segments)],
         head=head,
         head_graph=None if head is None else graphs[-1],
         table=_map_table(bundle, decoding),
         form=form,
     )
+    own = {
+        number: replace(opened, segments=[parts[k]], variants=[variants[k]], graphs=[graphs[k]])
+        for k, number in enumerate(adapters, start=len(segments))
+    }
+    return replace(opened, adapters=own)
 
 
 def choose_variant(segment: Segment, engine: Engine, form: Form | None = None) -> Variant:
@@ -157,6 +178,7 @@ class Session:
     Attributes:
         parts: The segments; `parts[k]` reads boundary k and writes boundary k + 1.
         rings: ``rings[k]`` holds what waits for `parts[k]`; the first one stays empty.
+        adapters: ``adapters[k]`` stands between `parts[k]` and the head, where an exit has one.
     """
 
     def __init__(self, opened: Opened, batch: int, capacity: int, chunk: int) -> None:
@@ -179,6 +201,20 @@ class Session:
         self._views: dict[tuple[int, int], Floats] = {}
         self._places: dict[int, NDArray[np.int64]] = {}
         self.head = None if opened.head is None else Head(opened)
+        self.adapters: dict[int, Part] = {}
+        self._adapted: dict[int, int] = {}  # where among the boundaries an adapter's states come
+        for number, own in opened.adapters.items():
+            before = boundaries[number + 1]
+            slot = HostSlot(batch * chunk * before.width * before.dtype.itemsize)
+            after = Boundary(slot, before.width, before.dtype)
+            self._adapted[number] = len(boundaries)
+            boundaries.append(after)
+            self.adapters[number] = Part(own, 0, batch, capacity, positions, [before, after])
+
+    @property
+    def cached(self) -> list[Part]:
+        """Everything that keeps caches: the segments and the adapters."""
+        return [*self.parts, *self.adapters.values()]
 
     def boundary(self, number: int, new: int) -> Floats:
         """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
@@ -224,12 +260,38 @@ class Session:
         Raises:
             InputError: Some row's cache has no room for so many.
         """
-        part = self.parts[number]
+        self._advance(self.parts[number], new, counts, places)
+        return self.boundary(number + 1, new)
+
+    def adapt(self, number: int, new: int, counts: NDArray[np.int64] | None = None) -> Floats:
+        """Lets the exit behind a segment take what the segment's run has just made.
+
+        Caches of an adapter must have no holes: whoever asks an exit gives it every state that
+        passes, each once and in order.
+
+        Args:
+            number, new, counts: As for `run`.
+
+        Returns:
+            What the head looks at, ``[batch, new, width]``: the adapter's states, or without an
+            adapter the boundary itself.
+        """
+        if number not in self.adapters:
+            return self.boundary(number + 1, new)
+        self._advance(self.adapters[number], new, counts)
+        return self.boundary(self._adapted[number], new)
+
+    def _advance(
+        self,
+        part: Part,
+        new: int,
+        counts: NDArray[np.int64] | None,
+        places: NDArray[np.int64] | None = None,
+    ) -> None:
         part.caches.check_room(new, part.segment.name)
         self._place(part.caches.lengths if places is None else places, new)
         part.run(new)
         part.caches.lengths += new if counts is None else counts
-        return self.boundary(number + 1, new)
 
     def project(self, number: int, rows: NDArray[np.bool_], places: NDArray[np.int64]) -> None:
         """Lets one state per row skip a segment: what its boundary holds for these rows leaves keys
@@ -253,7 +315,7 @@ class Session:
 
     def crop(self, lengths: NDArray[np.int64]) -> None:
         """Shortens every cache that is longer to these lengths ``[batch]``."""
-        for part in self.parts:
+        for part in self.cached:
             np.minimum(part.caches.lengths, lengths, out=part.caches.lengths)
 
 
@@ -267,7 +329,7 @@ class Boundary:
 
 
 class Part:
-    """One segment: graph, caches, and bindings per number of new tokens."""
+    """One segment or adapter: graph, caches, and bindings per number of new tokens."""
 
     def __init__(
         self,

@@ -107,6 +107,17 @@ def chat_copy(chat_bundle: Bundle, tmp_path: Path) -> Path:
     return _writable_copy(chat_bundle.path, tmp_path / "copy")
 
 
+def adapted_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """A family's decoder with adapters as a bundle. Shared: never change it."""
+    from edgeexit.export import export_decoder
+    from tests.decoders import make_adapted
+
+    folder = tmp_path_factory.mktemp("adapted")
+    return functools.cache(
+        lambda family: export_decoder(make_adapted(family).exit_model(), folder / family)
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of every family."""

@@ -6,17 +6,24 @@ the beginning for every token, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+
+from edgeexit.export.models import ExitDecoder
+from edgeexit.export.models.llama import trunk as llama_trunk
+from edgeexit.export.models.opt import trunk as opt_trunk
 
 VOCABULARY, LAYERS, POSITIONS = 300, 4, 96
 FAMILIES = ("llama", "qwen3", "opt")
 EXITS = [1, 2]
+ADAPTERS = {1: 1, 2: 2}
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -51,6 +58,19 @@ def make_decoder(family: str) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def make_adapted(family: str, noise: float = 0.06) -> ExitDecoder:
+    """The same with adapters: copies of the last layers, with some noise. That of exit 2 has as
+    many layers as the model has behind it, so what it drafts is often right, and always without
+    noise."""
+    model = make_decoder(family)
+    trunk = (opt_trunk if family == "opt" else llama_trunk)(model)  # type: ignore[arg-type]
+    decoder = ExitDecoder(model, trunk, EXITS, ADAPTERS)
+    with torch.no_grad():
+        for parameter in decoder.adapters.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape))
+    return decoder.eval()
+
+
 def save_decoder(family: str, folder: Path) -> Path:
     """Writes a checkpoint with a byte-level tokenizer."""
     make_decoder(family).save_pretrained(folder)
@@ -65,16 +85,49 @@ def save_decoder(family: str, folder: Path) -> Path:
 
 
 class Reference:
-    """The model in float64, without caches, through transformers' own layers."""
+    """The model in float64, without caches, through transformers' own layers.
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    An exit with an adapter is the model with its later layers replaced by the adapter's.
+    """
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, adapters: Mapping[int, list[nn.Module]] = {}
+    ) -> None:
         self.model = model.double().eval()
+        self.adapted = {layer: _shortened(model, layer, own) for layer, own in adapters.items()}
+
+    @classmethod
+    def of(cls, decoder: ExitDecoder) -> Reference:
+        """That of a decoder with adapters."""
+        assert isinstance(decoder.model, transformers.PreTrainedModel)
+        own = {
+            layer: [one.layer for one in decoder.adapters[f"exit_{layer}"]]  # type: ignore[union-attr]
+            for layer in decoder.adapter_sizes
+        }
+        return cls(decoder.model, own)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def caches(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        """Keys and values ``[heads, seq, size]`` of every layer, adapters included, by the names
+        that bundles give them."""
+        ids = torch.tensor([list(tokens)])
+        models = {"": (self.model, 0)}
+        models |= {f"adapter_{n}/": (model, n) for n, model in self.adapted.items()}
+        found = {}
+        for prefix, (model, first) in models.items():
+            held = model(ids, use_cache=True).past_key_values.layers[first:]
+            for number, layer in enumerate(held, start=1):
+                found[f"{prefix}layer_{number}/key"] = layer.keys[0].numpy()
+                found[f"{prefix}layer_{number}/value"] = layer.values[0].numpy()
+        return found
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], layer: int | None = None) -> np.ndarray:
         """Logits ``[seq, vocabulary]`` of the last layer, or through the head from an earlier
         one."""
         ids = torch.tensor([list(tokens)])
+        if layer in self.adapted:
+            return self.adapted[layer](ids).logits[0].numpy()
         made = self.model(ids, output_hidden_states=True)
         if layer is None or layer == LAYERS:
             return made.logits[0].numpy()
@@ -94,6 +147,19 @@ class Reference:
             margins.append(float(ordered[-1] - ordered[-2]))
             tokens.append(int(logits.argmax()))
         return tokens[len(prompt) :], margins
+
+
+def _shortened(
+    model: transformers.PreTrainedModel, layer: int, own: Sequence[nn.Module]
+) -> transformers.PreTrainedModel:
+    """The model in which these layers follow the given one."""
+    short = copy.deepcopy(model)
+    base = getattr(short.model, "decoder", short.model)
+    base.layers = nn.ModuleList([*base.layers[:layer], *copy.deepcopy(list(own))])
+    for number, one in enumerate(base.layers):
+        one.self_attn.layer_idx = number
+    short.config.num_hidden_layers = len(base.layers)
+    return short.double().eval()
 
 
 def random_prompts(count: int, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -46,6 +46,12 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
     help="Layers that get new, random exits: to measure latency before training.",
 )
 @click.option(
+    "--adapters",
+    metavar="LIST",
+    help="Language models: exits with layers of their own before the head; default: those saved "
+    'with the checkpoint, "none": without. Beside --untrained-exits: new ones too.',
+)
+@click.option(
     "--opset",
     type=int,
     help="ONNX opset of the graphs; default: 20; ONNX files keep theirs from 18 up.",
@@ -75,6 +81,7 @@ def command(
     task: str | None,
     exits: str | None,
     untrained_exits: str | None,
+    adapters: str | None,
     opset: int | None,
     dtype: str | None,
     name: str | None,
@@ -104,6 +111,10 @@ def command(
     with progress_bar(quiet) as progress:
         progress("reading the model", 0, 0)
         if model.endswith(".onnx"):
+            if adapters is not None:
+                raise UsageError(
+                    "--adapters is for checkpoints of language models", fix="Leave it out."
+                )
             bundle = _onnx(
                 model, output, exits, untrained_exits, task, name, data, labels, options, progress
             )
@@ -114,7 +125,9 @@ def command(
                         f"{option} is for ONNX files; this model brings its own",
                         fix="Leave it out.",
                     )
-            bundle = _torch(model, output, exits, untrained_exits, task, name, options, progress)
+            bundle = _torch(
+                model, output, exits, untrained_exits, adapters, task, name, options, progress
+            )
     found = bundle.exits()
     made = sum(file.bytes for file in bundle.manifest.files.values())
     if as_json:
@@ -195,6 +208,7 @@ def _torch(
     output: Path,
     exits: str | None,
     untrained_exits: str | None,
+    adapters: str | None,
     task: str | None,
     name: str | None,
     options: dict[str, Any],
@@ -207,14 +221,14 @@ def _torch(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if ":" in model and not Path(model).exists():
-        if exits is not None or untrained_exits is not None:
+        if exits is not None or untrained_exits is not None or adapters is not None:
             raise UsageError(
                 f"{model}: the function says itself where its exits are",
-                fix="Leave out --exits and --untrained-exits.",
+                fix="Leave out --exits, --untrained-exits and --adapters.",
             )
         split = _from_function(model)
     else:
-        split = _from_checkpoint(model, exits, untrained_exits)
+        split = _from_checkpoint(model, exits, untrained_exits, adapters)
     if task is not None and task != split.task:
         raise UsageError(
             f"--task {task}: {model} is made for {split.task}", fix="Leave --task out."
@@ -245,7 +259,7 @@ def _from_function(spec: str) -> ExitModel | DecodeModel:
 
 
 def _from_checkpoint(
-    model: str, exits: str | None, untrained_exits: str | None
+    model: str, exits: str | None, untrained_exits: str | None, adapters: str | None
 ) -> ExitModel | DecodeModel:
     from edgeexit.export.models import from_pretrained
 
@@ -257,17 +271,20 @@ def _from_checkpoint(
     layers: list[int] | None = None
     if text is not None:
         layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
+    chosen: list[int] | None = None
+    if adapters is not None:
+        chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
     untrained = untrained_exits is not None
-    return from_pretrained(model, exits=layers, untrained=untrained).exit_model()
+    return from_pretrained(model, exits=layers, adapters=chosen, untrained=untrained).exit_model()
 
 
-def _layers(text: str, option: str) -> list[int]:
+def _layers(text: str, option: str, word: str = "all") -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not (part.isascii() and part.isdigit()):
             raise UsageError(
                 f"{option}: {part!r} is not a layer number",
-                fix=f'Give numbers, as in {option} 3,6,9, or "all".',
+                fix=f'Give numbers, as in {option} 3,6,9, or "{word}".',
             )
     return [int(part) for part in parts]
 

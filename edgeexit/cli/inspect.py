@@ -117,6 +117,13 @@ def _show(found: dict[str, Any], path: Path) -> None:
         print_table(
             f"chain {name} (rows leave {_rows(chain['rows'])}; sizes at {axes})", columns, rows
         )
+        for leave in [leave for segment in chain["segments"] for leave in segment["exits"]]:
+            if adapter := leave["adapter"]:
+                click.echo(
+                    f"{leave['name']} has an adapter: {adapter['graphs'][0]['graph']}, weights "
+                    f"{size(adapter['graphs'][0]['weights_bytes'])}, caches "
+                    f"{size(adapter['cache_bytes_per_token'])} a token"
+                )
     click.echo("")
     for graph in found["unsplit"]:
         click.echo(f"unsplit: {graph['graph']}, weights {size(graph['weights_bytes'])}")

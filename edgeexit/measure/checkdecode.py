@@ -57,14 +57,16 @@ def check_decoder(
     prompts = [row.tolist() for row in tokens]
     count = max(1, min(NEW_TOKENS, model.capacity - length))
     full = model.generate(prompts, max_new_tokens=count).finish().tokens
-    exact = model.generate(prompts, max_new_tokens=count, mode="exact").finish().tokens
-    apart = sum(
-        _differ(model, prompt, one, other, judge)
-        for prompt, one, other in zip(prompts, full, exact, strict=True)
-    )
-    judge.comparisons.append(
-        Comparison("exact", f"{rows} texts of {count} tokens, as full", float(apart), not apart)
-    )
+    # An adapter's caches are kept by drafting alone, so each drafts once.
+    drafting = [leave.name for n, leave in enumerate(model.exits) if n == 0 or leave.adapter]
+    for name in drafting:
+        exact = model.generate(prompts, max_new_tokens=count, mode="exact", draft_exit=name)
+        apart = sum(
+            _differ(model, prompt, one, other, judge)
+            for prompt, one, other in zip(prompts, full, exact.finish().tokens, strict=True)
+        )
+        what = f"{rows} texts of {count} tokens drafted by {name}, as full"
+        judge.comparisons.append(Comparison("exact", what, float(apart), not apart))
     engine = model.describe_engine()["engine"]
     with load_decoder(
         bundle,
@@ -115,7 +117,8 @@ def _every_exit(
         part = np.ascontiguousarray(tokens[:, start : start + step])
         session.embed(part)
         for number in range(len(session.parts)):
-            states = session.run(number, part.shape[1])
+            session.run(number, part.shape[1])
+            states = session.adapt(number, part.shape[1])
             answers = session.head(states.reshape(-1, states.shape[-1]))
             greedy[number].append(answers["token"].reshape(part.shape).copy())
             logits[number] = answers["logits"].reshape(*part.shape, -1)[:, -1].copy()

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeexit.bundle import Bundle
 from edgeexit.graphfile import read_graph_file
-from edgeexit.manifest import Chain, Segment, Tensor
+from edgeexit.manifest import Chain, Exit, Segment, Tensor
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import read_npz
 
@@ -71,12 +71,7 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
         segments.append(
             {
                 "name": segment.name,
-                "graphs": [
-                    {"precision": v.precision, "requires": v.requires}
-                    | ({"caches": v.caches} if segment.caches else {})
-                    | _graph(bundle, v.graph)
-                    for v in segment.variants
-                ],
+                "graphs": _graphs(bundle, segment),
                 "projection": None
                 if segment.projection is None
                 else _graph(bundle, segment.projection.graph),
@@ -86,6 +81,7 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
                         "name": leave.name,
                         "outputs": list(leave.outputs),
                         "scores": list(leave.scores),
+                        "adapter": _adapter(bundle, leave),
                     }
                     for leave in segment.exits
                 ],
@@ -100,8 +96,28 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
     return {"rows": chain.rows, "segments": segments}
 
 
+def _graphs(bundle: Bundle, segment: Segment) -> list[dict[str, Any]]:
+    return [
+        {"precision": variant.precision, "requires": variant.requires}
+        | _graph(bundle, variant.graph)
+        for variant in segment.variants
+    ]
+
+
+def _adapter(bundle: Bundle, leave: Exit) -> dict[str, Any] | None:
+    """The layers with caches that an exit has for itself, if it has any."""
+    if leave.adapter is None:
+        return None
+    part = bundle.manifest.heads[leave.adapter]
+    return {
+        "name": part.name,
+        "graphs": _graphs(bundle, part),
+        "cache_bytes_per_token": _cache_bytes(part),
+    }
+
+
 def _cache_bytes(segment: Segment) -> int:
-    """What a segment's caches take for one token of one row."""
+    """What a part's caches take for one token of one row."""
     sizes = {"batch": 1, "past": 1}
     tensors = [Tensor(name=c.name, dtype=c.dtype, axes=c.axes) for c in segment.caches]
     return sum(tensor_bytes(tensor, sizes) or 0 for tensor in tensors)

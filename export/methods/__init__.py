@@ -2,7 +2,7 @@
 
 `joint` trains a classifier with all its exits, or the exit heads alone behind a frozen backbone,
 with optional distillation from the last exit; `layerskip` trains a language model that can be left
-early. `training` is the loop they share. A method changes weights only; where exits stand is
-said when they are attached (`edgeexit.export.models.from_pretrained`), and what they score is in
-the graph.
+early, and `adapters` the adapters of one that is frozen. `training` is the loop they share. A
+method changes weights only; where exits stand is said when they are attached
+(`edgeexit.export.models.from_pretrained`), and what they score is in the graph.
 """

@@ -2,7 +2,8 @@
 
 Two things are added to plain language modelling. Layers are dropped at random, deeper ones more
 often, so that no state relies on what comes next; and early exits have losses of their own through
-the shared head. It is what makes drafting with the first layers worth while (``exact`` decoding).
+the shared head, and through their adapters where they have any. It is what makes drafting with the
+first layers worth while (``exact`` decoding).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def train_layerskip(
     save_every: int = 200,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Trains all weights with layer dropout and early-exit losses.
+    """Trains all weights, those of adapters too, with layer dropout and early-exit losses.
 
     Every step trains the last layer's answer and that of one exit, taking turns (the rotational
     curriculum; one head more a step whatever the number of exits).
@@ -88,7 +89,7 @@ def train_layerskip(
 
     return train(
         decoder,
-        list(decoder.model.parameters()),
+        list(decoder.parameters()),
         loss_at,
         steps=steps,
         learning_rate=learning_rate,

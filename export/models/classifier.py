@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,26 +238,45 @@ def save_exits(classifier: ExitClassifier, folder: Path) -> None:
     save_exit_layers(classifier.exit_layers, folder)
 
 
-def save_exit_layers(layers: Sequence[int], folder: Path) -> None:
-    """Writes into a checkpoint directory behind which layers there are exits."""
-    config = {"format": 1, "exits": list(layers)}
+def save_exit_layers(
+    layers: Sequence[int], folder: Path, adapters: Mapping[int, int] | None = None
+) -> None:
+    """Writes into a checkpoint directory behind which layers there are exits, and how many layers
+    of its own an exit of a decoder has."""
+    config: dict[str, object] = {"format": 1, "exits": list(layers)}
+    if adapters:
+        config["adapters"] = {str(layer): count for layer, count in adapters.items()}
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def saved_exits(folder: Path) -> list[int] | None:
     """Layers whose exits a checkpoint holds; None when it holds none."""
+    found = _read_config(folder)
+    return None if found is None else found[0]
+
+
+def saved_adapters(folder: Path) -> dict[int, int]:
+    """Exits of a decoder that have layers of their own in a checkpoint: layer -> how many."""
+    found = _read_config(folder)
+    return {} if found is None else found[1]
+
+
+def _read_config(folder: Path) -> tuple[list[int], dict[int, int]] | None:
     config = folder / EXITS_CONFIG
     if not config.is_file():
         return None
     try:
-        found = json.loads(config.read_text())["exits"]
-        if not all(isinstance(layer, int) for layer in found):
+        found = json.loads(config.read_text())
+        exits, adapters = found["exits"], found.get("adapters", {})
+        if not all(isinstance(layer, int) for layer in exits):
             raise ValueError("exits is not a list of layer numbers")
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
+            raise ValueError("adapters does not map layer numbers to numbers of layers")
+        return list(exits), {int(layer): count for layer, count in adapters.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
             f"{config}: cannot be read ({error})", fix="Save the exits again with save_pretrained."
         ) from error
-    return list(found)
 
 
 def load_exits(classifier: ExitClassifier, folder: Path) -> None:

@@ -1,23 +1,32 @@
-"""A causal language model with exits: a trunk of decoder layers, one head that all exits share.
+"""A causal language model with exits: a trunk of decoder layers, one head that all exits share,
+and for some exits an adapter before it.
 
 A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
 state, what each layer does before and after attention, and the head. Attention itself, its caches
 and its masks belong to nobody's layer: training uses torch's own (`ExitDecoder`), export chooses a
 form for the engine (`edgeexit.export.attention`).
+
+An adapter is layers like the trunk's that one exit has for itself. The shared head was made for
+states of the last layer; an adapter brings those of an early one closer to it, for the price of a
+layer (Kangaroo, arXiv:2404.18911, drafts with one).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.attention import (
     AnyForm,
     Heads,
@@ -27,7 +36,7 @@ from edgeexit.export.attention import (
     split_heads,
 )
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form, Segment
-from edgeexit.export.models.classifier import check_layers, save_exit_layers
+from edgeexit.export.models.classifier import EXITS_WEIGHTS, check_layers, save_exit_layers
 from edgeexit.manifest import Cache, Tensor
 
 
@@ -78,15 +87,31 @@ class ExitDecoder(nn.Module):
         model: The transformers model that owns the weights.
         trunk: Its description; modules are shared with `model`, not copied.
         exits: Layers (1 = behind the first) with an exit; the last layer always answers.
+        adapters: Those of these layers whose exit has an adapter, of one layer or, as a mapping, of
+            so many. A new adapter is a copy of the model's last layers, as EE-Tuning
+            (arXiv:2402.00518) starts: of use once it is trained.
+
+    Attributes:
+        adapters: Exit name -> its adapter's layers.
     """
 
-    def __init__(self, model: nn.Module, trunk: DecoderTrunk, exits: Iterable[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trunk: DecoderTrunk,
+        exits: Iterable[int],
+        adapters: Iterable[int] | Mapping[int, int] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.trunk = trunk
         self.layers = nn.ModuleList(trunk.layers)
         self.depth = len(trunk.layers)
         self.exit_layers = check_layers(exits, self.depth)
+        self.adapters = nn.ModuleDict()
+        for layer, count in check_adapters(adapters, self.exit_layers, self.depth).items():
+            copies = [copy.deepcopy(one) for one in trunk.layers[self.depth - count :]]
+            self.adapters[f"exit_{layer}"] = nn.ModuleList(copies)
         self.name = type(model).__name__
         self.tokenizer_folder: Path | None = None
         self.provenance: dict[str, str] = {}
@@ -98,6 +123,14 @@ class ExitDecoder(nn.Module):
         options): all layers share that code, whichever exits are asked for and layers dropped."""
         self._layer = torch.compile(self._through_layer, **options)
         self._head = torch.compile(self.trunk.head, **options)
+
+    @property
+    def adapter_sizes(self) -> dict[int, int]:
+        """Exits with an adapter: layer -> how many layers it has."""
+        return {
+            int(name.removeprefix("exit_")): len(cast("nn.ModuleList", own))
+            for name, own in self.adapters.items()
+        }
 
     def forward(
         self,
@@ -126,7 +159,10 @@ class ExitDecoder(nn.Module):
             if number not in skipped:
                 state = self._layer(layer, state, positions)
             if number in wanted:
-                flat = self._head(state.reshape(-1, self.trunk.width))
+                seen = state
+                for own in self._adapter(number):
+                    seen = self._layer(own, seen, positions)
+                flat = self._head(seen.reshape(-1, self.trunk.width))
                 found[number] = flat.unflatten(0, input_ids.shape)
         return found
 
@@ -136,13 +172,24 @@ class ExitDecoder(nn.Module):
         q, k, v = layer.before(state)
         return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
 
+    def _adapter(self, layer: int) -> list[Layer]:
+        """The adapter's layers of the exit behind a layer; none where it has no adapter."""
+        name = f"exit_{layer}"
+        return list(_typed(self.adapters[name])) if name in self.adapters else []  # type: ignore[arg-type]
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model as transformers does, and behind which layers it has exits."""
+        """Writes the model as transformers does, behind which layers it has exits, and the adapters
+        beside it as safetensors."""
+        folder = Path(folder)
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        save_exit_layers(self.exit_layers, Path(folder))
+        save_exit_layers(self.exit_layers, folder, self.adapter_sizes)
+        if len(self.adapters):
+            weights = {k: v.detach().contiguous() for k, v in self.adapters.state_dict().items()}
+            save_file(weights, folder / EXITS_WEIGHTS)
 
     def exit_model(self) -> DecodeModel:
-        """The segment contract: layers between exits with their caches, and the shared head."""
+        """The segment contract: layers between exits with their caches, adapters with theirs, and
+        the shared head."""
         trunk = self.trunk
         borders = [0, *self.exit_layers, self.depth]
         vocabulary, width = trunk.embedding.shape
@@ -155,10 +202,11 @@ class ExitDecoder(nn.Module):
                     name=f"segment_{number}",
                     inputs=(before, POSITIONS),
                     outputs=(_state(f"state_{stop}", trunk.width),),
-                    caches=_caches(trunk.heads, start, stop),
-                    forms=self._forms(start, stop, head=False),
+                    caches=_caches(trunk.heads, _layer_names(start, stop)),
+                    forms=self._forms(trunk.layers[start:stop], stem=start == 0),
                     exit=f"exit_{stop}",
                     projection=None if start == 0 else self._projection(start, stop),
+                    adapter=self._adapter_part(stop),
                 )
             )
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
@@ -172,8 +220,8 @@ class ExitDecoder(nn.Module):
             name="unsplit",
             inputs=(embedded, POSITIONS),
             outputs=(logits,),
-            caches=_caches(trunk.heads, 0, self.depth),
-            forms=self._forms(0, self.depth, head=True),
+            caches=_caches(trunk.heads, _layer_names(0, self.depth)),
+            forms=self._forms(trunk.layers, stem=True, head=True),
         )
 
         def tokens(rows: int) -> torch.Tensor:
@@ -199,13 +247,30 @@ class ExitDecoder(nn.Module):
             provenance=self.provenance,
         )
 
-    def _forms(self, start: int, stop: int, *, head: bool) -> tuple[Form, ...]:
+    def _adapter_part(self, layer: int) -> CachedSegment | None:
+        layers = cast("list[nn.Module]", self._adapter(layer))
+        if not layers:
+            return None
+        name = f"adapter_{layer}"
+        return CachedSegment(
+            name=name,
+            inputs=(_state(f"state_{layer}", self.trunk.width), POSITIONS),
+            outputs=(_state(f"adapted_{layer}", self.trunk.width),),
+            caches=_caches(
+                self.trunk.heads, [f"{name}/{own}" for own in _layer_names(0, len(layers))]
+            ),
+            forms=self._forms(layers),
+        )
+
+    def _forms(
+        self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
+    ) -> tuple[Form, ...]:
         trunk = self.trunk
         return tuple(
             Form(
                 module=_Part(
-                    trunk.stem if start == 0 else None,
-                    trunk.layers[start:stop],
+                    trunk.stem if stem else None,
+                    layers,
                     form(trunk.heads),
                     trunk.head if head else None,
                 ).eval(),
@@ -287,18 +352,61 @@ def _state(name: str, width: int) -> Tensor:
     return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
 
 
-def _caches(heads: Heads, start: int, stop: int) -> tuple[Cache, ...]:
+def _layer_names(start: int, stop: int) -> list[str]:
+    return [f"layer_{layer + 1}" for layer in range(start, stop)]
+
+
+def _caches(heads: Heads, layers: Sequence[str]) -> tuple[Cache, ...]:
     return tuple(
         Cache(
-            name=f"layer_{layer + 1}/{kind}",
+            name=f"{layer}/{kind}",
             dtype="float32",
             axes=["batch", heads.keys, "past", heads.size],
-            past=f"layer_{layer + 1}/past_{kind}",
-            present=f"layer_{layer + 1}/present_{kind}",
+            past=f"{layer}/past_{kind}",
+            present=f"{layer}/present_{kind}",
         )
-        for layer in range(start, stop)
+        for layer in layers
         for kind in ("key", "value")
     )
 
 
-__all__ = ["DecoderTrunk", "DirectStem", "ExitDecoder"]
+def check_adapters(
+    given: Iterable[int] | Mapping[int, int], exits: Sequence[int], depth: int
+) -> dict[int, int]:
+    """Exits with an adapter: layer -> its number of layers, from shallow to deep. Raises
+    `UsageError` for ones that cannot be."""
+    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
+    for layer, count in sizes.items():
+        if layer not in exits:
+            raise UsageError(
+                f"adapters: there is no early exit behind layer {layer!r} (exits: {list(exits)})",
+                fix="Give layers that have an exit, as in exits=[2, 4], adapters=[2] "
+                "(--exits 2,4 --adapters 2).",
+            )
+        if not isinstance(count, int) or not 1 <= count <= depth:
+            raise UsageError(
+                f"adapters: {count!r} layers cannot be had for the exit behind layer {layer}",
+                fix=f"Give a number from 1 to {depth}; 1 is the usual one.",
+            )
+    return {layer: sizes[layer] for layer in exits if layer in sizes}
+
+
+def load_adapters(decoder: ExitDecoder, layers: Sequence[int], folder: Path) -> None:
+    """Loads the adapters of some exits from a checkpoint; others that it holds stay unread."""
+    path = folder / EXITS_WEIGHTS
+    try:
+        weights = load_file(path)
+        for name in [f"exit_{layer}" for layer in layers]:
+            own = {k: v for k, v in weights.items() if k.split(".")[0] == name}
+            decoder.adapters[name].load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in own.items()}
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: does not hold the adapters that the checkpoint says it has: "
+            f"{str(error).splitlines()[-1].strip()}",
+            fix="Use adapters saved with this very checkpoint.",
+        ) from error
+
+
+__all__ = ["DecoderTrunk", "DirectStem", "ExitDecoder", "check_adapters", "load_adapters"]

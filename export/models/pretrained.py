@@ -2,14 +2,15 @@
 
 The model is read with transformers, a classifier's exits from ``exits.safetensors`` beside it, the
 labels, preprocessing and tokenizer from the checkpoint's own files. A decoder's exits share its own
-head; the checkpoint only says behind which layers they were trained.
+head; the checkpoint only says behind which layers they were trained, and holds the adapters that
+some of them have.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from edgeexit.export.models.classifier import (
     EXITS_WEIGHTS,
     ExitClassifier,
     load_exits,
+    saved_adapters,
     saved_exits,
 )
-from edgeexit.export.models.decoder import ExitDecoder
+from edgeexit.export.models.decoder import ExitDecoder, load_adapters
 from edgeexit.export.models.preprocessing import image_preprocessing, text_preprocessing
 
 FAMILIES = {
@@ -40,7 +42,11 @@ DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
 
 
 def from_pretrained(
-    path: str | Path, *, exits: Iterable[int] | None = None, untrained: bool = False
+    path: str | Path,
+    *,
+    exits: Iterable[int] | None = None,
+    adapters: Iterable[int] | Mapping[int, int] | None = None,
+    untrained: bool = False,
 ) -> ExitClassifier | ExitDecoder:
     """Reads a checkpoint and gives it exits.
 
@@ -48,8 +54,10 @@ def from_pretrained(
         path: A checkpoint directory, or a hub id.
         exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
             checkpoint. The last layer always answers with the model's own head.
-        untrained: Attach new, random heads even where the checkpoint has none: to measure what
-            exits would cost and save before training them, or to train them now.
+        adapters: Decoders: those of these layers whose exit has an adapter before the shared head
+            (see `ExitDecoder`). None: those saved with the checkpoint.
+        untrained: Attach new, random heads (new adapters) even where the checkpoint has none: to
+            measure what exits would cost and save before training them, or to train them now.
 
     Raises:
         ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
@@ -66,7 +74,12 @@ def from_pretrained(
             fix="Give a directory with config.json, as save_pretrained writes it.",
         ) from error
     if config.model_type in DECODERS:
-        return _decoder(path, folder, config, exits)
+        return _decoder(path, folder, config, exits, adapters, untrained=untrained)
+    if adapters is not None:
+        raise UsageError(
+            f"{path}: adapters are for language models, this is a {config.model_type}",
+            fix="Leave them out: a classifier's exits have heads of their own.",
+        )
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ExportError(
@@ -133,6 +146,9 @@ def _decoder(
     folder: Path,
     config: transformers.PretrainedConfig,
     exits: Iterable[int] | None,
+    adapters: Iterable[int] | Mapping[int, int] | None,
+    *,
+    untrained: bool,
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
     saved = saved_exits(folder)
@@ -149,8 +165,21 @@ def _decoder(
             fix="Give a whole causal language model.",
         )
     adapter = importlib.import_module(f"edgeexit.export.models.{DECODERS[config.model_type]}")
-    chosen = saved or [] if exits is None else exits
-    decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen)
+    chosen = list(saved or [] if exits is None else exits)
+    held = saved_adapters(folder)
+    if adapters is None:
+        adapters = {layer: size for layer, size in held.items() if layer in chosen}
+    decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen, adapters)
+    sizes = decoder.adapter_sizes
+    loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
+    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
+        raise UsageError(
+            f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
+            f"behind layer {missing[0]} (it has, by layer: {held or 'none'})",
+            fix="Choose among those, or pass untrained=True (--untrained-exits) for new ones.",
+        )
+    if loaded:
+        load_adapters(decoder, loaded, folder)
     decoder.eval()
     decoder.name = Path(path).resolve().name
     decoder.tokenizer_folder = folder
@@ -159,6 +188,8 @@ def _decoder(
         "model_type": config.model_type,
         "exits": "trained" if trained else "untrained",
     }
+    if sizes:
+        decoder.provenance["adapters"] = "untrained" if missing else "trained"
     return decoder
 
 

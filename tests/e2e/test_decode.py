@@ -58,6 +58,32 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
     assert "512 B (in-place, fixed, append)" in cli("inspect", writer).out
 
 
+def test_exits_with_adapters_are_exported_checked_and_shown(
+    cli: Cli, decoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, bundle = decoder_folder("llama"), tmp_path / "bundle"
+    refused = cli("export", "-m", folder, "--exits", "1,2", "--adapters", "2", "-o", bundle)
+    assert refused.code == 2 and "--untrained-exits" in refused.err and not bundle.exists()
+    wrong = cli("export", "-m", folder, "--exits", "1,2", "--adapters", "all", "-o", bundle)
+    assert wrong.code == 2 and '"none"' in wrong.err
+    made = cli("export", "-m", folder, "--untrained-exits", "1,2", "--adapters", "2", "-o", bundle)
+    assert made.code == 0
+    checked = cli("check", bundle, "--json")
+    assert checked.code == 0 and checked.json["passed"]
+    assert any("drafted by exit_2" in one["what"] for one in checked.json["comparisons"])
+    segments = cli("inspect", bundle, "--json").json["chains"]["main"]["segments"]
+    [one], [two], [last] = ([leave["adapter"] for leave in s["exits"]] for s in segments)
+    assert one is None and last is None
+    assert two["name"] == "adapter_2" and two["cache_bytes_per_token"] == 256
+    shown = cli("inspect", bundle)
+    assert "exit_2 has an adapter" in shown.out and "256 B a token" in shown.out
+    ran = cli(
+        "run", bundle, "--prompt", "def f(", "--mode", "exact", "--draft-exit", "exit_2", "--json"
+    )
+    full = cli("run", bundle, "--prompt", "def f(", "--json")
+    assert ran.code == 0 and ran.json["texts"] == full.json["texts"]
+
+
 def test_the_modes_write_text_and_say_where_it_came_from(cli: Cli, writer: Path) -> None:
     common = ("run", writer, "--prompt", "def f(", "--max-new-tokens", "12", "--json")
     full = cli(*common)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,25 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgeexit.bundle import Bundle, open_bundle
-from edgeexit.errors import EdgeExitError
-from edgeexit.export import DecodeModel
+from edgeexit.bundle import MANIFEST, Bundle, open_bundle
+from edgeexit.errors import BundleError, EdgeExitError, ExportError, UsageError
+from edgeexit.export import DecodeModel, export_decoder
 from edgeexit.export.attention import Heads, forms
 from edgeexit.export.decode import graph_of_form
 from edgeexit.export.models import ExitDecoder, from_pretrained
 from edgeexit.export.precision import decoder_to_half
 from edgeexit.graphfile import fix_axes
-from tests.decoders import EXITS, FAMILIES, LAYERS, VOCABULARY, make_decoder
+from tests.decoders import (
+    ADAPTERS,
+    EXITS,
+    FAMILIES,
+    LAYERS,
+    VOCABULARY,
+    Reference,
+    make_adapted,
+    make_decoder,
+    save_decoder,
+)
 
 Families = Callable[[str], Path]
 
@@ -227,3 +240,180 @@ def test_layers_that_cannot_have_an_exit_are_refused(
 ) -> None:
     with pytest.raises(EdgeExitError, match="exits"):
         from_pretrained(decoder_folder("llama"), exits=exits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exit_answers_through_its_adapter(family: str) -> None:
+    decoder = make_adapted(family)
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = decoder(ids)
+    reference = Reference.of(make_adapted(family))
+    for layer in [*EXITS, LAYERS]:
+        expected = np.stack([reference.logits(row, layer) for row in ids.tolist()])
+        np.testing.assert_allclose(found[layer].numpy(), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_adapter_as_deep_as_the_rest_answers_as_the_model(family: str) -> None:
+    """It is a copy of the last layers; with all of them the exit is the model itself."""
+    decoder = make_adapted(family, noise=0.0)
+    ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = decoder(ids)
+    torch.testing.assert_close(found[2], found[LAYERS])
+
+
+def test_adapters_are_saved_and_read_back(tmp_path: Path) -> None:
+    save_decoder("llama", tmp_path)
+    made = make_adapted("llama")
+    made.save_pretrained(tmp_path)
+    read = from_pretrained(tmp_path)
+    assert isinstance(read, ExitDecoder)
+    assert read.exit_layers == EXITS and read.adapter_sizes == ADAPTERS
+    assert read.provenance["adapters"] == "trained"
+    for name, weight in made.adapters.state_dict().items():
+        assert torch.equal(weight, read.adapters.state_dict()[name])
+    fewer = from_pretrained(tmp_path, exits=[2, 3])
+    assert isinstance(fewer, ExitDecoder)
+    assert fewer.adapter_sizes == {2: 2} and fewer.provenance["adapters"] == "trained"
+    without = from_pretrained(tmp_path, adapters=[])
+    assert isinstance(without, ExitDecoder)
+    assert not without.adapter_sizes and "adapters" not in without.provenance
+
+
+def test_an_adapter_that_is_not_there_is_made_when_untrained_ones_are_wanted(
+    tmp_path: Path,
+) -> None:
+    make_adapted("llama").save_pretrained(tmp_path)
+    for wanted, message in (([3], r"no adapter of 1 layer\(s\) .* layer 3"), ({2: 1}, "layer 2")):
+        with pytest.raises(UsageError, match=message):
+            from_pretrained(tmp_path, exits=[2, 3], adapters=wanted)  # type: ignore[arg-type]
+    mixed = from_pretrained(tmp_path, exits=[2, 3], adapters={2: 2, 3: 1}, untrained=True)
+    assert isinstance(mixed, ExitDecoder)
+    assert mixed.provenance["adapters"] == "untrained"
+    saved = make_adapted("llama").adapters.state_dict()
+    own = mixed.adapters.state_dict()
+    held = [name for name in saved if name.startswith("exit_2")]
+    assert held and all(torch.equal(saved[name], own[name]) for name in held)
+    last = mixed.layers[-1].state_dict()
+    new = {k.removeprefix("exit_3.0."): v for k, v in own.items() if k.startswith("exit_3")}
+    assert new.keys() == last.keys() and all(torch.equal(new[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize(
+    "adapters, message",
+    [
+        ([3], "no early exit behind layer 3"),
+        ([LAYERS], f"no early exit behind layer {LAYERS}"),
+        ({2: 0}, "0 layers"),
+        ({2: LAYERS + 1}, f"{LAYERS + 1} layers"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(
+    decoder_folder: Families, adapters: Any, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        from_pretrained(decoder_folder("llama"), exits=EXITS, adapters=adapters, untrained=True)
+
+
+def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+    make_adapted("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "exits.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ExportError, match=r"exits\.safetensors: does not hold the adapters"):
+        from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(ExportError, match=r"exits\.safetensors: does not hold the adapters"):
+        from_pretrained(tmp_path)
+    config = tmp_path / "edgeexit.json"
+    config.write_text('{"format": 1, "exits": [1, 2], "adapters": {"1": 0}}')
+    with pytest.raises(ExportError, match=r"edgeexit\.json: cannot be read"):
+        from_pretrained(tmp_path)
+
+
+def test_a_bundle_with_adapters_stores_the_projection_once_and_says_what_it_needs(
+    adapted_bundle: Callable[[str], Bundle],
+) -> None:
+    decoder = make_adapted("qwen3")
+    bundle = adapted_bundle("qwen3")
+    rotary = 2 * 96 * 8 * 4  # the tables of sines and cosines are constants of the graphs
+    parameters = 4 * sum(p.numel() for p in decoder.parameters())
+    assert bundle.weights_bytes <= parameters + rotary + 4096 * ((LAYERS + 3) * 6 + 8)
+    manifest = open_bundle(bundle.path, verify="full").manifest
+    assert manifest.requires == ["decode", "adapters"]
+    assert [leave.adapter for leave in bundle.exits()] == ["adapter_1", "adapter_2", None]
+    assert [len(manifest.heads[f"adapter_{n}"].caches) for n in ADAPTERS] == [2, 4]
+    for name in ("adapter_1", "adapter_2"):
+        assert [v.caches for v in manifest.heads[name].variants] == ["in-place", "append"]
+
+
+def test_a_bundle_without_adapters_can_be_read_by_who_does_not_know_them(
+    decoder_bundle: Callable[[str], Bundle],
+) -> None:
+    manifest = decoder_bundle("llama").manifest
+    assert manifest.requires == ["decode"]
+    assert list(manifest.heads) == ["head"]
+
+
+def _unknown(raw: Any) -> None:
+    raw["chains"]["main"]["segments"][0]["exits"][0]["adapter"] = "adapter_9"
+
+
+def _of_another(raw: Any) -> None:
+    raw["chains"]["main"]["segments"][0]["exits"][0]["adapter"] = "adapter_2"
+
+
+def _headless(raw: Any) -> None:
+    leave = raw["chains"]["main"]["segments"][0]["exits"][0]
+    del leave["head"]
+    leave |= {"action": "drop", "outputs": {}, "scores": {}}
+
+
+def _at_the_end(raw: Any) -> None:
+    raw["chains"]["main"]["segments"][-1]["exits"][0]["adapter"] = "adapter_1"
+
+
+def _of_another_width(raw: Any) -> None:
+    raw["heads"]["adapter_1"]["outputs"][0]["axes"][-1] = 32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_unknown, "adapter_9, which is not there"),
+        (_of_another, "adapter_2 does not map state_1"),
+        (_headless, "no head behind it"),
+        (_at_the_end, "exit_4 has an adapter, but it answers as the model"),
+        (_of_another_width, "adapter_1 does not map state_1"),
+    ],
+)
+def test_a_manifest_whose_adapters_do_not_fit_is_refused(
+    adapted_bundle: Callable[[str], Bundle],
+    tmp_path: Path,
+    change: Callable[[Any], None],
+    message: str,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(adapted_bundle("llama").path, copy)
+    (copy / MANIFEST).chmod(0o644)
+    raw = json.loads((copy / MANIFEST).read_text())
+    change(raw)
+    (copy / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copy)
+
+
+def test_a_contract_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    model = make_adapted("llama").exit_model()
+    first, second, last = model.segments
+    behind = dataclasses.replace(last, adapter=first.adapter)
+    twice = dataclasses.replace(second, adapter=first.adapter)
+    for segments, message in (
+        ([first, second, behind], "last segment has an adapter"),
+        ([first, twice, last], "two parts named adapter_1"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_decoder(dataclasses.replace(model, segments=segments), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.export.methods.adapters import train_adapters
 from edgeexit.export.methods.layerskip import (
     dropout_rates,
     exit_weights,
@@ -19,9 +20,9 @@ from edgeexit.export.models.llama import trunk
 from tests.decoders import LAYERS, VOCABULARY, make_decoder
 
 
-def make(exits: list[int]) -> ExitDecoder:
+def make(exits: list[int], adapters: list[int] | None = None) -> ExitDecoder:
     model = make_decoder("llama")
-    return ExitDecoder(model, trunk(model), exits)  # type: ignore[arg-type]
+    return ExitDecoder(model, trunk(model), exits, adapters or [])  # type: ignore[arg-type]
 
 
 def batches(step: int) -> torch.Tensor:
@@ -58,6 +59,52 @@ def test_exits_learn_with_losses_and_do_not_without() -> None:
     without, with_ = losses(plain), losses(skipping)
     assert with_[1] < 0.7 * without[1] and with_[2] < 0.7 * without[2]
     assert with_[LAYERS] < 1.0 and without[LAYERS] < 1.0
+
+
+def test_adapters_learn_with_the_model() -> None:
+    decoder = make([1, 2], adapters=[1])
+    before = {name: value.clone() for name, value in decoder.adapters.state_dict().items()}
+    first = losses(decoder)
+    train_layerskip(
+        decoder, batches, steps=60, learning_rate=5e-3, dropout=0.0, weights={1: 0.5, 2: 0.5}
+    )
+    after = decoder.adapters.state_dict()
+    assert not any(torch.equal(value, after[name]) for name, value in before.items())
+    assert losses(decoder)[1] < 0.5 * first[1]
+
+
+def apart(decoder: ExitDecoder) -> dict[int, float]:
+    """How far an early exit's answer is from the last layer's: cross-entropy above its entropy."""
+    with torch.no_grad():
+        found = decoder(batches(12345)[:, :-1])
+    target = found[LAYERS].flatten(0, 1).log_softmax(-1)
+    return {
+        layer: torch.nn.functional.kl_div(
+            found[layer].flatten(0, 1).log_softmax(-1),
+            target,
+            reduction="batchmean",
+            log_target=True,
+        ).item()
+        for layer in decoder.exit_layers
+    }
+
+
+def test_adapters_alone_learn_what_the_last_layer_says_and_leave_the_model_as_it_is() -> None:
+    decoder = make([1, 2], adapters=[2])
+    model = {name: value.clone() for name, value in decoder.model.state_dict().items()}
+    before = apart(decoder)
+    made = train_adapters(decoder, batches, steps=60, learning_rate=5e-3)
+    assert len(made) == 60 and made[-1] < made[0]
+    after = apart(decoder)
+    assert after[2] < 0.7 * before[2] and after[1] == before[1]
+    for name, value in decoder.model.state_dict().items():
+        assert torch.equal(value, model[name])
+    assert all(parameter.requires_grad for parameter in decoder.model.parameters())
+
+
+def test_there_must_be_adapters_to_train() -> None:
+    with pytest.raises(UsageError, match="no adapters"):
+        train_adapters(make([1]), batches, steps=1)
 
 
 def test_a_dropped_layer_is_left_out() -> None:

@@ -1,0 +1,89 @@
+"""The exit that drafts: what its head says of one state per row after another.
+
+Its adapter, where it has one, must see every state that passes, each once and in order. The last
+draft's state passes, but its answer is not needed: it waits, and enters the adapter's caches with
+the next state that is asked about, in one run. If the draft is refused, there is no run at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.runtime.caches import Ring
+from edgeexit.runtime.parts import Floats, Session
+
+Answers = Mapping[str, NDArray[Any]]
+"""What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
+
+
+class Drafter:
+    """Asks one early exit of a session.
+
+    Args:
+        number: Index of the exit.
+    """
+
+    def __init__(self, session: Session, number: int) -> None:
+        assert session.head is not None
+        self._session, self._number, self._head = session, number, session.head
+        self._adapter = session.adapters.get(number)
+        # Where several new tokens are run row by row (see `Part.run`), waiting costs more than it
+        # saves.
+        self._waits = session.batch == 1 or (
+            self._adapter is not None and self._adapter.variant.caches != "in-place"
+        )
+        state = session.boundary(number + 1, 1)
+        self._late = Ring(session.batch, session.capacity, state.shape[2], state.dtype)
+        self._one = np.ones(session.batch, np.int64)
+
+    def ask(self, states: Floats) -> Answers:
+        """Answers for what the segment before the exit has just made, ``[batch, 1, width]``."""
+        if self._adapter is None or not self._late.counts.any():
+            return self._head(self._session.adapt(self._number, 1)[:, 0])
+        self._late.push(states, self._one)
+        return self._head(self._catch_up())
+
+    def pass_by(self, states: Floats) -> None:
+        """Takes what the segment before the exit has just made, ``[batch, 1, width]``, when no
+        answer is needed."""
+        if self._adapter is None:
+            return
+        if self._waits:
+            self._late.push(states, self._one)
+        else:
+            self._session.adapt(self._number, 1)
+
+    def crop(self, lengths: NDArray[np.int64]) -> None:
+        """Forgets what waits beyond these lengths ``[batch]``, to which caches were cropped."""
+        if self._adapter is not None:
+            left = np.maximum(lengths - self._adapter.caches.lengths, 0)
+            np.minimum(self._late.counts, left, out=self._late.counts)
+
+    def forget(self, rows: NDArray[np.bool_]) -> None:
+        """Forgets what waits in these rows ``[batch]``."""
+        self._late.counts[rows] = 0
+
+    def _catch_up(self) -> Floats:
+        """Runs the adapter over all that waits. Returns each row's newest state ``[batch,
+        width]``; every row has one."""
+        session, late, adapter = self._session, self._late, self._adapter
+        assert adapter is not None
+        newest: Floats = np.zeros_like(late.states(0, 1)[:, 0])
+        start, most = 0, int(late.counts.max())
+        while start < most:
+            # Rows with fewer states are padded, and padding must not run over the end of a cache.
+            room = session.capacity - int(adapter.caches.lengths.max())
+            new = min(session.chunk, most - start, room)
+            some = np.clip(late.counts - start, 0, new)
+            session.boundary(self._number + 1, new)[...] = late.states(start, start + new)
+            made = session.adapt(self._number, new, some)
+            ended = (late.counts > start) & (late.counts <= start + new)
+            for row in np.flatnonzero(ended):
+                newest[row] = made[row, late.counts[row] - start - 1]
+            start += new
+        late.clear()
+        return newest
