@@ -38,7 +38,7 @@ lint: $(READY)
 	@$(BIN)/lint-imports
 
 test: $(READY) lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=logical --dist=loadfile
 
 demo: $(READY)
 	@mkdir -p $(DEMO)

@@ -60,18 +60,23 @@ class InPlace(nn.Module):
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What the layers of a part share."""
+        return (positions, *lengths)
+
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         past: tuple[torch.Tensor, torch.Tensor],
-        positions: torch.Tensor,
-        lengths: Sequence[torch.Tensor],
+        shared: Sequence[torch.Tensor],
     ) -> Made:
         """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
         heads, rotary = self.heads, self.heads.rotary is not None
-        last, most = lengths
+        positions, last, most = shared
         inputs = [q, k, v, *past, last, most]
         if rotary:
             inputs += [self.cos, self.sin, positions]
@@ -114,17 +119,25 @@ class Fixed(nn.Module):
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What the layers of a part share: which places of the cache each new token sees."""
+        (filled,) = lengths
+        last = filled.unsqueeze(1) + torch.arange(positions.shape[1], device=positions.device)
+        seen = torch.arange(capacity, device=positions.device) <= last.unsqueeze(2)
+        return positions, filled, seen.unsqueeze(1)
+
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         past: tuple[torch.Tensor, torch.Tensor],
-        positions: torch.Tensor,
-        lengths: Sequence[torch.Tensor],
+        shared: Sequence[torch.Tensor],
     ) -> Made:
         """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
-        heads, (filled,) = self.heads, lengths
+        heads, (positions, filled, seen) = self.heads, shared
         q, k, v = (
             split_heads(x, count, heads.size)
             for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
@@ -138,11 +151,9 @@ class Fixed(nn.Module):
             _operator("TensorScatter", [whole, made, filled], {"axis": -2}, like=whole)
             for whole, made in zip(past, (k, v), strict=True)
         )
-        last = filled.unsqueeze(1) + torch.arange(q.shape[2], device=q.device)
-        seen = torch.arange(key.shape[2], device=q.device) <= last.unsqueeze(2)
         attended = _operator(
             "Attention",
-            [q * heads.size**-0.5, key, value, seen.unsqueeze(1)],
+            [q * heads.size**-0.5, key, value, seen],
             {"scale": 1.0},
             like=q,
         )
@@ -176,43 +187,56 @@ class Append(nn.Module):
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What the layers of a part share: rotations, and which of the cached and of the new keys
+        each new token does not see."""
+        (filled,) = lengths
+        new, shared = positions.shape[1], self.heads.queries // self.heads.keys
+        beyond = torch.arange(capacity, device=positions.device) >= filled.reshape(-1, 1, 1, 1)
+        order = torch.arange(new, device=positions.device)
+        later = order.unsqueeze(0) > order.unsqueeze(1)
+        if shared > 1:
+            later = later.repeat(shared, 1)
+        if self.heads.rotary is None:
+            return beyond, later
+        return (beyond, later, *angles(self.cos, self.sin, positions))
+
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         past: tuple[torch.Tensor, torch.Tensor],
-        positions: torch.Tensor,
-        lengths: Sequence[torch.Tensor],
+        shared: Sequence[torch.Tensor],
     ) -> Made:
         """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and the new keys and
         values ``[batch, heads, new, size]``."""
-        heads, (filled,) = self.heads, lengths
+        heads, (beyond, later, *turns) = self.heads, shared
         past_key, past_value = past
         q, k, v = (
             split_heads(x, count, heads.size)
             for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
         )
         if heads.rotary is not None:
-            q, k = (rotate(x, self.cos, self.sin, positions) for x in (q, k))
+            cos, sin = turns
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
         new, capacity = q.shape[2], past_key.shape[2]
-        # Query heads that share keys lie beside each other: [batch, keys, shared, new, size]
-        grouped = (q * heads.size**-0.5).unflatten(1, (heads.keys, heads.queries // heads.keys))
-        old = grouped @ past_key.unsqueeze(2).transpose(-1, -2)
-        own = grouped @ k.unsqueeze(2).transpose(-1, -2)
-        places = torch.arange(capacity, device=q.device)
-        there = places < filled.reshape(-1, 1, 1, 1, 1)
-        order = torch.arange(new, device=q.device)
-        earlier = order.unsqueeze(0) <= order.unsqueeze(1)
+        group = heads.queries // heads.keys
+        q = q * heads.size**-0.5
+        if group > 1:
+            # Query heads that share keys become rows: [batch, keys, group * new, size]
+            q = q.unflatten(1, (heads.keys, group)).flatten(2, 3)
         lowest = torch.finfo(q.dtype).min
-        scores = torch.cat(
-            [old.masked_fill(~there, lowest), own.masked_fill(~earlier, lowest)], dim=-1
-        )
-        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        attended = shares[..., :capacity] @ past_value.unsqueeze(2) + shares[
-            ..., capacity:
-        ] @ v.unsqueeze(2)
-        return join_heads(attended.flatten(1, 2)), k, v
+        old = (q @ past_key.transpose(-1, -2)).masked_fill(beyond, lowest)
+        own = (q @ k.transpose(-1, -2)).masked_fill(later, lowest)
+        shares = torch.softmax(torch.cat([old, own], dim=-1), dim=-1, dtype=torch.float32)
+        of_old, of_own = shares.to(q.dtype).split([capacity, new], dim=-1)
+        attended = of_old @ past_value + of_own @ v
+        if group > 1:
+            attended = attended.unflatten(2, (group, new)).flatten(1, 2)
+        return join_heads(attended), k, v
 
 
 AnyForm = InPlace | Fixed | Append
@@ -249,7 +273,18 @@ def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Turns queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
-    cos, sin = (table[positions].unsqueeze(1) for table in (cos, sin))
+    return turn(x, *angles(cos, sin, positions))
+
+
+def angles(
+    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
+    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the halves of ``x [batch, heads, new, size]`` by `angles`."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 

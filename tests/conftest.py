@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
-from edgeexit.bundle import MANIFEST, Bundle
+from edgeexit.bundle import MANIFEST, Bundle, open_bundle
 from edgeexit.bundlewriter import BundleWriter
 from tests.toys import Toy, make_toy, write_toy
 
@@ -52,29 +54,53 @@ def copy_toy(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return lambda: _writable_copy(toy_bundle.path, tmp_path_factory.mktemp("copies") / "copy")
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: a folder that ``make(path)`` writes once for all processes of a run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / "once" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                partial = folder.with_name(f"{folder.name}.partial")
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(once: Once) -> Callable[[str], Path]:
     """A small checkpoint of a family of language models, made when it is first asked for."""
     from tests.decoders import save_decoder
 
-    folder = tmp_path_factory.mktemp("decoders")
-    return functools.cache(lambda family: save_decoder(family, folder / family))
+    return lambda family: once(family, lambda folder: save_decoder(family, folder))
 
 
 @pytest.fixture(scope="session")
-def decoder_bundle(decoder_folder: Callable[[str], Path]) -> Callable[[str], Bundle]:
+def decoder_bundle(decoder_folder: Callable[[str], Path], once: Once) -> Callable[[str], Bundle]:
     """The same as a bundle with exits. Shared: never change it."""
-    from edgeexit.export import DecodeModel, export_decoder
-    from edgeexit.export.models import from_pretrained
     from tests.decoders import EXITS
 
-    def make(family: str) -> Bundle:
-        folder = decoder_folder(family)
-        model = from_pretrained(folder, exits=EXITS).exit_model()
-        assert isinstance(model, DecodeModel)
-        return export_decoder(model, folder.with_name(f"{family}-bundle"))
+    def make(family: str, folder: Path) -> None:
+        from edgeexit.export import DecodeModel, export_decoder
+        from edgeexit.export.models import from_pretrained
 
-    return functools.cache(make)
+        model = from_pretrained(decoder_folder(family), exits=EXITS).exit_model()
+        assert isinstance(model, DecodeModel)
+        export_decoder(model, folder)
+
+    return functools.cache(
+        lambda family: open_bundle(once(f"{family}-bundle", functools.partial(make, family)))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -107,14 +133,18 @@ def chat_copy(chat_bundle: Bundle, tmp_path: Path) -> Path:
     return _writable_copy(chat_bundle.path, tmp_path / "copy")
 
 
-def adapted_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+@pytest.fixture(scope="session")
+def adapted_bundle(once: Once) -> Callable[[str], Bundle]:
     """A family's decoder with adapters as a bundle. Shared: never change it."""
-    from edgeexit.export import export_decoder
     from tests.decoders import make_adapted
 
-    folder = tmp_path_factory.mktemp("adapted")
+    def make(family: str, folder: Path) -> None:
+        from edgeexit.export import export_decoder
+
+        export_decoder(make_adapted(family).exit_model(), folder)
+
     return functools.cache(
-        lambda family: export_decoder(make_adapted(family).exit_model(), folder / family)
+        lambda family: open_bundle(once(f"{family}-adapted", functools.partial(make, family)))
     )
 
 

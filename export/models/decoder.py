@@ -30,10 +30,11 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.attention import (
     AnyForm,
     Heads,
+    angles,
     causal_attention,
     forms,
-    rotate,
     split_heads,
+    turn,
 )
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form, Segment
 from edgeexit.export.models.classifier import EXITS_WEIGHTS, check_layers, save_exit_layers
@@ -299,11 +300,14 @@ class _Projection(nn.Module):
 
     def forward(self, state: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made: list[torch.Tensor] = []
+        turns = None
+        if self.heads.rotary is not None:
+            turns = angles(self.cos, self.sin, positions)
         for layer in _typed(self.layers):
             _, k, v = layer.before(state)
             k, v = (split_heads(x, self.heads.keys, self.heads.size) for x in (k, v))
-            if self.heads.rotary is not None:
-                k = rotate(k, self.cos, self.sin, positions)
+            if turns is not None:
+                k = turn(k, *turns)
             made += [k, v]
         return tuple(made)
 
@@ -331,10 +335,11 @@ class _Part(nn.Module):
         lengths, past = rest[:count], rest[count:]
         if self.stem is not None:
             state = self.stem(state, positions)
+        shared = self.attention.prepare(positions, lengths, past[0].shape[2])
         present: list[torch.Tensor] = []
         for number, layer in enumerate(_typed(self.layers)):
             own = (past[2 * number], past[2 * number + 1])
-            attended, key, value = self.attention(*layer.before(state), own, positions, lengths)
+            attended, key, value = self.attention(*layer.before(state), own, shared)
             state = layer.after(state, attended)
             present += [key, value]
         made = state if self.head is None else self.head(state[:, -1])

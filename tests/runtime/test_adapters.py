@@ -13,13 +13,11 @@ import pytest
 from edgeexit.bundle import Bundle
 from edgeexit.measure.checkdecode import check_decoder
 from edgeexit.runtime import Decoder, Policy, Sampling, load_decoder
-from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from edgeexit.runtime.modes import Fast
 from edgeexit.runtime.parts import Session
 from tests.decoders import (
     ADAPTERS,
     EXITS,
-    FAMILIES,
     LAYERS,
     Reference,
     make_adapted,
@@ -35,7 +33,7 @@ LENGTHS = [6, 3, 11, 1]
 NUMBERS = {layer: number for number, layer in enumerate([*EXITS, LAYERS])}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llama", "opt"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -138,15 +136,10 @@ def answers(family: str) -> Answers:
 
 @pytest.fixture(params=["in-place", "append"])
 def decoder(
-    request: pytest.FixtureRequest,
-    family: str,
-    adapted_bundle: Bundles,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, family: str, adapted_bundle: Bundles
 ) -> Iterator[Decoder]:
-    """Both forms of the caches, on the engine that can run both."""
-    if request.param == "append":
-        monkeypatch.setattr(OnnxRuntimeEngine, "features", frozenset())
-    with load_decoder(adapted_bundle(family)) as loaded:
+    """Two forms of the caches, on an engine that can run both."""
+    with load_decoder(adapted_bundle(family), caches=request.param) as loaded:
         opened = loaded._opened
         assert opened is not None
         assert sorted(opened.adapters) == [NUMBERS[layer] for layer in ADAPTERS]
