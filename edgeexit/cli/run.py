@@ -63,6 +63,11 @@ if TYPE_CHECKING:
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), help="Decoders; default: 128 at most."
 )
+@click.option(
+    "--capacity",
+    type=click.IntRange(min=2),
+    help="Decoders: the most tokens of a text, prompt included; default: what the model can.",
+)
 @click.option("--stream", is_flag=True, help="Decoders: print the text while it comes.")
 @click.option("--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays.")
 @click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft.")
@@ -94,6 +99,7 @@ def command(
     chat_template_kwargs: str | None,
     mode: str | None,
     max_new_tokens: int | None,
+    capacity: int | None,
     stream: bool,
     draft_exit: str | None,
     drafts: int | None,
@@ -152,6 +158,7 @@ def command(
         "chat_template_kwargs": chat_template_kwargs,
     }
     talking = {name: value for name, value in talking.items() if value is not None}
+    room = [] if capacity is None else ["capacity"]
     if prompts or messages:
         if exit_name is not None:
             raise UsageError("--exit is for models of one pass", fix="Use --draft-exit.")
@@ -171,11 +178,13 @@ def command(
         inputs: list[str] | list[Conversation] = list(prompts)
         if chat or messages:
             inputs = read_conversations(messages) if messages else asked(prompts, system_prompt)
-        loading = {"engine": engine, "policy": chosen, "threads": threads}
+        loading: dict[str, Any] = {"engine": engine, "policy": chosen, "threads": threads}
+        if capacity is not None:
+            loading["capacity"] = capacity
         _write(bundle, inputs, templates, loading, writing, given, stream=stream, as_json=as_json)
         return
-    if writing or given or talking or stream or chat:
-        options = [*writing, *given, *talking, *(["stream"] if stream else []), "chat"]
+    if writing or given or talking or room or stream or chat:
+        options = [*writing, *given, *talking, *room, *(["stream"] if stream else []), "chat"]
         raise UsageError(
             f"--{options[0].replace('_', '-')} is for text that is written", fix="Give a --prompt."
         )

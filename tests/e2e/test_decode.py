@@ -166,6 +166,8 @@ def test_files_that_hold_no_conversation_are_named(
         (("--prompt", "x", "--system-prompt", "y"), "--system-prompt is for conversations"),
         (("--messages", "x.json", "--system-prompt", "y"), "brings its own messages"),
         (("--text", "x", "--chat"), "--chat is for text that is written"),
+        (("--text", "x", "--capacity", "50"), "--capacity is for text that is written"),
+        (("--prompt", "x", "--capacity", "100000"), "capacity 100000 cannot be had"),
         (("--text", "x", "--chat-template", "y"), "--chat-template is for text"),
         (("--prompt", "x", "--chat", "--chat-template", "rag"), "no chat template 'rag'"),
         (("--prompt", "x", "--chat", "--chat-template-kwargs", "[]"), "not a JSON object"),
