@@ -178,9 +178,9 @@ def approximate(
         Tokens, the layer that answered each, and how far its largest logit was above the second.
     """
     from edgeexit.export.attention import join_heads, rotate, split_heads
-    from edgeexit.export.models.pretrained import DECODERS
 
-    trunk = DECODERS[model.config.model_type].trunk(model.double().eval())
+    describe = opt_trunk if model.config.model_type == "opt" else llama_trunk
+    trunk = describe(model.double().eval())  # type: ignore[arg-type]
     heads = trunk.heads
     past: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in trunk.layers]
 
