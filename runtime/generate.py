@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
@@ -74,7 +75,7 @@ class Piece:
 
 @dataclass
 class Generation:
-    """Texts being written. Iterate over it, or call `finish`; `close` ends it early.
+    """Texts being written. Iterate over it, or call `finish`; closing or dropping it ends it early.
 
     Attributes:
         tokens: Per row, the tokens made so far; a stop token is not among them.
@@ -97,8 +98,11 @@ class Generation:
         made = sum(map(len, self.tokens)) - len(self.tokens)
         return made / self.decode_s if self.decode_s and made > 0 else None
 
-    def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
 
     def finish(self) -> Generation:
         """Runs to the end and returns itself."""
@@ -225,8 +229,10 @@ class Decoder:
         sampler = None
         if sampling is not None and sampling.temperature > 0:
             sampler = Sampler(sampling, [row.tolist() for row in rows])
+        # Weak, or the text and its rounds would hold each other: one that is dropped in the middle
+        # shall free the model at once.
         generation._pieces = self._write(
-            generation,
+            weakref.proxy(generation),
             rows,
             lambda session: self._mode(
                 session, mode, sampler, draft_exit, drafts, draft_threshold, audit=audit

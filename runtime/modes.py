@@ -181,7 +181,9 @@ class Exact:
         self._fixed, self._threshold, self._score = drafts, threshold, score
         layers = [len(part.segment.caches) for part in session.parts]
         shares = [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers) - 1)]
-        known = {} if paces is None else paces
+        # A seed shall give the same text again, so what is drawn must not depend on times.
+        self._timed = sampler is None
+        known = paces if paces is not None and self._timed else {}
         for number, share in enumerate(shares):
             known.setdefault(number, Pace(share)).next_text()
         # An adapter must see every state that passes: exits with adapters do not take turns.
@@ -256,7 +258,8 @@ class Exact:
             self.statistics.drafted += made
         self.statistics.tested += tested
         self.statistics.accepted += accepted
-        self._paces[exit_number].tell(made, tested, accepted, drafted - started, verified - drafted)
+        times = (drafted - started, verified - drafted) if self._timed else None
+        self._paces[exit_number].tell(made, tested, accepted, times)
         return found
 
     def force(self, tokens: Ints) -> None:
@@ -339,19 +342,21 @@ class Pace:
         self._behind_s = full_s * (1 - self._share + self.HEAD_SHARE)
         self._choose()
 
-    def tell(self, drafts: int, tested: int, kept: int, before_s: float, behind_s: float) -> None:
-        """Takes in a round: drafts tested and kept over all rows, and its two times."""
+    def tell(self, drafts: int, tested: int, kept: int, times: tuple[float, float] | None) -> None:
+        """Takes in a round: drafts tested and kept over all rows, and the seconds of the layers
+        before the exit and of those behind it (None: guesses stay)."""
         if tested:
             self._seen = self.FADING * self._seen + tested
             self._kept = self.FADING * self._kept + kept
         else:
             self._kept += self.RETURN * (self.ACCEPTANCE * self._seen - self._kept)
-        draft_s, behind_s = before_s / (drafts + 1), behind_s / (1 + self.SLOPE * drafts)
-        if self.full_s:
-            draft_s = _smooth(self._draft_s, draft_s)
-            behind_s = _smooth(self._behind_s, behind_s)
-        self._draft_s, self._behind_s = draft_s, behind_s
-        self.full_s = draft_s + behind_s
+        if times is not None:
+            draft_s, behind_s = times[0] / (drafts + 1), times[1] / (1 + self.SLOPE * drafts)
+            if self.full_s:
+                draft_s = _smooth(self._draft_s, draft_s)
+                behind_s = _smooth(self._behind_s, behind_s)
+            self._draft_s, self._behind_s = draft_s, behind_s
+            self.full_s = draft_s + behind_s
         self._choose()
 
     def next_text(self) -> None:

@@ -99,6 +99,7 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
 def _graphs(bundle: Bundle, segment: Segment) -> list[dict[str, Any]]:
     return [
         {"precision": variant.precision, "requires": variant.requires}
+        | ({"caches": variant.caches} if segment.caches else {})
         | _graph(bundle, variant.graph)
         for variant in segment.variants
     ]

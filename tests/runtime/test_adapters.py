@@ -159,9 +159,13 @@ def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
     decoder: Decoder, answers: Answers, drafts: int, batch: int
 ) -> None:
     """A row missing from an adapter's caches, or one too many, would change what is drafted."""
-    prompts = answers.prompts(
-        lambda p: [answers.drafted(p, layer, drafts) for layer in ADAPTERS], LENGTHS[:batch]
-    )
+
+    def account(prompt: list[int]) -> None:
+        counts = [answers.drafted(prompt, layer, drafts) for layer in ADAPTERS]
+        if not any(kept for _, kept in counts):
+            raise Unsuited
+
+    prompts = answers.prompts(account, LENGTHS[:batch])
     accepted = []
     for layer in ADAPTERS:
         made = decoder.generate(

@@ -16,7 +16,7 @@ def rounds(pace: Pace, count: int, alpha: float, draft_s: float, behind_s: float
         tested = sum(alpha**n for n in range(drafts))
         kept = alpha * tested
         behind = behind_s * (1 + 0.05 * drafts)
-        pace.tell(drafts, tested, kept, (drafts + 1) * draft_s, behind)  # type: ignore[arg-type]
+        pace.tell(drafts, tested, kept, ((drafts + 1) * draft_s, behind))  # type: ignore[arg-type]
     return planned
 
 
@@ -57,7 +57,7 @@ def test_a_new_text_keeps_times_and_forgets_some_of_the_acceptance() -> None:
     before = pace.full_s
     pace.next_text()
     assert pace.full_s == before
-    pace.tell(4, 4, 0, 0.5, 1.2)
+    pace.tell(4, 4, 0, (0.5, 1.2))
     assert pace.best[0] <= 4, "four refusals should weigh against what another text told"
 
 
