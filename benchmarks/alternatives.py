@@ -26,10 +26,10 @@ class Lookup:
     def __init__(
         self, session: Session, exits: Sequence[str], *, most: int = 8, longest: int = 3
     ) -> None:
-        assert session.batch == 1 and session.head is not None
+        assert session.batch == 1
         self.session, self.exits, self.sampler = session, exits, None
         self.statistics = Statistics()
-        self._head = session.head
+        self._head = session.head()
         self._full = Full(session, exits)
         self._most, self._longest = most, longest
         self._text: list[int] = []
@@ -117,9 +117,8 @@ class Random(Fast):
         self._chances = list(chances)
         self._rng = np.random.default_rng(0)
 
-    def _leave_at(self, number: int, answers: Answers) -> NDArray[np.bool_]:
-        drawn = self._rng.random(self.session.batch)
-        return drawn < self._chances[number]
+    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
+        return [row for row in rows if self._rng.random() < self._chances[number]]
 
 
 __all__ = ["Copied", "Lookup", "Missing", "Random"]

@@ -50,7 +50,9 @@ def main() -> None:
     """Measures and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
-    parser.add_argument("--truncated", type=Path, default=EXAMPLE / "truncated")
+    parser.add_argument(
+        "--truncated", type=Path, default=ROOT / "local/codelm", help="where truncated-N stand"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
     given = parser.parse_args()
@@ -154,16 +156,16 @@ def ask_everywhere(
         tokens = made.tokens[0]
         layers_s += made.decode_s / max(1, len(tokens) - 1)
         session = model.session(1)
-        assert session.head is not None
+        head = session.head(scores)
         for number, states in enumerate(all_states(session, [*prompt, *tokens])):
             rows = states[len(prompt) - 1 : -1]
-            answers = session.head(rows)
+            answers = head(rows)
             said[number].append(answers["token"].copy())
             for name, found in scores.items():
                 found[number].append(answers[name].copy())
         started = time.perf_counter()
         for _ in range(20):
-            session.head(rows[:1])
+            head(rows[:1])
         heads_s += (time.perf_counter() - started) / 20
     tokens_ = np.array([np.concatenate(one) for one in said])
     values = {
@@ -346,7 +348,8 @@ def quality(
             "as_last_exit": round(float((said == full).mean()), 4),
             "mean_exit_layer": round(mean_layer(exits), 3),
         }
-    for folder in sorted(truncated.glob("*")) if truncated.is_dir() else []:
+    for folder in sorted(truncated.glob("truncated-*/training.json")):
+        folder = folder.parent
         said = torch_answers(folder, passages)
         layers = json.loads((folder / "training.json").read_text())["layers"]
         found[f"truncated_{layers}"] = {
@@ -429,17 +432,16 @@ def compare_texts(
 
 def last_logits(session: Session, text: list[int]) -> np.ndarray:
     """The last exit's logits behind a text."""
-    assert session.head is not None
-    return np.array(session.head(last_states(session, text, session.chunk)[-1:])["logits"][0])
+    return np.array(session.head()(last_states(session, text, session.chunk)[-1:])["logits"][0])
 
 
 def kernel_rounding(session: Session, text: list[int]) -> float:
     """Largest difference of logits between a text taken at once and token by token."""
-    assert session.head is not None
+    head = session.head()
     at_once = last_states(session, text, session.chunk)
     one_by_one = last_states(session, text, 1)
-    a = np.array(session.head(at_once)["logits"])
-    b = np.concatenate([session.head(state[None])["logits"].copy() for state in one_by_one])
+    a = np.array(head(at_once)["logits"])
+    b = np.concatenate([head(state[None])["logits"].copy() for state in one_by_one])
     return float(np.abs(a - b).max())
 
 

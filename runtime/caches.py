@@ -55,15 +55,24 @@ class SegmentCaches:
                 ) from error
             self._bound[cache.name] = (slot, dtype, shape)
 
-    def check_room(self, new: int, where: str) -> None:
-        """Refuses new tokens that some row has no place for, before anything is written."""
-        longest = int(self.lengths.max())
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(max(self.lengths.tolist()))  # of few rows, faster than NumPy's
+
+    def check_room(self, new: int, where: str) -> int:
+        """Refuses new tokens that some row has no place for, before anything is written.
+
+        Returns:
+            `longest`.
+        """
+        longest = self.longest()
         if longest + new > self.capacity:
             raise InputError(
                 f"{where}: a row of the caches holds {longest} tokens, and {new} more need "
                 f"{longest + new} places; the capacity is {self.capacity}",
                 fix="Load with a larger capacity, or end the text earlier.",
             )
+        return longest
 
     def past(self) -> dict[str, Bound]:
         """Graph input -> the whole buffer."""
@@ -111,17 +120,21 @@ class Ring:
 
     def push(self, states: NDArray[Any], counts: NDArray[np.int64]) -> None:
         """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row."""
-        needed = int((self.counts + counts).max())
+        starts, added = self.counts.tolist(), counts.tolist()
+        needed = max(map(sum, zip(starts, added, strict=True)))
         if needed > self._states.shape[1]:
             grown = max(needed, min(self.capacity, 2 * self._states.shape[1]), 16)
             batch, held, width = self._states.shape
             larger = np.zeros((batch, grown, width), self._states.dtype)
             larger[:, :held] = self._states
             self._states = larger
-        starts = self.counts.tolist()
-        for row, (start, count) in enumerate(zip(starts, counts.tolist(), strict=True)):
+        for row, (start, count) in enumerate(zip(starts, added, strict=True)):
             self._states[row, start : start + count] = states[row, :count]
         self.counts += counts
+
+    def most(self) -> int:
+        """How many wait in the row where most do."""
+        return int(max(self.counts.tolist()))
 
     def states(self, start: int, stop: int) -> NDArray[Any]:
         """States from `start` to `stop` of every row; those beyond a row's count are leftovers."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.runtime.caches import Ring
-from edgeexit.runtime.parts import Floats, Session
+from edgeexit.runtime.parts import Floats, Head, Session
 
 Answers = Mapping[str, NDArray[Any]]
 """What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
@@ -25,11 +25,11 @@ class Drafter:
 
     Args:
         number: Index of the exit.
+        head: The shared head, with the scores that are looked at.
     """
 
-    def __init__(self, session: Session, number: int) -> None:
-        assert session.head is not None
-        self._session, self._number, self._head = session, number, session.head
+    def __init__(self, session: Session, number: int, head: Head) -> None:
+        self._session, self._number, self._head = session, number, head
         self._adapter = session.adapters.get(number)
         # Where several new tokens are run row by row (see `Part.run`), waiting costs more than it
         # saves.
@@ -42,7 +42,7 @@ class Drafter:
 
     def ask(self, states: Floats) -> Answers:
         """Answers for what the segment before the exit has just made, ``[batch, 1, width]``."""
-        if self._adapter is None or not self._late.counts.any():
+        if self._adapter is None or not self._late.most():
             return self._head(self._session.adapt(self._number, 1)[:, 0])
         self._late.push(states, self._one)
         return self._head(self._catch_up())
@@ -73,10 +73,10 @@ class Drafter:
         session, late, adapter = self._session, self._late, self._adapter
         assert adapter is not None
         newest: Floats = np.zeros_like(late.states(0, 1)[:, 0])
-        start, most = 0, int(late.counts.max())
+        start, most = 0, late.most()
         while start < most:
             # Rows with fewer states are padded, and padding must not run over the end of a cache.
-            room = session.capacity - int(adapter.caches.lengths.max())
+            room = session.capacity - adapter.caches.longest()
             new = min(session.chunk, most - start, room)
             some = np.clip(late.counts - start, 0, new)
             session.boundary(self._number + 1, new)[...] = late.states(start, start + new)

@@ -6,11 +6,9 @@ copies. One model is used by one thread at a time; several models may run side b
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from edgeexit.errors import InputError, PolicyError, StateError
 from edgeexit.manifest import Exit, Tensor
 from edgeexit.runtime.chain import Chain
 from edgeexit.runtime.engines import Engine
+from edgeexit.runtime.loaded import Loaded
 from edgeexit.runtime.policy import Decision, Policy, decide
 
 FORMS_KEPT = 1024
@@ -61,7 +60,7 @@ class Trace:
     times_ms: list[float]
 
 
-class Model:
+class Model(Loaded):
     """A loaded bundle with a ``forward`` program. Made by `edgeexit.runtime.load`.
 
     Attributes:
@@ -71,6 +70,7 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, chain: Chain, engine: Engine, policy: Policy) -> None:
+        super().__init__()
         self.bundle = bundle
         self.exits: list[Exit] = chain.exits
         self._chain: Chain | None = chain
@@ -78,7 +78,6 @@ class Model:
         self._inputs = {tensor.name: tensor for tensor in bundle.manifest.inputs}
         self._forms: dict[Any, dict[str, int]] = {}
         self._lock = threading.Lock()
-        self._process = os.getpid()
         self._policy = policy
         self._decisions: list[Decision] = []
         self.policy = policy
@@ -161,25 +160,10 @@ class Model:
         return self._engine.describe()
 
     def close(self) -> None:
-        """Releases engines and buffers; closing twice is fine, using the model again is not."""
-        if os.getpid() != self._process:
+        if self._forked:
             return  # a thread of the parent may have held the lock at the fork, for ever
         with self._lock:
             self._chain = None
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> Any:
-        raise StateError("a model cannot be copied or pickled", fix="Load the bundle again there.")
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """`check_inputs`, remembered for forms seen before."""
@@ -196,11 +180,7 @@ class Model:
 
     def _enter(self) -> Chain:
         """Takes the model for one call; the caller releases the lock."""
-        if os.getpid() != self._process:
-            raise StateError(
-                "the model was loaded before this process forked; its engines do not survive that",
-                fix='Load the bundle in the child, or start children with "spawn".',
-            )
+        self._check_process()
         if not self._lock.acquire(blocking=False):
             raise StateError(
                 "the model is in use by another thread",
@@ -208,7 +188,7 @@ class Model:
             )
         if self._chain is None:
             self._lock.release()
-            raise StateError("the model is closed", fix="Load the bundle again.")
+            raise self._closed()
         return self._chain
 
 

@@ -7,13 +7,11 @@ statistics that fill while it runs.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
@@ -22,6 +20,7 @@ from edgeexit.bundle import Bundle
 from edgeexit.errors import InputError, PolicyError, StateError, UsageError
 from edgeexit.manifest import Exit
 from edgeexit.runtime.chat import ChatTemplates, Message
+from edgeexit.runtime.loaded import Loaded
 from edgeexit.runtime.modes import (
     Approximate,
     Exact,
@@ -119,7 +118,7 @@ def _no_pieces() -> Generator[Piece, None, None]:
     yield from ()
 
 
-class Decoder:
+class Decoder(Loaded):
     """A loaded decoder. Made by `edgeexit.runtime.load_decoder`.
 
     Attributes:
@@ -130,6 +129,7 @@ class Decoder:
     """
 
     def __init__(self, bundle: Bundle, opened: Opened, policy: Policy, capacity: int) -> None:
+        super().__init__()
         self.bundle = bundle
         self.exits: list[Exit] = bundle.exits()
         self.policy = policy
@@ -140,7 +140,6 @@ class Decoder:
         self._tokenizer: Any = None
         self._chat = ChatTemplates(bundle)
         self._lock = threading.Lock()
-        self._process = os.getpid()
 
     def generate(
         self,
@@ -476,31 +475,13 @@ class Decoder:
 
     def close(self) -> None:
         """Releases engines and buffers."""
-        if os.getpid() == self._process:
+        if not self._forked:
             self._opened = self._session = None
 
-    def __enter__(self) -> Decoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __reduce__(self) -> Any:
-        raise StateError("a model cannot be copied or pickled", fix="Load the bundle again there.")
-
     def _check_usable(self) -> Opened:
-        if os.getpid() != self._process:
-            raise StateError(
-                "the model was loaded before this process forked; its engines do not survive that",
-                fix='Load the bundle in the child, or start children with "spawn".',
-            )
+        self._check_process()
         if self._opened is None:
-            raise StateError("the model is closed", fix="Load the bundle again.")
+            raise self._closed()
         return self._opened
 
 

@@ -113,14 +113,17 @@ def load_decoder(
             fix="Use load.",
         )
     chosen = _policy(policy, bundle)
-    decide(chosen, bundle.exits(), digest=bundle.digest)
+    decisions = decide(chosen, bundle.exits(), digest=bundle.digest)
+    scores = [chosen.score] if any(one.consult for one in decisions[:-1]) else []
     limit = bundle.manifest.limits["positions"]
     if capacity is not None and not (isinstance(capacity, int) and 2 <= capacity <= limit):
         raise UsageError(
             f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
             fix=f"Use at most {limit}.",
         )
-    opened = open_decoder(bundle, _engine(engine, threads), unsplit=unsplit, form=caches)
+    opened = open_decoder(
+        bundle, _engine(engine, threads), unsplit=unsplit, form=caches, scores=scores
+    )
     return Decoder(bundle, opened, chosen, limit if capacity is None else capacity)
 
 

@@ -133,16 +133,18 @@ class Full:
         for number in range(len(session.parts)):
             states = session.run(number, 1)
         self._current[:, 0] = self._answer(states)
-        self.statistics.count(self.exits[-1], int(active.sum()))
-        return [[int(t)] if on else [] for t, on in zip(self._current[:, 0], active, strict=True)]
+        going, tokens = active.tolist(), self._current[:, 0].tolist()
+        self.statistics.count(self.exits[-1], sum(going))
+        return [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
 
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
 
     def _answer(self, states: Floats) -> Ints:
         """Tokens for states ``[batch, 1, width]``; the unsplit graph has answered already."""
-        head = self.session.head
-        answers = self.session.parts[-1].answers if head is None else head(states[:, 0])
+        session = self.session
+        unsplit = session.opened.head is None
+        answers = session.parts[-1].answers if unsplit else session.head()(states[:, 0])
         return choose(answers, self.sampler)
 
 
@@ -173,11 +175,10 @@ class Exact:
         sampler: Sampler | None = None,
         paces: dict[int, Pace] | None = None,
     ) -> None:
-        assert session.head is not None
         self.session, self.exits = session, exits
         self.sampler = sampler
         self.statistics = Statistics()
-        self._head = session.head
+        self._head = session.head([score] if threshold > 0 else [])
         self._fixed, self._threshold, self._score = drafts, threshold, score
         layers = [len(part.segment.caches) for part in session.parts]
         shares = [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers) - 1)]
@@ -191,7 +192,7 @@ class Exact:
             exit_number = 0
         chosen = list(range(len(shares))) if exit_number is None else [exit_number]
         self._paces = {number: known[number] for number in chosen}
-        self._drafters = {number: Drafter(session, number) for number in chosen}
+        self._drafters = {number: Drafter(session, number, self._head) for number in chosen}
         self._full = Full(session, exits, sampler, asked=chosen)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
@@ -204,11 +205,13 @@ class Exact:
         session, batch = self.session, self.session.batch
         exit_number, drafts_wanted = self._plan()
         behind, drafter = exit_number + 1, self._drafters[exit_number]
-        for part in session.cached:
-            part.caches.lengths[~active] = 0  # rows that ended need no room, and go on in vain
-        drafter.forget(~active)
+        going = active.tolist()
+        if not all(going):
+            for part in session.cached:
+                part.caches.lengths[~active] = 0  # rows that ended need no room, and go on in vain
+            drafter.forget(~active)
         start = session.parts[0].caches.lengths.copy()
-        room = session.capacity - int(start.max()) - 1
+        room = session.capacity - session.parts[0].caches.longest() - 1
         wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)
@@ -247,7 +250,7 @@ class Exact:
         found: list[list[int]] = []
         tested = accepted = 0
         for row, count in enumerate(kept.tolist()):
-            if not active[row]:
+            if not going[row]:
                 found.append([])
                 continue
             found.append([*drafts[row, :count].tolist(), int(self._current[row])])
@@ -404,16 +407,19 @@ class Fast:
         audit: bool = False,
         sampler: Sampler | None = None,
     ) -> None:
-        assert session.head is not None
         self.session, self.exits, self.sampler = session, exits, sampler
         self.statistics = Statistics()
-        self._head = session.head
+        self._head = session.head([score])
         self._thresholds, self._score = list(thresholds), score
         self._pending, self.audit = pending, audit
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         # Per row, for every state that has not yet reached the last boundary: the token emitted for
         # it by an early exit, or -1 where nothing was or the last exit answered itself.
         self._emitted: list[list[int]] = [[] for _ in range(session.batch)]
+        self._newest = [
+            np.zeros_like(session.boundary(number + 1, 1)[:, 0])
+            for number in range(len(session.parts))
+        ]
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         session = self.session
@@ -432,19 +438,22 @@ class Fast:
         for row, length in enumerate(lengths.tolist()):
             self._emitted[row] += [-1] * length
         assert last is not None
-        return self._decide(last, np.ones(session.batch, bool))
+        return self._decide(last, np.ones(session.batch, bool)).copy()
 
     def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
-        states = session.run(0, 1, active.astype(np.int64))
-        for row in np.flatnonzero(active):
-            self._emitted[row].append(-1)
-        self._wait(1, states, active.astype(np.int64))
-        seen = self._look(0, states, active.astype(np.int64))
-        tokens = self._decide(seen[:, 0].copy(), active)
-        found = [[int(t)] if on else [] for t, on in zip(tokens, active, strict=True)]
-        if any(int(ring.counts.max()) >= self._pending for ring in session.rings[1:]):
+        counts = active.astype(np.int64)
+        states = session.run(0, 1, counts)
+        going = active.tolist()
+        for row, on in enumerate(going):
+            if on:
+                self._emitted[row].append(-1)
+        self._wait(1, states, counts)
+        seen = self._look(0, states, counts)
+        tokens = self._decide(seen[:, 0], active).tolist()
+        found = [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
+        if any(ring.most() >= self._pending for ring in session.rings[1:]):
             self.flush()
         return found
 
@@ -467,29 +476,29 @@ class Fast:
     def _decide(self, states: Floats, active: NDArray[np.bool_]) -> Ints:
         """Answers for the newest state of every active row, which waits at the first boundary.
         `states` is what the first exit's head looks at."""
-        session = self.session
-        undecided = active.copy()
-        for number in range(len(session.parts)):
+        undecided = [row for row, on in enumerate(active.tolist()) if on]
+        last = len(self.session.parts) - 1
+        for number in range(last + 1):
             if number:
                 states = self._drain(number)
-            final = number == len(session.parts) - 1
-            if not final and self._thresholds[number] == np.inf:
+            if number < last and self._thresholds[number] == np.inf:
                 continue
             answers = self._head(states)
-            fires = undecided if final else undecided & self._leave_at(number, answers)
-            for row in np.flatnonzero(fires).tolist():
-                if not final:
+            leaving = undecided if number == last else self._leaving(number, answers, undecided)
+            for row in leaving:
+                if number < last:
                     self._emitted[row][-1] = int(answers["token"][row])
                 self._current[row, 0] = pick(answers, row, self.sampler)
-            self.statistics.count(self.exits[number], int(fires.sum()))
-            undecided &= ~fires
-            if not undecided.any():
+            self.statistics.count(self.exits[number], len(leaving))
+            if len(leaving) == len(undecided):
                 break
-        return self._current[:, 0].copy()
+            undecided = [row for row in undecided if row not in leaving]
+        return self._current[:, 0]
 
-    def _leave_at(self, number: int, answers: Answers) -> NDArray[np.bool_]:
-        """Which rows an exit's answers are good enough for, ``[batch]``."""
-        return answers[self._score] >= self._thresholds[number]
+    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
+        """Those of the rows that an exit's answers are good enough for."""
+        scores, threshold = answers[self._score].tolist(), self._thresholds[number]
+        return [row for row in rows if scores[row] >= threshold]
 
     def _wait(self, number: int, states: Floats, counts: Ints) -> None:
         if number < len(self.session.parts):
@@ -499,23 +508,22 @@ class Fast:
         """Runs a segment over all that waits for it. Returns what the head looks at of the last
         state of every row; that of a row of which none waited means nothing."""
         session, ring = self.session, self.session.rings[number]
-        counts = ring.counts.copy()
-        most = int(counts.max())
-        newest = np.zeros_like(session.boundary(number + 1, 1)[:, 0])
+        waiting = ring.counts.tolist()
+        most, start = max(waiting), 0
+        newest = self._newest[number]
         if most > 1:
             self.statistics.catch_ups += 1
-        start = 0
         while start < most:
             # Rows with fewer states are padded, and padding must not run over the end of a cache.
-            room = session.capacity - int(session.parts[number].caches.lengths.max())
+            room = session.capacity - session.parts[number].caches.longest()
             new = min(session.chunk, most - start, room)
-            some = np.clip(counts - start, 0, new)
+            some = np.array([min(max(count - start, 0), new) for count in waiting])
             session.boundary(number, new)[...] = ring.states(start, start + new)
             states = session.run(number, new, some)
             seen = self._look(number, states, some)
-            ended = (counts > start) & (counts <= start + new)
-            for row in np.flatnonzero(ended):
-                newest[row] = seen[row, counts[row] - start - 1]
+            for row, count in enumerate(waiting):
+                if start < count <= start + new:
+                    newest[row] = seen[row, count - start - 1]
             if number + 1 < len(session.parts):
                 self._wait(number + 1, states, some)
             else:
@@ -557,9 +565,8 @@ class Approximate:
         score: str = "max_prob",
         sampler: Sampler | None = None,
     ) -> None:
-        assert session.head is not None
         self.session, self.exits, self.sampler = session, exits, sampler
-        self._head = session.head
+        self._head = session.head([score])
         self._thresholds, self._score = list(thresholds), score
         self._full = Full(session, exits, sampler)
         self.statistics = self._full.statistics

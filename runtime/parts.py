@@ -8,16 +8,17 @@ that wait. What is run when is decided in `edgeexit.runtime.modes`.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle import WEIGHTS, Bundle
-from edgeexit.errors import EngineError, InputError, UsageError
-from edgeexit.manifest import LENGTHS, Decoding, Segment, Variant
+from edgeexit.errors import EngineError, InputError, PolicyError, UsageError
+from edgeexit.manifest import LENGTHS, Decoding, Segment, Tensor, Variant
 from edgeexit.runtime.buffers import HostSlot, dtype_of, row_of
 from edgeexit.runtime.caches import Ring, SegmentCaches
 from edgeexit.runtime.engines import Bound, Engine, Graph
@@ -45,8 +46,7 @@ class Opened:
     segments: Sequence[Segment]
     variants: Sequence[Variant]
     graphs: Sequence[Graph]
-    head: Segment | None
-    head_graph: Graph | None
+    head: SharedHead | None
     table: Floats
     form: Form | None
     projections: dict[int, Graph] = field(default_factory=dict)
@@ -74,11 +74,58 @@ class Opened:
         return self.projections[number]
 
 
+@dataclass
+class SharedHead:
+    """The head that all exits share, opened with the scores that were asked for so far: to compute
+    one takes time, and engines compute all that a graph has."""
+
+    segment: Segment
+    path: Path
+    engine: Engine
+    scores: frozenset[str] = frozenset()
+    graph: Graph | None = None
+
+    def outputs(self, scores: frozenset[str]) -> list[Tensor]:
+        """The outputs of a graph with only these scores: token and logits beside them."""
+        known = {t.name.removeprefix(self._prefix): t for t in self.segment.outputs}
+        if unknown := sorted(scores - known.keys()):
+            raise PolicyError(
+                f"the head has no score {unknown[0]!r}",
+                fix=f"Use one of {', '.join(n for n, t in known.items() if t.name != n)}.",
+            )
+        return [t for name, t in known.items() if t.name == name or name in scores]
+
+    def names(self, scores: frozenset[str]) -> list[str]:
+        """Names of `outputs`."""
+        return [tensor.name for tensor in self.outputs(scores)]
+
+    def open(self, scores: frozenset[str]) -> Graph:
+        """The graph with these scores at least; opened again if it lacks one."""
+        if self.graph is None or not scores <= self.scores:
+            self.scores |= scores
+            self.graph = self.engine.open(self.path, self.names(self.scores))
+        return self.graph
+
+    def plain_name(self, tensor: Tensor) -> str:
+        """A score's own name, without the head's."""
+        return tensor.name.removeprefix(self._prefix)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.segment.name}/"
+
+
 def open_decoder(
-    bundle: Bundle, engine: Engine, *, unsplit: bool = False, form: Form | None = None
+    bundle: Bundle,
+    engine: Engine,
+    *,
+    unsplit: bool = False,
+    form: Form | None = None,
+    scores: Collection[str] = (),
 ) -> Opened:
     """Opens a bundle's segments, adapters and head, or the unsplit graph as its one segment; in one
-    form of the caches, or in the first one that the engine runs."""
+    form of the caches, or in the first one that the engine runs; the head with these scores for
+    now."""
     manifest = bundle.manifest
     decoding = manifest.decoding
     assert decoding is not None
@@ -102,11 +149,16 @@ def open_decoder(
     }
     parts = [*segments, *adapters.values()]
     variants = [choose_variant(part, engine, form) for part in parts]
-    head = None if unsplit else manifest.heads[decoding.head]
-    paths = [bundle.file(variant.graph) for variant in variants]
+    wanted: list[tuple[Path, list[str] | None]] = [(bundle.file(v.graph), None) for v in variants]
+    head = None
+    if not unsplit:
+        segment = manifest.heads[decoding.head]
+        path = bundle.file(choose_variant(segment, engine).graph)
+        head = SharedHead(segment, path, engine, frozenset(scores))
+        wanted.append((path, head.names(head.scores)))
+    graphs = list(engine.open_all(wanted))
     if head is not None:
-        paths.append(bundle.file(choose_variant(head, engine).graph))
-    graphs = list(engine.open_all([(path, None) for path in paths]))
+        head.graph = graphs[-1]
     opened = Opened(
         bundle=bundle,
         decoding=decoding,
@@ -115,7 +167,6 @@ def open_decoder(
         variants=variants[: len(segments)],
         graphs=graphs[: len(segments)],
         head=head,
-        head_graph=None if head is None else graphs[-1],
         table=_map_table(bundle, decoding),
         form=form,
     )
@@ -200,7 +251,7 @@ class Session:
         self._positions = positions
         self._views: dict[tuple[int, int], Floats] = {}
         self._places: dict[int, NDArray[np.int64]] = {}
-        self.head = None if opened.head is None else Head(opened)
+        self._head: Head | None = None
         self.adapters: dict[int, Part] = {}
         self._adapted: dict[int, int] = {}  # where among the boundaries an adapter's states come
         for number, own in opened.adapters.items():
@@ -215,6 +266,14 @@ class Session:
     def cached(self) -> list[Part]:
         """Everything that keeps caches: the segments and the adapters."""
         return [*self.parts, *self.adapters.values()]
+
+    def head(self, scores: Collection[str] = ()) -> Head:
+        """The shared head, which gives token, logits and these scores at least."""
+        shared = self.opened.head
+        assert shared is not None
+        if self._head is None or not self._head.scores.issuperset(scores):
+            self._head = Head(shared, frozenset(scores))
+        return self._head
 
     def boundary(self, number: int, new: int) -> Floats:
         """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
@@ -288,9 +347,9 @@ class Session:
         counts: NDArray[np.int64] | None,
         places: NDArray[np.int64] | None = None,
     ) -> None:
-        part.caches.check_room(new, part.segment.name)
+        longest = part.caches.check_room(new, part.segment.name)
         self._place(part.caches.lengths if places is None else places, new)
-        part.run(new)
+        part.run(new, longest)
         part.caches.lengths += new if counts is None else counts
 
     def project(self, number: int, rows: NDArray[np.bool_], places: NDArray[np.int64]) -> None:
@@ -364,10 +423,9 @@ class Part:
             if "new" not in tensor.axes
         }
 
-    def run(self, new: int) -> None:
-        """Runs over the boundary; lengths are those before it."""
+    def run(self, new: int, longest: int) -> None:
+        """Runs over the boundary; lengths are those before it, the longest of them given."""
         lengths = self.caches.lengths
-        longest = int(lengths.max())
         views = self._length_views
         if "past" in views:
             views["past"][...] = lengths
@@ -481,11 +539,15 @@ def _width(axes: Sequence[Any]) -> int:
 
 
 class Head:
-    """The shared head: states ``[rows, width]`` to tokens, scores and logits."""
+    """The shared head: states ``[rows, width]`` to tokens, logits and scores.
 
-    def __init__(self, opened: Opened) -> None:
-        assert opened.head is not None and opened.head_graph is not None
-        self._head, self._graph = opened.head, opened.head_graph
+    Attributes:
+        scores: Those that it gives.
+    """
+
+    def __init__(self, shared: SharedHead, scores: frozenset[str]) -> None:
+        self._graph, self._shared = shared.open(scores), shared
+        self.scores = shared.scores
         self._bindings: dict[int, tuple[Callable[[], object], Floats, dict[str, Any]]] = {}
 
     def __call__(self, states: Floats) -> Mapping[str, NDArray[Any]]:
@@ -501,19 +563,19 @@ class Head:
         return made
 
     def _bind(self, rows: int) -> tuple[Callable[[], object], Floats, dict[str, Any]]:
-        [state] = self._head.inputs
+        [state] = self._shared.segment.inputs
         taken, width = dtype_of(state), state.axes[-1]
         assert isinstance(width, int)
         slot = HostSlot(rows * width * taken.itemsize)
         inputs: dict[str, Bound] = {state.name: (slot, taken, (rows, width))}
         outputs: dict[str, Bound] = {}
         made: dict[str, Any] = {}
-        for tensor in self._head.outputs:
+        for tensor in self._shared.outputs(self.scores):
             dtype = np.dtype(tensor.dtype)
             shape = (rows, *(int(size) for size in tensor.axes[1:]))  # type: ignore[arg-type]
             own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
             outputs[tensor.name] = (own, dtype, shape)
-            made[tensor.name.removeprefix(f"{self._head.name}/")] = own.array(dtype, shape)
+            made[self._shared.plain_name(tensor)] = own.array(dtype, shape)
         place = slot.array(taken, (rows, width))
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))

@@ -110,7 +110,7 @@ def _every_exit(
     """Per exit, logits of each row's last token ``[rows, vocabulary]`` and greedy tokens ``[rows,
     seq]``, with so many tokens in a run."""
     session: Session = model.session(len(tokens))
-    assert session.head is not None
+    head = session.head()
     greedy: list[list[NDArray]] = [[] for _ in session.parts]
     logits: list[NDArray] = [np.empty(0)] * len(session.parts)
     for start in range(0, tokens.shape[1], step):
@@ -119,7 +119,7 @@ def _every_exit(
         for number in range(len(session.parts)):
             session.run(number, part.shape[1])
             states = session.adapt(number, part.shape[1])
-            answers = session.head(states.reshape(-1, states.shape[-1]))
+            answers = head(states.reshape(-1, states.shape[-1]))
             greedy[number].append(answers["token"].reshape(part.shape).copy())
             logits[number] = answers["logits"].reshape(*part.shape, -1)[:, -1].copy()
     return [(z, np.concatenate(g, axis=1)) for z, g in zip(logits, greedy, strict=True)]

@@ -5,9 +5,12 @@
     python examples/codelm/train.py --truncated 6       # a 6-layer model, without LayerSkip
     python examples/codelm/train.py --smoke -o DIR      # a few steps, to see that it works
 
+LayerSkip is followed by a second, shorter phase in which the exits learn to say what the last layer
+says, for that is what `exact` and `fast` ask of them.
+
 Needs ``edgeexit[export]``; ``--compiled`` halves the time where there is a C++ compiler. An
 interrupted training goes on where it was saved (``--state``, by default below local/codelm). Test
-files are only read for the perplexity at the end.
+files are only read for perplexities, which nothing is chosen by.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +48,11 @@ LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 150, 0.1
 DROPOUT = 0.1
 EXIT_WEIGHTS = {2: 1.0, 4: 0.5, 8: 0.25}
 """Far above the paper's for the early exits, which here must draft well after a short training."""
+
+AGREEING_STEPS, AGREEING_RATE, AGREEING_WARMUP = 1000, 6e-4, 50
+AGREEING_WEIGHTS = {2: 2.0, 4: 1.0, 8: 0.5}
+DISTILLATION = 0.9
+"""The second phase: its steps, and how much of an exit's loss comes from the last layer."""
 
 
 def make_model(layers: int) -> LlamaForCausalLM:
@@ -115,7 +124,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = output / "tokenizer.json"
     data.train_tokenizer(tokenizer)
-    text = data.tokens("train", tokenizer)
+    text, test = (data.tokens(split, tokenizer) for split in ("train", "test"))
     print(f"{len(data.files('train'))} files, {len(text)} tokens to train on", file=sys.stderr)
 
     torch.manual_seed(1)
@@ -129,31 +138,48 @@ def main() -> None:
 
     if given.compiled:
         decoder.compile()
+    common: dict[str, Any] = {
+        "weight_decay": WEIGHT_DECAY,
+        "autocast": torch.bfloat16,
+        "save_every": 100,
+        "progress": progress,
+    }
     train_layerskip(
         decoder,
         make_batches(text, seed=1),
         steps=steps,
         learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
         warmup=min(WARMUP, steps // 2),
         dropout=0.0 if plain else DROPOUT,
         weights=None if plain else EXIT_WEIGHTS,
-        autocast=torch.bfloat16,
         state_file=state,
-        save_every=100,
-        progress=progress,
+        **common,
     )
-    # Measured as it is stored: in float16.
-    model.half().float()
-    found = perplexities(decoder, data.tokens("test", tokenizer))
-    facts = {
+    facts: dict[str, Any] = {
         "kind": kind,
         "layers": layers,
         "steps": steps,
         "python": sys.version.split()[0],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "test_perplexity": found,
     }
+    if not plain:
+        facts["first_phase_test_perplexity"] = perplexities(decoder, test)
+        facts["agreeing_steps"] = SMOKE_STEPS if given.smoke else AGREEING_STEPS
+        train_layerskip(
+            decoder,
+            make_batches(text, seed=2),
+            steps=facts["agreeing_steps"],
+            learning_rate=AGREEING_RATE,
+            warmup=min(AGREEING_WARMUP, facts["agreeing_steps"] // 2),
+            dropout=0.0,
+            weights=AGREEING_WEIGHTS,
+            distillation=DISTILLATION,
+            state_file=state and state.with_stem(f"{state.stem}-agreeing"),
+            **common,
+        )
+    # Measured as it is stored: in float16.
+    model.half().float()
+    facts["test_perplexity"] = perplexities(decoder, test)
     model.half()
     decoder.save_pretrained(output)
     (output / "tokenizer_config.json").write_text(

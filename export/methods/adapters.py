@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 
 import torch
-from torch.nn import functional
 
 from edgeexit.errors import UsageError
-from edgeexit.export.methods.layerskip import TokenBatches
+from edgeexit.export.methods.layerskip import TokenBatches, agreement_loss
 from edgeexit.export.methods.training import Progress, train
 from edgeexit.export.models.decoder import ExitDecoder
 
@@ -52,9 +51,8 @@ def train_adapters(
 
     def loss_at(step: int) -> torch.Tensor:
         logits = decoder(batches(step)[:, :-1], exits=[*layers, decoder.depth])
-        target = logits[decoder.depth].detach().flatten(0, 1).softmax(-1)
-        losses = [functional.cross_entropy(logits[n].flatten(0, 1), target) for n in layers]
-        return torch.stack(losses).mean()
+        last = logits[decoder.depth]
+        return torch.stack([agreement_loss(logits[layer], last) for layer in layers]).mean()
 
     def prepare() -> None:
         decoder.eval()

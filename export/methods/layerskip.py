@@ -34,6 +34,7 @@ def train_layerskip(
     dropout: float = 0.1,
     exit_scale: float = 1.0,
     weights: Mapping[int, float] | None = None,
+    distillation: float = 0.0,
     autocast: torch.dtype | None = None,
     state_file: str | os.PathLike[str] | None = None,
     save_every: int = 200,
@@ -53,6 +54,8 @@ def train_layerskip(
         exit_scale: e_scale of the paper, see `exit_weights`.
         weights: Exit layer -> weight of its loss beside 1 for the last layer, in place of the
             paper's. 0 for all of them and no dropout is plain language modelling.
+        distillation: Share of an exit's loss that comes from the last layer's answers instead of
+            the text. `exact` and `fast` ask exits to agree with the last layer, not to be right.
         autocast: Type in which matrices are multiplied, as `torch.autocast` does; weights and the
             optimizer stay as they are.
 
@@ -62,6 +65,10 @@ def train_layerskip(
     if not 0 <= dropout < 1:
         raise UsageError(
             f"dropout {dropout} is no chance", fix="Give a number from 0 to less than 1."
+        )
+    if not 0 <= distillation <= 1:
+        raise UsageError(
+            f"distillation {distillation} is no share", fix="Give a number from 0 to 1."
         )
     chosen = exit_weights(decoder.exit_layers, depth, exit_scale) if weights is None else weights
     if unknown := sorted(set(chosen) - set(decoder.exit_layers)):
@@ -84,8 +91,11 @@ def train_layerskip(
         loss = next_token_loss(logits[depth], tokens)
         if early is None:
             return loss
-        weight = chosen[early]
-        return (loss + weight * next_token_loss(logits[early], tokens)) / (1 + weight)
+        weight, of_exit = chosen[early], next_token_loss(logits[early], tokens)
+        if distillation:
+            agreeing = agreement_loss(logits[early], logits[depth])
+            of_exit = (1 - distillation) * of_exit + distillation * agreeing
+        return (loss + weight * of_exit) / (1 + weight)
 
     return train(
         decoder,
@@ -95,7 +105,8 @@ def train_layerskip(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
-        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}",
+        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}"
+        + (f" distillation {distillation}" if distillation else ""),
         prepare=decoder.train,
         state_file=state_file,
         save_every=save_every,
@@ -130,4 +141,18 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-__all__ = ["TokenBatches", "dropout_rates", "exit_weights", "next_token_loss", "train_layerskip"]
+def agreement_loss(logits: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of an exit's logits ``[batch, seq, vocabulary]`` against what the last
+    layer's say, in nats; no gradient flows into these."""
+    target = last.detach().flatten(0, 1).float().softmax(-1)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), target)
+
+
+__all__ = [
+    "TokenBatches",
+    "agreement_loss",
+    "dropout_rates",
+    "exit_weights",
+    "next_token_loss",
+    "train_layerskip",
+]

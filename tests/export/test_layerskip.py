@@ -102,6 +102,29 @@ def test_adapters_alone_learn_what_the_last_layer_says_and_leave_the_model_as_it
     assert all(parameter.requires_grad for parameter in decoder.model.parameters())
 
 
+def test_distilled_exits_agree_with_the_last_layer_more_than_those_that_learn_the_text() -> None:
+    """On noise there is nothing to learn but what the last layer says."""
+
+    def noise(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(1, VOCABULARY, (8, 13), generator=generator)
+
+    found = []
+    for distillation in (0.0, 1.0):
+        decoder = make([1])
+        train_layerskip(
+            decoder,
+            noise,
+            steps=60,
+            learning_rate=5e-3,
+            dropout=0.0,
+            weights={1: 1.0},
+            distillation=distillation,
+        )
+        found.append(apart(decoder)[1])
+    assert found[1] < 0.8 * found[0]
+
+
 def test_there_must_be_adapters_to_train() -> None:
     with pytest.raises(UsageError, match="no adapters"):
         train_adapters(make([1]), batches, steps=1)
@@ -150,6 +173,7 @@ def test_saved_exits_are_read_back(tmp_path: Path) -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"weights": {3: 1.0}}, "layer 3 has no exit"),
         ({"steps": 0}, "steps"),
+        ({"distillation": 1.5}, "distillation"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(wrong: dict[str, object], message: str) -> None:
