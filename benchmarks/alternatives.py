@@ -1,4 +1,4 @@
-"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.modes` against.
+"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.decode.modes` against.
 
 `Lookup` drafts by looking for the last tokens earlier in the text (prompt lookup). `Copied` and
 `Missing` are what `Approximate` could do with tokens that skip layers: copy the keys and values of
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.runtime.modes import Answers, Approximate, Fast, Full, Ints, Statistics
-from edgeexit.runtime.parts import Session
+from edgeexit.runtime.decode.early import Approximate, Fast
+from edgeexit.runtime.decode.head import Answers
+from edgeexit.runtime.decode.modes import Full, Ints, Statistics
+from edgeexit.runtime.decode.session import Session
 
 
 class Lookup:

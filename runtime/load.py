@@ -11,10 +11,10 @@ from edgeexit.errors import BundleError, PolicyError, UsageError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment
 from edgeexit.runtime.chain import Chain, needs
+from edgeexit.runtime.decode.generate import Decoder
+from edgeexit.runtime.decode.session import Form, open_decoder
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
-from edgeexit.runtime.generate import Decoder
-from edgeexit.runtime.parts import Form, open_decoder
 from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, decide, read_policy
 

@@ -1,6 +1,6 @@
 """Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings.
 
-How a conversation becomes a text is in `edgeexit.runtime.chat`.
+How a conversation becomes a text is in `edgeexit.runtime.decode.chat`.
 """
 
 from __future__ import annotations

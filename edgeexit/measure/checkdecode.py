@@ -11,8 +11,8 @@ from edgeexit.errors import BundleError
 from edgeexit.measure.check import REFERENCE, Comparison, Judge, Report, Threads, tolerances
 from edgeexit.measure.data import read_npz
 from edgeexit.runtime import Decoder, load_decoder
-from edgeexit.runtime.generate import CHUNK
-from edgeexit.runtime.parts import Session
+from edgeexit.runtime.decode.generate import CHUNK
+from edgeexit.runtime.decode.session import Session
 
 NEW_TOKENS = 8
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeexit.runtime.modes import Pace, Statistics
+from edgeexit.runtime.decode.exact import Pace
+from edgeexit.runtime.decode.modes import Statistics
 
 
 def rounds(pace: Pace, count: int, alpha: float, draft_s: float, behind_s: float) -> list[int]:

@@ -7,17 +7,12 @@ the next state that is asked about, in one run. If the draft is refused, there i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.runtime.caches import Ring
-from edgeexit.runtime.parts import Floats, Head, Session
-
-Answers = Mapping[str, NDArray[Any]]
-"""What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
+from edgeexit.runtime.decode.caches import Ring
+from edgeexit.runtime.decode.head import Answers, Floats, Head
+from edgeexit.runtime.decode.session import Session
 
 
 class Drafter:

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from edgeexit.bundle import Bundle
 from edgeexit.errors import UsageError
 from edgeexit.runtime import Decoder, Sampling, load_decoder
-from edgeexit.runtime.sampling import Sampler, distribution
+from edgeexit.runtime.decode.sampling import Sampler, distribution
 from tests.decoders import Reference, make_decoder
 
 CHANCE = 1e-4

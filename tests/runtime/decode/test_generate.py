@@ -14,10 +14,10 @@ from edgeexit.export import DecodeModel, export_decoder
 from edgeexit.export.models import from_pretrained
 from edgeexit.manifest import Cache
 from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
-from edgeexit.runtime.caches import SegmentCaches
+from edgeexit.runtime.decode.caches import SegmentCaches
+from edgeexit.runtime.decode.generate import ModeName
+from edgeexit.runtime.decode.session import Form, choose_variant
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, features_of
-from edgeexit.runtime.generate import ModeName
-from edgeexit.runtime.parts import Form, choose_variant
 from edgeexit.runtime.text import Stream
 from tests.decoders import (
     EXITS,
@@ -281,7 +281,7 @@ def test_caches_after_catching_up_are_those_of_full_decoding(
 def test_a_prompt_longer_than_a_chunk_is_taken_in_pieces(
     decoder: Decoder, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeexit.runtime.generate.CHUNK", 8)
+    monkeypatch.setattr("edgeexit.runtime.decode.generate.CHUNK", 8)
     prompts = random_prompts(2, [29, 8])
     for mode in ("full", "exact", "fast"):
         decoder._session = None

@@ -19,21 +19,14 @@ import numpy as np
 from edgeexit.bundle import Bundle
 from edgeexit.errors import InputError, PolicyError, StateError, UsageError
 from edgeexit.manifest import Exit
-from edgeexit.runtime.chat import ChatTemplates, Message
+from edgeexit.runtime.decode.chat import ChatTemplates, Message
+from edgeexit.runtime.decode.early import Approximate, Fast
+from edgeexit.runtime.decode.exact import Exact, Pace
+from edgeexit.runtime.decode.modes import Full, Ints, Mode, Statistics
+from edgeexit.runtime.decode.sampling import Sampler, Sampling
+from edgeexit.runtime.decode.session import Form, Opened, Session, check_tokens
 from edgeexit.runtime.loaded import Loaded
-from edgeexit.runtime.modes import (
-    Approximate,
-    Exact,
-    Fast,
-    Full,
-    Ints,
-    Mode,
-    Pace,
-    Statistics,
-)
-from edgeexit.runtime.parts import Form, Opened, Session, check_tokens
 from edgeexit.runtime.policy import Policy, decide
-from edgeexit.runtime.sampling import Sampler, Sampling
 from edgeexit.runtime.text import Stream, encode, open_tokenizer
 
 if TYPE_CHECKING:

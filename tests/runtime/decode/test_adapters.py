@@ -13,8 +13,8 @@ import pytest
 from edgeexit.bundle import Bundle
 from edgeexit.measure.checkdecode import check_decoder
 from edgeexit.runtime import Decoder, Policy, Sampling, load_decoder
-from edgeexit.runtime.modes import Fast
-from edgeexit.runtime.parts import Session
+from edgeexit.runtime.decode.early import Fast
+from edgeexit.runtime.decode.session import Session
 from tests.decoders import (
     ADAPTERS,
     EXITS,
@@ -323,7 +323,7 @@ def test_full_decoding_asks_no_adapter(decoder: Decoder, answers: Answers) -> No
 def test_a_prompt_longer_than_a_chunk_enters_adapters_in_pieces(
     decoder: Decoder, answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeexit.runtime.generate.CHUNK", 8)
+    monkeypatch.setattr("edgeexit.runtime.decode.generate.CHUNK", 8)
     prompts = answers.prompts(answers.greedy, [29, 8])
     for layer in ADAPTERS:
         made = decoder.generate(

@@ -18,8 +18,8 @@ import transformers
 from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import BundleError, EdgeExitError, InputError, IntegrityError, UsageError
 from edgeexit.runtime import Decoder, load_decoder
-from edgeexit.runtime.chat import ChatTemplates
-from edgeexit.runtime.generate import Options
+from edgeexit.runtime.decode.chat import ChatTemplates
+from edgeexit.runtime.decode.generate import Options
 from tests.chats import BEGIN, TEMPLATES, TOOL
 from tests.test_bundle import relist, rewrite
 
@@ -274,7 +274,7 @@ RENDER = """
 import sys
 from edgeexit.bundle import open_bundle
 from edgeexit.errors import EngineError
-from edgeexit.runtime.chat import ChatTemplates
+from edgeexit.runtime.decode.chat import ChatTemplates
 try:
     ChatTemplates(open_bundle(sys.argv[1])).render([{"role": "user", "content": "Hi"}])
 except EngineError as error:

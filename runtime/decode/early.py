@@ -1,0 +1,256 @@
+"""Modes ``fast`` and ``approximate``: a token is answered by the exit whose score is good enough.
+
+They differ in what the layers behind that exit get. `Fast` lets them catch up later, in one run for
+many tokens, so that caches stay exact; `Approximate` gives them what their projections to keys and
+values make of the state that left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.runtime.decode.head import Answers, Floats
+from edgeexit.runtime.decode.modes import Full, Ints, Statistics, chunk_of, pick
+from edgeexit.runtime.decode.sampling import Sampler
+from edgeexit.runtime.decode.session import Session
+
+
+class Fast:
+    """Exits by score. States of rows that left wait; later segments catch up in one call.
+
+    Args:
+        thresholds: Per exit but the last; a token leaves where its score reaches it. +inf: never.
+        pending: The most states that may wait at a boundary before all of them are caught up.
+        audit: Also compute what the last exit says to every token that left early, once the
+            segments have caught up with it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exits: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        score: str = "max_prob",
+        pending: int = 64,
+        audit: bool = False,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.session, self.exits, self.sampler = session, exits, sampler
+        self.statistics = Statistics()
+        self._head = session.head([score])
+        self._thresholds, self._score = list(thresholds), score
+        self._pending, self.audit = pending, audit
+        self._current: Ints = np.zeros((session.batch, 1), np.int64)
+        # Per row, for every state that has not yet reached the last boundary: the token emitted for
+        # it by an early exit, or -1 where nothing was or the last exit answered itself.
+        self._emitted: list[list[int]] = [[] for _ in range(session.batch)]
+        self._newest = [
+            np.zeros_like(session.boundary(number + 1, 1)[:, 0])
+            for number in range(len(session.parts))
+        ]
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        session = self.session
+        lengths = np.array([len(prompt) for prompt in prompts])
+        last: Floats | None = None
+        for start in range(0, int(lengths.max()), session.chunk):
+            tokens, counts = chunk_of(prompts, start, session.chunk)
+            session.embed(tokens)
+            states = session.run(0, tokens.shape[1], counts)
+            self._wait(1, states, counts)
+            seen = self._look(0, states, counts)
+            ends = (start < lengths) & (lengths <= start + session.chunk)
+            if ends.any():
+                made = seen[np.arange(session.batch), np.maximum(counts - 1, 0)]
+                last = made.copy() if last is None else np.where(ends[:, None], made, last)
+        for row, length in enumerate(lengths.tolist()):
+            self._emitted[row] += [-1] * length
+        assert last is not None
+        return self._decide(last, np.ones(session.batch, bool)).copy()
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        session = self.session
+        session.embed(self._current)
+        counts = active.astype(np.int64)
+        states = session.run(0, 1, counts)
+        going = active.tolist()
+        for row, on in enumerate(going):
+            if on:
+                self._emitted[row].append(-1)
+        self._wait(1, states, counts)
+        seen = self._look(0, states, counts)
+        tokens = self._decide(seen[:, 0], active).tolist()
+        found = [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
+        if any(ring.most() >= self._pending for ring in session.rings[1:]):
+            self.flush()
+        return found
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
+    def flush(self) -> None:
+        """Lets every segment catch up with all states that wait."""
+        for number in range(1, len(self.session.parts)):
+            self._drain(number)
+
+    def _look(self, number: int, states: Floats, counts: Ints) -> Floats:
+        """What the head looks at of states that a segment's run has just made. They enter the
+        exit's own caches, where it has any and will be asked."""
+        final = number == len(self.session.parts) - 1
+        if final or self._thresholds[number] == np.inf:
+            return states
+        return self.session.adapt(number, states.shape[1], counts)
+
+    def _decide(self, states: Floats, active: NDArray[np.bool_]) -> Ints:
+        """Answers for the newest state of every active row, which waits at the first boundary.
+        `states` is what the first exit's head looks at."""
+        undecided = [row for row, on in enumerate(active.tolist()) if on]
+        last = len(self.session.parts) - 1
+        for number in range(last + 1):
+            if number:
+                states = self._drain(number)
+            if number < last and self._thresholds[number] == np.inf:
+                continue
+            answers = self._head(states)
+            leaving = undecided if number == last else self._leaving(number, answers, undecided)
+            for row in leaving:
+                if number < last:
+                    self._emitted[row][-1] = int(answers["token"][row])
+                self._current[row, 0] = pick(answers, row, self.sampler)
+            self.statistics.count(self.exits[number], len(leaving))
+            if len(leaving) == len(undecided):
+                break
+            undecided = [row for row in undecided if row not in leaving]
+        return self._current[:, 0]
+
+    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
+        """Those of the rows that an exit's answers are good enough for."""
+        scores, threshold = answers[self._score].tolist(), self._thresholds[number]
+        return [row for row in rows if scores[row] >= threshold]
+
+    def _wait(self, number: int, states: Floats, counts: Ints) -> None:
+        if number < len(self.session.parts):
+            self.session.rings[number].push(states, counts)
+
+    def _drain(self, number: int) -> Floats:
+        """Runs a segment over all that waits for it. Returns what the head looks at of the last
+        state of every row; that of a row of which none waited means nothing."""
+        session, ring = self.session, self.session.rings[number]
+        waiting = ring.counts.tolist()
+        most, start = max(waiting), 0
+        newest = self._newest[number]
+        if most > 1:
+            self.statistics.catch_ups += 1
+        while start < most:
+            # Rows with fewer states are padded, and padding must not run over the end of a cache.
+            room = session.capacity - session.parts[number].caches.longest()
+            new = min(session.chunk, most - start, room)
+            some = np.array([min(max(count - start, 0), new) for count in waiting])
+            session.boundary(number, new)[...] = ring.states(start, start + new)
+            states = session.run(number, new, some)
+            seen = self._look(number, states, some)
+            for row, count in enumerate(waiting):
+                if start < count <= start + new:
+                    newest[row] = seen[row, count - start - 1]
+            if number + 1 < len(session.parts):
+                self._wait(number + 1, states, some)
+            else:
+                self._leave(states, some)
+            start += new
+        ring.clear()
+        return newest
+
+    def _leave(self, states: Floats, counts: Ints) -> None:
+        """Takes note of states that reached the last boundary; audits what exits said of them."""
+        for row, count in enumerate(counts.tolist()):
+            told = self._emitted[row][:count]
+            del self._emitted[row][:count]
+            places = [place for place, token in enumerate(told) if token >= 0]
+            if self.audit and places:
+                tokens = self._head(states[row, places])["token"].tolist()
+                self.statistics.audited += len(places)
+                agreed = [told[place] == token for place, token in zip(places, tokens, strict=True)]
+                self.statistics.agreed += sum(agreed)
+
+
+class Approximate:
+    """Exits by score, as CALM does it (arXiv:2207.07061): the state that a token leaves with is all
+    that the layers behind ever see of it, through their projections to keys and values.
+
+    Nothing is caught up, so caches are not those of the full model. Prompts are not approximated:
+    their first token is the full model's.
+
+    Args:
+        thresholds: As for `Fast`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exits: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        score: str = "max_prob",
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.session, self.exits, self.sampler = session, exits, sampler
+        self._head = session.head([score])
+        self._thresholds, self._score = list(thresholds), score
+        self._full = Full(session, exits, sampler)
+        self.statistics = self._full.statistics
+        self._current: Ints = np.zeros((session.batch, 1), np.int64)
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        self._current[:, 0] = self._full.prefill(prompts)
+        return self._current[:, 0].copy()
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        session = self.session
+        places = session.parts[0].caches.lengths.copy()
+        undecided = active.copy()
+        left = np.zeros_like(session.boundary(1, 1)[:, 0])
+        session.embed(self._current)
+        for number in range(len(session.parts)):
+            gone = active & ~undecided
+            if gone.any():
+                session.boundary(number, 1)[gone, 0] = left[gone]
+            if undecided.any():
+                counts = undecided.astype(np.int64)
+                states = session.run(number, 1, counts, places=places)[:, 0]
+                fires = self._decide(number, states, undecided)
+                left[fires] = states[fires]
+                undecided &= ~fires
+            if gone.any():
+                self._skip(number, gone, places)
+        tokens = self._current[:, 0].tolist()
+        return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
+    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+        """What a segment keeps of tokens that left before it."""
+        self.session.project(number, rows, places)
+
+    def _decide(
+        self, number: int, states: Floats, undecided: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Which rows are answered behind a segment; their tokens become the current ones."""
+        final = number == len(self.session.parts) - 1
+        if not final and self._thresholds[number] == np.inf:
+            return np.zeros_like(undecided)
+        answers = self._head(states)
+        fires = undecided
+        if not final:
+            fires = undecided & (answers[self._score] >= self._thresholds[number])
+        for row in np.flatnonzero(fires).tolist():
+            self._current[row, 0] = pick(answers, row, self.sampler)
+        self.statistics.count(self.exits[number], int(fires.sum()))
+        return fires.copy()
+
+
+__all__ = ["Approximate", "Fast"]

@@ -1,0 +1,172 @@
+"""How the next tokens come about, and the plainest way: ``full``. The others are
+`edgeexit.runtime.decode.exact` and `edgeexit.runtime.decode.early` (``fast``, ``approximate``).
+
+Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
+token or several per row), on one set of engines. All of them keep to four rules. A state that
+passed a boundary without the segments behind it waits in that boundary's ring; running a segment
+drains its ring first; an exit that is asked now and then is given every state that passes it
+(`Session.adapt`), for its adapter's caches; and what a cache holds beyond its length does not
+count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.runtime.decode.head import Answers, Floats
+from edgeexit.runtime.decode.sampling import Sampler
+from edgeexit.runtime.decode.session import Session
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class Statistics:
+    """What happened while a text was written.
+
+    Attributes:
+        tokens: Tokens made, over all rows.
+        exits: Exit name -> tokens that were answered there (for ``exact``: drafted there and
+            accepted; the last exit made the others).
+        drafted: Tokens drafted (``exact``).
+        accepted: How many of them the full model confirmed.
+        tested: Drafts that were compared at all: those before and at the first refusal.
+        catch_ups: Calls in which later segments caught up with states that waited (``fast``).
+        audited: Tokens of early exits that the full model's answer was computed for, too.
+        agreed: How many of those have the greedy token that the full model has.
+    """
+
+    tokens: int = 0
+    exits: dict[str, int] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    tested: int = 0
+    catch_ups: int = 0
+    audited: int = 0
+    agreed: int = 0
+
+    def count(self, exit_name: str, tokens: int) -> None:
+        """Counts tokens answered at an exit."""
+        self.tokens += tokens
+        if tokens:
+            self.exits[exit_name] = self.exits.get(exit_name, 0) + tokens
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted ÷ drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def alpha(self) -> float | None:
+        """Chance that a draft is accepted when all before it were: accepted ÷ tested."""
+        return self.accepted / self.tested if self.tested else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of early exits' tokens that are those of the full model."""
+        return self.agreed / self.audited if self.audited else None
+
+
+class Mode(Protocol):
+    """A way to decode."""
+
+    statistics: Statistics
+    sampler: Sampler | None
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        """Takes prompts, one per row. Returns the first token of every row, ``[batch]``."""
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        """One round. Returns the new tokens of every row; those that are not active get none."""
+
+    def force(self, tokens: Ints) -> None:
+        """Goes on with these tokens ``[batch]`` in place of the last ones made."""
+
+
+class Full:
+    """Every segment for every token; also the unsplit graph, whose one segment answers itself.
+
+    Args:
+        asked: Indices of early exits that take the prompt, for a mode that asks them later.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exits: Sequence[str],
+        sampler: Sampler | None = None,
+        *,
+        asked: Collection[int] = (),
+    ) -> None:
+        self.session, self.exits, self.sampler, self._asked = session, exits, sampler, asked
+        self.statistics = Statistics()
+        self._current: Ints = np.zeros((session.batch, 1), np.int64)
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        session = self.session
+        last: Floats | None = None
+        lengths = np.array([len(prompt) for prompt in prompts])
+        for start in range(0, int(lengths.max()), session.chunk):
+            tokens, counts = chunk_of(prompts, start, session.chunk)
+            session.embed(tokens)
+            for number in range(len(session.parts)):
+                states = session.run(number, tokens.shape[1], counts)
+                if number in self._asked:
+                    session.adapt(number, tokens.shape[1], counts)
+            ends = (start < lengths) & (lengths <= start + session.chunk)
+            if ends.any():
+                made = states[np.arange(session.batch), np.maximum(counts - 1, 0)]
+                last = made.copy() if last is None else np.where(ends[:, None], made, last)
+        assert last is not None
+        self._current[:, 0] = self._answer(last[:, None])
+        self.statistics.count(self.exits[-1], session.batch)
+        return self._current[:, 0].copy()
+
+    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+        session = self.session
+        session.embed(self._current)
+        for number in range(len(session.parts)):
+            states = session.run(number, 1)
+        self._current[:, 0] = self._answer(states)
+        going, tokens = active.tolist(), self._current[:, 0].tolist()
+        self.statistics.count(self.exits[-1], sum(going))
+        return [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
+    def _answer(self, states: Floats) -> Ints:
+        """Tokens for states ``[batch, 1, width]``; the unsplit graph has answered already."""
+        session = self.session
+        unsplit = session.opened.head is None
+        answers = session.parts[-1].answers if unsplit else session.head()(states[:, 0])
+        return choose(answers, self.sampler)
+
+
+def choose(answers: Answers, sampler: Sampler | None) -> Ints:
+    """One token per row of a head's answers: the greedy one, or a drawn one."""
+    if sampler is None:
+        return answers["token"]
+    return np.array([pick(answers, row, sampler) for row in range(len(answers["token"]))])
+
+
+def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
+    """The token of one row of a head's answers."""
+    if sampler is None:
+        return int(answers["token"][row])
+    return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
+
+
+def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, Ints]:
+    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, counts ``[batch]``."""
+    parts = [prompt[start : start + size] for prompt in prompts]
+    counts = np.array([len(part) for part in parts])
+    tokens = np.zeros((len(parts), int(counts.max())), np.int64)
+    for row, part in enumerate(parts):
+        tokens[row, : len(part)] = part
+    return tokens, counts
