@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeexit.runtime.decode.early import Approximate, Fast
 from edgeexit.runtime.decode.head import Answers
@@ -42,9 +41,9 @@ class Lookup:
         self.statistics.count(self.exits[-1], 1)
         return first
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         session = self.session
-        start = int(session.parts[0].caches.lengths[0])
+        start = session.parts[0].caches.lengths[0]
         room = session.capacity - start - 1
         drafts = self._find()[: max(0, min(room, session.chunk - 1))]
         rows = np.array([[self._text[-1], *drafts]])
@@ -55,7 +54,7 @@ class Lookup:
         kept = 0
         while kept < len(drafts) and drafts[kept] == own[kept]:
             kept += 1
-        session.crop(np.array([start + kept + 1]))
+        session.crop([start + kept + 1])
         made = [*drafts[:kept], own[kept]]
         self._text += made
         counts = self.statistics
@@ -84,30 +83,30 @@ class Lookup:
 class Copied(Approximate):
     """Skipped layers get a copy of the keys and values of the layer that the token left behind."""
 
-    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
-        for row in np.flatnonzero(rows).tolist():
+    def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
+        target = self.session.parts[number]
+        for row in rows:
             source = self.session.parts[self._left_behind[row]]
             key, value = (c.name for c in source.segment.caches[-2:])
-            target = self.session.parts[number]
-            at, to = int(source.caches.lengths[row]) - 1, int(target.caches.lengths[row])
+            at, to = source.caches.lengths[row] - 1, target.caches.lengths[row]
             for n, cache in enumerate(target.segment.caches):
                 made = source.caches.rows(value if n % 2 else key)[row, :, at]
                 target.caches.rows(cache.name)[row, :, to] = made
-            target.caches.lengths[row] += 1
+        target.caches.advance([int(row in rows) for row in range(self.session.batch)])
 
-    def _decide(self, number: int, states: Any, undecided: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        fires = super()._decide(number, states, undecided)
+    def _decide(self, number: int, states: Any, undecided: list[int]) -> list[int]:
+        leaving = super()._decide(number, states, undecided)
         if number == 0:
             self._left_behind = [0] * self.session.batch
-        for row in np.flatnonzero(fires).tolist():
+        for row in leaving:
             self._left_behind[row] = number
-        return fires
+        return leaving
 
 
 class Missing(Approximate):
     """Skipped layers get nothing: later tokens do not see these there."""
 
-    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+    def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
         pass
 
 

@@ -395,7 +395,7 @@ def mean_layer(exits: dict[str, int]) -> float:
 def forced(mode: Mode, passage: np.ndarray) -> list[int]:
     """What a mode says to every token of a passage behind its lead, the true ones being fed."""
     said = [int(mode.prefill([passage[:LEAD_TOKENS]])[0])]
-    active = np.ones(1, bool)
+    active = [True]
     for token in passage[LEAD_TOKENS:-1]:
         mode.force(np.array([token]))
         said.append(mode.step(active)[0][0])
@@ -477,8 +477,7 @@ def last_states(session: Session, text: list[int], step: int) -> np.ndarray:
 
 def all_states(session: Session, text: list[int], step: int | None = None) -> list[np.ndarray]:
     """States behind every segment, ``[seq, width]`` each."""
-    for part in session.parts:
-        part.caches.lengths[:] = 0
+    session.empty()
     made: list[list[np.ndarray]] = [[] for _ in session.parts]
     size = step or session.chunk
     for start in range(0, len(text), size):

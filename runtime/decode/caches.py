@@ -29,7 +29,7 @@ class SegmentCaches:
         engine: Where device memory comes from.
 
     Attributes:
-        lengths: ``[batch]`` int64, tokens of each row that count.
+        lengths: Per row, how many tokens count. Never changed in place.
 
     Raises:
         EngineError: There is not enough memory.
@@ -37,7 +37,7 @@ class SegmentCaches:
 
     def __init__(self, caches: Sequence[Cache], batch: int, capacity: int, engine: Engine) -> None:
         self.capacity = capacity
-        self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self.lengths: list[int] = [0] * batch
         self._caches = caches
         self._bound: dict[str, Bound] = {}
         sizes = {"batch": batch, "past": capacity}
@@ -57,7 +57,7 @@ class SegmentCaches:
 
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(max(self.lengths.tolist()))  # of few rows, faster than NumPy's
+        return max(self.lengths)
 
     def check_room(self, new: int, where: str) -> int:
         """Refuses new tokens that some row has no place for, before anything is written.
@@ -74,6 +74,14 @@ class SegmentCaches:
             )
         return longest
 
+    def advance(self, counts: Sequence[int]) -> None:
+        """Lets so many more tokens of each row count."""
+        self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Shortens rows that are longer to these lengths."""
+        self.lengths = [min(a, b) for a, b in zip(self.lengths, lengths, strict=True)]
+
     def past(self) -> dict[str, Bound]:
         """Graph input -> the whole buffer."""
         return {cache.past: self._bound[cache.name] for cache in self._caches}
@@ -82,18 +90,18 @@ class SegmentCaches:
         """Graph output -> the same buffer, for forms that write into the cache they read."""
         return {cache.present: self._bound[cache.name] for cache in self._caches}
 
-    def append(self, new: dict[str, NDArray], rows: NDArray[np.bool_] | None = None) -> None:
+    def append(self, new: dict[str, NDArray], rows: Sequence[int] | None = None) -> None:
         """Writes new keys and values ``[batch, heads, new, size]`` behind each row's length.
 
         Args:
             new: Graph output -> what the segment made.
             rows: Which rows of the batch; None: all.
         """
-        chosen = range(len(self.lengths)) if rows is None else np.flatnonzero(rows).tolist()
+        chosen = range(len(self.lengths)) if rows is None else rows
         for cache in self._caches:
             whole, made = self.rows(cache.name), new[cache.present]
             for row in chosen:
-                length = int(self.lengths[row])
+                length = self.lengths[row]
                 whole[row, :, length : length + made.shape[2]] = made[row]
 
     def rows(self, name: str) -> NDArray:
@@ -109,37 +117,41 @@ class Ring:
     First in, first out, per row; drained as a whole, so it never wraps.
 
     Attributes:
-        counts: ``[batch]`` int64, how many wait in each row.
+        counts: Per row, how many wait.
     """
 
     def __init__(self, batch: int, capacity: int, width: int, dtype: np.dtype) -> None:
         self.capacity = capacity
-        self.counts: NDArray[np.int64] = np.zeros(batch, np.int64)
+        self.counts = [0] * batch
         # Zeros, for what is padding must be finite: a NaN would spoil its neighbours' attention.
         self._states: NDArray[Any] = np.zeros((batch, 0, width), dtype)
 
-    def push(self, states: NDArray[Any], counts: NDArray[np.int64]) -> None:
+    def push(self, states: NDArray[Any], counts: Sequence[int]) -> None:
         """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row."""
-        starts, added = self.counts.tolist(), counts.tolist()
-        needed = max(map(sum, zip(starts, added, strict=True)))
+        after = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        needed = max(after)
         if needed > self._states.shape[1]:
             grown = max(needed, min(self.capacity, 2 * self._states.shape[1]), 16)
             batch, held, width = self._states.shape
             larger = np.zeros((batch, grown, width), self._states.dtype)
             larger[:, :held] = self._states
             self._states = larger
-        for row, (start, count) in enumerate(zip(starts, added, strict=True)):
-            self._states[row, start : start + count] = states[row, :count]
-        self.counts += counts
+        for row, (start, stop) in enumerate(zip(self.counts, after, strict=True)):
+            self._states[row, start:stop] = states[row, : stop - start]
+        self.counts = after
 
     def most(self) -> int:
         """How many wait in the row where most do."""
-        return int(max(self.counts.tolist()))
+        return max(self.counts)
 
     def states(self, start: int, stop: int) -> NDArray[Any]:
         """States from `start` to `stop` of every row; those beyond a row's count are leftovers."""
         return self._states[:, start:stop]
 
+    def crop(self, counts: Sequence[int]) -> None:
+        """Forgets the newest ones of rows in which more wait."""
+        self.counts = [min(a, b) for a, b in zip(self.counts, counts, strict=True)]
+
     def clear(self) -> None:
         """Forgets all of them."""
-        self.counts[:] = 0
+        self.counts = [0] * len(self.counts)

@@ -7,8 +7,9 @@ the next state that is asked about, in one run. If the draft is refused, there i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeexit.runtime.decode.caches import Ring
 from edgeexit.runtime.decode.head import Answers, Floats, Head
@@ -33,7 +34,7 @@ class Drafter:
         )
         state = session.boundary(number + 1, 1)
         self._late = Ring(session.batch, session.capacity, state.shape[2], state.dtype)
-        self._one = np.ones(session.batch, np.int64)
+        self._one = [1] * session.batch
 
     def ask(self, states: Floats) -> Answers:
         """Answers for what the segment before the exit has just made, ``[batch, 1, width]``."""
@@ -52,15 +53,11 @@ class Drafter:
         else:
             self._session.adapt(self._number, 1)
 
-    def crop(self, lengths: NDArray[np.int64]) -> None:
+    def crop(self, lengths: Sequence[int]) -> None:
         """Forgets what waits beyond these lengths ``[batch]``, to which caches were cropped."""
         if self._adapter is not None:
-            left = np.maximum(lengths - self._adapter.caches.lengths, 0)
-            np.minimum(self._late.counts, left, out=self._late.counts)
-
-    def forget(self, rows: NDArray[np.bool_]) -> None:
-        """Forgets what waits in these rows ``[batch]``."""
-        self._late.counts[rows] = 0
+            held = self._adapter.caches.lengths
+            self._late.crop([max(a - b, 0) for a, b in zip(lengths, held, strict=True)])
 
     def _catch_up(self) -> Floats:
         """Runs the adapter over all that waits. Returns each row's newest state ``[batch,
@@ -68,17 +65,8 @@ class Drafter:
         session, late, adapter = self._session, self._late, self._adapter
         assert adapter is not None
         newest: Floats = np.zeros_like(late.states(0, 1)[:, 0])
-        start, most = 0, late.most()
-        while start < most:
-            # Rows with fewer states are padded, and padding must not run over the end of a cache.
-            room = session.capacity - adapter.caches.longest()
-            new = min(session.chunk, most - start, room)
-            some = np.clip(late.counts - start, 0, new)
-            session.boundary(self._number + 1, new)[...] = late.states(start, start + new)
-            made = session.adapt(self._number, new, some)
-            ended = (late.counts > start) & (late.counts <= start + new)
-            for row in np.flatnonzero(ended):
-                newest[row] = made[row, late.counts[row] - start - 1]
-            start += new
-        late.clear()
+        for new, counts, ends in session.portions(late, adapter, self._number + 1):
+            made = session.adapt(self._number, new, counts)
+            for row, place in ends:
+                newest[row] = made[row, place]
         return newest

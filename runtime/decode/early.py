@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeexit.runtime.decode.head import Answers, Floats
 from edgeexit.runtime.decode.modes import Full, Ints, Statistics, chunk_of, pick
@@ -55,36 +54,36 @@ class Fast:
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         session = self.session
-        lengths = np.array([len(prompt) for prompt in prompts])
+        lengths = [len(prompt) for prompt in prompts]
         last: Floats | None = None
-        for start in range(0, int(lengths.max()), session.chunk):
+        for start in range(0, max(lengths), session.chunk):
             tokens, counts = chunk_of(prompts, start, session.chunk)
             session.embed(tokens)
             states = session.run(0, tokens.shape[1], counts)
             self._wait(1, states, counts)
             seen = self._look(0, states, counts)
-            ends = (start < lengths) & (lengths <= start + session.chunk)
-            if ends.any():
-                made = seen[np.arange(session.batch), np.maximum(counts - 1, 0)]
-                last = made.copy() if last is None else np.where(ends[:, None], made, last)
-        for row, length in enumerate(lengths.tolist()):
+            if last is None:
+                last = np.zeros_like(seen[:, 0])
+            for row, length in enumerate(lengths):
+                if start < length <= start + session.chunk:
+                    last[row] = seen[row, counts[row] - 1]
+        for row, length in enumerate(lengths):
             self._emitted[row] += [-1] * length
         assert last is not None
-        return self._decide(last, np.ones(session.batch, bool)).copy()
+        return self._decide(last, [True] * session.batch).copy()
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
-        counts = active.astype(np.int64)
+        counts = [int(on) for on in active]
         states = session.run(0, 1, counts)
-        going = active.tolist()
-        for row, on in enumerate(going):
+        for row, on in enumerate(active):
             if on:
                 self._emitted[row].append(-1)
         self._wait(1, states, counts)
         seen = self._look(0, states, counts)
         tokens = self._decide(seen[:, 0], active).tolist()
-        found = [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
+        found = [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
         if any(ring.most() >= self._pending for ring in session.rings[1:]):
             self.flush()
         return found
@@ -97,7 +96,7 @@ class Fast:
         for number in range(1, len(self.session.parts)):
             self._drain(number)
 
-    def _look(self, number: int, states: Floats, counts: Ints) -> Floats:
+    def _look(self, number: int, states: Floats, counts: Sequence[int]) -> Floats:
         """What the head looks at of states that a segment's run has just made. They enter the
         exit's own caches, where it has any and will be asked."""
         final = number == len(self.session.parts) - 1
@@ -105,10 +104,10 @@ class Fast:
             return states
         return self.session.adapt(number, states.shape[1], counts)
 
-    def _decide(self, states: Floats, active: NDArray[np.bool_]) -> Ints:
+    def _decide(self, states: Floats, active: Sequence[bool]) -> Ints:
         """Answers for the newest state of every active row, which waits at the first boundary.
         `states` is what the first exit's head looks at."""
-        undecided = [row for row, on in enumerate(active.tolist()) if on]
+        undecided = [row for row, on in enumerate(active) if on]
         last = len(self.session.parts) - 1
         for number in range(last + 1):
             if number:
@@ -132,7 +131,7 @@ class Fast:
         scores, threshold = answers[self._score].tolist(), self._thresholds[number]
         return [row for row in rows if scores[row] >= threshold]
 
-    def _wait(self, number: int, states: Floats, counts: Ints) -> None:
+    def _wait(self, number: int, states: Floats, counts: Sequence[int]) -> None:
         if number < len(self.session.parts):
             self.session.rings[number].push(states, counts)
 
@@ -140,33 +139,23 @@ class Fast:
         """Runs a segment over all that waits for it. Returns what the head looks at of the last
         state of every row; that of a row of which none waited means nothing."""
         session, ring = self.session, self.session.rings[number]
-        waiting = ring.counts.tolist()
-        most, start = max(waiting), 0
         newest = self._newest[number]
-        if most > 1:
+        if ring.most() > 1:
             self.statistics.catch_ups += 1
-        while start < most:
-            # Rows with fewer states are padded, and padding must not run over the end of a cache.
-            room = session.capacity - session.parts[number].caches.longest()
-            new = min(session.chunk, most - start, room)
-            some = np.array([min(max(count - start, 0), new) for count in waiting])
-            session.boundary(number, new)[...] = ring.states(start, start + new)
-            states = session.run(number, new, some)
-            seen = self._look(number, states, some)
-            for row, count in enumerate(waiting):
-                if start < count <= start + new:
-                    newest[row] = seen[row, count - start - 1]
+        for new, counts, ends in session.portions(ring, session.parts[number], number):
+            states = session.run(number, new, counts)
+            seen = self._look(number, states, counts)
+            for row, place in ends:
+                newest[row] = seen[row, place]
             if number + 1 < len(session.parts):
-                self._wait(number + 1, states, some)
+                self._wait(number + 1, states, counts)
             else:
-                self._leave(states, some)
-            start += new
-        ring.clear()
+                self._leave(states, counts)
         return newest
 
-    def _leave(self, states: Floats, counts: Ints) -> None:
+    def _leave(self, states: Floats, counts: Sequence[int]) -> None:
         """Takes note of states that reached the last boundary; audits what exits said of them."""
-        for row, count in enumerate(counts.tolist()):
+        for row, count in enumerate(counts):
             told = self._emitted[row][:count]
             del self._emitted[row][:count]
             places = [place for place, token in enumerate(told) if token >= 0]
@@ -208,49 +197,51 @@ class Approximate:
         self._current[:, 0] = self._full.prefill(prompts)
         return self._current[:, 0].copy()
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         session = self.session
-        places = session.parts[0].caches.lengths.copy()
-        undecided = active.copy()
+        places = session.parts[0].caches.lengths
+        undecided = [row for row, on in enumerate(active) if on]
+        gone: list[int] = []
         left = np.zeros_like(session.boundary(1, 1)[:, 0])
         session.embed(self._current)
         for number in range(len(session.parts)):
-            gone = active & ~undecided
-            if gone.any():
+            if gone:
                 session.boundary(number, 1)[gone, 0] = left[gone]
-            if undecided.any():
-                counts = undecided.astype(np.int64)
+            leaving: list[int] = []
+            if undecided:
+                counts = [int(row in undecided) for row in range(session.batch)]
                 states = session.run(number, 1, counts, places=places)[:, 0]
-                fires = self._decide(number, states, undecided)
-                left[fires] = states[fires]
-                undecided &= ~fires
-            if gone.any():
+                leaving = self._decide(number, states, undecided)
+                left[leaving] = states[leaving]
+            if gone:
                 self._skip(number, gone, places)
+            gone += leaving
+            undecided = [row for row in undecided if row not in leaving]
         tokens = self._current[:, 0].tolist()
         return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
 
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
 
-    def _skip(self, number: int, rows: NDArray[np.bool_], places: Ints) -> None:
+    def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
         """What a segment keeps of tokens that left before it."""
         self.session.project(number, rows, places)
 
-    def _decide(
-        self, number: int, states: Floats, undecided: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
-        """Which rows are answered behind a segment; their tokens become the current ones."""
+    def _decide(self, number: int, states: Floats, undecided: list[int]) -> list[int]:
+        """Those of the rows that are answered behind a segment; their tokens become the current
+        ones."""
         final = number == len(self.session.parts) - 1
         if not final and self._thresholds[number] == np.inf:
-            return np.zeros_like(undecided)
+            return []
         answers = self._head(states)
-        fires = undecided
+        leaving = undecided
         if not final:
-            fires = undecided & (answers[self._score] >= self._thresholds[number])
-        for row in np.flatnonzero(fires).tolist():
+            scores, threshold = answers[self._score].tolist(), self._thresholds[number]
+            leaving = [row for row in undecided if scores[row] >= threshold]
+        for row in leaving:
             self._current[row, 0] = pick(answers, row, self.sampler)
-        self.statistics.count(self.exits[number], int(fires.sum()))
-        return fires.copy()
+        self.statistics.count(self.exits[number], len(leaving))
+        return leaving
 
 
 __all__ = ["Approximate", "Fast"]

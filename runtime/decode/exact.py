@@ -71,36 +71,34 @@ class Exact:
         self.statistics.count(self.exits[-1], len(first))
         return first
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         session, batch = self.session, self.session.batch
         exit_number, drafts_wanted = self._plan()
         behind, drafter = exit_number + 1, self._drafters[exit_number]
-        going = active.tolist()
-        if not all(going):
-            for part in session.cached:
-                part.caches.lengths[~active] = 0  # rows that ended need no room, and go on in vain
-            drafter.forget(~active)
-        start = session.parts[0].caches.lengths.copy()
-        room = session.capacity - session.parts[0].caches.longest() - 1
+        if not all(active):  # rows that ended need no room, and go on in vain
+            kept_rows = [session.capacity if on else 0 for on in active]
+            session.crop(kept_rows)
+            drafter.crop(kept_rows)
+        start = session.parts[0].caches.lengths
+        room = session.capacity - max(start) - 1
         wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)
         chances: list[list[Floats64]] = [[] for _ in range(batch)]
         ring = session.rings[behind]
-        one = np.ones(batch, np.int64)
+        one = [1] * batch
         made = 0
         started = time.perf_counter()
         while True:
             session.embed(tokens)
-            for number in range(behind):
-                states = session.run(number, 1)
+            states = session.run_all(0, behind, 1)
             ring.push(states, one)
             if made == wanted:
                 drafter.pass_by(states)
                 break
             answers = drafter.ask(states)
             # Decided before anything is drawn: leaving out tokens once drawn would bias the rest.
-            if self._threshold > 0 and (answers[self._score][active] < self._threshold).all():
+            if self._unsure(answers, active):
                 break
             tokens[:, 0] = self._draft(answers, drafts[:, :made], chances)
             drafts[:, made] = tokens[:, 0]
@@ -109,18 +107,17 @@ class Exact:
         rows = made + 1
         session.boundary(behind, rows)[...] = ring.states(0, rows)
         ring.clear()
-        for number in range(behind, len(session.parts)):
-            states = session.run(number, rows)
+        states = session.run_all(behind, len(session.parts), rows)
         answers = self._head(states.reshape(batch * rows, -1))
         kept, self._current = self._verify(answers, drafts[:, :made], chances)
-        length = np.where(active, start + kept + 1, start)
+        length = [a + b + 1 if on else a for a, b, on in zip(start, kept, active, strict=True)]
         session.crop(length)
         drafter.crop(length)
         verified = time.perf_counter()
         found: list[list[int]] = []
         tested = accepted = 0
-        for row, count in enumerate(kept.tolist()):
-            if not going[row]:
+        for row, count in enumerate(kept):
+            if not active[row]:
                 found.append([])
                 continue
             found.append([*drafts[row, :count].tolist(), int(self._current[row])])
@@ -138,6 +135,14 @@ class Exact:
     def force(self, tokens: Ints) -> None:
         self._current = tokens.copy()
 
+    def _unsure(self, answers: Answers, active: Sequence[bool]) -> bool:
+        """Whether drafting shall stop: no row that is active has a score that is good enough."""
+        if self._threshold <= 0:
+            return False
+        scores = answers[self._score].tolist()
+        pairs = zip(scores, active, strict=True)
+        return all(score < self._threshold for score, on in pairs if on)
+
     def _draft(
         self, answers: Answers, drafted: Ints, chances: list[list[Floats64]]
     ) -> NDArray[np.int64]:
@@ -153,16 +158,16 @@ class Exact:
 
     def _verify(
         self, answers: Answers, drafts: Ints, chances: list[list[Floats64]]
-    ) -> tuple[Ints, Ints]:
+    ) -> tuple[list[int], Ints]:
         """Per row, how many drafts the last exit confirms, and its own token behind them."""
         batch, made = drafts.shape
         if self.sampler is None:
             own = answers["token"].reshape(batch, made + 1)
             agree = drafts == own[:, :made]
-            kept = np.where(agree.all(1), made, agree.argmin(1) if made else 0)
+            kept = [row.index(False) if False in row else made for row in agree.tolist()]
             return kept, own[np.arange(batch), kept].copy()
         logits = answers["logits"].reshape(batch, made + 1, -1)
-        kept, after = np.empty(batch, np.int64), np.empty(batch, np.int64)
+        kept, after = [0] * batch, np.empty(batch, np.int64)
         for row in range(batch):
             told = drafts[row].tolist()
             p = [self.sampler.chances(row, logits[row, n], told[:n]) for n in range(made + 1)]

@@ -333,7 +333,7 @@ class Decoder(Loaded):
             session = self.session(len(prompts))
             mode = make_mode(session)
             generation.statistics = mode.statistics
-            active = np.ones(len(prompts), bool)
+            active = [True] * len(prompts)
             started = time.perf_counter()
             new = [[int(token)] for token in mode.prefill(prompts)]
             first = time.perf_counter()
@@ -365,7 +365,7 @@ class Decoder(Loaded):
                     if on_piece is not None:
                         on_piece(piece)
                     yield piece
-                if not active.any():
+                if not any(active):
                     break
                 new = mode.step(active)
             if isinstance(mode, Fast) and mode.audit:
@@ -449,10 +449,7 @@ class Decoder(Loaded):
             self._session = None
             session = Session(opened, batch, self.capacity, min(CHUNK, self.capacity))
             self._session = session
-        for part in session.cached:
-            part.caches.lengths[:] = 0
-        for ring in session.rings:
-            ring.clear()
+        session.empty()
         return session
 
     def describe_engine(self) -> dict[str, str]:

@@ -81,7 +81,7 @@ class Mode(Protocol):
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         """Takes prompts, one per row. Returns the first token of every row, ``[batch]``."""
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         """One round. Returns the new tokens of every row; those that are not active get none."""
 
     def force(self, tokens: Ints) -> None:
@@ -110,35 +110,42 @@ class Full:
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         session = self.session
         last: Floats | None = None
-        lengths = np.array([len(prompt) for prompt in prompts])
-        for start in range(0, int(lengths.max()), session.chunk):
+        lengths = [len(prompt) for prompt in prompts]
+        for start in range(0, max(lengths), session.chunk):
             tokens, counts = chunk_of(prompts, start, session.chunk)
             session.embed(tokens)
-            for number in range(len(session.parts)):
-                states = session.run(number, tokens.shape[1], counts)
-                if number in self._asked:
-                    session.adapt(number, tokens.shape[1], counts)
-            ends = (start < lengths) & (lengths <= start + session.chunk)
-            if ends.any():
-                made = states[np.arange(session.batch), np.maximum(counts - 1, 0)]
-                last = made.copy() if last is None else np.where(ends[:, None], made, last)
+            states = self._pass(tokens.shape[1], counts)
+            if last is None:
+                last = np.zeros_like(states[:, 0])
+            for row, length in enumerate(lengths):
+                if start < length <= start + session.chunk:
+                    last[row] = states[row, counts[row] - 1]
         assert last is not None
         self._current[:, 0] = self._answer(last[:, None])
         self.statistics.count(self.exits[-1], session.batch)
         return self._current[:, 0].copy()
 
-    def step(self, active: NDArray[np.bool_]) -> list[list[int]]:
+    def step(self, active: Sequence[bool]) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
-        for number in range(len(session.parts)):
-            states = session.run(number, 1)
-        self._current[:, 0] = self._answer(states)
-        going, tokens = active.tolist(), self._current[:, 0].tolist()
-        self.statistics.count(self.exits[-1], sum(going))
-        return [[token] if on else [] for token, on in zip(tokens, going, strict=True)]
+        self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1))
+        self.statistics.count(self.exits[-1], sum(active))
+        tokens = self._current[:, 0].tolist()
+        return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
 
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
+
+    def _pass(self, new: int, counts: Sequence[int]) -> Floats:
+        """Runs every segment, and the adapters of exits that take the prompt."""
+        session = self.session
+        if not session.adapters:
+            return session.run_all(0, len(session.parts), new, counts)
+        for number in range(len(session.parts)):
+            states = session.run(number, new, counts)
+            if number in self._asked:
+                session.adapt(number, new, counts)
+        return states
 
     def _answer(self, states: Floats) -> Ints:
         """Tokens for states ``[batch, 1, width]``; the unsplit graph has answered already."""
@@ -162,11 +169,12 @@ def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
     return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
 
 
-def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, Ints]:
-    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, counts ``[batch]``."""
+def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
+    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, and how many of them
+    count, per row."""
     parts = [prompt[start : start + size] for prompt in prompts]
-    counts = np.array([len(part) for part in parts])
-    tokens = np.zeros((len(parts), int(counts.max())), np.int64)
+    counts = [len(part) for part in parts]
+    tokens = np.zeros((len(parts), max(counts)), np.int64)
     for row, part in enumerate(parts):
         tokens[row, : len(part)] = part
     return tokens, counts

@@ -8,7 +8,7 @@ that wait. What is run when, the modes decide (`edgeexit.runtime.decode.modes`).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle import WEIGHTS, Bundle
 from edgeexit.errors import EngineError, InputError, UsageError
-from edgeexit.manifest import LENGTHS, Decoding, Segment, Variant
+from edgeexit.manifest import Decoding, Segment, Variant
 from edgeexit.runtime.buffers import HostSlot, dtype_of, row_of
 from edgeexit.runtime.decode.caches import Ring, SegmentCaches
 from edgeexit.runtime.decode.head import BINDINGS_KEPT, Floats, Head, SharedHead
+from edgeexit.runtime.decode.places import Places
 from edgeexit.runtime.engines import Bound, Engine, Graph
 
 Form = Literal["in-place", "fixed", "append"]
@@ -188,7 +189,6 @@ class Session:
 
     def __init__(self, opened: Opened, batch: int, capacity: int, chunk: int) -> None:
         self.opened, self.batch, self.capacity, self.chunk = opened, batch, capacity, chunk
-        positions = HostSlot(batch * chunk * 8)
         boundaries = []
         for tensor in [s.inputs[0] for s in opened.segments] + [opened.segments[-1].outputs[0]]:
             width = tensor.axes[-1] if "new" in tensor.axes else 0  # unsplit ends with answers
@@ -196,15 +196,14 @@ class Session:
             dtype = dtype_of(tensor)
             slot = HostSlot(batch * chunk * width * dtype.itemsize)
             boundaries.append(Boundary(slot, width, dtype))
+        self._places = places = Places(batch, chunk)
         self.parts = [
-            Part(opened, number, batch, capacity, positions, boundaries[number : number + 2])
+            Part(opened, number, batch, capacity, places, boundaries[number : number + 2])
             for number in range(len(opened.segments))
         ]
         self.rings = [Ring(batch, capacity, one.width, one.dtype) for one in boundaries[:-1]]
         self._boundaries = boundaries
-        self._positions = positions
         self._views: dict[tuple[int, int], Floats] = {}
-        self._places: dict[int, NDArray[np.int64]] = {}
         self._head: Head | None = None
         self.adapters: dict[int, Part] = {}
         self._adapted: dict[int, int] = {}  # where among the boundaries an adapter's states come
@@ -214,7 +213,7 @@ class Session:
             after = Boundary(slot, before.width, before.dtype)
             self._adapted[number] = len(boundaries)
             boundaries.append(after)
-            self.adapters[number] = Part(own, 0, batch, capacity, positions, [before, after])
+            self.adapters[number] = Part(own, 0, batch, capacity, places, [before, after])
 
     @property
     def cached(self) -> list[Part]:
@@ -238,14 +237,6 @@ class Session:
             self._views[number, new] = view
         return view
 
-    def positions(self, new: int) -> NDArray[np.int64]:
-        """The buffer that says where new tokens stand, ``[batch, new]``."""
-        view = self._places.get(new)
-        if view is None:
-            view = self._positions.array(np.dtype(np.int64), (self.batch, new))
-            self._places[new] = view
-        return view
-
     def embed(self, tokens: NDArray[np.int64]) -> None:
         """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary."""
         np.take(self.opened.table, tokens, axis=0, out=self.boundary(0, tokens.shape[1]))
@@ -254,9 +245,9 @@ class Session:
         self,
         number: int,
         new: int,
-        counts: NDArray[np.int64] | None = None,
+        counts: Sequence[int] | None = None,
         *,
-        places: NDArray[np.int64] | None = None,
+        places: Sequence[int] | None = None,
     ) -> Floats:
         """Runs a segment over what its boundary holds.
 
@@ -276,7 +267,44 @@ class Session:
         self._advance(self.parts[number], new, counts, places)
         return self.boundary(number + 1, new)
 
-    def adapt(self, number: int, new: int, counts: NDArray[np.int64] | None = None) -> Floats:
+    def run_all(
+        self, first: int, last: int, new: int, counts: Sequence[int] | None = None
+    ) -> Floats:
+        """Runs segments from `first` to before `last`, one after the other.
+
+        With a segment's weights just passed through the processor's caches, every line of Python
+        starts cold; so, where it can be, everything is written before the first of them.
+
+        Args:
+            first, last: Which segments.
+            new, counts: As for `run`.
+
+        Returns:
+            Boundary `last`, ``[batch, new, width]``.
+        """
+        parts = self.parts[first:last]
+        lengths = parts[0].caches.lengths
+        calls = [call for part in parts if (call := part.only_call(new)) is not None]
+        if len(calls) < len(parts) or any(part.caches.lengths != lengths for part in parts):
+            for number in range(first, last):
+                self.run(number, new, counts)
+            return self.boundary(last, new)
+        for part in parts:
+            part.caches.check_room(new, part.segment.name)
+        self._places.write(new, lengths)
+        done = 0
+        try:
+            for call in calls:
+                call()
+                done += 1
+        except Exception as error:
+            raise parts[done].failure(error) from error
+        added = [new] * self.batch if counts is None else counts
+        for part in parts:
+            part.caches.advance(added)
+        return self.boundary(last, new)
+
+    def adapt(self, number: int, new: int, counts: Sequence[int] | None = None) -> Floats:
         """Lets the exit behind a segment take what the segment's run has just made.
 
         Caches of an adapter must have no holes: whoever asks an exit gives it every state that
@@ -298,38 +326,58 @@ class Session:
         self,
         part: Part,
         new: int,
-        counts: NDArray[np.int64] | None,
-        places: NDArray[np.int64] | None = None,
+        counts: Sequence[int] | None,
+        places: Sequence[int] | None = None,
     ) -> None:
-        longest = part.caches.check_room(new, part.segment.name)
-        self._place(part.caches.lengths if places is None else places, new)
-        part.run(new, longest)
-        part.caches.lengths += new if counts is None else counts
+        caches = part.caches
+        caches.check_room(new, part.segment.name)
+        self._places.write(new, caches.lengths, places)
+        part.run(new)
+        caches.advance([new] * self.batch if counts is None else counts)
 
-    def project(self, number: int, rows: NDArray[np.bool_], places: NDArray[np.int64]) -> None:
+    def project(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
         """Lets one state per row skip a segment: what its boundary holds for these rows leaves keys
         and values in the segment's caches (`Segment.projection`), and is not changed.
 
         Args:
-            rows: Which rows, ``[batch]``.
+            rows: Which rows.
             places: Position of each row's state, ``[batch]``.
         """
         part = self.parts[number]
-        self._place(places, 1)
+        self._places.write(1, part.caches.lengths, places)
         part.caches.append(part.project(), rows)
-        part.caches.lengths[rows] += 1
+        part.caches.advance([int(row in rows) for row in range(self.batch)])
 
-    def _place(self, places: NDArray[np.int64], new: int) -> None:
-        positions = self.positions(new)
-        if new == 1:
-            positions[:, 0] = places
-        else:
-            np.add(places[:, None], np.arange(new), out=positions)
-
-    def crop(self, lengths: NDArray[np.int64]) -> None:
+    def crop(self, lengths: Sequence[int]) -> None:
         """Shortens every cache that is longer to these lengths ``[batch]``."""
         for part in self.cached:
-            np.minimum(part.caches.lengths, lengths, out=part.caches.lengths)
+            part.caches.crop(lengths)
+
+    def empty(self) -> None:
+        """Forgets the texts."""
+        self.crop([0] * self.batch)
+        for ring in self.rings:
+            ring.clear()
+
+    def portions(
+        self, ring: Ring, part: Part, number: int
+    ) -> Iterator[tuple[int, list[int], list[tuple[int, int]]]]:
+        """Empties a ring into a boundary that a part reads, as much at a time as one run takes.
+
+        Yields:
+            New tokens per row in boundary `number`; how many of them count, per row; and for every
+            row whose newest state is among them, the row and its place.
+        """
+        waiting, start = ring.counts, 0
+        while start < max(waiting):
+            # Rows with fewer states are padded, and padding must not run over the end of a cache.
+            new = min(self.chunk, max(waiting) - start, self.capacity - part.caches.longest())
+            self.boundary(number, new)[...] = ring.states(start, start + new)
+            counts = [min(max(count - start, 0), new) for count in waiting]
+            ends = [(n, c - start - 1) for n, c in enumerate(waiting) if start < c <= start + new]
+            yield new, counts, ends
+            start += new
+        ring.clear()
 
 
 @dataclass(frozen=True)
@@ -350,26 +398,18 @@ class Part:
         number: int,
         batch: int,
         capacity: int,
-        positions: HostSlot,
+        places: Places,
         boundaries: Sequence[Boundary],
     ) -> None:
         self.segment, self.variant = opened.segments[number], opened.variants[number]
         self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
         self.caches = SegmentCaches(self.segment.caches, batch, capacity, opened.engine)
-        self._positions, self._boundaries = positions, boundaries
+        self._places, self._boundaries = places, boundaries
         self._opened, self._number = opened, number
         self._projection: tuple[Callable[[], object], dict[str, NDArray[Any]]] | None = None
         self._bindings: dict[
             tuple[int, int | None], tuple[Callable[[], object], dict[str, NDArray[Any]]]
         ] = {}
-        self._lengths = {
-            kind: HostSlot(max(1, batch) * np.dtype(LENGTHS[kind][0]).itemsize)
-            for kind in self.variant.lengths
-        }
-        self._length_views = {
-            kind: slot.array(np.dtype(LENGTHS[kind][0]), (batch,) if LENGTHS[kind][1] else ())
-            for kind, slot in self._lengths.items()
-        }
         self.answers: dict[str, NDArray[Any]] = {}
         self._answer_slots = {
             tensor.name: HostSlot(batch * _width(tensor.axes) * np.dtype(tensor.dtype).itemsize)
@@ -377,41 +417,42 @@ class Part:
             if "new" not in tensor.axes
         }
 
-    def run(self, new: int, longest: int) -> None:
-        """Runs over the boundary; lengths are those before it, the longest of them given."""
+    def run(self, new: int) -> None:
+        """Runs over the boundary; lengths are those before it."""
         lengths = self.caches.lengths
-        views = self._length_views
-        if "past" in views:
-            views["past"][...] = lengths
-        if "last" in views:
-            np.add(lengths, new - 1, out=views["last"], casting="unsafe")
-        if self._batch > 1 and new > 1 and longest and "most" in views:
+        if self._batch > 1 and new > 1 and max(lengths) and "most" in self.variant.lengths:
             # ONNX Runtime's operator takes several new tokens behind a past for one row only.
-            for row, length in enumerate(lengths.tolist()):
-                views["most"][...] = length + new
+            for row, length in enumerate(lengths):
+                self._places.write_most(length + new)
                 self._call(new, row)
             return
-        if "most" in views:
-            views["most"][...] = longest + new
         made = self._call(new, None)
         if made:
             self.caches.append(made)
 
     def _call(self, new: int, row: int | None) -> dict[str, NDArray[Any]]:
-        bound = self._bindings.get((new, row))
-        if bound is None:
-            bound = self._bind(new, row)
-        run, made = bound
+        run, made = self._bindings.get((new, row)) or self._bind(new, row)
         try:
             run()
         except Exception as error:
-            engine = self._engine.describe()
-            raise EngineError(
-                f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
-                f"{str(error).splitlines()[0][:300]}",
-                fix="This is a bug in edgeexit or the engine; please report it.",
-            ) from error
+            raise self.failure(error) from error
         return made
+
+    def only_call(self, new: int) -> Callable[[], object] | None:
+        """The call that is all of `run`; None where there is more to do."""
+        if self.variant.caches == "append" or (self._batch > 1 and new > 1):
+            return None
+        run, _ = self._bindings.get((new, None)) or self._bind(new, None)
+        return run
+
+    def failure(self, error: Exception) -> EngineError:
+        """What to raise when the engine fails."""
+        engine = self._engine.describe()
+        return EngineError(
+            f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
+            f"{str(error).splitlines()[0][:300]}",
+            fix="This is a bug in edgeexit or the engine; please report it.",
+        )
 
     def _bind(
         self, new: int, row: int | None
@@ -422,12 +463,10 @@ class Part:
         state, positions, *_ = self.segment.inputs
         inputs: dict[str, Bound] = {
             state.name: (before.slot, before.dtype, (batch, new, before.width)),
-            positions.name: (self._positions, np.dtype(np.int64), (batch, new)),
+            positions.name: self._places.positions(new),
             **self.caches.past(),
+            **self._places.lengths(self.variant.lengths),
         }
-        for kind, slot in self._lengths.items():
-            dtype, axes = LENGTHS[kind]
-            inputs[f"lengths/{kind}"] = (slot, np.dtype(dtype), (batch,) if axes else ())
         outputs: dict[str, Bound] = {}
         for tensor in self.segment.outputs:
             dtype_ = np.dtype(tensor.dtype)
@@ -478,7 +517,7 @@ class Part:
             state, positions, *_ = self.segment.inputs
             inputs: dict[str, Bound] = {
                 state.name: (before.slot, before.dtype, (self._batch, 1, before.width)),
-                positions.name: (self._positions, np.dtype(np.int64), (self._batch, 1)),
+                positions.name: self._places.positions(1),
             }
             outputs, made = self._new_caches(1)
             graph = self._opened.projection(self._number)

@@ -236,8 +236,8 @@ def compare_caches(
         expected = answers.reference.caches(text)
         parts = [*session.parts, *(session.adapters[number] for number in asked)]
         for part in parts:
-            length = int(part.caches.lengths[row])
-            waiting = int(session.parts[0].caches.lengths[row]) - length
+            length = part.caches.lengths[row]
+            waiting = session.parts[0].caches.lengths[row] - length
             assert waiting in (0, 1), "the last draft's state may wait, no other"
             if all_rows:
                 assert length == len(text) - 1
@@ -250,7 +250,7 @@ def compare_caches(
                 )
     assert compared, "rows that ended are emptied; one should be left"
     for number, part in session.adapters.items():
-        assert number in asked or not part.caches.lengths.any()
+        assert number in asked or not any(part.caches.lengths)
 
 
 @pytest.mark.parametrize("drafts", [1, 4])
@@ -301,7 +301,7 @@ def test_states_that_wait_enter_adapters_when_a_full_ring_is_caught_up(
     mode = Fast(session, ["exit_1", "exit_2", "exit_4"], [-np.inf, 0.5], pending=3)
     tokens = [[int(token)] for token in mode.prefill([np.array(prompt) for prompt in prompts])]
     for _ in range(NEW):
-        for made, found in zip(tokens, mode.step(np.ones(len(prompts), bool)), strict=True):
+        for made, found in zip(tokens, mode.step([True] * len(prompts)), strict=True):
             made += found
     assert list(mode.statistics.exits) == ["exit_1"]
     assert mode.statistics.catch_ups > 2

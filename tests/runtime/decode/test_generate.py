@@ -267,7 +267,7 @@ def test_caches_after_catching_up_are_those_of_full_decoding(
         {c.name: part.caches.rows(c.name).copy() for c in part.segment.caches}
         for part in session.parts
     ]
-    lengths = [int(part.caches.lengths[0]) for part in session.parts]
+    lengths = [part.caches.lengths[0] for part in session.parts]
     assert lengths == [len(text) - 1] * len(session.parts)
     decoder.generate(text[:-1], max_new_tokens=1).finish()
     for part, before in zip(session.parts, kept, strict=True):
@@ -326,7 +326,7 @@ def test_what_the_capacity_has_no_room_for_is_refused_before_anything_is_written
         session.run(0, 10)
         with pytest.raises(InputError, match="segment_0: .* 10 tokens, and 3 more .* 12"):
             session.run(0, 3)
-        assert session.parts[0].caches.lengths.tolist() == [10]
+        assert session.parts[0].caches.lengths == [10]
         session.run(0, 2)
         for part in session.parts[1:]:
             for cache in part.segment.caches:
