@@ -2,7 +2,7 @@
 
     python benchmarks/codelm.py            # the trained checkpoint of examples/codelm
     python benchmarks/codelm.py --quick    # few prompts
-    python benchmarks/codelm.py --keep --only quality
+    python benchmarks/codelm.py --keep --only quality    # with what truncated-N were trained since
 
 Every way to decode continues the same 50 prompts, taking turns. benchmarks/README.md says what each
 figure means.
@@ -42,7 +42,7 @@ from alternatives import Copied, Missing, Random  # noqa: E402
 
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
-CHOOSING_PROMPTS = 40
+CHOOSING_PROMPTS, ASKING_PROMPTS = 40, 6
 AGREEMENT, AIMED_AGREEMENT = 0.95, 0.96
 """Of early exits' tokens with the last exit: what is asked for, and what thresholds are chosen for
 on other prompts."""
@@ -77,6 +77,7 @@ def main() -> None:
         result = json.loads((RESULTS / "codelm.json").read_text())
         if result["training"] != training:
             sys.exit("the last result is of another checkpoint: measure all parts")
+        result.pop("verdicts", None)
         chosen = result["chosen"]
     else:
         chosen = choose(
@@ -101,8 +102,9 @@ def main() -> None:
         machine = watch.stop(0.0)
         machine.pop("other_load_cores")
         result[name] = found | {"environment": environment.describe() | {"machine": machine}}
-    result["verdicts"] = judge(result)
-    save("codelm", result, quick=given.quick)
+        if set(PARTS) <= result.keys():
+            result["verdicts"] = judge(result)
+        save("codelm", result, quick=given.quick)
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,13 +136,14 @@ def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
 
     Caches are exact in this mode, so what an exit says at a place does not depend on the exits
     taken before: the model's own continuations are written once, every exit is asked everywhere,
-    and every choice of thresholds is then replayed over that. Its cost is that of the layers and
-    heads a token needs, heads at what they were seen to take, catching up at a tenth per row.
+    and every choice of thresholds is then replayed over that. Its cost is that of the layers a
+    token needs and of asking exits, at what that was seen to take, catching up at a tenth per row.
     """
     with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
         names = [leave.name for leave in model.exits]
         layers = [int(name.rpartition("_")[2]) for name in names]
-        said, scores, head_share = ask_everywhere(model, prompts)
+        said, scores = ask_everywhere(model, prompts)
+        asking = asking_costs(model, prompts[:ASKING_PROMPTS])
     best: dict[str, dict[str, Any]] = {
         kind: {"cost": np.inf} for kind in ("agreement", "agreement_of_all_tokens")
     }
@@ -148,7 +151,7 @@ def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
         quantiles = np.quantile(values, np.linspace(0.05, 0.95, 16), axis=1).T
         limits = [[np.inf, *row] for row in quantiles[:-1]]
         for thresholds in itertools.product(*limits):
-            found = replay(said, values, thresholds, layers, head_share)
+            found = replay(said, values, thresholds, layers, asking)
             for kind, known in best.items():
                 if found[kind] < AIMED_AGREEMENT or found["cost"] >= known["cost"]:
                     continue
@@ -159,44 +162,59 @@ def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
                 }
                 rounded = {key: round(value, 4) for key, value in found.items()}
                 best[kind] = {"score": score, "thresholds": chosen, **rounded}
-    return {"strict": best["agreement"], "loose": best["agreement_of_all_tokens"]}
+    return {
+        "strict": best["agreement"],
+        "loose": best["agreement_of_all_tokens"],
+        "asking_costs": dict(zip(names, np.round(asking, 4).tolist(), strict=False)),
+    }
 
 
 def ask_everywhere(
     model: runtime.Decoder, prompts: list[list[int]]
-) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What every exit says behind every token of the model's own continuations.
 
     Returns:
-        Tokens ``[exits, places]``, scores ``[exits, places]`` by name, and the time of a head
-        relative to that of all layers.
+        Tokens ``[exits, places]`` and scores ``[exits, places]`` by name.
     """
     said: list[list[np.ndarray]] = [[] for _ in model.exits]
     scores: dict[str, list[list[np.ndarray]]] = {
         name: [[] for _ in model.exits] for name in ("max_prob", "margin", "entropy")
     }
-    layers_s = heads_s = 0.0
     for prompt in prompts:
         made = model.generate(prompt, max_new_tokens=NEW_TOKENS, text=False).finish()
-        tokens = made.tokens[0]
-        layers_s += made.decode_s / max(1, len(tokens) - 1)
         session = model.session(1)
         head = session.head(scores)
-        for number, states in enumerate(all_states(session, [*prompt, *tokens])):
-            rows = states[len(prompt) - 1 : -1]
-            answers = head(rows)
+        for number, states in enumerate(all_states(session, [*prompt, *made.tokens[0]])):
+            answers = head(states[len(prompt) - 1 : -1])
             said[number].append(answers["token"].copy())
             for name, found in scores.items():
                 found[number].append(answers[name].copy())
-        started = time.perf_counter()
-        for _ in range(20):
-            head(rows[:1])
-        heads_s += (time.perf_counter() - started) / 20
-    tokens_ = np.array([np.concatenate(one) for one in said])
-    values = {
+    tokens = np.array([np.concatenate(one) for one in said])
+    return tokens, {
         name: np.array([np.concatenate(one) for one in found]) for name, found in scores.items()
     }
-    return tokens_, values, heads_s / layers_s
+
+
+def asking_costs(model: runtime.Decoder, prompts: list[list[int]]) -> list[float]:
+    """What it takes to ask each early exit in vain, relative to a token of all layers.
+
+    Each is asked alone, with a threshold out of reach, in turns with asking none.
+    """
+    names = [leave.name for leave in model.exits]
+    never = [np.inf] * (len(names) - 1)
+    ways = [never] + [[*never[:n], 2.0, *never[n + 1 :]] for n in range(len(never))]
+    times: list[list[float]] = [[] for _ in ways]
+    for prompt in prompts:
+        for way, thresholds in enumerate(ways):
+            mode = Fast(model.session(1), names, thresholds, score="margin")
+            mode.prefill([np.array(prompt)])
+            for _ in range(NEW_TOKENS // 2):
+                started = time.perf_counter()
+                mode.step([True])
+                times[way].append(time.perf_counter() - started)
+    none, *asked = (float(np.median(one)) for one in times)
+    return [max(0.0, one / none - 1) for one in asked]
 
 
 def replay(
@@ -204,10 +222,10 @@ def replay(
     values: np.ndarray,
     thresholds: tuple[float, ...],
     layers: list[int],
-    head_share: float,
+    asking: list[float],
 ) -> dict[str, float]:
     """Agreement of early tokens with the last exit, the share of early tokens, and the mean cost of
-    a token relative to all layers and one head."""
+    a token relative to all layers and the last exit's head."""
     places = said.shape[1]
     undecided = np.ones(places, bool)
     agreed = early = 0
@@ -220,8 +238,8 @@ def replay(
         final = number == len(layers) - 1
         if not final and thresholds[number] == np.inf:
             continue
-        cost += head_share * undecided.sum()
         if not final:
+            cost += asking[number] * undecided.sum()
             fires = undecided & (values[number] >= thresholds[number])
             early += int(fires.sum())
             agreed += int((said[number] == said[-1])[fires].sum())
@@ -230,7 +248,7 @@ def replay(
         "agreement": agreed / early if early else 1.0,
         "agreement_of_all_tokens": 1 - (early - agreed) / places,
         "early": early / places,
-        "cost": float(cost / places / (1 + head_share)),
+        "cost": float(cost / places),
     }
 
 
