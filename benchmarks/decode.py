@@ -41,7 +41,7 @@ PROMPTS, NEW_TOKENS = 8, 96
 LENGTHS = (64, 600)
 GROWTH = (64, 512, 2048)
 TURNS = {"full": 16, "quick": 2}
-PEER_SETTINGS: list[Any] = ["default", "blocking", 1]
+PEER_SETTINGS: list[Any] = ["default", "blocking", *range(1, available_cores() + 1)]
 
 
 def main() -> None:
@@ -102,6 +102,7 @@ def make_models(folder: Path, shape: dict[str, int]) -> None:
     run([sys.executable, "-m", "edgeexit", *export, "-o", str(folder / "bundle")])
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
     places = ["-m", str(folder / "checkpoint"), "-o", str(folder / "genai")]
+    places += ["--extra_options", "prune_lm_head=true"]  # logits of the last token only, as ours
     run([*builder, *places, "-c", str(folder / "cache")])
 
 

@@ -262,7 +262,7 @@ def _write(
         about = model.describe_engine()
     statistics = made.statistics
     facts = {
-        "tokens": statistics.tokens,
+        "tokens": sum(map(len, made.tokens)),
         "tokens_per_s": made.tokens_per_s,
         "first_token_ms": made.first_token_s * 1000,
         "exits": statistics.exits,
@@ -281,7 +281,7 @@ def _write(
     if not stream:
         for start, text in zip(before, made.texts, strict=True):
             click.echo(start + text)
-    said = [f"{statistics.tokens} tokens, first after {facts['first_token_ms']:.0f} ms"]
+    said = [f"{facts['tokens']} tokens, first after {facts['first_token_ms']:.0f} ms"]
     if made.tokens_per_s is not None:
         said.append(f"then {made.tokens_per_s:.1f} tokens/s")
     said.append("exits " + ", ".join(f"{k} {v}" for k, v in sorted(statistics.exits.items())))

@@ -202,7 +202,12 @@ def bench_decoder(
             extra = own if what == "modes" else {}
 
             def make(setting: Any) -> Side:
-                arguments = {**common, **extra, "new_tokens": SEARCH_TOKENS, "threads": setting}
+                arguments = {
+                    **common,
+                    **extra,
+                    "new_tokens": min(new_tokens, SEARCH_TOKENS),
+                    "threads": setting,
+                }
                 return Side(f"{SUBJECTS}:{what}", arguments, name=what)
 
             tell(f"thread settings: {what}", 0, 0)

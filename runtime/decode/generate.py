@@ -7,6 +7,7 @@ statistics that fill while it runs.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -179,8 +180,21 @@ class Decoder(Loaded):
             raise UsageError(
                 f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."
             )
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}", fix="Use 1 or more.")
+        if max_new_tokens is not None:
+            if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+                raise UsageError(
+                    f"max_new_tokens is {max_new_tokens!r}", fix="Use a whole number from 1 up."
+                )
+            max_new_tokens = int(max_new_tokens)
+        if not isinstance(draft_threshold, (int, float)) or math.isnan(draft_threshold):
+            raise UsageError(f"draft_threshold is {draft_threshold!r}", fix="Use a number.")
+        if drafts is not None and not isinstance(drafts, (int, np.integer)):
+            raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number, or None.")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise UsageError(
+                f"sampling is a {type(sampling).__name__}",
+                fix="Use edgeexit.runtime.Sampling(temperature=0.8, ...).",
+            )
         if sampling is not None:
             sampling.check()
         opened = self._check_usable()
@@ -330,11 +344,11 @@ class Decoder(Loaded):
             if (text and self.bundle.manifest.tokenizer is not None) or stops:
                 tokenizer = self._tokenizers()
                 streams = [Stream(tokenizer, stops) for _ in prompts]
+            started = time.perf_counter()
             session = self.session(len(prompts))
             mode = make_mode(session)
             generation.statistics = mode.statistics
             active = [True] * len(prompts)
-            started = time.perf_counter()
             new = [[int(token)] for token in mode.prefill(prompts)]
             first = time.perf_counter()
             generation.first_token_s = first - started

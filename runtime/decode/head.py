@@ -53,8 +53,9 @@ class SharedHead:
     def open(self, scores: frozenset[str]) -> Graph:
         """The graph with these scores at least; opened again if it lacks one."""
         if self.graph is None or not scores <= self.scores:
-            self.scores |= scores
-            self.graph = self.engine.open(self.path, self.names(self.scores))
+            wanted = self.scores | scores
+            graph = self.engine.open(self.path, self.names(wanted))
+            self.graph, self.scores = graph, wanted
         return self.graph
 
     def plain_name(self, tensor: Tensor) -> str:

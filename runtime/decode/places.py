@@ -56,6 +56,7 @@ class Places:
         written = (new, tuple(filled), None if places is None else tuple(places))
         if written == self._written:
             return
+        self._written = None  # until all is written: an interruption must not leave half of it
         positions = self._position_views.get(new)
         if positions is None:
             slot, dtype, shape = self.positions(new)

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import EdgeExitError, EngineError, InputError, StateError, UsageError
+from edgeexit.errors import (
+    EdgeExitError,
+    EngineError,
+    InputError,
+    PolicyError,
+    StateError,
+    UsageError,
+)
 from edgeexit.export import DecodeModel, export_decoder
 from edgeexit.export.models import from_pretrained
 from edgeexit.manifest import Cache
@@ -434,7 +441,14 @@ def test_prompts_that_cannot_be_meant_are_refused(
 
 
 def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle: Bundles) -> None:
-    for wrong in ({"mode": "quick"}, {"max_new_tokens": 0}):
+    for wrong in (
+        {"mode": "quick"},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"drafts": 2.5},
+        {"draft_threshold": float("nan")},
+        {"sampling": {"temperature": 0.8}},
+    ):
         with pytest.raises(UsageError):
             llama.generate([5], **wrong)  # type: ignore[arg-type]
     with pytest.raises(EdgeExitError, match="exit_9"):
@@ -444,6 +458,17 @@ def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle
             load_decoder(decoder_bundle("llama"), capacity=capacity)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="load_decoder"):
         load(decoder_bundle("llama"))
+
+
+def test_a_score_that_the_head_does_not_have_spoils_no_later_text(llama: Decoder) -> None:
+    [prompt] = random_prompts(1, [5])
+    expected = llama.generate(prompt, max_new_tokens=NEW).finish().tokens
+    known = llama.policy
+    llama.policy = Policy(score="unheard-of")
+    with pytest.raises(PolicyError, match="unheard-of"):
+        llama.generate(prompt, mode="exact", draft_threshold=0.5).finish()
+    llama.policy = known
+    assert llama.generate(prompt, max_new_tokens=NEW).finish().tokens == expected
 
 
 def test_a_forward_bundle_is_no_decoder(toy_bundle: Bundle) -> None:
