@@ -161,7 +161,14 @@ def command(
     room = [] if capacity is None else ["capacity"]
     if prompts or messages:
         if exit_name is not None:
-            raise UsageError("--exit is for models of one pass", fix="Use --draft-exit.")
+            raise UsageError(
+                "--exit is for models of one pass",
+                fix="--mode exact --draft-exit NAME drafts with one exit; a policy with a "
+                "threshold for that exit alone lets it answer.",
+            )
+        _check_mode(mode or "full", writing, given, threshold)
+        if rows is not None:
+            raise UsageError("--rows is for --data", fix="Leave it out.")
         if talking and not (chat or messages):
             raise UsageError(
                 f"--{next(iter(talking)).replace('_', '-')} is for conversations", fix="Add --chat."
@@ -220,6 +227,30 @@ def command(
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
         click.echo(f"{right} of {len(labelled)} right")
+
+
+def _check_mode(
+    mode: str, writing: dict[str, Any], draws: dict[str, Any], threshold: float | None
+) -> None:
+    """Refuses options that the mode would pass over in silence."""
+    early = ("fast", "approximate")
+    of_modes = {
+        "threshold": (threshold is not None, early),
+        "audit": ("audit" in writing, ("fast",)),
+        "draft-exit": ("draft_exit" in writing, ("exact",)),
+        "drafts": ("drafts" in writing, ("exact",)),
+    }
+    for option, (given, modes) in of_modes.items():
+        if given and mode not in modes:
+            raise UsageError(
+                f"--{option} does nothing in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
+            )
+    if draws and "temperature" not in draws:
+        raise UsageError(
+            f"--{next(iter(draws)).replace('_', '-')} does nothing where the likeliest token is "
+            "taken",
+            fix="Add --temperature.",
+        )
 
 
 def _write(
