@@ -84,6 +84,7 @@ class Generation:
     first_token_s: float = 0.0
     decode_s: float = 0.0
     _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
+    _failed: str | None = field(default=None, repr=False)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -95,11 +96,22 @@ class Generation:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if self._failed is not None:
+            raise StateError(
+                f"this text ended with an error ({self._failed}); it is not whole",
+                fix="Generate it again.",
+            )
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._failed = type(error).__name__
+            raise
 
     def finish(self) -> Generation:
         """Runs to the end and returns itself."""
-        for _ in self._pieces:
+        for _ in self:
             pass
         return self
 

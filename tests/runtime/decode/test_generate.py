@@ -510,8 +510,11 @@ def test_a_callback_that_raises_leaves_the_model_usable(llama: Decoder, expected
 
     [prompt] = random_prompts(1, [9])
     before = llama.generate(prompt, max_new_tokens=6).finish().tokens
+    failed = llama.generate(prompt, max_new_tokens=6, on_piece=fail)
     with pytest.raises(RuntimeError, match="mine"):
-        llama.generate(prompt, max_new_tokens=6, on_piece=fail).finish()
+        failed.finish()
+    with pytest.raises(StateError, match="ended with an error"):
+        failed.finish()
     assert llama.generate(prompt, max_new_tokens=6).finish().tokens == before
 
 
