@@ -80,7 +80,7 @@ def main() -> None:
         result.pop("verdicts", None)
         chosen = result["chosen"]
     else:
-        chosen = choose(
+        chosen, asking = choose(
             bundle, data.prompts("train", tokenizer, 4 if given.quick else CHOOSING_PROMPTS, seed=1)
         )
         result = {
@@ -89,6 +89,7 @@ def main() -> None:
             "new_tokens": NEW_TOKENS,
             "training": training,
             "chosen": chosen,
+            "asking_costs": asking,
         }
     say(f"  chosen: {chosen}")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -129,7 +130,9 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
+def choose(
+    bundle: Path, prompts: list[list[int]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Score, exits and thresholds with which `fast` should be fastest, among those whose early
     tokens (``strict``), or all of whose tokens (``loose``), agree with the last exit often enough.
     On prompts of the training split.
@@ -138,6 +141,9 @@ def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
     taken before: the model's own continuations are written once, every exit is asked everywhere,
     and every choice of thresholds is then replayed over that. Its cost is that of the layers a
     token needs and of asking exits, at what that was seen to take, catching up at a tenth per row.
+
+    Returns:
+        The choices, and what asking each early exit costs (`asking_costs`), by its name.
     """
     with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
         names = [leave.name for leave in model.exits]
@@ -162,11 +168,8 @@ def choose(bundle: Path, prompts: list[list[int]]) -> dict[str, Any]:
                 }
                 rounded = {key: round(value, 4) for key, value in found.items()}
                 best[kind] = {"score": score, "thresholds": chosen, **rounded}
-    return {
-        "strict": best["agreement"],
-        "loose": best["agreement_of_all_tokens"],
-        "asking_costs": dict(zip(names, np.round(asking, 4).tolist(), strict=False)),
-    }
+    chosen = {"strict": best["agreement"], "loose": best["agreement_of_all_tokens"]}
+    return chosen, dict(zip(names, np.round(asking, 4).tolist(), strict=False))
 
 
 def ask_everywhere(
@@ -318,6 +321,7 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
     modes["audit"], modes["audit_loose"] = summary(audit), summary(loose)
     found: dict[str, Any] = {
         "threads": {"chain": setting, "transformers": peer_setting},
+        "threads_tried": {"chain": tried, "transformers": peer_tried},
         "modes": modes,
         "random_chances": chances,
         "transformers": {},

@@ -62,7 +62,7 @@ def main() -> None:
         rows = [{"tokens": rng.integers(1, vocabulary, length)} for _ in range(PROMPTS)]
         write_inputs(folder / f"prompts-{length}.npz", rows)
     result: dict[str, Any] = {"shape": (QUICK_SHAPE if given.quick else SHAPE) | {"layers": LAYERS}}
-    chosen = search(folder)
+    chosen, result["threads_tried"] = search(folder)
     result["threads"] = chosen
     result["prompts"] = {
         str(length): against_peers(folder, length, chosen, turns) for length in LENGTHS
@@ -131,9 +131,9 @@ def side(folder: Path, what: str, length: int, threads: Any, new: int = NEW_TOKE
 CASES = {"chain": "full", "unsplit": "unsplit", "genai": "genai"}
 
 
-def search(folder: Path) -> dict[str, Any]:
-    """Every side's best thread setting, on the shorter prompts."""
-    found = {}
+def search(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Every side's best thread setting, on the shorter prompts, and how the others did."""
+    found, others = {}, {}
     for what, case in CASES.items():
         tried = PEER_SETTINGS if what == "genai" else settings("cpu", available_cores())
 
@@ -142,9 +142,9 @@ def search(folder: Path) -> dict[str, Any]:
 
         best, chosen, relative = best_setting(make, case, tried, seconds=2.0)
         best.close()
-        found[what] = chosen
+        found[what], others[what] = chosen, relative
         say(f"  {what}: threads {chosen} {relative}")
-    return found
+    return found, others
 
 
 def against_peers(folder: Path, length: int, chosen: dict[str, Any], turns: int) -> dict[str, Any]:

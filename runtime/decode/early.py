@@ -127,9 +127,8 @@ class Fast:
         return self._current[:, 0]
 
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
-        """Those of the rows that an exit's answers are good enough for."""
-        scores, threshold = answers[self._score].tolist(), self._thresholds[number]
-        return [row for row in rows if scores[row] >= threshold]
+        """Those of the rows that leave at an exit."""
+        return _good_enough(answers[self._score], self._thresholds[number], rows)
 
     def _wait(self, number: int, states: Floats, counts: Sequence[int]) -> None:
         if number < len(self.session.parts):
@@ -236,12 +235,17 @@ class Approximate:
         answers = self._head(states)
         leaving = undecided
         if not final:
-            scores, threshold = answers[self._score].tolist(), self._thresholds[number]
-            leaving = [row for row in undecided if scores[row] >= threshold]
+            leaving = _good_enough(answers[self._score], self._thresholds[number], undecided)
         for row in leaving:
             self._current[row, 0] = pick(answers, row, self.sampler)
         self.statistics.count(self.exits[number], len(leaving))
         return leaving
+
+
+def _good_enough(scores: Floats, threshold: float, rows: list[int]) -> list[int]:
+    """Those of the rows whose score ``[batch]`` reaches the threshold."""
+    found = scores.tolist()
+    return [row for row in rows if found[row] >= threshold]
 
 
 __all__ = ["Approximate", "Fast"]

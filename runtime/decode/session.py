@@ -419,16 +419,19 @@ class Part:
 
     def run(self, new: int) -> None:
         """Runs over the boundary; lengths are those before it."""
-        lengths = self.caches.lengths
-        if self._batch > 1 and new > 1 and max(lengths) and "most" in self.variant.lengths:
-            # ONNX Runtime's operator takes several new tokens behind a past for one row only.
-            for row, length in enumerate(lengths):
+        if self._row_by_row(new):
+            for row, length in enumerate(self.caches.lengths):
                 self._places.write_most(length + new)
                 self._call(new, row)
             return
         made = self._call(new, None)
         if made:
             self.caches.append(made)
+
+    def _row_by_row(self, new: int) -> bool:
+        """ONNX Runtime's operator takes several new tokens behind a past for one row only."""
+        several = self._batch > 1 and new > 1
+        return several and "most" in self.variant.lengths and self.caches.longest() > 0
 
     def _call(self, new: int, row: int | None) -> dict[str, NDArray[Any]]:
         run, made = self._bindings.get((new, row)) or self._bind(new, row)
@@ -440,7 +443,7 @@ class Part:
 
     def only_call(self, new: int) -> Callable[[], object] | None:
         """The call that is all of `run`; None where there is more to do."""
-        if self.variant.caches == "append" or (self._batch > 1 and new > 1):
+        if self.variant.caches == "append" or self._row_by_row(new):
             return None
         run, _ = self._bindings.get((new, None)) or self._bind(new, None)
         return run
