@@ -17,9 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgeexit.manifest import Tensor
+
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kind = Literal["past", "last", "most"]
 Caches = Literal["in-place", "fixed", "append"]
+_PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
 FLOAT32_ATTENTION = "float32-attention"
 """What `Fixed` asks of an engine in float32 only: TensorRT's Attention takes half precision."""
 
@@ -57,13 +60,18 @@ class InPlace(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
+        self.shared: tuple[Tensor, ...] = (
+            _PLACES,
+            Tensor(name="last", dtype="int32", axes=["batch"]),
+            Tensor(name="most", dtype="int32", axes=[]),
+        )
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What the layers of a part share."""
+        """What layers share: `shared`."""
         return (positions, *lengths)
 
     def forward(
@@ -116,13 +124,18 @@ class Fixed(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
+        self.shared: tuple[Tensor, ...] = (
+            _PLACES,
+            Tensor(name="filled", dtype="int64", axes=["batch"]),
+            Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"]),
+        )
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What the layers of a part share: which places of the cache each new token sees."""
+        """What layers share (`shared`): which places of the cache each new token sees."""
         (filled,) = lengths
         last = filled.unsqueeze(1) + torch.arange(positions.shape[1], device=positions.device)
         seen = torch.arange(capacity, device=positions.device) <= last.unsqueeze(2)
@@ -184,14 +197,20 @@ class Append(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
+        alone = heads.queries == heads.keys
+        self.shared: tuple[Tensor, ...] = (
+            Tensor(name="beyond", dtype="bool", axes=["batch", 1, 1, "past"]),
+            Tensor(name="later", dtype="bool", axes=["new" if alone else "queries", "new"]),
+        )
         if heads.rotary is not None:
+            self.shared += rotations(heads)
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What the layers of a part share: rotations, and which of the cached and of the new keys
-        each new token does not see."""
+        """What layers share (`shared`): which of the cached and of the new keys each new token does
+        not see (each query, where several share keys), and rotations."""
         (filled,) = lengths
         new, shared = positions.shape[1], self.heads.queries // self.heads.keys
         beyond = torch.arange(capacity, device=positions.device) >= filled.reshape(-1, 1, 1, 1)
@@ -281,6 +300,12 @@ def angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def rotations(heads: Heads) -> tuple[Tensor, ...]:
+    """Describes `angles`."""
+    axes: list[str | int | None] = ["batch", 1, "new", heads.size // 2]
+    return tuple(Tensor(name=name, dtype="float32", axes=axes) for name in ("cos", "sin"))
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

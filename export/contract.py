@@ -58,12 +58,47 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One of the layers of a `Stack`.
+
+    Attributes:
+        module: ``forward(state, *own, *shared)`` returns ``(state, *made)``. Layers that compute
+            alike have one module in common, which is traced once.
+        weights: What is the layer's own: parameters and buffers, by their names in the module.
+    """
+
+    module: nn.Module
+    weights: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers on top of each other, in the pieces that they are exported in.
+
+    Attributes:
+        entry: ``forward(*inputs)`` returns ``(state, *shared)``: the first state, and what all
+            layers share (masks, rotations).
+        state: What goes from layer to layer.
+        shared: What they share.
+        layers: From the first to the last.
+        head: ``forward(state)`` gives the output; None if that is the state itself.
+    """
+
+    entry: nn.Module
+    state: Tensor
+    shared: tuple[Tensor, ...]
+    layers: Sequence[Layer]
+    head: nn.Module | None = None
+
+
+@dataclass(frozen=True)
 class Form:
     """One way to write the graph of a part with caches.
 
     Attributes:
-        module: ``forward(*inputs, *lengths, *past)`` returns ``(*outputs, *present)``, caches in
-            the order of the segment's.
+        stack: Its layers. The entry takes ``(*inputs, *lengths, past)`` with the past of the first
+            cache, which tells how much it can hold; each layer takes its share of the part's past
+            caches and makes its share of the present ones.
         requires: Features that an engine must offer to run it.
         caches: Whether it gives the new keys and values (``append``) or whole caches that are the
             very buffers of the past (``in-place``; ``fixed`` where an engine may fix their size).
@@ -71,7 +106,7 @@ class Form:
         opset: The lowest ONNX opset that its graph can have.
     """
 
-    module: nn.Module
+    stack: Stack
     requires: tuple[str, ...] = ()
     caches: Literal["append", "in-place", "fixed"] = "append"
     lengths: tuple[Literal["past", "last", "most"], ...] = ()
@@ -88,9 +123,9 @@ class CachedSegment:
         caches: Keys and values of its layers, two per layer.
         forms: Fastest first; the last one runs on every engine.
         exit: Name of the exit behind it, if there is one; its head looks at the last output.
-        projection: ``forward(*inputs)`` returns the new keys and values ``[batch, heads, new,
-            size]`` of all caches, made from the state that comes in: what a token that skips the
-            segment leaves there (``approximate`` decoding).
+        projection: Layers that take nothing of their own and make the new keys and values
+            ``[batch, heads, new, size]`` of their caches from the state that comes into the
+            segment: what a token that skips it leaves there (``approximate`` decoding).
         adapter: Layers that this exit has for itself: they take the last output and the positions
             and give a state of the same form, which the head looks at instead. They have no exit.
     """
@@ -101,7 +136,7 @@ class CachedSegment:
     caches: tuple[Cache, ...]
     forms: tuple[Form, ...]
     exit: str | None = None
-    projection: nn.Module | None = None
+    projection: Stack | None = None
     adapter: CachedSegment | None = None
 
 

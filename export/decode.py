@@ -21,6 +21,7 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import graphs
 from edgeexit.export.chat import TextFiles, write_text_files
 from edgeexit.export.contract import CachedSegment, DecodeModel, Form
+from edgeexit.export.fuse import fuse
 from edgeexit.export.package import (
     Progress,
     check_options,
@@ -30,6 +31,7 @@ from edgeexit.export.package import (
 )
 from edgeexit.export.precision import decoder_to_half
 from edgeexit.export.scores import append_scores
+from edgeexit.export.stack import Pieces
 from edgeexit.export.store import WeightStore
 from edgeexit.manifest import LENGTHS, SCORES, Chain, Decoding, Embedding, Manifest, Tensor, Variant
 from edgeexit.manifest import Exit as ManifestExit
@@ -72,7 +74,7 @@ def export_decoder(
     skipped = [part for part in model.segments if part.projection is not None]
     tell = counter(progress, sum(len(part.forms) for part in parts) + len(skipped) + 2)
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
-        store = WeightStore(writer.folder)
+        store, pieces = WeightStore(writer.folder), Pieces()
         made: dict[str, list[Variant]] = {}
         for part in parts:
             made[part.name] = []
@@ -80,7 +82,7 @@ def export_decoder(
                 tell(f"{part.name}, form {number + 1} of {len(part.forms)}")
                 suffix = "" if number == len(part.forms) - 1 else f".{form.caches}"
                 path = f"graphs/{part.name}{suffix}.onnx"
-                graph = graph_of_form(part, form, opset)
+                graph = graph_of_form(part, form, opset, pieces)
                 if part is model.unsplit:
                     _add_token(graph.graph)
                 store.externalize(graph.graph)
@@ -98,7 +100,7 @@ def export_decoder(
         for part in skipped:
             tell(f"{part.name}, projection")
             path = f"graphs/{part.name}.projection.onnx"
-            graph = _projection(part, opset)
+            graph = _projection(part, opset, pieces)
             store.externalize(graph.graph)
             graphs.save_graph(graph, str(writer.folder / path))
             projections[part.name] = Variant(graph=path, precision=dtype)  # type: ignore[arg-type]
@@ -197,8 +199,17 @@ def _check(model: DecodeModel) -> None:
         )
 
 
-def graph_of_form(part: CachedSegment, form: Form, opset: int) -> ir.Model:
-    """One form of a part, with its inputs named as the manifest says."""
+def graph_of_form(
+    part: CachedSegment, form: Form, opset: int, pieces: Pieces | None = None
+) -> ir.Model:
+    """One form of a part, with its inputs named as the manifest says.
+
+    Args:
+        part, form: What to trace.
+        opset: That of the graph, unless the form needs a newer one.
+        pieces: What was traced before, of parts that have layers alike.
+    """
+    pieces = Pieces() if pieces is None else pieces
     opset = max(opset, form.opset)
     lengths = [
         Tensor(name=f"lengths/{kind}", dtype=LENGTHS[kind][0], axes=LENGTHS[kind][1],  # type: ignore[arg-type]
@@ -207,21 +218,22 @@ def graph_of_form(part: CachedSegment, form: Form, opset: int) -> ir.Model:
     ]  # fmt: skip
     past = [Tensor(name=c.past, dtype=c.dtype, axes=c.axes) for c in part.caches]
     present = _present(part, "new" if form.caches == "append" else "past")
-    inputs = [*part.inputs, *lengths, *past]
-    values = {tensor.name: _example(tensor) for tensor in inputs}
-    return graphs.graph_from_module(
-        form.module, inputs, [*part.outputs, *present], values, opset=opset, what=part.name
+    entry = [*part.inputs, *lengths, past[0]]
+    values = {tensor.name: _example(tensor) for tensor in [*entry, *past]}
+    model = pieces.graph(
+        form.stack, entry, part.outputs, past, present, values, opset=opset, what=part.name
     )
+    if "onnxruntime-operators" in form.requires:
+        fuse(model)
+    return model
 
 
-def _projection(part: CachedSegment, opset: int) -> ir.Model:
+def _projection(part: CachedSegment, opset: int, pieces: Pieces) -> ir.Model:
     assert part.projection is not None
     values = {tensor.name: _example(tensor) for tensor in part.inputs}
     what = f"{part.name}, projection"
     made = _present(part, "new")
-    return graphs.graph_from_module(
-        part.projection, part.inputs, made, values, opset=opset, what=what
-    )
+    return pieces.graph(part.projection, part.inputs, [], [], made, values, opset=opset, what=what)
 
 
 def _present(part: CachedSegment, grown: str) -> list[Tensor]:

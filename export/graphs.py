@@ -37,6 +37,14 @@ TORCH_DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
+IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "bool": ir.DataType.BOOL,
+}
 
 
 def graph_from_segment(
@@ -108,7 +116,7 @@ def graph_from_module(
     model.ir_version = IR_VERSION
     for value, tensor in zip(model.graph.inputs, inputs, strict=True):
         value.shape = ir.Shape(tensor.axes)
-    _name_outputs(model.graph, outputs)
+    name_outputs(model.graph, outputs)
     simplify(model)
     passes.ClearMetadataAndDocStringPass()(model)
     model.graph.name = what
@@ -136,7 +144,7 @@ class _Positional(nn.Module):
         return made if isinstance(made, tuple) else (made,)
 
 
-def _name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
+def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
     """Gives every output its contract name and axes; an input among them gets a node of its own."""
     if len(graph.outputs) != len(outputs):
         raise ExportError(

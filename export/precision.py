@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from edgeexit.export.attention import FLOAT32_ATTENTION
-from edgeexit.export.contract import CachedSegment, DecodeModel, ExitModel, Form, Segment
+from edgeexit.export.contract import CachedSegment, DecodeModel, ExitModel, Layer, Segment, Stack
 from edgeexit.export.graphs import TORCH_DTYPES
 from edgeexit.manifest import Cache, Tensor
 
@@ -38,21 +38,25 @@ def to_float16(model: ExitModel) -> ExitModel:
 def decoder_to_half(model: DecodeModel, dtype: torch.dtype) -> DecodeModel:
     """A copy of a decoder that computes in float16 or bfloat16, its caches included. What it is
     compared with stays in float32, and the original's weights are left as they are."""
-    copies: dict[int, object] = {}  # forms share their layers, and so do their copies
     half = functools.partial(_half, dtype=dtype)
+    stacks = _HalfStacks(dtype)
 
     def convert(part: CachedSegment, *, carried: bool) -> CachedSegment:
-        stays = [carried] * len(part.outputs) + [True] * len(part.caches)
         return dataclasses.replace(
             part,
             inputs=tuple(half(tensor) for tensor in part.inputs),
             outputs=tuple(half(t) for t in part.outputs) if carried else part.outputs,
             caches=tuple(half(cache) for cache in part.caches),
-            forms=tuple(_form(form, stays, dtype, copies) for form in part.forms),
+            forms=tuple(
+                dataclasses.replace(
+                    form,
+                    stack=stacks.convert(form.stack),
+                    requires=tuple(name for name in form.requires if name != FLOAT32_ATTENTION),
+                )
+                for form in part.forms
+            ),
             adapter=None if part.adapter is None else convert(part.adapter, carried=True),
-            projection=None
-            if part.projection is None
-            else _Half(part.projection, [True] * len(part.caches), dtype, copies),
+            projection=None if part.projection is None else stacks.convert(part.projection),
         )
 
     return dataclasses.replace(
@@ -62,19 +66,48 @@ def decoder_to_half(model: DecodeModel, dtype: torch.dtype) -> DecodeModel:
         segments=[convert(part, carried=True) for part in model.segments],
         head=dataclasses.replace(
             model.head,
-            module=_Half(model.head.module, [False] * len(model.head.outputs), dtype, copies),
+            module=_Half(model.head.module, [False] * len(model.head.outputs), dtype),
             inputs=tuple(half(tensor) for tensor in model.head.inputs),
         ),
         unsplit=convert(model.unsplit, carried=False),
     )
 
 
-def _form(form: Form, stays: list[bool], dtype: torch.dtype, copies: dict[int, object]) -> Form:
-    return dataclasses.replace(
-        form,
-        module=_Half(form.module, stays, dtype, copies),
-        requires=tuple(name for name in form.requires if name != FLOAT32_ATTENTION),
-    )
+class _HalfStacks:
+    """Stacks in half precision, which have modules and weights in common as their originals do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._modules: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._weights: dict[tuple[int, torch.Size], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def convert(self, stack: Stack) -> Stack:
+        return Stack(
+            entry=self._module(stack.entry, [True] * (1 + len(stack.shared))),
+            state=_half(stack.state, self.dtype),
+            shared=tuple(_half(tensor, self.dtype) for tensor in stack.shared),
+            layers=[
+                Layer(
+                    self._module(layer.module, None),
+                    {f"module.{name}": self._weight(x) for name, x in layer.weights.items()},
+                )
+                for layer in stack.layers
+            ],
+            head=None if stack.head is None else self._module(stack.head, [False]),
+        )
+
+    def _module(self, module: nn.Module, carried: list[bool] | None) -> nn.Module:
+        if id(module) not in self._modules:
+            self._modules[id(module)] = (module, _Half(module, carried, self.dtype))
+        return self._modules[id(module)][1]
+
+    def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in self._weights:
+            self._weights[place] = (tensor, tensor.to(self.dtype))
+        return self._weights[place][1]
 
 
 def _segment(segment: Segment, program_inputs: set[str]) -> Segment:
@@ -104,20 +137,15 @@ class _Half(nn.Module):
 
     Args:
         module: Copied, not changed.
-        carried: Per output, whether it stays in half precision.
+        carried: Per output, whether it stays in half precision; None: all do.
         dtype: float16 or bfloat16.
-        copies: What was copied before, for modules that share weights.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        carried: list[bool],
-        dtype: torch.dtype = torch.float16,
-        copies: dict[int, object] | None = None,
+        self, module: nn.Module, carried: list[bool] | None, dtype: torch.dtype = torch.float16
     ) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module, copies).to(dtype)
+        self.module = copy.deepcopy(module).to(dtype)
         self.carried = carried
         self.dtype = dtype
 
@@ -125,7 +153,8 @@ class _Half(nn.Module):
         cast = [x.to(self.dtype) if x.dtype == torch.float32 else x for x in inputs]
         made = self.module(*cast)
         made = made if isinstance(made, tuple) else (made,)
+        carried = [True] * len(made) if self.carried is None else self.carried
         return tuple(
             x if stays or x.dtype != self.dtype else x.float()
-            for x, stays in zip(made, self.carried, strict=True)
+            for x, stays in zip(made, carried, strict=True)
         )

@@ -199,7 +199,7 @@ def approximate(
     while len(tokens) < len(prompt) + count:
         where = torch.tensor([[place]])
         embedded = torch.nn.functional.embedding(torch.tensor([[tokens[place]]]), trunk.embedding)
-        state = trunk.stem(embedded, where)
+        state = embedded if trunk.stem is None else trunk.stem(embedded, where)
         left = None
         for layer in range(LAYERS):
             q = project(layer, state, where)

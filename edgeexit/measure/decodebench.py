@@ -53,19 +53,27 @@ class Writer:
         """Time to the first token, of every turn."""
         return [1e3 * record["first_token_s"] for record in self.records]
 
-    def tokens_per_s(self) -> list[float]:
-        """Tokens per second behind the first, of every turn."""
-        return [decoded(record) / record["decode_s"] for record in self.records]
+    def tokens_per_s(self) -> list[float | None]:
+        """Tokens per second behind the first, of every turn; None where nothing came behind it."""
+        return [
+            decoded(record) / record["decode_s"] if decoded(record) else None
+            for record in self.records
+        ]
 
     def total_tokens_per_s(self) -> float:
         """All tokens behind the first ones, by all the time they took."""
-        tokens = sum(decoded(record) for record in self.records)
-        return tokens / sum(record["decode_s"] for record in self.records)
+        long = [record for record in self.records if decoded(record)]
+        if not long:
+            raise MeasurementError(
+                f"{self.name}: no text got longer than a token, so there is no decoding to measure",
+                fix="Give prompts that the model goes on from.",
+            )
+        return sum(map(decoded, long)) / sum(record["decode_s"] for record in long)
 
 
 def decoded(record: dict[str, Any]) -> int:
     """Tokens that a record's `decode_s` was spent on."""
-    return len(record["tokens"]) - 1
+    return max(0, len(record["tokens"]) - 1)
 
 
 def take_turns(
@@ -89,14 +97,20 @@ def compare(writer: Writer, baseline: Writer) -> dict[str, float]:
     ``decode`` and ``prefill`` are medians over turns, ``decode_total`` is the ratio of tokens per
     second over all turns together; spreads are those between turns.
     """
+    total = writer.total_tokens_per_s() / baseline.total_tokens_per_s()
     pairs = zip(writer.tokens_per_s(), baseline.tokens_per_s(), strict=True)
-    decode = [ours / theirs for ours, theirs in pairs]
+    decode = [ours / theirs for ours, theirs in pairs if ours and theirs]
+    if not decode:
+        raise MeasurementError(
+            f"{writer.name}: in no turn both it and {baseline.name} wrote more than a token",
+            fix="Give prompts that the model goes on from.",
+        )
     both = zip(writer.prefill_ms(), baseline.prefill_ms(), strict=True)
     prefill = [theirs / ours for ours, theirs in both]
     return {
         "decode": round(statistics.median(decode), 4),
         "decode_spread": round(spread(decode), 4),
-        "decode_total": round(writer.total_tokens_per_s() / baseline.total_tokens_per_s(), 4),
+        "decode_total": round(total, 4),
         "prefill": round(statistics.median(prefill), 4),
         "prefill_spread": round(spread(prefill), 4),
     }
@@ -293,13 +307,14 @@ def read_prompts(source: str, bundle: Bundle) -> list[list[int]]:
     vocabulary = bundle.manifest.decoding.embedding.vocabulary  # type: ignore[union-attr]
     found = []
     for number, row in enumerate(rows, start=1):
-        ids = tokenizer.encode(row).ids if tokenizer and isinstance(row, str) else list(row)
-        if not ids or not all(isinstance(n, int) and 0 <= n < vocabulary for n in ids):
+        ids = tokenizer.encode(row).ids if tokenizer and isinstance(row, str) else row
+        known = isinstance(ids, (list, tuple)) and len(ids) > 0
+        if not known or not all(isinstance(n, int) and 0 <= n < vocabulary for n in ids):
             raise DataError(
                 f"{source}: prompt {number} is empty or holds what is no token id",
                 fix=f"Give texts, or lists of ids from 0 to {vocabulary - 1}.",
             )
-        found.append(ids)
+        found.append(list(ids))
     return found
 
 

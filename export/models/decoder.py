@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,16 +27,9 @@ from torch import nn
 from torch.nn import functional
 
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.attention import (
-    AnyForm,
-    Heads,
-    angles,
-    causal_attention,
-    forms,
-    split_heads,
-    turn,
-)
-from edgeexit.export.contract import CachedSegment, DecodeModel, Form, Segment
+from edgeexit.export.attention import Heads, causal_attention
+from edgeexit.export.contract import CachedSegment, DecodeModel, Segment
+from edgeexit.export.models.cached import CutLayer, Stacks
 from edgeexit.export.models.classifier import EXITS_WEIGHTS, check_layers, save_exit_layers
 from edgeexit.manifest import Cache, Tensor
 
@@ -47,7 +40,8 @@ class DecoderTrunk:
 
     Attributes:
         embedding: ``[vocabulary, embedded]``; a token's row of it is what the first segment gets.
-        stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``.
+        stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``; None where the
+            embedding is the first state.
         layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
             rotated, and ``after(state, attended) -> state``.
         head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
@@ -57,28 +51,13 @@ class DecoderTrunk:
     """
 
     embedding: torch.Tensor
-    stem: nn.Module
+    stem: nn.Module | None
     layers: Sequence[nn.Module]
     head: nn.Module
     heads: Heads
     width: int
     positions: int
     stop_tokens: tuple[int, ...] = ()
-
-
-class Layer(Protocol):
-    """What a trunk's layer module offers besides being an ``nn.Module``."""
-
-    def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor: ...
-
-
-class DirectStem(nn.Module):
-    """The stem of models whose first state is the embedding itself."""
-
-    def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return embedded
 
 
 class ExitDecoder(nn.Module):
@@ -154,7 +133,7 @@ class ExitDecoder(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
         embedded = functional.embedding(input_ids, self.trunk.embedding)
-        state = self.trunk.stem(embedded, positions)
+        state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
         found = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
             if number not in skipped:
@@ -168,12 +147,12 @@ class ExitDecoder(nn.Module):
         return found
 
     def _through_layer(
-        self, layer: Layer, state: torch.Tensor, positions: torch.Tensor
+        self, layer: CutLayer, state: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         q, k, v = layer.before(state)
         return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
 
-    def _adapter(self, layer: int) -> list[Layer]:
+    def _adapter(self, layer: int) -> list[CutLayer]:
         """The adapter's layers of the exit behind a layer; none where it has no adapter."""
         name = f"exit_{layer}"
         return list(_typed(self.adapters[name])) if name in self.adapters else []  # type: ignore[arg-type]
@@ -195,6 +174,7 @@ class ExitDecoder(nn.Module):
         borders = [0, *self.exit_layers, self.depth]
         vocabulary, width = trunk.embedding.shape
         embedded = _state("embedded", width)
+        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head)
         segments = []
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
             before = embedded if start == 0 else _state(f"state_{start}", trunk.width)
@@ -204,10 +184,10 @@ class ExitDecoder(nn.Module):
                     inputs=(before, POSITIONS),
                     outputs=(_state(f"state_{stop}", trunk.width),),
                     caches=_caches(trunk.heads, _layer_names(start, stop)),
-                    forms=self._forms(trunk.layers[start:stop], stem=start == 0),
+                    forms=stacks.forms(trunk.layers[start:stop], stem=start == 0),
                     exit=f"exit_{stop}",
-                    projection=None if start == 0 else self._projection(start, stop),
-                    adapter=self._adapter_part(stop),
+                    projection=None if start == 0 else stacks.projection(trunk.layers[start:stop]),
+                    adapter=self._adapter_part(stop, stacks),
                 )
             )
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
@@ -222,7 +202,7 @@ class ExitDecoder(nn.Module):
             inputs=(embedded, POSITIONS),
             outputs=(logits,),
             caches=_caches(trunk.heads, _layer_names(0, self.depth)),
-            forms=self._forms(trunk.layers, stem=True, head=True),
+            forms=stacks.forms(trunk.layers, stem=True, head=True),
         )
 
         def tokens(rows: int) -> torch.Tensor:
@@ -248,7 +228,7 @@ class ExitDecoder(nn.Module):
             provenance=self.provenance,
         )
 
-    def _adapter_part(self, layer: int) -> CachedSegment | None:
+    def _adapter_part(self, layer: int, stacks: Stacks) -> CachedSegment | None:
         layers = cast("list[nn.Module]", self._adapter(layer))
         if not layers:
             return None
@@ -260,94 +240,12 @@ class ExitDecoder(nn.Module):
             caches=_caches(
                 self.trunk.heads, [f"{name}/{own}" for own in _layer_names(0, len(layers))]
             ),
-            forms=self._forms(layers),
+            forms=stacks.forms(layers),
         )
 
-    def _forms(
-        self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
-    ) -> tuple[Form, ...]:
-        trunk = self.trunk
-        return tuple(
-            Form(
-                module=_Part(
-                    trunk.stem if stem else None,
-                    layers,
-                    form(trunk.heads),
-                    trunk.head if head else None,
-                ).eval(),
-                requires=form.requires,
-                caches=form.caches,
-                lengths=form.lengths,
-                opset=form.opset,
-            )
-            for form in forms(trunk.heads)
-        )
 
-    def _projection(self, start: int, stop: int) -> nn.Module:
-        return _Projection(self.trunk.layers[start:stop], self.trunk.heads).eval()
-
-
-class _Projection(nn.Module):
-    """Keys and values that layers would make of one state, were it the input of each of them
-    (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
-
-    def __init__(self, layers: Sequence[nn.Module], heads: Heads) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.heads = heads
-        if heads.rotary is not None:
-            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
-
-    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made: list[torch.Tensor] = []
-        turns = None
-        if self.heads.rotary is not None:
-            turns = angles(self.cos, self.sin, positions)
-        for layer in _typed(self.layers):
-            _, k, v = layer.before(state)
-            k, v = (split_heads(x, self.heads.keys, self.heads.size) for x in (k, v))
-            if turns is not None:
-                k = turn(k, *turns)
-            made += [k, v]
-        return tuple(made)
-
-
-class _Part(nn.Module):
-    """Layers with their caches: a segment, or with the head on the last token the whole model."""
-
-    def __init__(
-        self,
-        stem: nn.Module | None,
-        layers: Sequence[nn.Module],
-        attention: AnyForm,
-        head: nn.Module | None,
-    ) -> None:
-        super().__init__()
-        self.stem = stem
-        self.layers = nn.ModuleList(layers)
-        self.attention = attention
-        self.head = head
-
-    def forward(
-        self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        count = len(self.attention.lengths)
-        lengths, past = rest[:count], rest[count:]
-        if self.stem is not None:
-            state = self.stem(state, positions)
-        shared = self.attention.prepare(positions, lengths, past[0].shape[2])
-        present: list[torch.Tensor] = []
-        for number, layer in enumerate(_typed(self.layers)):
-            own = (past[2 * number], past[2 * number + 1])
-            attended, key, value = self.attention(*layer.before(state), own, shared)
-            state = layer.after(state, attended)
-            present += [key, value]
-        made = state if self.head is None else self.head(state[:, -1])
-        return (made, *present)
-
-
-def _typed(layers: nn.ModuleList) -> Iterator[Layer]:
-    return (cast("Layer", layer) for layer in layers)
+def _typed(layers: nn.ModuleList) -> Iterator[CutLayer]:
+    return (cast("CutLayer", layer) for layer in layers)
 
 
 POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
@@ -414,4 +312,4 @@ def load_adapters(decoder: ExitDecoder, layers: Sequence[int], folder: Path) -> 
         ) from error
 
 
-__all__ = ["DecoderTrunk", "DirectStem", "ExitDecoder", "check_adapters", "load_adapters"]
+__all__ = ["DecoderTrunk", "ExitDecoder", "check_adapters", "load_adapters"]

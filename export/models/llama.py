@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from edgeexit.errors import ExportError
 from edgeexit.export.attention import Heads
-from edgeexit.export.models.decoder import DecoderTrunk, DirectStem
+from edgeexit.export.models.decoder import DecoderTrunk
 
 
 def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
@@ -20,7 +20,7 @@ def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DecoderTrunk(
         embedding=model.model.embed_tokens.weight,
-        stem=DirectStem(),
+        stem=None,
         layers=[_Layer(layer) for layer in model.model.layers],
         head=_Head(model.model.norm, model.lm_head),
         heads=Heads(

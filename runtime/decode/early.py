@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeexit.runtime.decode.head import Answers, Floats
-from edgeexit.runtime.decode.modes import Full, Ints, Statistics, chunk_of, pick
+from edgeexit.runtime.decode.modes import Full, Ints, Statistics, last_states, pick
 from edgeexit.runtime.decode.sampling import Sampler
 from edgeexit.runtime.decode.session import Session
 
@@ -53,35 +53,19 @@ class Fast:
         ]
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
-        session = self.session
-        lengths = [len(prompt) for prompt in prompts]
-        last: Floats | None = None
-        for start in range(0, max(lengths), session.chunk):
-            tokens, counts = chunk_of(prompts, start, session.chunk)
-            session.embed(tokens)
-            states = session.run(0, tokens.shape[1], counts)
-            self._wait(1, states, counts)
-            seen = self._look(0, states, counts)
-            if last is None:
-                last = np.zeros_like(seen[:, 0])
-            for row, length in enumerate(lengths):
-                if start < length <= start + session.chunk:
-                    last[row] = seen[row, counts[row] - 1]
-        for row, length in enumerate(lengths):
-            self._emitted[row] += [-1] * length
-        assert last is not None
-        return self._decide(last, [True] * session.batch).copy()
+        last = last_states(self.session, prompts, self._enter)
+        for row, prompt in enumerate(prompts):
+            self._emitted[row] += [-1] * len(prompt)
+        return self._decide(last, [True] * self.session.batch).copy()
 
     def step(self, active: Sequence[bool]) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
         counts = [int(on) for on in active]
-        states = session.run(0, 1, counts)
         for row, on in enumerate(active):
             if on:
                 self._emitted[row].append(-1)
-        self._wait(1, states, counts)
-        seen = self._look(0, states, counts)
+        seen = self._enter(1, counts)
         tokens = self._decide(seen[:, 0], active).tolist()
         found = [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
         if any(ring.most() >= self._pending for ring in session.rings[1:]):
@@ -129,6 +113,12 @@ class Fast:
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
         """Those of the rows that leave at an exit."""
         return _good_enough(answers[self._score], self._thresholds[number], rows)
+
+    def _enter(self, new: int, counts: Sequence[int]) -> Floats:
+        """Runs the first segment, behind which states wait. Returns what its exit looks at."""
+        states = self.session.run(0, new, counts)
+        self._wait(1, states, counts)
+        return self._look(0, states, counts)
 
     def _wait(self, number: int, states: Floats, counts: Sequence[int]) -> None:
         if number < len(self.session.parts):

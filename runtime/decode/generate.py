@@ -7,6 +7,7 @@ statistics that fill while it runs.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -32,6 +33,8 @@ from edgeexit.runtime.text import Stream, encode, open_tokenizer
 
 if TYPE_CHECKING:
     from typing import Unpack  # from Python 3.11 on
+
+logger = logging.getLogger(__name__)
 
 ModeName = Literal["full", "exact", "fast", "approximate"]
 Prompt = str | Sequence[int]
@@ -210,7 +213,7 @@ class Decoder(Loaded):
         if sampling is not None:
             sampling.check()
         opened = self._check_usable()
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = _stops(stop)
         rows = self._tokens(prompts)
         longest = max(len(row) for row in rows)
         if max_new_tokens is None:
@@ -425,6 +428,10 @@ class Decoder(Loaded):
                 paces=self._paces.setdefault(session.batch, {}),
             )
         decisions = decide(self.policy, self.exits, digest=self.bundle.digest)
+        if not any(decision.consult for decision in decisions[:-1]):
+            logger.warning(
+                "mode %s: the policy takes no early exit, so every token passes all layers", mode
+            )
         thresholds = [d.threshold if d.consult else float("inf") for d in decisions[:-1]]
         score = self.policy.score
         if mode == "approximate":
@@ -443,13 +450,21 @@ class Decoder(Loaded):
         return names.index(name)
 
     def _tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
+        if not isinstance(prompts, (str, Sequence, np.ndarray)):
+            raise InputError(
+                f"the prompts are a {type(prompts).__name__}",
+                fix="Give a text, a list of token ids, or a list of either.",
+            )
         many: Sequence[Any] = (
             [prompts] if isinstance(prompts, str) or _are_ids(prompts) else prompts
         )
         found = []
         for prompt in many:
             ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-            row = np.asarray(ids)
+            try:
+                row = np.asarray(ids)
+            except ValueError:  # lists of unlike length
+                row = np.asarray(ids, dtype=object)
             if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
                 raise InputError(
                     "a prompt is empty"
@@ -499,6 +514,15 @@ class Decoder(Loaded):
         if self._opened is None:
             raise self._closed()
         return self._opened
+
+
+def _stops(given: str | Sequence[str]) -> list[str]:
+    stops = [given] if isinstance(given, str) else given
+    if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
+        raise UsageError(
+            f"stop is {given!r}", fix='Use a string that ends a text, or a list: stop=["\\n\\n"].'
+        )
+    return list(stops)
 
 
 def _are_ids(prompts: Any) -> bool:

@@ -11,7 +11,7 @@ count.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -108,21 +108,9 @@ class Full:
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
-        session = self.session
-        last: Floats | None = None
-        lengths = [len(prompt) for prompt in prompts]
-        for start in range(0, max(lengths), session.chunk):
-            tokens, counts = chunk_of(prompts, start, session.chunk)
-            session.embed(tokens)
-            states = self._pass(tokens.shape[1], counts)
-            if last is None:
-                last = np.zeros_like(states[:, 0])
-            for row, length in enumerate(lengths):
-                if start < length <= start + session.chunk:
-                    last[row] = states[row, counts[row] - 1]
-        assert last is not None
+        last = last_states(self.session, prompts, self._pass)
         self._current[:, 0] = self._answer(last[:, None])
-        self.statistics.count(self.exits[-1], session.batch)
+        self.statistics.count(self.exits[-1], self.session.batch)
         return self._current[:, 0].copy()
 
     def step(self, active: Sequence[bool]) -> list[list[int]]:
@@ -167,6 +155,32 @@ def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
     if sampler is None:
         return int(answers["token"][row])
     return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
+
+
+def last_states(
+    session: Session,
+    prompts: Sequence[Ints],
+    take: Callable[[int, Sequence[int]], Floats],
+) -> Floats:
+    """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``.
+
+    Args:
+        take: What to do with a chunk that lies embedded before the first segment, as
+            ``take(new, counts)``; it gives the states to look at, ``[batch, new, width]``.
+    """
+    found: Floats | None = None
+    lengths = [len(prompt) for prompt in prompts]
+    for start in range(0, max(lengths), session.chunk):
+        tokens, counts = chunk_of(prompts, start, session.chunk)
+        session.embed(tokens)
+        states = take(tokens.shape[1], counts)
+        if found is None:
+            found = np.zeros_like(states[:, 0])
+        for row, length in enumerate(lengths):
+            if start < length <= start + session.chunk:
+                found[row] = states[row, counts[row] - 1]
+    assert found is not None
+    return found
 
 
 def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:

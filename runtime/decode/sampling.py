@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import UsageError
 
+_LARGEST = float(np.finfo(np.float64).max)
 Floats64 = NDArray[np.float64]
 
 
@@ -65,12 +66,15 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
     z = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and len(history):
         seen = np.unique(np.asarray(history))
-        z[seen] = np.where(
-            z[seen] > 0,
-            z[seen] / sampling.repetition_penalty,
-            z[seen] * sampling.repetition_penalty,
-        )
-    z = z / sampling.temperature
+        with np.errstate(over="ignore"):
+            z[seen] = np.where(
+                z[seen] > 0,
+                z[seen] / sampling.repetition_penalty,
+                z[seen] * sampling.repetition_penalty,
+            )
+    with np.errstate(over="ignore"):  # the largest becomes 0, whatever divides it
+        z = np.minimum(z, _LARGEST)
+        z = (z - z.max()) / sampling.temperature
     if 0 < sampling.top_k < len(z):
         kept = np.argpartition(z, -sampling.top_k)[-sampling.top_k :]
         masked = np.full_like(z, -np.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,28 @@ def test_the_fixed_form_is_of_standard_operators_and_the_others_stay_at_opset_20
             named = {a.dim_param for v in model.graph.input for a in v.type.tensor_type.shape.dim}
             assert {"batch", "new", "past"} <= named
         onnx.checker.check_model(str(decoder_bundle(family).file(variants[1].graph)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnxruntimes_own_form_has_its_own_norms_and_one_matrix_before_attention(
+    family: str, decoder_bundle: Callable[[str], Bundle]
+) -> None:
+    bundle = decoder_bundle(family)
+    path = bundle.file(bundle.manifest.unsplit[0].graph)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    makes = {name: node for node in nodes for name in node.output}
+    kinds = Counter(node.op_type for node in nodes)
+    attention = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == LAYERS
+    if family == "opt":  # LayerNorm is an operator of ONNX, and its products have a bias
+        assert kinds["LayerNormalization"] == 2 * LAYERS + 1
+        return
+    assert not {"Pow", "ReduceMean", "Sqrt", "Reciprocal"} & set(kinds)
+    assert kinds["SkipSimplifiedLayerNormalization"] == 2 * LAYERS - 1
+    own = 2 * LAYERS if family == "qwen3" else 0  # of queries and of keys
+    assert kinds["SimplifiedLayerNormalization"] == 2 + own
+    packed = [makes[node.input[0]].op_type == "MatMul" and not node.input[1] for node in attention]
+    assert packed == [family == "llama"] * LAYERS
 
 
 @pytest.mark.parametrize("size, expected", [(8, 1), (24, 2), (20, 1), (64, 3), (256, 3), (512, 2)])

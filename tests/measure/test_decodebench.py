@@ -43,6 +43,16 @@ def test_comparing_gives_speed_above_one_for_the_faster() -> None:
     assert compare(slow, fast)["decode"] == pytest.approx(0.75)
 
 
+def test_texts_that_ended_at_once_count_for_nothing_and_are_not_all_there_may_be() -> None:
+    long, ended = record(0.1, 1.0, [1] * 11), record(0.1, 1e-9, [1])
+    assert compare(writer(ended, long), writer(long, long))["decode"] == pytest.approx(1.0)
+    assert compare(writer(record(0.1, 0.0, []), long), writer(ended, long))["decode_total"] == 1.0
+    with pytest.raises(MeasurementError, match="no text got longer"):
+        compare(writer(ended, ended), writer(long, long))
+    with pytest.raises(MeasurementError, match="in no turn"):
+        compare(writer(ended, long), writer(long, ended))
+
+
 def test_differences_count_texts_that_are_not_equal() -> None:
     ours = writer(record(1, 1, [1, 2]), record(1, 1, [1, 3]), record(1, 1, [4]))
     theirs = writer(record(1, 1, [1, 2]), record(1, 1, [1, 2]), record(1, 1, [4, 5]))
@@ -104,6 +114,7 @@ def test_bench_without_prompts_takes_random_ones_and_full_depth(decoder_bundle: 
         ('{"tokens": [1, "x"]}\n', "line 1"),
         ('{"tokens": []}\n', "prompt 1 is empty"),
         (f'{{"tokens": [{VOCABULARY}]}}\n', "no token id"),
+        ('{"prompt": 5}\n', "prompt 1"),
     ],
 )
 def test_prompts_that_cannot_be_used_name_file_and_line(

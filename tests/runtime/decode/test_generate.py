@@ -429,6 +429,9 @@ def test_text_goes_in_and_comes_out(llama: Decoder) -> None:
         ([5, 300], "300 is outside the vocabulary"),
         ([-1], "-1 is outside"),
         ([[0.5]], "not a list of token ids"),
+        ([[[5, 6], [7]]], "not a list of token ids"),
+        (5, "the prompts are a int"),
+        (None, "the prompts are a NoneType"),
         (list(range(1, 95)), "capacity is 96"),
         ("a\ud800", r"cannot encode the text 'a\\ud800'"),
     ],
@@ -448,6 +451,9 @@ def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle
         {"drafts": 2.5},
         {"draft_threshold": float("nan")},
         {"sampling": {"temperature": 0.8}},
+        {"stop": 5},
+        {"stop": ["end", 5]},
+        {"stop": ""},
     ):
         with pytest.raises(UsageError):
             llama.generate([5], **wrong)  # type: ignore[arg-type]

@@ -37,6 +37,16 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])
+@pytest.mark.parametrize("penalty", [5e-324, 1.0, 1.7e308])
+def test_extreme_settings_give_chances_all_the_same(temperature: float, penalty: float) -> None:
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty)
+    chances = distribution(np.array([1.0, 3.0, -2.0, 0.5]), sampling, [0, 2])
+    assert np.isfinite(chances).all() and chances.sum() == pytest.approx(1.0)
+    if penalty == 1.0 and temperature < 1:
+        assert chances.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
 def test_the_repetition_penalty_counts_what_was_there() -> None:
     logits = np.array([2.0, -1.0, 1.0])
     found = distribution(logits, Sampling(temperature=1.0, repetition_penalty=2.0), [0, 1, 1])
