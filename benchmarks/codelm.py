@@ -42,6 +42,9 @@ from alternatives import Copied, Missing, Random  # noqa: E402
 
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
+PEER_DRAFTS = [1, 2, 3, 4, 6]
+"""Lengths of drafts that transformers is tried with, besides its own setting."""
+
 CHOOSING_PROMPTS, ASKING_PROMPTS = 40, 6
 AGREEMENT, AIMED_AGREEMENT = 0.95, 0.96
 """Of early exits' tokens with the last exit: what is asked for, and what thresholds are chosen for
@@ -272,6 +275,7 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
 
     def peer(threads: int) -> Side:
         own = {"checkpoint": str(checkpoint), "threads": threads, "early_exit": 2}
+        own["drafts"] = PEER_DRAFTS
         subject = "peers:transformers_generate"
         return Side(subject, common | own, folder=str(HERE), name="transformers")
 
@@ -303,7 +307,13 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
             "random",
         ]
         writers = [Writer(name, ours, name) for name in names]
-        peers = [Writer(name, theirs, name) for name in ("plain", "early_exit")]
+        drafts, drafts_tried = best_drafts(theirs, numbers[:3])
+        say(f"  transformers: {drafts} {drafts_tried}")
+        peers = [
+            Writer("plain", theirs, "plain"),
+            Writer("early_exit", theirs, drafts),
+            Writer("early_exit as set up", theirs, "early_exit"),
+        ]
         for writer in [*writers, *peers]:
             writer.side.run(writer.case, [0], lead=False)
         take_turns([*writers, *peers], numbers)
@@ -324,7 +334,7 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
         "threads_tried": {"chain": tried, "transformers": peer_tried},
         "modes": modes,
         "random_chances": chances,
-        "transformers": {},
+        "transformers": {"drafts": drafts, "drafts_tried": drafts_tried},
     }
     for writer in peers:
         found["transformers"][writer.name] = {
@@ -333,6 +343,15 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
         }
         say(f"  transformers {writer.name}: {found['transformers'][writer.name]}")
     return found
+
+
+def best_drafts(side: Side, numbers: list[int]) -> tuple[str, dict[str, float]]:
+    """The case in which transformers' self-speculation is fastest, and what each took, relative to
+    its own setting."""
+    cases = ["early_exit", *(f"early_exit_{length}" for length in PEER_DRAFTS)]
+    took = {case: sum(side.run(case, numbers)["times_ms"]) for case in cases}
+    relative = {case: round(took[case] / took["early_exit"], 4) for case in cases}
+    return min(cases, key=took.__getitem__), relative
 
 
 def whole_rate(writer: Writer) -> float:

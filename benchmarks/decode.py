@@ -67,7 +67,7 @@ def main() -> None:
     result["prompts"] = {
         str(length): against_peers(folder, length, chosen, turns) for length in LENGTHS
     }
-    result["growth"] = growth(folder, chosen, max(2, turns // 2))
+    result["growth"] = growth(folder, chosen, turns)
     result["memory"] = memory(folder, chosen)
     prompts = result["prompts"]
     figures = []
@@ -170,27 +170,34 @@ def against_peers(folder: Path, length: int, chosen: dict[str, Any], turns: int)
 
 def growth(folder: Path, chosen: dict[str, Any], turns: int) -> dict[str, Any]:
     """Tokens per second behind prompts of growing length. Steepness: what a token costs behind the
-    longest prompt over what it costs behind the shortest."""
-    found: dict[str, Any] = {"chain": {}, "genai": {}}
-    times: dict[str, dict[int, float]] = {"chain": {}, "genai": {}}
+    longest prompt over what it costs behind the shortest. The chain's over genai's is taken from
+    how the two compare within turns at both lengths, for the machine changes between them."""
+    found: dict[str, Any] = {"chain": {}, "genai": {}, "against_genai": {}, "spread": {}}
     for length in GROWTH:
         with ExitStack() as stack:
-            writers = [
+            chain, genai = writers = [
                 Writer(
                     what,
                     stack.enter_context(side(folder, what, length, chosen[what], new=33)),
                     CASES[what],
                 )
-                for what in times
+                for what in ("chain", "genai")
             ]
+            for writer in writers:
+                writer.side.run(writer.case, [0], lead=False)
             take_turns(writers, [turn % PROMPTS for turn in range(turns)])
         for writer in writers:
-            rate = float(np.median(writer.tokens_per_s()))
-            found[writer.name][str(length)] = round(rate, 2)
-            times[writer.name][length] = 1 / rate
-    steep = {what: t[GROWTH[-1]] / t[GROWTH[0]] for what, t in times.items()}
-    found["steepness"] = {what: round(value, 4) for what, value in steep.items()}
-    found["steepness_ratio"] = round(steep["chain"] / steep["genai"], 4)
+            found[writer.name][str(length)] = summary(writer)["tokens_per_s"]
+        against = compare(chain, genai)
+        found["against_genai"][str(length)] = against["decode"]
+        found["spread"][str(length)] = against["decode_spread"]
+    first, last = str(GROWTH[0]), str(GROWTH[-1])
+    found["steepness"] = {
+        what: round(found[what][first] / found[what][last], 4) for what in ("chain", "genai")
+    }
+    found["steepness_ratio"] = round(
+        found["against_genai"][first] / found["against_genai"][last], 4
+    )
     say(f"  growth: {found}")
     return found
 

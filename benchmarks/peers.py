@@ -58,9 +58,15 @@ def genai(
 
 
 def transformers_generate(
-    checkpoint: str, prompts: str, new_tokens: int, threads: int, early_exit: int
+    checkpoint: str,
+    prompts: str,
+    new_tokens: int,
+    threads: int,
+    early_exit: int,
+    drafts: list[int],
 ) -> Subject:
-    """The checkpoint in PyTorch. Cases ``plain`` and ``early_exit`` (its own self-speculation).
+    """The checkpoint in PyTorch. Cases ``plain``, ``early_exit`` (its own self-speculation as it is
+    set up, which drafts up to 20 tokens) and, for other lengths of drafts, ``early_exit_N``.
 
     One time for the whole text, in ``decode_s``.
     """
@@ -72,7 +78,12 @@ def transformers_generate(
     model.eval()
     rows = _rows(prompts)
 
-    def case(**options: Any) -> Case:
+    usual = model.generation_config.num_assistant_tokens
+
+    def case(length: int | None = usual, **options: Any) -> Case:
+        def enter() -> None:
+            model.generation_config.num_assistant_tokens = length
+
         def call(number: int) -> dict[str, Any]:
             ids = torch.tensor([rows[number]])
             started = time.perf_counter()
@@ -89,10 +100,12 @@ def transformers_generate(
             tokens = made[0, ids.shape[1] :].tolist()
             return {"first_token_s": 0.0, "decode_s": took, "tokens": tokens}
 
-        return Case(call, lambda record: record)
+        return Case(call, lambda record: record, enter)
 
     facts = {"library": "transformers", "version": transformers.__version__}
     cases = {"plain": case(), "early_exit": case(assistant_early_exit=early_exit)}
+    for length in drafts:
+        cases[f"early_exit_{length}"] = case(length, assistant_early_exit=early_exit)
     return Subject(cases, len(rows), facts)
 
 

@@ -1,7 +1,7 @@
 """``edgeexit bench`` of a decoder: prefill and decode apart, every mode against the unsplit graph.
 
 Each side writes in a process of its own (`edgeexit.measure.worker`). They take turns: every prompt
-is continued by all of them, one after the other, the order turning, and a figure is made of what
+is continued by all of them, one after the other, in a drawn order, and a figure is made of what
 lies side by side.
 """
 
@@ -82,11 +82,12 @@ def take_turns(
     *,
     tick: Callable[[int], None] | None = None,
 ) -> None:
-    """Lets every writer continue each of these prompts, side by side, in an order that turns."""
+    """Lets every writer continue each of these prompts, side by side, in an order drawn anew each
+    time (with one seed), so that none always comes behind the same other."""
+    rng = np.random.default_rng(0)
     for turn, number in enumerate(numbers):
-        first = turn % len(writers)
-        for writer in [*writers[first:], *writers[:first]]:
-            writer.write(number)
+        for place in rng.permutation(len(writers)):
+            writers[place].write(number)
         if tick is not None:
             tick(turn + 1)
 
