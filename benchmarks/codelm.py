@@ -42,7 +42,7 @@ from alternatives import Copied, Missing, Random  # noqa: E402
 
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
-PEER_DRAFTS = [1, 2, 3, 4, 6]
+PEER_DRAFTS = [2, 4, 6, 8, 12]
 """Lengths of drafts that transformers is tried with, besides its own setting."""
 
 CHOOSING_PROMPTS, ASKING_PROMPTS = 40, 6
@@ -96,7 +96,7 @@ def main() -> None:
         }
     say(f"  chosen: {chosen}")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "speeds": lambda: speeds(folder, given.checkpoint, count, chosen),
+        "speeds": lambda: speeds(folder, given.checkpoint, given.truncated, count, chosen),
         "quality": lambda: quality(bundle, given.truncated, tokenizer, chosen, given.quick),
         "exactness": lambda: exactness(bundle, rows),
     }
@@ -258,8 +258,10 @@ def replay(
     }
 
 
-def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """All ways to decode, on all prompts in turns."""
+def speeds(
+    folder: Path, checkpoint: Path, truncated: Path, count: int, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """All ways to decode, on all prompts in turns; models of fewer layers as plain graphs."""
     common = {"prompts": str(folder / "prompts.npz"), "new_tokens": NEW_TOKENS}
     early = [leave.name for leave in open_bundle(folder / "bundle").exits()[:-1]]
 
@@ -307,6 +309,10 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
             "random",
         ]
         writers = [Writer(name, ours, name) for name in names]
+        for layers, plain in truncated_bundles(truncated, folder).items():
+            own = common | {"bundle": str(plain), "capacity": CAPACITY, "threads": setting}
+            made = Side("edgeexit.measure.decodesubjects:unsplit", own, name="truncated")
+            writers.append(Writer(f"truncated_{layers}", stack.enter_context(made), "unsplit"))
         drafts, drafts_tried = best_drafts(theirs, numbers[:3])
         say(f"  transformers: {drafts} {drafts_tried}")
         peers = [
@@ -342,6 +348,25 @@ def speeds(folder: Path, checkpoint: Path, count: int, chosen: dict[str, Any]) -
             "texts_that_differ_from_full": differences(writer, full),
         }
         say(f"  transformers {writer.name}: {found['transformers'][writer.name]}")
+    return found
+
+
+def truncated_models(where: Path) -> dict[int, Path]:
+    """Models of fewer layers: their number -> checkpoint."""
+    found = {}
+    for facts in sorted(where.glob("truncated-*/training.json")):
+        found[json.loads(facts.read_text())["layers"]] = facts.parent
+    return found
+
+
+def truncated_bundles(where: Path, folder: Path) -> dict[int, Path]:
+    """The same as bundles, of which the unsplit graph is used."""
+    found = {}
+    for layers, checkpoint in truncated_models(where).items():
+        found[layers] = folder / f"truncated-{layers}"
+        command = ["export", "-m", str(checkpoint), "--exits", "1", "--overwrite", "-q"]
+        command += ["-o", str(found[layers])]
+        subprocess.run([sys.executable, "-m", "edgeexit", *command], check=True)
     return found
 
 
@@ -414,10 +439,8 @@ def quality(
             "as_last_exit": round(float((said == full).mean()), 4),
             "mean_exit_layer": round(mean_layer(exits), 3),
         }
-    for folder in sorted(truncated.glob("truncated-*/training.json")):
-        folder = folder.parent
+    for layers, folder in truncated_models(truncated).items():
         said = torch_answers(folder, passages)
-        layers = json.loads((folder / "training.json").read_text())["layers"]
         found[f"truncated_{layers}"] = {
             "right": round(float((said == true).mean()), 4),
             "mean_exit_layer": float(layers),
