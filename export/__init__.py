@@ -2,9 +2,10 @@
 bundle.
 
 `contract` is what a model must offer; `models` holds one adapter per architecture family and
-`methods` trains exits. `graphs` turns segments into ONNX, `cut` splits an ONNX graph at its exits,
-`store` keeps every tensor once, `package` writes the bundle. Everything here may import torch;
-nothing in `edgeexit.runtime` may import anything here.
+`methods` trains exits. `graphs` turns segments into ONNX, and `stack` the layers of a decoder, each
+kind of them traced once, in the forms of `attention`; `cut` splits an ONNX graph at its exits,
+`store` keeps every tensor once, `package` and `decode` write the bundle. Everything here may import
+torch; nothing in `edgeexit.runtime` may import anything here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import Any, get_args
 from edgeexit import runtime
 from edgeexit.measure.subjects import read_inputs
 from edgeexit.measure.worker import Case, Subject
-from edgeexit.runtime.decode.generate import Generation, ModeName
+from edgeexit.runtime.decode.arguments import ModeName
+from edgeexit.runtime.decode.generate import Generation
 from edgeexit.runtime.load import Threads
 
 

@@ -1,26 +1,31 @@
 """The ``decode`` program: text that grows token by token, in one of several modes.
 
 `Decoder` is what `load_decoder` returns. `Decoder.generate` continues prompts and `Decoder.chat`
-answers conversations. Both give a `Generation`: an iterator over pieces as they come, with
-statistics that fill while it runs.
+answers conversations; `edgeexit.runtime.decode.arguments` refuses what they cannot be given. Both
+return a `Generation`: an iterator over pieces as they come, with statistics that fill while it
+runs.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from edgeexit.bundle import Bundle
 from edgeexit.errors import InputError, PolicyError, StateError, UsageError
 from edgeexit.manifest import Exit
+from edgeexit.runtime.decode.arguments import (
+    ModeName,
+    Prompt,
+    check_options,
+    stop_strings,
+    token_rows,
+)
 from edgeexit.runtime.decode.chat import ChatTemplates, Message
 from edgeexit.runtime.decode.early import Approximate, Fast
 from edgeexit.runtime.decode.exact import Exact, Pace
@@ -36,8 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ModeName = Literal["full", "exact", "fast", "approximate"]
-Prompt = str | Sequence[int]
 NEW_TOKENS = 128
 """Tokens made where the caller names no number."""
 
@@ -191,30 +194,12 @@ class Decoder(Loaded):
                 graph.
             StateError: The model is closed, in use, or was carried over a fork.
         """
-        if mode not in get_args(ModeName):
-            raise UsageError(
-                f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."
-            )
-        if max_new_tokens is not None:
-            if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-                raise UsageError(
-                    f"max_new_tokens is {max_new_tokens!r}", fix="Use a whole number from 1 up."
-                )
-            max_new_tokens = int(max_new_tokens)
-        if not isinstance(draft_threshold, (int, float)) or math.isnan(draft_threshold):
-            raise UsageError(f"draft_threshold is {draft_threshold!r}", fix="Use a number.")
-        if drafts is not None and not isinstance(drafts, (int, np.integer)):
-            raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number, or None.")
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise UsageError(
-                f"sampling is a {type(sampling).__name__}",
-                fix="Use edgeexit.runtime.Sampling(temperature=0.8, ...).",
-            )
-        if sampling is not None:
-            sampling.check()
+        max_new_tokens = check_options(
+            mode, max_new_tokens, drafts=drafts, draft_threshold=draft_threshold, sampling=sampling
+        )
         opened = self._check_usable()
-        stops = _stops(stop)
-        rows = self._tokens(prompts)
+        stops = stop_strings(stop)
+        rows = token_rows(prompts, self.encode)
         longest = max(len(row) for row in rows)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
@@ -449,34 +434,6 @@ class Decoder(Loaded):
             )
         return names.index(name)
 
-    def _tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
-        if not isinstance(prompts, (str, Sequence, np.ndarray)):
-            raise InputError(
-                f"the prompts are a {type(prompts).__name__}",
-                fix="Give a text, a list of token ids, or a list of either.",
-            )
-        many: Sequence[Any] = (
-            [prompts] if isinstance(prompts, str) or _are_ids(prompts) else prompts
-        )
-        found = []
-        for prompt in many:
-            ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-            try:
-                row = np.asarray(ids)
-            except ValueError:  # lists of unlike length
-                row = np.asarray(ids, dtype=object)
-            if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
-                raise InputError(
-                    "a prompt is empty"
-                    if row.size == 0
-                    else f"a prompt is {row.dtype} with {row.ndim} axes, not a list of token ids",
-                    fix="Give a text, or token ids with at least one of them.",
-                )
-            found.append(row.astype(np.int64))
-        if not found:
-            raise InputError("there is no prompt", fix="Give one.")
-        return found
-
     def _tokenizers(self) -> Any:
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.bundle)
@@ -514,16 +471,3 @@ class Decoder(Loaded):
         if self._opened is None:
             raise self._closed()
         return self._opened
-
-
-def _stops(given: str | Sequence[str]) -> list[str]:
-    stops = [given] if isinstance(given, str) else given
-    if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
-        raise UsageError(
-            f"stop is {given!r}", fix='Use a string that ends a text, or a list: stop=["\\n\\n"].'
-        )
-    return list(stops)
-
-
-def _are_ids(prompts: Any) -> bool:
-    return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))

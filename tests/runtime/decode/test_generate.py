@@ -21,8 +21,8 @@ from edgeexit.export import DecodeModel, export_decoder
 from edgeexit.export.models import from_pretrained
 from edgeexit.manifest import Cache
 from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
+from edgeexit.runtime.decode.arguments import ModeName
 from edgeexit.runtime.decode.caches import SegmentCaches
-from edgeexit.runtime.decode.generate import ModeName
 from edgeexit.runtime.decode.session import Form, choose_variant
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, features_of
 from edgeexit.runtime.text import Stream
