@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.manifest import Tensor
+from edgeexit.manifest import LENGTHS, Tensor
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Kind = Literal["past", "last", "most"]
@@ -60,11 +60,7 @@ class InPlace(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
-        self.shared: tuple[Tensor, ...] = (
-            _PLACES,
-            Tensor(name="last", dtype="int32", axes=["batch"]),
-            Tensor(name="most", dtype="int32", axes=[]),
-        )
+        self.shared: tuple[Tensor, ...] = (_PLACES, *map(_length, self.lengths))
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
@@ -126,7 +122,7 @@ class Fixed(nn.Module):
         self.heads = heads
         self.shared: tuple[Tensor, ...] = (
             _PLACES,
-            Tensor(name="filled", dtype="int64", axes=["batch"]),
+            *map(_length, self.lengths),
             Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"]),
         )
         if heads.rotary is not None:
@@ -300,6 +296,11 @@ def angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def _length(kind: Kind) -> Tensor:
+    dtype, axes = LENGTHS[kind]
+    return Tensor(name=kind, dtype=dtype, axes=list(axes))  # type: ignore[arg-type]
 
 
 def rotations(heads: Heads) -> tuple[Tensor, ...]:

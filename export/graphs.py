@@ -37,14 +37,6 @@ TORCH_DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
-IR_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-    "int32": ir.DataType.INT32,
-    "bool": ir.DataType.BOOL,
-}
 
 
 def graph_from_segment(
@@ -121,6 +113,11 @@ def graph_from_module(
     passes.ClearMetadataAndDocStringPass()(model)
     model.graph.name = what
     return model
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the manifest calls a type of torch's."""
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
 
 
 def save_graph(model: ir.Model, path: str) -> None:

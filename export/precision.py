@@ -18,7 +18,7 @@ from torch import nn
 
 from edgeexit.export.attention import FLOAT32_ATTENTION
 from edgeexit.export.contract import CachedSegment, DecodeModel, ExitModel, Layer, Segment, Stack
-from edgeexit.export.graphs import TORCH_DTYPES
+from edgeexit.export.graphs import dtype_name
 from edgeexit.manifest import Cache, Tensor
 
 Described = TypeVar("Described", Tensor, Cache)
@@ -128,8 +128,7 @@ def _segment(segment: Segment, program_inputs: set[str]) -> Segment:
 def _half(tensor: Described, dtype: torch.dtype = torch.float16) -> Described:
     if tensor.dtype != "float32":
         return tensor
-    name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
-    return msgspec.structs.replace(tensor, dtype=name)
+    return msgspec.structs.replace(tensor, dtype=dtype_name(dtype))
 
 
 class _Half(nn.Module):

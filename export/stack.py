@@ -14,6 +14,7 @@ import msgspec
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import nn
 from torch.func import functional_call
 
@@ -212,12 +213,12 @@ class _Join:
 
 
 def _value(tensor: Tensor) -> ir.Value:
-    kind = graphs.IR_DTYPES[tensor.dtype]
+    kind = from_torch_dtype(graphs.TORCH_DTYPES[tensor.dtype])
     return ir.Value(name=tensor.name, shape=ir.Shape(tensor.axes), type=ir.TensorType(kind))
 
 
 def _described(name: str, value: torch.Tensor) -> Tensor:
-    dtype = next(name for name, known in graphs.TORCH_DTYPES.items() if known == value.dtype)
+    dtype = graphs.dtype_name(value.dtype)
     return Tensor(name=name, dtype=dtype, axes=list(value.shape))  # type: ignore[arg-type]
 
 
