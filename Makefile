@@ -17,7 +17,7 @@ help:
 	@echo "make demo   from a trained vision transformer to answers that are faster than the whole model"
 	@echo "make test   format, lint, types, import contracts, tests and docstring examples"
 	@echo "make lint   the first four of these"
-	@echo "make bench  the measurements quoted in the README (about an hour on a quiet machine)"
+	@echo "make bench  the measurements quoted in the README (about two hours on a quiet machine)"
 	@echo "make clean  removes the environment and everything that was made"
 	@echo "make setup  only the environment in $(VENV)"
 
@@ -68,6 +68,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/choices.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/codelm.py
 
 docs/manifest.schema.json: edgeexit/manifest.py $(READY)
 	@$(BIN)/python -c "import json, edgeexit.manifest as m; print(json.dumps(m.json_schema(), indent=1))" > $@

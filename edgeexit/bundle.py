@@ -81,7 +81,7 @@ class Bundle:
             IntegrityError: It is not listed, larger than `limit_bytes`, or not as it was exported.
         """
         self.file(name)
-        raw = _read_regular(self.path, name, limit_bytes=limit_bytes)
+        raw = read_regular(self.path, name, limit_bytes=limit_bytes)
         _require_digest(name, hashlib.sha256(raw).hexdigest(), self.manifest.files[name])
         return raw
 
@@ -156,7 +156,7 @@ def open_bundle(
             f"{root} is a checkpoint, not a bundle",
             fix=f"Make a bundle of it: edgeexit export -m {root} -o BUNDLE.",
         )
-    raw = _read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+    raw = read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
     manifest = decode_manifest(raw)
     bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
     _check_structure(manifest)
@@ -405,7 +405,7 @@ def _same_form(one: Tensor, other: Tensor) -> bool:
 def _check_files(bundle: Bundle, *, full: bool) -> None:
     for name, expected in bundle.manifest.files.items():
         path = bundle.path / name
-        size = _regular_size(bundle.path, name)
+        size = regular_size(bundle.path, name)
         if size != expected.bytes:
             raise IntegrityError(
                 f"{name}: {size} bytes, the manifest says {expected.bytes}", fix=_RECOPY
@@ -457,7 +457,7 @@ def _check_graphs(bundle: Bundle) -> None:
 
 
 def _check_graph(bundle: Bundle, name: str, inputs: set[str], outputs: set[str]) -> None:
-    raw = _read_regular(bundle.path, name, limit_bytes=GRAPH_LIMIT_BYTES)
+    raw = read_regular(bundle.path, name, limit_bytes=GRAPH_LIMIT_BYTES)
     try:
         graph = read_graph_file(raw)
     except (ValueError, RecursionError) as error:
@@ -503,7 +503,9 @@ def _owned_files(root: Path) -> Iterator[str]:
                 yield (Path(directory) / name).relative_to(root).as_posix()
 
 
-def _regular_size(root: Path, name: str) -> int:
+def regular_size(root: Path, name: str) -> int:
+    """Size of a regular file below `root`; raises `IntegrityError` for links, and where it is
+    missing or something else."""
     path = root
     try:
         for part in name.split("/"):
@@ -522,8 +524,9 @@ def _regular_size(root: Path, name: str) -> int:
     return status.st_size
 
 
-def _read_regular(root: Path, name: str, *, limit_bytes: int) -> bytes:
-    size = _regular_size(root, name)
+def read_regular(root: Path, name: str, *, limit_bytes: int) -> bytes:
+    """Content of such a file; raises `IntegrityError` if it is larger than allowed."""
+    size = regular_size(root, name)
     if size > limit_bytes:
         raise IntegrityError(
             f"{name}: {size} bytes, more than the {limit_bytes} allowed", fix=_RECOPY

@@ -8,11 +8,15 @@ until the store writes them.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
+import importlib.util
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -86,7 +90,7 @@ def graph_from_module(
         for tensor in inputs
     )
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _one_table(), torch.no_grad():
             program = torch.onnx.export(
                 _Positional(module, len(inputs)),
                 tuple(values[tensor.name] for tensor in inputs),
@@ -110,6 +114,7 @@ def graph_from_module(
         value.shape = ir.Shape(tensor.axes)
     name_outputs(model.graph, outputs)
     simplify(model)
+    _name_nodes(model.graph)
     passes.ClearMetadataAndDocStringPass()(model)
     model.graph.name = what
     return model
@@ -159,12 +164,54 @@ def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
         value.shape = ir.Shape(tensor.axes)
 
 
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names every node after the torch module it came from, ``self_attn.q_proj/MatMul_3``: engines
+    name nodes when they refuse or time them."""
+    for number, node in enumerate(graph.all_nodes()):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        module = module.removeprefix("module").removeprefix(".")  # `_Positional` holds it as that
+        node.name = f"{module}/{node.op_type}_{number}".removeprefix("/")
+
+
 def _reason(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = str(cause).strip() or type(cause).__name__
     return text.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _one_table() -> Iterator[None]:
+    """Lets torch keep its table of operators while it exports.
+
+    It makes one for every graph, which takes longer than most segments take to be exported. Where a
+    version of torch has another way, nothing is changed.
+    """
+    where = "torch.onnx._internal.exporter._registration"
+    found = importlib.util.find_spec(where)
+    registry = getattr(importlib.import_module(where), "ONNXRegistry", None) if found else None
+    made = getattr(registry, "from_torchlib", None)
+    if registry is None or made is None:
+        yield
+        return
+    own = registry.__dict__["from_torchlib"]
+    registry.from_torchlib = staticmethod(functools.partial(_table, made))
+    try:
+        yield
+    finally:
+        registry.from_torchlib = own
+
+
+_tables: dict[tuple[Any, ...], Any] = {}
+
+
+def _table(made: Any, *arguments: Any, **named: Any) -> Any:
+    key = (*arguments, *sorted(named.items()))
+    if key not in _tables:
+        _tables[key] = made(*arguments, **named)
+    return _tables[key]
 
 
 @contextlib.contextmanager

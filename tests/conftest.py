@@ -104,6 +104,22 @@ def decoder_bundle(decoder_folder: Callable[[str], Path], once: Once) -> Callabl
 
 
 @pytest.fixture(scope="session")
+def half_decoder(decoder_folder: Callable[[str], Path], once: Once) -> Bundle:
+    """The Llama in float16 as a bundle. Shared: never change it."""
+    from tests.decoders import EXITS
+
+    def make(folder: Path) -> None:
+        from edgeexit.export import DecodeModel, export_decoder
+        from edgeexit.export.models import from_pretrained
+
+        model = from_pretrained(decoder_folder("llama"), exits=EXITS).exit_model()
+        assert isinstance(model, DecodeModel)
+        export_decoder(model, folder, dtype="float16")
+
+    return open_bundle(once("llama-half", make))
+
+
+@pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint of a language model with chat templates."""
     from tests.chats import save_chat

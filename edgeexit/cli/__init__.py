@@ -24,6 +24,7 @@ VERBS = {
     "export": "Split a checkpoint, torch model or ONNX file at its exits into a bundle.",
     "inspect": "Show what is in a bundle, and the bytes that cross each boundary.",
     "check": "Verify a bundle on this device against its reference samples.",
+    "build": "Build TensorRT engines of a bundle, for this device or ahead of time.",
     "trace": "Record every exit's scores and predictions for a data set.",
     "calibrate": "Choose thresholds from a trace for a risk that is acceptable.",
     "run": "Answer inputs, and tell which exit answered.",

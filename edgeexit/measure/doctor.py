@@ -42,6 +42,11 @@ PACKAGES = (
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("run bundles on the processor", ("onnxruntime",)),
     "cuda": ("run bundles on an NVIDIA GPU", ("onnxruntime-gpu",)),
+    "rtx": (
+        "TensorRT engines on desktop GPUs, and ahead of time for them",
+        ("tensorrt-rtx", "cuda-bindings"),
+    ),
+    "tensorrt": ("TensorRT engines on servers", ("tensorrt", "cuda-bindings")),
     "text": ("texts as data and as prompts", ("tokenizers", "jinja2")),
     "images": ("images as data", ("pillow",)),
     "export": (

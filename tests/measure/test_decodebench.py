@@ -25,8 +25,9 @@ Bundles = Callable[[str], Bundle]
 
 
 def writer(*records: dict[str, Any]) -> Writer:
-    """A writer that has written already."""
-    return Writer("one", None, "case", list(records))  # type: ignore[arg-type]
+    """A writer that has written already, each time to another prompt."""
+    numbered = [{"prompt": number} | one for number, one in enumerate(records)]
+    return Writer("one", None, "case", numbered)  # type: ignore[arg-type]
 
 
 def record(first_token_s: float, decode_s: float, tokens: list[int], **more: Any) -> dict[str, Any]:
@@ -51,6 +52,19 @@ def test_texts_that_ended_at_once_count_for_nothing_and_are_not_all_there_may_be
         compare(writer(ended, ended), writer(long, long))
     with pytest.raises(MeasurementError, match="in no turn"):
         compare(writer(ended, long), writer(long, ended))
+
+
+def test_of_several_turns_on_a_prompt_the_usual_one_counts() -> None:
+    first, other = {"prompt": 0}, {"prompt": 1}
+    found = writer(
+        record(0.1, 1.0, [1] * 11, **first),
+        record(0.1, 9.0, [1] * 11, **first),
+        record(0.1, 2.0, [1] * 11, **first),
+        record(0.1, 3.0, [1] * 21, **other),
+        record(0.1, 4.0, [1] * 21, **other),
+    )
+    assert [one["decode_s"] for one in found.usual()] == [2.0, 3.0]
+    assert found.total_tokens_per_s() == pytest.approx(30 / 5)
 
 
 def test_differences_count_texts_that_are_not_equal() -> None:

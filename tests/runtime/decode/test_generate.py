@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from edgeexit.errors import (
     StateError,
     UsageError,
 )
-from edgeexit.export import DecodeModel, export_decoder
-from edgeexit.export.models import from_pretrained
 from edgeexit.manifest import Cache
 from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
 from edgeexit.runtime.decode.arguments import ModeName
@@ -136,21 +133,13 @@ def test_fast_decoding_without_exits_gives_the_reference_tokens(
         check(tokens, prompt, expected)
 
 
-@pytest.fixture(scope="module")
-def half(decoder_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The Llama in float16."""
-    model = from_pretrained(decoder_folder("llama"), exits=EXITS).exit_model()
-    assert isinstance(model, DecodeModel)
-    return export_decoder(model, tmp_path_factory.mktemp("half") / "bundle", dtype="float16")
-
-
 def test_a_float16_decoder_keeps_states_and_caches_in_half_and_answers_in_float32(
-    half: Bundle, decoder_bundle: Bundles
+    half_decoder: Bundle, decoder_bundle: Bundles
 ) -> None:
     whole = decoder_bundle("llama")
-    assert half.weights_bytes < 0.52 * whole.weights_bytes
-    (chain,) = half.manifest.chains.values()
-    [head] = half.manifest.heads.values()
+    assert half_decoder.weights_bytes < 0.52 * whole.weights_bytes
+    (chain,) = half_decoder.manifest.chains.values()
+    [head] = half_decoder.manifest.heads.values()
     for segment in chain.segments:
         states = [segment.inputs[0], *segment.outputs, *segment.caches]
         assert {tensor.dtype for tensor in states} == {"float16"}
@@ -166,11 +155,11 @@ def test_a_float16_decoder_keeps_states_and_caches_in_half_and_answers_in_float3
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_float16_decoder_writes_the_tokens_of_float64_where_they_are_clear(
-    half: Bundle, form: Form
+    half_decoder: Bundle, form: Form
 ) -> None:
     reference = Reference(make_decoder("llama"))
     prompts = random_prompts(3, [6, 3, 11])
-    with load_decoder(half, caches=form) as decoder:
+    with load_decoder(half_decoder, caches=form) as decoder:
         for mode in ("full", "exact", "fast"):
             made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()
             for tokens, prompt in zip(made.tokens, prompts, strict=True):

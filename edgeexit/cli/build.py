@@ -1,0 +1,266 @@
+"""``edgeexit build``: TensorRT engines of a bundle, for this device or ahead of time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.cli.common import (
+    bundle_argument,
+    json_option,
+    print_json,
+    print_table,
+    progress_bar,
+    size,
+    verbosity_options,
+)
+from edgeexit.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.decode.session import Form
+
+SHAPES = "INPUT:SIZExSIZE,..."
+
+
+@click.command("build")
+@bundle_argument
+@click.option("--min-shapes", metavar=SHAPES, help="Smallest shapes of the bundle's inputs.")
+@click.option("--opt-shapes", metavar=SHAPES, help="Shapes that engines are tuned for.")
+@click.option("--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits.")
+@click.option(
+    "--capacity", type=click.IntRange(min=2), help="Most tokens of a text; language models only."
+)
+@click.option(
+    "--caches",
+    type=click.Choice(["fixed", "append"]),
+    help="Form of the caches; language models only. Default: fixed where it can be built.",
+)
+@click.option(
+    "--target",
+    metavar="SM86,...",
+    help="Build ahead of time, without a GPU, for these desktop GPUs (TensorRT-RTX); with -o.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where engines for targets go."
+)
+@click.option(
+    "--engine-dir", type=click.Path(path_type=Path), help="The engine cache, if not the user's."
+)
+@click.option("--memory-limit", metavar="SIZE", help="Scratch memory an engine may use, as 512MiB.")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="How hard to search, 0 to 5.")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="Keep timings of kernels in this file."
+)
+@click.option("--without-unsplit", is_flag=True, help="Leave out the baseline, which bench needs.")
+@click.option("--sign", type=click.Path(path_type=Path), help="Sign engines with this SSH key.")
+@click.option(
+    "--import",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Take engines that were built elsewhere; signed ones, or with --trust.",
+)
+@click.option(
+    "--allowed-signers", type=click.Path(path_type=Path), help="Who may sign, as for ssh-keygen."
+)
+@click.option("--trust", is_flag=True, help="Import without a signature: you answer for them.")
+@json_option
+@verbosity_options
+def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
+    """Build TensorRT engines of a bundle: one per segment and head.
+
+    Engines are kept in a cache beside nothing of yours (~/.cache/edgeexit), under a key of
+    everything that made them; what is there already is not built again. Shapes are spelled as for
+    trtexec (ids:1x128) or Polygraphy (ids:[1,128]).
+
+    \b
+    edgeexit build bundle --max-shapes pixel_values:8x3x224x224
+    edgeexit build bundle --target sm86,sm89 -o engines --sign ~/.ssh/id_ed25519
+    edgeexit build bundle --import engines --allowed-signers signers
+    """
+    opened = open_bundle(bundle, verify="full")
+    if options["source"] is not None:
+        made = _import(opened, **options)
+    else:
+        made = _build(opened, quiet=quiet, **options)
+    if as_json:
+        print_json({"bundle": str(bundle), "digest": opened.digest, "engines": made})
+    elif not quiet:
+        for one in made:
+            rows = [
+                (plan["graph"], size(plan["bytes"]), plan["seconds"], plan["computes_in"])
+                for plan in one["plans"]
+            ]
+            print_table(
+                f"{one['path']} ({one['for']})", ("graph", "plan", "seconds", "computes in"), rows
+            )
+
+
+def _import(
+    bundle: Bundle,
+    *,
+    source: Path,
+    engine_dir: Path | None,
+    trust: bool,
+    allowed_signers: Path | None,
+    **others: Any,
+) -> list[dict[str, Any]]:
+    from edgeexit.runtime.engines.tensorrt import store
+
+    for name, value in others.items():
+        if value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not go with --import",
+                fix="Engines that were built are taken as they are.",
+            )
+    root = store.default_root() if engine_dir is None else engine_dir
+    folders = store.import_engines(
+        source, root, bundle, trust="anything" if trust else "signature", signers=allowed_signers
+    )
+    return [_described(folder) for folder in folders]
+
+
+def _build(
+    bundle: Bundle,
+    *,
+    quiet: bool,
+    min_shapes: str | None,
+    opt_shapes: str | None,
+    max_shapes: str | None,
+    capacity: int | None,
+    caches: Form | None,
+    target: str | None,
+    output: Path | None,
+    engine_dir: Path | None,
+    memory_limit: str | None,
+    opt_level: int | None,
+    timing_cache: Path | None,
+    without_unsplit: bool,
+    sign: Path | None,
+    **others: Any,
+) -> list[dict[str, Any]]:
+    from edgeexit.runtime.engines.tensorrt import store
+    from edgeexit.runtime.engines.tensorrt.build import (
+        Options,
+        build_engines,
+        sample_sizes,
+        work_of,
+    )
+    from edgeexit.runtime.engines.tensorrt.device import describe_device
+    from edgeexit.runtime.engines.tensorrt.library import find_library, parse_targets
+    from edgeexit.runtime.engines.tensorrt.profiles import Asked, axis_sizes, parse_shapes
+
+    if others["trust"] or others["allowed_signers"]:
+        raise UsageError("--trust and --allowed-signers are for --import", fix="Add --import DIR.")
+    targets = [] if target is None else parse_targets(target)
+    if bool(targets) != (output is not None):
+        raise UsageError(
+            "--target and -o go together: engines for other machines do not belong in this one's "
+            "cache",
+            fix="Give both, or neither to build for this device.",
+        )
+    if sign is not None and not targets:
+        raise UsageError("--sign is for engines that go elsewhere", fix="Add --target and -o.")
+    manifest = bundle.manifest
+    if (capacity or caches) and manifest.program != "decode":
+        raise UsageError("--capacity and --caches are for language models", fix="Use --max-shapes.")
+    given = {
+        option: axis_sizes(parse_shapes(text, option), manifest.inputs, option)
+        for option, text in (
+            ("--min-shapes", min_shapes),
+            ("--opt-shapes", opt_shapes),
+            ("--max-shapes", max_shapes),
+        )
+        if text is not None
+    }
+    asked = Asked(
+        min=given.get("--min-shapes", {}),
+        opt=given.get("--opt-shapes", {}),
+        max=given.get("--max-shapes", {}),
+        capacity=capacity,
+    )
+    options = Options(
+        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
+        opt_level=opt_level,
+        timing_cache=timing_cache,
+    )
+    library = find_library(rtx=True if targets else None)
+    if timing_cache is not None and library.rtx:
+        raise UsageError(
+            "--timing-cache: TensorRT-RTX times nothing when it builds", fix="Leave it out."
+        )
+    works = work_of(
+        manifest,
+        library.features,
+        asked,
+        sample_sizes(bundle),
+        unsplit=not without_unsplit,
+        form=caches,
+    )
+    root = output or engine_dir or store.default_root()
+    made = []
+    with progress_bar(quiet) as progress:
+        wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
+        for about in wanted or [describe_device()]:
+            folder, _ = build_engines(
+                bundle, works, library, about, root, options=options, progress=progress
+            )
+            if sign is not None:
+                store.sign(folder, sign)
+            made.append(_described(folder))
+    return made
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    from edgeexit.runtime.engines.tensorrt.store import read_index
+
+    engines = read_index(folder)
+    source = engines.made_from
+    target = source["target"]
+    return {
+        "path": str(folder),
+        "key": engines.key,
+        "library": source["library"],
+        "version": source["version"],
+        "target": target,
+        "for": target.get("gpu") or f"sm{target['compute_capability']}",
+        "plans": [
+            {
+                "graph": plan.graph,
+                "file": plan.file,
+                "bytes": plan.bytes,
+                "seconds": plan.seconds,
+                "peak_memory_bytes": plan.peak_memory_bytes,
+                "precision": plan.precision,
+                "computes_in": _computes_in(plan.precision),
+            }
+            for plan in engines.plans
+        ],
+    }
+
+
+def _computes_in(precision: dict[str, dict[str, int]]) -> str:
+    """Types of the layers that multiply, as ``HALF 24, FLOAT 2``."""
+    heavy = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT", "EINSUM")
+    types: dict[str, int] = {}
+    for kind in heavy:
+        for dtype, count in precision.get(kind, {}).items():
+            types[dtype] = types.get(dtype, 0) + count
+    return ", ".join(f"{dtype} {count}" for dtype, count in sorted(types.items()))
+
+
+def parse_bytes(text: str) -> int:
+    """Reads ``512MiB``.
+
+    >>> parse_bytes("512MiB"), parse_bytes("1.5GiB")
+    (536870912, 1610612736)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise UsageError(
+            f"--memory-limit {text}: not an amount of memory", fix="Give it as 512MiB or 2GiB."
+        )
+    return int(float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]])

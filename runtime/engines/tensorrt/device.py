@@ -1,0 +1,96 @@
+"""The GPU of this device: whether it can be used, and what tells it from another."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from edgeexit.errors import EngineError
+
+L4T = Path("/etc/nv_tegra_release")
+
+
+def import_driver() -> Any:
+    """The CUDA driver's own interface (``cuda.bindings.driver``), initialised.
+
+    Raises:
+        EngineError: cuda-bindings, the driver or a GPU is missing, or they do not fit each other.
+    """
+    if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
+        raise EngineError(
+            "cuda-bindings is not installed, which TensorRT engines need",
+            fix='Desktop GPUs: pip install "edgeexit[rtx]"; JetPack 6: "edgeexit[jetson6]"; '
+            'JetPack 7: "edgeexit[jetson7]".',
+        )
+    from cuda.bindings import driver
+
+    try:
+        (status,) = driver.cuInit(0)
+    except Exception as error:  # cuda-bindings raises kinds of its own where there is no library
+        raise EngineError(
+            f"there is no NVIDIA driver ({str(error).splitlines()[0][:200]})",
+            fix="Install the driver of your GPU. To build for desktop GPUs without one: "
+            "edgeexit build --target sm86 -o DIR.",
+        ) from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise EngineError(
+            f"the NVIDIA driver cannot be used ({status.name})",
+            fix="`nvidia-smi` (on a Jetson: tegrastats) tells what ails it.",
+        )
+    require_fitting(importlib.metadata.version("cuda-bindings"), ask(driver.cuDriverGetVersion()))
+    return driver
+
+
+def require_fitting(bindings: str, driver: int) -> None:
+    """Holds the version of cuda-bindings against that of CUDA which the driver speaks (12060 for
+    12.6).
+
+    Raises:
+        EngineError: The driver's major version is older.
+    """
+    major = driver // 1000
+    if int(bindings.split(".")[0]) > major:
+        raise EngineError(
+            f"cuda-bindings {bindings} is for a newer driver: this one speaks CUDA "
+            f"{major}.{driver % 1000 // 10}",
+            fix=f'pip install "cuda-bindings>={major},<{major + 1}", or install a newer driver.',
+        )
+
+
+def ask(answer: tuple[Any, ...]) -> Any:
+    """The value in an answer of the driver; raises `EngineError` if it is an error."""
+    status, *values = answer
+    if int(status) != 0:
+        raise EngineError(
+            f"the NVIDIA driver refused: {status.name}",
+            fix="Run again; if it stays so, `edgeexit doctor` shows the driver's version.",
+        )
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def describe_device(number: int = 0) -> dict[str, Any]:
+    """What engines built here depend on: GPU, its multiprocessors and compute capability, driver,
+    and on a Jetson the release of L4T."""
+    driver = import_driver()
+    device = ask(driver.cuDeviceGet(number))
+    attribute = driver.CUdevice_attribute
+
+    def get(name: str) -> int:
+        return int(ask(driver.cuDeviceGetAttribute(getattr(attribute, name), device)))
+
+    capability = 10 * get("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR")
+    capability += get("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
+    name = ask(driver.cuDeviceGetName(128, device))
+    return {
+        "ahead_of_time": False,
+        "gpu": name.split(b"\0")[0].decode(),
+        "multiprocessors": get("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT"),
+        "compute_capability": capability,
+        "cuda": int(ask(driver.cuDriverGetVersion())),
+        "l4t": L4T.read_text().splitlines()[0] if L4T.is_file() else None,
+    }
+
+
+__all__ = ["describe_device", "import_driver", "require_fitting"]

@@ -1,0 +1,160 @@
+"""The two libraries of TensorRT, of one API: ``tensorrt`` (Jetson, servers) and ``tensorrt_rtx``
+(desktop GPUs, which also builds on machines without one).
+
+What differs between them, and between their versions, is said here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from edgeexit.errors import EngineError, UsageError
+
+SUPPORTED: dict[str, tuple[tuple[int, int], int]] = {
+    "tensorrt": ((10, 3), 11),
+    "tensorrt_rtx": ((1, 4), 1),
+}
+"""Library -> oldest version, and the newest major one. JetPack 6.1 and 6.2 have 10.3, 7.2 10.16."""
+
+DESKTOP_TARGETS = {75: "Turing", 80: "A100", 86: "Ampere", 89: "Ada", 120: "Blackwell", 121: "GB10"}
+"""Compute capabilities that TensorRT-RTX builds for ahead of time."""
+JETSONS = {72: "Xavier", 87: "Orin", 101: "Thor", 110: "Thor"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An engine library that was found.
+
+    Attributes:
+        name: Its module.
+        module: The module itself.
+        version: Its full version.
+    """
+
+    name: str
+    module: Any
+    version: str
+
+    @property
+    def rtx(self) -> bool:
+        """Whether it is TensorRT-RTX: no autotuning, so no timing cache; plans are compiled for the
+        GPU when they are loaded."""
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def has_typing_flag(self) -> bool:
+        """Whether strong typing must be asked for. From 11 on there is nothing else."""
+        return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What graphs may use (`edgeexit.manifest.Variant`). Before 10.15 a pointer that is input
+        and output at once gives wrong results."""
+        if self.rtx or release(self.version) >= (10, 15):
+            return frozenset({"opset-24", "cache-update"})
+        return frozenset()
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version.
+
+    >>> release("10.16.1.11")
+    (10, 16)
+    """
+    major, minor, *_ = (*version.split("."), "0")
+    return int(major), int(minor)
+
+
+def supported_versions() -> str:
+    """The versions that this edgeexit takes, for messages."""
+    lines = []
+    for name, (oldest, major) in SUPPORTED.items():
+        lines.append(f"{name} {oldest[0]}.{oldest[1]} to {major}.x")
+    return " or ".join(lines)
+
+
+def find_library(*, rtx: bool | None = None) -> Library:
+    """The library to use: TensorRT-RTX or TensorRT as asked, or whichever is installed.
+
+    Raises:
+        EngineError: None is there, or its version is refused.
+    """
+    names = ["tensorrt", "tensorrt_rtx"]
+    if rtx is not None:
+        names = names[rtx : rtx + 1]
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            return import_library(name)
+    raise EngineError(
+        f"{' and '.join(names)} cannot be found" if len(names) > 1 else f"{names[0]} is not there",
+        fix='Desktop GPUs: pip install "edgeexit[rtx]". Jetson: TensorRT comes with JetPack; make '
+        "the environment with --system-site-packages.",
+    )
+
+
+def import_library(name: str) -> Library:
+    """Imports a library and holds its version against `SUPPORTED`.
+
+    Raises:
+        EngineError: It cannot be imported, or its version is refused.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(
+            f"{name} cannot be imported ({error})",
+            fix="`edgeexit doctor` tells what is installed.",
+        ) from error
+    version = str(module.__version__)
+    oldest, newest = SUPPORTED[name]
+    if not (release(version) >= oldest and release(version)[0] <= newest):
+        raise EngineError(
+            f"{name} {version} was not tried with this edgeexit",
+            fix=f"Use {supported_versions()}.",
+        )
+    return Library(name, module, version)
+
+
+def parse_targets(text: str) -> list[int]:
+    """Reads ``sm86,sm89`` (or ``8.6``): what to build for ahead of time.
+
+    >>> parse_targets("sm86,12.0")
+    [86, 120]
+
+    Raises:
+        UsageError: It is no target, or one that can only be built for on the device.
+    """
+    targets = []
+    for one in text.split(","):
+        name = one.strip().lower()
+        digits = name.removeprefix("sm").removeprefix("_").replace(".", "")
+        if not digits.isdigit():
+            raise UsageError(
+                f"--target {one}: not a compute capability",
+                fix=f"Give some of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
+            )
+        number = int(digits)
+        if number in JETSONS:
+            raise UsageError(
+                f"--target {one}: engines for Jetson {JETSONS[number]} can only be built on it. "
+                "TensorRT-RTX, which builds without the GPU, is for desktops; JetPack's TensorRT "
+                "builds for the GPU that it runs on, for it times every kernel there",
+                fix="Copy the bundle to the device and run edgeexit build there.",
+            )
+        if number not in DESKTOP_TARGETS:
+            raise UsageError(
+                f"--target {one}: TensorRT-RTX does not build for it ahead of time",
+                fix=f"It builds for {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
+            )
+        if number not in targets:
+            targets.append(number)
+    return targets
+
+
+__all__ = [
+    "DESKTOP_TARGETS", "Library", "find_library", "import_library", "parse_targets", "release",
+    "supported_versions",
+]  # fmt: skip

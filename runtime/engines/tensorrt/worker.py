@@ -1,0 +1,226 @@
+"""Builds one engine in a process of its own.
+
+TensorRT gives memory back only when its process ends, and on a small device it is the process that
+the system kills when there is too little. So `build` starts one of these per graph. The job comes
+as JSON on stdin; what happens is told on stdout, one JSON object a line: ``phase``, ``done`` and
+``of`` while it goes on, ``built`` or ``failed`` at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from edgeexit.errors import EdgeExitError
+from edgeexit.graphfile import fix_axes, keep_outputs
+from edgeexit.runtime.engines.tensorrt.library import Library, import_library
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build.
+
+    Attributes:
+        library: Module of the engine library.
+        graph: Path of the ONNX file; its weights lie beside it.
+        outputs: Outputs to keep.
+        fixed: Named axes that get a number (`edgeexit.graphfile.fix_axes`).
+        profiles: Per profile, input -> smallest, usual and largest shape.
+        targets: Compute capabilities (86 for 8.6) to build for ahead of time; none: this device.
+        plan: Where the plan goes.
+    """
+
+    library: str
+    graph: str
+    outputs: list[str]
+    fixed: dict[str, int]
+    profiles: list[dict[str, list[list[int]]]]
+    targets: list[int]
+    plan: str
+    timing_cache: str | None = None
+    memory_limit_bytes: int | None = None
+    opt_level: int | None = None
+
+
+class Built(msgspec.Struct, kw_only=True):
+    """What came of it: size of the plan, types of its layers, seconds, and peak memory."""
+
+    bytes: int
+    precision: dict[str, dict[str, int]]
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Failed(msgspec.Struct, kw_only=True):
+    """Why nothing came of it. `nodes` are those that the parser refused: name, operator, reason."""
+
+    what: str
+    nodes: list[tuple[str, str, str]] = []
+    memory: bool = False
+
+
+def main() -> None:
+    """Builds what stdin asks for."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    # The library may print; what is told goes out through a stream of its own.
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        result: dict[str, Any] = {"built": build(import_library(job.library), job, told)}
+    except Refused as error:
+        result = {"failed": error.failed}
+    except EdgeExitError as error:
+        result = {"failed": Failed(what=str(error))}
+    _tell(told, result)
+
+
+class Refused(Exception):
+    """The library would not build it."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.what)
+        self.failed = failed
+
+
+def build(library: Library, job: Job, told: TextIO) -> Built:
+    """Builds an engine and writes its plan; raises `Refused`."""
+    trt = library.module
+    started = time.monotonic()
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    if builder is None:
+        raise Refused(Failed(what=log.reason("no builder could be made")))
+    flags = (
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if library.has_typing_flag else 0
+    )
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    path = Path(job.graph)
+    raw = fix_axes(keep_outputs(path.read_bytes(), job.outputs), job.fixed)
+    if not parser.parse(raw, str(path)):
+        raise Refused(_parser_failure(parser, log))
+    config = builder.create_builder_config()
+    for shapes in job.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in shapes.items():
+            profile.set_shape(name, low, usual, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise Refused(Failed(what=log.reason(f"it takes no such profile: {shapes}")))
+    if job.targets:
+        config.num_compute_capabilities = len(job.targets)
+        for place, target in enumerate(job.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
+    if job.memory_limit_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
+    if job.opt_level is not None:
+        config.builder_optimization_level = job.opt_level
+    cache = None
+    if job.timing_cache is not None:
+        known = Path(job.timing_cache)
+        cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    config.progress_monitor = monitor = _monitor(trt, told)
+    precision = _precision(network)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
+    del monitor
+    _write(Path(job.plan), memoryview(plan))
+    if cache is not None and job.timing_cache is not None:
+        _write(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+    return Built(
+        bytes=plan.nbytes,
+        precision=precision,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _write(path: Path, data: memoryview) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _precision(network: Any) -> dict[str, dict[str, int]]:
+    """Types of the network's layers by kind. It is strongly typed: what the network says, the
+    engine computes in."""
+    found: dict[str, dict[str, int]] = {}
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.num_outputs == 0 or layer.get_output(0) is None:
+            continue
+        kind = str(layer.type).rsplit(".", 1)[-1]
+        dtype = str(layer.get_output(0).dtype).rsplit(".", 1)[-1]
+        types = found.setdefault(kind, {})
+        types[dtype] = types.get(dtype, 0) + 1
+    return found
+
+
+def _parser_failure(parser: Any, log: Any) -> Failed:
+    nodes = []
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        nodes.append((error.node_name(), error.node_operator(), error.desc()))
+    return Failed(what=log.reason("the parser refused the graph"), nodes=nodes)
+
+
+def _logger(trt: Any) -> Any:
+    """Keeps what the library complains of: its calls themselves only say that they failed."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.complaints: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.complaints.append(message)
+
+        def reason(self, otherwise: str) -> str:
+            return self.complaints[0] if self.complaints else otherwise
+
+        @property
+        def out_of_memory(self) -> bool:
+            text = " ".join(self.complaints).lower()
+            return "out of memory" in text or "outofmemory" in text or "insufficient memory" in text
+
+    return Log()
+
+
+def _monitor(trt: Any, told: TextIO) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.asked_by = os.getppid()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            _tell(told, {"phase": phase, "done": 0, "of": steps})
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            _tell(told, {"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
+            return os.getppid() == self.asked_by  # nobody waits for it any more: give up
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _tell(told: TextIO, message: dict[str, Any]) -> None:
+    told.write(msgspec.json.encode(message).decode() + "\n")
+    told.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Real engines, built by TensorRT-RTX for desktop GPUs on a machine that needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from edgeexit.bundle import Bundle
+from edgeexit.bundlewriter import BundleWriter
+from edgeexit.errors import EngineError, UsageError
+from edgeexit.runtime.engines.tensorrt import store
+from edgeexit.runtime.engines.tensorrt.build import (
+    Options,
+    build_engines,
+    made_from,
+    sample_sizes,
+    work_of,
+)
+from edgeexit.runtime.engines.tensorrt.library import Library, find_library
+from edgeexit.runtime.engines.tensorrt.profiles import Asked
+from tests.toys import Toy, fill_toy, make_toy, write_toy
+
+NOTHING = Asked({}, {}, {})
+SM86 = {"ahead_of_time": True, "compute_capability": 86}
+PLAIN: frozenset[str] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Library:
+    pytest.importorskip("tensorrt_rtx")
+    return find_library(rtx=True)
+
+
+def test_every_segment_and_the_baseline_become_engines_once(
+    toy_bundle: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    works = work_of(toy_bundle.manifest, rtx.features, NOTHING, sample_sizes(toy_bundle))
+    assert [work.where for work in works] == ["s0", "s1", "s2", "s3", "unsplit"]
+    told: list[tuple[int, int]] = []
+    folder, made = build_engines(
+        toy_bundle, works, rtx, SM86, tmp_path, progress=lambda _, done, of: told.append((done, of))
+    )
+    assert store.read_index(folder) == made
+    store.check_plans(folder, made)
+    assert made.bundle == toy_bundle.digest and made.made_from["version"] == rtx.version
+    for work, plan in zip(works, made.plans, strict=True):
+        assert plan.graph == work.variant.graph and plan.outputs == list(work.outputs)
+        assert plan.profiles[0]["shift"] == [[1, 1], [1, 1], [8, 1]]
+        assert set(plan.precision["MATRIX_MULTIPLY"]) == {"FLOAT"}
+        assert plan.seconds > 0 and plan.peak_memory_bytes > plan.bytes
+    assert told[-1][0] == told[-1][1] and [done for done, _ in told[:-1]] == sorted(
+        done for done, _ in told[:-1]
+    )
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert build_engines(toy_bundle, works, rtx, SM86, tmp_path) == (folder, made)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".json", *[".plan"] * 5]
+
+
+def test_a_build_goes_on_where_it_stopped(toy_bundle: Bundle, rtx: Library, tmp_path: Path) -> None:
+    works = work_of(toy_bundle.manifest, rtx.features, NOTHING, {}, unsplit=False)
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == "s2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(toy_bundle, works, rtx, SM86, tmp_path, progress=stop)
+    [folder] = tmp_path.glob("*/*")
+    assert store.list_engines(tmp_path, toy_bundle.digest) == []
+    first = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.plan")}
+    assert set(first) == {"s0.plan", "s1.plan"}
+    # What was torn, or is not what was noted, is built again.
+    (folder / "s1.plan").write_bytes((folder / "s1.plan").read_bytes()[:-1])
+    again, made = build_engines(toy_bundle, works, rtx, SM86, tmp_path)
+    assert again == folder and len(made.plans) == 4
+    assert (folder / "s0.plan").stat().st_mtime_ns == first["s0.plan"]
+    assert (folder / "s1.plan").stat().st_mtime_ns > first["s1.plan"]
+    store.check_plans(folder, made)
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "profile", "library", "version", "target", "option", "outputs"]
+)
+def test_one_changed_thing_makes_another_key(
+    change: str, toy: Toy, toy_bundle: Bundle, tmp_path: Path
+) -> None:
+    library = Library("tensorrt_rtx", None, "1.7.1")
+    works = work_of(toy_bundle.manifest, PLAIN, NOTHING, {})
+    bundle, target, options = toy_bundle, SM86, Options()
+    before = store.key_of(made_from(bundle, works, library, target, options))
+    if change == "weights":
+        weights = toy.layers[0][0].copy()
+        weights[0, 0] = np.nextafter(weights[0, 0], np.float32(9))
+        other = Toy([(weights, toy.layers[0][1]), *toy.layers[1:]])
+        bundle = write_toy(other, tmp_path / "other")
+        graphs = [
+            {k: v.sha256 for k, v in b.manifest.files.items() if k.endswith(".onnx")}
+            for b in (bundle, toy_bundle)
+        ]
+        assert graphs[0] == graphs[1]
+    elif change == "profile":
+        works = work_of(toy_bundle.manifest, PLAIN, Asked({}, {}, {"batch": 9}), {})
+    elif change == "library":
+        library = Library("tensorrt", None, "1.7.1")
+    elif change == "version":
+        library = Library("tensorrt_rtx", None, "1.7.2")
+    elif change == "target":
+        target = {"ahead_of_time": True, "compute_capability": 89}
+    elif change == "option":
+        options = Options(opt_level=2)
+    else:
+        works = works[:-1]
+    assert store.key_of(made_from(bundle, works, library, target, options)) != before
+
+
+def test_a_refused_node_is_named_with_its_segment_and_module(
+    toy: Toy, rtx: Library, tmp_path: Path
+) -> None:
+    with BundleWriter(tmp_path / "odd") as writer:
+        manifest = fill_toy(toy, writer.folder)
+        path = writer.folder / "graphs/s1.onnx"
+        model = onnx.load(path, load_external_data=False)
+        [node] = [node for node in model.graph.node if node.op_type == "Tanh"]
+        node.op_type, node.domain, node.name = "Strange", "com.example", "layers.1.act/Strange_3"
+        model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+        path.write_bytes(model.SerializeToString())
+        bundle = writer.commit(manifest)
+    works = work_of(bundle.manifest, rtx.features, NOTHING, {}, unsplit=False)
+    with pytest.raises(EngineError) as refused:
+        build_engines(bundle, works, rtx, SM86, tmp_path / "engines")
+    text = str(refused.value)
+    for part in ("s1 (graphs/s1.onnx)", "layers.1.act/Strange_3 (Strange", "module layers.1.act"):
+        assert part in text
+    assert len(list((tmp_path / "engines").glob("*/*/*.plan"))) == 1  # s0 is kept
+
+
+def test_sizes_that_no_engine_can_have_are_refused(toy_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="not in order"):
+        work_of(toy_bundle.manifest, PLAIN, Asked({"batch": 9}, {}, {"batch": 3}), {})
+
+
+def test_states_of_open_sizes_are_refused(tmp_path: Path) -> None:
+    bundle = write_toy(make_toy(open_axes=True), tmp_path / "open")
+    with pytest.raises(UsageError, match=r"s1: nothing says how large the axis \?"):
+        work_of(bundle.manifest, PLAIN, NOTHING, {})
+
+
+@pytest.fixture(scope="module")
+def decoder(decoder_bundle: Callable[[str], Bundle]) -> Bundle:
+    return decoder_bundle("llama")
+
+
+def test_a_decoder_in_float32_has_engines_with_two_profiles(
+    decoder: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    asked = Asked({}, {}, {"batch": 4}, capacity=64)
+    works = work_of(decoder.manifest, rtx.features, asked, {}, chunk=32, unsplit=False)
+    assert {work.variant.caches for work in works} == {"append"}
+    wheres = [work.where for work in works]
+    assert "head head" in wheres and any(where.startswith("projection of") for where in wheres)
+    first = works[0]
+    assert [p["embedded"] for p in first.profiles] == [
+        ((1, 1, 64), (1, 1, 64), (4, 16, 64)),
+        ((1, 1, 64), (1, 32, 64), (4, 32, 64)),
+    ]
+    assert first.profiles[0]["lengths/past"] == ((1,), (1,), (4,))
+    _, made = build_engines(decoder, works, rtx, SM86, tmp_path)
+    assert all(set(p.precision["MATRIX_MULTIPLY"]) == {"FLOAT"} for p in made.plans)
+
+
+@pytest.mark.parametrize("form", ["fixed", "append"])
+def test_a_decoder_in_float16_computes_in_it(
+    form: Any, half_decoder: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    asked = Asked({}, {}, {"batch": 2}, capacity=64)
+    works = work_of(
+        half_decoder.manifest, rtx.features, asked, {}, chunk=32, unsplit=False, form=form
+    )[:1]
+    assert works[0].variant.caches == form
+    assert works[0].fixed == ({"past": 64} if form == "fixed" else {})
+    _, made = build_engines(half_decoder, works, rtx, SM86, tmp_path)
+    [plan] = made.plans
+    assert plan.precision["MATRIX_MULTIPLY"].get("HALF", 0) >= 7  # of its two layers' products
+
+
+def test_a_form_that_the_library_lacks_is_refused(decoder: Bundle) -> None:
+    with pytest.raises(EngineError, match=r"no form fixed that this TensorRT builds: .*append"):
+        work_of(decoder.manifest, PLAIN, NOTHING, {}, form="fixed")
