@@ -51,13 +51,15 @@ def command(
     """Verify a bundle on this device against its reference samples.
 
     Hashes every file, then compares every exit's outputs and scores, the decisions of the chain,
-    the unsplit graph and the preprocessing. Exit code 3 if something differs.
+    the unsplit graph and the preprocessing. Exit code 3 if something differs. For int8 bundles it
+    also counts the decisions that are not those of float32.
 
     \b
     edgeexit check bundle
     edgeexit check bundle --policy policy.json --atol 1e-3
     """
     from edgeexit.bundle import open_bundle
+    from edgeexit.measure import flips
     from edgeexit.measure.check import check, describe
     from edgeexit.measure.checkdecode import check_decoder
     from edgeexit.runtime import load, load_decoder, read_policy
@@ -66,6 +68,7 @@ def command(
         opened = open_bundle(bundle, verify="full")
     except IntegrityError as error:
         raise CheckError(error.what, fix=error.fix) from error
+    flipped: list[flips.Flips] = []
     chosen = None if policy is None else read_policy(policy)
     if opened.manifest.program == "decode":
         with load_decoder(opened, engine, policy=chosen, threads=threads) as decoder:  # type: ignore[arg-type]
@@ -75,10 +78,12 @@ def command(
         with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
             report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
             about = model.describe_engine()
+            if flips.has_float32(opened):
+                flipped = flips.count_flips(model, chosen)
     if as_json:
-        print_json(
-            {"bundle": str(bundle), "digest": opened.digest, "engine": about} | describe(report)
-        )
+        head = {"bundle": str(bundle), "digest": opened.digest, "engine": about}
+        tail = {"flips_against_float32": flips.describe(flipped)} if flipped else {}
+        print_json(head | describe(report) | tail)
     elif not quiet:
         shown = [c for c in report.comparisons if verbose or not c.passed] or _worst(
             report.comparisons
@@ -94,6 +99,21 @@ def command(
         )
         for note in report.notes:
             click.echo(note)
+        if flipped:
+            print_table(
+                f"against float32, {flipped[0].rows} rows, decisions "
+                + ("of the policy" if policy else "at the median score"),
+                ("exit", "other answers", "other decisions", "largest score difference"),
+                [
+                    (
+                        f.exit,
+                        f.answers,
+                        "-" if f.decisions is None else f.decisions,
+                        f"{f.score:.3g}",
+                    )
+                    for f in flipped
+                ],
+            )
         held = sum(c.passed for c in report.comparisons)
         click.echo(
             f"{held} of {len(report.comparisons)} comparisons hold "

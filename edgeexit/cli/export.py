@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
     from edgeexit.export.contract import DecodeModel, ExitModel
 
-DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16"}
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "int8": "int8",
+}
 
 
 @click.command("export")
@@ -61,6 +68,12 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
     type=click.Choice(list(DTYPES)),
     help="What the graphs compute in; default: float32, ONNX files keep theirs.",
 )
+@click.option(
+    "--calibration-data",
+    metavar="DATA",
+    help="With --dtype int8: what to measure the ranges of activations on; any form that `trace "
+    "--data` takes.",
+)
 @click.option("--name", help="Name of the bundle; default: that of the model.")
 @click.option(
     "--data",
@@ -84,6 +97,7 @@ def command(
     adapters: str | None,
     opset: int | None,
     dtype: str | None,
+    calibration_data: str | None,
     name: str | None,
     data: Path | None,
     labels: Path | None,
@@ -99,6 +113,7 @@ def command(
     edgeexit export -m checkpoint --untrained-exits 3,6,9 -o bundle
     edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
     edgeexit export -m my_package.model:make -o bundle
+    edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
     """
     from edgeexit.bundlewriter import check_output
 
@@ -106,6 +121,11 @@ def command(
     options: dict[str, Any] = {"overwrite": overwrite}
     if dtype is not None:
         options["dtype"] = DTYPES[dtype]
+    if (calibration_data is not None) != (options.get("dtype") == "int8"):
+        raise UsageError(
+            "--dtype int8 and --calibration-data go together: ranges of activations are measured",
+            fix="Give both, or neither.",
+        )
     if opset is not None:
         options["opset"] = opset
     with progress_bar(quiet) as progress:
@@ -125,9 +145,8 @@ def command(
                         f"{option} is for ONNX files; this model brings its own",
                         fix="Leave it out.",
                     )
-            bundle = _torch(
-                model, output, exits, untrained_exits, adapters, task, name, options, progress
-            )
+            split = _torch(model, exits, untrained_exits, adapters, task, name)
+            bundle = _export(split, output, calibration_data, options, progress)
     found = bundle.exits()
     made = sum(file.bytes for file in bundle.manifest.files.values())
     if as_json:
@@ -205,18 +224,13 @@ def _onnx(
 
 def _torch(
     model: str,
-    output: Path,
     exits: str | None,
     untrained_exits: str | None,
     adapters: str | None,
     task: str | None,
     name: str | None,
-    options: dict[str, Any],
-    progress: Progress,
-) -> Bundle:
+) -> ExitModel | DecodeModel:
     import transformers
-
-    from edgeexit.export import DecodeModel, export_decoder, export_model
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -237,9 +251,34 @@ def _torch(
         import dataclasses
 
         split = dataclasses.replace(split, name=name)
+    return split
+
+
+def _export(
+    split: ExitModel | DecodeModel,
+    output: Path,
+    calibration_data: str | None,
+    options: dict[str, Any],
+    progress: Progress,
+) -> Bundle:
+    from edgeexit.export import DecodeModel, export_decoder, export_int8, export_model
+
+    if calibration_data is None:
+        if isinstance(split, DecodeModel):
+            return export_decoder(split, output, progress=progress, **options)
+        return export_model(split, output, progress=progress, **options)
     if isinstance(split, DecodeModel):
-        return export_decoder(split, output, progress=progress, **options)
-    return export_model(split, output, progress=progress, **options)
+        raise UsageError(
+            "--dtype int8: language models are not quantised yet", fix="Use --dtype fp16."
+        )
+    from edgeexit.measure.data import open_data
+
+    def rows(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
+        add_current_directory()
+        return (batch.inputs for batch in open_data(calibration_data, bundle).batches(8))
+
+    options.pop("dtype")
+    return export_int8(split, output, calibration=rows, progress=progress, **options)
 
 
 def _from_function(spec: str) -> ExitModel | DecodeModel:

@@ -125,7 +125,7 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     config.progress_monitor = monitor = _monitor(trt, told)
-    precision = _precision(network)
+    precision = _precision(trt, network)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
@@ -150,16 +150,22 @@ def _write(path: Path, data: memoryview) -> None:
     os.replace(partial, path)
 
 
-def _precision(network: Any) -> dict[str, dict[str, int]]:
+def _precision(library: Any, network: Any) -> dict[str, dict[str, int]]:
     """Types of the network's layers by kind. It is strongly typed: what the network says, the
     engine computes in."""
     found: dict[str, dict[str, int]] = {}
+    dequantised: set[str] = set()
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         if layer.num_outputs == 0 or layer.get_output(0) is None:
             continue
+        if layer.type == library.LayerType.DEQUANTIZE:
+            dequantised.add(layer.get_output(0).name)
         kind = str(layer.type).rsplit(".", 1)[-1]
         dtype = str(layer.get_output(0).dtype).rsplit(".", 1)[-1]
+        taken = layer.get_input(0)
+        if taken is not None and taken.name in dequantised:
+            dtype = "INT8"  # what dequantises is fused into what comes behind it
         types = found.setdefault(kind, {})
         types[dtype] = types.get(dtype, 0) + 1
     return found
