@@ -1,8 +1,8 @@
 """scikit-learn's handwritten digits (1797 images of 8 x 8 pixels) in fixed splits.
 
-``examples/digits/data.py:validation`` and ``examples/digits/data.py:test`` are data sources for the
-command line; they need numpy and scikit-learn, not torch. The splits never change: 1000 images
-train, 400 choose thresholds, 397 are for figures only.
+``examples/digits/data.py:train``, ``:validation`` and ``:test`` are data sources for the command
+line; they need numpy and scikit-learn, not torch. The splits never change: 1000 images train, 400
+choose thresholds, 397 are for figures only.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def inputs(split: str) -> tuple[dict[str, NDArray], NDArray[np.int64]]:
     pixels, labels = images(split)
     scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - MEAN) / STD
     return {"pixel_values": scaled[:, None].astype(np.float32)}, labels
+
+
+def train() -> tuple[dict[str, NDArray], NDArray[np.int64]]:
+    """The images that the model was trained on, which set the ranges of int8 activations."""
+    return inputs("train")
 
 
 def validation() -> tuple[dict[str, NDArray], NDArray[np.int64]]:
