@@ -18,7 +18,7 @@ from edgeexit.runtime.forward import Model
 from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, decide, read_policy
 
-ENGINES = ("cpu", "cuda", "tensorrt-provider")
+ENGINES = ("cpu", "cuda", "tensorrt-provider", "tensorrt")
 Threads = int | Literal["blocking", "spinning", "process"]
 
 
@@ -35,7 +35,8 @@ def load(
 
     Args:
         path: The bundle's directory, or an opened bundle.
-        engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's).
+        engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's), or ``tensorrt``:
+            engines that ``edgeexit build`` made, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
         policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and
             without one every row goes to the last exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
@@ -70,7 +71,7 @@ def load(
         )
     chosen = _policy(policy, bundle)
     (chain_manifest,) = manifest.chains.values()
-    opened = _engine(engine, threads)
+    opened = _engine(engine, threads, bundle)
     exits = bundle.exits()
     wanted = needs(decide(chosen, exits, digest=bundle.digest), chosen.score)
     if all_scores:
@@ -122,7 +123,7 @@ def load_decoder(
             fix=f"Use at most {limit}.",
         )
     opened = open_decoder(
-        bundle, _engine(engine, threads), unsplit=unsplit, form=caches, scores=scores
+        bundle, _engine(engine, threads, bundle), unsplit=unsplit, form=caches, scores=scores
     )
     return Decoder(bundle, opened, chosen, limit if capacity is None else capacity)
 
@@ -144,16 +145,24 @@ def load_unsplit(
         outputs=list(manifest.outputs),
         exits=[leave],
     )
-    opened = _engine(engine, threads)
+    opened = _engine(engine, threads, bundle)
     policy = Policy()
     only = ChainManifest(segments=[segment])
     chain = Chain(bundle, only, manifest.inputs, opened, [None])
     return Model(bundle, chain, opened, policy)
 
 
-def _engine(name: str, threads: Threads) -> Engine:
+def _engine(name: str, threads: Threads, bundle: Bundle) -> Engine:
     if name not in ENGINES:
         raise UsageError(f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}.")
+    if name == "tensorrt":
+        if bundle.manifest.program == "decode":
+            raise UsageError(
+                "language models do not run on TensorRT engines yet", fix='Use engine="cpu".'
+            )
+        from edgeexit.runtime.engines.tensorrt.engine import open_tensorrt
+
+        return open_tensorrt(bundle)
     from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(name, threads)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.errors import EngineError
+from edgeexit.errors import EdgeExitError, EngineError
 from edgeexit.manifest import Exit, Segment, Tensor
 from edgeexit.runtime.buffers import HostSlot, assign_slots, dtype_of, shape_of
 from edgeexit.runtime.engines import Bound, Engine, Graph, Place, Slot
@@ -178,8 +178,10 @@ class Planner:
                 self._learnt[name, _key(fewer)] = shape
         return self.plan(fewer)
 
-    def failure(self, error: Exception, number: int) -> EngineError:
+    def failure(self, error: Exception, number: int) -> EdgeExitError:
         """What to raise when the engine refused to run a segment."""
+        if isinstance(error, EdgeExitError):
+            return error
         engine = self._engine.describe()
         return EngineError(
             f"segment {self._segments[number].name}: {engine['library']} {engine['version']} "
@@ -233,7 +235,8 @@ class Planner:
         if slot is None or slot.bytes < size_bytes:
             host = name in self._on_host
             try:
-                grown = HostSlot(size_bytes) if host else self._engine.allocate(size_bytes)
+                engine = self._engine
+                grown = engine.allocate_host(size_bytes) if host else engine.allocate(size_bytes)
             except (MemoryError, ValueError, OverflowError) as error:
                 raise EngineError(
                     f"{name} needs {size_bytes} bytes, more than there are",

@@ -26,7 +26,7 @@ json_option = click.option(
 )
 engine_option = click.option(
     "--engine",
-    type=click.Choice(["cpu", "cuda", "tensorrt-provider"]),
+    type=click.Choice(["cpu", "cuda", "tensorrt-provider", "tensorrt"]),
     default="cpu",
     show_default=True,
     help="What computes.",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.buffers import HostSlot
 
 
 class Place(Protocol):
@@ -70,3 +73,6 @@ class Engine(Protocol):
 
     def allocate(self, size_bytes: int) -> Slot:
         """Memory for tensors that stay between segments."""
+
+    def allocate_host(self, size_bytes: int) -> HostSlot:
+        """Host memory for what comes from the caller or goes to it."""

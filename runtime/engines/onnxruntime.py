@@ -191,6 +191,10 @@ class OnnxRuntimeEngine:
             return HostSlot(size_bytes)
         return DeviceSlot(self._ort, size_bytes)
 
+    def allocate_host(self, size_bytes: int) -> HostSlot:
+        """Ordinary memory."""
+        return HostSlot(size_bytes)
+
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3

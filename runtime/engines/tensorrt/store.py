@@ -84,7 +84,10 @@ def key_of(made_from: Mapping[str, Any]) -> str:
 
 
 def default_root() -> Path:
-    """Where engines are kept: ``$XDG_CACHE_HOME/edgeexit``, else ``~/.cache/edgeexit``."""
+    """Where engines are kept: ``$EDGEEXIT_ENGINE_DIR``, else ``$XDG_CACHE_HOME/edgeexit``, else
+    ``~/.cache/edgeexit``."""
+    if chosen := os.environ.get("EDGEEXIT_ENGINE_DIR"):
+        return Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(cache) if cache.startswith("/") else Path.home() / ".cache") / "edgeexit"
 

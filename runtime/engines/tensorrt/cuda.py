@@ -1,0 +1,255 @@
+"""The CUDA driver as the TensorRT engine uses it: memory, one stream, events, captured graphs.
+
+A thin layer over cuda-bindings that counts what matters: bytes that cross between host and device,
+and allocations, so that tests and `bench` can show that a warm chain allocates nothing and that a
+boundary costs the host four bytes a row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.errors import EngineError
+from edgeexit.runtime.buffers import HostSlot
+from edgeexit.runtime.engines.tensorrt.device import ask, import_driver
+
+Waiting = Literal["spin", "block"]
+
+
+@dataclass
+class Counts:
+    """What a device has been asked for so far: allocations on it and their bytes, pinned ones on
+    the host, and bytes copied."""
+
+    allocations: int = 0
+    allocated_bytes: int = 0
+    pinned: int = 0
+    to_host_bytes: int = 0
+    to_device_bytes: int = 0
+    within_bytes: int = 0
+
+
+class Device:
+    """One GPU: its primary context, which TensorRT uses too, and one stream.
+
+    Args:
+        number: Which GPU.
+        waiting: How the host waits for the stream: ``spin`` answers sooner, ``block`` leaves the
+            processor to others.
+
+    Attributes:
+        stream: The stream's handle.
+        shares_memory: The GPU uses the host's own memory (a Jetson): what lies there is not copied.
+    """
+
+    def __init__(self, number: int = 0, waiting: Waiting = "spin") -> None:
+        self.driver = driver = import_driver()
+        self.waiting = waiting
+        self.counts = Counts()
+        device = ask(driver.cuDeviceGet(number))
+        integrated = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        self.shares_memory = bool(ask(driver.cuDeviceGetAttribute(integrated, device)))
+        self._context = ask(driver.cuDevicePrimaryCtxRetain(device))
+        self._own(lambda: driver.cuDevicePrimaryCtxRelease(device))
+        ask(driver.cuCtxSetCurrent(self._context))
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = ask(driver.cuStreamCreate(flags))
+        self._own(lambda: driver.cuStreamDestroy(stream))
+        self._stream = stream
+        self.stream = int(stream)
+        kind = driver.CUevent_flags
+        quiet = kind.CU_EVENT_DISABLE_TIMING
+        sleeping = quiet if waiting == "spin" else quiet | kind.CU_EVENT_BLOCKING_SYNC
+        event = ask(driver.cuEventCreate(sleeping))
+        self._own(lambda: driver.cuEventDestroy(event))
+        self._event = event
+
+    def _own(self, release: Callable[[], object]) -> None:
+        """Gives something back when this device is no longer used."""
+        weakref.finalize(self, release)
+
+    def enter(self) -> None:
+        """Makes the context current for this thread."""
+        ask(self.driver.cuCtxSetCurrent(self._context))
+
+    def free_bytes(self) -> int:
+        """Device memory that is free now."""
+        return int(ask(self.driver.cuMemGetInfo())[0])
+
+    def allocate(self, size_bytes: int) -> DeviceSlot:
+        """Device memory.
+
+        Raises:
+            MemoryError: There is not so much.
+        """
+        status, pointer = self.driver.cuMemAlloc(max(size_bytes, 1))
+        if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
+            raise MemoryError(f"{size_bytes} bytes on the GPU, {self.free_bytes()} are free")
+        ask((status,))
+        self.counts.allocations += 1
+        self.counts.allocated_bytes += size_bytes
+        slot = DeviceSlot(self, int(pointer), size_bytes)
+        weakref.finalize(slot, self.driver.cuMemFree, pointer)
+        return slot
+
+    def allocate_host(self, size_bytes: int) -> PinnedSlot:
+        """Host memory that the GPU reads and writes without a detour."""
+        status, pointer = self.driver.cuMemHostAlloc(
+            max(size_bytes, 1), self.driver.CU_MEMHOSTALLOC_DEVICEMAP
+        )
+        if int(status) == 2:
+            raise MemoryError(f"{size_bytes} bytes of pinned memory")
+        ask((status,))
+        self.counts.pinned += 1
+        mapped = int(ask(self.driver.cuMemHostGetDevicePointer(pointer, 0)))
+        address = int(pointer)
+        memory = (ctypes.c_uint8 * max(size_bytes, 1)).from_address(address)
+        view = np.ctypeslib.as_array(memory)
+        slot = PinnedSlot(view[:size_bytes], address, mapped)
+        weakref.finalize(slot, self.driver.cuMemFreeHost, pointer)
+        return slot
+
+    def to_device(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies from the host, when the stream comes to it."""
+        ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self._stream))
+        self.counts.to_device_bytes += size_bytes
+
+    def to_host(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies to the host, when the stream comes to it."""
+        ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self._stream))
+        self.counts.to_host_bytes += size_bytes
+
+    def within(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies on the device, when the stream comes to it. The two must not overlap."""
+        ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self._stream))
+        self.counts.within_bytes += size_bytes
+
+    def wait(self) -> None:
+        """Waits until the stream has done all that it was given."""
+        ask(self.driver.cuEventRecord(self._event, self._stream))
+        if self.waiting == "block":
+            ask(self.driver.cuEventSynchronize(self._event))
+            return
+        not_ready = self.driver.CUresult.CUDA_ERROR_NOT_READY
+        query = self.driver.cuEventQuery
+        while True:
+            (status,) = query(self._event)
+            if status != not_ready:
+                ask((status,))
+                return
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records what `work` gives to the stream, and returns the call that does it again.
+
+        Raises:
+            EngineError: Something in it cannot be recorded.
+        """
+        driver = self.driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        ask(driver.cuStreamBeginCapture(self._stream, mode))
+        try:
+            work()
+        except BaseException:
+            driver.cuStreamEndCapture(self._stream)
+            raise
+        graph = ask(driver.cuStreamEndCapture(self._stream))
+        made = ask(driver.cuGraphInstantiate(graph, 0))
+        ask(driver.cuGraphDestroy(graph))
+
+        def launch() -> None:
+            ask(driver.cuGraphLaunch(made, self._stream))
+
+        weakref.finalize(launch, driver.cuGraphExecDestroy, made)
+        return launch
+
+
+class PinnedSlot(HostSlot):
+    """Host memory that the GPU reaches. `mapped` is its address as the GPU sees it."""
+
+    def __init__(self, view: NDArray[np.uint8], pointer: int, mapped: int) -> None:
+        self._bytes = view
+        self.pointer = pointer
+        self.mapped = mapped
+
+
+class DeviceSlot:
+    """Memory of the GPU that tensors take turns in."""
+
+    device = "cuda"
+
+    def __init__(self, owner: Device, pointer: int, size_bytes: int) -> None:
+        self._owner = owner
+        self.pointer = pointer
+        self.bytes = size_bytes
+        self._spare: DeviceSlot | None = None
+
+    def keep_rows(
+        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
+    ) -> None:
+        """Moves the given rows (ascending) to the front.
+
+        Rows go through a second buffer of the same size, for copies must not overlap; it is made
+        once and kept.
+        """
+        moves = row_moves(dtype.itemsize, shape, axis, rows)
+        if not moves:
+            return
+        if self._spare is None:
+            self._spare = self._owner.allocate(self.bytes)
+        spare, total = self._spare.pointer, 0
+        for source, target, size in moves:
+            self._owner.within(spare + target, self.pointer + source, size)
+            total = target + size
+        self._owner.within(self.pointer, spare, total)
+
+
+def row_moves(
+    item_bytes: int, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
+) -> list[tuple[int, int, int]]:
+    """Which bytes go where when only some rows (ascending) of a tensor stay.
+
+    >>> row_moves(4, (4, 2), 0, np.array([0, 2, 3]))
+    [(0, 0, 8), (16, 8, 16)]
+
+    Returns:
+        (from, to, bytes), neighbours together, covering the front of the buffer without a gap; none
+        if every row stays.
+    """
+    if len(rows) == shape[axis]:
+        return []
+    inner = item_bytes * int(np.prod(shape[axis + 1 :], dtype=np.int64))
+    outer = int(np.prod(shape[:axis], dtype=np.int64))
+    moves: list[tuple[int, int, int]] = []
+    target = 0
+    for block in range(outer):
+        start = block * shape[axis] * inner
+        for row in rows.tolist():
+            source = start + row * inner
+            if moves and moves[-1][0] + moves[-1][2] == source:
+                first, to, size = moves[-1]
+                moves[-1] = (first, to, size + inner)
+            else:
+                moves.append((source, target, inner))
+            target += inner
+    return moves
+
+
+def require_room(device: Device, size_bytes: int, what: str) -> None:
+    """Raises `EngineError` if the device has less than so much free."""
+    free = device.free_bytes()
+    if size_bytes > free:
+        raise EngineError(
+            f"{what} needs {size_bytes / (1 << 20):.0f} MiB on the GPU, {free / (1 << 20):.0f} MiB "
+            "are free",
+            fix="Close other programs, or build with smaller --max-shapes or a --memory-limit.",
+        )
+
+
+__all__ = ["Counts", "Device", "DeviceSlot", "PinnedSlot", "Waiting", "require_room", "row_moves"]

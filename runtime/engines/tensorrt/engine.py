@@ -1,0 +1,391 @@
+"""The TensorRT engine of the runtime: plans opened on one GPU, run in order on one stream.
+
+A bound graph is a list of addresses and shapes. What lies on the host is copied through device
+buffers of the graph's own, unless the GPU shares the host's memory. A run that gives nothing to the
+host only puts its work on the stream: the next segment can be put behind it at once.
+
+Not yet run anywhere: no machine with a GPU that TensorRT supports was at hand. What is tested is
+said in README.md, "What ran where".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import EngineError, InputError
+from edgeexit.runtime.buffers import HostSlot
+from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.tensorrt import store
+from edgeexit.runtime.engines.tensorrt.cuda import Device, PinnedSlot, Waiting, require_room
+from edgeexit.runtime.engines.tensorrt.device import describe_device
+from edgeexit.runtime.engines.tensorrt.library import Library, find_library
+from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
+
+logger = logging.getLogger(__name__)
+
+RUNTIME_CACHE = "runtime.cache"
+"""Kernels that TensorRT-RTX compiled when plans were loaded here, beside the plans."""
+
+
+class TensorRtEngine:
+    """Opens the plans of one set of engines.
+
+    Args:
+        library: Which library.
+        folder: Where the set lies.
+        engines: What it holds.
+        device: The GPU.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, library: Library, folder: Path, engines: EngineSet, device: Device) -> None:
+        self.library, self.engines, self.device = library, engines, device
+        self.features = library.features
+        self._folder = folder
+        self._plans = {plan.graph: plan for plan in engines.plans}
+        trt = library.module
+        self._log = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._log)
+        self._scratch = Scratch(device)
+        self._cache = _RuntimeCache(folder / RUNTIME_CACHE) if library.rtx else None
+
+    def describe(self) -> dict[str, str]:
+        """Name, library, version, key of the engines, and how the host waits."""
+        return {
+            "engine": self.name,
+            "library": self.library.name,
+            "version": self.library.version,
+            "engines": self.engines.key,
+            "waiting": self.device.waiting,
+        }
+
+    def open(self, path: Path, outputs: Collection[str] | None = None) -> TensorRtGraph:
+        """Opens the plan that was built from a graph of the bundle."""
+        name = f"{path.parent.name}/{path.name}"
+        plan = self._plans.get(name)
+        if plan is None:
+            raise EngineError(
+                f"{name}: no engine of it was built (there are {', '.join(sorted(self._plans))})",
+                fix="Build again, without --without-unsplit: edgeexit build.",
+            )
+        if missing := sorted(set(outputs or ()) - set(plan.outputs)):
+            raise EngineError(
+                f"{name}: its engine does not give {missing[0]}", fix="Build again: edgeexit build."
+            )
+        place = self._folder / plan.file
+        require_room(self.device, plan.bytes, f"the engine of {name}")
+        engine = self._runtime.deserialize_cuda_engine(place.read_bytes())
+        if engine is None:
+            raise EngineError(
+                f"{place}: {self.library.name} {self.library.version} cannot load it",
+                fix="Remove the folder and build again: edgeexit build.",
+            )
+        return TensorRtGraph(self, name, plan, engine)
+
+    def open_all(
+        self, graphs: Sequence[tuple[Path, Collection[str] | None]]
+    ) -> Sequence[TensorRtGraph]:
+        """Opens several, one after the other: each plan's bytes leave the host before the next."""
+        opened = [self.open(*graph) for graph in graphs]
+        if self._cache is not None:
+            self._cache.save()
+        return opened
+
+    def allocate(self, size_bytes: int) -> Slot:
+        """Memory on the GPU."""
+        return self.device.allocate(size_bytes)
+
+    def allocate_host(self, size_bytes: int) -> HostSlot:
+        """Pinned memory."""
+        return self.device.allocate_host(size_bytes)
+
+    def context(self, engine: Any) -> Any:
+        """An execution context whose scratch memory is the one that all of this engine share."""
+        trt = self.library.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is None:
+            context = engine.create_execution_context(strategy)
+        else:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self._cache.of(config))
+            context = engine.create_execution_context(config)
+        if context is None:
+            raise EngineError(
+                "TensorRT made no execution context", fix="Free memory on the GPU, and try again."
+            )
+        self._scratch.lend(context, int(engine.device_memory_size_v2))
+        return context
+
+
+class Scratch:
+    """Scratch memory that contexts share which run one after the other: as much as the largest of
+    them needs, not their sum."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._contexts: list[Any] = []
+        self._slot: Any = None
+
+    def lend(self, context: Any, size_bytes: int) -> None:
+        """Gives a context its scratch memory; if it needs more than there is, all get a larger."""
+        self._contexts.append(context)
+        if self._slot is None or self._slot.bytes < size_bytes:
+            self._device.wait()  # somebody may still be using the old one
+            self._slot = self._device.allocate(size_bytes)
+            for one in self._contexts:
+                one.set_device_memory(self._slot.pointer, self._slot.bytes)
+        else:
+            context.set_device_memory(self._slot.pointer, self._slot.bytes)
+
+
+class _RuntimeCache:
+    """Kernels compiled for this GPU, kept in a file between processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._known = b""
+
+    def of(self, config: Any) -> Any:
+        """The one cache of all contexts."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._path.is_file():
+                self._known = self._path.read_bytes()
+                if not self._cache.deserialize(self._known):
+                    logger.info("%s is of another GPU or driver; kernels are made anew", self._path)
+        return self._cache
+
+    def save(self) -> None:
+        """Writes the file, if there is anything new and the folder can be written."""
+        if self._cache is None or not os.access(self._path.parent, os.W_OK):
+            return
+        blob = bytes(memoryview(self._cache.serialize()))
+        if blob != self._known:
+            store.write_whole(self._path, blob)
+            self._known = blob
+
+
+@dataclass
+class _Binding:
+    """One set of shapes: addresses, and what is copied before and behind the run."""
+
+    profile: int
+    shapes: list[tuple[str, tuple[int, ...]]]
+    addresses: list[tuple[str, int]]
+    before: list[tuple[int, int, int]]
+    behind: list[tuple[int, int, int]]
+    kept: list[object]
+
+
+class TensorRtGraph:
+    """One engine, with one context."""
+
+    def __init__(self, owner: TensorRtEngine, name: str, plan: PlanFile, engine: Any) -> None:
+        self._owner, self._name, self._plan, self._engine = owner, name, plan, engine
+        trt = owner.library.module
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        inputs = trt.TensorIOMode.INPUT
+        self._inputs = [one for one in names if engine.get_tensor_mode(one) == inputs]
+        self._outputs = [one for one in names if one not in self._inputs]
+        self._context = owner.context(engine)
+        self._bound: _Binding | None = None
+        self._staging: dict[str, Any] = {}
+        self._unread: dict[str, Any] = {}
+
+    def bind(
+        self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
+    ) -> Callable[[], object]:
+        """Binds buffers for one set of shapes.
+
+        Raises:
+            InputError: The shapes are outside of what the engine was built for.
+        """
+        device = self._owner.device
+        shapes = [(name, inputs[name][2]) for name in self._inputs]
+        binding = _Binding(self._profile(dict(shapes)), shapes, [], [], [], [])
+        for name in self._inputs:
+            place, dtype, shape = inputs[name]
+            size = _bytes(dtype, shape)
+            address = self._address(name, place, size, binding)
+            if self._crosses(place):
+                binding.before.append((address, place.pointer, size))
+            binding.addresses.append((name, address))
+        for name in self._outputs:
+            if name not in outputs:
+                binding.addresses.append((name, self._unread_address(name)))
+                continue
+            place, dtype, shape = outputs[name]
+            size = _bytes(dtype, shape)
+            address = self._address(name, place, size, binding)
+            if self._crosses(place):
+                binding.behind.append((place.pointer, address, size))
+            binding.addresses.append((name, address))
+        reads = any(place.device == "cpu" for place, _, _ in outputs.values())
+
+        def run() -> None:
+            for target, source, size in binding.before:
+                device.to_device(target, source, size)
+            self._execute(binding)
+            for target, source, size in binding.behind:
+                device.to_host(target, source, size)
+            if reads:
+                device.wait()
+
+        return run
+
+    def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
+        """Asks the context, which needs no run for it."""
+        shapes = [(name, inputs[name][2]) for name in self._inputs]
+        self._enter(_Binding(self._profile(dict(shapes)), shapes, [], [], [], []))
+        self._bound = None
+        if unknown := self._context.infer_shapes():
+            raise EngineError(
+                f"{self._name}: the shape of {unknown[0]} depends on values",
+                fix="Run this bundle with ONNX Runtime (--engine cuda).",
+            )
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+
+    def _execute(self, binding: _Binding) -> None:
+        if self._bound is not binding:
+            self._enter(binding)
+        if not self._context.execute_async_v3(self._owner.device.stream):
+            raise EngineError(
+                f"{self._name}: TensorRT did not run it", fix="See its messages above."
+            )
+
+    def _enter(self, binding: _Binding) -> None:
+        """Tells the context shapes and addresses."""
+        context = self._context
+        if context.active_optimization_profile != binding.profile:
+            context.set_optimization_profile_async(binding.profile, self._owner.device.stream)
+        for name, shape in binding.shapes:
+            if not context.set_input_shape(name, shape):
+                raise InputError(
+                    f"{self._name}: TensorRT takes no {name} of {list(shape)}",
+                    fix="Build with other --min-shapes or --max-shapes.",
+                )
+        for name, address in binding.addresses:
+            context.set_tensor_address(name, address)
+        self._bound = binding
+
+    def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The first profile that takes these shapes."""
+        worst = ""
+        for number, profile in enumerate(self._plan.profiles):
+            outside = [name for name in profile if not _within(shapes[name], profile[name])]
+            if not outside:
+                return number
+            low, _, high = profile[outside[0]]
+            worst = f"{outside[0]} is {list(shapes[outside[0]])}, engines take {low} to {high}"
+        if not self._plan.profiles:
+            return 0
+        raise InputError(
+            f"{self._name}: {worst}",
+            fix="Give less at a time, or build for it: --min-shapes, --max-shapes, --capacity.",
+        )
+
+    def _crosses(self, place: Any) -> bool:
+        """Whether a tensor is copied between host and device."""
+        mapped = self._owner.device.shares_memory and isinstance(place, PinnedSlot)
+        return place.device == "cpu" and not mapped
+
+    def _address(self, name: str, place: Any, size: int, binding: _Binding) -> int:
+        """Where the engine finds a tensor: where it lies, or in a buffer that it is copied to."""
+        if not self._crosses(place):
+            return int(place.mapped if isinstance(place, PinnedSlot) else place.pointer)
+        held = self._staging.get(name)
+        if held is None or held.bytes < size:
+            held = self._staging[name] = self._owner.device.allocate(size)
+        binding.kept.append(held)  # a binding made before keeps the buffer that it copies to
+        return int(held.pointer)
+
+    def _unread_address(self, name: str) -> int:
+        """Memory for an output that nobody reads, as large as it can get."""
+        held = self._unread.get(name)
+        if held is None:
+            highest = max(int(self._context.get_max_output_size(name)), 1)
+            held = self._unread[name] = self._owner.device.allocate(highest)
+        return int(held.pointer)
+
+
+def _within(shape: tuple[int, ...], profile: list[list[int]]) -> bool:
+    low, _, high = profile
+    return len(shape) == len(low) and all(
+        least <= size <= most for least, size, most in zip(low, shape, high, strict=True)
+    )
+
+
+def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def open_tensorrt(
+    bundle: Bundle, engine_dir: Path | None = None, waiting: Waiting = "spin"
+) -> TensorRtEngine:
+    """Opens the newest engines of a bundle that were built for this device.
+
+    Raises:
+        EngineError: There are none, saying what there is and why it does not fit.
+    """
+    here = describe_device()
+    library = find_library()
+    root = store.default_root() if engine_dir is None else engine_dir
+    folder, engines = choose(store.list_engines(root, bundle.digest), library, here, root)
+    return TensorRtEngine(library, folder, engines, Device(waiting=waiting))
+
+
+def choose(
+    sets: Sequence[tuple[Path, EngineSet]],
+    library: Library,
+    here: Mapping[str, Any],
+    root: Path,
+) -> tuple[Path, EngineSet]:
+    """The newest of these engines that fits a library and a device.
+
+    Raises:
+        EngineError: None fits; it says why.
+    """
+    reasons = []
+    for folder, engines in reversed(sets):
+        reason = misfit(engines, library, here)
+        if reason is None:
+            return folder, engines
+        reasons.append(f"{folder.name[:8]} {reason}")
+    found = "; ".join(reasons[:4]) if reasons else "there are none"
+    raise EngineError(
+        f"{root}: no engines of this bundle for this device: {found}",
+        fix="Build them here: edgeexit build BUNDLE; or take in some that were built elsewhere: "
+        "edgeexit build BUNDLE --import DIR.",
+    )
+
+
+def misfit(engines: EngineSet, library: Library, here: Mapping[str, Any]) -> str | None:
+    """Why engines cannot run on a device; None where they can."""
+    source = engines.made_from
+    if (source["library"], source["version"]) != (library.name, library.version):
+        return (
+            f"was built by {source['library']} {source['version']}, here is {library.name} "
+            f"{library.version}"
+        )
+    target = source["target"]
+    if target.get("ahead_of_time"):
+        built, found = target["compute_capability"], here["compute_capability"]
+        return None if built == found else f"is for sm{built}, here is sm{found}"
+    names = [name for name in target if target[name] != here.get(name)]
+    if names:
+        return f"is for {names[0]} {target[names[0]]}, here is {here.get(names[0])}"
+    return None
+
+
+__all__ = ["TensorRtEngine", "choose", "misfit", "open_tensorrt"]

@@ -1,0 +1,111 @@
+"""What test_cuda.py runs in processes of its own, where the driver is that of driver.c.
+
+LD_LIBRARY_PATH=folder-of-libcuda python on_host_driver.py NAME
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import numpy as np
+
+from edgeexit.errors import EngineError
+from edgeexit.runtime.engines.tensorrt.cuda import Device, DeviceSlot, require_room
+from edgeexit.runtime.engines.tensorrt.device import describe_device
+from edgeexit.runtime.engines.tensorrt.engine import Scratch
+
+FLOAT = np.dtype(np.float32)
+
+
+def fill(device: Device, slot: DeviceSlot, values: np.ndarray) -> None:
+    pinned = device.allocate_host(values.nbytes)
+    pinned.array(values.dtype, values.shape)[...] = values
+    device.to_device(slot.pointer, pinned.pointer, values.nbytes)
+
+
+def read(device: Device, slot: DeviceSlot, shape: tuple[int, ...]) -> np.ndarray:
+    pinned = device.allocate_host(int(np.prod(shape)) * 4)
+    device.to_host(pinned.pointer, slot.pointer, int(np.prod(shape)) * 4)
+    device.wait()
+    return pinned.array(FLOAT, shape).copy()
+
+
+def the_device_is_described() -> None:
+    found = describe_device()
+    assert found["gpu"] == "Host pretending to be a GPU" and found["compute_capability"] == 86
+    assert found["multiprocessors"] == 4 and found["cuda"] == 13000
+
+
+def rows_move_to_the_front_and_nothing_is_allocated_twice() -> None:
+    device = Device()
+    random = np.random.default_rng(0)
+    values = random.normal(size=(3, 8, 5)).astype(np.float32)
+    slot = device.allocate(values.nbytes)
+    warm = 0
+    for turn in range(20):
+        axis = turn % 3
+        rows = np.flatnonzero(random.random(values.shape[axis]) < 0.5)
+        fill(device, slot, values)
+        slot.keep_rows(FLOAT, values.shape, axis, rows)
+        kept = np.take(values, rows, axis=axis)
+        np.testing.assert_array_equal(read(device, slot, kept.shape), kept)
+        warm = warm or device.counts.allocations
+        assert device.counts.allocations <= max(warm, 2)  # the slot, and a spare one
+
+
+def memory_comes_back_when_nobody_holds_it() -> None:
+    device = Device()
+    before = device.free_bytes()
+    slots = [device.allocate(1 << 20) for _ in range(4)]
+    assert device.free_bytes() == before - (4 << 20)
+    slots.clear()
+    gc.collect()
+    assert device.free_bytes() == before
+
+
+def too_much_is_a_memory_error_that_says_what_is_free() -> None:
+    device = Device()
+    try:
+        device.allocate(1 << 40)
+    except MemoryError as error:
+        assert "are free" in str(error)
+    else:
+        raise AssertionError("a TiB was there")
+    try:
+        require_room(device, 1 << 30, "the engine of s0")
+    except EngineError as error:
+        assert "the engine of s0 needs 1024 MiB on the GPU, 64 MiB are free" in str(error)
+        assert "--memory-limit" in str(error)
+    else:
+        raise AssertionError("a GiB was there")
+
+
+def bytes_between_host_and_device_are_counted() -> None:
+    device = Device(waiting="block")
+    slot = device.allocate(64)
+    fill(device, slot, np.arange(16, dtype=np.float32))
+    assert device.counts.to_device_bytes == 64 and device.counts.to_host_bytes == 0
+    score = device.allocate_host(4)
+    device.to_host(score.pointer, slot.pointer + 4, 4)
+    device.wait()
+    assert score.array(FLOAT, (1,))[0] == 1 and device.counts.to_host_bytes == 4
+
+
+def scratch_is_as_large_as_the_largest_needs() -> None:
+    class Context:
+        def set_device_memory(self, pointer: int, size: int) -> None:
+            self.memory = pointer, size
+
+    device = Device()
+    scratch, contexts = Scratch(device), [Context() for _ in range(4)]
+    for context, size in zip(contexts, (100, 4000, 300, 4000), strict=True):
+        scratch.lend(context, size)
+    gc.collect()
+    assert len({context.memory for context in contexts}) == 1
+    assert contexts[0].memory[1] == 4000
+    assert device.free_bytes() == (64 << 20) - 4000
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
