@@ -35,12 +35,13 @@ class External:
 
 @dataclass
 class GraphFile:
-    """Names and external references found in one ONNX file."""
+    """Names and external references found in one ONNX file, and how many nodes the graph has."""
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     initializers: set[str] = field(default_factory=set)
     externals: list[External] = field(default_factory=list)
+    nodes: int = 0
 
 
 def read_graph_file(data: bytes) -> GraphFile:
@@ -70,6 +71,7 @@ def _read_graph(data: bytes, found: GraphFile, depth: int) -> None:
         raise ValueError(f"graphs are nested deeper than {_MAX_DEPTH}")
     for number, value in _fields(data):
         if number == _GRAPH_NODE:
+            found.nodes += depth == 0
             _read_node(_message(value), found, depth)
         elif number == _GRAPH_INITIALIZER:
             name = _read_tensor(_message(value), found)

@@ -22,6 +22,7 @@ from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.runtime.decode.session import Form
+    from edgeexit.runtime.engines.tensorrt.build import Estimate
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -146,6 +147,7 @@ def _build(
     from edgeexit.runtime.engines.tensorrt.build import (
         Options,
         build_engines,
+        estimate,
         sample_sizes,
         work_of,
     )
@@ -201,6 +203,7 @@ def _build(
         form=caches,
     )
     root = output or engine_dir or store.default_root()
+    _foretell(estimate(bundle, works, library), len(targets) or 1, quiet)
     made = []
     with progress_bar(quiet) as progress:
         wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
@@ -212,6 +215,26 @@ def _build(
                 store.sign(folder, sign)
             made.append(_described(folder))
     return made
+
+
+def _foretell(expected: Estimate | None, times: int, quiet: bool) -> None:
+    """Says on stderr what building will take; warns where memory is short."""
+    from edgeexit.runtime.engines.tensorrt.build import available_memory_bytes
+
+    if expected is None:
+        if not quiet:
+            click.echo("TensorRT times kernels on this GPU: minutes per engine", err=True)
+        return
+    needed, free = expected.peak_memory_bytes, available_memory_bytes()
+    if not quiet:
+        seconds = expected.seconds * times
+        click.echo(f"about {seconds:.0f} s and {size(needed)} of memory", err=True)
+    if needed > free:
+        click.echo(
+            f"warning: {size(free)} of memory are free, the largest engine takes about "
+            f"{size(needed)} to build; smaller --max-shapes or --without-unsplit lower that",
+            err=True,
+        )
 
 
 def _described(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def test_engines_are_built_signed_and_imported(
     )
     again = cli("build", bundle, "--target", "sm86", "--max-shapes", "x:4x6", "-o", engines)
     assert again.code == 0 and "s0.onnx" in again.out
+    assert "of memory" in again.err  # said before anything is built
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from edgeexit.runtime.engines.tensorrt import store
 from edgeexit.runtime.engines.tensorrt.build import (
     Options,
     build_engines,
+    estimate,
     made_from,
     sample_sizes,
     work_of,
@@ -60,6 +61,19 @@ def test_every_segment_and_the_baseline_become_engines_once(
     assert build_engines(toy_bundle, works, rtx, SM86, tmp_path) == (folder, made)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".json", *[".plan"] * 5]
+
+
+def test_what_building_takes_is_known_beforehand_to_a_factor_of_three(
+    toy_bundle: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    works = work_of(toy_bundle.manifest, rtx.features, NOTHING, {})
+    expected = estimate(toy_bundle, works, rtx)
+    assert expected is not None
+    _, made = build_engines(toy_bundle, works, rtx, SM86, tmp_path)
+    most = max(plan.peak_memory_bytes for plan in made.plans)
+    assert most / 3 < expected.peak_memory_bytes < 3 * most
+    assert expected.seconds > len(works) * 0.5  # each starts a process
+    assert estimate(toy_bundle, works, Library("tensorrt", None, "10.3.0")) is None
 
 
 def test_a_build_goes_on_where_it_stopped(toy_bundle: Bundle, rtx: Library, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""On a machine with a GPU: every exit of every example against the bundle's own reference.
+
+python -m pytest -m gpu
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import EdgeExitError
+from edgeexit.measure.check import check
+from edgeexit.measure.checkdecode import check_decoder
+from edgeexit.runtime import Policy, load, load_decoder
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU"),
+]
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The digits example."""
+    from edgeexit.export import export_model
+    from edgeexit.export.models import from_pretrained
+
+    model = from_pretrained(ROOT / "examples/digits/checkpoint").exit_model()
+    return export_model(model, tmp_path_factory.mktemp("digits") / "bundle", dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def codelm(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The codelm example."""
+    from edgeexit.export import DecodeModel, export_decoder
+    from edgeexit.export.models import from_pretrained
+
+    model = from_pretrained(ROOT / "examples/codelm/checkpoint").exit_model()
+    assert isinstance(model, DecodeModel)
+    return export_decoder(model, tmp_path_factory.mktemp("codelm") / "bundle")
+
+
+@pytest.fixture(scope="module", params=["cuda", "tensorrt"])
+def engine(request: pytest.FixtureRequest, digits: Bundle) -> Iterator[str]:
+    """What this machine can compute with; TensorRT engines are built for it."""
+    name: str = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "tensorrt":
+            root = digits.path.parent / "engines"
+            patch.setenv("EDGEEXIT_ENGINE_DIR", str(root))
+            _build(digits, root)
+        try:
+            load(digits, name).close()
+        except EdgeExitError as error:
+            pytest.skip(str(error))
+        yield name
+
+
+def _build(bundle: Bundle, root: Path) -> None:
+    from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.engines.tensorrt.device import describe_device
+    from edgeexit.runtime.engines.tensorrt.library import find_library
+    from edgeexit.runtime.engines.tensorrt.profiles import Asked
+
+    try:
+        library, device = find_library(), describe_device()
+        asked = Asked({}, {}, {"batch": 32})
+        works = work_of(bundle.manifest, library.features, asked, sample_sizes(bundle))
+        build_engines(bundle, works, library, device, root)
+    except EdgeExitError as error:
+        pytest.skip(str(error))
+
+
+def test_every_exit_of_digits_answers_as_torch(digits: Bundle, engine: str) -> None:
+    with load(digits, engine, all_scores=True) as model:
+        check(model).require()
+
+
+def test_rows_leave_one_by_one_and_keep_their_order(digits: Bundle, engine: str) -> None:
+    inputs = {"pixel_values": np.random.default_rng(0).normal(size=(32, 1, 8, 8))}
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    policy = Policy(score="max_prob", thresholds=0.5)
+    with load(digits, engine, policy=policy) as model, load(digits, "cpu", policy=policy) as host:
+        ours, theirs = model(inputs), host(inputs)
+    assert len(set(theirs.exits.tolist())) > 1
+    assert (ours.exits == theirs.exits).mean() > 0.9  # a score at the threshold may fall either way
+    same = ours.exits == theirs.exits
+    off = np.abs(ours.outputs["logits"] - theirs.outputs["logits"])[same].max()
+    assert off < 0.05 * np.abs(theirs.outputs["logits"]).max()
+
+
+def test_codelm_writes_as_torch_on_the_cuda_provider(codelm: Bundle) -> None:
+    try:
+        decoder = load_decoder(codelm, "cuda")
+    except EdgeExitError as error:
+        pytest.skip(str(error))
+    with decoder:
+        check_decoder(decoder).require()
