@@ -41,10 +41,12 @@ class Lookup:
         self.statistics.count(self.exits[-1], 1)
         return first
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         start = session.parts[0].caches.lengths[0]
         room = session.capacity - start - 1
+        if most is not None:
+            room = min(room, most - 1)
         drafts = self._find()[: max(0, min(room, session.chunk - 1))]
         rows = np.array([[self._text[-1], *drafts]])
         session.embed(rows)
@@ -116,7 +118,12 @@ class Random(Fast):
     def __init__(self, *arguments: Any, chances: Sequence[float], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._chances = list(chances)
-        self._rng = np.random.default_rng(0)
+        self._rng = np.random.default_rng()
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        # Other draws for every prompt, the same ones whenever it comes.
+        self._rng = np.random.default_rng([int(token) for token in prompts[0]])
+        return super().prefill(prompts)
 
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
         return [row for row in rows if self._rng.random() < self._chances[number]]

@@ -41,8 +41,8 @@ def genai(
         params.set_search_options(
             do_sample=False, max_length=max(length, capacity or 0), min_length=0
         )
+        generator = og.Generator(model, params)  # before the clock: our caches are there too
         started = time.perf_counter()
-        generator = og.Generator(model, params)
         generator.append_tokens(np.array([rows[number]], np.int32))
         generator.generate_next_token()
         made = [int(generator.get_next_tokens()[0])]
@@ -62,11 +62,12 @@ def transformers_generate(
     prompts: str,
     new_tokens: int,
     threads: int,
-    early_exit: int,
+    early_exits: list[int],
     drafts: list[int],
 ) -> Subject:
-    """The checkpoint in PyTorch. Cases ``plain``, ``early_exit`` (its own self-speculation as it is
-    set up, which drafts up to 20 tokens) and, for other lengths of drafts, ``early_exit_N``.
+    """The checkpoint in PyTorch. Cases ``plain``, ``early_exit_LAYER`` (its own self-speculation as
+    it is set up, which drafts up to 20 tokens) and, for other lengths of drafts,
+    ``early_exit_LAYER_N``.
 
     One time for the whole text, in ``decode_s``.
     """
@@ -103,9 +104,11 @@ def transformers_generate(
         return Case(call, lambda record: record, enter)
 
     facts = {"library": "transformers", "version": transformers.__version__}
-    cases = {"plain": case(), "early_exit": case(assistant_early_exit=early_exit)}
-    for length in drafts:
-        cases[f"early_exit_{length}"] = case(length, assistant_early_exit=early_exit)
+    cases = {"plain": case()}
+    for layer in early_exits:
+        cases[f"early_exit_{layer}"] = case(assistant_early_exit=layer)
+        for length in drafts:
+            cases[f"early_exit_{layer}_{length}"] = case(length, assistant_early_exit=layer)
     return Subject(cases, len(rows), facts)
 
 

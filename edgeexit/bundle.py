@@ -195,8 +195,8 @@ def decode_manifest(raw: bytes) -> Manifest:
         raise BundleError(f"{MANIFEST}: {error}", fix=_RECOPY) from error
 
 
-def check_relative(name: str) -> None:
-    """Refuses a file name that could leave the bundle: absolute, ``..``, empty or odd parts."""
+def check_relative(name: str, where: str = MANIFEST) -> None:
+    """Refuses a file name that could leave its folder: absolute, ``..``, empty or odd parts."""
     parts = name.split("/")
     bad = (
         PurePosixPath(name).is_absolute()
@@ -206,8 +206,8 @@ def check_relative(name: str) -> None:
     )
     if bad:
         raise IntegrityError(
-            f"{MANIFEST}: the file name {name!r} may point outside the bundle",
-            fix="Names are relative, with '/' between parts and without '..'. Export again.",
+            f"{where}: the file name {name!r} may point outside its folder",
+            fix="Names are relative, with '/' between parts and without '..'. Make it again.",
         )
 
 
@@ -269,6 +269,11 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
         )
     if embedding.tokens not in [tensor.name for tensor in manifest.inputs]:
         raise BundleError(f"{MANIFEST}: there is no input {embedding.tokens}", fix="Export again.")
+    bad = [token for token in decoding.stop_tokens if not 0 <= token < embedding.vocabulary]
+    if bad:
+        raise BundleError(
+            f"{MANIFEST}: the stop token {bad[0]} is outside the vocabulary", fix="Export again."
+        )
     if decoding.head not in manifest.heads:
         raise BundleError(f"{MANIFEST}: there is no head {decoding.head}", fix="Export again.")
 
@@ -513,7 +518,7 @@ def regular_size(root: Path, name: str) -> int:
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 raise IntegrityError(
-                    f"{name}: {path.name} is a link", fix="A bundle holds no links."
+                    f"{name}: {path} is a link", fix="Links are not followed: put the file there."
                 )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IntegrityError(f"{name}: missing from {root}", fix=_RECOPY) from error

@@ -111,6 +111,10 @@ def _import(
 ) -> list[dict[str, Any]]:
     from edgeexit.runtime.engines.tensorrt import store
 
+    if trust and allowed_signers is not None:
+        raise UsageError(
+            "--trust and --allowed-signers contradict each other", fix="Give one of them."
+        )
     for name, value in others.items():
         if value:
             raise UsageError(

@@ -58,7 +58,9 @@ def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -
         logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
     )
     logging.basicConfig(
-        level=max(level, logging.WARNING), format="%(name)s: %(message)s", force=True
+        level=max(level, logging.WARNING),
+        format="%(levelname)s: %(message)s" if not value else "%(name)s: %(message)s",
+        force=True,
     )
     logging.getLogger("edgeexit").setLevel(level)
     if not value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
     "--threshold", type=float, help="Stop where max_prob is at least this, without a policy."
 )
 @click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
-@click.option("--prompt", "prompts", multiple=True, help="A text to go on with (decoders).")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="A text to go on with (decoders); may be given several times.",
+)
 @click.option("--chat", is_flag=True, help="Decoders: --prompt is a message, to be answered.")
 @click.option("--system-prompt", metavar="TEXT", help="--chat: what the model is told first.")
 @click.option(
@@ -72,7 +78,12 @@ if TYPE_CHECKING:
 @click.option("--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays.")
 @click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft.")
 @click.option("--audit", is_flag=True, help="--mode fast: how often the last exit agrees.")
-@click.option("--stop", "stops", multiple=True, help="Decoders: a string that ends the text.")
+@click.option(
+    "--stop",
+    "stops",
+    multiple=True,
+    help="Decoders: a string that ends the text and is not printed.",
+)
 @click.option("--temperature", type=float, help="Decoders: draw tokens; default: the likeliest.")
 @click.option("--top-k", type=int, help="Decoders: draw among that many.")
 @click.option("--top-p", type=float, help="Decoders: draw among the likeliest with that chance.")
@@ -140,6 +151,8 @@ def command(
             "--policy, --threshold and --exit contradict each other", fix="Give one of them."
         )
     add_current_directory()
+    if threshold is not None and math.isnan(threshold):
+        raise UsageError("--threshold nan: not a number", fix="Give one, as in --threshold 0.9.")
     chosen = policy if threshold is None else Policy(thresholds=threshold)
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in draws.items() if value is not None}

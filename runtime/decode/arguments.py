@@ -5,7 +5,6 @@ Everything is looked at before any work begins.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -23,9 +22,11 @@ def check_options(
     mode: str,
     max_new_tokens: int | None,
     *,
+    draft_exit: str | None,
     drafts: int | None,
     draft_threshold: float,
     sampling: Sampling | None,
+    audit: bool,
 ) -> int | None:
     """Raises `UsageError` for options that cannot be meant. Returns `max_new_tokens` as an int."""
     if mode not in get_args(ModeName):
@@ -33,15 +34,28 @@ def check_options(
             f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."
         )
     if max_new_tokens is not None:
-        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+        if not _is_count(max_new_tokens) or max_new_tokens < 1:
             raise UsageError(
                 f"max_new_tokens is {max_new_tokens!r}", fix="Use a whole number from 1 up."
             )
         max_new_tokens = int(max_new_tokens)
-    if not isinstance(draft_threshold, (int, float)) or math.isnan(draft_threshold):
-        raise UsageError(f"draft_threshold is {draft_threshold!r}", fix="Use a number.")
-    if drafts is not None and not isinstance(drafts, (int, np.integer)):
-        raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number, or None.")
+    if not isinstance(draft_threshold, (int, float)) or not draft_threshold >= 0:
+        raise UsageError(
+            f"draft_threshold is {draft_threshold!r}", fix="Use a number from 0 up; 0: never."
+        )
+    if drafts is not None and (not _is_count(drafts) or drafts < 1):
+        raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number from 1 up, or None.")
+    given = {
+        "draft_exit": (draft_exit is not None, "exact"),
+        "drafts": (drafts is not None, "exact"),
+        "draft_threshold": (draft_threshold > 0, "exact"),
+        "audit": (audit, "fast"),
+    }
+    for name, (is_given, suits) in given.items():
+        if is_given and mode != suits:
+            raise UsageError(
+                f"{name} means nothing in mode {mode}", fix=f'Leave it out, or use mode="{suits}".'
+            )
     if sampling is not None and not isinstance(sampling, Sampling):
         raise UsageError(
             f"sampling is a {type(sampling).__name__}",
@@ -50,6 +64,10 @@ def check_options(
     if sampling is not None:
         sampling.check()
     return max_new_tokens
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def stop_strings(given: str | Sequence[str]) -> list[str]:

@@ -58,7 +58,7 @@ class Fast:
             self._emitted[row] += [-1] * len(prompt)
         return self._decide(last, [True] * self.session.batch).copy()
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
         counts = [int(on) for on in active]
@@ -186,7 +186,7 @@ class Approximate:
         self._current[:, 0] = self._full.prefill(prompts)
         return self._current[:, 0].copy()
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         places = session.parts[0].caches.lengths
         undecided = [row for row, on in enumerate(active) if on]

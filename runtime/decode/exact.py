@@ -71,7 +71,7 @@ class Exact:
         self.statistics.count(self.exits[-1], len(first))
         return first
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session, batch = self.session, self.session.batch
         exit_number, drafts_wanted = self._plan()
         behind, drafter = exit_number + 1, self._drafters[exit_number]
@@ -81,6 +81,8 @@ class Exact:
             drafter.crop(kept_rows)
         start = session.parts[0].caches.lengths
         room = session.capacity - max(start) - 1
+        if most is not None:
+            room = min(room, most - 1)  # a round gives one token more than it drafts
         wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import InputError, PolicyError, StateError, UsageError
+from edgeexit.errors import InputError, StateError, UsageError
 from edgeexit.manifest import Exit
 from edgeexit.runtime.decode.arguments import (
     ModeName,
@@ -195,7 +195,13 @@ class Decoder(Loaded):
             StateError: The model is closed, in use, or was carried over a fork.
         """
         max_new_tokens = check_options(
-            mode, max_new_tokens, drafts=drafts, draft_threshold=draft_threshold, sampling=sampling
+            mode,
+            max_new_tokens,
+            draft_exit=draft_exit,
+            drafts=drafts,
+            draft_threshold=draft_threshold,
+            sampling=sampling,
+            audit=audit,
         )
         opened = self._check_usable()
         stops = stop_strings(stop)
@@ -207,7 +213,8 @@ class Decoder(Loaded):
             check_tokens(opened, row)
             if len(row) + max_new_tokens > self.capacity:
                 raise InputError(
-                    f"a prompt of {len(row)} tokens and {max_new_tokens} new ones need "
+                    f"a prompt of {len(row)} token{'s' * (len(row) != 1)} and {max_new_tokens} new "
+                    "ones need "
                     f"{len(row) + max_new_tokens} places, the capacity is {self.capacity}",
                     fix="Shorten the prompt, lower max_new_tokens, or load with a larger capacity "
                     f"(the model was made for {opened.limit}).",
@@ -381,7 +388,9 @@ class Decoder(Loaded):
                     yield piece
                 if not any(active):
                     break
-                new = mode.step(active)
+                self._check_usable()  # it may have been closed since the last piece
+                done = [len(t) for t, on in zip(generation.tokens, active, strict=True) if on]
+                new = mode.step(active, most - min(done))
             if isinstance(mode, Fast) and mode.audit:
                 mode.flush()
         finally:
@@ -415,7 +424,9 @@ class Decoder(Loaded):
         decisions = decide(self.policy, self.exits, digest=self.bundle.digest)
         if not any(decision.consult for decision in decisions[:-1]):
             logger.warning(
-                "mode %s: the policy takes no early exit, so every token passes all layers", mode
+                "mode %s: the policy takes no early exit, so every token passes all layers; give "
+                "one that does (--policy, --threshold)",
+                mode,
             )
         thresholds = [d.threshold if d.consult else float("inf") for d in decisions[:-1]]
         score = self.policy.score
@@ -428,7 +439,7 @@ class Decoder(Loaded):
         if name is None:
             return None
         if name not in names[:-1]:
-            raise PolicyError(
+            raise UsageError(
                 f"draft_exit names {name!r}; the early exits are {', '.join(names[:-1])}",
                 fix="Use one of those names.",
             )

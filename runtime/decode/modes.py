@@ -81,7 +81,7 @@ class Mode(Protocol):
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         """Takes prompts, one per row. Returns the first token of every row, ``[batch]``."""
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         """One round. Returns the new tokens of every row; those that are not active get none."""
 
     def force(self, tokens: Ints) -> None:
@@ -113,7 +113,7 @@ class Full:
         self.statistics.count(self.exits[-1], self.session.batch)
         return self._current[:, 0].copy()
 
-    def step(self, active: Sequence[bool]) -> list[list[int]]:
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
         self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1))

@@ -454,7 +454,8 @@ class Part:
         return EngineError(
             f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
             f"{str(error).splitlines()[0][:300]}",
-            fix="This is a bug in edgeexit or the engine; please report it.",
+            fix="`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, "
+            "with the output of `edgeexit inspect`.",
         )
 
     def _bind(

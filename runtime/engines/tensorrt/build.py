@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from edgeexit.bundle import WEIGHTS, Bundle, sha256_of
-from edgeexit.errors import EngineError
+from edgeexit.errors import EngineError, UsageError
 from edgeexit.graphfile import read_graph_file
 from edgeexit.manifest import LENGTHS, Axis, Manifest, Segment, Variant
 from edgeexit.runtime.decode.generate import CHUNK
@@ -135,7 +135,13 @@ def _decoder(
 ) -> list[Work]:
     decoding = manifest.decoding
     assert decoding is not None
-    capacity = asked.capacity or manifest.limits["positions"]
+    limit = manifest.limits["positions"]
+    capacity = asked.capacity or limit
+    if capacity > limit:
+        raise UsageError(
+            f"--capacity {capacity}: the model was made for {limit} tokens",
+            fix=f"Use at most {limit}.",
+        )
     asked = Asked(asked.min, asked.opt, {"new": min(chunk, capacity), **asked.max}, capacity)
     ranges = usual_ranges(manifest, asked, {})
     rows, chunk = ranges["batch"], ranges["new"].max

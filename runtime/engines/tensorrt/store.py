@@ -60,6 +60,25 @@ class PlanFile(Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
 
 
+class Target(Struct, frozen=True, kw_only=True):
+    """What engines run on: a compute capability (86 for 8.6), or one kind of device."""
+
+    ahead_of_time: bool
+    compute_capability: Annotated[int, Meta(ge=1)]
+    gpu: str | None = None
+    multiprocessors: int | None = None
+    cuda: int | None = None
+    l4t: str | None = None
+
+
+class MadeFrom(Struct, frozen=True, kw_only=True):
+    """What every reader of a key's ingredients counts on; there is more in them."""
+
+    library: str
+    version: str
+    target: Target
+
+
 class EngineSet(Struct, frozen=True, kw_only=True):
     """``engines.json``: the engines of a bundle for one device, library and set of sizes.
 
@@ -147,8 +166,8 @@ def cannot_write(path: Path, error: OSError) -> EngineError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return EngineError(
         f"{path}: " + ("the disk is full" if full else f"cannot be written ({error.strerror})"),
-        fix="Free some space, or choose another place: --engine-dir DIR. Engines that were built "
-        "already are kept.",
+        fix=("Free some space, or choose" if full else "Choose")
+        + " another place: --engine-dir DIR. Engines that were built already are kept.",
     )
 
 
@@ -183,8 +202,12 @@ def _read(folder: Path, raw: bytes) -> EngineSet:
             f"{folder / INDEX}: its key {found.key} is not the key of what it was made from",
             fix=fix,
         )
+    try:
+        msgspec.convert(found.made_from, type=MadeFrom)
+    except msgspec.ValidationError as error:
+        raise IntegrityError(f"{folder / INDEX}: made_from: {error}", fix=fix) from error
     for plan in found.plans:
-        check_relative(plan.file)
+        check_relative(plan.file, INDEX)
         if "/" in plan.file or plan.file in (INDEX, SIGNATURE, LOCK):
             raise IntegrityError(f"{folder / INDEX}: {plan.file!r} is not a plan's name", fix=fix)
         size = regular_size(folder, plan.file)

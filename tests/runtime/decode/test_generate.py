@@ -112,6 +112,15 @@ def test_exact_decoding_gives_the_reference_tokens(
         assert statistics.drafted >= statistics.tested >= statistics.accepted
 
 
+def test_exact_decoding_drafts_no_further_than_the_text_goes(decoder: Decoder) -> None:
+    [prompt] = random_prompts(1, [6])
+    for most in (1, 2, 3):
+        made = decoder.generate(prompt, max_new_tokens=most, mode="exact", drafts=8).finish()
+        assert len(made.tokens[0]) <= most
+        assert sum(made.statistics.exits.values()) <= most
+        assert made.statistics.drafted < most
+
+
 def test_exact_decoding_may_stop_drafting_early(decoder: Decoder, expected: Expected) -> None:
     [prompt] = random_prompts(1, [6])
     always = decoder.generate(
@@ -437,7 +446,16 @@ def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle
         {"mode": "quick"},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.5},
-        {"drafts": 2.5},
+        {"max_new_tokens": True},
+        {"mode": "exact", "drafts": 2.5},
+        {"mode": "exact", "drafts": 0},
+        {"mode": "exact", "drafts": -5},
+        {"mode": "exact", "drafts": True},
+        {"mode": "exact", "draft_threshold": -1.0},
+        {"mode": "exact", "draft_exit": "nope"},
+        {"mode": "exact", "audit": True},
+        {"mode": "fast", "drafts": 3},
+        {"draft_exit": "exit_1"},
         {"draft_threshold": float("nan")},
         {"sampling": {"temperature": 0.8}},
         {"stop": 5},
@@ -518,6 +536,15 @@ def test_a_closed_decoder_says_so(decoder_bundle: Bundles) -> None:
     decoder.close()
     with pytest.raises(StateError, match="closed"):
         decoder.generate([5])
+
+
+def test_a_decoder_closed_while_it_writes_ends_the_text(decoder_bundle: Bundles) -> None:
+    decoder = load_decoder(decoder_bundle("llama"))
+    writing = decoder.generate([5], max_new_tokens=6)
+    next(writing)
+    decoder.close()
+    with pytest.raises(StateError, match="closed"):
+        next(writing)
 
 
 def tokens_of(decoder: Decoder, text: str) -> list[int]:

@@ -203,6 +203,12 @@ def test_a_decoder_in_float16_computes_in_it(
     assert plan.precision["MATRIX_MULTIPLY"].get("HALF", 0) >= 7  # of its two layers' products
 
 
+def test_a_capacity_beyond_the_model_is_refused(decoder: Bundle) -> None:
+    limit = decoder.manifest.limits["positions"]
+    with pytest.raises(UsageError, match=f"was made for {limit} tokens"):
+        work_of(decoder.manifest, PLAIN, Asked({}, {}, {}, capacity=limit + 1), {})
+
+
 def test_a_form_that_the_library_lacks_is_refused(decoder: Bundle) -> None:
     with pytest.raises(EngineError, match=r"no form fixed that this TensorRT builds: .*append"):
         work_of(decoder.manifest, PLAIN, NOTHING, {}, form="fixed")

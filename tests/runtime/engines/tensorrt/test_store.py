@@ -153,7 +153,7 @@ def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
     assert not (tmp_path / "engines.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "link", "key", "name", "json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "link", "key", "name", "json", "source"])
 def test_a_damaged_set_is_refused(damage: str, tmp_path: Path) -> None:
     folder = write_set(tmp_path, "a" * 64)
     plan, index = folder / "s0.plan", folder / store.INDEX
@@ -167,6 +167,11 @@ def test_a_damaged_set_is_refused(damage: str, tmp_path: Path) -> None:
         plan.symlink_to(tmp_path / "elsewhere")
     elif damage == "key":
         index.write_bytes(raw.replace(b'"compute_capability": 86', b'"compute_capability": 89'))
+    elif damage == "source":
+        found = read_index(folder)
+        source = {"target": "abc"}
+        key = key_of(source)
+        write_index(folder, msgspec.structs.replace(found, made_from=source, key=key))
     elif damage == "name":
         index.write_bytes(raw.replace(b'"s0.plan"', b'"../../s0.plan"'))
     else:
