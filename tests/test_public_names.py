@@ -32,6 +32,7 @@ FRONT_DOORS = {
         "ExitModel",
         "Segment",
         "export_decoder",
+        "export_int8",
         "export_model",
         "export_onnx",
     },

@@ -219,6 +219,7 @@ class Decoder(Loaded):
                     fix="Shorten the prompt, lower max_new_tokens, or load with a larger capacity "
                     f"(the model was made for {opened.limit}).",
                 )
+        self._position(draft_exit, [leave.name for leave in self.exits])
         if mode != "full" and opened.head is None:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
         if mode == "approximate" and not opened.skippable:

@@ -72,23 +72,29 @@ class Answers:
             text.append(token)
         return text[len(prompt) :]
 
-    def drafted(self, prompt: list[int], layer: int, drafts: int) -> tuple[int, int]:
-        """Tokens drafted and accepted while a text is written, by the plainest account of
-        drafting: every draft is the exit's answer to the whole text before it."""
-        text = [*prompt, self.token(prompt, LAYERS)]
+    def drafted(self, prompts: list[list[int]], layer: int, drafts: int) -> tuple[int, int]:
+        """Tokens drafted and accepted while texts are written side by side, by the plainest account
+        of drafting: every draft is the exit's answer to the whole text before it, and none goes
+        beyond where the shortest text may."""
+        texts = [[*prompt, self.token(prompt, LAYERS)] for prompt in prompts]
         made = kept = 0
-        while len(text) < len(prompt) + NEW and 0 not in text[len(prompt) :]:
-            told = list(text)
-            for _ in range(drafts):
-                told.append(self.token(told, layer))
-            made += drafts
-            for token in told[len(text) :]:
-                if token != self.token(text, LAYERS):
-                    break
-                text.append(token)
-                kept += 1
-            text.append(self.token(text, LAYERS))
-        return made, kept
+        while True:
+            written = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+            active = [n for n, new in enumerate(written) if len(new) < NEW and 0 not in new]
+            if not active:
+                return made, kept
+            most = NEW - min(len(written[n]) for n in active)
+            for text in (texts[n] for n in active):
+                told = list(text)
+                for _ in range(min(drafts, most - 1)):
+                    told.append(self.token(told, layer))
+                made += len(told) - len(text)
+                for token in told[len(text) :]:
+                    if token != self.token(text, LAYERS):
+                        break
+                    text.append(token)
+                    kept += 1
+                text.append(self.token(text, LAYERS))
 
     def fast(
         self, prompt: list[int], threshold: float, asked: Sequence[int]
@@ -161,7 +167,7 @@ def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
     """A row missing from an adapter's caches, or one too many, would change what is drafted."""
 
     def account(prompt: list[int]) -> None:
-        counts = [answers.drafted(prompt, layer, drafts) for layer in ADAPTERS]
+        counts = [answers.drafted([prompt], layer, drafts) for layer in ADAPTERS]
         if not any(kept for _, kept in counts):
             raise Unsuited
 
@@ -176,10 +182,9 @@ def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
             draft_exit=f"exit_{layer}",
         ).finish()
         assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
-        counts = [answers.drafted(prompt, layer, drafts) for prompt in prompts]
         statistics = made.statistics
         found = (statistics.drafted, statistics.accepted)
-        assert found == tuple(map(sum, zip(*counts, strict=True)))
+        assert found == answers.drafted(prompts, layer, drafts)
         accepted.append(statistics.accepted / statistics.drafted)
     assert 0 < max(accepted) < 1, "some drafts should hold, and some not"
 
@@ -238,7 +243,7 @@ def compare_caches(
         for part in parts:
             length = part.caches.lengths[row]
             waiting = session.parts[0].caches.lengths[row] - length
-            assert waiting in (0, 1), "the last draft's state may wait, no other"
+            assert waiting in (0, 1, 2), "a last draft, and a last round without, may wait"
             if all_rows:
                 assert length == len(text) - 1
             compared += length
