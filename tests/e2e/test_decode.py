@@ -11,7 +11,9 @@ import pytest
 
 from edgeexit.bundle import Bundle, open_bundle
 from tests.chats import TEMPLATES
-from tests.e2e.conftest import Cli
+from tests.e2e.conftest import Cli, Ran
+
+Here = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -20,13 +22,13 @@ def writer(decoder_bundle: Callable[[str], Bundle]) -> Path:
 
 
 def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
-    cli: Cli, chat_folder: Path, tmp_path: Path
+    cli: Cli, run_here: Here, chat_folder: Path, tmp_path: Path
 ) -> None:
     folder = chat_folder
-    refused = cli("export", "-m", folder, "-o", tmp_path / "bundle")
+    refused = run_here("export", "-m", folder, "-o", tmp_path / "bundle")
     assert refused.code == 1 and "--exits 2,4" in refused.err
     assert not (tmp_path / "bundle").exists()
-    made = cli(
+    made = run_here(
         *("export", "-m", folder, "--exits", "2", "--dtype", "fp16"),
         *("-o", tmp_path / "bundle", "--json"),
     )
@@ -59,14 +61,16 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
 
 
 def test_exits_with_adapters_are_exported_checked_and_shown(
-    cli: Cli, decoder_folder: Callable[[str], Path], tmp_path: Path
+    cli: Cli, run_here: Here, decoder_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder, bundle = decoder_folder("llama"), tmp_path / "bundle"
-    refused = cli("export", "-m", folder, "--exits", "1,2", "--adapters", "2", "-o", bundle)
+    refused = run_here("export", "-m", folder, "--exits", "1,2", "--adapters", "2", "-o", bundle)
     assert refused.code == 2 and "--untrained-exits" in refused.err and not bundle.exists()
-    wrong = cli("export", "-m", folder, "--exits", "1,2", "--adapters", "all", "-o", bundle)
+    wrong = run_here("export", "-m", folder, "--exits", "1,2", "--adapters", "all", "-o", bundle)
     assert wrong.code == 2 and '"none"' in wrong.err
-    made = cli("export", "-m", folder, "--untrained-exits", "1,2", "--adapters", "2", "-o", bundle)
+    made = run_here(
+        "export", "-m", folder, "--untrained-exits", "1,2", "--adapters", "2", "-o", bundle
+    )
     assert made.code == 0
     checked = cli("check", bundle, "--json")
     assert checked.code == 0 and checked.json["passed"]
