@@ -1,4 +1,4 @@
-"""The CUDA driver as the TensorRT engine uses it: memory, one stream, events, captured graphs.
+"""The CUDA driver as the TensorRT engine uses it: memory, one stream, one event.
 
 A thin layer over cuda-bindings that counts what matters: bytes that cross between host and device,
 and allocations, so that tests and `bench` can show that a warm chain allocates nothing and that a
@@ -75,10 +75,6 @@ class Device:
         """Gives something back when this device is no longer used."""
         weakref.finalize(self, release)
 
-    def enter(self) -> None:
-        """Makes the context current for this thread."""
-        ask(self.driver.cuCtxSetCurrent(self._context))
-
     def free_bytes(self) -> int:
         """Device memory that is free now."""
         return int(ask(self.driver.cuMemGetInfo())[0])
@@ -144,30 +140,6 @@ class Device:
             if status != not_ready:
                 ask((status,))
                 return
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records what `work` gives to the stream, and returns the call that does it again.
-
-        Raises:
-            EngineError: Something in it cannot be recorded.
-        """
-        driver = self.driver
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        ask(driver.cuStreamBeginCapture(self._stream, mode))
-        try:
-            work()
-        except BaseException:
-            driver.cuStreamEndCapture(self._stream)
-            raise
-        graph = ask(driver.cuStreamEndCapture(self._stream))
-        made = ask(driver.cuGraphInstantiate(graph, 0))
-        ask(driver.cuGraphDestroy(graph))
-
-        def launch() -> None:
-            ask(driver.cuGraphLaunch(made, self._stream))
-
-        weakref.finalize(launch, driver.cuGraphExecDestroy, made)
-        return launch
 
 
 class PinnedSlot(HostSlot):
