@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import HERE, SCRATCH, save, say, verdict
+from results import HERE, SCRATCH, peak_bytes, save, say, verdict
 
 THREADS = "process"
 
@@ -97,14 +97,6 @@ def load_one(what: str, bundle: str, inputs: str) -> dict[str, float]:
     for row in rows:
         model(row)
     return {"load_s": took, "peak_bytes": peak_bytes() - before}
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process, not of the one that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def ratio(found: dict[str, list[dict[str, float]]], key: str) -> dict[str, float]:

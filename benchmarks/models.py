@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from results import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
     from edgeexit.export.models import from_pretrained
 
     _warm_exporter()
-    before = _peak_bytes()
+    before = peak_bytes()
     started = time.perf_counter()
     model = from_pretrained(checkpoint).exit_model()
     written = export_model(model, bundle, overwrite=True)
@@ -74,8 +75,8 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
     weights = written.weights_bytes
     return {
         "seconds": round(seconds, 2),
-        "memory_above_imports_bytes": _peak_bytes() - before,
-        "memory_above_imports_of_weights": round((_peak_bytes() - before) / weights, 3),
+        "memory_above_imports_bytes": peak_bytes() - before,
+        "memory_above_imports_of_weights": round((peak_bytes() - before) / weights, 3),
         "bundle_bytes": sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
         "weights_bytes": weights,
     }
@@ -93,10 +94,6 @@ def _warm_exporter() -> None:
         dynamic_shapes=({0: batch},),
         verbose=False,
     )
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -179,7 +179,7 @@ def alternatives(
 def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str) -> int:
     """Largest resident memory of this process above what imports took: load, one text."""
     import onnxruntime  # noqa: F401, its import is not part of it
-    from loading import peak_bytes as largest
+    from results import peak_bytes as largest
 
     from edgeexit import runtime
 
