@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import EngineError
 from edgeexit.manifest import Cache, Segment, Tensor
-from edgeexit.runtime.engines import Bound
+from edgeexit.runtime.engines import Array, Bound
 
 ALIGNMENT = 64
+"""Bytes; of what the host allocates."""
 
 
 def assign_slots(
@@ -77,6 +78,12 @@ def dtype_of(tensor: Tensor | Cache) -> np.dtype[Any]:
         ) from error
 
 
+def fetch(array: Array) -> NDArray[Any]:
+    """An array's values on the host. Those that a device has are copied and waited for; fetching
+    the same array again overwrites them."""
+    return array if isinstance(array, np.ndarray) else array.read()  # type: ignore[attr-defined, no-any-return]
+
+
 @dataclass(slots=True)
 class Window:
     """A stretch of a slot, for binding one row of what the slot holds."""
@@ -108,8 +115,15 @@ class HostSlot:
         """Size in bytes."""
         return self._bytes.nbytes
 
-    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+    def array(
+        self,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None = None,
+    ) -> NDArray[Any]:
         """The beginning of the slot as an array of that form; no copy."""
+        if strides is not None:
+            return np.ndarray(shape, dtype, self._bytes, strides=strides)
         size = int(np.prod(shape)) * dtype.itemsize
         return self._bytes[:size].view(dtype).reshape(shape)
 

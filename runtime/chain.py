@@ -19,6 +19,7 @@ from edgeexit.bundle import Bundle, Unchanged
 from edgeexit.errors import BundleError, EngineError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment, Tensor
+from edgeexit.runtime.buffers import fetch
 from edgeexit.runtime.engines import Engine, Graph
 from edgeexit.runtime.plan import EVERY_SCORE, Plan, Planner, Step
 from edgeexit.runtime.policy import Decision
@@ -164,7 +165,8 @@ class Chain:
             elif step.score is not None:
                 fires = step.score >= decision.threshold
                 if streak is not None:
-                    fires = fires & streak.long_enough(alive, step.views[leave.outputs["logits"]])
+                    logits = fetch(step.views[leave.outputs["logits"]])
+                    fires = fires & streak.long_enough(alive, logits)
                 if fires.any():
                     stays = self._leave(answers, leave, step, number, alive, fires)
             if stays is not None and stays is not _ALL:
@@ -198,7 +200,7 @@ class Chain:
         number = min(number, len(route.steps) - 1)
         step, leave = route.full[number], self.exits[number]
         return Answers(
-            outputs={name: step.views[tensor].copy() for name, tensor in leave.outputs.items()},
+            outputs={name: fetch(step.views[t]).copy() for name, t in leave.outputs.items()},
             exits=np.array([number]),
             scores=np.array([np.nan], np.float32) if step.score is None else step.score.copy(),
             segments_run=number + 1,
@@ -226,8 +228,11 @@ class Chain:
             self._run_step(step, number)
             if timed:
                 times_ns.append(time.perf_counter_ns() - started)
-            record = {name: step.views[tensor].copy() for name, tensor in leave.outputs.items()}
-            record |= {f"score/{name}": step.views[t].copy() for name, t in leave.scores.items()}
+            views = {t: fetch(view) for t, view in step.views.items()}
+            record = {name: views[tensor].copy() for name, tensor in leave.outputs.items()}
+            record |= {
+                f"score/{name}": views[tensor].copy() for name, tensor in leave.scores.items()
+            }
             found.append(record)
         return found, times_ns
 
@@ -260,14 +265,14 @@ class Chain:
     ) -> None:
         """Copies answers of `rows` of the current batch (None: all) to their original places."""
         if rows is None and alive is None:
-            answers.outputs = {name: step.views[t].copy() for name, t in leave.outputs.items()}
+            answers.outputs = {n: fetch(step.views[t]).copy() for n, t in leave.outputs.items()}
             answers.exits[:] = number
             if step.score is not None:
                 answers.scores[:] = step.score
             return
         places = alive if rows is None else rows if alive is None else alive[rows]
         for name, tensor in leave.outputs.items():
-            made = step.views[tensor]
+            made = fetch(step.views[tensor])
             if name not in answers.outputs:
                 shape = (len(answers.exits), *made.shape[1:])
                 answers.outputs[name] = np.empty(shape, made.dtype)

@@ -122,10 +122,23 @@ def load_decoder(
             f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
             fix=f"Use at most {limit}.",
         )
-    opened = open_decoder(
-        bundle, _engine(engine, threads, bundle), unsplit=unsplit, form=caches, scores=scores
-    )
-    return Decoder(bundle, opened, chosen, limit if capacity is None else capacity)
+    found = _engine(engine, threads, bundle)
+    built = found.largest.get("past", limit)
+    if capacity is not None and capacity > built:
+        raise UsageError(
+            f"capacity {capacity} cannot be had: the engines were built for {built} tokens",
+            fix=f"Use at most {built}, or build for more: edgeexit build --capacity {capacity}.",
+        )
+    opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
+    chosen_capacity = built if capacity is None else capacity
+    fixed = any(variant.caches == "fixed" for variant in opened.variants)
+    if fixed and chosen_capacity < built and "past" in found.largest:
+        raise UsageError(
+            f"capacity {capacity} cannot be had: the engines were built for {built} tokens, no "
+            "fewer, for their caches are of fixed size",
+            fix=f"Leave the capacity open, or build for it: edgeexit build --capacity {capacity}.",
+        )
+    return Decoder(bundle, opened, chosen, chosen_capacity)
 
 
 def load_unsplit(
@@ -156,10 +169,6 @@ def _engine(name: str, threads: Threads, bundle: Bundle) -> Engine:
     if name not in ENGINES:
         raise UsageError(f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}.")
     if name == "tensorrt":
-        if bundle.manifest.program == "decode":
-            raise UsageError(
-                "language models do not run on TensorRT engines yet", fix='Use engine="cpu".'
-            )
         from edgeexit.runtime.engines.tensorrt.engine import open_tensorrt
 
         return open_tensorrt(bundle)

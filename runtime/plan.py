@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import EdgeExitError, EngineError
 from edgeexit.manifest import Exit, Segment, Tensor
-from edgeexit.runtime.buffers import HostSlot, assign_slots, dtype_of, shape_of
-from edgeexit.runtime.engines import Bound, Engine, Graph, Place, Slot
+from edgeexit.runtime.buffers import assign_slots, dtype_of, shape_of
+from edgeexit.runtime.engines import Array, Bound, Engine, Graph, Slot
 from edgeexit.runtime.policy import Decision
 
 PLANS_KEPT = 256
@@ -33,12 +33,13 @@ class Step:
 
     Attributes:
         run: Runs it.
-        views: The answers it makes, as arrays over the bound buffers.
+        views: The answers it makes, as arrays over the bound buffers; on a GPU, they are there
+            (`edgeexit.runtime.buffers.fetch`).
         score: View of the score asked for ``[batch]``; None when the exit is not consulted.
     """
 
     run: Callable[[], object]
-    views: dict[str, NDArray[Any]]
+    views: dict[str, Array]
     score: NDArray[Any] | None
 
     @property
@@ -91,9 +92,11 @@ class Planner:
         self._segments, self._exits, self._graphs = segments, exits, graphs
         self._engine = engine
         self._inputs = list(inputs)
-        self._on_host = {tensor.name for tensor in inputs}
+        # Scores are looked at every time, and the last exit's answers are wanted when it is come
+        # to; those of the others only if a row leaves there.
+        self._on_host = {tensor.name for tensor in inputs} | {*exits[-1].outputs.values()}
         for leave in exits:
-            self._on_host |= {*leave.outputs.values(), *leave.scores.values()}
+            self._on_host |= {*leave.scores.values()}
         self._slot_of = assign_slots(inputs, segments, self._on_host)
         self._slots: dict[int, Slot] = {}
         tensors = [*inputs, *(tensor for segment in segments for tensor in segment.outputs)]
@@ -112,10 +115,11 @@ class Planner:
                 self._bound(
                     0, tensor, sizes
                 )  # grows slots, which drops every plan, before views exist
-            places = []
+            places: list[tuple[str, NDArray[Any]]] = []
             for tensor in self._inputs:
-                slot, dtype, shape = self._bound(0, tensor, sizes)
-                places.append((tensor.name, _view(slot, dtype, shape)))
+                place = self._view(tensor.name, self._bound(0, tensor, sizes))
+                assert isinstance(place, np.ndarray)
+                places.append((tensor.name, place))
             plan = self._plans[key] = Plan(dict(sizes), places)
             while len(self._plans) > PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
@@ -143,9 +147,11 @@ class Planner:
             run = self._graphs[number].bind(inputs, outputs)
         except Exception as error:
             raise self.failure(error, number) from error
-        views = {name: _view(*outputs[name]) for name in answers}
+        views = {name: self._view(name, outputs[name]) for name in answers}
         own = leave.scores.get(score) if score is not None else None
-        step = Step(run, views, views[own] if own is not None else None)
+        seen = None if own is None else views[own]
+        assert seen is None or isinstance(seen, np.ndarray)
+        step = Step(run, views, seen)
         plan.steps[number, score] = step
         return step
 
@@ -228,6 +234,11 @@ class Planner:
         dtype = self._dtypes[tensor.name]
         return self._slot(tensor.name, int(np.prod(shape)) * dtype.itemsize), dtype, shape
 
+    def _view(self, name: str, bound: Bound) -> Array:
+        _, dtype, shape = bound
+        array: Array = self._slots[self._slot_of[name]].array(dtype, shape)
+        return array
+
     def _slot(self, name: str, size_bytes: int) -> Slot:
         """The slot of a tensor, at least that large. Growing loses what it held: dead by then."""
         index = self._slot_of[name]
@@ -246,11 +257,6 @@ class Planner:
                 self._plans.clear()  # their bindings point into the old memory
             self._slots[index] = slot = grown
         return slot
-
-
-def _view(slot: Place, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
-    assert isinstance(slot, HostSlot)
-    return slot.array(dtype, shape)
 
 
 def _key(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -28,7 +28,7 @@ ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
         "edgeexit.runtime.engines.onnxruntime",
         "edgeexit.runtime.engines.tensorrt.build",
         "edgeexit.runtime.engines.tensorrt.worker",
-        "edgeexit.runtime.engines.tensorrt.device",
+        "edgeexit.runtime.engines.cuda.driver",
         "edgeexit.measure",
         "edgeexit.cli",
     ],

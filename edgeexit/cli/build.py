@@ -147,6 +147,7 @@ def _build(
     sign: Path | None,
     **others: Any,
 ) -> list[dict[str, Any]]:
+    from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt import store
     from edgeexit.runtime.engines.tensorrt.build import (
         Options,
@@ -155,7 +156,6 @@ def _build(
         sample_sizes,
         work_of,
     )
-    from edgeexit.runtime.engines.tensorrt.device import describe_device
     from edgeexit.runtime.engines.tensorrt.library import find_library, parse_targets
     from edgeexit.runtime.engines.tensorrt.profiles import Asked, axis_sizes, parse_shapes
 

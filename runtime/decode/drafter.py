@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from edgeexit.runtime.decode.caches import Ring
-from edgeexit.runtime.decode.head import Answers, Floats, Head
+from edgeexit.runtime.decode.head import Answers, Head
 from edgeexit.runtime.decode.session import Session
+from edgeexit.runtime.engines import Array
 
 
 class Drafter:
@@ -32,18 +30,17 @@ class Drafter:
         self._waits = session.batch == 1 or (
             self._adapter is not None and self._adapter.variant.caches != "in-place"
         )
-        state = session.boundary(number + 1, 1)
-        self._late = Ring(session.batch, session.capacity, state.shape[2], state.dtype)
+        self._late = session.late(number)
         self._one = [1] * session.batch
 
-    def ask(self, states: Floats) -> Answers:
+    def ask(self, states: Array) -> Answers:
         """Answers for what the segment before the exit has just made, ``[batch, 1, width]``."""
         if self._adapter is None or not self._late.most():
             return self._head(self._session.adapt(self._number, 1)[:, 0])
         self._late.push(states, self._one)
         return self._head(self._catch_up())
 
-    def pass_by(self, states: Floats) -> None:
+    def pass_by(self, states: Array) -> None:
         """Takes what the segment before the exit has just made, ``[batch, 1, width]``, when no
         answer is needed."""
         if self._adapter is None:
@@ -59,12 +56,12 @@ class Drafter:
             held = self._adapter.caches.lengths
             self._late.crop([max(a - b, 0) for a, b in zip(lengths, held, strict=True)])
 
-    def _catch_up(self) -> Floats:
+    def _catch_up(self) -> Array:
         """Runs the adapter over all that waits. Returns each row's newest state ``[batch,
         width]``; every row has one."""
         session, late, adapter = self._session, self._late, self._adapter
         assert adapter is not None
-        newest: Floats = np.zeros_like(late.states(0, 1)[:, 0])
+        newest = session.row_states("newest draft", late.states(0, 1))
         for new, counts, ends in session.portions(late, adapter, self._number + 1):
             made = session.adapt(self._number, new, counts)
             for row, place in ends:

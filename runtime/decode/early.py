@@ -15,6 +15,7 @@ from edgeexit.runtime.decode.head import Answers, Floats
 from edgeexit.runtime.decode.modes import Full, Ints, Statistics, last_states, pick
 from edgeexit.runtime.decode.sampling import Sampler
 from edgeexit.runtime.decode.session import Session
+from edgeexit.runtime.engines import Array
 
 
 class Fast:
@@ -48,7 +49,7 @@ class Fast:
         # it by an early exit, or -1 where nothing was or the last exit answered itself.
         self._emitted: list[list[int]] = [[] for _ in range(session.batch)]
         self._newest = [
-            np.zeros_like(session.boundary(number + 1, 1)[:, 0])
+            session.row_states(f"newest behind {number}", session.boundary(number + 1, 1))
             for number in range(len(session.parts))
         ]
 
@@ -80,7 +81,7 @@ class Fast:
         for number in range(1, len(self.session.parts)):
             self._drain(number)
 
-    def _look(self, number: int, states: Floats, counts: Sequence[int]) -> Floats:
+    def _look(self, number: int, states: Array, counts: Sequence[int]) -> Array:
         """What the head looks at of states that a segment's run has just made. They enter the
         exit's own caches, where it has any and will be asked."""
         final = number == len(self.session.parts) - 1
@@ -88,7 +89,7 @@ class Fast:
             return states
         return self.session.adapt(number, states.shape[1], counts)
 
-    def _decide(self, states: Floats, active: Sequence[bool]) -> Ints:
+    def _decide(self, states: Array, active: Sequence[bool]) -> Ints:
         """Answers for the newest state of every active row, which waits at the first boundary.
         `states` is what the first exit's head looks at."""
         undecided = [row for row, on in enumerate(active) if on]
@@ -114,17 +115,17 @@ class Fast:
         """Those of the rows that leave at an exit."""
         return _good_enough(answers[self._score], self._thresholds[number], rows)
 
-    def _enter(self, new: int, counts: Sequence[int]) -> Floats:
+    def _enter(self, new: int, counts: Sequence[int]) -> Array:
         """Runs the first segment, behind which states wait. Returns what its exit looks at."""
         states = self.session.run(0, new, counts)
         self._wait(1, states, counts)
         return self._look(0, states, counts)
 
-    def _wait(self, number: int, states: Floats, counts: Sequence[int]) -> None:
+    def _wait(self, number: int, states: Array, counts: Sequence[int]) -> None:
         if number < len(self.session.parts):
             self.session.rings[number].push(states, counts)
 
-    def _drain(self, number: int) -> Floats:
+    def _drain(self, number: int) -> Array:
         """Runs a segment over all that waits for it. Returns what the head looks at of the last
         state of every row; that of a row of which none waited means nothing."""
         session, ring = self.session, self.session.rings[number]
@@ -142,14 +143,15 @@ class Fast:
                 self._leave(states, counts)
         return newest
 
-    def _leave(self, states: Floats, counts: Sequence[int]) -> None:
+    def _leave(self, states: Array, counts: Sequence[int]) -> None:
         """Takes note of states that reached the last boundary; audits what exits said of them."""
         for row, count in enumerate(counts):
             told = self._emitted[row][:count]
             del self._emitted[row][:count]
             places = [place for place, token in enumerate(told) if token >= 0]
             if self.audit and places:
-                tokens = self._head(states[row, places])["token"].tolist()
+                asked = [states[row, place] for place in places]
+                tokens = self._head.of(asked)["token"].tolist()
                 self.statistics.audited += len(places)
                 agreed = [told[place] == token for place, token in zip(places, tokens, strict=True)]
                 self.statistics.agreed += sum(agreed)
@@ -191,17 +193,18 @@ class Approximate:
         places = session.parts[0].caches.lengths
         undecided = [row for row, on in enumerate(active) if on]
         gone: list[int] = []
-        left = np.zeros_like(session.boundary(1, 1)[:, 0])
+        left = session.row_states("left", session.boundary(1, 1))
         session.embed(self._current)
         for number in range(len(session.parts)):
-            if gone:
-                session.boundary(number, 1)[gone, 0] = left[gone]
+            for row in gone:
+                session.boundary(number, 1)[row, 0] = left[row]
             leaving: list[int] = []
             if undecided:
                 counts = [int(row in undecided) for row in range(session.batch)]
                 states = session.run(number, 1, counts, places=places)[:, 0]
                 leaving = self._decide(number, states, undecided)
-                left[leaving] = states[leaving]
+                for row in leaving:
+                    left[row] = states[row]
             if gone:
                 self._skip(number, gone, places)
             gone += leaving
@@ -216,7 +219,7 @@ class Approximate:
         """What a segment keeps of tokens that left before it."""
         self.session.project(number, rows, places)
 
-    def _decide(self, number: int, states: Floats, undecided: list[int]) -> list[int]:
+    def _decide(self, number: int, states: Array, undecided: list[int]) -> list[int]:
         """Those of the rows that are answered behind a segment; their tokens become the current
         ones."""
         final = number == len(self.session.parts) - 1

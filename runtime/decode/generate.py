@@ -457,7 +457,14 @@ class Decoder(Loaded):
         session = self._session
         if session is None or session.batch != batch:
             self._session = None
-            session = Session(opened, batch, self.capacity, min(CHUNK, self.capacity))
+            largest = opened.engine.largest
+            if batch > largest.get("batch", batch):
+                raise InputError(
+                    f"{batch} texts at a time: the engines were built for {largest['batch']}",
+                    fix="Give fewer, or build for more: edgeexit build --max-shapes.",
+                )
+            chunk = min(CHUNK, self.capacity, largest.get("new", CHUNK))
+            session = Session(opened, batch, self.capacity, chunk)
             self._session = session
         session.empty()
         return session

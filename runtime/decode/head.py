@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import PolicyError
 from edgeexit.manifest import Segment, Tensor
-from edgeexit.runtime.buffers import HostSlot, dtype_of
-from edgeexit.runtime.engines import Bound, Engine, Graph
+from edgeexit.runtime.buffers import dtype_of, fetch
+from edgeexit.runtime.engines import Array, Bound, Engine, Graph, Slot
 
 BINDINGS_KEPT = 1024
 """Numbers of new tokens or states for which a graph's bindings are kept."""
@@ -58,13 +58,57 @@ class SharedHead:
             self.graph, self.scores = graph, wanted
         return self.graph
 
-    def plain_name(self, tensor: Tensor) -> str:
+    def plain_name(self, name: str) -> str:
         """A score's own name, without the head's."""
-        return tensor.name.removeprefix(self._prefix)
+        return name.removeprefix(self._prefix)
 
     @property
     def _prefix(self) -> str:
         return f"{self.segment.name}/"
+
+
+class Made(Mapping[str, NDArray[Any]]):
+    """What a graph answers. What most runs do not look at, logits, stays where it was computed
+    until somebody asks for it."""
+
+    def __init__(self, tensors: Sequence[Tensor], rows: int, engine: Engine) -> None:
+        self.bound: dict[str, Bound] = {}
+        self._arrays: dict[str, Any] = {}
+        self._fetched: dict[str, NDArray[Any]] = {}
+        for tensor in tensors:
+            dtype = np.dtype(tensor.dtype)
+            shape = (rows, *(int(size) for size in tensor.axes[1:]))  # type: ignore[arg-type]
+            size_bytes = int(np.prod(shape)) * dtype.itemsize
+            small = len(shape) == 1
+            slot: Slot = (engine.allocate_host if small else engine.allocate)(size_bytes)
+            self.bound[tensor.name] = (slot, dtype, shape)
+            self._arrays[tensor.name] = slot.array(dtype, shape)
+
+    def around(
+        self, run: Callable[[], object], name: Callable[[str], str] = str
+    ) -> tuple[Callable[[], object], Answers]:
+        """What runs the graph, and what it then answers, by the names that `name` makes of the
+        graph's own."""
+        self._arrays = {name(key): array for key, array in self._arrays.items()}
+        if all(isinstance(array, np.ndarray) for array in self._arrays.values()):
+            return run, self._arrays
+
+        def run_again() -> None:
+            self._fetched.clear()
+            run()
+
+        return run_again, self
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._fetched:
+            self._fetched[name] = fetch(self._arrays[name])
+        return self._fetched[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 class Head:
@@ -77,39 +121,36 @@ class Head:
     def __init__(self, shared: SharedHead, scores: frozenset[str]) -> None:
         self._graph, self._shared = shared.open(scores), shared
         self.scores = shared.scores
-        self._bindings: dict[int, tuple[Callable[[], object], Floats, dict[str, Any]]] = {}
+        self._bindings: dict[int, tuple[Callable[[], object], Array, Answers]] = {}
 
-    def __call__(self, states: Floats) -> Mapping[str, NDArray[Any]]:
+    def __call__(self, states: Array) -> Answers:
         """Runs on states ``[rows, width]``. The arrays given are overwritten by the next call with
         as many rows."""
-        rows = len(states)
-        bound = self._bindings.get(rows)
-        if bound is None:
-            bound = self._bind(rows)
-        run, place, made = bound
+        run, place, made = self._bindings.get(states.shape[0]) or self._bind(states.shape[0])
         place[...] = states
         run()
         return made
 
-    def _bind(self, rows: int) -> tuple[Callable[[], object], Floats, dict[str, Any]]:
+    def of(self, states: Sequence[Array]) -> Answers:
+        """Runs on states ``[width]`` that lie apart."""
+        run, place, made = self._bindings.get(len(states)) or self._bind(len(states))
+        for row, state in enumerate(states):
+            place[row] = state
+        run()
+        return made
+
+    def _bind(self, rows: int) -> tuple[Callable[[], object], Array, Answers]:
         [state] = self._shared.segment.inputs
-        taken, width = dtype_of(state), state.axes[-1]
+        engine, dtype, width = self._shared.engine, dtype_of(state), state.axes[-1]
         assert isinstance(width, int)
-        slot = HostSlot(rows * width * taken.itemsize)
-        inputs: dict[str, Bound] = {state.name: (slot, taken, (rows, width))}
-        outputs: dict[str, Bound] = {}
-        made: dict[str, Any] = {}
-        for tensor in self._shared.outputs(self.scores):
-            dtype = np.dtype(tensor.dtype)
-            shape = (rows, *(int(size) for size in tensor.axes[1:]))  # type: ignore[arg-type]
-            own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
-            outputs[tensor.name] = (own, dtype, shape)
-            made[self._shared.plain_name(tensor)] = own.array(dtype, shape)
-        place = slot.array(taken, (rows, width))
+        slot = engine.allocate(rows * width * dtype.itemsize)
+        made = Made(self._shared.outputs(self.scores), rows, engine)
+        run = self._graph.bind({state.name: (slot, dtype, (rows, width))}, made.bound)
+        run, answers = made.around(run, self._shared.plain_name)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
-        self._bindings[rows] = bound = (self._graph.bind(inputs, outputs), place, made)
+        bound = self._bindings[rows] = run, slot.array(dtype, (rows, width)), answers
         return bound
 
 
-__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "Head", "SharedHead"]
+__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "Head", "Made", "SharedHead"]

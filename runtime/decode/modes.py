@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.runtime.decode.head import Answers, Floats
+from edgeexit.runtime.decode.head import Answers
 from edgeexit.runtime.decode.sampling import Sampler
 from edgeexit.runtime.decode.session import Session
+from edgeexit.runtime.engines import Array
 
 Ints = NDArray[np.int64]
 
@@ -109,14 +110,14 @@ class Full:
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         last = last_states(self.session, prompts, self._pass)
-        self._current[:, 0] = self._answer(last[:, None])
+        self._current[:, 0] = self._answer(last)
         self.statistics.count(self.exits[-1], self.session.batch)
         return self._current[:, 0].copy()
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
-        self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1))
+        self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1)[:, 0])
         self.statistics.count(self.exits[-1], sum(active))
         tokens = self._current[:, 0].tolist()
         return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
@@ -124,7 +125,7 @@ class Full:
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
 
-    def _pass(self, new: int, counts: Sequence[int]) -> Floats:
+    def _pass(self, new: int, counts: Sequence[int]) -> Array:
         """Runs every segment, and the adapters of exits that take the prompt."""
         session = self.session
         if not session.adapters:
@@ -135,11 +136,11 @@ class Full:
                 session.adapt(number, new, counts)
         return states
 
-    def _answer(self, states: Floats) -> Ints:
-        """Tokens for states ``[batch, 1, width]``; the unsplit graph has answered already."""
+    def _answer(self, states: Array) -> Ints:
+        """Tokens for states ``[batch, width]``; the unsplit graph has answered already."""
         session = self.session
         unsplit = session.opened.head is None
-        answers = session.parts[-1].answers if unsplit else session.head()(states[:, 0])
+        answers = session.parts[-1].answers if unsplit else session.head()(states)
         return choose(answers, self.sampler)
 
 
@@ -160,22 +161,23 @@ def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
 def last_states(
     session: Session,
     prompts: Sequence[Ints],
-    take: Callable[[int, Sequence[int]], Floats],
-) -> Floats:
-    """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``.
+    take: Callable[[int, Sequence[int]], Array],
+) -> Array:
+    """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``; the
+    next call overwrites it.
 
     Args:
         take: What to do with a chunk that lies embedded before the first segment, as
             ``take(new, counts)``; it gives the states to look at, ``[batch, new, width]``.
     """
-    found: Floats | None = None
+    found: Array | None = None
     lengths = [len(prompt) for prompt in prompts]
     for start in range(0, max(lengths), session.chunk):
         tokens, counts = chunk_of(prompts, start, session.chunk)
         session.embed(tokens)
         states = take(tokens.shape[1], counts)
         if found is None:
-            found = np.zeros_like(states[:, 0])
+            found = session.row_states("last of the prompts", states)
         for row, length in enumerate(lengths):
             if start < length <= start + session.chunk:
                 found[row] = states[row, counts[row] - 1]

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.manifest import LENGTHS
-from edgeexit.runtime.buffers import HostSlot
-from edgeexit.runtime.engines import Bound
+from edgeexit.runtime.engines import Bound, Engine
 
 
 class Places:
@@ -22,17 +21,18 @@ class Places:
     Args:
         batch: Rows.
         most: The most new tokens of a row.
+        engine: Whose runs read them.
     """
 
-    def __init__(self, batch: int, most: int) -> None:
-        self._batch = batch
-        self._positions = HostSlot(batch * most * 8)
+    def __init__(self, batch: int, most: int, engine: Engine) -> None:
+        self._batch, self._engine = batch, engine
+        self._positions = engine.allocate_host(batch * most * 8)
         self._position_views: dict[int, NDArray[np.int64]] = {}
         self._lengths: dict[str, Bound] = {}
         self._views: dict[str, NDArray[np.int64]] = {}
         for kind, (dtype_name, axes) in LENGTHS.items():
             dtype, shape = np.dtype(dtype_name), (batch,) if axes else ()
-            slot = HostSlot(batch * dtype.itemsize)
+            slot = engine.allocate_host(batch * dtype.itemsize)
             self._lengths[kind] = (slot, dtype, shape)
             self._views[kind] = slot.array(dtype, shape)
         self._written: tuple[object, ...] | None = None
@@ -57,11 +57,11 @@ class Places:
         if written == self._written:
             return
         self._written = None  # until all is written: an interruption must not leave half of it
+        self._engine.settle()
         positions = self._position_views.get(new)
         if positions is None:
-            slot, dtype, shape = self.positions(new)
-            assert isinstance(slot, HostSlot)
-            positions = self._position_views[new] = slot.array(dtype, shape)
+            _, dtype, shape = self.positions(new)
+            positions = self._position_views[new] = self._positions.array(dtype, shape)
         for row, place in enumerate(filled if places is None else places):
             positions[row] = place if new == 1 else np.arange(place, place + new)
         views = self._views
@@ -73,6 +73,7 @@ class Places:
 
     def write_most(self, most: int) -> None:
         """Says another length for the longest row, until `write` says something new."""
+        self._engine.settle()
         self._views["most"][()] = most
         self._written = None
 

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,18 @@ from numpy.typing import NDArray
 from edgeexit.bundle import WEIGHTS, Bundle
 from edgeexit.errors import EngineError, InputError, UsageError
 from edgeexit.manifest import Decoding, Segment, Variant
-from edgeexit.runtime.buffers import HostSlot, dtype_of, row_of
-from edgeexit.runtime.decode.caches import Ring, SegmentCaches
-from edgeexit.runtime.decode.head import BINDINGS_KEPT, Floats, Head, SharedHead
+from edgeexit.runtime.buffers import dtype_of, row_of
+from edgeexit.runtime.decode.caches import NewCaches, Ring, SegmentCaches
+from edgeexit.runtime.decode.head import (
+    BINDINGS_KEPT,
+    Answers,
+    Floats,
+    Head,
+    Made,
+    SharedHead,
+)
 from edgeexit.runtime.decode.places import Places
-from edgeexit.runtime.engines import Bound, Engine, Graph
+from edgeexit.runtime.engines import Array, Bound, Engine, Graph, Slot
 
 Form = Literal["in-place", "fixed", "append"]
 
@@ -103,7 +110,7 @@ def open_decoder(
         if leave.adapter is not None
     }
     parts = [*segments, *adapters.values()]
-    variants = [choose_variant(part, engine, form) for part in parts]
+    variants = [choose_variant(part, engine, form, bundle) for part in parts]
     wanted: list[tuple[Path, list[str] | None]] = [(bundle.file(v.graph), None) for v in variants]
     head = None
     if not unsplit:
@@ -132,8 +139,11 @@ def open_decoder(
     return replace(opened, adapters=own)
 
 
-def choose_variant(segment: Segment, engine: Engine, form: Form | None = None) -> Variant:
+def choose_variant(
+    segment: Segment, engine: Engine, form: Form | None = None, bundle: Bundle | None = None
+) -> Variant:
     """The first form of a part whose requirements the engine meets, or the one that is asked for.
+    Of engines that are built ahead, one that was built is preferred.
 
     Raises:
         UsageError: The part does not have the form asked for.
@@ -146,9 +156,11 @@ def choose_variant(segment: Segment, engine: Engine, form: Form | None = None) -
             f"{segment.name} has no form {form!r} of its caches (it has {known})",
             fix="Ask for one of those, or for none: the fastest is then taken.",
         )
-    for variant in variants:
-        if set(variant.requires) <= engine.features:
-            return variant
+    fitting = [variant for variant in variants if set(variant.requires) <= engine.features]
+    if bundle is not None:
+        fitting.sort(key=lambda variant: not engine.offers(bundle.file(variant.graph)))
+    if fitting:
+        return fitting[0]
     raise EngineError(
         f"{segment.name} has no form for this engine (it has "
         f"{[variant.requires for variant in variants]}, the engine offers "
@@ -189,27 +201,34 @@ class Session:
 
     def __init__(self, opened: Opened, batch: int, capacity: int, chunk: int) -> None:
         self.opened, self.batch, self.capacity, self.chunk = opened, batch, capacity, chunk
-        boundaries = []
+        engine = opened.engine
+        boundaries: list[Boundary] = []
         for tensor in [s.inputs[0] for s in opened.segments] + [opened.segments[-1].outputs[0]]:
             width = tensor.axes[-1] if "new" in tensor.axes else 0  # unsplit ends with answers
             assert isinstance(width, int)
             dtype = dtype_of(tensor)
-            slot = HostSlot(batch * chunk * width * dtype.itemsize)
+            size_bytes = batch * chunk * width * dtype.itemsize
+            # Embeddings come from the host; what segments hand over stays where they compute.
+            slot = engine.allocate(size_bytes) if boundaries else engine.allocate_host(size_bytes)
             boundaries.append(Boundary(slot, width, dtype))
-        self._places = places = Places(batch, chunk)
+        self._places = places = Places(batch, chunk, engine)
         self.parts = [
             Part(opened, number, batch, capacity, places, boundaries[number : number + 2])
             for number in range(len(opened.segments))
         ]
-        self.rings = [Ring(batch, capacity, one.width, one.dtype) for one in boundaries[:-1]]
+        self.rings = [
+            Ring(batch, capacity, one.width, one.dtype, engine) for one in boundaries[:-1]
+        ]
         self._boundaries = boundaries
-        self._views: dict[tuple[int, int], Floats] = {}
+        self._views: dict[tuple[int, int], Array] = {}
+        self._rows: dict[str, Array] = {}
         self._head: Head | None = None
+        self._late: dict[int, Ring] = {}
         self.adapters: dict[int, Part] = {}
         self._adapted: dict[int, int] = {}  # where among the boundaries an adapter's states come
         for number, own in opened.adapters.items():
             before = boundaries[number + 1]
-            slot = HostSlot(batch * chunk * before.width * before.dtype.itemsize)
+            slot = engine.allocate(batch * chunk * before.width * before.dtype.itemsize)
             after = Boundary(slot, before.width, before.dtype)
             self._adapted[number] = len(boundaries)
             boundaries.append(after)
@@ -228,18 +247,42 @@ class Session:
             self._head = Head(shared, frozenset(scores))
         return self._head
 
-    def boundary(self, number: int, new: int) -> Floats:
+    def boundary(self, number: int, new: int) -> Array:
         """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
         view = self._views.get((number, new))
         if view is None:
             one = self._boundaries[number]
-            view = one.slot.array(one.dtype, (self.batch, new, one.width))
-            self._views[number, new] = view
+            view = self._views[number, new] = one.slot.array(
+                one.dtype, (self.batch, new, one.width)
+            )
         return view
+
+    def row_states(self, name: str, like: Array) -> Array:
+        """A place to keep one state per row, ``[batch, width]``, of the width and dtype of others.
+        Under one name it is always the same."""
+        states = self._rows.get(name)
+        if states is None:
+            shape = (self.batch, like.shape[-1])
+            slot = self.opened.engine.allocate(shape[0] * shape[1] * like.dtype.itemsize)
+            states = self._rows[name] = slot.array(like.dtype, shape)
+        return states
+
+    def late(self, number: int) -> Ring:
+        """The ring of what waits for an exit's own caches, emptied."""
+        ring = self._late.get(number)
+        if ring is None:
+            one, engine = self._boundaries[number + 1], self.opened.engine
+            ring = self._late[number] = Ring(
+                self.batch, self.capacity, one.width, one.dtype, engine
+            )
+        ring.clear()
+        return ring
 
     def embed(self, tokens: NDArray[np.int64]) -> None:
         """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary."""
-        np.take(self.opened.table, tokens, axis=0, out=self.boundary(0, tokens.shape[1]))
+        self.opened.engine.settle()
+        first = self.boundary(0, tokens.shape[1])
+        np.take(self.opened.table, tokens, axis=0, out=cast("Floats", first))
 
     def run(
         self,
@@ -248,7 +291,7 @@ class Session:
         counts: Sequence[int] | None = None,
         *,
         places: Sequence[int] | None = None,
-    ) -> Floats:
+    ) -> Array:
         """Runs a segment over what its boundary holds.
 
         Args:
@@ -269,7 +312,7 @@ class Session:
 
     def run_all(
         self, first: int, last: int, new: int, counts: Sequence[int] | None = None
-    ) -> Floats:
+    ) -> Array:
         """Runs segments from `first` to before `last`, one after the other.
 
         With a segment's weights just passed through the processor's caches, every line of Python
@@ -304,7 +347,7 @@ class Session:
             part.caches.advance(added)
         return self.boundary(last, new)
 
-    def adapt(self, number: int, new: int, counts: Sequence[int] | None = None) -> Floats:
+    def adapt(self, number: int, new: int, counts: Sequence[int] | None = None) -> Array:
         """Lets the exit behind a segment take what the segment's run has just made.
 
         Caches of an adapter must have no holes: whoever asks an exit gives it every state that
@@ -384,7 +427,7 @@ class Session:
 class Boundary:
     """Where states ``[batch, new, width]`` pass from one segment to the next."""
 
-    slot: HostSlot
+    slot: Slot
     width: int
     dtype: np.dtype
 
@@ -403,19 +446,18 @@ class Part:
     ) -> None:
         self.segment, self.variant = opened.segments[number], opened.variants[number]
         self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
-        self.caches = SegmentCaches(self.segment.caches, batch, capacity, opened.engine)
+        grows = self.variant.caches == "append"
+        self.caches = SegmentCaches(
+            self.segment.caches, batch, capacity, opened.engine, grows=grows
+        )
         self._places, self._boundaries = places, boundaries
         self._opened, self._number = opened, number
-        self._projection: tuple[Callable[[], object], dict[str, NDArray[Any]]] | None = None
-        self._bindings: dict[
-            tuple[int, int | None], tuple[Callable[[], object], dict[str, NDArray[Any]]]
-        ] = {}
-        self.answers: dict[str, NDArray[Any]] = {}
-        self._answer_slots = {
-            tensor.name: HostSlot(batch * _width(tensor.axes) * np.dtype(tensor.dtype).itemsize)
-            for tensor in self.segment.outputs
-            if "new" not in tensor.axes
-        }
+        self._projection: tuple[Callable[[], object], NewCaches] | None = None
+        self._bindings: dict[tuple[int, int | None, int], _Call] = {}
+        self._new: dict[int, NewCaches] = {}
+        answers = [tensor for tensor in self.segment.outputs if "new" not in tensor.axes]
+        self._made = Made(answers, batch, opened.engine)
+        self.answers: Answers = {}
 
     def run(self, new: int) -> None:
         """Runs over the boundary; lengths are those before it."""
@@ -425,7 +467,7 @@ class Part:
                 self._call(new, row)
             return
         made = self._call(new, None)
-        if made:
+        if made is not None:
             self.caches.append(made)
 
     def _row_by_row(self, new: int) -> bool:
@@ -433,8 +475,9 @@ class Part:
         several = self._batch > 1 and new > 1
         return several and "most" in self.variant.lengths and self.caches.longest() > 0
 
-    def _call(self, new: int, row: int | None) -> dict[str, NDArray[Any]]:
-        run, made = self._bindings.get((new, row)) or self._bind(new, row)
+    def _call(self, new: int, row: int | None) -> NewCaches | None:
+        key = new, row, self.caches.extent
+        run, made = self._bindings.get(key) or self._bind(*key)
         try:
             run()
         except Exception as error:
@@ -445,7 +488,8 @@ class Part:
         """The call that is all of `run`; None where there is more to do."""
         if self.variant.caches == "append" or self._row_by_row(new):
             return None
-        run, _ = self._bindings.get((new, None)) or self._bind(new, None)
+        key = new, None, self.caches.extent
+        run, _ = self._bindings.get(key) or self._bind(*key)
         return run
 
     def failure(self, error: Exception) -> EngineError:
@@ -458,9 +502,7 @@ class Part:
             "with the output of `edgeexit inspect`.",
         )
 
-    def _bind(
-        self, new: int, row: int | None
-    ) -> tuple[Callable[[], object], dict[str, NDArray[Any]]]:
+    def _bind(self, new: int, row: int | None, extent: int) -> _Call:
         """Binds all rows, or one of them alone."""
         batch = self._batch
         before, after = self._boundaries
@@ -471,68 +513,57 @@ class Part:
             **self.caches.past(),
             **self._places.lengths(self.variant.lengths),
         }
-        outputs: dict[str, Bound] = {}
+        outputs: dict[str, Bound] = dict(self._made.bound)
         for tensor in self.segment.outputs:
-            dtype_ = np.dtype(tensor.dtype)
             if "new" in tensor.axes:
                 last = tensor.axes[-1]
                 assert isinstance(last, int)
-                outputs[tensor.name] = (after.slot, dtype_, (batch, new, last))
-            else:
-                own = self._answer_slots[tensor.name]
-                outputs[tensor.name] = (own, dtype_, (batch, *map(int, tensor.axes[1:])))  # type: ignore[arg-type]
-        made: dict[str, NDArray[Any]] = {}
-        if self.variant.caches != "append":
-            outputs |= self.caches.present()
+                outputs[tensor.name] = (after.slot, dtype_of(tensor), (batch, new, last))
+        made = None
+        if self.variant.caches == "append":
+            made = self._new_caches(new)
+            outputs |= made.bound
         else:
-            grown, made = self._new_caches(new)
-            outputs |= grown
-        for tensor in self.segment.outputs:
-            if "new" not in tensor.axes:
-                _, dtype_, shape = outputs[tensor.name]
-                self.answers[tensor.name] = self._answer_slots[tensor.name].array(dtype_, shape)
+            outputs |= self.caches.present()
         if row is not None:
             inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
             outputs = {k: row_of(v, row) for k, v in outputs.items()}
-        bound = self._graph.bind(inputs, outputs), made
+        run = self._graph.bind(inputs, outputs)
+        if self._made.bound:
+            run, self.answers = self._made.around(run)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
-        self._bindings[new, row] = bound
+        bound = self._bindings[new, row, extent] = run, made
         return bound
 
-    def _new_caches(self, new: int) -> tuple[dict[str, Bound], dict[str, NDArray[Any]]]:
-        """Buffers for keys and values of new tokens: what to bind, and the same as arrays."""
-        bound: dict[str, Bound] = {}
-        made: dict[str, NDArray[Any]] = {}
-        sizes = {"batch": self._batch, "past": new}
-        for cache in self.segment.caches:
-            shape = tuple(sizes[a] if isinstance(a, str) else int(a or 1) for a in cache.axes)
-            dtype = np.dtype(cache.dtype)
-            own = HostSlot(int(np.prod(shape)) * dtype.itemsize)
-            bound[cache.present] = (own, dtype, shape)
-            made[cache.present] = own.array(dtype, shape)
-        return bound, made
+    def _new_caches(self, new: int) -> NewCaches:
+        """Where keys and values of that many new tokens per row go."""
+        made = self._new.get(new)
+        if made is None:
+            caches, engine = self.segment.caches, self._engine
+            made = self._new[new] = NewCaches(caches, self._batch, new, engine)
+        return made
 
-    def project(self) -> dict[str, NDArray[Any]]:
+    def project(self) -> NewCaches:
         """Keys and values that the boundary's states, one per row, leave if they skip the
         segment."""
         if self._projection is None:
+            own = self._new_caches(1)
             before, _ = self._boundaries
             state, positions, *_ = self.segment.inputs
             inputs: dict[str, Bound] = {
                 state.name: (before.slot, before.dtype, (self._batch, 1, before.width)),
                 positions.name: self._places.positions(1),
             }
-            outputs, made = self._new_caches(1)
             graph = self._opened.projection(self._number)
-            self._projection = graph.bind(inputs, outputs), made
+            self._projection = graph.bind(inputs, own.bound), own
         run, made = self._projection
         run()
         return made
 
 
-def _width(axes: Sequence[Any]) -> int:
-    return int(np.prod([int(size) for size in axes[1:]])) if len(axes) > 1 else 1
+_Call = tuple[Callable[[], object], NewCaches | None]
+"""What runs a graph, and the new keys and values that are then to be appended."""
 
 
 def check_tokens(opened: Opened, tokens: NDArray[np.int64]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,35 @@ class Place(Protocol):
     pointer: int
 
 
+class Array(Protocol):
+    """An array where its engine computes: numpy's on the host, `DeviceArray` on a GPU.
+
+    Indices are integers, slices and ``...``; what is assigned has the same shape and dtype.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+    def reshape(self, *shape: Any) -> Any: ...
+
+
 class Slot(Place, Protocol):
-    """Memory of the device or the host that tensors take turns in."""
+    """Memory of the device or the host that tensors take turns in. It begins as zeros."""
 
     @property
     def bytes(self) -> int: ...
+
+    def array(
+        self,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None = None,
+    ) -> Any:
+        """The beginning of the slot as an `Array` of that form; no copy. Without strides (bytes,
+        per axis), elements lie one behind the other."""
 
     def keep_rows(
         self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
@@ -47,8 +71,9 @@ class Graph(Protocol):
     ) -> Callable[[], object]:
         """Binds buffers and returns the call that runs the graph over them.
 
-        Outputs may be left out. The call returns when the outputs are there, and
-        raises the library's own exceptions, which the chain turns into `EngineError`.
+        Outputs may be left out. The call returns when those on the host are there; on a GPU, what
+        stays on it may still be computed, in the order of the calls. It raises the library's own
+        exceptions, which the chain turns into `EngineError`.
         """
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
@@ -61,9 +86,14 @@ class Engine(Protocol):
     name: str
     features: frozenset[str]
     """What its graphs may use beyond plain ONNX; a variant's `requires` is held against it."""
+    largest: Mapping[str, int]
+    """The largest sizes of named axes that its graphs take; what is not there has no limit."""
 
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""
+
+    def offers(self, path: Path) -> bool:
+        """Whether it can open a graph: engines that are built ahead may be of some only."""
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Graph:
         """Opens a graph, with all its outputs or only some; raises `EngineError` naming it."""
@@ -76,3 +106,7 @@ class Engine(Protocol):
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
         """Host memory for what comes from the caller or goes to it."""
+
+    def settle(self) -> None:
+        """To be called before host memory is written that earlier runs read: they may not have
+        come to it."""

@@ -5,6 +5,9 @@ chain of twelve works in twelve cold ones. Thread pools do not spin, or the pool
 steal the cores of the one that runs. Two fusions are left out, for their kernels are slower than
 what they replace. A graph is opened with the score that is asked for, not with all. The binding is
 run through the compiled session, whose Python wrapper costs more than a small segment's hand-over.
+
+On GPUs all sessions compute on one stream of ours, between buffers of ours, and none waits for it:
+that does whoever reads something (`edgeexit.runtime.engines.cuda`).
 """
 
 from __future__ import annotations
@@ -15,15 +18,16 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgeexit.errors import EngineError, UsageError
 from edgeexit.graphfile import keep_outputs
-from edgeexit.runtime.buffers import HostSlot
+from edgeexit.runtime.buffers import HostSlot, Window
 from edgeexit.runtime.engines import Bound, Slot
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.engines.cuda.device import Device
+    from edgeexit.runtime.engines.cuda.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +136,12 @@ class OnnxRuntimeEngine:
                 fix='For GPUs: pip uninstall onnxruntime, then pip install "edgeexit[cuda]". '
                 "`edgeexit doctor` tells what is installed.",
             )
-        self._device = "cpu" if name == "cpu" else "cuda"
+        self.largest: Mapping[str, int] = {}
+        self._gpu: Device | None = None
+        if name != "cpu":
+            from edgeexit.runtime.engines.cuda.device import Device
+
+            self._gpu = Device()
         if threads == "process":
             install_process_pool()
         self._shared_arena = _share_arena()
@@ -146,11 +155,16 @@ class OnnxRuntimeEngine:
             "threads": str(self.threads),
         }
 
+    def offers(self, path: Path) -> bool:
+        """Every graph."""
+        return True
+
     def open(self, path: Path, outputs: Collection[str] | None = None) -> OnnxRuntimeGraph:
         """Opens one graph, with only the given outputs where there are more."""
         providers: list[Any] = [PROVIDERS[self.name]]
-        if self.name != "cpu":
-            providers.append(PROVIDERS["cpu"])
+        if self._gpu is not None:
+            own = {"user_compute_stream": str(self._gpu.stream), "device_id": "0"}
+            providers = [(PROVIDERS[self.name], own), PROVIDERS["cpu"]]
         options = self._options()
         model: str | bytes = str(path)
         try:
@@ -176,7 +190,7 @@ class OnnxRuntimeEngine:
                 f"{session.get_providers()[0]}",
                 fix="Check the driver and CUDA libraries with `edgeexit doctor`.",
             )
-        return OnnxRuntimeGraph(self._ort, session, self._device)
+        return OnnxRuntimeGraph(self._ort, session, self._gpu)
 
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
@@ -187,13 +201,16 @@ class OnnxRuntimeEngine:
 
     def allocate(self, size_bytes: int) -> Slot:
         """Host memory for the CPU provider, device memory for the others."""
-        if self._device == "cpu":
-            return HostSlot(size_bytes)
-        return DeviceSlot(self._ort, size_bytes)
+        return HostSlot(size_bytes) if self._gpu is None else self._gpu.allocate(size_bytes)
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
-        """Ordinary memory."""
-        return HostSlot(size_bytes)
+        """Ordinary memory, pinned where there is a GPU."""
+        return HostSlot(size_bytes) if self._gpu is None else self._gpu.allocate_host(size_bytes)
+
+    def settle(self) -> None:
+        """Waits for the GPU; on the host, runs are over when they return."""
+        if self._gpu is not None:
+            self._gpu.settle()
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -227,35 +244,64 @@ def _is_count(threads: object) -> bool:
 class OnnxRuntimeGraph:
     """One session."""
 
-    def __init__(self, ort: Any, session: Any, device: str) -> None:
-        self._ort = ort
-        self._session = session
-        self._device = device
+    def __init__(self, ort: Any, session: Any, gpu: Device | None) -> None:
+        self._ort, self._session, self._gpu = ort, session, gpu
         self._outputs = [output.name for output in session.get_outputs()]
+        self._staging: Staging | None = None
+        self._read_on_host: set[str] = set()
+        if gpu is not None:
+            from edgeexit.runtime.engines.cuda.staging import Staging
+
+            self._staging = Staging(gpu)
+            self._read_on_host = _inputs_on_host(session)
 
     def bind(
         self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
     ) -> Callable[[], object]:
         """Binds buffers for one set of shapes, for all outputs or some."""
+        options = self._ort.RunOptions()
+        options.log_severity_level = 3
+        if self._staging is None:
+            return _runner(self._session, self._binding(inputs, outputs), options)
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        host = {name: inputs[name] for name in inputs.keys() & self._read_on_host}
+        host = {name: bound for name, bound in host.items() if bound[0].device == "cpu"}
+        layout = self._staging.lay_out(
+            {name: bound for name, bound in inputs.items() if name not in host}, outputs
+        )
+        places = {name: Window("cuda", address) for name, address in layout.addresses.items()}
+        binding = self._binding(
+            host | {n: (places[n], *inputs[n][1:]) for n in inputs if n not in host},
+            {name: (places[name], *bound[1:]) for name, bound in outputs.items()},
+        )
+        return self._staging.around(layout, _runner(self._session, binding, options))
+
+    def _binding(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Any:
         binding = self._session.io_binding()
         for name, (slot, dtype, shape) in inputs.items():
             binding.bind_input(name, slot.device, 0, dtype.type, shape, slot.pointer)
         for name, (slot, dtype, shape) in outputs.items():
             binding.bind_output(name, slot.device, 0, dtype.type, shape, slot.pointer)
-        options = self._ort.RunOptions()
-        options.log_severity_level = 3
-        return _runner(self._session, binding, options)
+        return binding
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Runs once with outputs that ONNX Runtime allocates, and reads their shapes."""
-        binding = self._session.io_binding()
-        for name, (slot, dtype, shape) in inputs.items():
-            binding.bind_input(name, slot.device, 0, dtype.type, shape, slot.pointer)
+        if self._gpu is not None:
+            self._gpu.wait()
+        binding = self._binding(inputs, {})
         for name in self._outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, "cpu" if self._gpu is None else "cuda")
         _runner(self._session, binding, self._ort.RunOptions())()
         values = binding.get_outputs()
         return {n: tuple(v.shape()) for n, v in zip(self._outputs, values, strict=True)}
+
+
+def _inputs_on_host(session: Any) -> set[str]:
+    """Inputs that operators read on the host, such as lengths: these are left there."""
+    if not hasattr(session, "get_input_memory_infos"):  # before 1.23
+        return set()
+    pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    return {one.name for one, memory in pairs if "cpu" in memory.name.lower()}
 
 
 def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
@@ -269,24 +315,3 @@ def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
     if inner is None or inner_binding is None:
         return functools.partial(session.run_with_iobinding, binding, options)
     return functools.partial(inner.run_with_iobinding, inner_binding, options)
-
-
-class DeviceSlot:
-    """Memory on a CUDA device. Rows are compacted through the host: correct, not yet fast."""
-
-    device = "cuda"
-
-    def __init__(self, ort: Any, size_bytes: int) -> None:
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type([size_bytes], np.uint8, "cuda", 0)
-        self.bytes = size_bytes
-        self.pointer: int = self._value.data_ptr()
-
-    def keep_rows(
-        self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
-    ) -> None:
-        """Moves the given rows to the front."""
-        host = self._value.numpy()
-        size = int(np.prod(shape)) * dtype.itemsize
-        kept = np.take(host[:size].view(dtype).reshape(shape), rows, axis=axis)
-        host[: kept.nbytes] = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
-        self._value.update_inplace(host)

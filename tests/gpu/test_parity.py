@@ -63,8 +63,8 @@ def engine(request: pytest.FixtureRequest, digits: Bundle) -> Iterator[str]:
 
 
 def _build(bundle: Bundle, root: Path) -> None:
+    from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
-    from edgeexit.runtime.engines.tensorrt.device import describe_device
     from edgeexit.runtime.engines.tensorrt.library import find_library
     from edgeexit.runtime.engines.tensorrt.profiles import Asked
 

@@ -61,6 +61,7 @@ class Work:
         outputs: Outputs to keep.
         profiles: Per profile, shapes of the inputs.
         fixed: Named axes that get a number.
+        largest: Named axis -> its largest size over all profiles.
     """
 
     where: str
@@ -68,6 +69,7 @@ class Work:
     outputs: tuple[str, ...]
     profiles: tuple[Shapes, ...]
     fixed: Sizes
+    largest: Sizes
 
     @property
     def file(self) -> str:
@@ -121,7 +123,8 @@ def work_of(
         variant = usable(part, features, where)
         axes = {tensor.name: tensor.axes for tensor in part.inputs}
         outputs = tuple(tensor.name for tensor in part.outputs)
-        works.append(Work(where, variant, outputs, (shapes_of(axes, ranges, where),), {}))
+        shapes = shapes_of(axes, ranges, where)
+        works.append(Work(where, variant, outputs, (shapes,), {}, _largest([ranges], axes)))
     return works
 
 
@@ -187,7 +190,17 @@ def _cached(
         for profile in profiles
     ]
     shapes = tuple(shapes_of(axes, one, where) for one in ranges)
-    return Work(where, variant, tuple(outputs), shapes, fixed)
+    return Work(where, variant, tuple(outputs), shapes, fixed, _largest(ranges, axes))
+
+
+def _largest(profiles: Sequence[Ranges], tensors: Mapping[str, Sequence[Axis]]) -> dict[str, int]:
+    """The largest sizes of the named axes of these tensors over all profiles."""
+    axes = {axis for own in tensors.values() for axis in own if isinstance(axis, str)}
+    found: dict[str, int] = {}
+    for ranges in profiles:
+        for axis in axes & ranges.keys():
+            found[axis] = max(ranges[axis].max, found.get(axis, 0))
+    return dict(sorted(found.items()))
 
 
 def _unsplit(manifest: Manifest) -> Segment:
@@ -397,6 +410,7 @@ def _build(
         bytes=built.bytes,
         outputs=list(work.outputs),
         profiles=job.profiles,
+        largest=dict(work.largest),
         precision=built.precision,
         seconds=round(built.seconds, 3),
         peak_memory_bytes=built.peak_memory_bytes,

@@ -1,8 +1,7 @@
 """The TensorRT engine of the runtime: plans opened on one GPU, run in order on one stream.
 
-A bound graph is a list of addresses and shapes. What lies on the host is copied through device
-buffers of the graph's own, unless the GPU shares the host's memory. A run that gives nothing to the
-host only puts its work on the stream: the next segment can be put behind it at once.
+A bound graph is a list of addresses and shapes. A run that gives nothing to the host only puts its
+work on the stream: the next segment can be put behind it at once.
 
 Not yet run anywhere: no machine with a GPU that TensorRT supports was at hand. What is tested is
 said in README.md, "What ran where".
@@ -17,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeexit.bundle import Bundle
 from edgeexit.errors import EngineError, InputError
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, Waiting, require_room
+from edgeexit.runtime.engines.cuda.driver import describe_device
+from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.tensorrt import store
-from edgeexit.runtime.engines.tensorrt.cuda import Device, PinnedSlot, Waiting, require_room
-from edgeexit.runtime.engines.tensorrt.device import describe_device
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
 from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
 
@@ -52,6 +50,7 @@ class TensorRtEngine:
         self.features = library.features
         self._folder = folder
         self._plans = {plan.graph: plan for plan in engines.plans}
+        self.largest: Mapping[str, int] = _largest(engines.plans)
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._log)
@@ -68,9 +67,13 @@ class TensorRtEngine:
             "waiting": self.device.waiting,
         }
 
+    def offers(self, path: Path) -> bool:
+        """Whether the set has a plan of this graph of the bundle."""
+        return _name_of(path) in self._plans
+
     def open(self, path: Path, outputs: Collection[str] | None = None) -> TensorRtGraph:
         """Opens the plan that was built from a graph of the bundle."""
-        name = f"{path.parent.name}/{path.name}"
+        name = _name_of(path)
         plan = self._plans.get(name)
         if plan is None:
             raise EngineError(
@@ -108,6 +111,10 @@ class TensorRtEngine:
         """Pinned memory."""
         return self.device.allocate_host(size_bytes)
 
+    def settle(self) -> None:
+        """Waits for runs that may still have to read memory of the host."""
+        self.device.settle()
+
     def context(self, engine: Any) -> Any:
         """An execution context whose scratch memory is the one that all of this engine share."""
         trt = self.library.module
@@ -125,6 +132,20 @@ class TensorRtEngine:
             )
         self._scratch.lend(context, int(engine.device_memory_size_v2))
         return context
+
+
+def _name_of(path: Path) -> str:
+    """A graph's name in the bundle."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _largest(plans: Sequence[PlanFile]) -> dict[str, int]:
+    """The largest sizes that every plan takes which has the axis."""
+    found: dict[str, int] = {}
+    for plan in plans:
+        for axis, size in plan.largest.items():
+            found[axis] = min(size, found.get(axis, size))
+    return found
 
 
 class Scratch:
@@ -178,14 +199,11 @@ class _RuntimeCache:
 
 @dataclass
 class _Binding:
-    """One set of shapes: addresses, and what is copied before and behind the run."""
+    """One set of shapes, and where tensors lie."""
 
     profile: int
     shapes: list[tuple[str, tuple[int, ...]]]
-    addresses: list[tuple[str, int]]
-    before: list[tuple[int, int, int]]
-    behind: list[tuple[int, int, int]]
-    kept: list[object]
+    addresses: Mapping[str, int]
 
 
 class TensorRtGraph:
@@ -200,8 +218,8 @@ class TensorRtGraph:
         self._outputs = [one for one in names if one not in self._inputs]
         self._context = owner.context(engine)
         self._bound: _Binding | None = None
-        self._staging: dict[str, Any] = {}
-        self._unread: dict[str, Any] = {}
+        self._staging = Staging(owner.device)
+        self._unread: dict[str, DeviceSlot] = {}
 
     def bind(
         self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
@@ -211,43 +229,22 @@ class TensorRtGraph:
         Raises:
             InputError: The shapes are outside of what the engine was built for.
         """
-        device = self._owner.device
         shapes = [(name, inputs[name][2]) for name in self._inputs]
-        binding = _Binding(self._profile(dict(shapes)), shapes, [], [], [], [])
-        for name in self._inputs:
-            place, dtype, shape = inputs[name]
-            size = _bytes(dtype, shape)
-            address = self._address(name, place, size, binding)
-            if self._crosses(place):
-                binding.before.append((address, place.pointer, size))
-            binding.addresses.append((name, address))
+        profile = self._profile(dict(shapes))
+        layout = self._staging.lay_out(
+            {name: inputs[name] for name in self._inputs},
+            {name: outputs[name] for name in self._outputs if name in outputs},
+        )
         for name in self._outputs:
             if name not in outputs:
-                binding.addresses.append((name, self._unread_address(name)))
-                continue
-            place, dtype, shape = outputs[name]
-            size = _bytes(dtype, shape)
-            address = self._address(name, place, size, binding)
-            if self._crosses(place):
-                binding.behind.append((place.pointer, address, size))
-            binding.addresses.append((name, address))
-        reads = any(place.device == "cpu" for place, _, _ in outputs.values())
-
-        def run() -> None:
-            for target, source, size in binding.before:
-                device.to_device(target, source, size)
-            self._execute(binding)
-            for target, source, size in binding.behind:
-                device.to_host(target, source, size)
-            if reads:
-                device.wait()
-
-        return run
+                layout.addresses[name] = self._unread_address(name)
+        binding = _Binding(profile, shapes, layout.addresses)
+        return self._staging.around(layout, lambda: self._execute(binding))
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Asks the context, which needs no run for it."""
         shapes = [(name, inputs[name][2]) for name in self._inputs]
-        self._enter(_Binding(self._profile(dict(shapes)), shapes, [], [], [], []))
+        self._enter(_Binding(self._profile(dict(shapes)), shapes, {}))
         self._bound = None
         if unknown := self._context.infer_shapes():
             raise EngineError(
@@ -275,7 +272,7 @@ class TensorRtGraph:
                     f"{self._name}: TensorRT takes no {name} of {list(shape)}",
                     fix="Build with other --min-shapes or --max-shapes.",
                 )
-        for name, address in binding.addresses:
+        for name, address in binding.addresses.items():
             context.set_tensor_address(name, address)
         self._bound = binding
 
@@ -295,28 +292,13 @@ class TensorRtGraph:
             fix="Give less at a time, or build for it: --min-shapes, --max-shapes, --capacity.",
         )
 
-    def _crosses(self, place: Any) -> bool:
-        """Whether a tensor is copied between host and device."""
-        mapped = self._owner.device.shares_memory and isinstance(place, PinnedSlot)
-        return place.device == "cpu" and not mapped
-
-    def _address(self, name: str, place: Any, size: int, binding: _Binding) -> int:
-        """Where the engine finds a tensor: where it lies, or in a buffer that it is copied to."""
-        if not self._crosses(place):
-            return int(place.mapped if isinstance(place, PinnedSlot) else place.pointer)
-        held = self._staging.get(name)
-        if held is None or held.bytes < size:
-            held = self._staging[name] = self._owner.device.allocate(size)
-        binding.kept.append(held)  # a binding made before keeps the buffer that it copies to
-        return int(held.pointer)
-
     def _unread_address(self, name: str) -> int:
         """Memory for an output that nobody reads, as large as it can get."""
         held = self._unread.get(name)
         if held is None:
             highest = max(int(self._context.get_max_output_size(name)), 1)
             held = self._unread[name] = self._owner.device.allocate(highest)
-        return int(held.pointer)
+        return held.pointer
 
 
 def _within(shape: tuple[int, ...], profile: list[list[int]]) -> bool:
@@ -324,10 +306,6 @@ def _within(shape: tuple[int, ...], profile: list[list[int]]) -> bool:
     return len(shape) == len(low) and all(
         least <= size <= most for least, size, most in zip(low, shape, high, strict=True)
     )
-
-
-def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def open_tensorrt(

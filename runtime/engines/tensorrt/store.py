@@ -45,6 +45,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
         outputs: Outputs that it gives.
         profiles: Per profile, input -> its smallest, usual and largest shape. Inputs of one shape
             are left out.
+        largest: Named axis -> its largest size.
         precision: Kind of layer -> type that it computes in -> how many there are.
         seconds, peak_memory_bytes: What the build took.
     """
@@ -55,6 +56,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
     bytes: Annotated[int, Meta(ge=1)]
     outputs: list[str]
     profiles: list[dict[str, list[list[int]]]]
+    largest: dict[str, int]
     precision: dict[str, dict[str, int]]
     seconds: float
     peak_memory_bytes: int

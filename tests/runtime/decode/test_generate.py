@@ -340,7 +340,7 @@ def test_what_the_capacity_has_no_room_for_is_refused_before_anything_is_written
 
 def test_caches_that_memory_has_no_room_for_are_refused() -> None:
     cache = Cache(name="k", dtype="float16", axes=["batch", 2, "past", 16], past="i", present="o")
-    with pytest.raises(EngineError, match=r"k: a cache of 3 rows .* smaller capacity"):
+    with pytest.raises(EngineError, match=r"k: caches of 3 rows .* smaller capacity"):
         SegmentCaches([cache], 3, 2**50, OnnxRuntimeEngine())
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.decode.places import Places
+from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 
 def read(places: Places, new: int) -> dict[str, list[int]]:
@@ -18,7 +19,7 @@ def read(places: Places, new: int) -> dict[str, list[int]]:
 
 
 def test_places_follow_what_the_caches_hold() -> None:
-    places = Places(2, 4)
+    places = Places(2, 4, OnnxRuntimeEngine())
     places.write(3, [5, 0])
     assert read(places, 3) == {
         "positions": [5, 6, 7, 0, 1, 2],
@@ -31,7 +32,7 @@ def test_places_follow_what_the_caches_hold() -> None:
 
 
 def test_an_interrupted_write_is_made_up_for_by_the_next() -> None:
-    places = Places(2, 1)
+    places = Places(2, 1, OnnxRuntimeEngine())
     places.write(1, [4, 4])
     before = read(places, 1)
     with pytest.raises(TypeError):
@@ -41,7 +42,7 @@ def test_an_interrupted_write_is_made_up_for_by_the_next() -> None:
 
 
 def test_a_length_said_for_one_row_is_forgotten_by_the_next_write() -> None:
-    places = Places(2, 2)
+    places = Places(2, 2, OnnxRuntimeEngine())
     places.write(2, [4, 1])
     before = read(places, 2)
     places.write_most(3)

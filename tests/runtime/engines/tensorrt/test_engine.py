@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import EngineError, UsageError
+from edgeexit.errors import EngineError
 from edgeexit.runtime import load
 from edgeexit.runtime.engines.tensorrt.engine import choose, misfit
 from edgeexit.runtime.engines.tensorrt.library import (
@@ -80,13 +80,6 @@ def test_the_newest_that_fits_is_taken_and_none_says_why(tmp_path: Path) -> None
         choose(sets, RTX, HERE | {"compute_capability": 75}, tmp_path)
     with pytest.raises(EngineError, match=r"there are none.*edgeexit build BUNDLE"):
         choose([], RTX, HERE, tmp_path)
-
-
-def test_language_models_are_refused_until_they_run(decoder_bundle: Any) -> None:
-    from edgeexit.runtime import load_decoder
-
-    with pytest.raises(UsageError, match="do not run on TensorRT engines yet"):
-        load_decoder(decoder_bundle("llama"), "tensorrt")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is an NVIDIA driver")

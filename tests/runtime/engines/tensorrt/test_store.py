@@ -54,6 +54,7 @@ def write_set(root: Path, digest: str, **changed: Any) -> Path:
         outputs=["logits"],
         profiles=[],
         precision={},
+        largest={},
         seconds=0.1,
         peak_memory_bytes=1,
     )

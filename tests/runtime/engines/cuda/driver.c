@@ -1,18 +1,36 @@
 /* A CUDA driver for machines without one: "device" memory is the host's, streams do at once what
  * they are given. Tests of edgeexit's buffers run against it through the real cuda-bindings; what a
- * GPU computes cannot be tested with it.
+ * GPU computes cannot be tested with it. "Device" memory can be touched by the driver alone: any
+ * other read or write ends the process, as it would on a GPU. Who computes in a GPU's place opens
+ * it meanwhile (device_memory).
  *
  *     cc -shared -fPIC -o libcuda.so.1 driver.c
  */
+#define _GNU_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 typedef int status;
 typedef unsigned long long address;
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600 };
 static size_t left = 64u << 20; /* bytes of "device" memory */
 static int pending;             /* an event was recorded and not asked for yet */
+
+enum { PAGE = 4096, PIECES = 4096 };
+static const size_t ROOM = (size_t)1 << 32; /* of addresses: pieces are seldom used again */
+static char *room;
+static size_t end;
+static struct { size_t start, size; int used; } pieces[PIECES];
+static int opened, count;
+
+void device_memory(int open_);
+void device_memory(int open_) {
+  opened += open_ ? 1 : -1;
+  if (room && opened == (open_ ? 1 : 0))
+    mprotect(room, end, opened ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
 
 static status init(unsigned flags) { (void)flags; return OK; }
 static status version(int *out) { *out = 13000; return OK; }
@@ -38,21 +56,36 @@ static status record(void *e, void *s) { (void)e; (void)s; pending = 2; return O
 static status query(void *e) { (void)e; return pending-- > 0 ? NOT_READY : OK; }
 static status information(size_t *free_, size_t *total) { *free_ = left; *total = 64u << 20; return OK; }
 static status allocate(address *out, size_t size) {
-  size_t *held;
+  size_t whole = (size + PAGE - 1) / PAGE * PAGE;
+  int n = 0;
   if (size > left) return NO_MEMORY;
-  held = malloc(size + 64);
-  if (!held) return NO_MEMORY;
-  memset(held, 0xA5, size + 64); /* nobody may count on zeros */
-  *held = size;
+  if (!room) {
+    room = mmap(NULL, ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return NO_MEMORY;
+  }
+  while (n < count && (pieces[n].used || (pieces[n].size + PAGE - 1) / PAGE * PAGE != whole)) n++;
+  if (n == count) {
+    if (count == PIECES || end + whole + PAGE > ROOM) return NO_MEMORY;
+    pieces[count++].start = end;
+    end += whole + PAGE; /* and a page that nobody writes */
+  }
+  pieces[n].size = size;
+  pieces[n].used = 1;
   left -= size;
-  *out = (address)(uintptr_t)held + 64;
+  *out = (address)(uintptr_t)(room + pieces[n].start);
+  device_memory(1);
+  memset(room + pieces[n].start, 0xA5, size); /* nobody may count on zeros */
+  device_memory(0);
   return OK;
 }
 static status release_memory(address pointer) {
-  size_t *held = (size_t *)(uintptr_t)(pointer - 64);
-  left += *held;
-  free(held);
-  return OK;
+  for (int n = 0; n < count; n++)
+    if (pieces[n].used && (address)(uintptr_t)(room + pieces[n].start) == pointer) {
+      left += pieces[n].size;
+      pieces[n].used = 0;
+      return OK;
+    }
+  return INVALID;
 }
 static status allocate_host(void **out, size_t size, unsigned flags) {
   (void)flags;
@@ -67,18 +100,46 @@ static status mapped(address *out, void *pointer, unsigned flags) {
 }
 static status to_device(address to, const void *from, size_t size, void *s) {
   (void)s;
+  device_memory(1);
   memcpy((void *)(uintptr_t)to, from, size);
+  device_memory(0);
   return OK;
 }
 static status to_host(void *to, address from, size_t size, void *s) {
   (void)s;
+  device_memory(1);
   memcpy(to, (void *)(uintptr_t)from, size);
+  device_memory(0);
   return OK;
 }
 static status within(address to, address from, size_t size, void *s) {
   (void)s;
   if (to < from + size && from < to + size) return INVALID; /* they overlap: undefined on a GPU */
+  device_memory(1);
   memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, size);
+  device_memory(0);
+  return OK;
+}
+static status fill(address to, unsigned char value, size_t size, void *s) {
+  (void)s;
+  device_memory(1);
+  memset((void *)(uintptr_t)to, value, size);
+  device_memory(0);
+  return OK;
+}
+struct side { size_t x, y, z, lod; int type; void *host; address device; void *array, *reserved; size_t pitch, height; };
+struct copy { struct side from, to; size_t width, height, depth; };
+static status copy(const struct copy *c, void *s) {
+  const struct side *from = &c->from, *to = &c->to;
+  (void)s;
+  if (from->type != 2 || to->type != 2 || from->x || from->y || from->z || to->x || to->y || to->z) return INVALID;
+  if (c->width > from->pitch || c->width > to->pitch || c->height > from->height || c->height > to->height) return INVALID;
+  device_memory(1);
+  for (size_t z = 0; z < c->depth; z++)
+    for (size_t y = 0; y < c->height; y++)
+      memcpy((char *)(uintptr_t)to->device + (z * to->height + y) * to->pitch,
+             (char *)(uintptr_t)from->device + (z * from->height + y) * from->pitch, c->width);
+  device_memory(0);
   return OK;
 }
 static status error_name(status code, const char **out) {
@@ -102,6 +163,7 @@ static const struct entry ENTRIES[] = {
     ENTRY("cuMemHostAlloc", allocate_host), ENTRY("cuMemFreeHost", release_host),
     ENTRY("cuMemHostGetDevicePointer", mapped), ENTRY("cuMemcpyHtoDAsync", to_device),
     ENTRY("cuMemcpyDtoHAsync", to_host), ENTRY("cuMemcpyDtoDAsync", within),
+    ENTRY("cuMemsetD8Async", fill), ENTRY("cuMemcpy3DAsync", copy),
     ENTRY("cuGetErrorName", error_name), ENTRY("cuGetErrorString", error_name),
 };
 

@@ -20,9 +20,9 @@ def import_driver() -> Any:
     """
     if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
         raise EngineError(
-            "cuda-bindings is not installed, which TensorRT engines need",
-            fix='Desktop GPUs: pip install "edgeexit[rtx]"; JetPack 6: "edgeexit[jetson6]"; '
-            'JetPack 7: "edgeexit[jetson7]".',
+            "cuda-bindings is not installed, which engines on GPUs need",
+            fix='TensorRT-RTX: pip install "edgeexit[rtx]"; ONNX Runtime: "edgeexit[cuda]"; '
+            'JetPack 6: "edgeexit[jetson6]"; JetPack 7: "edgeexit[jetson7]".',
         )
     from cuda.bindings import driver
 

@@ -1,4 +1,4 @@
-"""The CUDA driver as the TensorRT engine uses it: memory, one stream, one event.
+"""The CUDA driver as engines use it: memory, one stream, one event.
 
 A thin layer over cuda-bindings that counts what matters: bytes that cross between host and device,
 and allocations, so that tests and `bench` can show that a warm chain allocates nothing and that a
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import EngineError
 from edgeexit.runtime.buffers import HostSlot
-from edgeexit.runtime.engines.tensorrt.device import ask, import_driver
+from edgeexit.runtime.engines.cuda.arrays import Block, DeviceArray
+from edgeexit.runtime.engines.cuda.driver import ask, import_driver
 
 Waiting = Literal["spin", "block"]
 
@@ -46,6 +47,7 @@ class Device:
 
     Attributes:
         stream: The stream's handle.
+        busy: The stream was given copies between host and device since it was waited for.
         shares_memory: The GPU uses the host's own memory (a Jetson): what lies there is not copied.
     """
 
@@ -53,6 +55,7 @@ class Device:
         self.driver = driver = import_driver()
         self.waiting = waiting
         self.counts = Counts()
+        self.busy = False
         device = ask(driver.cuDeviceGet(number))
         integrated = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
         self.shares_memory = bool(ask(driver.cuDeviceGetAttribute(integrated, device)))
@@ -80,7 +83,8 @@ class Device:
         return int(ask(self.driver.cuMemGetInfo())[0])
 
     def allocate(self, size_bytes: int) -> DeviceSlot:
-        """Device memory.
+        """Device memory, zeroed: what was never written must be finite, for it is computed along
+        with what counts.
 
         Raises:
             MemoryError: There is not so much.
@@ -91,6 +95,7 @@ class Device:
         ask((status,))
         self.counts.allocations += 1
         self.counts.allocated_bytes += size_bytes
+        ask(self.driver.cuMemsetD8Async(pointer, 0, max(size_bytes, 1), self._stream))
         slot = DeviceSlot(self, int(pointer), size_bytes)
         weakref.finalize(slot, self.driver.cuMemFree, pointer)
         return slot
@@ -116,19 +121,43 @@ class Device:
         """Copies from the host, when the stream comes to it."""
         ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self._stream))
         self.counts.to_device_bytes += size_bytes
+        self.busy = True
 
     def to_host(self, target: int, source: int, size_bytes: int) -> None:
         """Copies to the host, when the stream comes to it."""
         ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self._stream))
         self.counts.to_host_bytes += size_bytes
+        self.busy = True
 
     def within(self, target: int, source: int, size_bytes: int) -> None:
         """Copies on the device, when the stream comes to it. The two must not overlap."""
         ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self._stream))
         self.counts.within_bytes += size_bytes
 
+    def copy(self, target: int, source: int, block: Block) -> None:
+        """Copies a block on the device, when the stream comes to it."""
+        if block.height == 1:
+            self.within(target + block.target, source + block.source, block.width)
+            return
+        device = self.driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        what = self.driver.CUDA_MEMCPY3D()
+        what.srcMemoryType = what.dstMemoryType = device
+        what.srcDevice, what.dstDevice = source + block.source, target + block.target
+        what.srcPitch, what.dstPitch = block.source_pitch, block.target_pitch
+        what.srcHeight, what.dstHeight = block.source_lines, block.target_lines
+        what.WidthInBytes, what.Height, what.Depth = block.width, block.height, block.depth
+        ask(self.driver.cuMemcpy3DAsync(what, self._stream))
+        self.counts.within_bytes += block.width * block.height * block.depth
+
+    def settle(self) -> None:
+        """Waits if the stream may still have to read memory of the host, which the caller is about
+        to write."""
+        if self.busy:
+            self.wait()
+
     def wait(self) -> None:
         """Waits until the stream has done all that it was given."""
+        self.busy = False
         ask(self.driver.cuEventRecord(self._event, self._stream))
         if self.waiting == "block":
             ask(self.driver.cuEventSynchronize(self._event))
@@ -157,29 +186,25 @@ class DeviceSlot:
     device = "cuda"
 
     def __init__(self, owner: Device, pointer: int, size_bytes: int) -> None:
-        self._owner = owner
+        self.owner = owner
         self.pointer = pointer
         self.bytes = size_bytes
-        self._spare: DeviceSlot | None = None
+
+    def array(
+        self,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None = None,
+    ) -> DeviceArray:
+        """The beginning of the slot as an array of that form; no copy."""
+        return DeviceArray.over(self, dtype, shape, strides)
 
     def keep_rows(
         self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
     ) -> None:
-        """Moves the given rows (ascending) to the front.
-
-        Rows go through a second buffer of the same size, for copies must not overlap; it is made
-        once and kept.
-        """
-        moves = row_moves(dtype.itemsize, shape, axis, rows)
-        if not moves:
-            return
-        if self._spare is None:
-            self._spare = self._owner.allocate(self.bytes)
-        spare, total = self._spare.pointer, 0
-        for source, target, size in moves:
-            self._owner.within(spare + target, self.pointer + source, size)
-            total = target + size
-        self._owner.within(self.pointer, spare, total)
+        """Moves the given rows (ascending) to the front."""
+        for source, target, size in row_moves(dtype.itemsize, shape, axis, rows):
+            self.owner.within(self.pointer + target, self.pointer + source, size)
 
 
 def row_moves(
@@ -188,14 +213,12 @@ def row_moves(
     """Which bytes go where when only some rows (ascending) of a tensor stay.
 
     >>> row_moves(4, (4, 2), 0, np.array([0, 2, 3]))
-    [(0, 0, 8), (16, 8, 16)]
+    [(16, 8, 8), (24, 16, 8)]
 
     Returns:
-        (from, to, bytes), neighbours together, covering the front of the buffer without a gap; none
-        if every row stays.
+        (from, to, bytes) to be copied in this order, in place: what is overwritten was moved before
+        or is dropped, and no copy overlaps itself.
     """
-    if len(rows) == shape[axis]:
-        return []
     inner = item_bytes * int(np.prod(shape[axis + 1 :], dtype=np.int64))
     outer = int(np.prod(shape[:axis], dtype=np.int64))
     moves: list[tuple[int, int, int]] = []
@@ -204,11 +227,13 @@ def row_moves(
         start = block * shape[axis] * inner
         for row in rows.tolist():
             source = start + row * inner
-            if moves and moves[-1][0] + moves[-1][2] == source:
-                first, to, size = moves[-1]
-                moves[-1] = (first, to, size + inner)
-            else:
-                moves.append((source, target, inner))
+            if source != target:
+                first, to, size = moves[-1] if moves else (0, 0, 0)
+                joins = first + size == source and to + size == target
+                if joins and size + inner <= first - to:
+                    moves[-1] = (first, to, size + inner)
+                else:
+                    moves.append((source, target, inner))
             target += inner
     return moves
 

@@ -1,0 +1,104 @@
+"""What lies on the host is copied through memory of the GPU, around a graph that computes there.
+
+The same for every engine: only what the caller binds on the host crosses, and only a run that gives
+something to the host waits. Where the GPU shares the host's memory (a Jetson), pinned memory is
+read and written where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeexit.runtime.engines import Bound, Place
+from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, PinnedSlot
+
+
+@dataclass
+class Layout:
+    """Where a graph finds its tensors for one set of shapes.
+
+    Attributes:
+        addresses: Tensor -> where the graph reads or writes it, on the GPU.
+        before, behind: Copies around a run: target, source, bytes.
+        reads: Something goes to the host, so a run waits for it.
+        writes: Something comes from the host, which must not change until the run has read it.
+    """
+
+    addresses: dict[str, int] = field(default_factory=dict)
+    before: list[tuple[int, int, int]] = field(default_factory=list)
+    behind: list[tuple[int, int, int]] = field(default_factory=list)
+    reads: bool = False
+    writes: bool = False
+    held: list[DeviceSlot] = field(default_factory=list)
+
+
+class Staging:
+    """Memory of the GPU for tensors of one graph that the caller binds on the host."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._slots: dict[str, DeviceSlot] = {}
+
+    def lay_out(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Layout:
+        """Finds an address for every tensor, and what is to be copied."""
+        layout = Layout()
+        for name, (place, dtype, shape) in inputs.items():
+            size = size_of(dtype, shape)
+            address = self._address(layout, name, place, size)
+            if self._crosses(place):
+                layout.before.append((address, place.pointer, size))
+            layout.writes |= place.device == "cpu"
+        for name, (place, dtype, shape) in outputs.items():
+            size = size_of(dtype, shape)
+            address = self._address(layout, name, place, size)
+            if self._crosses(place):
+                layout.behind.append((place.pointer, address, size))
+            layout.reads |= place.device == "cpu"
+        return layout
+
+    def around(self, layout: Layout, execute: Callable[[], object]) -> Callable[[], None]:
+        """A run: copies, what `execute` puts on the stream, copies; and waiting where it must."""
+        device, before, behind = self._device, layout.before, layout.behind
+        reads, writes = layout.reads, layout.writes
+
+        def run() -> None:
+            for target, source, size in before:
+                device.to_device(target, source, size)
+            execute()
+            for target, source, size in behind:
+                device.to_host(target, source, size)
+            if reads:
+                device.wait()
+            elif writes:
+                device.busy = True
+
+        return run
+
+    def _crosses(self, place: Place) -> bool:
+        """Whether a tensor is copied between host and device."""
+        mapped = self._device.shares_memory and isinstance(place, PinnedSlot)
+        return place.device == "cpu" and not mapped
+
+    def _address(self, layout: Layout, name: str, place: Place, size: int) -> int:
+        """Where the graph finds a tensor: where it lies, or in memory that it is copied to."""
+        if not self._crosses(place):
+            address = place.mapped if isinstance(place, PinnedSlot) else place.pointer
+        else:
+            held = self._slots.get(name)
+            if held is None or held.bytes < size:
+                held = self._slots[name] = self._device.allocate(size)
+            layout.held.append(held)  # a layout made before keeps the memory that it copies to
+            address = held.pointer
+        layout.addresses[name] = address
+        return address
+
+
+def size_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+__all__ = ["Layout", "Staging", "size_of"]

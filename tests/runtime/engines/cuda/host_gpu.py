@@ -1,0 +1,182 @@
+"""An engine that computes with ONNX Runtime on "device" memory of driver.c: what a GPU engine does
+around its graphs, on a machine without one. Whoever touches that memory from the host, as a program
+must not on a GPU, ends the process.
+
+Run by test_device_memory.py in processes of its own:
+
+    LD_LIBRARY_PATH=folder-of-libcuda python -m tests.runtime.engines.cuda.host_gpu NAME BUNDLE
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.runtime import Decoder, Policy, load, load_decoder
+from edgeexit.runtime.buffers import HostSlot, Window
+from edgeexit.runtime.chain import Chain
+from edgeexit.runtime.decode.arguments import ModeName
+from edgeexit.runtime.decode.sampling import Sampling
+from edgeexit.runtime.decode.session import open_decoder
+from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.cuda.device import Counts, Device
+from edgeexit.runtime.engines.cuda.staging import Staging
+from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph
+from edgeexit.runtime.forward import Model
+from edgeexit.runtime.plan import EVERY_SCORE
+from tests.toys import CLASSES, make_inputs
+
+PROMPTS = [[5, 9, 2, 250, 31, 7, 7, 80], [100, 3], list(range(20, 50))]
+NEW = 40
+
+
+class HostGpu(OnnxRuntimeEngine):
+    """ONNX Runtime's CPU provider over device memory."""
+
+    def __init__(self, features: frozenset[str] = frozenset()) -> None:
+        super().__init__("cpu")
+        self.features = features
+        self.device = Device()
+        self.open_memory: Callable[[int], None] = ctypes.CDLL("libcuda.so.1").device_memory
+
+    def open(self, path: Path, outputs: Collection[str] | None = None) -> Any:
+        return HostGpuGraph(self, super().open(path, outputs))
+
+    def allocate(self, size_bytes: int) -> Slot:
+        return self.device.allocate(size_bytes)
+
+    def allocate_host(self, size_bytes: int) -> HostSlot:
+        return self.device.allocate_host(size_bytes)
+
+    def settle(self) -> None:
+        self.device.settle()
+
+
+class HostGpuGraph:
+    """A session whose tensors all lie in device memory."""
+
+    def __init__(self, engine: HostGpu, graph: OnnxRuntimeGraph) -> None:
+        self._engine, self._graph, self._staging = engine, graph, Staging(engine.device)
+
+    def bind(
+        self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
+    ) -> Callable[[], object]:
+        layout = self._staging.lay_out(inputs, outputs)
+
+        def inside(tensors: Mapping[str, Bound]) -> dict[str, Bound]:
+            places = layout.addresses
+            return {name: (Window("cpu", places[name]), *tensors[name][1:]) for name in tensors}
+
+        compute = self._graph.bind(inside(inputs), inside(outputs))
+
+        def execute() -> None:
+            self._engine.open_memory(1)
+            compute()
+            self._engine.open_memory(0)
+
+        return self._staging.around(layout, execute)
+
+    def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
+        raise AssertionError("no shape of these bundles is open")
+
+
+def _on_device(bundle: Bundle, features: frozenset[str], policy: Policy) -> tuple[Decoder, Counts]:
+    engine = HostGpu(features)
+    opened = open_decoder(bundle, engine, scores=["max_prob"])
+    decoder = Decoder(bundle, opened, policy, bundle.manifest.limits["positions"])
+    return decoder, engine.device.counts
+
+
+def _compare(bundle: Bundle, features: frozenset[str], mode: ModeName) -> None:
+    policy = Policy(score="max_prob", thresholds=0.05)
+    decoder, counts = _on_device(bundle, features, policy)
+    form = decoder.describe_engine()["caches"]
+    assert form == ("fixed" if features else "append")
+    with decoder, load_decoder(bundle, policy=policy, caches=form) as host:  # type: ignore[arg-type]
+        for prompts in ([PROMPTS[0]], PROMPTS):
+            for sampling in (None, Sampling(temperature=1.0, top_k=20, seed=3)):
+                arguments: dict[str, Any] = {
+                    "max_new_tokens": NEW, "mode": mode, "sampling": sampling, "text": False,
+                    "audit": mode == "fast",
+                }  # fmt: skip
+                if mode == "exact":
+                    arguments |= {"drafts": 3}
+                ours = decoder.generate(prompts, **arguments).finish()
+                theirs = host.generate(prompts, **arguments).finish()
+                assert ours.tokens == theirs.tokens
+                assert ours.statistics.exits == theirs.statistics.exits
+            # Once all sizes were met: the same text again takes no memory of the device.
+            warm = counts.allocations
+            decoder.generate(prompts, **arguments).finish()
+            assert counts.allocations == warm
+
+
+def full_with_appended_caches(bundle: Bundle) -> None:
+    _compare(bundle, frozenset(), "full")
+
+
+def exact_with_appended_caches(bundle: Bundle) -> None:
+    _compare(bundle, frozenset(), "exact")
+
+
+def fast_with_appended_caches(bundle: Bundle) -> None:
+    _compare(bundle, frozenset(), "fast")
+
+
+def approximate_with_appended_caches(bundle: Bundle) -> None:
+    _compare(bundle, frozenset(), "approximate")
+
+
+def exact_with_caches_in_place(bundle: Bundle) -> None:
+    _compare(bundle, frozenset({"opset-24", "cache-update", "float32-attention"}), "exact")
+
+
+def fast_with_caches_in_place(bundle: Bundle) -> None:
+    _compare(bundle, frozenset({"opset-24", "cache-update", "float32-attention"}), "fast")
+
+
+def a_greedy_token_costs_the_host_a_token_and_a_score(bundle: Bundle) -> None:
+    """Logits stay on the device unless somebody draws from them."""
+    decoder, counts = _on_device(bundle, frozenset(), Policy())
+    with decoder:
+        decoder.generate([PROMPTS[0]], max_new_tokens=2).finish()
+        before = counts.to_host_bytes
+        decoder.generate([PROMPTS[0]], max_new_tokens=NEW).finish()
+        assert counts.to_host_bytes - before == NEW * (8 + 4)
+        before = counts.to_host_bytes
+        sampling = Sampling(temperature=1.0)
+        decoder.generate([PROMPTS[0]], max_new_tokens=1, sampling=sampling).finish()
+        assert counts.to_host_bytes - before > 4 * 300
+
+
+def rows_of_one_pass_cost_the_host_four_bytes_a_boundary(bundle: Bundle) -> None:
+    engine = HostGpu()
+    (manifest,) = bundle.manifest.chains.values()
+    policy = Policy(score="max_prob", thresholds=0.8)
+    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, [EVERY_SCORE] * 4)
+    inputs = make_inputs(16)
+    with load(bundle, policy=policy) as host, Model(bundle, chain, engine, policy) as model:
+        theirs, ours = host(inputs), model(inputs)
+        np.testing.assert_array_equal(ours.exits, theirs.exits)
+        for name, value in theirs.outputs.items():
+            np.testing.assert_allclose(ours.outputs[name], value, rtol=1e-5)
+        taken = ours.exits.tolist()
+        assert len(set(taken)) > 1 and max(taken) == 3
+        counts = engine.device.counts
+        allocations, before = counts.allocations, counts.to_host_bytes
+        model(inputs)
+        assert counts.allocations == allocations
+        # A score of every row that comes to an exit, and answers only where some row leaves.
+        rows = [sum(at >= number for at in taken) for number in range(4)]
+        answers = sum(rows[number] * CLASSES * 4 for number in set(taken))
+        assert counts.to_host_bytes - before == 4 * sum(rows) + answers
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](open_bundle(sys.argv[2]))
