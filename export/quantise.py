@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ COMPARED_ROWS, COMPARED_BYTES = 256, 4 << 20
 """Rows whose float32 answers the bundle keeps, so that a device can tell which decisions flip."""
 
 FLOAT32_SAMPLE = "float32"
-_QUANTISED = ["MatMul", "Gemm", "Conv"]
+QUANTISED = ["MatMul", "Gemm", "Conv"]
 Rows = Mapping[str, NDArray[Any]]
 
 
@@ -81,7 +81,7 @@ def export_int8(
         first, rest = _split(calibration(whole), model.name)
         tell("ranges of activations")
         quantised = folder / f"{model.name.replace('/', '_')}.onnx"
-        _quantise(source, quantised, first, heads)
+        quantise(source, quantised, first, heads)
         exits = [leave.name for leave in whole.exits()]
         with BundleWriter(output, overwrite=overwrite) as writer:
             manifest = cut_file(quantised, writer.folder, exits, samples=first[0], tell=tell)
@@ -146,7 +146,7 @@ def _heads(graph: ir.Graph) -> list[str]:
     for number, needed in enumerate(needs[:-1]):
         later = set[ir.Node]().union(*needs[number + 1 :])
         found |= {str(node.name) for node in needed - later}
-    products = [node for node in graph if node in needs[-1] and node.op_type in _QUANTISED]
+    products = [node for node in graph if node in needs[-1] and node.op_type in QUANTISED]
     found |= {str(node.name) for node in products[-1:]}
     return sorted(found)
 
@@ -189,7 +189,18 @@ def _count(batches: Iterable[Rows]) -> int:
     return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def _quantise(source: Path, target: Path, batches: list[Rows], heads: list[str]) -> None:
+def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list[str]) -> None:
+    """Quantises an ONNX file, with ranges of activations measured on these batches.
+
+    Args:
+        source: The file, in float32; names of its nodes are unique.
+        target: Where the new one goes, with its weights beside it.
+        batches: Inputs.
+        excluded: Names of nodes that stay as they are.
+
+    Raises:
+        ExportError: The quantiser refuses it.
+    """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
@@ -208,11 +219,11 @@ def _quantise(source: Path, target: Path, batches: list[Rows], heads: list[str])
                 str(target),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=_QUANTISED,
+                op_types_to_quantize=QUANTISED,
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=heads,
+                nodes_to_exclude=excluded,
                 use_external_data_format=True,
                 extra_options={
                     "ActivationSymmetric": True,
@@ -264,4 +275,4 @@ def _stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(padded)
 
 
-__all__ = ["CALIBRATION_ROWS", "export_int8"]
+__all__ = ["CALIBRATION_ROWS", "QUANTISED", "export_int8", "quantise"]

@@ -24,6 +24,10 @@ from tests.toys import Toy, make_toy, write_toy
 if TYPE_CHECKING:
     from edgeexit.export.models import ExitClassifier
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of torch that wait for each other only take them away.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # torch's tracer logs every step to pytest's capture, which buries the reason of a failure.
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 settings.register_profile("edgeexit", deadline=None, print_blob=True)

@@ -20,6 +20,9 @@ from edgeexit.cli.common import (
 from edgeexit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgeexit.bundle import Bundle
     from edgeexit.export.contract import DecodeModel, ExitModel
 
@@ -261,23 +264,30 @@ def _export(
     options: dict[str, Any],
     progress: Progress,
 ) -> Bundle:
-    from edgeexit.export import DecodeModel, export_decoder, export_int8, export_model
+    from edgeexit.export import (
+        DecodeModel,
+        export_decoder,
+        export_int8,
+        export_int8_decoder,
+        export_model,
+    )
 
     if calibration_data is None:
         if isinstance(split, DecodeModel):
             return export_decoder(split, output, progress=progress, **options)
         return export_model(split, output, progress=progress, **options)
-    if isinstance(split, DecodeModel):
-        raise UsageError(
-            "--dtype int8: language models are not quantised yet", fix="Use --dtype fp16."
-        )
     from edgeexit.measure.data import open_data
 
     def rows(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
         add_current_directory()
         return (batch.inputs for batch in open_data(calibration_data, bundle).batches(8))
 
+    def texts(bundle: Bundle) -> Iterator[NDArray[np.int64]]:
+        return (row for batch in rows(bundle) for row in batch["tokens"])
+
     options.pop("dtype")
+    if isinstance(split, DecodeModel):
+        return export_int8_decoder(split, output, calibration=texts, progress=progress, **options)
     return export_int8(split, output, calibration=rows, progress=progress, **options)
 
 

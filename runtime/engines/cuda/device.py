@@ -46,7 +46,7 @@ class Device:
             processor to others.
 
     Attributes:
-        stream: The stream's handle.
+        stream: The stream's handle, as a number; `raw_stream` is the driver's own object.
         busy: The stream was given copies between host and device since it was waited for.
         shares_memory: The GPU uses the host's own memory (a Jetson): what lies there is not copied.
     """
@@ -65,7 +65,7 @@ class Device:
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = ask(driver.cuStreamCreate(flags))
         self._own(lambda: driver.cuStreamDestroy(stream))
-        self._stream = stream
+        self.raw_stream = stream
         self.stream = int(stream)
         kind = driver.CUevent_flags
         quiet = kind.CU_EVENT_DISABLE_TIMING
@@ -95,7 +95,7 @@ class Device:
         ask((status,))
         self.counts.allocations += 1
         self.counts.allocated_bytes += size_bytes
-        ask(self.driver.cuMemsetD8Async(pointer, 0, max(size_bytes, 1), self._stream))
+        ask(self.driver.cuMemsetD8Async(pointer, 0, max(size_bytes, 1), self.raw_stream))
         slot = DeviceSlot(self, int(pointer), size_bytes)
         weakref.finalize(slot, self.driver.cuMemFree, pointer)
         return slot
@@ -119,19 +119,19 @@ class Device:
 
     def to_device(self, target: int, source: int, size_bytes: int) -> None:
         """Copies from the host, when the stream comes to it."""
-        ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self._stream))
+        ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_device_bytes += size_bytes
         self.busy = True
 
     def to_host(self, target: int, source: int, size_bytes: int) -> None:
         """Copies to the host, when the stream comes to it."""
-        ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self._stream))
+        ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_host_bytes += size_bytes
         self.busy = True
 
     def within(self, target: int, source: int, size_bytes: int) -> None:
         """Copies on the device, when the stream comes to it. The two must not overlap."""
-        ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self._stream))
+        ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.within_bytes += size_bytes
 
     def copy(self, target: int, source: int, block: Block) -> None:
@@ -146,7 +146,7 @@ class Device:
         what.srcPitch, what.dstPitch = block.source_pitch, block.target_pitch
         what.srcHeight, what.dstHeight = block.source_lines, block.target_lines
         what.WidthInBytes, what.Height, what.Depth = block.width, block.height, block.depth
-        ask(self.driver.cuMemcpy3DAsync(what, self._stream))
+        ask(self.driver.cuMemcpy3DAsync(what, self.raw_stream))
         self.counts.within_bytes += block.width * block.height * block.depth
 
     def settle(self) -> None:
@@ -158,7 +158,7 @@ class Device:
     def wait(self) -> None:
         """Waits until the stream has done all that it was given."""
         self.busy = False
-        ask(self.driver.cuEventRecord(self._event, self._stream))
+        ask(self.driver.cuEventRecord(self._event, self.raw_stream))
         if self.waiting == "block":
             ask(self.driver.cuEventSynchronize(self._event))
             return

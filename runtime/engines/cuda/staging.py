@@ -59,17 +59,33 @@ class Staging:
             layout.reads |= place.device == "cpu"
         return layout
 
-    def around(self, layout: Layout, execute: Callable[[], object]) -> Callable[[], None]:
-        """A run: copies, what `execute` puts on the stream, copies; and waiting where it must."""
+    def around(
+        self,
+        layout: Layout,
+        execute: Callable[[], object],
+        record: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
+    ) -> Callable[[], None]:
+        """A run: copies, what `execute` puts on the stream, copies; and waiting where it must.
+
+        Args:
+            layout: Where tensors lie.
+            execute: The graph itself.
+            record: What may be made of all that is put on the stream (`Replays.of`).
+        """
         device, before, behind = self._device, layout.before, layout.behind
         reads, writes = layout.reads, layout.writes
 
-        def run() -> None:
+        def launch() -> None:
             for target, source, size in before:
                 device.to_device(target, source, size)
             execute()
             for target, source, size in behind:
                 device.to_host(target, source, size)
+
+        put = launch if record is None else record(launch)
+
+        def run() -> None:
+            put()
             if reads:
                 device.wait()
             elif writes:

@@ -9,6 +9,7 @@ said in README.md, "What ran where".
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,6 +23,7 @@ from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, Waiting, require_room
 from edgeexit.runtime.engines.cuda.driver import describe_device
+from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.tensorrt import store
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
@@ -54,7 +56,9 @@ class TensorRtEngine:
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._log)
-        self._scratch = Scratch(device)
+        # TensorRT-RTX records by itself, for its kernels change while it specialises them.
+        self.replays = None if library.rtx else Replays(device)
+        self._scratch = Scratch(device, self.replays)
         self._cache = _RuntimeCache(folder / RUNTIME_CACHE) if library.rtx else None
 
     def describe(self) -> dict[str, str]:
@@ -125,6 +129,8 @@ class TensorRtEngine:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.set_runtime_cache(self._cache.of(config))
+            if hasattr(trt, "CudaGraphStrategy"):  # from 1.2 on
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
         if context is None:
             raise EngineError(
@@ -152,8 +158,8 @@ class Scratch:
     """Scratch memory that contexts share which run one after the other: as much as the largest of
     them needs, not their sum."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, replays: Replays | None = None) -> None:
+        self._device, self._replays = device, replays
         self._contexts: list[Any] = []
         self._slot: Any = None
 
@@ -163,6 +169,8 @@ class Scratch:
         if self._slot is None or self._slot.bytes < size_bytes:
             self._device.wait()  # somebody may still be using the old one
             self._slot = self._device.allocate(size_bytes)
+            if self._replays is not None:
+                self._replays.forget()
             for one in self._contexts:
                 one.set_device_memory(self._slot.pointer, self._slot.bytes)
         else:
@@ -239,7 +247,10 @@ class TensorRtGraph:
             if name not in outputs:
                 layout.addresses[name] = self._unread_address(name)
         binding = _Binding(profile, shapes, layout.addresses)
-        return self._staging.around(layout, lambda: self._execute(binding))
+        replays, record = self._owner.replays, None
+        if replays is not None:
+            record = functools.partial(replays.of, prepare=lambda: self._ready(binding))
+        return self._staging.around(layout, lambda: self._execute(binding), record)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Asks the context, which needs no run for it."""
@@ -253,9 +264,12 @@ class TensorRtGraph:
             )
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
 
-    def _execute(self, binding: _Binding) -> None:
+    def _ready(self, binding: _Binding) -> None:
         if self._bound is not binding:
             self._enter(binding)
+
+    def _execute(self, binding: _Binding) -> None:
+        self._ready(binding)
         if not self._context.execute_async_v3(self._owner.device.stream):
             raise EngineError(
                 f"{self._name}: TensorRT did not run it", fix="See its messages above."

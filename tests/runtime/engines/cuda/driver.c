@@ -98,49 +98,91 @@ static status mapped(address *out, void *pointer, unsigned flags) {
   *out = (address)(uintptr_t)pointer;
   return OK;
 }
-static status to_device(address to, const void *from, size_t size, void *s) {
-  (void)s;
+/* What a stream is given while it is recorded, and graphs of it. */
+struct side { size_t x, y, z, lod; int type; void *host; address device; void *array, *reserved; size_t pitch, height; };
+struct copy { struct side from, to; size_t width, height, depth; };
+typedef void (*host_function)(void *);
+enum kind { TO_DEVICE, TO_HOST, WITHIN, FILL, COPY, CALL };
+struct step { enum kind kind; void *to; const void *from; size_t size; unsigned char value; struct copy block; host_function call; };
+struct graph { int steps; struct step step[64]; };
+static struct graph *recorded;
+
+static status perform(const struct step *s) {
+  if (s->kind == CALL) {
+    s->call(s->to);
+    return OK;
+  }
   device_memory(1);
-  memcpy((void *)(uintptr_t)to, from, size);
+  if (s->kind == FILL) memset(s->to, s->value, s->size);
+  else if (s->kind == COPY)
+    for (size_t z = 0; z < s->block.depth; z++)
+      for (size_t y = 0; y < s->block.height; y++)
+        memcpy((char *)(uintptr_t)s->block.to.device + (z * s->block.to.height + y) * s->block.to.pitch,
+               (char *)(uintptr_t)s->block.from.device + (z * s->block.from.height + y) * s->block.from.pitch,
+               s->block.width);
+  else memcpy(s->to, s->from, s->size);
   device_memory(0);
   return OK;
 }
+static status put(struct step step) {
+  if (!recorded) return perform(&step);
+  if (recorded->steps == 64) return INVALID;
+  recorded->step[recorded->steps++] = step;
+  return OK;
+}
+static status begin(void *s, int mode) {
+  (void)s;
+  (void)mode;
+  if (recorded) return INVALID;
+  recorded = calloc(1, sizeof *recorded);
+  return recorded ? OK : NO_MEMORY;
+}
+static status finish(void *s, struct graph **out) {
+  (void)s;
+  *out = recorded;
+  recorded = NULL;
+  return *out ? OK : INVALID;
+}
+static status instantiate(struct graph **out, const struct graph *graph, unsigned long long flags) {
+  (void)flags;
+  *out = malloc(sizeof **out);
+  if (!*out) return NO_MEMORY;
+  **out = *graph;
+  return OK;
+}
+static status launch(const struct graph *graph, void *s) {
+  (void)s;
+  for (int n = 0; n < graph->steps; n++) perform(&graph->step[n]);
+  return OK;
+}
+static status destroy(struct graph *graph) { free(graph); return OK; }
+static status call(void *s, host_function function, void *data) {
+  (void)s;
+  return put((struct step){.kind = CALL, .call = function, .to = data});
+}
+static status to_device(address to, const void *from, size_t size, void *s) {
+  (void)s;
+  return put((struct step){.kind = TO_DEVICE, .to = (void *)(uintptr_t)to, .from = from, .size = size});
+}
 static status to_host(void *to, address from, size_t size, void *s) {
   (void)s;
-  device_memory(1);
-  memcpy(to, (void *)(uintptr_t)from, size);
-  device_memory(0);
-  return OK;
+  return put((struct step){.kind = TO_HOST, .to = to, .from = (void *)(uintptr_t)from, .size = size});
 }
 static status within(address to, address from, size_t size, void *s) {
   (void)s;
   if (to < from + size && from < to + size) return INVALID; /* they overlap: undefined on a GPU */
-  device_memory(1);
-  memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, size);
-  device_memory(0);
-  return OK;
+  return put((struct step){.kind = WITHIN, .to = (void *)(uintptr_t)to, .from = (void *)(uintptr_t)from, .size = size});
 }
 static status fill(address to, unsigned char value, size_t size, void *s) {
   (void)s;
-  device_memory(1);
-  memset((void *)(uintptr_t)to, value, size);
-  device_memory(0);
-  return OK;
+  return put((struct step){.kind = FILL, .to = (void *)(uintptr_t)to, .value = value, .size = size});
 }
-struct side { size_t x, y, z, lod; int type; void *host; address device; void *array, *reserved; size_t pitch, height; };
-struct copy { struct side from, to; size_t width, height, depth; };
 static status copy(const struct copy *c, void *s) {
   const struct side *from = &c->from, *to = &c->to;
   (void)s;
   if (from->type != 2 || to->type != 2 || from->x || from->y || from->z || to->x || to->y || to->z) return INVALID;
   if (c->width > from->pitch || c->width > to->pitch || c->height > from->height || c->height > to->height) return INVALID;
-  device_memory(1);
-  for (size_t z = 0; z < c->depth; z++)
-    for (size_t y = 0; y < c->height; y++)
-      memcpy((char *)(uintptr_t)to->device + (z * to->height + y) * to->pitch,
-             (char *)(uintptr_t)from->device + (z * from->height + y) * from->pitch, c->width);
-  device_memory(0);
-  return OK;
+  return put((struct step){.kind = COPY, .block = *c});
 }
 static status error_name(status code, const char **out) {
   (void)code;
@@ -163,7 +205,10 @@ static const struct entry ENTRIES[] = {
     ENTRY("cuMemHostAlloc", allocate_host), ENTRY("cuMemFreeHost", release_host),
     ENTRY("cuMemHostGetDevicePointer", mapped), ENTRY("cuMemcpyHtoDAsync", to_device),
     ENTRY("cuMemcpyDtoHAsync", to_host), ENTRY("cuMemcpyDtoDAsync", within),
-    ENTRY("cuMemsetD8Async", fill), ENTRY("cuMemcpy3DAsync", copy),
+    ENTRY("cuStreamBeginCapture", begin), ENTRY("cuStreamEndCapture", finish),
+    ENTRY("cuGraphInstantiateWithFlags", instantiate), ENTRY("cuGraphLaunch", launch),
+    ENTRY("cuGraphDestroy", destroy), ENTRY("cuGraphExecDestroy", destroy),
+    ENTRY("cuLaunchHostFunc", call), ENTRY("cuMemsetD8Async", fill), ENTRY("cuMemcpy3DAsync", copy),
     ENTRY("cuGetErrorName", error_name), ENTRY("cuGetErrorString", error_name),
 };
 

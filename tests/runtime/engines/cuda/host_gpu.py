@@ -26,12 +26,15 @@ from edgeexit.runtime.decode.sampling import Sampling
 from edgeexit.runtime.decode.session import open_decoder
 from edgeexit.runtime.engines import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import Counts, Device
+from edgeexit.runtime.engines.cuda.driver import ask
+from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph
 from edgeexit.runtime.forward import Model
 from edgeexit.runtime.plan import EVERY_SCORE
 from tests.toys import CLASSES, make_inputs
 
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 PROMPTS = [[5, 9, 2, 250, 31, 7, 7, 80], [100, 3], list(range(20, 50))]
 NEW = 40
 
@@ -43,6 +46,7 @@ class HostGpu(OnnxRuntimeEngine):
         super().__init__("cpu")
         self.features = features
         self.device = Device()
+        self.replays = Replays(self.device)
         self.open_memory: Callable[[int], None] = ctypes.CDLL("libcuda.so.1").device_memory
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Any:
@@ -75,12 +79,19 @@ class HostGpuGraph:
 
         compute = self._graph.bind(inside(inputs), inside(outputs))
 
-        def execute() -> None:
+        def work(_: object) -> None:
             self._engine.open_memory(1)
             compute()
             self._engine.open_memory(0)
 
-        return self._staging.around(layout, execute)
+        device, driver = self._engine.device, self._engine.device.driver
+        callback = CALLBACK(work)
+        address = ctypes.cast(callback, ctypes.c_void_p).value
+
+        def execute(keep: object = callback) -> None:
+            ask(driver.cuLaunchHostFunc(device.raw_stream, driver.CUhostFn(address), 0))
+
+        return self._staging.around(layout, execute, self._engine.replays.of)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         raise AssertionError("no shape of these bundles is open")

@@ -13,6 +13,7 @@ import numpy as np
 from edgeexit.errors import EngineError
 from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, require_room
 from edgeexit.runtime.engines.cuda.driver import describe_device
+from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.tensorrt.engine import Scratch
 
 FLOAT = np.dtype(np.float32)
@@ -103,6 +104,53 @@ def scratch_is_as_large_as_the_largest_needs() -> None:
     assert len({context.memory for context in contexts}) == 1
     assert contexts[0].memory[1] == 4000
     assert device.free_bytes() == (64 << 20) - 4000
+
+
+def a_run_that_comes_again_is_recorded_and_reads_what_is_there_then() -> None:
+    device = Device()
+    replays, called = Replays(device), []
+    source, target = device.allocate_host(16), device.allocate_host(16)
+    inside = device.allocate(16)
+
+    def body() -> None:
+        called.append(None)
+        device.to_device(inside.pointer, source.pointer, 16)
+        device.to_host(target.pointer, inside.pointer, 16)
+
+    run = replays.of(body)
+    for turn in range(5):
+        values = np.arange(turn, turn + 4, dtype=np.float32)
+        source.array(FLOAT, (4,))[...] = values
+        run()
+        device.wait()
+        np.testing.assert_array_equal(target.array(FLOAT, (4,)), values)
+        assert device.counts.to_host_bytes == 16 * (turn + 1)
+    assert len(called) == 2  # once as it is, once recorded
+    replays.forget()
+    run()
+    assert len(called) == 3
+    small = Replays(device, most_bytes=0).of(body)
+    for _ in range(3):
+        small()
+    assert len(called) == 6
+
+
+def a_run_that_cannot_be_recorded_goes_on_as_before() -> None:
+    device = Device()
+    inside, pinned = device.allocate(4), device.allocate_host(4)
+    tried = []
+
+    def body() -> None:
+        device.to_device(inside.pointer, pinned.pointer, 4)
+        if len(tried) == 1:
+            tried.append(None)
+            raise EngineError("this engine computes outside of the stream", fix="none")
+
+    run = Replays(device).of(body, prepare=lambda: tried.append(None))
+    for turn in range(4):
+        run()
+        assert device.counts.to_device_bytes == 4 * (turn + 1)
+    assert len(tried) == 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Runs recorded as CUDA graphs: what a run puts on the stream, copies included, goes there in one
+call the next time.
+
+Worth it where a run is many small kernels, which is what one token of a language model is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from edgeexit.errors import EdgeExitError
+from edgeexit.runtime.engines.cuda.device import Device
+from edgeexit.runtime.engines.cuda.driver import ask
+
+logger = logging.getLogger(__name__)
+
+MOST_BYTES = 256 << 20
+"""Memory of the device that recordings may take in all."""
+
+
+class Replays:
+    """The recordings of one stream.
+
+    A run is recorded when it comes a second time: sizes that are met once are not worth it. What
+    the engine cannot record, or what there is no room for, goes on as before.
+
+    Args:
+        device: Whose stream.
+        most_bytes: Memory that recordings may take in all; 0: none is made.
+    """
+
+    def __init__(self, device: Device, most_bytes: int = MOST_BYTES) -> None:
+        self._device, self._most = device, most_bytes
+        self.taken_bytes = 0
+        self._epoch = 0
+
+    def forget(self) -> None:
+        """To be called when memory moves that recordings point to: all are made anew."""
+        self._epoch += 1
+
+    def of(
+        self, body: Callable[[], object], prepare: Callable[[], object] = lambda: None
+    ) -> Callable[[], None]:
+        """The run `body`, which only puts work on the stream, or its recording.
+
+        Args:
+            body: The run.
+            prepare: What must be done before recording, and cannot be recorded.
+        """
+        recording: _Recording | None = None
+        runs, epoch = 0, self._epoch
+
+        def run() -> None:
+            nonlocal recording, runs, epoch
+            if epoch != self._epoch:
+                recording, runs, epoch = None, 0, self._epoch
+            if recording is not None:
+                recording.launch()
+                return
+            runs += 1
+            if runs == 2 and self.taken_bytes < self._most:
+                prepare()
+                recording = self._record(body)
+                if recording is not None:
+                    recording.launch()
+                    return
+            body()
+
+        return run
+
+    def _record(self, body: Callable[[], object]) -> _Recording | None:
+        device, driver = self._device, self._device.driver
+        free, before = device.free_bytes(), dataclasses.replace(device.counts)
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
+        failure = None
+        try:
+            body()
+        except EdgeExitError as error:
+            failure = error
+        finally:
+            status, graph = driver.cuStreamEndCapture(device.raw_stream)
+        counted = {}
+        for field in dataclasses.fields(before):
+            was = getattr(before, field.name)
+            counted[field.name] = getattr(device.counts, field.name) - was
+            setattr(device.counts, field.name, was)
+        if failure is not None or int(status) != 0:
+            logger.info("this run is not recorded as a CUDA graph: %s", failure or status.name)
+            return None
+        executable = ask(driver.cuGraphInstantiate(graph, 0))
+        ask(driver.cuGraphDestroy(graph))
+        recording = _Recording(device, executable, counted)
+        self.taken_bytes += max(0, free - device.free_bytes())
+        return recording
+
+
+class _Recording:
+    """A recorded run, and what it counts."""
+
+    def __init__(self, device: Device, executable: Any, counted: dict[str, int]) -> None:
+        self._device, self._executable, self._counted = device, executable, counted
+        weakref.finalize(self, device.driver.cuGraphExecDestroy, executable)
+
+    def launch(self) -> None:
+        """Puts it on the stream."""
+        device = self._device
+        ask(device.driver.cuGraphLaunch(self._executable, device.raw_stream))
+        counts = device.counts
+        for name, number in self._counted.items():
+            if number:
+                setattr(counts, name, getattr(counts, name) + number)
+        device.busy = True
+
+
+__all__ = ["MOST_BYTES", "Replays"]

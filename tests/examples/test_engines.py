@@ -1,0 +1,156 @@
+"""Engines of every example in every form, built ahead of time for three desktop GPUs.
+
+Takes some minutes, so it is no part of `make test` but of ``make engines``; both run before
+anything lands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.measure.data import open_data
+from edgeexit.runtime.decode.session import Form
+from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
+from edgeexit.runtime.engines.tensorrt.library import Library, find_library
+from edgeexit.runtime.engines.tensorrt.profiles import Asked
+from edgeexit.runtime.engines.tensorrt.store import EngineSet
+
+ROOT = Path(__file__).parents[2]
+TARGETS = [86, 89, 120]
+CAPACITY = 512
+pytestmark = pytest.mark.engines
+
+Examples = Callable[[str, str], Bundle]
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Library:
+    pytest.importorskip("tensorrt_rtx")
+    return find_library(rtx=True)
+
+
+@pytest.fixture(scope="session")
+def examples(once: Callable[[str, Callable[[Path], object]], Path]) -> Examples:
+    """``examples(name, dtype)``: an example's checkpoint as a bundle."""
+
+    def get(name: str, dtype: str) -> Bundle:
+        return open_bundle(once(f"{name}-{dtype}", functools.partial(_export, name, dtype)))
+
+    return functools.cache(get)
+
+
+def _export(name: str, dtype: str, folder: Path) -> None:
+    from edgeexit.export import (
+        DecodeModel,
+        export_decoder,
+        export_int8,
+        export_int8_decoder,
+        export_model,
+    )
+    from edgeexit.export.models import from_pretrained
+
+    model = from_pretrained(ROOT / "examples" / name / "checkpoint").exit_model()
+    if isinstance(model, DecodeModel):
+        if dtype == "int8":
+            export_int8_decoder(model, folder, calibration=lambda bundle: _texts())
+        else:
+            export_decoder(model, folder, dtype=dtype)
+    elif dtype == "int8":
+        source = f"{ROOT}/examples/digits/data.py:validation"
+
+        def rows(bundle: Bundle) -> Any:
+            return (batch.inputs for batch in open_data(source, bundle).batches(8))
+
+        export_int8(model, folder, calibration=rows)
+    else:
+        export_model(model, folder, dtype=dtype)
+
+
+def _texts() -> list[np.ndarray]:
+    """Python sources, as token ids of codelm's tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ROOT / "examples/codelm/checkpoint/tokenizer.json"))
+    sources = sorted((ROOT / "runtime").glob("*.py"))
+    return [np.array(tokenizer.encode(path.read_text()).ids[:256]) for path in sources]
+
+
+def _build(
+    bundle: Bundle, rtx: Library, target: int, root: Path, form: Form | None = None
+) -> EngineSet:
+    """Builds everything that a bundle has: segments, heads, projections and unsplit."""
+    asked = Asked({}, {}, {}, CAPACITY) if bundle.manifest.decoding else Asked({}, {}, {})
+    works = work_of(bundle.manifest, rtx.features, asked, sample_sizes(bundle), form=form)
+    known = {variant.graph for variant in bundle.manifest.unsplit} | {
+        variant.graph
+        for part in [
+            *(segment for chain in bundle.manifest.chains.values() for segment in chain.segments),
+            *bundle.manifest.heads.values(),
+        ]
+        for variant in part.variants
+    }
+    assert {work.variant.graph for work in works if "projection" not in work.where} <= known
+    device = {"ahead_of_time": True, "compute_capability": target}
+    _, made = build_engines(bundle, works, rtx, device, root)
+    assert [plan.graph for plan in made.plans] == [work.variant.graph for work in works]
+    return made
+
+
+def _products(made: EngineSet) -> dict[str, Mapping[str, int]]:
+    """Graph -> types that its matrix products compute in."""
+    return {plan.graph: plan.precision.get("MATRIX_MULTIPLY", {}) for plan in made.plans}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "dtype, kinds",
+    [("float32", {"FLOAT"}), ("float16", {"HALF", "FLOAT"}), ("int8", {"INT8", "FLOAT"})],
+)
+def test_digits(
+    dtype: str, kinds: set[str], target: int, examples: Examples, rtx: Library, tmp_path: Path
+) -> None:
+    made = _build(examples("digits", dtype), rtx, target, tmp_path)
+    products = _products(made)
+    assert set().union(*products.values()) == kinds
+    assert all(kinds - {"FLOAT"} <= set(types) for types in products.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "dtype, form, kind",
+    [
+        ("float32", "append", "FLOAT"),
+        ("float16", "append", "HALF"),
+        ("float16", "fixed", "HALF"),
+        ("int8", "append", "INT8"),
+    ],
+)
+def test_codelm(
+    dtype: str,
+    form: Form,
+    kind: str,
+    target: int,
+    examples: Examples,
+    rtx: Library,
+    tmp_path: Path,
+) -> None:
+    bundle = examples("codelm", dtype)
+    made = _build(bundle, rtx, target, tmp_path, form)
+    [chain] = bundle.manifest.chains.values()
+    layers = {
+        variant.graph: len(segment.caches) // 2
+        for segment in chain.segments
+        for variant in segment.variants
+    }
+    for graph, types in _products(made).items():
+        if graph in layers:  # per layer: queries, keys, values, output, gate, up, down
+            assert types[kind] >= 7 * layers[graph], graph
+    largest = {plan.graph: plan.largest for plan in made.plans if plan.graph in layers}
+    assert {sizes["past"] for sizes in largest.values()} == {CAPACITY}
