@@ -196,7 +196,7 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
         source: The file, in float32; names of its nodes are unique.
         target: Where the new one goes, with its weights beside it.
         batches: Inputs.
-        excluded: Names of nodes that stay as they are.
+        excluded: Names of nodes that stay as they are; so do products of two activations.
 
     Raises:
         ExportError: The quantiser refuses it.
@@ -223,12 +223,11 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=excluded,
+                nodes_to_exclude=[*excluded, *_of_activations(source)],
                 use_external_data_format=True,
                 extra_options={
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
-                    "MatMulConstBOnly": True,
                     "QuantizeBias": False,
                     "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
                 },
@@ -238,6 +237,17 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
             f"{source.stem}: the quantiser refuses it ({str(error).splitlines()[0][:200]})",
             fix="Export it in float32 or float16.",
         ) from error
+
+
+def _of_activations(source: Path) -> list[str]:
+    """Products that no weight takes part in: attention's own."""
+    graph = ir.load(source).graph
+    return [
+        str(node.name)
+        for node in graph
+        if node.op_type in QUANTISED
+        and not any(value is not None and value.is_initializer() for value in node.inputs[:2])
+    ]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from edgeexit.export.package import Progress, counter
 from edgeexit.export.quantise import QUANTISED, quantise
 from edgeexit.export.rows import run_graph
 from edgeexit.export.store import WeightStore
-from edgeexit.manifest import Manifest, Segment, Variant
+from edgeexit.manifest import LENGTHS, Manifest, Segment, Variant
 
 CALIBRATION_TEXTS = 64
 """Texts that set the ranges of activations."""
@@ -156,7 +156,7 @@ def _feeds(model: DecodeModel, texts: Texts) -> Feeds:
 
 def _with_caches(feed: Mapping[str, NDArray[Any]], part: Segment) -> dict[str, NDArray[Any]]:
     """The inputs of a part whose caches are empty: one place, of which nothing counts."""
-    found = dict(feed) | {"lengths/past": np.zeros(1, np.int32)}
+    found = dict(feed) | {"lengths/past": np.zeros(1, LENGTHS["past"][0])}
     for cache in part.caches:
         shape = [1 if isinstance(axis, str) else int(axis or 1) for axis in cache.axes]
         found[cache.past] = np.zeros(shape, cache.dtype)
@@ -169,9 +169,10 @@ def _quantised(source: Path, feeds: Feeds, scratch: Path, excluded: list[str]) -
     folder = scratch / "quantising"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    ir.save(model, folder / "float32.onnx", external_data="float32.data")
-    quantise(folder / "float32.onnx", folder / "int8.onnx", feeds, [names[n] for n in excluded])
-    made = ir.load(folder / "int8.onnx")
+    ir.save(model, folder / source.name, external_data="float32.data")
+    target = folder / f"int8.{source.name}"
+    quantise(folder / source.name, target, feeds, [names[name] for name in excluded])
+    made = ir.load(target)
     for value in made.graph.initializers.values():  # before the folder is used again
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):

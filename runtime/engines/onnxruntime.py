@@ -215,6 +215,8 @@ class OnnxRuntimeEngine:
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
+        # Graphs in int8 have signed activations, for TensorRT; else they are computed in float.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         if self._shared_arena:
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
