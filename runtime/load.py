@@ -97,8 +97,9 @@ def load_decoder(
         path, engine, threads, verify: As for `load`.
         policy: When ``fast`` decoding stops; the other modes do without.
         capacity: The most tokens of a text, prompt included; caches are that large. None: as many
-            as the model was made for. All forms of the caches but ``in-place`` attend over the
-            whole of it in every step, so ask for no more than you need.
+            as the model was made for, or the engines were built for. The form ``fixed`` attends
+            over the whole of it in every step, ``append`` over the smallest half, quarter, ... of
+            it that holds the text, so ask for no more than you need.
         caches: The form of the caches, for comparisons: ``in-place`` (ONNX Runtime's own
             operator), ``fixed`` (standard operators of opset 24) or ``append`` (any engine). None:
             the fastest one that the engine runs. All give the same tokens.

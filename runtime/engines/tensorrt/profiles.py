@@ -217,31 +217,7 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
     return shapes
 
 
-def buckets(limit: int) -> list[int]:
-    """Sizes that an axis is padded to: powers of two, and the limit itself.
-
-    Rows that leave one by one would otherwise meet every size once, and every size costs a CUDA
-    graph and a set of shapes.
-
-    >>> buckets(12)
-    [1, 2, 4, 8, 12]
-    """
-    sizes = [1 << place for place in range(limit.bit_length()) if 1 << place < limit]
-    return [*sizes, limit]
-
-
-def bucket_of(size: int, limit: int) -> int:
-    """The smallest bucket that holds so many.
-
-    >>> bucket_of(5, 12), bucket_of(9, 12)
-    (8, 12)
-    """
-    if not 1 <= size <= limit:
-        raise ValueError(f"{size} is not from 1 to {limit}")
-    return min(1 << (size - 1).bit_length(), limit)
-
-
 __all__ = [
-    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "bucket_of", "buckets", "decode_profiles",
+    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "decode_profiles",
     "parse_shapes", "shapes_of", "spelled", "usual_ranges",
 ]  # fmt: skip

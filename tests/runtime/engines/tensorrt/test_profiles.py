@@ -13,8 +13,6 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
     Asked,
     Range,
     axis_sizes,
-    bucket_of,
-    buckets,
     decode_profiles,
     parse_shapes,
     shapes_of,
@@ -90,14 +88,3 @@ def test_inputs_of_one_shape_need_no_profile() -> None:
     assert found == {"ids": ((1, 1), (2, 8), (4, 16))}
     with pytest.raises(UsageError, match=r"segment_0: nothing says how large the axis \? of h"):
         shapes_of({"h": ["batch", None]}, ranges, "segment_0")
-
-
-@given(st.integers(1, 1 << 20), st.data())
-def test_a_bucket_holds_what_is_put_in_it_and_is_at_most_twice_as_large(
-    limit: int, data: st.DataObject
-) -> None:
-    size = data.draw(st.integers(1, limit))
-    bucket = bucket_of(size, limit)
-    assert bucket in buckets(limit)
-    assert size <= bucket <= limit and bucket < 2 * size
-    assert bucket_of(bucket, limit) == bucket
