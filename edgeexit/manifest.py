@@ -73,7 +73,7 @@ class Variant(Struct, frozen=True, kw_only=True):
 
     Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
     standard ones up to that opset), ``cache-update`` (TensorScatter may write into the buffer it
-    reads), ``float32-attention`` (the Attention operator takes float32).
+    reads), ``float32-attention`` (fused attention takes float32).
     """
 
     graph: str

@@ -24,7 +24,7 @@ Kind = Literal["past", "last", "most"]
 Caches = Literal["in-place", "fixed", "append"]
 _PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
 FLOAT32_ATTENTION = "float32-attention"
-"""What `Fixed` asks of an engine in float32 only: TensorRT's Attention takes half precision."""
+"""What fused attention asks of an engine in float32 only: GPUs have it in half precision."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class InPlace(nn.Module):
     """
 
     caches: Caches = "in-place"
-    requires: tuple[str, ...] = ("onnxruntime-operators",)
+    requires: tuple[str, ...] = ("onnxruntime-operators", FLOAT32_ATTENTION)
     lengths: tuple[Kind, ...] = ("last", "most")
     opset = 18
 

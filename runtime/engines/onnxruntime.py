@@ -230,12 +230,18 @@ class OnnxRuntimeEngine:
 
 
 def features_of(name: str, version: str) -> frozenset[str]:
-    """What graphs may use with a version. TensorScatter came to the CPU provider with 1.25, and
-    copies nothing where its input and output are one buffer; on the others it was not tried."""
+    """What graphs may use with a version.
+
+    TensorScatter came to the CPU provider with 1.25, and copies nothing where its input and output
+    are one buffer; on the others it was not tried. GPU providers have GroupQueryAttention in half
+    precision only; in float32 it would run on the host, and no longer in place.
+    """
     found = {"onnxruntime-operators"}
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if name == "cpu" and (major, minor) >= (1, 25):
-        found |= {"opset-24", "cache-update", "float32-attention"}
+    if name == "cpu":
+        found.add("float32-attention")
+        major, minor = (int(part) for part in version.split(".")[:2])
+        if (major, minor) >= (1, 25):
+            found |= {"opset-24", "cache-update"}
     return frozenset(found)
 
 

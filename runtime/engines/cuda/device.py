@@ -8,10 +8,11 @@ boundary costs the host four bytes a row.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,7 @@ class Device:
         device = ask(driver.cuDeviceGet(number))
         integrated = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
         self.shares_memory = bool(ask(driver.cuDeviceGetAttribute(integrated, device)))
+        self._thread = threading.get_ident()
         self._context = ask(driver.cuDevicePrimaryCtxRetain(device))
         self._own(lambda: driver.cuDevicePrimaryCtxRelease(device))
         ask(driver.cuCtxSetCurrent(self._context))
@@ -78,6 +80,19 @@ class Device:
         """Gives something back when this device is no longer used."""
         weakref.finalize(self, release)
 
+    def release_with(self, owner: object, how: str, what: Any) -> None:
+        """Gives something back by a call of the driver when its owner is no longer used."""
+        weakref.finalize(owner, _release, self.driver, self._context, how, what)
+
+    def enter(self) -> None:
+        """Lets the calling thread use the device: what the driver is asked for goes to the context
+        that is current in the thread. To be called before the first request of each call from
+        outside."""
+        here = threading.get_ident()
+        if here != self._thread:
+            ask(self.driver.cuCtxSetCurrent(self._context))
+            self._thread = here
+
     def free_bytes(self) -> int:
         """Device memory that is free now."""
         return int(ask(self.driver.cuMemGetInfo())[0])
@@ -89,6 +104,7 @@ class Device:
         Raises:
             MemoryError: There is not so much.
         """
+        self.enter()
         status, pointer = self.driver.cuMemAlloc(max(size_bytes, 1))
         if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
             raise MemoryError(f"{size_bytes} bytes on the GPU, {self.free_bytes()} are free")
@@ -97,11 +113,12 @@ class Device:
         self.counts.allocated_bytes += size_bytes
         ask(self.driver.cuMemsetD8Async(pointer, 0, max(size_bytes, 1), self.raw_stream))
         slot = DeviceSlot(self, int(pointer), size_bytes)
-        weakref.finalize(slot, self.driver.cuMemFree, pointer)
+        self.release_with(slot, "cuMemFree", pointer)
         return slot
 
     def allocate_host(self, size_bytes: int) -> PinnedSlot:
         """Host memory that the GPU reads and writes without a detour."""
+        self.enter()
         status, pointer = self.driver.cuMemHostAlloc(
             max(size_bytes, 1), self.driver.CU_MEMHOSTALLOC_DEVICEMAP
         )
@@ -114,7 +131,7 @@ class Device:
         memory = (ctypes.c_uint8 * max(size_bytes, 1)).from_address(address)
         view = np.ctypeslib.as_array(memory)
         slot = PinnedSlot(view[:size_bytes], address, mapped)
-        weakref.finalize(slot, self.driver.cuMemFreeHost, pointer)
+        self.release_with(slot, "cuMemFreeHost", pointer)
         return slot
 
     def to_device(self, target: int, source: int, size_bytes: int) -> None:
@@ -152,6 +169,7 @@ class Device:
     def settle(self) -> None:
         """Waits if the stream may still have to read memory of the host, which the caller is about
         to write."""
+        self.enter()
         if self.busy:
             self.wait()
 
@@ -169,6 +187,13 @@ class Device:
             if status != not_ready:
                 ask((status,))
                 return
+
+
+def _release(driver: Any, context: Any, how: str, what: Any) -> None:
+    """Gives something back, from whatever thread drops the last of it."""
+    driver.cuCtxPushCurrent(context)
+    getattr(driver, how)(what)
+    driver.cuCtxPopCurrent()
 
 
 class PinnedSlot(HostSlot):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +103,7 @@ class _Recording:
 
     def __init__(self, device: Device, executable: Any, counted: dict[str, int]) -> None:
         self._device, self._executable, self._counted = device, executable, counted
-        weakref.finalize(self, device.driver.cuGraphExecDestroy, executable)
+        device.release_with(self, "cuGraphExecDestroy", executable)
 
     def launch(self) -> None:
         """Puts it on the stream."""

@@ -85,6 +85,7 @@ class Staging:
         put = launch if record is None else record(launch)
 
         def run() -> None:
+            device.enter()
             put()
             if reads:
                 device.wait()

@@ -372,6 +372,7 @@ def test_the_fixed_form_is_for_versions_that_have_its_operators(
 ) -> None:
     found = features_of(name, version)
     assert "onnxruntime-operators" in found
+    assert ("float32-attention" in found) is (name == "cpu")
     assert ("cache-update" in found) is ("opset-24" in found) is known
 
 

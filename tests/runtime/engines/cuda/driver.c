@@ -14,7 +14,7 @@
 
 typedef int status;
 typedef unsigned long long address;
-enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600 };
+enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600 };
 static size_t left = 64u << 20; /* bytes of "device" memory */
 static int pending;             /* an event was recorded and not asked for yet */
 
@@ -48,7 +48,22 @@ static status attribute(int *out, int which, int device) {
 }
 static status retain(void **context, int device) { (void)device; *context = &left; return OK; }
 static status release(int device) { (void)device; return OK; }
-static status current(void *context) { return context ? OK : INVALID; }
+static __thread void *now; /* the context of this thread */
+static status current(void *context) { now = context; return context ? OK : INVALID; }
+static __thread void *before[8];
+static __thread int depth;
+static status push(void *context) {
+  if (depth == 8) return INVALID;
+  before[depth++] = now;
+  now = context;
+  return OK;
+}
+static status pop(void **context) {
+  if (!depth) return INVALID;
+  *context = now;
+  now = before[--depth];
+  return OK;
+}
 static status stream(void **out, unsigned flags) { (void)flags; *out = &pending; return OK; }
 static status nothing(void *any) { (void)any; return OK; }
 static status event(void **out, unsigned flags) { (void)flags; *out = &pending; return OK; }
@@ -58,6 +73,7 @@ static status information(size_t *free_, size_t *total) { *free_ = left; *total 
 static status allocate(address *out, size_t size) {
   size_t whole = (size + PAGE - 1) / PAGE * PAGE;
   int n = 0;
+  if (!now) return NO_CONTEXT;
   if (size > left) return NO_MEMORY;
   if (!room) {
     room = mmap(NULL, ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -79,6 +95,7 @@ static status allocate(address *out, size_t size) {
   return OK;
 }
 static status release_memory(address pointer) {
+  if (!now) return NO_CONTEXT;
   for (int n = 0; n < count; n++)
     if (pieces[n].used && (address)(uintptr_t)(room + pieces[n].start) == pointer) {
       left += pieces[n].size;
@@ -125,6 +142,7 @@ static status perform(const struct step *s) {
   return OK;
 }
 static status put(struct step step) {
+  if (!now) return NO_CONTEXT;
   if (!recorded) return perform(&step);
   if (recorded->steps == 64) return INVALID;
   recorded->step[recorded->steps++] = step;
@@ -196,7 +214,7 @@ static const struct entry ENTRIES[] = {
     ENTRY("cuInit", init), ENTRY("cuDriverGetVersion", version), ENTRY("cuDeviceGet", get),
     ENTRY("cuDeviceGetName", name), ENTRY("cuDeviceGetAttribute", attribute),
     ENTRY("cuDevicePrimaryCtxRetain", retain), ENTRY("cuDevicePrimaryCtxRelease", release),
-    ENTRY("cuCtxSetCurrent", current), ENTRY("cuStreamCreate", stream),
+    ENTRY("cuCtxSetCurrent", current), ENTRY("cuCtxPushCurrent", push), ENTRY("cuCtxPopCurrent", pop), ENTRY("cuStreamCreate", stream),
     ENTRY("cuStreamDestroy", nothing), ENTRY("cuStreamSynchronize", nothing),
     ENTRY("cuEventCreate", event), ENTRY("cuEventDestroy", nothing),
     ENTRY("cuEventRecord", record), ENTRY("cuEventQuery", query),

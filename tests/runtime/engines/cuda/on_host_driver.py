@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 
 import numpy as np
 
@@ -61,6 +62,29 @@ def memory_comes_back_when_nobody_holds_it() -> None:
     slots.clear()
     gc.collect()
     assert device.free_bytes() == before
+
+
+def every_thread_may_use_a_device_and_drop_its_memory() -> None:
+    device = Device()
+    before = device.free_bytes()
+    slots = [device.allocate(64)]
+    found = []
+
+    def elsewhere() -> None:
+        device.settle()
+        slots.append(device.allocate(64))
+        _fill(device, slots[0], np.arange(16, dtype=np.float32))
+        found.append(_read(device, slots[0], (16,)))
+        slots.clear()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], np.arange(16))
+    gc.collect()
+    assert device.free_bytes() == before
+    device.settle()
+    device.allocate(4)
 
 
 def too_much_is_a_memory_error_that_says_what_is_free() -> None:
