@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from edgeexit.runtime.chain import Chain
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.loaded import Loaded
 from edgeexit.runtime.policy import Decision, Policy, decide
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.engines.cuda.device import Counts
 
 FORMS_KEPT = 1024
 """Forms of inputs (dtypes and shapes) that a model remembers having checked."""
@@ -101,6 +104,11 @@ class Model(Loaded):
                 fix="Use a policy without patience.",
             )
         self._policy, self._decisions = policy, decisions
+
+    @property
+    def device_counts(self) -> Counts | None:
+        """What the GPU was asked for so far: allocations and bytes copied. None on the host."""
+        return self._engine.counts
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
         """Answers a batch.

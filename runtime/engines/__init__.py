@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from edgeexit.runtime.buffers import HostSlot
+    from edgeexit.runtime.engines.cuda.device import Counts
 
 
 class Place(Protocol):
@@ -88,6 +89,8 @@ class Engine(Protocol):
     """What its graphs may use beyond plain ONNX; a variant's `requires` is held against it."""
     largest: Mapping[str, int]
     """The largest sizes of named axes that its graphs take; what is not there has no limit."""
+    counts: Counts | None
+    """What its GPU was asked for so far; None on the host."""
 
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""

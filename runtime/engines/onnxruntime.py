@@ -142,6 +142,7 @@ class OnnxRuntimeEngine:
             from edgeexit.runtime.engines.cuda.device import Device
 
             self._gpu = Device()
+        self.counts = None if self._gpu is None else self._gpu.counts
         if threads == "process":
             install_process_pool()
         self._shared_arena = _share_arena()

@@ -5,6 +5,7 @@ python -m pytest -m gpu
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from edgeexit.errors import EdgeExitError
 from edgeexit.measure.check import check
 from edgeexit.measure.checkdecode import check_decoder
 from edgeexit.runtime import Policy, load, load_decoder
+from edgeexit.runtime.decode.session import Form
+from edgeexit.runtime.policy import OUT_OF_REACH
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -35,15 +38,16 @@ def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export_model(model, tmp_path_factory.mktemp("digits") / "bundle", dtype=request.param)
 
 
-@pytest.fixture(scope="module")
-def codelm(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def codelm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The codelm example."""
     from edgeexit.export import DecodeModel, export_decoder
     from edgeexit.export.models import from_pretrained
 
     model = from_pretrained(ROOT / "examples/codelm/checkpoint").exit_model()
     assert isinstance(model, DecodeModel)
-    return export_decoder(model, tmp_path_factory.mktemp("codelm") / "bundle")
+    folder = tmp_path_factory.mktemp("codelm") / "bundle"
+    return export_decoder(model, folder, dtype=request.param)
 
 
 @pytest.fixture(scope="module", params=["cuda", "tensorrt"])
@@ -62,7 +66,7 @@ def engine(request: pytest.FixtureRequest, digits: Bundle) -> Iterator[str]:
         yield name
 
 
-def _build(bundle: Bundle, root: Path) -> None:
+def _build(bundle: Bundle, root: Path, form: Form | None = None) -> None:
     from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
     from edgeexit.runtime.engines.tensorrt.library import find_library
@@ -70,8 +74,9 @@ def _build(bundle: Bundle, root: Path) -> None:
 
     try:
         library, device = find_library(), describe_device()
-        asked = Asked({}, {}, {"batch": 32})
-        works = work_of(bundle.manifest, library.features, asked, sample_sizes(bundle))
+        asked = Asked({}, {}, {"batch": 4 if bundle.manifest.decoding else 32})
+        sample = sample_sizes(bundle)
+        works = work_of(bundle.manifest, library.features, asked, sample, form=form)
         build_engines(bundle, works, library, device, root)
     except EdgeExitError as error:
         pytest.skip(str(error))
@@ -95,10 +100,35 @@ def test_rows_leave_one_by_one_and_keep_their_order(digits: Bundle, engine: str)
     assert off < 0.05 * np.abs(theirs.outputs["logits"]).max()
 
 
+def test_a_warm_call_takes_no_memory_and_fetches_scores_and_answers_only(
+    digits: Bundle, engine: str
+) -> None:
+    inputs = {"pixel_values": np.zeros((8, 1, 8, 8), np.float32)}
+    with load(digits, engine, policy=Policy(score="max_prob", thresholds=OUT_OF_REACH)) as model:
+        model(inputs)
+        assert model.device_counts is not None
+        before = dataclasses.replace(model.device_counts)
+        logits = model(inputs).outputs["logits"]
+        after = model.device_counts
+    assert (after.allocations, after.pinned) == (before.allocations, before.pinned)
+    exits = len(model.exits)
+    assert after.to_host_bytes - before.to_host_bytes == 4 * 8 * exits + logits.nbytes
+
+
 def test_codelm_writes_as_torch_on_the_cuda_provider(codelm: Bundle) -> None:
     try:
         decoder = load_decoder(codelm, "cuda")
     except EdgeExitError as error:
         pytest.skip(str(error))
     with decoder:
+        check_decoder(decoder).require()
+
+
+@pytest.mark.parametrize("form", ["fixed", "append"])
+def test_codelm_writes_as_torch_on_tensorrt(
+    codelm: Bundle, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEEXIT_ENGINE_DIR", str(tmp_path))
+    _build(codelm, tmp_path, form)
+    with load_decoder(codelm, "tensorrt", caches=form) as decoder:
         check_decoder(decoder).require()

@@ -21,7 +21,13 @@ from edgeexit.bundle import Bundle
 from edgeexit.errors import EngineError, InputError
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines import Bound, Slot
-from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, Waiting, require_room
+from edgeexit.runtime.engines.cuda.device import (
+    Counts,
+    Device,
+    DeviceSlot,
+    Waiting,
+    require_room,
+)
 from edgeexit.runtime.engines.cuda.driver import describe_device
 from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
@@ -50,6 +56,7 @@ class TensorRtEngine:
     def __init__(self, library: Library, folder: Path, engines: EngineSet, device: Device) -> None:
         self.library, self.engines, self.device = library, engines, device
         self.features = library.features
+        self.counts: Counts | None = device.counts
         self._folder = folder
         self._plans = {plan.graph: plan for plan in engines.plans}
         self.largest: Mapping[str, int] = _largest(engines.plans)

@@ -1,0 +1,176 @@
+"""What a chain costs on a GPU, beside unsplit on the same engine: split tax by number of exits, the
+time of each exit's path, and what crosses to the host.
+
+    python benchmarks/gpu.py --engine cuda                  # ONNX Runtime's CUDA provider
+    python benchmarks/gpu.py --engine tensorrt              # builds engines for this GPU first
+    python benchmarks/gpu.py --engine cpu --quick           # does the script run?
+
+The shape of BERT-base in float16, 128 tokens. Both sides live in one process and take turns, block
+by block; every figure is a median of ratios of neighbouring blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+from results import SCRATCH, save, say, verdict
+from split import tokens
+
+from edgeexit.bundle import Bundle
+from edgeexit.measure import environment
+from edgeexit.runtime import Model, Policy, load, load_unsplit
+from edgeexit.runtime.policy import OUT_OF_REACH
+
+Inputs = Mapping[str, np.ndarray]
+ROWS = (1, 32)
+ROUNDS, BLOCK_S = 15, 0.2
+
+
+def main() -> None:
+    """Measures and writes one result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", choices=["cuda", "tensorrt", "cpu"], required=True)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
+    given = parser.parse_args()
+    watch = environment.Watch()
+    shape = models.QUICK["large"] if given.quick else models.SHAPES["large"]
+    dtype = "float32" if given.engine == "cpu" else "float16"
+    folder = SCRATCH / f"gpu-{shape.name}"
+    if not (folder / "checkpoint").is_dir():
+        models.make_checkpoint(shape, folder / "checkpoint")
+    os.environ["EDGEEXIT_ENGINE_DIR"] = str(folder / "engines")
+    result: dict[str, Any] = {
+        "engine": given.engine,
+        "dtype": dtype,
+        "shape": dataclasses.asdict(shape),
+    }
+    curve = []
+    for exits in exit_sets(shape.layers):
+        say(f"{len(exits)} exits: export")
+        bundle = export(folder / "checkpoint", folder / f"{dtype}-{len(exits)}", exits, dtype)
+        if given.engine == "tensorrt":
+            build(bundle)
+        curve.append(measure(bundle, given.engine, shape, quick=given.quick))
+        say(f"  {curve[-1]}")
+    result["by_exits"] = curve
+    three = next((one for one in curve if one["exits"] == 3), curve[0])
+    tax = {rows: three["split_tax"][rows]["ratio"] for rows in ROWS}
+    result["verdicts"] = verdict(
+        [
+            ("split tax with 3 exits, batch 1", tax[1], "<=", 1.05, 1.02),
+            ("split tax with 3 exits, batch 32", tax[32], "<=", 1.02, 1.01),
+        ]
+    )
+    result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
+    save(f"gpu-{given.engine}", result, quick=given.quick)
+
+
+def exit_sets(layers: int) -> list[list[int]]:
+    """Layers with an early exit: 1, 3, half of them, all but the last; evenly spread."""
+    counts = sorted({1, min(3, layers - 1), layers // 2, layers - 1})
+    spread = [np.linspace(0, layers, count + 2)[1:-1] for count in counts]
+    return [sorted({round(place) for place in one}) for one in spread]
+
+
+def export(checkpoint: Path, path: Path, exits: list[int], dtype: str) -> Bundle:
+    """The bundle with these exits."""
+    from edgeexit.export import export_model
+    from edgeexit.export.models import from_pretrained
+
+    model = from_pretrained(checkpoint, exits=exits).exit_model()
+    return export_model(model, path, dtype=dtype, overwrite=True)
+
+
+def build(bundle: Bundle) -> None:
+    """Engines for this GPU."""
+    from edgeexit.runtime.engines.cuda.driver import describe_device
+    from edgeexit.runtime.engines.tensorrt import store
+    from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.engines.tensorrt.library import find_library
+    from edgeexit.runtime.engines.tensorrt.profiles import Asked
+
+    library, asked = find_library(), Asked({}, {}, {"batch": max(ROWS)})
+    works = work_of(bundle.manifest, library.features, asked, sample_sizes(bundle))
+    build_engines(bundle, works, library, describe_device(), store.default_root())
+
+
+def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) -> dict[str, Any]:
+    """Everything about one set of exits."""
+    rounds = 3 if quick else ROUNDS
+    policy = Policy(score="max_prob", thresholds=OUT_OF_REACH)
+    with load(bundle, engine, policy=policy) as chain, load_unsplit(bundle, engine) as unsplit:
+        taxes, crossing = {}, {}
+        for rows in ROWS:
+            inputs = tokens(shape, rows, 0)
+            taxes[rows] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)  # noqa: B023
+            crossing[rows] = counted(chain, inputs)
+        inputs = tokens(shape, 1, 0)
+        paths = {}
+        for leave in chain.exits[:-1]:
+            chain.policy = Policy(score="max_prob", thresholds={leave.name: -np.inf})
+            paths[leave.name] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)
+        return {
+            "exits": len(chain.exits) - 1,
+            "split_tax": taxes,
+            "path_of_unsplit": paths,
+            "a_call": crossing,
+        }
+
+
+def counted(model: Model, inputs: Inputs) -> dict[str, int] | None:
+    """What one warm call asks of the GPU: allocations, and bytes that cross; None on the host."""
+    before = model.device_counts
+    if before is None:
+        return None
+    before = dataclasses.replace(before)
+    model(inputs)
+    after = model.device_counts
+    assert after is not None
+    names = [field.name for field in dataclasses.fields(after)]
+    return {name: getattr(after, name) - getattr(before, name) for name in names}
+
+
+def ratio(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+) -> dict[str, float]:
+    """Median of ratios of neighbouring blocks, its quartiles, and milliseconds of both sides."""
+    for _ in range(3):
+        ours()
+        theirs()
+    times = []
+    for number in range(rounds):
+        sides = [ours, theirs] if number % 2 else [theirs, ours]
+        took = {side: block(side) for side in sides}
+        times.append((took[ours], took[theirs]))
+    ratios = [a / b for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ratio": round(middle, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "ms": round(1e3 * statistics.median(a for a, _ in times), 4),
+        "unsplit_ms": round(1e3 * statistics.median(b for _, b in times), 4),
+    }
+
+
+def block(side: Callable[[], object]) -> float:
+    """Seconds of one call: the median over `BLOCK_S` seconds."""
+    times: list[float] = []
+    until = time.perf_counter() + BLOCK_S
+    while len(times) < 3 or time.perf_counter() < until:
+        started = time.perf_counter()
+        side()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
