@@ -85,9 +85,17 @@ def _texts() -> list[np.ndarray]:
 def _build(
     bundle: Bundle, rtx: Library, target: int, root: Path, form: Form | None = None
 ) -> EngineSet:
-    """Builds everything that a bundle has: segments, heads, projections and unsplit."""
+    """Builds everything that a bundle has: segments, heads and projections; for the first target
+    unsplit, too."""
     asked = Asked({}, {}, {}, CAPACITY) if bundle.manifest.decoding else Asked({}, {}, {})
-    works = work_of(bundle.manifest, rtx.features, asked, sample_sizes(bundle), form=form)
+    works = work_of(
+        bundle.manifest,
+        rtx.features,
+        asked,
+        sample_sizes(bundle),
+        form=form,
+        unsplit=target == TARGETS[0],
+    )
     known = {variant.graph for variant in bundle.manifest.unsplit} | {
         variant.graph
         for part in [
