@@ -118,28 +118,44 @@ def load_decoder(
     decisions = decide(chosen, bundle.exits(), digest=bundle.digest)
     scores = [chosen.score] if any(one.consult for one in decisions[:-1]) else []
     limit = bundle.manifest.limits["positions"]
-    if capacity is not None and not (isinstance(capacity, int) and 2 <= capacity <= limit):
+    check_capacity(capacity, limit, None)
+    found = _engine(engine, threads, bundle)
+    built = found.largest.get("past")
+    check_capacity(capacity, limit, built)
+    opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
+    fixed = any(variant.caches == "fixed" for variant in opened.variants)
+    check_capacity(capacity, limit, built, fixed=fixed)
+    return Decoder(bundle, opened, chosen, capacity or built or limit)
+
+
+def check_capacity(
+    capacity: int | None, limit: int, built: int | None, *, fixed: bool = False
+) -> None:
+    """Refuses a capacity that cannot be had.
+
+    Args:
+        capacity: Tokens asked for; None: as many as there are.
+        limit: The most that the model was made for.
+        built: The most that engines were built for; None: any number.
+        fixed: They were built for exactly so many.
+
+    Raises:
+        UsageError: It cannot be had.
+    """
+    if capacity is None:
+        return
+    if not (isinstance(capacity, int) and 2 <= capacity <= limit):
         raise UsageError(
             f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
             fix=f"Use at most {limit}.",
         )
-    found = _engine(engine, threads, bundle)
-    built = found.largest.get("past", limit)
-    if capacity is not None and capacity > built:
+    if built is not None and (capacity > built or (fixed and capacity < built)):
+        exactly = ", no fewer, for their caches are of a fixed size" if fixed else ""
         raise UsageError(
-            f"capacity {capacity} cannot be had: the engines were built for {built} tokens",
-            fix=f"Use at most {built}, or build for more: edgeexit build --capacity {capacity}.",
-        )
-    opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
-    chosen_capacity = built if capacity is None else capacity
-    fixed = any(variant.caches == "fixed" for variant in opened.variants)
-    if fixed and chosen_capacity < built and "past" in found.largest:
-        raise UsageError(
-            f"capacity {capacity} cannot be had: the engines were built for {built} tokens, no "
-            "fewer, for their caches are of fixed size",
+            f"capacity {capacity} cannot be had: the engines were built for {built} tokens"
+            f"{exactly}",
             fix=f"Leave the capacity open, or build for it: edgeexit build --capacity {capacity}.",
         )
-    return Decoder(bundle, opened, chosen, chosen_capacity)
 
 
 def load_unsplit(

@@ -17,6 +17,7 @@ from edgeexit.bundlewriter import BundleWriter
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
 from edgeexit.manifest import DefaultPolicy, Manifest
 from edgeexit.runtime import Policy, load, load_unsplit, write_policy
+from edgeexit.runtime.load import check_capacity
 from edgeexit.runtime.policy import ALWAYS, NEVER
 from tests.test_bundle import edit_graph
 from tests.toys import Toy, fill_toy, make_inputs
@@ -162,3 +163,19 @@ def test_answers_match_the_samples_of_the_bundle(toy_bundle: Bundle) -> None:
         trace = model.trace(inputs)
         for leave, outputs in zip(model.exits, trace.outputs, strict=True):
             np.testing.assert_allclose(outputs["logits"], sample[f"{leave.name}/logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("capacity, built, fixed, message", [
+    (None, 64, True, None), (64, 64, True, None), (32, 64, False, None), (96, None, False, None),
+    (97, None, False, "made for 2 to 96"), (1, None, False, "made for 2 to 96"),
+    (65, 64, False, "built for 64 tokens. Leave .* --capacity 65"),
+    (32, 64, True, "no fewer, for their caches are of a fixed size"),
+])  # fmt: skip
+def test_a_capacity_that_cannot_be_had_is_refused(
+    capacity: int | None, built: int | None, fixed: bool, message: str | None
+) -> None:
+    if message is None:
+        check_capacity(capacity, 96, built, fixed=fixed)
+        return
+    with pytest.raises(UsageError, match=message):
+        check_capacity(capacity, 96, built, fixed=fixed)
