@@ -33,6 +33,7 @@ FRONT_DOORS = {
         "Segment",
         "export_decoder",
         "export_int8",
+        "export_int8_decoder",
         "export_model",
         "export_onnx",
     },

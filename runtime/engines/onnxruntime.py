@@ -165,7 +165,9 @@ class OnnxRuntimeEngine:
         providers: list[Any] = [PROVIDERS[self.name]]
         if self._gpu is not None:
             own = {"user_compute_stream": str(self._gpu.stream), "device_id": "0"}
-            providers = [(PROVIDERS[self.name], own), PROVIDERS["cpu"]]
+            names = dict.fromkeys([PROVIDERS[self.name], PROVIDERS["cuda"]])
+            known = self._ort.get_available_providers()
+            providers = [*((name, own) for name in names if name in known), PROVIDERS["cpu"]]
         options = self._options()
         model: str | bytes = str(path)
         try:
@@ -235,9 +237,10 @@ def features_of(name: str, version: str) -> frozenset[str]:
 
     TensorScatter came to the CPU provider with 1.25, and copies nothing where its input and output
     are one buffer; on the others it was not tried. GPU providers have GroupQueryAttention in half
-    precision only; in float32 it would run on the host, and no longer in place.
+    precision only; in float32 it would run on the host, and no longer in place. TensorRT's provider
+    has none of those operators, and hands over for each.
     """
-    found = {"onnxruntime-operators"}
+    found = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
     if name == "cpu":
         found.add("float32-attention")
         major, minor = (int(part) for part in version.split(".")[:2])
@@ -274,10 +277,16 @@ class OnnxRuntimeGraph:
             return _runner(self._session, self._binding(inputs, outputs), options)
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         host = {name: inputs[name] for name in inputs.keys() & self._read_on_host}
-        host = {name: bound for name, bound in host.items() if bound[0].device == "cpu"}
+        for name, (place, _, _) in host.items():
+            if place.device != "cpu":  # it would be copied once, now, and never again
+                raise EngineError(
+                    f"ONNX Runtime reads {name} on the host, where this model keeps it on the GPU",
+                    fix="Export again in another precision, or use --engine cpu.",
+                )
         layout = self._staging.lay_out(
             {name: bound for name, bound in inputs.items() if name not in host}, outputs
         )
+        layout.writes |= bool(host)
         places = {name: Window("cuda", address) for name, address in layout.addresses.items()}
         binding = self._binding(
             host | {n: (places[n], *inputs[n][1:]) for n in inputs if n not in host},
@@ -296,7 +305,7 @@ class OnnxRuntimeGraph:
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Runs once with outputs that ONNX Runtime allocates, and reads their shapes."""
         if self._gpu is not None:
-            self._gpu.wait()
+            self._gpu.wait()  # and lets this thread use it
         binding = self._binding(inputs, {})
         for name in self._outputs:
             binding.bind_output(name, "cpu" if self._gpu is None else "cuda")
@@ -307,8 +316,11 @@ class OnnxRuntimeGraph:
 
 def _inputs_on_host(session: Any) -> set[str]:
     """Inputs that operators read on the host, such as lengths: these are left there."""
-    if not hasattr(session, "get_input_memory_infos"):  # before 1.23
-        return set()
+    if not hasattr(session, "get_input_memory_infos"):
+        raise EngineError(
+            "this onnxruntime does not say where it reads inputs, which GPUs need",
+            fix="Install 1.23 or newer.",
+        )
     pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
     return {one.name for one, memory in pairs if "cpu" in memory.name.lower()}
 

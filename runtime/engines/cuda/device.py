@@ -8,10 +8,10 @@ boundary costs the host four bytes a row.
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from edgeexit.runtime.engines.cuda.arrays import Block, DeviceArray
 from edgeexit.runtime.engines.cuda.driver import ask, import_driver
 
 Waiting = Literal["spin", "block"]
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Counts:
     to_host_bytes: int = 0
     to_device_bytes: int = 0
     within_bytes: int = 0
+
+
+class DeviceMemoryError(EngineError, MemoryError):
+    """The GPU, or pinned memory, has no room for something."""
 
 
 class Device:
@@ -60,7 +65,6 @@ class Device:
         device = ask(driver.cuDeviceGet(number))
         integrated = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
         self.shares_memory = bool(ask(driver.cuDeviceGetAttribute(integrated, device)))
-        self._thread = threading.get_ident()
         self._context = ask(driver.cuDevicePrimaryCtxRetain(device))
         self._own(lambda: driver.cuDevicePrimaryCtxRelease(device))
         ask(driver.cuCtxSetCurrent(self._context))
@@ -82,19 +86,19 @@ class Device:
 
     def release_with(self, owner: object, how: str, what: Any) -> None:
         """Gives something back by a call of the driver when its owner is no longer used."""
-        weakref.finalize(owner, _release, self.driver, self._context, how, what)
+        weakref.finalize(owner, _release, self.driver, self._context, self.raw_stream, how, what)
 
     def enter(self) -> None:
         """Lets the calling thread use the device: what the driver is asked for goes to the context
-        that is current in the thread. To be called before the first request of each call from
-        outside."""
-        here = threading.get_ident()
-        if here != self._thread:
-            ask(self.driver.cuCtxSetCurrent(self._context))
-            self._thread = here
+        that is current in the thread, which another thread or library may have changed."""
+        ask(self.driver.cuCtxSetCurrent(self._context))
 
     def free_bytes(self) -> int:
-        """Device memory that is free now."""
+        """Device memory that is free now. Where it is the host's, what the system could give back
+        counts as free, which the driver does not know of."""
+        if self.shares_memory and (available := _available_bytes()) is not None:
+            return available
+        self.enter()
         return int(ask(self.driver.cuMemGetInfo())[0])
 
     def allocate(self, size_bytes: int) -> DeviceSlot:
@@ -102,12 +106,15 @@ class Device:
         with what counts.
 
         Raises:
-            MemoryError: There is not so much.
+            DeviceMemoryError: There is not so much.
         """
         self.enter()
         status, pointer = self.driver.cuMemAlloc(max(size_bytes, 1))
         if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
-            raise MemoryError(f"{size_bytes} bytes on the GPU, {self.free_bytes()} are free")
+            raise DeviceMemoryError(
+                f"{size_bytes} bytes on the GPU cannot be had, {self.free_bytes()} are free",
+                fix="Close other programs; or fewer rows at a time, or a smaller capacity.",
+            )
         ask((status,))
         self.counts.allocations += 1
         self.counts.allocated_bytes += size_bytes
@@ -123,31 +130,37 @@ class Device:
             max(size_bytes, 1), self.driver.CU_MEMHOSTALLOC_DEVICEMAP
         )
         if int(status) == 2:
-            raise MemoryError(f"{size_bytes} bytes of pinned memory")
+            raise DeviceMemoryError(
+                f"{size_bytes} bytes of pinned memory cannot be had",
+                fix="Close other programs, or fewer rows at a time.",
+            )
         ask((status,))
         self.counts.pinned += 1
         mapped = int(ask(self.driver.cuMemHostGetDevicePointer(pointer, 0)))
         address = int(pointer)
         memory = (ctypes.c_uint8 * max(size_bytes, 1)).from_address(address)
         view = np.ctypeslib.as_array(memory)
-        slot = PinnedSlot(view[:size_bytes], address, mapped)
+        slot = PinnedSlot(self, view[:size_bytes], address, mapped)
         self.release_with(slot, "cuMemFreeHost", pointer)
         return slot
 
     def to_device(self, target: int, source: int, size_bytes: int) -> None:
         """Copies from the host, when the stream comes to it."""
+        self.enter()
         ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_device_bytes += size_bytes
         self.busy = True
 
     def to_host(self, target: int, source: int, size_bytes: int) -> None:
         """Copies to the host, when the stream comes to it."""
+        self.enter()
         ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_host_bytes += size_bytes
         self.busy = True
 
     def within(self, target: int, source: int, size_bytes: int) -> None:
         """Copies on the device, when the stream comes to it. The two must not overlap."""
+        self.enter()
         ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.within_bytes += size_bytes
 
@@ -156,6 +169,7 @@ class Device:
         if block.height == 1:
             self.within(target + block.target, source + block.source, block.width)
             return
+        self.enter()
         device = self.driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
         what = self.driver.CUDA_MEMCPY3D()
         what.srcMemoryType = what.dstMemoryType = device
@@ -169,13 +183,13 @@ class Device:
     def settle(self) -> None:
         """Waits if the stream may still have to read memory of the host, which the caller is about
         to write."""
-        self.enter()
         if self.busy:
             self.wait()
 
     def wait(self) -> None:
         """Waits until the stream has done all that it was given."""
         self.busy = False
+        self.enter()
         ask(self.driver.cuEventRecord(self._event, self.raw_stream))
         if self.waiting == "block":
             ask(self.driver.cuEventSynchronize(self._event))
@@ -189,9 +203,13 @@ class Device:
                 return
 
 
-def _release(driver: Any, context: Any, how: str, what: Any) -> None:
-    """Gives something back, from whatever thread drops the last of it."""
-    driver.cuCtxPushCurrent(context)
+def _release(driver: Any, context: Any, stream: Any, how: str, what: Any) -> None:
+    """Gives something back when the stream has done with it, from whatever thread drops the last of
+    it."""
+    (status,) = driver.cuCtxPushCurrent(context)
+    if int(status) != 0:  # the driver is shutting down, and takes everything with it
+        return
+    driver.cuStreamSynchronize(stream)
     getattr(driver, how)(what)
     driver.cuCtxPopCurrent()
 
@@ -199,7 +217,8 @@ def _release(driver: Any, context: Any, how: str, what: Any) -> None:
 class PinnedSlot(HostSlot):
     """Host memory that the GPU reaches. `mapped` is its address as the GPU sees it."""
 
-    def __init__(self, view: NDArray[np.uint8], pointer: int, mapped: int) -> None:
+    def __init__(self, owner: Device, view: NDArray[np.uint8], pointer: int, mapped: int) -> None:
+        self.owner = owner
         self._bytes = view
         self.pointer = pointer
         self.mapped = mapped
@@ -261,6 +280,16 @@ def row_moves(
                     moves.append((source, target, inner))
             target += inner
     return moves
+
+
+def _available_bytes() -> int | None:
+    """What the system could give to a program now; None where it does not say."""
+    if not MEMORY.is_file():
+        return None
+    for line in MEMORY.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def require_room(device: Device, size_bytes: int, what: str) -> None:

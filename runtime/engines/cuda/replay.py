@@ -7,6 +7,7 @@ Worth it where a run is many small kernels, which is what one token of a languag
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,8 @@ MOST_BYTES = 256 << 20
 class Replays:
     """The recordings of one stream.
 
-    A run is recorded when it comes a second time: sizes that are met once are not worth it. What
-    the engine cannot record, or what there is no room for, goes on as before.
+    A run is recorded behind its second time: sizes that are met once are not worth it. What the
+    engine cannot record, or what there is no room for, goes on as before.
 
     Args:
         device: Whose stream.
@@ -48,7 +49,8 @@ class Replays:
 
         Args:
             body: The run.
-            prepare: What must be done before recording, and cannot be recorded.
+            prepare: What must be done before the run that a recording follows: an engine settles in
+                that run what it would else do in the recording.
         """
         recording: _Recording | None = None
         runs, epoch = 0, self._epoch
@@ -61,41 +63,47 @@ class Replays:
                 recording.launch()
                 return
             runs += 1
-            if runs == 2 and self.taken_bytes < self._most:
-                prepare()
-                recording = self._record(body)
-                if recording is not None:
-                    recording.launch()
-                    return
+            if runs != 2 or self.taken_bytes >= self._most:
+                body()
+                return
+            free = self._device.free_bytes()
+            prepare()
             body()
+            recording = self._record(body)
+            self.taken_bytes += max(0, free - self._device.free_bytes())
 
         return run
 
     def _record(self, body: Callable[[], object]) -> _Recording | None:
         device, driver = self._device, self._device.driver
-        free, before = device.free_bytes(), dataclasses.replace(device.counts)
+        before = dataclasses.replace(device.counts)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
         failure = None
+        collecting = gc.isenabled()
+        gc.disable()  # memory that is given back meanwhile would end the recording
+        ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
         try:
             body()
         except EdgeExitError as error:
             failure = error
         finally:
             status, graph = driver.cuStreamEndCapture(device.raw_stream)
+            if collecting:
+                gc.enable()
         counted = {}
         for field in dataclasses.fields(before):
             was = getattr(before, field.name)
             counted[field.name] = getattr(device.counts, field.name) - was
             setattr(device.counts, field.name, was)
+        executable = None
+        if int(status) == 0:
+            if failure is None:
+                status, executable = driver.cuGraphInstantiate(graph, 0)
+            ask(driver.cuGraphDestroy(graph))
         if failure is not None or int(status) != 0:
             logger.info("this run is not recorded as a CUDA graph: %s", failure or status.name)
             return None
-        executable = ask(driver.cuGraphInstantiate(graph, 0))
-        ask(driver.cuGraphDestroy(graph))
-        recording = _Recording(device, executable, counted)
-        self.taken_bytes += max(0, free - device.free_bytes())
-        return recording
+        return _Recording(device, executable, counted)
 
 
 class _Recording:

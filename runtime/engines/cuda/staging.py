@@ -22,6 +22,7 @@ class Layout:
 
     Attributes:
         addresses: Tensor -> where the graph reads or writes it, on the GPU.
+        held: Memory that must live as long as the layout is used, recordings of it included.
         before, behind: Copies around a run: target, source, bytes.
         reads: Something goes to the host, so a run waits for it.
         writes: Something comes from the host, which must not change until the run has read it.
@@ -73,7 +74,6 @@ class Staging:
             record: What may be made of all that is put on the stream (`Replays.of`).
         """
         device, before, behind = self._device, layout.before, layout.behind
-        reads, writes = layout.reads, layout.writes
 
         def launch() -> None:
             for target, source, size in before:
@@ -84,12 +84,12 @@ class Staging:
 
         put = launch if record is None else record(launch)
 
-        def run() -> None:
+        def run(keep: Layout = layout) -> None:
             device.enter()
             put()
-            if reads:
+            if keep.reads:
                 device.wait()
-            elif writes:
+            elif keep.writes:
                 device.busy = True
 
         return run

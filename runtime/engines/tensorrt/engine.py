@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ class TensorRtEngine:
         self.counts: Counts | None = device.counts
         self._folder = folder
         self._plans = {plan.graph: plan for plan in engines.plans}
+        self._opened: weakref.WeakValueDictionary[str, TensorRtGraph] = (
+            weakref.WeakValueDictionary()
+        )
         self.largest: Mapping[str, int] = _largest(engines.plans)
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
@@ -67,6 +72,8 @@ class TensorRtEngine:
         self.replays = None if library.rtx else Replays(device)
         self._scratch = Scratch(device, self.replays)
         self._cache = _RuntimeCache(folder / RUNTIME_CACHE) if library.rtx else None
+        if self._cache is not None:  # kernels are also made while graphs run
+            weakref.finalize(self, self._cache.save)
 
     def describe(self) -> dict[str, str]:
         """Name, library, version, key of the engines, and how the host waits."""
@@ -85,6 +92,8 @@ class TensorRtEngine:
     def open(self, path: Path, outputs: Collection[str] | None = None) -> TensorRtGraph:
         """Opens the plan that was built from a graph of the bundle."""
         name = _name_of(path)
+        if (known := self._opened.get(name)) is not None:
+            return known  # a plan has every output, whatever is asked of it
         plan = self._plans.get(name)
         if plan is None:
             raise EngineError(
@@ -103,7 +112,8 @@ class TensorRtEngine:
                 f"{place}: {self.library.name} {self.library.version} cannot load it",
                 fix="Remove the folder and build again: edgeexit build.",
             )
-        return TensorRtGraph(self, name, plan, engine)
+        opened = self._opened[name] = TensorRtGraph(self, name, plan, engine)
+        return opened
 
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
@@ -167,19 +177,21 @@ class Scratch:
 
     def __init__(self, device: Device, replays: Replays | None = None) -> None:
         self._device, self._replays = device, replays
-        self._contexts: list[Any] = []
+        self._contexts: list[weakref.ref[Any]] = []
         self._slot: Any = None
 
     def lend(self, context: Any, size_bytes: int) -> None:
         """Gives a context its scratch memory; if it needs more than there is, all get a larger."""
-        self._contexts.append(context)
+        self._contexts = [one for one in self._contexts if one() is not None]
+        self._contexts.append(weakref.ref(context))
         if self._slot is None or self._slot.bytes < size_bytes:
             self._device.wait()  # somebody may still be using the old one
             self._slot = self._device.allocate(size_bytes)
             if self._replays is not None:
                 self._replays.forget()
-            for one in self._contexts:
-                one.set_device_memory(self._slot.pointer, self._slot.bytes)
+            for one in (held() for held in self._contexts):
+                if one is not None:
+                    one.set_device_memory(self._slot.pointer, self._slot.bytes)
         else:
             context.set_device_memory(self._slot.pointer, self._slot.bytes)
 
@@ -214,11 +226,18 @@ class _RuntimeCache:
 
 @dataclass
 class _Binding:
-    """One set of shapes, and where tensors lie."""
+    """One set of shapes, and where tensors lie.
+
+    Attributes:
+        context: Its own, once it is to be recorded; else all take turns in the graph's.
+        unread: Memory of outputs that nobody reads.
+    """
 
     profile: int
     shapes: list[tuple[str, tuple[int, ...]]]
-    addresses: Mapping[str, int]
+    addresses: dict[str, int]
+    context: Any = None
+    unread: list[DeviceSlot] = field(default_factory=list)
 
 
 class TensorRtGraph:
@@ -234,7 +253,6 @@ class TensorRtGraph:
         self._context = owner.context(engine)
         self._bound: _Binding | None = None
         self._staging = Staging(owner.device)
-        self._unread: dict[str, DeviceSlot] = {}
 
     def bind(
         self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]
@@ -250,52 +268,88 @@ class TensorRtGraph:
             {name: inputs[name] for name in self._inputs},
             {name: outputs[name] for name in self._outputs if name in outputs},
         )
-        for name in self._outputs:
-            if name not in outputs:
-                layout.addresses[name] = self._unread_address(name)
         binding = _Binding(profile, shapes, layout.addresses)
+        if unread := [name for name in self._outputs if name not in outputs]:
+            self._shape(self._context, binding)
+            for name in unread:
+                slot = self._owner.device.allocate(self._size(name))
+                binding.unread.append(slot)
+                binding.addresses[name] = slot.pointer
         replays, record = self._owner.replays, None
         if replays is not None:
-            record = functools.partial(replays.of, prepare=lambda: self._ready(binding))
+            record = functools.partial(replays.of, prepare=lambda: self._set_apart(binding))
         return self._staging.around(layout, lambda: self._execute(binding), record)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Asks the context, which needs no run for it."""
         shapes = [(name, inputs[name][2]) for name in self._inputs]
-        self._enter(_Binding(self._profile(dict(shapes)), shapes, {}))
-        self._bound = None
-        if unknown := self._context.infer_shapes():
+        self._owner.device.enter()
+        self._shape(self._context, _Binding(self._profile(dict(shapes)), shapes, {}))
+        found = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        for name, shape in found.items():
+            self._require_known(name, shape)
+        return found
+
+    def _size(self, name: str) -> int:
+        """Bytes of an output, for the shapes that the context was told."""
+        shape = tuple(self._context.get_tensor_shape(name))
+        self._require_known(name, shape)
+        item_bytes = int(self._engine.get_tensor_dtype(name).itemsize)
+        return int(math.prod(shape)) * item_bytes
+
+    def _require_known(self, name: str, shape: tuple[int, ...]) -> None:
+        if min(shape, default=0) < 0:
             raise EngineError(
-                f"{self._name}: the shape of {unknown[0]} depends on values",
+                f"{self._name}: the shape of {name} depends on values",
                 fix="Run this bundle with ONNX Runtime (--engine cuda).",
             )
-        return {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
 
-    def _ready(self, binding: _Binding) -> None:
-        if self._bound is not binding:
-            self._enter(binding)
+    def _set_apart(self, binding: _Binding) -> None:
+        """Gives a binding that is about to be recorded a context of its own: other shapes would
+        change what the recording was made of."""
+        binding.context = context = self._owner.context(self._engine)
+        self._shape(context, binding)
+        self._place(context, binding)
 
     def _execute(self, binding: _Binding) -> None:
-        self._ready(binding)
-        if not self._context.execute_async_v3(self._owner.device.stream):
+        context = binding.context
+        if context is None:
+            context = self._context
+            if self._bound is not binding:
+                self._shape(context, binding)
+                self._place(context, binding)
+                self._bound = binding
+        if not context.execute_async_v3(self._owner.device.stream):
             raise EngineError(
                 f"{self._name}: TensorRT did not run it", fix="See its messages above."
             )
 
-    def _enter(self, binding: _Binding) -> None:
-        """Tells the context shapes and addresses."""
-        context = self._context
-        if context.active_optimization_profile != binding.profile:
-            context.set_optimization_profile_async(binding.profile, self._owner.device.stream)
+    def _shape(self, context: Any, binding: _Binding) -> None:
+        """Tells a context profile and shapes."""
+        self._bound = None
+        stream = self._owner.device.stream
+        if context.active_optimization_profile != binding.profile and not (
+            context.set_optimization_profile_async(binding.profile, stream)
+        ):
+            raise EngineError(
+                f"{self._name}: TensorRT did not take profile {binding.profile}",
+                fix="See its messages above.",
+            )
         for name, shape in binding.shapes:
             if not context.set_input_shape(name, shape):
                 raise InputError(
                     f"{self._name}: TensorRT takes no {name} of {list(shape)}",
                     fix="Build with other --min-shapes or --max-shapes.",
                 )
+
+    def _place(self, context: Any, binding: _Binding) -> None:
+        """Tells a context where tensors lie."""
         for name, address in binding.addresses.items():
-            context.set_tensor_address(name, address)
-        self._bound = binding
+            if not context.set_tensor_address(name, address):
+                raise EngineError(
+                    f"{self._name}: TensorRT did not take the address of {name}",
+                    fix="See its messages above.",
+                )
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile that takes these shapes."""
@@ -312,14 +366,6 @@ class TensorRtGraph:
             f"{self._name}: {worst}",
             fix="Give less at a time, or build for it: --min-shapes, --max-shapes, --capacity.",
         )
-
-    def _unread_address(self, name: str) -> int:
-        """Memory for an output that nobody reads, as large as it can get."""
-        held = self._unread.get(name)
-        if held is None:
-            highest = max(int(self._context.get_max_output_size(name)), 1)
-            held = self._unread[name] = self._owner.device.allocate(highest)
-        return held.pointer
 
 
 def _within(shape: tuple[int, ...], profile: list[list[int]]) -> bool:

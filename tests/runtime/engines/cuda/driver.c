@@ -124,11 +124,21 @@ struct step { enum kind kind; void *to; const void *from; size_t size; unsigned 
 struct graph { int steps; struct step step[64]; };
 static struct graph *recorded;
 
+static int given_back(const void *pointer) { /* memory that nobody holds any longer */
+  size_t at = (size_t)((const char *)pointer - room);
+  if (!room || (const char *)pointer < room || at >= end) return 0;
+  for (int n = 0; n < count; n++)
+    if (pieces[n].used && at >= pieces[n].start && at < pieces[n].start + pieces[n].size) return 0;
+  return 1;
+}
 static status perform(const struct step *s) {
   if (s->kind == CALL) {
     s->call(s->to);
     return OK;
   }
+  if (s->kind == COPY ? given_back((void *)(uintptr_t)s->block.to.device) || given_back((void *)(uintptr_t)s->block.from.device)
+                      : given_back(s->to) || given_back(s->from))
+    return INVALID;
   device_memory(1);
   if (s->kind == FILL) memset(s->to, s->value, s->size);
   else if (s->kind == COPY)
@@ -170,7 +180,10 @@ static status instantiate(struct graph **out, const struct graph *graph, unsigne
 }
 static status launch(const struct graph *graph, void *s) {
   (void)s;
-  for (int n = 0; n < graph->steps; n++) perform(&graph->step[n]);
+  for (int n = 0; n < graph->steps; n++) {
+    status found = perform(&graph->step[n]);
+    if (found != OK) return found;
+  }
   return OK;
 }
 static status destroy(struct graph *graph) { free(graph); return OK; }
