@@ -67,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
+    parser.add_argument("--turns", type=int, default=ROUNDS, help="on every prompt")
     parser.add_argument("--only", choices=PARTS, help="this part; the others as they were measured")
     given = parser.parse_args()
     if given.quick and given.only:
@@ -101,7 +102,9 @@ def main() -> None:
         }
     say(f"  chosen: {chosen}")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "speeds": lambda: speeds(folder, given.checkpoint, given.truncated, count, chosen),
+        "speeds": lambda: speeds(
+            folder, given.checkpoint, given.truncated, count, chosen, given.turns
+        ),
         "quality": lambda: quality(bundle, given.truncated, tokenizer, chosen, given.quick),
         "exactness": lambda: exactness(bundle, rows),
     }
@@ -264,7 +267,12 @@ def replay(
 
 
 def speeds(
-    folder: Path, checkpoint: Path, truncated: Path, count: int, chosen: dict[str, Any]
+    folder: Path,
+    checkpoint: Path,
+    truncated: Path,
+    count: int,
+    chosen: dict[str, Any],
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """All ways to decode, on all prompts in turns; models of fewer layers as plain graphs."""
     common = {"prompts": str(folder / "prompts.npz"), "new_tokens": NEW_TOKENS}
@@ -329,7 +337,7 @@ def speeds(
         for writer in [*writers, *peers]:
             writer.side.run(writer.case, [0], lead=False)
         take_turns([*writers, *peers], numbers)
-        for _ in range(1, ROUNDS):
+        for _ in range(1, rounds):
             take_turns([*writers, *peers[:2]], numbers)
     full = writers[0]
     rate = full.total_tokens_per_s()
@@ -344,6 +352,7 @@ def speeds(
         say(f"  {writer.name}: {modes[writer.name]}")
     modes["audit"], modes["audit_loose"] = summary(audit), summary(loose)
     found: dict[str, Any] = {
+        "turns_on_every_prompt": rounds,
         "threads": {"chain": setting, "transformers": peer_setting},
         "threads_tried": {"chain": tried, "transformers": peer_tried},
         "modes": modes,
