@@ -34,6 +34,23 @@ settings.register_profile("edgeexit", deadline=None, print_blob=True)
 settings.load_profile("edgeexit")
 
 
+SLOW_FILES = (
+    "test_generate.py",
+    "test_adapters.py",
+    "test_wheel.py",
+    "test_models.py",
+    "test_oldest_transformers.py",
+    "test_decode.py",
+)
+"""Files that take a minute or more: where they come last, one worker ends long after the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    rank = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     """A model of four segments, each with an exit."""

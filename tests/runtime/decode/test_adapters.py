@@ -159,7 +159,7 @@ def session_of(decoder: Decoder) -> Session:
     return decoder._session
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3, 8])
+@pytest.mark.parametrize("drafts", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
     decoder: Decoder, answers: Answers, drafts: int, batch: int

@@ -96,7 +96,7 @@ def test_full_decoding_gives_the_reference_tokens(decoder: Decoder, expected: Ex
         check(made.tokens[0], prompt, expected)
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 4, 8, None])
+@pytest.mark.parametrize("drafts", [1, 3, 8, None])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_exact_decoding_gives_the_reference_tokens(
     decoder: Decoder, expected: Expected, drafts: int | None, batch: int
