@@ -31,7 +31,9 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @bundle_argument
 @click.option("--min-shapes", metavar=SHAPES, help="Smallest shapes of the bundle's inputs.")
 @click.option("--opt-shapes", metavar=SHAPES, help="Shapes that engines are tuned for.")
-@click.option("--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits.")
+@click.option(
+    "--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits, 8 rows."
+)
 @click.option(
     "--capacity", type=click.IntRange(min=2), help="Most tokens of a text; language models only."
 )
@@ -170,6 +172,10 @@ def _build(
         )
     if sign is not None and not targets:
         raise UsageError("--sign is for engines that go elsewhere", fix="Add --target and -o.")
+    if sign is not None and not sign.is_file():
+        raise UsageError(
+            f"--sign {sign}: there is no such key", fix="Make one: ssh-keygen -t ed25519."
+        )
     manifest = bundle.manifest
     if (capacity or caches) and manifest.program != "decode":
         raise UsageError("--capacity and --caches are for language models", fix="Use --max-shapes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from edgeexit.cli.common import (
     size,
     verbosity_options,
 )
-from edgeexit.errors import DataError, UsageError
+from edgeexit.errors import DataError, ExportError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
     from edgeexit.export.contract import DecodeModel, ExitModel
 
+NEEDED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",
@@ -121,6 +123,7 @@ def command(
     from edgeexit.bundlewriter import check_output
 
     check_output(output, overwrite=overwrite)
+    _require_extra()
     options: dict[str, Any] = {"overwrite": overwrite}
     if dtype is not None:
         options["dtype"] = DTYPES[dtype]
@@ -167,6 +170,16 @@ def command(
         click.echo(
             f"{output}: {len(found)} exits ({', '.join(leave.name for leave in found)}), "
             f"{size(made)}, weights {size(bundle.weights_bytes)}"
+        )
+
+
+def _require_extra() -> None:
+    """Refuses to begin where the extra `export` is not installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"exporting needs {', '.join(missing)}, which this environment does not have",
+            fix='Export on the workstation, or install it: pip install "edgeexit[export]".',
         )
 
 

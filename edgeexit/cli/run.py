@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.bundle import open_bundle
 from edgeexit.cli.common import (
     add_current_directory,
     bundle_argument,
@@ -141,11 +142,8 @@ def command(
     from edgeexit.runtime import Policy, load
     from edgeexit.runtime.policy import forced
 
-    if sum(map(bool, (data, images, texts, prompts, messages))) != 1:
-        raise UsageError(
-            "run needs one kind of input",
-            fix="Give --data, --image, --text, --prompt or --messages.",
-        )
+    kinds = {"data": data, "image": images, "text": texts, "prompt": prompts, "messages": messages}
+    kind = _only_kind([kind for kind, value in kinds.items() if value])
     if sum(choice is not None for choice in (policy, threshold, exit_name)) > 1:
         raise UsageError(
             "--policy, --threshold and --exit contradict each other", fix="Give one of them."
@@ -201,6 +199,7 @@ def command(
         loading: dict[str, Any] = {"engine": engine, "policy": chosen, "threads": threads}
         if capacity is not None:
             loading["capacity"] = capacity
+        _check_kind(kind, bundle)
         _write(bundle, inputs, templates, loading, writing, given, stream=stream, as_json=as_json)
         return
     if writing or given or talking or room or stream or chat:
@@ -208,6 +207,7 @@ def command(
         raise UsageError(
             f"--{options[0].replace('_', '-')} is for text that is written", fix="Give a --prompt."
         )
+    _check_kind(kind, bundle)
     with load(bundle, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
         if exit_name is not None:
             names = [leave.name for leave in model.exits]
@@ -240,6 +240,32 @@ def command(
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
         click.echo(f"{right} of {len(labelled)} right")
+
+
+OF_ONE_PASS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
+"""Kinds of input that models take which answer, and which write."""
+
+
+def _only_kind(given: list[str]) -> str:
+    """The one kind of input that was given."""
+    if len(given) == 1:
+        return given[0]
+    what = f"--{given[0]} and --{given[1]} contradict each other: " if given else ""
+    answers, writes = (" or ".join(f"--{kind}" for kind in k) for k in (OF_ONE_PASS, OF_TEXT))
+    raise UsageError(
+        f"{what}run needs one kind of input", fix=f"Give {answers}; a language model: {writes}."
+    )
+
+
+def _check_kind(kind: str, bundle: Path) -> None:
+    """Refuses an input that the bundle does not take."""
+    writes = open_bundle(bundle).manifest.program == "decode"
+    takes = OF_TEXT if writes else OF_ONE_PASS
+    if kind not in takes:
+        does = "writes text" if writes else "answers inputs, it does not write text"
+        raise UsageError(
+            f"--{kind}: {bundle} {does}", fix=f"Give {' or '.join(f'--{one}' for one in takes)}."
+        )
 
 
 def _check_mode(
@@ -323,7 +349,9 @@ def _write(
         print_json({"bundle": str(bundle), "engine": about, "texts": texts, "statistics": facts})
         return
     if not stream:
-        for start, text in zip(before, made.texts, strict=True):
+        for number, (start, text) in enumerate(zip(before, made.texts, strict=True), start=1):
+            if len(before) > 1:
+                click.echo(f"== {number} of {len(before)}")
             click.echo(start + text)
     said = [f"{facts['tokens']} tokens, first after {facts['first_token_ms']:.0f} ms"]
     if made.tokens_per_s is not None:

@@ -16,6 +16,7 @@ from edgeexit.cli.common import (
     threads_option,
     verbosity_options,
 )
+from edgeexit.errors import UsageError
 
 
 @click.command("trace")
@@ -56,6 +57,7 @@ def command(
     \b
     edgeexit trace bundle --data validation.npz -o trace.npz
     """
+    from edgeexit.bundle import open_bundle
     from edgeexit.measure.data import open_data
     from edgeexit.measure.files import check_output
     from edgeexit.measure.trace import record, write_trace
@@ -63,6 +65,11 @@ def command(
 
     check_output(output)
     add_current_directory()
+    if open_bundle(bundle).manifest.program == "decode":
+        raise UsageError(
+            f"{bundle} writes text, and trace takes no language models yet",
+            fix="Try thresholds of its exits out: run --mode fast --threshold 0.6 --audit.",
+        )
     with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:

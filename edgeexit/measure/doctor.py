@@ -41,7 +41,7 @@ PACKAGES = (
 )
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("run bundles on the processor", ("onnxruntime",)),
-    "cuda": ("run bundles on an NVIDIA GPU", ("onnxruntime-gpu",)),
+    "cuda": ("run bundles on an NVIDIA GPU", ("onnxruntime-gpu", "cuda-bindings")),
     "rtx": (
         "TensorRT engines on desktop GPUs, and ahead of time for them",
         ("tensorrt-rtx", "cuda-bindings"),

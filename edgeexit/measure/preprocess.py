@@ -71,7 +71,8 @@ def open_image(
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
-        raise DataError(f"{where}: not an image that Pillow reads ({error})", fix=fix) from error
+        reason = str(error).split("<_io")[0].strip()
+        raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
     return image
 
 

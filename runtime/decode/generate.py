@@ -212,12 +212,16 @@ class Decoder(Loaded):
         for row in rows:
             check_tokens(opened, row)
             if len(row) + max_new_tokens > self.capacity:
+                larger = (
+                    f", or load with a larger capacity (up to {opened.limit})"
+                    if self.capacity < opened.limit
+                    else " (the model was made for no more)"
+                )
                 raise InputError(
                     f"a prompt of {len(row)} token{'s' * (len(row) != 1)} and {max_new_tokens} new "
-                    "ones need "
-                    f"{len(row) + max_new_tokens} places, the capacity is {self.capacity}",
-                    fix="Shorten the prompt, lower max_new_tokens, or load with a larger capacity "
-                    f"(the model was made for {opened.limit}).",
+                    f"one{'s' * (max_new_tokens != 1)} need {len(row) + max_new_tokens} places, "
+                    f"the capacity is {self.capacity}",
+                    fix=f"Shorten the prompt or lower max_new_tokens{larger}.",
                 )
         self._position(draft_exit, [leave.name for leave in self.exits])
         if mode != "full" and opened.head is None:

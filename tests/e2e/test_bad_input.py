@@ -248,3 +248,19 @@ def test_an_error_leaves_stdout_empty_when_json_is_asked_for(cli: Cli, toy_copy:
     manifest["format"] = "2.0"
     (toy_copy / "manifest.json").write_text(json.dumps(manifest))
     assert_clear(cli("inspect", toy_copy, "--json"), 1, "the format is 2.0", "Install the edgeexit")
+
+
+def test_a_prompt_for_a_model_of_one_pass_is_refused(cli: Cli, toy_bundle: Bundle) -> None:
+    ran = cli("run", toy_bundle.path, "--prompt", "x")
+    assert_clear(ran, 2, "does not write text", "--data or --image or --text")
+
+
+def test_export_says_what_it_needs_where_it_is_not_installed(
+    run_here: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from edgeexit.cli import export
+
+    monkeypatch.setattr(export, "NEEDED", ("torch", "not_installed_anywhere"))
+    for model in ("checkpoint", "model.onnx"):
+        ran = run_here("export", "-m", model, "--exits", "a,b", "-o", tmp_path / "bundle")
+        assert_clear(ran, 1, "needs not_installed_anywhere", "edgeexit[export]")

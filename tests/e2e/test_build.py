@@ -60,6 +60,7 @@ def test_engines_are_built_signed_and_imported(
         (["--target", "sm86"], 2, "--target and -o go together"),
         (["-o", "e"], 2, "--target and -o go together"),
         (["--sign", "key"], 2, "Add --target and -o"),
+        (["--target", "sm86", "-o", "e", "--sign", "key"], 2, "no such key"),
         (["--trust"], 2, "Add --import DIR"),
         (["--import", "none"], 2, "there are no engines"),
         (["--import", "none", "--target", "sm86"], 2, "--target does not go with --import"),

@@ -208,7 +208,7 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--prompt", "x" * 200), "capacity is 96"),
+        (("--prompt", "x" * 200), "places, the capacity is 96"),
         (("--prompt", ""), "a prompt is empty"),
         (("--prompt", "x", "--exit", "exit_1"), "--draft-exit"),
         (("--prompt", "x", "--chat"), "no chat template"),
@@ -216,7 +216,7 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--mode", "exact", "--draft-exit", "exit_9"), "exit_9"),
         (("--text", "x", "--mode", "exact"), "--prompt"),
-        (("--text", "x"), "load_decoder"),
+        (("--text", "x"), "writes text. Give --prompt or --messages"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

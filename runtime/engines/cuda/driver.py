@@ -30,8 +30,8 @@ def import_driver() -> Any:
         (status,) = driver.cuInit(0)
     except Exception as error:  # cuda-bindings raises kinds of its own where there is no library
         raise EngineError(
-            f"there is no NVIDIA driver ({str(error).splitlines()[0][:200]})",
-            fix="Install the driver of your GPU. To build for desktop GPUs without one: "
+            "there is no NVIDIA driver (libcuda is not found)",
+            fix="Install the driver of your GPU, or use --engine cpu; to build for other machines: "
             "edgeexit build --target sm86 -o DIR.",
         ) from error
     if status != driver.CUresult.CUDA_SUCCESS:

@@ -361,7 +361,8 @@ def verify_signature(folder: Path, raw: bytes, signers: Path) -> str:
     """
     fix = (
         "Sign them where they were built (edgeexit build --sign KEY) with a key listed in the file "
-        "of allowed signers (--allowed-signers FILE), or add --trust if you answer for them."
+        "of allowed signers (--allowed-signers FILE; a line is a name before what stands in the "
+        "key's .pub: NAME ssh-ed25519 AAAA...), or add --trust if you answer for them."
     )
     if not (folder / SIGNATURE).is_file():
         raise IntegrityError(f"{folder}: the engines have no signature ({SIGNATURE})", fix=fix)
