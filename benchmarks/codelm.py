@@ -11,6 +11,7 @@ figure means.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import subprocess
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
     parser.add_argument("--turns", type=int, default=ROUNDS, help="on every prompt")
-    parser.add_argument("--only", choices=PARTS, help="this part; the others as they were measured")
+    parser.add_argument(
+        "--only", choices=[*PARTS, "smaller"], help="this part; the others as they were measured"
+    )
     given = parser.parse_args()
     if given.quick and given.only:
         parser.error("--only goes on from a whole result, and --quick makes none")
@@ -105,6 +108,7 @@ def main() -> None:
         "speeds": lambda: speeds(
             folder, given.checkpoint, given.truncated, count, chosen, given.turns
         ),
+        "smaller": lambda: smaller(folder, given.truncated, count, chosen, given.turns),
         "quality": lambda: quality(bundle, given.truncated, tokenizer, chosen, given.quick),
         "exactness": lambda: exactness(bundle, rows),
     }
@@ -276,18 +280,9 @@ def speeds(
 ) -> dict[str, Any]:
     """All ways to decode, on all prompts in turns; models of fewer layers as plain graphs."""
     common = {"prompts": str(folder / "prompts.npz"), "new_tokens": NEW_TOKENS}
-    early = [leave.name for leave in open_bundle(folder / "bundle").exits()[:-1]]
+    early = early_exits(folder)
     layers = [int(name.removeprefix("exit_")) for name in early]
-
-    def chain(threads: Any, chances: list[float] | None = None) -> Side:
-        own = {
-            "bundle": str(folder / "bundle"),
-            "capacity": CAPACITY,
-            "policies": chosen,
-            "chances": chances or [0.0] * len(early),
-            "threads": threads,
-        }
-        return Side("peers:alternatives", common | own, folder=str(HERE), name="chain")
+    chain = functools.partial(chain_side, folder, chosen)
 
     def peer(threads: int) -> Side:
         own = {"checkpoint": str(checkpoint), "threads": threads}
@@ -323,10 +318,7 @@ def speeds(
             "random",
         ]
         writers = [Writer(name, ours, name) for name in names]
-        for depth, plain in truncated_bundles(truncated, folder).items():
-            own = common | {"bundle": str(plain), "capacity": CAPACITY, "threads": setting}
-            made = Side("edgeexit.measure.decodesubjects:unsplit", own, name="truncated")
-            writers.append(Writer(f"truncated_{depth}", stack.enter_context(made), "unsplit"))
+        writers += truncated_writers(stack, truncated, folder, setting)
         drafts, drafts_tried = best_drafts(theirs, layers, numbers[:PEER_PROMPTS])
         say(f"  transformers: {drafts} {drafts_tried}")
         peers = [
@@ -366,6 +358,71 @@ def speeds(
         }
         say(f"  transformers {writer.name}: {found['transformers'][writer.name]}")
     return found
+
+
+def early_exits(folder: Path) -> list[str]:
+    """Names of the bundle's exits but the last."""
+    return [leave.name for leave in open_bundle(folder / "bundle").exits()[:-1]]
+
+
+def chain_side(
+    folder: Path, chosen: dict[str, Any], threads: Any, chances: list[float] | None = None
+) -> Side:
+    """The bundle in a process of its own, in every mode and every other way."""
+    own = {
+        "bundle": str(folder / "bundle"),
+        "prompts": str(folder / "prompts.npz"),
+        "new_tokens": NEW_TOKENS,
+        "capacity": CAPACITY,
+        "policies": chosen,
+        "chances": chances or [0.0] * len(early_exits(folder)),
+        "threads": threads,
+    }
+    return Side("peers:alternatives", own, folder=str(HERE), name="chain")
+
+
+def truncated_writers(
+    stack: ExitStack, truncated: Path, folder: Path, threads: Any
+) -> list[Writer]:
+    """Models of fewer layers, each as a plain graph in a process of its own."""
+    writers = []
+    for depth, plain in truncated_bundles(truncated, folder).items():
+        own = {
+            "bundle": str(plain),
+            "prompts": str(folder / "prompts.npz"),
+            "new_tokens": NEW_TOKENS,
+            "capacity": CAPACITY,
+            "threads": threads,
+        }
+        made = Side("edgeexit.measure.decodesubjects:unsplit", own, name="truncated")
+        writers.append(Writer(f"truncated_{depth}", stack.enter_context(made), "unsplit"))
+    return writers
+
+
+def smaller(
+    folder: Path, truncated: Path, count: int, chosen: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """Models of fewer layers beside the chain alone: what `speeds` measures of them, for when the
+    rest is not wanted again."""
+    chain = functools.partial(chain_side, folder, chosen)
+    side, setting, tried = best_setting(chain, "full", settings("cpu", available_cores()))
+    side.close()
+    say(f"  chain: threads {setting} {tried}")
+    with ExitStack() as stack:
+        ours = stack.enter_context(chain(setting))
+        writers = [Writer(name, ours, name) for name in ("full", "exact", "fast")]
+        writers += truncated_writers(stack, truncated, folder, setting)
+        for writer in writers:
+            writer.side.run(writer.case, [0], lead=False)
+        for _ in range(rounds):
+            take_turns(writers, list(range(count)))
+    rate = writers[0].total_tokens_per_s()
+    modes = {}
+    for writer in writers:
+        ratio = round(writer.total_tokens_per_s() / rate, 4)
+        modes[writer.name] = {**summary(writer), "of_full": ratio}
+        say(f"  {writer.name}: {modes[writer.name]}")
+    return {"turns_on_every_prompt": rounds, "threads": setting, "modes": modes}
 
 
 def truncated_models(where: Path) -> dict[int, Path]:
