@@ -1,7 +1,7 @@
 # `make test` and `make demo` each set up a fresh machine and are quick when run again.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test engines demo bench clean
+.PHONY: help setup lint test slow demo bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ help:
 	@echo "make demo   from a trained vision transformer to answers that are faster than the whole model"
 	@echo "make test   format, lint, types, import contracts, tests and docstring examples"
 	@echo "make lint   the first four of these"
-	@echo "make engines  every engine of every example, built ahead of time (about ten minutes)"
+	@echo "make slow   the tests that take minutes: every engine of the examples, clean environments"
 	@echo "make bench  the measurements quoted in the README (about two hours on a quiet machine)"
 	@echo "make clean  removes the environment and everything that was made"
 	@echo "make setup  only the environment in $(VENV)"
@@ -39,10 +39,11 @@ lint: $(READY)
 	@$(BIN)/lint-imports
 
 test: $(READY) lint
-	@$(BIN)/python -m pytest -m "not engines" --numprocesses=logical --dist=loadfile
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses=logical --dist=loadfile
 
-engines: $(READY)
-	@$(BIN)/python -m pytest -m engines --numprocesses=logical --dist=worksteal tests/examples
+slow: $(READY)
+	@$(BIN)/python -m pytest -m slow --numprocesses=logical --dist=worksteal tests/examples
+	@$(BIN)/python -m pytest -m slow --numprocesses=logical --dist=loadfile --ignore=tests/examples
 
 demo: $(READY)
 	@mkdir -p $(DEMO)

@@ -37,9 +37,7 @@ settings.load_profile("edgeexit")
 SLOW_FILES = (
     "test_generate.py",
     "test_adapters.py",
-    "test_wheel.py",
     "test_models.py",
-    "test_oldest_transformers.py",
     "test_decode.py",
 )
 """Files that take a minute or more: where they come last, one worker ends long after the other."""

@@ -23,6 +23,7 @@ import edgeexit
 from edgeexit.bundle import Bundle
 from tests.checkpoints import FAMILIES
 
+pytestmark = pytest.mark.slow
 ROOT = Path(edgeexit.__file__).parent.parent
 SOURCES = ["edgeexit", "export", "runtime", "pyproject.toml", "README.md", "LICENSE"]
 LINKS = ["edgeexit/export", "edgeexit/runtime"]

@@ -1,6 +1,6 @@
 """Engines of every example in every form, built ahead of time for three desktop GPUs.
 
-Takes some minutes, so it is no part of `make test` but of ``make engines``; both run before
+Takes some minutes, so it is no part of `make test` but of ``make slow``; both run before
 anything lands.
 """
 
@@ -25,7 +25,7 @@ from edgeexit.runtime.engines.tensorrt.store import EngineSet
 ROOT = Path(__file__).parents[2]
 TARGETS = [86, 89, 120]
 CAPACITY = 512
-pytestmark = pytest.mark.engines
+pytestmark = pytest.mark.slow
 
 Examples = Callable[[str, str], Bundle]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PINS = Path(__file__).parent / "oldest-transformers.txt"
 ROOT = Path(__file__).parent.parent.parent
 PARITY = "trunk_equals or padding or ((survive or bundle_equals) and vit)"
