@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.bundle import open_bundle
+from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.cli.common import (
     add_current_directory,
     bundle_argument,
@@ -23,7 +23,6 @@ from edgeexit.cli.common import (
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.bundle import Bundle
     from edgeexit.cli.conversations import Conversation
     from edgeexit.measure.data import Batch
 
@@ -199,16 +198,16 @@ def command(
         loading: dict[str, Any] = {"engine": engine, "policy": chosen, "threads": threads}
         if capacity is not None:
             loading["capacity"] = capacity
-        _check_kind(kind, bundle)
-        _write(bundle, inputs, templates, loading, writing, given, stream=stream, as_json=as_json)
+        opened = _open_for(kind, bundle)
+        _write(opened, inputs, templates, loading, writing, given, stream=stream, as_json=as_json)
         return
     if writing or given or talking or room or stream or chat:
         options = [*writing, *given, *talking, *room, *(["stream"] if stream else []), "chat"]
         raise UsageError(
             f"--{options[0].replace('_', '-')} is for text that is written", fix="Give a --prompt."
         )
-    _check_kind(kind, bundle)
-    with load(bundle, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
+    opened = _open_for(kind, bundle)
+    with load(opened, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
         if exit_name is not None:
             names = [leave.name for leave in model.exits]
             if exit_name not in names:
@@ -257,15 +256,17 @@ def _only_kind(given: list[str]) -> str:
     )
 
 
-def _check_kind(kind: str, bundle: Path) -> None:
-    """Refuses an input that the bundle does not take."""
-    writes = open_bundle(bundle).manifest.program == "decode"
+def _open_for(kind: str, bundle: Path) -> Bundle:
+    """Opens the bundle; refuses an input that it does not take."""
+    opened = open_bundle(bundle)
+    writes = opened.manifest.program == "decode"
     takes = OF_TEXT if writes else OF_ONE_PASS
     if kind not in takes:
         does = "writes text" if writes else "answers inputs, it does not write text"
         raise UsageError(
             f"--{kind}: {bundle} {does}", fix=f"Give {' or '.join(f'--{one}' for one in takes)}."
         )
+    return opened
 
 
 def _check_mode(
@@ -293,7 +294,7 @@ def _check_mode(
 
 
 def _write(
-    bundle: Path,
+    bundle: Bundle,
     inputs: list[str] | list[Conversation],
     templates: dict[str, Any],
     loading: dict[str, Any],
@@ -346,7 +347,9 @@ def _write(
             {"prompt": prompt, "text": text, "tokens": tokens}
             for prompt, text, tokens in zip(prompts, made.texts, made.tokens, strict=True)
         ]
-        print_json({"bundle": str(bundle), "engine": about, "texts": texts, "statistics": facts})
+        print_json(
+            {"bundle": str(bundle.path), "engine": about, "texts": texts, "statistics": facts}
+        )
         return
     if not stream:
         for number, (start, text) in enumerate(zip(before, made.texts, strict=True), start=1):

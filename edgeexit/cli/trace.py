@@ -65,12 +65,13 @@ def command(
 
     check_output(output)
     add_current_directory()
-    if open_bundle(bundle).manifest.program == "decode":
+    opened_bundle = open_bundle(bundle)
+    if opened_bundle.manifest.program == "decode":
         raise UsageError(
             f"{bundle} writes text, and trace takes no language models yet",
             fix="Try thresholds of its exits out: run --mode fast --threshold 0.6 --audit.",
         )
-    with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
+    with load(opened_bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:
             trace = record(model, opened, batch_size, progress=progress)

@@ -104,7 +104,7 @@ class SegmentCaches:
         self.lengths: list[int] = [0] * batch
         self._extents = extents(capacity) if grows else [capacity]
         self.extent = self._extents[0]
-        self._caches, self._batch = caches, batch
+        self._batch = batch
         self._groups = _group(caches, batch, capacity, engine)
         self._place = {
             cache.name: (group, number)

@@ -1,4 +1,5 @@
-"""The one head that all exits of a decoder share: states in, tokens, logits and scores out."""
+"""The one head that all exits of a decoder share: states in, tokens, logits and scores out; and
+where the answers of a graph lie (`Made`), which unsplit gives too."""
 
 from __future__ import annotations
 

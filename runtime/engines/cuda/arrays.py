@@ -56,17 +56,9 @@ class DeviceArray:
         return self._view.dtype
 
     @property
-    def strides(self) -> tuple[int, ...]:
-        """Bytes from one element to the next, per axis."""
-        return self._view.strides
-
-    @property
     def pointer(self) -> int:
         """Address of the first element."""
         return int(self._view.__array_interface__["data"][0])
-
-    def __len__(self) -> int:
-        return len(self._view)
 
     def __getitem__(self, key: Any) -> DeviceArray:
         return DeviceArray(self._slot, self._view[_basic(key)])

@@ -1,4 +1,4 @@
-"""What test_cuda.py runs in processes of its own, where the driver is that of driver.c.
+"""What test_device.py runs in processes of its own, where the driver is that of driver.c.
 
 LD_LIBRARY_PATH=folder-of-libcuda python on_host_driver.py NAME
 """
