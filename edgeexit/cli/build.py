@@ -23,6 +23,7 @@ from edgeexit.errors import UsageError
 if TYPE_CHECKING:
     from edgeexit.runtime.decode.session import Form
     from edgeexit.runtime.engines.tensorrt.build import Estimate
+    from edgeexit.runtime.engines.tensorrt.precision import Types
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -92,14 +93,20 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     if as_json:
         print_json({"bundle": str(bundle), "digest": opened.digest, "engines": made})
     elif not quiet:
+        came = ", imported" if options["source"] is not None else ""
         for one in made:
             rows = [
                 (plan["graph"], size(plan["bytes"]), plan["seconds"], plan["computes_in"])
                 for plan in one["plans"]
             ]
-            print_table(
-                f"{one['path']} ({one['for']})", ("graph", "plan", "seconds", "computes in"), rows
-            )
+            title = f"{one['path']} ({one['for']}{came})"
+            print_table(title, ("graph", "plan", "seconds", "computes in"), rows)
+    for plan in (plan for one in made for plan in one["plans"] if plan["built_otherwise"]):
+        click.echo(
+            f"warning: {plan['graph']}: the graph multiplies in {plan['computes_in']}, but the "
+            f"inspector finds float32 products in the engine: {plan['inspected']}",
+            err=True,
+        )
 
 
 def _import(
@@ -155,6 +162,7 @@ def _build(
         Options,
         build_engines,
         estimate,
+        is_built,
         sample_sizes,
         work_of,
     )
@@ -213,11 +221,14 @@ def _build(
         form=caches,
     )
     root = output or engine_dir or store.default_root()
-    _foretell(estimate(bundle, works, library), len(targets) or 1, quiet)
+    wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
+    wanted = wanted or [describe_device()]
+    new = [one for one in wanted if not is_built(bundle, works, library, one, root, options)]
+    if new:
+        _foretell(estimate(bundle, works, library), len(new), quiet)
     made = []
     with progress_bar(quiet) as progress:
-        wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
-        for about in wanted or [describe_device()]:
+        for about in wanted:
             folder, _ = build_engines(
                 bundle, works, library, about, root, options=options, progress=progress
             )
@@ -248,6 +259,7 @@ def _foretell(expected: Estimate | None, times: int, quiet: bool) -> None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
+    from edgeexit.runtime.engines.tensorrt.precision import built_otherwise
     from edgeexit.runtime.engines.tensorrt.store import read_index
 
     engines = read_index(folder)
@@ -269,20 +281,19 @@ def _described(folder: Path) -> dict[str, Any]:
                 "peak_memory_bytes": plan.peak_memory_bytes,
                 "precision": plan.precision,
                 "computes_in": _computes_in(plan.precision),
+                "inspected": plan.inspected,
+                "built_otherwise": built_otherwise(plan.precision, plan.inspected or {}),
             }
             for plan in engines.plans
         ],
     }
 
 
-def _computes_in(precision: dict[str, dict[str, int]]) -> str:
-    """Types of the layers that multiply, as ``HALF 24, FLOAT 2``."""
-    heavy = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT", "EINSUM")
-    types: dict[str, int] = {}
-    for kind in heavy:
-        for dtype, count in precision.get(kind, {}).items():
-            types[dtype] = types.get(dtype, 0) + count
-    return ", ".join(f"{dtype} {count}" for dtype, count in sorted(types.items()))
+def _computes_in(types: Types) -> str:
+    """Types of the layers that multiply, as ``FLOAT 2, HALF 24``."""
+    from edgeexit.runtime.engines.tensorrt.precision import products
+
+    return ", ".join(f"{dtype} {count}" for dtype, count in sorted(products(types).items()))
 
 
 def parse_bytes(text: str) -> int:

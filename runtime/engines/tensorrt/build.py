@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 REFERENCE = "samples/reference.npz"
 
-BUILDER = 1
+BUILDER = 2
 """Raised when what is built of the same things becomes another engine: a part of every key."""
 
 
@@ -356,6 +356,19 @@ def build_engines(
     return folder, engines
 
 
+def is_built(
+    bundle: Bundle,
+    works: Sequence[Work],
+    library: Library,
+    target: Mapping[str, Any],
+    root: Path,
+    options: Options,
+) -> bool:
+    """Whether the cache has all of it, so that `build_engines` would build nothing."""
+    key = store.key_of(made_from(bundle, works, library, target, options))
+    return (store.folder_of(root, bundle.digest, key) / store.INDEX).is_file()
+
+
 def _plain(shapes: Shapes) -> dict[str, list[list[int]]]:
     return {name: [list(shape) for shape in three] for name, three in shapes.items()}
 
@@ -412,6 +425,7 @@ def _build(
         profiles=job.profiles,
         largest=dict(work.largest),
         precision=built.precision,
+        inspected=built.inspected,
         seconds=round(built.seconds, 3),
         peak_memory_bytes=built.peak_memory_bytes,
     )
@@ -526,6 +540,7 @@ __all__ = [
     "Work",
     "build_engines",
     "estimate",
+    "is_built",
     "made_from",
     "sample_sizes",
     "work_of",

@@ -34,6 +34,12 @@ from edgeexit.runtime.engines.cuda.driver import describe_device
 from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.tensorrt import store
+from edgeexit.runtime.engines.tensorrt.api import (
+    ICudaEngine,
+    IExecutionContext,
+    IRuntimeCache,
+    IRuntimeConfig,
+)
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
 from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
 
@@ -136,7 +142,7 @@ class TensorRtEngine:
         """Waits for runs that may still have to read memory of the host."""
         self.device.settle()
 
-    def context(self, engine: Any) -> Any:
+    def context(self, engine: ICudaEngine) -> IExecutionContext:
         """An execution context whose scratch memory is the one that all of this engine share."""
         trt = self.library.module
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -177,10 +183,10 @@ class Scratch:
 
     def __init__(self, device: Device, replays: Replays | None = None) -> None:
         self._device, self._replays = device, replays
-        self._contexts: list[weakref.ref[Any]] = []
+        self._contexts: list[weakref.ref[IExecutionContext]] = []
         self._slot: Any = None
 
-    def lend(self, context: Any, size_bytes: int) -> None:
+    def lend(self, context: IExecutionContext, size_bytes: int) -> None:
         """Gives a context its scratch memory; if it needs more than there is, all get a larger."""
         self._contexts = [one for one in self._contexts if one() is not None]
         self._contexts.append(weakref.ref(context))
@@ -201,10 +207,10 @@ class _RuntimeCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._cache: Any = None
+        self._cache: IRuntimeCache | None = None
         self._known = b""
 
-    def of(self, config: Any) -> Any:
+    def of(self, config: IRuntimeConfig) -> IRuntimeCache:
         """The one cache of all contexts."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
@@ -236,14 +242,16 @@ class _Binding:
     profile: int
     shapes: list[tuple[str, tuple[int, ...]]]
     addresses: dict[str, int]
-    context: Any = None
+    context: IExecutionContext | None = None
     unread: list[DeviceSlot] = field(default_factory=list)
 
 
 class TensorRtGraph:
     """One engine, with one context."""
 
-    def __init__(self, owner: TensorRtEngine, name: str, plan: PlanFile, engine: Any) -> None:
+    def __init__(
+        self, owner: TensorRtEngine, name: str, plan: PlanFile, engine: ICudaEngine
+    ) -> None:
         self._owner, self._name, self._plan, self._engine = owner, name, plan, engine
         trt = owner.library.module
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
@@ -324,7 +332,7 @@ class TensorRtGraph:
                 f"{self._name}: TensorRT did not run it", fix="See its messages above."
             )
 
-    def _shape(self, context: Any, binding: _Binding) -> None:
+    def _shape(self, context: IExecutionContext, binding: _Binding) -> None:
         """Tells a context profile and shapes."""
         self._bound = None
         stream = self._owner.device.stream
@@ -342,7 +350,7 @@ class TensorRtGraph:
                     fix="Build with other --min-shapes or --max-shapes.",
                 )
 
-    def _place(self, context: Any, binding: _Binding) -> None:
+    def _place(self, context: IExecutionContext, binding: _Binding) -> None:
         """Tells a context where tensors lie."""
         for name, address in binding.addresses.items():
             if not context.set_tensor_address(name, address):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
 
 from edgeexit.errors import EngineError, UsageError
+from edgeexit.runtime.engines.tensorrt.api import TensorRt
 
 SUPPORTED: dict[str, tuple[tuple[int, int], int]] = {
     "tensorrt": ((10, 3), 11),
@@ -35,7 +35,7 @@ class Library:
     """
 
     name: str
-    module: Any
+    module: TensorRt
     version: str
 
     @property
@@ -102,7 +102,7 @@ def import_library(name: str) -> Library:
         EngineError: It cannot be imported, or its version is refused.
     """
     try:
-        module = importlib.import_module(name)
+        module: TensorRt = importlib.import_module(name)
     except ImportError as error:
         raise EngineError(
             f"{name} cannot be imported ({error})",

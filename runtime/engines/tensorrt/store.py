@@ -27,6 +27,7 @@ from msgspec import Meta
 from edgeexit.bundle import Bundle, check_relative, read_regular, regular_size, sha256_of
 from edgeexit.errors import EngineError, IntegrityError, OutputBusyError, UsageError
 from edgeexit.manifest import Sha256, Struct
+from edgeexit.runtime.engines.tensorrt.precision import Types
 
 INDEX, SIGNATURE, LOCK = "engines.json", "engines.json.sig", ".lock"
 NAMESPACE = "edgeexit-engines"
@@ -46,7 +47,9 @@ class PlanFile(Struct, frozen=True, kw_only=True):
         profiles: Per profile, input -> its smallest, usual and largest shape. Inputs of one shape
             are left out.
         largest: Named axis -> its largest size.
-        precision: Kind of layer -> type that it computes in -> how many there are.
+        precision: Kind of layer -> type that it computes in, by the network -> how many there are.
+        inspected: Type -> how many of the engine's layers multiply in it, by the library's
+            inspector; None where it was built ahead of time, for nothing could be loaded there.
         seconds, peak_memory_bytes: What the build took.
     """
 
@@ -57,9 +60,10 @@ class PlanFile(Struct, frozen=True, kw_only=True):
     outputs: list[str]
     profiles: list[dict[str, list[list[int]]]]
     largest: dict[str, int]
-    precision: dict[str, dict[str, int]]
+    precision: Types
     seconds: float
     peak_memory_bytes: int
+    inspected: dict[str, int] | None = None
 
 
 class Target(Struct, frozen=True, kw_only=True):

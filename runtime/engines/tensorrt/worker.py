@@ -18,6 +18,8 @@ import msgspec
 
 from edgeexit.errors import EdgeExitError
 from edgeexit.graphfile import fix_axes, keep_outputs
+from edgeexit.runtime.engines.tensorrt import precision
+from edgeexit.runtime.engines.tensorrt.api import IHostMemory, OnnxParser, TensorRt
 from edgeexit.runtime.engines.tensorrt.library import Library, import_library
 
 
@@ -47,10 +49,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Built(msgspec.Struct, kw_only=True):
-    """What came of it: size of the plan, types of its layers, seconds, and peak memory."""
+    """What came of it: size of the plan, types of its network's layers and, where the engine could
+    be looked into, of its own products; seconds, and peak memory."""
 
     bytes: int
-    precision: dict[str, dict[str, int]]
+    precision: precision.Types
+    inspected: dict[str, int] | None
     seconds: float
     peak_memory_bytes: int
 
@@ -114,6 +118,8 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         config.num_compute_capabilities = len(job.targets)
         for place, target in enumerate(job.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
+    else:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     if job.memory_limit_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
     if job.opt_level is not None:
@@ -124,7 +130,7 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     config.progress_monitor = monitor = _monitor(trt, told)
-    precision = _precision(trt, network)
+    types = precision.of_network(trt, network)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
@@ -134,7 +140,8 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         _write(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
     return Built(
         bytes=plan.nbytes,
-        precision=precision,
+        precision=types,
+        inspected=None if job.targets else _inspect(trt, log, plan),
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory(),
     )
@@ -157,28 +164,17 @@ def _write(path: Path, data: memoryview) -> None:
     os.replace(partial, path)
 
 
-def _precision(library: Any, network: Any) -> dict[str, dict[str, int]]:
-    """Types of the network's layers by kind. It is strongly typed: what the network says, the
-    engine computes in."""
-    found: dict[str, dict[str, int]] = {}
-    dequantised: set[str] = set()
-    for number in range(network.num_layers):
-        layer = network.get_layer(number)
-        if layer.num_outputs == 0 or layer.get_output(0) is None:
-            continue
-        if layer.type == library.LayerType.DEQUANTIZE:
-            dequantised.add(layer.get_output(0).name)
-        kind = str(layer.type).rsplit(".", 1)[-1]
-        dtype = str(layer.get_output(0).dtype).rsplit(".", 1)[-1]
-        taken = layer.get_input(0)
-        if taken is not None and taken.name in dequantised:
-            dtype = "INT8"  # what dequantises is fused into what comes behind it
-        types = found.setdefault(kind, {})
-        types[dtype] = types.get(dtype, 0) + 1
-    return found
+def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int]:
+    """Loads the engine on the device it was built for, and asks what it multiplies in."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        why = log.reason("it was built, but cannot be loaded here")
+        raise Refused(Failed(what=why, memory=log.out_of_memory))
+    inspector = engine.create_engine_inspector()
+    return precision.of_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _parser_failure(parser: Any, log: Any) -> Failed:
+def _parser_failure(parser: OnnxParser, log: Any) -> Failed:
     nodes = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
@@ -186,12 +182,14 @@ def _parser_failure(parser: Any, log: Any) -> Failed:
     return Failed(what=log.reason("the parser refused the graph"), nodes=nodes)
 
 
-def _logger(trt: Any) -> Any:
+def _logger(trt: TensorRt) -> Any:
     """Keeps what the library complains of: its calls themselves only say that they failed."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    base: Any = trt.ILogger
+
+    class Log(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.complaints: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -209,10 +207,12 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, told: TextIO) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+def _monitor(trt: TensorRt, told: TextIO) -> Any:
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self.steps: dict[str, int] = {}
             self.asked_by = os.getppid()
 

@@ -1,0 +1,105 @@
+"""What an engine computes in: what its network says, and what the library's inspector says of the
+engine that was built.
+
+Networks are strongly typed, so both should agree; where the engine multiplies in float32 although
+the graph does not, `built_otherwise` says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from edgeexit.runtime.engines.tensorrt.api import INetworkDefinition, TensorRt
+
+Types = dict[str, dict[str, int]]
+"""Kind of layer -> type that it computes in -> how many there are."""
+
+PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT", "EINSUM")
+"""Kinds of a network's layers that multiply: where time goes."""
+
+# The inspector names kernels after what they do: sm80_xmma_gemm_..., __myl_Fc_..., /layer.0/MatMul.
+_MULTIPLIES = re.compile(
+    r"gemm|conv(?!ert)|mat_?mul|matrixmultiply|mha|(?<![a-z])fc(?![a-z])", re.I
+)
+_NAMES = [
+    ("INT8", re.compile(r"int8", re.I)),
+    ("FP8", re.compile(r"fp8|float8", re.I)),
+    ("BF16", re.compile(r"bf16|bfloat16", re.I)),
+    ("HALF", re.compile(r"half|fp16|float16", re.I)),
+    ("FLOAT", re.compile(r"float|fp32", re.I)),
+]
+
+
+def of_network(trt: TensorRt, network: INetworkDefinition) -> Types:
+    """Types of a network's layers. What dequantises is fused into what comes behind it, so that
+    counts as INT8."""
+    found: Types = {}
+    dequantised: set[str] = set()
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        made = layer.get_output(0) if layer.num_outputs else None
+        if made is None:
+            continue
+        if layer.type == trt.LayerType.DEQUANTIZE:
+            dequantised.add(made.name)
+        dtype = _last(made.dtype)
+        taken = layer.get_input(0)
+        if taken is not None and taken.name in dequantised:
+            dtype = "INT8"
+        types = found.setdefault(_last(layer.type), {})
+        types[dtype] = types.get(dtype, 0) + 1
+    return found
+
+
+def _last(member: Any) -> str:
+    """The name of an enumeration's member."""
+    return str(member).rsplit(".", 1)[-1]
+
+
+def of_engine(information: str) -> dict[str, int]:
+    """Types in which an engine multiplies, by what the inspector tells of it (its JSON): the type
+    of the first input of every layer that multiplies.
+
+    >>> of_engine('{"Layers": [{"Name": "/q/MatMul", "LayerType": "gemm", '
+    ...           '"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP16"}]}]}')
+    {'HALF': 1}
+
+    Nothing is found where layers have names only (engines built without detail) or where the
+    library shows a whole graph as one layer.
+    """
+    found: dict[str, int] = {}
+    for layer in msgspec.json.decode(information).get("Layers", []):
+        if not isinstance(layer, Mapping):
+            continue
+        kernel = (
+            f"{layer.get('LayerType', '')} {layer.get('Name', '')} {layer.get('TacticName', '')}"
+        )
+        inputs = layer.get("Inputs") or []
+        if not inputs or not _MULTIPLIES.search(kernel):
+            continue
+        told = str(inputs[0].get("Datatype") or inputs[0].get("Format/Datatype") or "")
+        dtype = next((name for name, spelt in _NAMES if spelt.search(told)), told or "unknown")
+        found[dtype] = found.get(dtype, 0) + 1
+    return found
+
+
+def products(types: Types) -> dict[str, int]:
+    """Of a network's layers those that multiply: type -> how many."""
+    found: dict[str, int] = {}
+    for kind in PRODUCTS:
+        for dtype, count in types.get(kind, {}).items():
+            found[dtype] = found.get(dtype, 0) + count
+    return found
+
+
+def built_otherwise(types: Types, inspected: Mapping[str, int]) -> bool:
+    """Whether an engine multiplies in float32 although no product of its network is."""
+    wanted = products(types)
+    return bool(wanted) and "FLOAT" not in wanted and "FLOAT" in inspected
+
+
+__all__ = ["Types", "built_otherwise", "of_engine", "of_network", "products"]
