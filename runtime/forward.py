@@ -163,8 +163,7 @@ class Model(Loaded):
             times_ms=[time_ns / 1e6 for time_ns in times_ns],
         )
 
-    def describe_engine(self) -> dict[str, str]:
-        """What executes the model: engine, library, version, settings."""
+    def _describe_engine(self) -> dict[str, str]:
         return self._engine.describe()
 
     def close(self) -> None:

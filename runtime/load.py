@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from edgeexit.bundle import Bundle, open_bundle
-from edgeexit.errors import BundleError, PolicyError, UsageError
+from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment
 from edgeexit.runtime.chain import Chain, needs
@@ -15,8 +17,11 @@ from edgeexit.runtime.decode.generate import Decoder
 from edgeexit.runtime.decode.session import Form, open_decoder
 from edgeexit.runtime.engines import Engine
 from edgeexit.runtime.forward import Model
+from edgeexit.runtime.loaded import LoadedModel
 from edgeexit.runtime.plan import EVERY_SCORE
 from edgeexit.runtime.policy import Policy, decide, read_policy
+
+logger = logging.getLogger(__name__)
 
 ENGINES = ("cpu", "cuda", "tensorrt-provider", "tensorrt")
 Threads = int | Literal["blocking", "spinning", "process"]
@@ -30,6 +35,7 @@ def load(
     threads: Threads = "blocking",
     verify: Literal["quick", "full"] = "quick",
     all_scores: bool = False,
+    fallback: str | None = None,
 ) -> Model:
     """Loads a bundle with a ``forward`` program.
 
@@ -46,6 +52,9 @@ def load(
         all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
             with what the policy asks for (exits that it never consults are left out of their
             graphs). A model opened otherwise opens segments again when they are first needed.
+        fallback: Another engine, to be used if this one cannot be: its library or a GPU is missing,
+            or no engines were built for this device. That is logged as a warning, and
+            `Model.describe_engine` says what came instead of what. None: that is an error.
 
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
@@ -71,13 +80,19 @@ def load(
         )
     chosen = _policy(policy, bundle)
     (chain_manifest,) = manifest.chains.values()
-    opened = _engine(engine, threads, bundle)
     exits = bundle.exits()
     wanted = needs(decide(chosen, exits, digest=bundle.digest), chosen.score)
     if all_scores:
         wanted = [EVERY_SCORE] * len(exits)
-    chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted)
-    return Model(bundle, chain, opened, chosen)
+
+    def open_on(name: str) -> Model:
+        opened = _engine(name, threads, bundle)
+        chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted)
+        return Model(bundle, chain, opened, chosen)
+
+    model = _first_usable(open_on, engine, fallback)
+    _warn_if_calibrated_elsewhere(chosen, model.describe_engine())
+    return model
 
 
 def load_decoder(
@@ -90,11 +105,12 @@ def load_decoder(
     capacity: int | None = None,
     caches: Form | None = None,
     unsplit: bool = False,
+    fallback: str | None = None,
 ) -> Decoder:
     """Loads a bundle with a ``decode`` program: a language model.
 
     Args:
-        path, engine, threads, verify: As for `load`.
+        path, engine, threads, verify, fallback: As for `load`.
         policy: When ``fast`` decoding stops; the other modes do without.
         capacity: The most tokens of a text, prompt included; caches are that large. None: as many
             as the model was made for, or the engines were built for. The form ``fixed`` attends
@@ -119,13 +135,19 @@ def load_decoder(
     scores = [chosen.score] if any(one.consult for one in decisions[:-1]) else []
     limit = bundle.manifest.limits["positions"]
     check_capacity(capacity, limit, None)
-    found = _engine(engine, threads, bundle)
-    built = found.largest.get("past")
-    check_capacity(capacity, limit, built)
-    opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
-    fixed = any(variant.caches == "fixed" for variant in opened.variants)
-    check_capacity(capacity, limit, built, fixed=fixed)
-    return Decoder(bundle, opened, chosen, capacity or built or limit)
+
+    def open_on(name: str) -> Decoder:
+        found = _engine(name, threads, bundle)
+        built = found.largest.get("past")
+        check_capacity(capacity, limit, built)
+        opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
+        fixed = any(variant.caches == "fixed" for variant in opened.variants)
+        check_capacity(capacity, limit, built, fixed=fixed)
+        return Decoder(bundle, opened, chosen, capacity or built or limit)
+
+    model = _first_usable(open_on, engine, fallback)
+    _warn_if_calibrated_elsewhere(chosen, model.describe_engine())
+    return model
 
 
 def check_capacity(
@@ -175,6 +197,8 @@ def load_unsplit(
         outputs=list(manifest.outputs),
         exits=[leave],
     )
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}", fix=f"Use one of {', '.join(ENGINES)}.")
     opened = _engine(engine, threads, bundle)
     policy = Policy()
     only = ChainManifest(segments=[segment])
@@ -182,9 +206,42 @@ def load_unsplit(
     return Model(bundle, chain, opened, policy)
 
 
+def _first_usable(
+    open_on: Callable[[str], LoadedModel], engine: str, fallback: str | None
+) -> LoadedModel:
+    """The model on the engine that was asked for, or on the one to fall back on; says so."""
+    for name in (engine, *([] if fallback is None else [fallback])):
+        if name not in ENGINES:
+            raise UsageError(
+                f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}."
+            )
+    if fallback is None or fallback == engine:
+        return open_on(engine)
+    try:
+        return open_on(engine)
+    except EngineError as error:
+        why = error
+    model = open_on(fallback)
+    model.instead_of = engine
+    logger.warning("the engine %s cannot be used, %s computes instead: %s", engine, fallback, why)
+    return model
+
+
+def _warn_if_calibrated_elsewhere(policy: Policy, engine: Mapping[str, str]) -> None:
+    """Scores differ a little from engine to engine, and so do the answers that a threshold lets
+    through."""
+    made_on = {name: policy.engine.get(name) for name in ("engine", "engines")}
+    here = {name: engine.get(name) for name in made_on}
+    if policy.engine and made_on != here:
+        described = [" ".join(filter(None, one.values())) for one in (made_on, here)]
+        logger.warning(
+            "the policy was calibrated on %s, this is %s: its risk was not measured here "
+            "(edgeexit trace and calibrate)",
+            *described,
+        )
+
+
 def _engine(name: str, threads: Threads, bundle: Bundle) -> Engine:
-    if name not in ENGINES:
-        raise UsageError(f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}.")
     if name == "tensorrt":
         from edgeexit.runtime.engines.tensorrt.engine import open_tensorrt
 

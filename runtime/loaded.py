@@ -13,14 +13,28 @@ LoadedModel = TypeVar("LoadedModel", bound="Loaded")
 
 
 class Loaded(abc.ABC):
-    """A model whose engines live in this process; a context manager that closes it."""
+    """A model whose engines live in this process; a context manager that closes it.
+
+    Attributes:
+        instead_of: The engine that was asked for, where another is used because it cannot be.
+    """
 
     def __init__(self) -> None:
         self._process = os.getpid()
+        self.instead_of: str | None = None
 
     @abc.abstractmethod
     def close(self) -> None:
         """Releases engines and buffers; closing twice is fine, using the model again is not."""
+
+    def describe_engine(self) -> dict[str, str]:
+        """What executes the model: engine, library, version, settings; and what was asked for
+        instead, where it could not be used."""
+        asked = {} if self.instead_of is None else {"instead_of": self.instead_of}
+        return {**self._describe_engine(), **asked}
+
+    @abc.abstractmethod
+    def _describe_engine(self) -> dict[str, str]: ...
 
     def __enter__(self: LoadedModel) -> LoadedModel:
         return self

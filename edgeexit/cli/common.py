@@ -24,9 +24,11 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )
+ENGINES = ["cpu", "cuda", "tensorrt-provider", "tensorrt"]  # of edgeexit.runtime.load
+
 engine_option = click.option(
     "--engine",
-    type=click.Choice(["cpu", "cuda", "tensorrt-provider", "tensorrt"]),
+    type=click.Choice(ENGINES),
     default="cpu",
     show_default=True,
     help="What computes.",

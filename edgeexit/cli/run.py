@@ -11,6 +11,7 @@ import click
 
 from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.cli.common import (
+    ENGINES,
     add_current_directory,
     bundle_argument,
     engine_option,
@@ -91,6 +92,11 @@ if TYPE_CHECKING:
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @engine_option
+@click.option(
+    "--fallback",
+    type=click.Choice(ENGINES),
+    help="What computes if the engine cannot be used here; said on stderr. Default: an error.",
+)
 @threads_option
 @json_option
 @verbosity_options
@@ -123,6 +129,7 @@ def command(
     rows: int | None,
     batch_size: int,
     engine: str,
+    fallback: str | None,
     threads: int | str,
     as_json: bool,
     verbose: int,
@@ -195,7 +202,12 @@ def command(
         inputs: list[str] | list[Conversation] = list(prompts)
         if chat or messages:
             inputs = read_conversations(messages) if messages else asked(prompts, system_prompt)
-        loading: dict[str, Any] = {"engine": engine, "policy": chosen, "threads": threads}
+        loading: dict[str, Any] = {
+            "engine": engine,
+            "fallback": fallback,
+            "policy": chosen,
+            "threads": threads,
+        }
         if capacity is not None:
             loading["capacity"] = capacity
         opened = _open_for(kind, bundle)
@@ -207,7 +219,13 @@ def command(
             f"--{options[0].replace('_', '-')} is for text that is written", fix="Give a --prompt."
         )
     opened = _open_for(kind, bundle)
-    with load(opened, engine, policy=chosen, threads=threads) as model:  # type: ignore[arg-type]
+    with load(
+        opened,
+        engine,
+        policy=chosen,
+        threads=threads,  # type: ignore[arg-type]
+        fallback=fallback,
+    ) as model:
         if exit_name is not None:
             names = [leave.name for leave in model.exits]
             if exit_name not in names:

@@ -473,8 +473,7 @@ class Decoder(Loaded):
         session.empty()
         return session
 
-    def describe_engine(self) -> dict[str, str]:
-        """What executes the model: engine, library, version, settings, form of the caches."""
+    def _describe_engine(self) -> dict[str, str]:
         opened = self._check_usable()
         forms = dict.fromkeys(variant.caches for variant in opened.variants)
         return {**opened.engine.describe(), "caches": ", ".join(forms)}

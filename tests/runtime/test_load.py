@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +181,46 @@ def test_a_capacity_that_cannot_be_had_is_refused(
         return
     with pytest.raises(UsageError, match=message):
         check_capacity(capacity, 96, built, fixed=fixed)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is an NVIDIA driver")
+def test_another_engine_is_used_only_when_asked_for_and_says_so(
+    toy_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(EngineError):
+        load(toy_bundle, "tensorrt")
+    assert not caplog.records
+    with load(toy_bundle, "tensorrt", fallback="cpu") as model, load(toy_bundle) as usual:
+        about = model.describe_engine()
+        assert about == usual.describe_engine() | {"instead_of": "tensorrt"}
+        np.testing.assert_array_equal(
+            model(make_inputs(3)).outputs["logits"], usual(make_inputs(3)).outputs["logits"]
+        )
+    (said,) = caplog.messages
+    assert said.startswith("the engine tensorrt cannot be used, cpu computes instead: ")
+    assert re.search("no NVIDIA driver|cuda-bindings is not installed", said)
+    with load(toy_bundle, "cpu", fallback="tensorrt") as model:
+        assert "instead_of" not in model.describe_engine()
+    with pytest.raises(EngineError):
+        load(toy_bundle, "tensorrt", fallback="tensorrt")
+    with pytest.raises(UsageError, match="no engine 'gpu'"):
+        load(toy_bundle, "cpu", fallback="gpu")
+    assert len(caplog.records) == 1
+
+
+def test_what_is_wrong_with_the_bundle_is_not_fallen_back_from(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        load(tmp_path / "nowhere", "tensorrt", fallback="cpu")
+
+
+def test_a_policy_of_another_engine_is_used_with_a_warning(
+    toy_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(toy_bundle) as model:
+        here = model.describe_engine()
+    with load(toy_bundle, policy=Policy(thresholds=0.5, engine=here)):
+        assert not caplog.records
+    there = {"engine": "tensorrt", "engines": "ab12", "library": "tensorrt", "version": "10.3.0"}
+    with load(toy_bundle, policy=Policy(thresholds=0.5, engine=there)):
+        (said,) = caplog.messages
+    assert "calibrated on tensorrt ab12, this is cpu" in said
