@@ -23,23 +23,27 @@ ALIGNMENT = 64
 
 
 def assign_slots(
-    inputs: Sequence[Tensor], segments: Sequence[Segment], on_host: Set[str] = frozenset()
+    inputs: Sequence[Tensor],
+    segments: Sequence[Segment],
+    on_host: Set[str] = frozenset(),
+    *,
+    ahead: bool = False,
 ) -> dict[str, int]:
     """Gives every tensor of a chain a slot.
 
     A tensor lives from the segment that makes it to the last one that takes it (an answer only in
-    its own segment, where it is read at once). Two tensors share a slot only if they have the same
-    dtype and axes, none of them open, are both on the host or both not, and never live in the same
-    segment.
+    its own segment, where it is read at once, or also in the next one if that is launched `ahead`).
+    Two tensors share a slot only if they have the same dtype and axes, none of them open, are both
+    on the host or both not, and never live in the same segment.
     """
     born = {tensor.name: -1 for tensor in inputs}
     forms = {tensor.name: tensor for tensor in inputs}
     for number, segment in enumerate(segments):
         born |= {tensor.name: number for tensor in segment.outputs}
         forms |= {tensor.name: tensor for tensor in segment.outputs}
-    dies = dict(born)
+    dies = {name: number + (ahead and number >= 0) for name, number in born.items()}
     for number, segment in enumerate(segments):
-        dies |= {tensor.name: number for tensor in segment.inputs}
+        dies |= {t.name: max(number, dies[t.name]) for t in segment.inputs}
     slots: dict[str, int] = {}
     taken: list[tuple[object, int]] = []  # per slot, its form and the last segment it is needed in
     for name in sorted(born, key=lambda name: born[name]):
@@ -78,10 +82,14 @@ def dtype_of(tensor: Tensor | Cache) -> np.dtype[Any]:
         ) from error
 
 
-def fetch(array: Array) -> NDArray[Any]:
+def fetch(array: Array, *, beside: bool = False) -> NDArray[Any]:
     """An array's values on the host. Those that a device has are copied and waited for; fetching
-    the same array again overwrites them."""
-    return array if isinstance(array, np.ndarray) else array.read()  # type: ignore[attr-defined, no-any-return]
+    the same array again overwrites them.
+
+    Args:
+        beside: They are there already: what the device was given since is not waited for.
+    """
+    return array if isinstance(array, np.ndarray) else array.read(beside=beside)  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from edgeexit.bundle import Bundle, Unchanged
 from edgeexit.errors import BundleError, EngineError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment, Tensor
+from edgeexit.runtime.ahead import Ahead, LaunchAhead
 from edgeexit.runtime.buffers import fetch
 from edgeexit.runtime.engines import Engine, Graph
 from edgeexit.runtime.plan import EVERY_SCORE, Plan, Planner, Step
@@ -46,6 +47,8 @@ class Chain:
         engine: What executes it.
         needs: Per exit, the score that its segment is opened with, None (no exit head at all) or
             `EVERY_SCORE`; whatever a later run needs besides is opened then, and kept.
+        launch_ahead: Whether a single row's next segment is put on a GPU's stream before the score
+            of the one before is there (`edgeexit.runtime.ahead`).
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Chain:
         inputs: Sequence[Tensor],
         engine: Engine,
         needs: Sequence[str | None],
+        launch_ahead: LaunchAhead = "never",
     ) -> None:
         self.segments: list[Segment] = manifest.segments
         self.independent = manifest.rows == "independent"
@@ -70,6 +74,7 @@ class Chain:
             self.exits += stops
         self._inputs = inputs
         self._engine = engine
+        self.ahead = None if launch_ahead == "never" else Ahead(len(self.exits), launch_ahead)
         self._store = Unchanged(bundle)
         self._names = [_usable_graph(segment) for segment in self.segments]
         self._paths = [bundle.file(name).absolute() for name in self._names]
@@ -117,7 +122,14 @@ class Chain:
         for number, graph in zip(late, opened, strict=True):
             self._graphs[number], self._has[number] = graph, needs[number]
         graphs = [graph for graph in self._graphs if graph is not None]
-        self._planner = Planner(self.segments, self.exits, self._inputs, graphs, self._engine)
+        self._planner = Planner(
+            self.segments,
+            self.exits,
+            self._inputs,
+            graphs,
+            self._engine,
+            ahead=self.ahead is not None,
+        )
 
     def run(
         self,
@@ -144,10 +156,11 @@ class Chain:
             self._open(needs(decisions, score))
             self._ready_for = decisions, score
         plan = self._planner.plan(sizes)
-        for name, place in plan.inputs:
-            place[...] = feeds[name]
+        self._feed(plan, feeds)
         rows = plan.sizes["batch"]
         if rows == 1 and not patience and not timed:
+            if self.ahead is not None:
+                return self._run_row_ahead(plan, decisions, score, self.ahead)
             return self._run_row(plan, decisions, score)
         answers = Answers({}, np.full(rows, -1, np.int64), np.full(rows, np.nan, np.float32))
         alive: NDArray[np.intp] | None = None  # None: all rows, in order
@@ -181,6 +194,12 @@ class Chain:
                 return answers
         raise AssertionError("the last segment answers for every row left")
 
+    def _feed(self, plan: Plan, feeds: Mapping[str, NDArray[Any]]) -> None:
+        if self.ahead is not None:
+            self._engine.settle()  # a segment launched for nothing may still read the last inputs
+        for name, place in plan.inputs:
+            place[...] = feeds[name]
+
     def _run_row(self, plan: Plan, decisions: Sequence[Decision], score: str) -> Answers:
         """One row, nothing but the decision between two segments.
 
@@ -198,9 +217,58 @@ class Chain:
         except Exception as error:
             raise self._planner.failure(error, number) from error
         number = min(number, len(route.steps) - 1)
-        step, leave = route.full[number], self.exits[number]
+        return self._answer_row(route.full[number], number)
+
+    def _run_row_ahead(
+        self, plan: Plan, decisions: Sequence[Decision], score: str, ahead: Ahead
+    ) -> Answers:
+        """One row on a GPU, where the next segment may be on the stream before the score of this
+        one is there."""
+        route = self._planner.route(plan, decisions, score)
+        last = len(route.steps) - 1
+        number, launched = 0, False
+        untimed: int | None = None  # a boundary whose times can be read at the next wait
+        try:
+            while True:
+                run, first_score, threshold = route.steps[number]
+                begin, end = route.marks[number]
+                if not launched:
+                    begin.set()
+                    run.put()  # type: ignore[attr-defined]
+                    end.set()
+                launched = False
+                if first_score is None and number < last:
+                    number += 1
+                    continue
+                if number < last and ahead.launches(number):
+                    launched = True
+                    next_begin, next_end = route.marks[number + 1]
+                    next_begin.set()
+                    route.steps[number + 1][0].put()  # type: ignore[attr-defined]
+                    next_end.set()
+                end.wait()
+                if untimed is not None:
+                    (_, before), (start, stop) = route.marks[untimed : untimed + 2]
+                    ahead.boundaries[untimed].time(start.ms_since(before), stop.ms_since(start))
+                    untimed = None
+                if number == last:
+                    break
+                assert first_score is not None
+                leaves = bool(first_score[0] >= threshold)
+                ahead.boundaries[number].count(leaves)
+                if leaves:
+                    break
+                if not (launched or ahead.boundaries[number].measured):
+                    untimed = number
+                number += 1
+        except Exception as error:
+            raise self._planner.failure(error, number) from error
+        return self._answer_row(route.full[number], number, beside=launched)
+
+    def _answer_row(self, step: Step, number: int, *, beside: bool = False) -> Answers:
+        outputs = self.exits[number].outputs
         return Answers(
-            outputs={name: fetch(step.views[t]).copy() for name, t in leave.outputs.items()},
+            outputs={n: fetch(step.views[t], beside=beside).copy() for n, t in outputs.items()},
             exits=np.array([number]),
             scores=np.array([np.nan], np.float32) if step.score is None else step.score.copy(),
             segments_run=number + 1,
@@ -219,8 +287,7 @@ class Chain:
         (``{"logits": ..., "score/max_prob": ...}``), and the time of each segment."""
         self._open([EVERY_SCORE] * len(self.segments))
         plan = self._planner.plan(sizes)
-        for name, place in plan.inputs:
-            place[...] = feeds[name]
+        self._feed(plan, feeds)
         found, times_ns = [], []
         for number, leave in enumerate(self.exits):
             step = self._planner.step(plan, number, EVERY_SCORE)

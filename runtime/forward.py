@@ -108,7 +108,16 @@ class Model(Loaded):
     @property
     def device_counts(self) -> Counts | None:
         """What the GPU was asked for so far: allocations and bytes copied. None on the host."""
-        return self._engine.counts
+        gpu = self._engine.gpu
+        return None if gpu is None else gpu.counts
+
+    @property
+    def boundaries(self) -> list[dict[str, float | int | bool]]:
+        """Per exit but the last, of rows that came alone: how many were asked and left there, the
+        milliseconds that the GPU stood still behind it and that the next segment took, and whether
+        that is launched ahead. Empty unless loaded with `launch_ahead`."""
+        chain = self._chain
+        return [] if chain is None or chain.ahead is None else chain.ahead.facts()
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
         """Answers a batch.

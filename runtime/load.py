@@ -12,6 +12,7 @@ from edgeexit.bundle import Bundle, open_bundle
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
 from edgeexit.manifest import Chain as ChainManifest
 from edgeexit.manifest import Exit, Segment
+from edgeexit.runtime.ahead import LaunchAhead
 from edgeexit.runtime.chain import Chain, needs
 from edgeexit.runtime.decode.generate import Decoder
 from edgeexit.runtime.decode.session import Form, open_decoder
@@ -36,6 +37,7 @@ def load(
     verify: Literal["quick", "full"] = "quick",
     all_scores: bool = False,
     fallback: str | None = None,
+    launch_ahead: LaunchAhead = "never",
 ) -> Model:
     """Loads a bundle with a ``forward`` program.
 
@@ -55,6 +57,9 @@ def load(
         fallback: Another engine, to be used if this one cannot be: its library or a GPU is missing,
             or no engines were built for this device. That is logged as a warning, and
             `Model.describe_engine` says what came instead of what. None: that is an error.
+        launch_ahead: On a GPU, whether a single row's next segment is launched while the score
+            before it is read back: ``never``, ``always``, or ``measured``: where that was seen to
+            gain more than the segments that are run for nothing cost (`edgeexit.runtime.ahead`).
 
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
@@ -78,6 +83,10 @@ def load(
             f"{bundle.path}: one pass runs one chain, the bundle has {len(manifest.chains)}",
             fix="Export again.",
         )
+    if launch_ahead not in ("never", "measured", "always"):
+        raise UsageError(
+            f"launch_ahead={launch_ahead!r}", fix='Use "never", "measured" or "always".'
+        )
     chosen = _policy(policy, bundle)
     (chain_manifest,) = manifest.chains.values()
     exits = bundle.exits()
@@ -87,7 +96,13 @@ def load(
 
     def open_on(name: str) -> Model:
         opened = _engine(name, threads, bundle)
-        chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted)
+        when: LaunchAhead = "never" if opened.gpu is None else launch_ahead
+        if when != launch_ahead and name == engine:
+            raise UsageError(
+                f"launch_ahead: the engine {name} has no stream that anything could be launched on",
+                fix='Leave it out, or use engine="cuda" or "tensorrt".',
+            )
+        chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted, when)
         return Model(bundle, chain, opened, chosen)
 
     model = _first_usable(open_on, engine, fallback)

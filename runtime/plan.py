@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from edgeexit.manifest import Exit, Segment, Tensor
 from edgeexit.runtime.buffers import assign_slots, dtype_of, shape_of
 from edgeexit.runtime.engines import Array, Bound, Engine, Graph, Slot
 from edgeexit.runtime.policy import Decision
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.engines.cuda.device import Mark
 
 PLANS_KEPT = 256
 """Sizes for which a chain keeps bindings. Each takes some KiB a segment: buffers are shared."""
@@ -50,12 +53,14 @@ class Step:
 
 @dataclass
 class Route:
-    """The steps of a plan laid out for one policy: what a single row walks."""
+    """The steps of a plan laid out for one policy: what a single row walks. `marks` are set before
+    and behind each of them where segments are launched ahead."""
 
     decisions: Sequence[Decision]
     score: str
     full: list[Step]
     steps: list[tuple[Callable[[], object], memoryview | None, float]]
+    marks: list[tuple[Mark, Mark]] = field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +84,7 @@ class Planner:
         inputs: What the chain takes.
         graphs: The opened graph of each segment.
         engine: Where device memory comes from, and what to name when it fails.
+        ahead: Segments may be launched while the answers of the one before are still wanted.
     """
 
     def __init__(
@@ -88,7 +94,10 @@ class Planner:
         inputs: Sequence[Tensor],
         graphs: Sequence[Graph],
         engine: Engine,
+        *,
+        ahead: bool = False,
     ) -> None:
+        self._ahead = ahead
         self._segments, self._exits, self._graphs = segments, exits, graphs
         self._engine = engine
         self._inputs = list(inputs)
@@ -97,7 +106,7 @@ class Planner:
         self._on_host = {tensor.name for tensor in inputs} | {*exits[-1].outputs.values()}
         for leave in exits:
             self._on_host |= {*leave.scores.values()}
-        self._slot_of = assign_slots(inputs, segments, self._on_host)
+        self._slot_of = assign_slots(inputs, segments, self._on_host, ahead=ahead)
         self._slots: dict[int, Slot] = {}
         tensors = [*inputs, *(tensor for segment in segments for tensor in segment.outputs)]
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -168,6 +177,8 @@ class Planner:
                 for step, decision in zip(full, decisions, strict=True)
             ]
             route = plan.route = Route(decisions, score, full, steps)
+            if self._ahead and (gpu := self._engine.gpu) is not None:
+                route.marks = [(gpu.mark(timed=True), gpu.mark(timed=True)) for _ in steps]
         return route
 
     def compact(self, plan: Plan, number: int, stays: NDArray[np.intp]) -> Plan:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from edgeexit.runtime.buffers import HostSlot
-    from edgeexit.runtime.engines.cuda.device import Counts
+    from edgeexit.runtime.engines.cuda.device import Device
 
 
 class Place(Protocol):
@@ -89,8 +89,8 @@ class Engine(Protocol):
     """What its graphs may use beyond plain ONNX; a variant's `requires` is held against it."""
     largest: Mapping[str, int]
     """The largest sizes of named axes that its graphs take; what is not there has no limit."""
-    counts: Counts | None
-    """What its GPU was asked for so far; None on the host."""
+    gpu: Device | None
+    """The GPU whose stream its runs are put on (they are `DeviceRun`); None on the host."""
 
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""

@@ -137,12 +137,11 @@ class OnnxRuntimeEngine:
                 "`edgeexit doctor` tells what is installed.",
             )
         self.largest: Mapping[str, int] = {}
-        self._gpu: Device | None = None
+        self.gpu: Device | None = None
         if name != "cpu":
             from edgeexit.runtime.engines.cuda.device import Device
 
-            self._gpu = Device()
-        self.counts = None if self._gpu is None else self._gpu.counts
+            self.gpu = Device()
         if threads == "process":
             install_process_pool()
         self._shared_arena = _share_arena()
@@ -163,8 +162,8 @@ class OnnxRuntimeEngine:
     def open(self, path: Path, outputs: Collection[str] | None = None) -> OnnxRuntimeGraph:
         """Opens one graph, with only the given outputs where there are more."""
         providers: list[Any] = [PROVIDERS[self.name]]
-        if self._gpu is not None:
-            own = {"user_compute_stream": str(self._gpu.stream), "device_id": "0"}
+        if self.gpu is not None:
+            own = {"user_compute_stream": str(self.gpu.stream), "device_id": "0"}
             names = dict.fromkeys([PROVIDERS[self.name], PROVIDERS["cuda"]])
             known = self._ort.get_available_providers()
             providers = [*((name, own) for name in names if name in known), PROVIDERS["cpu"]]
@@ -193,7 +192,7 @@ class OnnxRuntimeEngine:
                 f"{session.get_providers()[0]}",
                 fix="Check the driver and CUDA libraries with `edgeexit doctor`.",
             )
-        return OnnxRuntimeGraph(self._ort, session, self._gpu)
+        return OnnxRuntimeGraph(self._ort, session, self.gpu)
 
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
@@ -204,16 +203,16 @@ class OnnxRuntimeEngine:
 
     def allocate(self, size_bytes: int) -> Slot:
         """Host memory for the CPU provider, device memory for the others."""
-        return HostSlot(size_bytes) if self._gpu is None else self._gpu.allocate(size_bytes)
+        return HostSlot(size_bytes) if self.gpu is None else self.gpu.allocate(size_bytes)
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
         """Ordinary memory, pinned where there is a GPU."""
-        return HostSlot(size_bytes) if self._gpu is None else self._gpu.allocate_host(size_bytes)
+        return HostSlot(size_bytes) if self.gpu is None else self.gpu.allocate_host(size_bytes)
 
     def settle(self) -> None:
         """Waits for the GPU; on the host, runs are over when they return."""
-        if self._gpu is not None:
-            self._gpu.settle()
+        if self.gpu is not None:
+            self.gpu.settle()
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()

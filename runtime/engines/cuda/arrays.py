@@ -89,15 +89,22 @@ class DeviceArray:
             raise ValueError("an array with gaps has only one shape")
         return DeviceArray(self._slot, self._view.reshape(*shape))
 
-    def read(self) -> NDArray[Any]:
-        """Copies it to the host and waits for it. The next call overwrites what this one gave."""
+    def read(self, *, beside: bool = False) -> NDArray[Any]:
+        """Copies it to the host and waits for it. The next call overwrites what this one gave.
+
+        Args:
+            beside: It is there already, so what the stream was given since is not waited for.
+        """
         view, device = self._view, self._slot.owner
         if not view.flags.c_contiguous:
             raise ValueError("to the host only what lies in one piece")
         if self._pinned is None:
             self._pinned = device.allocate_host(view.nbytes)
-        device.to_host(self._pinned.pointer, self.pointer, view.nbytes)
-        device.wait()
+        if beside:
+            device.read_beside(self._pinned.pointer, self.pointer, view.nbytes)
+        else:
+            device.to_host(self._pinned.pointer, self.pointer, view.nbytes)
+            device.wait()
         return self._pinned.array(view.dtype, view.shape)
 
 

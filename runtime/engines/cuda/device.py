@@ -73,12 +73,10 @@ class Device:
         self._own(lambda: driver.cuStreamDestroy(stream))
         self.raw_stream = stream
         self.stream = int(stream)
-        kind = driver.CUevent_flags
-        quiet = kind.CU_EVENT_DISABLE_TIMING
-        sleeping = quiet if waiting == "spin" else quiet | kind.CU_EVENT_BLOCKING_SYNC
-        event = ask(driver.cuEventCreate(sleeping))
+        event = self._event(timed=False)
         self._own(lambda: driver.cuEventDestroy(event))
-        self._event = event
+        self._end = Mark(self, event)
+        self._beside: Any = None
 
     def _own(self, release: Callable[[], object]) -> None:
         """Gives something back when this device is no longer used."""
@@ -87,6 +85,20 @@ class Device:
     def release_with(self, owner: object, how: str, what: Any) -> None:
         """Gives something back by a call of the driver when its owner is no longer used."""
         weakref.finalize(owner, _release, self.driver, self._context, self.raw_stream, how, what)
+
+    def _event(self, *, timed: bool) -> Any:
+        kind = self.driver.CUevent_flags
+        flags = kind.CU_EVENT_DEFAULT if timed else kind.CU_EVENT_DISABLE_TIMING
+        if self.waiting == "block":
+            flags |= kind.CU_EVENT_BLOCKING_SYNC
+        return ask(self.driver.cuEventCreate(flags))
+
+    def mark(self, *, timed: bool = False) -> Mark:
+        """A mark for the stream; `timed`: it takes the time when the stream comes to it."""
+        event = self._event(timed=timed)
+        mark = Mark(self, event)
+        self.release_with(mark, "cuEventDestroy", event)
+        return mark
 
     def enter(self) -> None:
         """Lets the calling thread use the device: what the driver is asked for goes to the context
@@ -189,18 +201,52 @@ class Device:
     def wait(self) -> None:
         """Waits until the stream has done all that it was given."""
         self.busy = False
+        self._end.set()
+        self._end.wait()
+
+    def read_beside(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies to the host what the stream has already made, without waiting for what it was
+        given since."""
         self.enter()
-        ask(self.driver.cuEventRecord(self._event, self.raw_stream))
-        if self.waiting == "block":
-            ask(self.driver.cuEventSynchronize(self._event))
+        if self._beside is None:
+            flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self._beside = stream = ask(self.driver.cuStreamCreate(flags))
+            self._own(lambda: self.driver.cuStreamDestroy(stream))
+        ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self._beside))
+        self.counts.to_host_bytes += size_bytes
+        ask(self.driver.cuStreamSynchronize(self._beside))
+
+
+class Mark:
+    """A place in a device's stream: all that the stream was given before it. `Device.mark` makes
+    one."""
+
+    def __init__(self, device: Device, event: Any) -> None:
+        self._driver, self._context = device.driver, device._context
+        self._raw_stream, self._event = device.raw_stream, event
+        self._spins = device.waiting == "spin"
+
+    def set(self) -> None:
+        """Sets it here."""
+        ask(self._driver.cuCtxSetCurrent(self._context))
+        ask(self._driver.cuEventRecord(self._event, self._raw_stream))
+
+    def wait(self) -> None:
+        """Waits until the stream has come to it."""
+        if not self._spins:
+            ask(self._driver.cuEventSynchronize(self._event))
             return
-        not_ready = self.driver.CUresult.CUDA_ERROR_NOT_READY
-        query = self.driver.cuEventQuery
+        not_ready = self._driver.CUresult.CUDA_ERROR_NOT_READY
+        query = self._driver.cuEventQuery
         while True:
             (status,) = query(self._event)
             if status != not_ready:
                 ask((status,))
                 return
+
+    def ms_since(self, other: Mark) -> float:
+        """Milliseconds from another mark to this one; both timed, and the stream is past both."""
+        return float(ask(self._driver.cuEventElapsedTime(other._event, self._event)))
 
 
 def _release(driver: Any, context: Any, stream: Any, how: str, what: Any) -> None:
@@ -303,4 +349,13 @@ def require_room(device: Device, size_bytes: int, what: str) -> None:
         )
 
 
-__all__ = ["Counts", "Device", "DeviceSlot", "PinnedSlot", "Waiting", "require_room", "row_moves"]
+__all__ = [
+    "Counts",
+    "Device",
+    "DeviceSlot",
+    "Mark",
+    "PinnedSlot",
+    "Waiting",
+    "require_room",
+    "row_moves",
+]

@@ -65,7 +65,7 @@ class Staging:
         layout: Layout,
         execute: Callable[[], object],
         record: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
-    ) -> Callable[[], None]:
+    ) -> DeviceRun:
         """A run: copies, what `execute` puts on the stream, copies; and waiting where it must.
 
         Args:
@@ -82,17 +82,7 @@ class Staging:
             for target, source, size in behind:
                 device.to_host(target, source, size)
 
-        put = launch if record is None else record(launch)
-
-        def run(keep: Layout = layout) -> None:
-            device.enter()
-            put()
-            if keep.reads:
-                device.wait()
-            elif keep.writes:
-                device.busy = True
-
-        return run
+        return DeviceRun(device, layout, launch if record is None else record(launch))
 
     def _crosses(self, place: Place) -> bool:
         """Whether a tensor is copied between host and device."""
@@ -113,9 +103,30 @@ class Staging:
         return address
 
 
+class DeviceRun:
+    """A run of a graph on the GPU. Called, it returns when what goes to the host is there."""
+
+    __slots__ = ("_device", "_layout", "_put")
+
+    def __init__(self, device: Device, layout: Layout, put: Callable[[], object]) -> None:
+        self._device, self._layout, self._put = device, layout, put
+
+    def put(self) -> None:
+        """Puts it on the stream and waits for nothing."""
+        self._device.enter()
+        self._put()
+        if self._layout.writes:
+            self._device.busy = True
+
+    def __call__(self) -> None:
+        self.put()
+        if self._layout.reads:
+            self._device.wait()
+
+
 def size_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor."""
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
-__all__ = ["Layout", "Staging", "size_of"]
+__all__ = ["DeviceRun", "Layout", "Staging", "size_of"]

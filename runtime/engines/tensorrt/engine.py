@@ -24,7 +24,6 @@ from edgeexit.errors import EngineError, InputError
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import (
-    Counts,
     Device,
     DeviceSlot,
     Waiting,
@@ -64,7 +63,7 @@ class TensorRtEngine:
     def __init__(self, library: Library, folder: Path, engines: EngineSet, device: Device) -> None:
         self.library, self.engines, self.device = library, engines, device
         self.features = library.features
-        self.counts: Counts | None = device.counts
+        self.gpu: Device | None = device
         self._folder = folder
         self._plans = {plan.graph: plan for plan in engines.plans}
         self._opened: weakref.WeakValueDictionary[str, TensorRtGraph] = (

@@ -1,5 +1,7 @@
-/* A CUDA driver for machines without one: "device" memory is the host's, streams do at once what
- * they are given. Tests of edgeexit's buffers run against it through the real cuda-bindings; what a
+/* A CUDA driver for machines without one: "device" memory is the host's. Streams do nothing until
+ * somebody waits for them, so who reads too early reads what was there before, and who overwrites
+ * what a run has still to read spoils it; with FAKE_EAGER they do at once what they are given, so
+ * who gives them too much too early finds his answers overwritten. Tests of edgeexit's buffers run against it through the real cuda-bindings; what a
  * GPU computes cannot be tested with it. "Device" memory can be touched by the driver alone: any
  * other read or write ends the process, as it would on a GPU. Who computes in a GPU's place opens
  * it meanwhile (device_memory).
@@ -11,12 +13,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 typedef int status;
 typedef unsigned long long address;
 enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600 };
 static size_t left = 64u << 20; /* bytes of "device" memory */
-static int pending;             /* an event was recorded and not asked for yet */
+struct stream;
+struct event { double ms; int pending; struct stream *waits; }; /* pending: answers "not ready" so often */
 
 enum { PAGE = 4096, PIECES = 4096 };
 static const size_t ROOM = (size_t)1 << 32; /* of addresses: pieces are seldom used again */
@@ -64,11 +68,6 @@ static status pop(void **context) {
   now = before[--depth];
   return OK;
 }
-static status stream(void **out, unsigned flags) { (void)flags; *out = &pending; return OK; }
-static status nothing(void *any) { (void)any; return OK; }
-static status event(void **out, unsigned flags) { (void)flags; *out = &pending; return OK; }
-static status record(void *e, void *s) { (void)e; (void)s; pending = 2; return OK; }
-static status query(void *e) { (void)e; return pending-- > 0 ? NOT_READY : OK; }
 static status information(size_t *free_, size_t *total) { *free_ = left; *total = 64u << 20; return OK; }
 static status allocate(address *out, size_t size) {
   size_t whole = (size + PAGE - 1) / PAGE * PAGE;
@@ -119,10 +118,10 @@ static status mapped(address *out, void *pointer, unsigned flags) {
 struct side { size_t x, y, z, lod; int type; void *host; address device; void *array, *reserved; size_t pitch, height; };
 struct copy { struct side from, to; size_t width, height, depth; };
 typedef void (*host_function)(void *);
-enum kind { TO_DEVICE, TO_HOST, WITHIN, FILL, COPY, CALL };
+enum kind { TO_DEVICE, TO_HOST, WITHIN, FILL, COPY, CALL, RECORD };
 struct step { enum kind kind; void *to; const void *from; size_t size; unsigned char value; struct copy block; host_function call; };
 struct graph { int steps; struct step step[64]; };
-static struct graph *recorded;
+struct stream { size_t first, last, room; struct step *steps; struct graph *recorded; };
 
 static int given_back(const void *pointer) { /* memory that nobody holds any longer */
   size_t at = (size_t)((const char *)pointer - room);
@@ -134,6 +133,14 @@ static int given_back(const void *pointer) { /* memory that nobody holds any lon
 static status perform(const struct step *s) {
   if (s->kind == CALL) {
     s->call(s->to);
+    return OK;
+  }
+  if (s->kind == RECORD) {
+    struct event *e = s->to;
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    e->ms = 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+    e->waits = NULL;
     return OK;
   }
   if (s->kind == COPY ? given_back((void *)(uintptr_t)s->block.to.device) || given_back((void *)(uintptr_t)s->block.from.device)
@@ -151,24 +158,77 @@ static status perform(const struct step *s) {
   device_memory(0);
   return OK;
 }
-static status put(struct step step) {
-  if (!now) return NO_CONTEXT;
-  if (!recorded) return perform(&step);
-  if (recorded->steps == 64) return INVALID;
-  recorded->step[recorded->steps++] = step;
+/* Does what a stream was given, until an event is reached (NULL: all of it). */
+static status advance(struct stream *s, const struct event *until) {
+  while (s->first < s->last && (!until || until->waits == s)) {
+    struct step step = s->steps[s->first++]; /* the stream may be given more meanwhile */
+    status found = perform(&step);
+    if (found != OK) return found;
+  }
   return OK;
 }
-static status begin(void *s, int mode) {
-  (void)s;
-  (void)mode;
-  if (recorded) return INVALID;
-  recorded = calloc(1, sizeof *recorded);
-  return recorded ? OK : NO_MEMORY;
+static status give(struct stream *s, struct step step) {
+  if (s->first == s->last) s->first = s->last = 0;
+  if (s->last == s->room) {
+    struct step *more = realloc(s->steps, (s->room = 2 * s->room + 64) * sizeof *more);
+    if (!more) return NO_MEMORY;
+    s->steps = more;
+  }
+  s->steps[s->last++] = step;
+  return getenv("FAKE_EAGER") ? advance(s, NULL) : OK;
 }
-static status finish(void *s, struct graph **out) {
-  (void)s;
-  *out = recorded;
-  recorded = NULL;
+static status put(struct stream *s, struct step step) {
+  if (!now) return NO_CONTEXT;
+  if (!s->recorded) return give(s, step);
+  if (step.kind == RECORD || s->recorded->steps == 64) return INVALID;
+  s->recorded->step[s->recorded->steps++] = step;
+  return OK;
+}
+static status stream(struct stream **out, unsigned flags) {
+  (void)flags;
+  *out = calloc(1, sizeof **out);
+  return *out ? OK : NO_MEMORY;
+}
+static status wait_for_stream(struct stream *s) { return advance(s, NULL); }
+static status drop(struct stream *s) {
+  status found = advance(s, NULL);
+  free(s->steps);
+  free(s);
+  return found;
+}
+static status event(struct event **out, unsigned flags) {
+  (void)flags;
+  *out = calloc(1, sizeof **out);
+  return *out ? OK : NO_MEMORY;
+}
+static status wait_for(struct event *e) { return e->waits ? advance(e->waits, e) : OK; }
+static status forget(struct event *e) {
+  status found = wait_for(e);
+  free(e);
+  return found;
+}
+static status record(struct event *e, struct stream *s) {
+  status found = wait_for(e); /* recorded again before it was reached: kept simple */
+  if (found != OK) return found;
+  e->waits = s;
+  e->pending = 2;
+  return put(s, (struct step){.kind = RECORD, .to = e});
+}
+static status query(struct event *e) { return e->pending-- > 0 ? NOT_READY : wait_for(e); }
+static status elapsed(float *out, const struct event *from, const struct event *to) {
+  if (from->waits || to->waits) return NOT_READY;
+  *out = (float)(to->ms - from->ms);
+  return OK;
+}
+static status begin(struct stream *s, int mode) {
+  (void)mode;
+  if (s->recorded) return INVALID;
+  s->recorded = calloc(1, sizeof *s->recorded);
+  return s->recorded ? OK : NO_MEMORY;
+}
+static status finish(struct stream *s, struct graph **out) {
+  *out = s->recorded;
+  s->recorded = NULL;
   return *out ? OK : INVALID;
 }
 static status instantiate(struct graph **out, const struct graph *graph, unsigned long long flags) {
@@ -178,42 +238,35 @@ static status instantiate(struct graph **out, const struct graph *graph, unsigne
   **out = *graph;
   return OK;
 }
-static status launch(const struct graph *graph, void *s) {
-  (void)s;
+static status launch(const struct graph *graph, struct stream *s) {
   for (int n = 0; n < graph->steps; n++) {
-    status found = perform(&graph->step[n]);
+    status found = give(s, graph->step[n]);
     if (found != OK) return found;
   }
   return OK;
 }
 static status destroy(struct graph *graph) { free(graph); return OK; }
-static status call(void *s, host_function function, void *data) {
-  (void)s;
-  return put((struct step){.kind = CALL, .call = function, .to = data});
+static status call(struct stream *s, host_function function, void *data) {
+  return put(s, (struct step){.kind = CALL, .call = function, .to = data});
 }
-static status to_device(address to, const void *from, size_t size, void *s) {
-  (void)s;
-  return put((struct step){.kind = TO_DEVICE, .to = (void *)(uintptr_t)to, .from = from, .size = size});
+static status to_device(address to, const void *from, size_t size, struct stream *s) {
+  return put(s, (struct step){.kind = TO_DEVICE, .to = (void *)(uintptr_t)to, .from = from, .size = size});
 }
-static status to_host(void *to, address from, size_t size, void *s) {
-  (void)s;
-  return put((struct step){.kind = TO_HOST, .to = to, .from = (void *)(uintptr_t)from, .size = size});
+static status to_host(void *to, address from, size_t size, struct stream *s) {
+  return put(s, (struct step){.kind = TO_HOST, .to = to, .from = (void *)(uintptr_t)from, .size = size});
 }
-static status within(address to, address from, size_t size, void *s) {
-  (void)s;
+static status within(address to, address from, size_t size, struct stream *s) {
   if (to < from + size && from < to + size) return INVALID; /* they overlap: undefined on a GPU */
-  return put((struct step){.kind = WITHIN, .to = (void *)(uintptr_t)to, .from = (void *)(uintptr_t)from, .size = size});
+  return put(s, (struct step){.kind = WITHIN, .to = (void *)(uintptr_t)to, .from = (void *)(uintptr_t)from, .size = size});
 }
-static status fill(address to, unsigned char value, size_t size, void *s) {
-  (void)s;
-  return put((struct step){.kind = FILL, .to = (void *)(uintptr_t)to, .value = value, .size = size});
+static status fill(address to, unsigned char value, size_t size, struct stream *s) {
+  return put(s, (struct step){.kind = FILL, .to = (void *)(uintptr_t)to, .value = value, .size = size});
 }
-static status copy(const struct copy *c, void *s) {
+static status copy(const struct copy *c, struct stream *s) {
   const struct side *from = &c->from, *to = &c->to;
-  (void)s;
   if (from->type != 2 || to->type != 2 || from->x || from->y || from->z || to->x || to->y || to->z) return INVALID;
   if (c->width > from->pitch || c->width > to->pitch || c->height > from->height || c->height > to->height) return INVALID;
-  return put((struct step){.kind = COPY, .block = *c});
+  return put(s, (struct step){.kind = COPY, .block = *c});
 }
 static status error_name(status code, const char **out) {
   (void)code;
@@ -228,10 +281,11 @@ static const struct entry ENTRIES[] = {
     ENTRY("cuDeviceGetName", name), ENTRY("cuDeviceGetAttribute", attribute),
     ENTRY("cuDevicePrimaryCtxRetain", retain), ENTRY("cuDevicePrimaryCtxRelease", release),
     ENTRY("cuCtxSetCurrent", current), ENTRY("cuCtxPushCurrent", push), ENTRY("cuCtxPopCurrent", pop), ENTRY("cuStreamCreate", stream),
-    ENTRY("cuStreamDestroy", nothing), ENTRY("cuStreamSynchronize", nothing),
-    ENTRY("cuEventCreate", event), ENTRY("cuEventDestroy", nothing),
+    ENTRY("cuStreamDestroy", drop), ENTRY("cuStreamSynchronize", wait_for_stream),
+    ENTRY("cuEventCreate", event), ENTRY("cuEventDestroy", forget),
+    ENTRY("cuEventElapsedTime", elapsed),
     ENTRY("cuEventRecord", record), ENTRY("cuEventQuery", query),
-    ENTRY("cuEventSynchronize", nothing), ENTRY("cuMemGetInfo", information),
+    ENTRY("cuEventSynchronize", wait_for), ENTRY("cuMemGetInfo", information),
     ENTRY("cuMemAlloc", allocate), ENTRY("cuMemFree", release_memory),
     ENTRY("cuMemHostAlloc", allocate_host), ENTRY("cuMemFreeHost", release_host),
     ENTRY("cuMemHostGetDevicePointer", mapped), ENTRY("cuMemcpyHtoDAsync", to_device),

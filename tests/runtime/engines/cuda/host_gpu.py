@@ -32,9 +32,11 @@ from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph
 from edgeexit.runtime.forward import Model
 from edgeexit.runtime.plan import EVERY_SCORE
+from edgeexit.runtime.policy import OUT_OF_REACH
 from tests.toys import CLASSES, make_inputs
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+CALLBACKS: list[Any] = []
 PROMPTS = [[5, 9, 2, 250, 31, 7, 7, 80], [100, 3], list(range(20, 50))]
 NEW = 40
 
@@ -44,13 +46,14 @@ class HostGpu(OnnxRuntimeEngine):
 
     def __init__(self, features: frozenset[str] = frozenset()) -> None:
         super().__init__("cpu")
+        self._host = OnnxRuntimeEngine("cpu")
         self.features = features
-        self.device = Device()
+        self.device = self.gpu = Device()
         self.replays = Replays(self.device)
         self.open_memory: Callable[[int], None] = ctypes.CDLL("libcuda.so.1").device_memory
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Any:
-        return HostGpuGraph(self, super().open(path, outputs))
+        return HostGpuGraph(self, self._host.open(path, outputs))
 
     def allocate(self, size_bytes: int) -> Slot:
         return self.device.allocate(size_bytes)
@@ -86,9 +89,10 @@ class HostGpuGraph:
 
         device, driver = self._engine.device, self._engine.device.driver
         callback = CALLBACK(work)
+        CALLBACKS.append(callback)  # streams may come to it when nobody holds the run any longer
         address = ctypes.cast(callback, ctypes.c_void_p).value
 
-        def execute(keep: object = callback) -> None:
+        def execute() -> None:
             ask(driver.cuLaunchHostFunc(device.raw_stream, driver.CUhostFn(address), 0))
 
         return self._staging.around(layout, execute, self._engine.replays.of)
@@ -187,6 +191,62 @@ def rows_of_one_pass_cost_the_host_four_bytes_a_boundary(bundle: Bundle) -> None
         rows = [sum(at >= number for at in taken) for number in range(4)]
         answers = sum(rows[number] * CLASSES * 4 for number in set(taken))
         assert counts.to_host_bytes - before == 4 * sum(rows) + answers
+
+
+def a_row_leaves_where_it_should_though_segments_are_launched_ahead(bundle: Bundle) -> None:
+    engine = HostGpu()
+    (manifest,) = bundle.manifest.chains.values()
+    policies = [
+        Policy(score="max_prob", thresholds=0.6),
+        Policy(score="max_prob", thresholds={"exit_2": 0.7}),
+        Policy(score="max_prob", thresholds={"exit_1": 0.8, "exit_3": 0.3}),
+        Policy(),
+    ]
+    needs = [EVERY_SCORE] * 4
+    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, needs, "always")
+    rows = [make_inputs(1, seed=seed) for seed in range(24)]
+    counts = engine.device.counts
+    with load(bundle) as host, Model(bundle, chain, engine, Policy()) as model:
+        for policy in policies:
+            host.policy = model.policy = policy
+            for inputs in rows:
+                theirs, ours = host(inputs), model(inputs)
+                assert ours.exit_names == theirs.exit_names
+                np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
+                for name, value in theirs.outputs.items():
+                    np.testing.assert_allclose(ours.outputs[name], value, rtol=1e-5)
+        model.policy = policies[0]
+        allocations = counts.allocations
+        for inputs in rows:
+            model(inputs)  # behind runs for nothing, whole batches and traces come out right too
+        assert counts.allocations == allocations
+        batch, traced = make_inputs(8), make_inputs(1)
+        host.policy = model.policy
+        np.testing.assert_array_equal(model(batch).exits, host(batch).exits)
+        model(rows[0])
+        for ours, theirs in zip(model.trace(traced).scores, host.trace(traced).scores, strict=True):
+            np.testing.assert_allclose(ours["max_prob"], theirs["max_prob"], rtol=1e-5)
+        about = model.boundaries
+        assert [one["launched_ahead"] for one in about] == [True] * 3
+        assert 0 < about[0]["left"] < about[0]["asked"]
+
+
+def segments_are_launched_ahead_where_that_pays(bundle: Bundle) -> None:
+    engine = HostGpu()
+    (manifest,) = bundle.manifest.chains.values()
+    policy = Policy(score="max_prob", thresholds={"exit_1": OUT_OF_REACH, "exit_3": -np.inf})
+    needs = [EVERY_SCORE] * 4
+    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, needs, "measured")
+    inputs = make_inputs(1)
+    with Model(bundle, chain, engine, policy) as model:
+        model(inputs)
+        assert not any(one["launched_ahead"] for one in model.boundaries)
+        for _ in range(3000):
+            assert model(inputs).exit_names == ["exit_3"]
+        first, second, third = model.boundaries
+        assert first["launched_ahead"] and first["left"] == 0 and first["gap_ms"] > 0
+        assert second["asked"] == 0 and not second["launched_ahead"]
+        assert third["left"] == third["asked"] and not third["launched_ahead"]
 
 
 if __name__ == "__main__":

@@ -10,15 +10,30 @@ from edgeexit.bundle import Bundle
 from tests.runtime.engines.cuda import host_gpu
 from tests.runtime.engines.cuda.conftest import RunOnDriver, cases_of
 
-ONE_PASS = "rows_of_one_pass_cost_the_host_four_bytes_a_boundary"
+ONE_PASS = [
+    "rows_of_one_pass_cost_the_host_four_bytes_a_boundary",
+    "a_row_leaves_where_it_should_though_segments_are_launched_ahead",
+    "segments_are_launched_ahead_where_that_pays",
+]
 
 
-@pytest.mark.parametrize("name", [name for name in cases_of(host_gpu) if name != ONE_PASS])
+@pytest.mark.parametrize("name", [name for name in cases_of(host_gpu) if name not in ONE_PASS])
 def test_decoders(
     name: str, run_on_driver: RunOnDriver, decoder_bundle: Callable[[str], Bundle]
 ) -> None:
     run_on_driver(host_gpu.__name__, name, str(decoder_bundle("llama").path))
 
 
-def test_one_pass(run_on_driver: RunOnDriver, toy_bundle: Bundle) -> None:
-    run_on_driver(host_gpu.__name__, ONE_PASS, str(toy_bundle.path))
+@pytest.mark.parametrize("eager", [False, True], ids=["late", "at-once"])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_one_pass(
+    name: str,
+    eager: bool,
+    run_on_driver: RunOnDriver,
+    toy_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Streams that do what they are given as late as can be, or at once."""
+    if eager:
+        monkeypatch.setenv("FAKE_EAGER", "1")
+    run_on_driver(host_gpu.__name__, name, str(toy_bundle.path))
