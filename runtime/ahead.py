@@ -6,69 +6,74 @@ run for nothing, and the next call waits behind it. So it pays at an exit that f
 
     share that leaves x time of the next segment < share that stays x gap
 
-All three are measured here, while the model runs.
+All three are measured here, while the model runs: times per boundary, shares per policy as well.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edgeexit.runtime.policy import Decision
+
 LaunchAhead = Literal["never", "measured", "always"]
 SAMPLES = 16
-"""Times taken of each gap before it is believed."""
+"""Times taken at each boundary before they are believed."""
 REMEMBERED = 4096
 """Rows after which older ones count half, so that shares follow the data."""
+POLICIES_KEPT = 64
+"""Policies for which shares are remembered."""
 
 
 @dataclass
-class Boundary:
-    """What is known of one exit and the segment behind it.
+class Times:
+    """What one boundary costs: times that the GPU stood still there when nothing was launched
+    ahead, and times of the segment behind it."""
 
-    Attributes:
-        asked, left: How many rows came to the exit, and took it.
-        gaps_ms: Times that the GPU stood still between the two segments, when nothing was launched
-            ahead.
-        segments_ms: Times of the segment behind it.
-    """
-
-    asked: int = 0
-    left: int = 0
     gaps_ms: list[float] = field(default_factory=list)
     segments_ms: list[float] = field(default_factory=list)
 
     @property
-    def measured(self) -> bool:
-        """Whether there are times enough."""
+    def enough(self) -> bool:
+        """Whether they are believed."""
         return len(self.gaps_ms) >= SAMPLES
 
+    def add(self, gap_ms: float, segment_ms: float) -> None:
+        """Takes down one row's."""
+        self.gaps_ms.append(gap_ms)
+        self.segments_ms.append(segment_ms)
+
+
+@dataclass
+class Share:
+    """How many rows came to an exit under a policy, and how many of them took it."""
+
+    asked: int = 0
+    left: int = 0
+
     def count(self, left: bool) -> None:
-        """Counts a row that was asked."""
+        """Counts a row."""
         if self.asked >= REMEMBERED:
             self.asked, self.left = self.asked // 2, self.left // 2
         self.asked += 1
         self.left += left
 
-    def time(self, gap_ms: float, segment_ms: float) -> None:
-        """Takes down what one row's gap and segment took."""
-        self.gaps_ms.append(gap_ms)
-        self.segments_ms.append(segment_ms)
 
-    def pays(self) -> bool:
-        """Whether to launch the next segment ahead. One row more is taken to leave and one more to
-        stay than was seen, so that few rows prove nothing.
+def pays(share: Share, times: Times) -> bool:
+    """Whether to launch ahead. One row more is taken to leave and one more to stay than was seen,
+    so that few rows prove nothing.
 
-        >>> often = Boundary(100, 50, [0.03] * 16, [1.0] * 16)
-        >>> seldom = Boundary(1000, 2, [0.03] * 16, [1.0] * 16)
-        >>> often.pays(), seldom.pays()
-        (False, True)
-        """
-        if not self.measured:
-            return False
-        leaving = (self.left + 1) / (self.asked + 2)
-        gap, segment = statistics.median(self.gaps_ms), statistics.median(self.segments_ms)
-        return leaving * segment < (1 - leaving) * gap
+    >>> times = Times([0.03] * SAMPLES, [1.0] * SAMPLES)
+    >>> pays(Share(asked=100, left=50), times), pays(Share(asked=1000, left=2), times)
+    (False, True)
+    """
+    if not times.enough:
+        return False
+    leaving = (share.left + 1) / (share.asked + 2)
+    gap_ms = statistics.median(times.gaps_ms)
+    return leaving * statistics.median(times.segments_ms) < (1 - leaving) * gap_ms
 
 
 class Ahead:
@@ -81,26 +86,37 @@ class Ahead:
 
     def __init__(self, exits: int, when: LaunchAhead) -> None:
         self.when = when
-        self.boundaries = [Boundary() for _ in range(exits)]
+        self.times = [Times() for _ in range(exits)]
+        self._shares: dict[tuple[object, ...], list[Share]] = {}
 
-    def launches(self, number: int) -> bool:
+    def shares(self, decisions: Sequence[Decision], score: str) -> list[Share]:
+        """What is known of a policy's exits."""
+        key = (score, *decisions)
+        known = self._shares.get(key)
+        if known is None:
+            known = self._shares[key] = [Share() for _ in self.times]
+            while len(self._shares) > POLICIES_KEPT:
+                self._shares.pop(next(iter(self._shares)))
+        return known
+
+    def launches(self, number: int, shares: Sequence[Share]) -> bool:
         """Whether to launch ahead what comes behind an exit."""
-        return self.when == "always" or self.boundaries[number].pays()
+        return self.when == "always" or pays(shares[number], self.times[number])
 
-    def facts(self) -> list[dict[str, float | int | bool]]:
+    def facts(self, shares: Sequence[Share]) -> list[dict[str, float | int | bool]]:
         """What was measured, per exit but the last."""
         found: list[dict[str, float | int | bool]] = []
-        for number, one in enumerate(self.boundaries[:-1]):
+        for number, times in enumerate(self.times[:-1]):
             about: dict[str, float | int | bool] = {
-                "asked": one.asked,
-                "left": one.left,
-                "launched_ahead": self.launches(number),
+                "asked": shares[number].asked,
+                "left": shares[number].left,
+                "launched_ahead": self.launches(number, shares),
             }
-            if one.gaps_ms:
-                about["gap_ms"] = statistics.median(one.gaps_ms)
-                about["segment_ms"] = statistics.median(one.segments_ms)
+            if times.gaps_ms:
+                about["gap_ms"] = statistics.median(times.gaps_ms)
+                about["segment_ms"] = statistics.median(times.segments_ms)
             found.append(about)
         return found
 
 
-__all__ = ["Ahead", "Boundary", "LaunchAhead"]
+__all__ = ["Ahead", "LaunchAhead", "Share", "Times", "pays"]

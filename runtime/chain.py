@@ -128,7 +128,7 @@ class Chain:
             self._inputs,
             graphs,
             self._engine,
-            ahead=self.ahead is not None,
+            ahead=self.ahead,
         )
 
     def run(
@@ -240,7 +240,7 @@ class Chain:
                 if first_score is None and number < last:
                     number += 1
                     continue
-                if number < last and ahead.launches(number):
+                if number < last and ahead.launches(number, route.shares):
                     launched = True
                     next_begin, next_end = route.marks[number + 1]
                     next_begin.set()
@@ -249,16 +249,16 @@ class Chain:
                 end.wait()
                 if untimed is not None:
                     (_, before), (start, stop) = route.marks[untimed : untimed + 2]
-                    ahead.boundaries[untimed].time(start.ms_since(before), stop.ms_since(start))
+                    ahead.times[untimed].add(start.ms_since(before), stop.ms_since(start))
                     untimed = None
                 if number == last:
                     break
                 assert first_score is not None
                 leaves = bool(first_score[0] >= threshold)
-                ahead.boundaries[number].count(leaves)
+                route.shares[number].count(leaves)
                 if leaves:
                     break
-                if not (launched or ahead.boundaries[number].measured):
+                if not (launched or ahead.times[number].enough):
                     untimed = number
                 number += 1
         except Exception as error:

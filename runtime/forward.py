@@ -113,11 +113,13 @@ class Model(Loaded):
 
     @property
     def boundaries(self) -> list[dict[str, float | int | bool]]:
-        """Per exit but the last, of rows that came alone: how many were asked and left there, the
-        milliseconds that the GPU stood still behind it and that the next segment took, and whether
-        that is launched ahead. Empty unless loaded with `launch_ahead`."""
-        chain = self._chain
-        return [] if chain is None or chain.ahead is None else chain.ahead.facts()
+        """Per exit but the last, of rows that came alone: how many were asked and left there under
+        this policy, the milliseconds that the GPU stood still behind it and that the next segment
+        took, and whether that is launched ahead. Empty unless loaded with `launch_ahead`."""
+        ahead = None if self._chain is None else self._chain.ahead
+        if ahead is None:
+            return []
+        return ahead.facts(ahead.shares(self._decisions, self._policy.score))
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
         """Answers a batch.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import EdgeExitError, EngineError
 from edgeexit.manifest import Exit, Segment, Tensor
+from edgeexit.runtime.ahead import Ahead, Share
 from edgeexit.runtime.buffers import assign_slots, dtype_of, shape_of
 from edgeexit.runtime.engines import Array, Bound, Engine, Graph, Slot
 from edgeexit.runtime.policy import Decision
@@ -53,14 +54,15 @@ class Step:
 
 @dataclass
 class Route:
-    """The steps of a plan laid out for one policy: what a single row walks. `marks` are set before
-    and behind each of them where segments are launched ahead."""
+    """The steps of a plan laid out for one policy: what a single row walks. Where segments
+    are launched ahead, `marks` are set before and behind each, and `shares` counts rows."""
 
     decisions: Sequence[Decision]
     score: str
     full: list[Step]
     steps: list[tuple[Callable[[], object], memoryview | None, float]]
     marks: list[tuple[Mark, Mark]] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Planner:
         inputs: What the chain takes.
         graphs: The opened graph of each segment.
         engine: Where device memory comes from, and what to name when it fails.
-        ahead: Segments may be launched while the answers of the one before are still wanted.
+        ahead: Segments may be launched while the answers of the one before are still wanted, as
+            this decides.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Planner:
         graphs: Sequence[Graph],
         engine: Engine,
         *,
-        ahead: bool = False,
+        ahead: Ahead | None = None,
     ) -> None:
         self._ahead = ahead
         self._segments, self._exits, self._graphs = segments, exits, graphs
@@ -106,7 +109,7 @@ class Planner:
         self._on_host = {tensor.name for tensor in inputs} | {*exits[-1].outputs.values()}
         for leave in exits:
             self._on_host |= {*leave.scores.values()}
-        self._slot_of = assign_slots(inputs, segments, self._on_host, ahead=ahead)
+        self._slot_of = assign_slots(inputs, segments, self._on_host, ahead=ahead is not None)
         self._slots: dict[int, Slot] = {}
         tensors = [*inputs, *(tensor for segment in segments for tensor in segment.outputs)]
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -177,7 +180,8 @@ class Planner:
                 for step, decision in zip(full, decisions, strict=True)
             ]
             route = plan.route = Route(decisions, score, full, steps)
-            if self._ahead and (gpu := self._engine.gpu) is not None:
+            if self._ahead is not None and (gpu := self._engine.gpu) is not None:
+                route.shares = self._ahead.shares(decisions, score)
                 route.marks = [(gpu.mark(timed=True), gpu.mark(timed=True)) for _ in steps]
         return route
 

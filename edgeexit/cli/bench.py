@@ -86,6 +86,13 @@ def _threads(context: click.Context, parameter: click.Parameter, value: str | No
     show_default=True,
     help="Decoders: tokens written behind each prompt.",
 )
+@click.option(
+    "--launch-ahead",
+    type=click.Choice(["never", "measured", "always"]),
+    default="never",
+    show_default=True,
+    help="On a GPU: launch the next segment while a score is read back. Not for decoders.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random order of rows.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
@@ -103,6 +110,7 @@ def command(
     threads: Any,
     prompt_tokens: int,
     new_tokens: int,
+    launch_ahead: str,
     seed: int,
     output: Path | None,
     engine: str,
@@ -132,6 +140,11 @@ def command(
             f"{bundle} is a language model, and --mode {mode} counts rows",
             fix="Leave --mode out: tokens per second are reported.",
         )
+    if writes and launch_ahead != "never":
+        raise UsageError(
+            f"{bundle} is a language model, and --launch-ahead is for models of one pass",
+            fix="Leave it out.",
+        )
     common: dict[str, Any] = {
         "engine": engine,
         "policy": policy,
@@ -150,7 +163,14 @@ def command(
                 progress=progress,
             )
         else:
-            result = bench(opened, mode=mode, batch=batch, **common, progress=progress)  # type: ignore[arg-type]
+            result = bench(
+                opened,
+                mode=mode,  # type: ignore[arg-type]
+                batch=batch,
+                launch_ahead=launch_ahead,  # type: ignore[arg-type]
+                **common,
+                progress=progress,
+            )
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomic(output, lambda file: file.write(text.encode()))
@@ -242,6 +262,7 @@ def _print(result: dict[str, Any]) -> None:
         notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")
     if natural is None:
         notes.append("no natural exits: give real inputs with --data")
+    notes += _gpu_notes(result["gpu"], [leave["name"] for leave in result["exits"]])
     notes += [f"warning: {text}" for text in result["warnings"]]
     print_table(
         f"{machine['bundle']['name']} on {result['data']['name']}, {result['mode']}",
@@ -249,6 +270,25 @@ def _print(result: dict[str, Any]) -> None:
         rows,
         notes=notes,
     )
+
+
+def _gpu_notes(found: dict[str, Any] | None, names: list[str]) -> list[str]:
+    """What a warm call asked of the GPU, and what stood still between its segments."""
+    if found is None:
+        return []
+    call = found["a_call"]
+    notes = [
+        f"a call: {call['to_device_bytes']} bytes to the GPU, {call['to_host_bytes']} back, "
+        f"{call['allocations']} allocations"
+    ]
+    for name, about in zip(names, found["boundaries"], strict=False):
+        if "gap_ms" in about:
+            ahead = "launched ahead" if about["launched_ahead"] else "not launched ahead"
+            notes.append(
+                f"behind {name}: the GPU stands still for {1e3 * about['gap_ms']:.0f} us, the next "
+                f"segment takes {about['segment_ms']:.3f} ms and is {ahead}"
+            )
+    return notes
 
 
 def _row(

@@ -37,6 +37,7 @@ from edgeexit.measure.sidebyside import (
     warm,
 )
 from edgeexit.measure.subjects import settings, write_inputs
+from edgeexit.runtime.ahead import LaunchAhead
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 Mode = Literal["latency", "throughput"]
@@ -71,6 +72,7 @@ def bench(
     seconds: float = 30.0,
     threads: Any = None,
     seed: int = 0,
+    launch_ahead: LaunchAhead = "never",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a bundle.
@@ -86,6 +88,7 @@ def bench(
             top.
         threads: A setting for both sides; None: search the best one for each.
         seed: Of the order of rows.
+        launch_ahead: As for `edgeexit.runtime.load`.
 
     Returns:
         The object that ``edgeexit bench --json`` prints; docs and the README describe its fields.
@@ -107,13 +110,16 @@ def bench(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeexit-bench-"))
         inputs = prepare_inputs(opened, data, 1 if mode == "latency" else batch, folder, seed)
-        sides = _Sides(opened, inputs.path, engine, policy, threads, seconds)
+        sides = _Sides(opened, inputs.path, engine, policy, threads, seconds, launch_ahead)
         tell("thread settings: unsplit", 0, 0)
         unsplit = stack.enter_context(_closing(sides.best("unsplit", "unsplit")))
         tell("thread settings: chain", 0, 0)
         chain = stack.enter_context(_closing(sides.best("chain", "all")))
         measure = _latency if mode == "latency" else _throughput
         result = measure(opened, inputs, unsplit, chain, data is not None, seconds, seed, tell)
+        result["gpu"] = None
+        if "gpu" in chain.cases:
+            (result["gpu"],) = chain.run("gpu", [0])["records"]
         own_cpu_s = sides.cpu_s + unsplit.cpu_s + chain.cpu_s + sum(os.times()[:2])
         restless = [side.name for side in (unsplit, chain) if side.restless]
         facts = chain.facts
@@ -231,7 +237,9 @@ class _Sides:
         policy: str | os.PathLike[str] | None,
         threads: Any,
         seconds: float,
+        launch_ahead: LaunchAhead,
     ) -> None:
+        self._launch_ahead = launch_ahead
         self._arguments = {"bundle": str(bundle.path), "inputs": inputs, "engine": engine}
         self._policy = None if policy is None else os.fspath(policy)
         self._settings = settings(engine, available_cores()) if threads is None else [threads]
@@ -242,8 +250,10 @@ class _Sides:
 
     def best(self, kind: str, case: str) -> Side:
         arguments = dict(self._arguments)
-        if kind == "chain" and self._policy is not None:
-            arguments["policy"] = self._policy
+        if kind == "chain":
+            arguments["launch_ahead"] = self._launch_ahead
+            if self._policy is not None:
+                arguments["policy"] = self._policy
         opened: list[Side] = []
 
         def make(setting: Any) -> Side:

@@ -1,12 +1,12 @@
 """What `bench` measures: a bundle's chain, and the same model unsplit, as subjects of a worker.
 
-Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user
-calls
-them: `Model.__call__` with numpy arrays, answers copied out.
+Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a
+user calls them: `Model.__call__` with numpy arrays, answers copied out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeexit import runtime
 from edgeexit.measure.worker import Case, Subject
+from edgeexit.runtime.ahead import LaunchAhead
 from edgeexit.runtime.forward import Model, Result
 from edgeexit.runtime.load import Threads
 from edgeexit.runtime.policy import ALWAYS, OUT_OF_REACH, Policy, forced
@@ -61,14 +62,23 @@ def chain(
     threads: Threads = "blocking",
     policy: str | None = None,
     all_scores: bool = False,
+    launch_ahead: LaunchAhead = "never",
 ) -> Subject:
     """The chain of segments, opened with the policy's score or with every one.
 
     Cases: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits before EXIT
     consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``:
-    the policy decides; ``segments``: as ``all``, and the result is each segment's time.
+    the policy decides; ``segments``: as ``all``, and the result is each segment's time; ``gpu``, on
+    one: as ``natural``, and the result is what the call asked of it (`gpu_facts`).
     """
-    model = runtime.load(bundle, engine, threads=threads, policy=policy, all_scores=all_scores)
+    model = runtime.load(
+        bundle,
+        engine,
+        threads=threads,
+        policy=policy,
+        all_scores=all_scores,
+        launch_ahead=launch_ahead,
+    )
     given = model.policy
     rows = read_inputs(inputs)
     score = given.score
@@ -87,8 +97,28 @@ def chain(
         read=lambda result: result.times_ms,
         enter=cases["all"].enter,
     )
+    if model.device_counts is not None:
+        cases["gpu"] = Case(
+            call=lambda number: gpu_facts(model, rows[number]),
+            read=lambda found: found,
+            enter=cases["natural"].enter,
+        )
     facts = {**model.describe_engine(), "score": score, "thresholds": str(given.thresholds)}
     return Subject(cases, len(rows), facts, model.close)
+
+
+def gpu_facts(model: Model, inputs: Inputs) -> dict[str, Any]:
+    """What one warm call asks of the GPU: allocations, and bytes that cross or move there; and what
+    is known of the gaps between segments (`Model.boundaries`)."""
+    counts = model.device_counts
+    assert counts is not None
+    before = dataclasses.asdict(counts)
+    model(inputs)
+    after = dataclasses.asdict(counts)
+    return {
+        "a_call": {name: after[name] - before[name] for name in after},
+        "boundaries": model.boundaries,
+    }
 
 
 def on_its_way(names: Sequence[str], place: int) -> Policy:
@@ -132,6 +162,7 @@ def settings(engine: str, cores: int) -> list[Any]:
 
 __all__ = [
     "chain",
+    "gpu_facts",
     "on_its_way",
     "policy_case",
     "read_answers",

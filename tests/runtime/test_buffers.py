@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,6 +67,19 @@ def test_tensors_in_one_slot_have_one_form_and_never_live_at_once(
             assert (one in on_host) == (other in on_host)
             (from_one, to_one), (from_other, to_other) = alive[one], alive[other]
             assert to_one < from_other or to_other < from_one
+
+
+@given(chains())
+def test_what_a_segment_makes_outlives_the_next_one_that_is_launched_ahead(
+    chain: tuple[list[Tensor], list[Segment], set[str]],
+) -> None:
+    inputs, segments, on_host = chain
+    slots = assign_slots(inputs, segments, on_host, ahead=True)
+    for part, following in itertools.pairwise(segments):
+        made = {slots[one.name] for one in part.outputs}
+        assert not made & {slots[one.name] for one in following.outputs}
+    usual = assign_slots(inputs, segments, on_host)
+    assert len(set(usual.values())) <= len(set(slots.values()))
 
 
 def test_a_chain_of_any_length_needs_two_states() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.measure.subjects import gpu_facts
 from edgeexit.runtime import Decoder, Policy, load, load_decoder
 from edgeexit.runtime.buffers import HostSlot, Window
 from edgeexit.runtime.chain import Chain
@@ -240,13 +241,22 @@ def segments_are_launched_ahead_where_that_pays(bundle: Bundle) -> None:
     inputs = make_inputs(1)
     with Model(bundle, chain, engine, policy) as model:
         model(inputs)
-        assert not any(one["launched_ahead"] for one in model.boundaries)
+        found = gpu_facts(model, inputs)
+        assert not any(one["launched_ahead"] for one in found["boundaries"])
+        assert found["a_call"]["allocations"] == 0
+        sent = 4 * (inputs["x"].size + inputs["shift"].size + inputs["scale"].size)
+        assert found["a_call"]["to_device_bytes"] >= sent
+        # Two scores are asked for, and the answer of one exit is fetched.
+        assert found["a_call"]["to_host_bytes"] == 2 * 4 + CLASSES * 4
         for _ in range(3000):
             assert model(inputs).exit_names == ["exit_3"]
         first, second, third = model.boundaries
         assert first["launched_ahead"] and first["left"] == 0 and first["gap_ms"] > 0
         assert second["asked"] == 0 and not second["launched_ahead"]
         assert third["left"] == third["asked"] and not third["launched_ahead"]
+        model.policy = Policy(score="max_prob", thresholds={"exit_1": -np.inf})
+        assert model(inputs).exit_names == ["exit_1"]
+        assert [one["asked"] for one in model.boundaries] == [1, 0, 0]
 
 
 if __name__ == "__main__":
