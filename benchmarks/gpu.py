@@ -1,5 +1,6 @@
 """What a chain costs on a GPU, beside unsplit on the same engine: split tax by number of exits, the
-time of each exit's path, and what crosses to the host.
+time of each exit's path, what crosses to the host, how long the GPU stands still between segments,
+and what launching them ahead gains and wastes.
 
     python benchmarks/gpu.py --engine cuda                  # ONNX Runtime's CUDA provider
     python benchmarks/gpu.py --engine tensorrt              # builds engines for this GPU first
@@ -27,7 +28,8 @@ from split import tokens
 
 from edgeexit.bundle import Bundle
 from edgeexit.measure import environment
-from edgeexit.runtime import Model, Policy, load, load_unsplit
+from edgeexit.measure.subjects import gpu_facts
+from edgeexit.runtime import Policy, load, load_unsplit
 from edgeexit.runtime.policy import OUT_OF_REACH
 
 Inputs = Mapping[str, np.ndarray]
@@ -112,31 +114,39 @@ def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) ->
         for rows in ROWS:
             inputs = tokens(shape, rows, 0)
             taxes[rows] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)  # noqa: B023
-            crossing[rows] = counted(chain, inputs)
+            if chain.device_counts is not None:
+                chain(inputs)
+                crossing[rows] = gpu_facts(chain, inputs)["a_call"]
         inputs = tokens(shape, 1, 0)
         paths = {}
         for leave in chain.exits[:-1]:
             chain.policy = Policy(score="max_prob", thresholds={leave.name: -np.inf})
             paths[leave.name] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)
-        return {
-            "exits": len(chain.exits) - 1,
-            "split_tax": taxes,
-            "path_of_unsplit": paths,
-            "a_call": crossing,
-        }
+    return {
+        "exits": len(chain.exits) - 1,
+        "split_tax": taxes,
+        "path_of_unsplit": paths,
+        "a_call": crossing,
+        **({} if engine == "cpu" else ahead(bundle, engine, inputs, rounds)),
+    }
 
 
-def counted(model: Model, inputs: Inputs) -> dict[str, int] | None:
-    """What one warm call asks of the GPU: allocations, and bytes that cross; None on the host."""
-    before = model.device_counts
-    if before is None:
-        return None
-    before = dataclasses.replace(before)
-    model(inputs)
-    after = model.device_counts
-    assert after is not None
-    names = [field.name for field in dataclasses.fields(after)]
-    return {name: getattr(after, name) - getattr(before, name) for name in names}
+def ahead(bundle: Bundle, engine: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
+    """One row, segments launched ahead beside the same model that waits: where no row leaves, which
+    is all gain, and where every row leaves at the first exit, which is all waste, for calls come
+    one behind the other. And the gaps, on the GPU's own clock."""
+    stays = Policy(score="max_prob", thresholds=OUT_OF_REACH)
+    measured = load(bundle, engine, policy=stays, launch_ahead="measured")
+    always = load(bundle, engine, policy=stays, launch_ahead="always")
+    with load(bundle, engine, policy=stays) as never, always, measured:
+        for _ in range(40):
+            measured(inputs)
+        gaps = measured.boundaries
+        gain = ratio(lambda: always(inputs), lambda: never(inputs), rounds)
+        first = never.exits[0].name
+        always.policy = never.policy = Policy(score="max_prob", thresholds={first: -np.inf})
+        waste = ratio(lambda: always(inputs), lambda: never(inputs), rounds)
+    return {"boundaries": gaps, "launched_ahead": {"none_leaves": gain, "all_leave_first": waste}}
 
 
 def ratio(
@@ -157,7 +167,7 @@ def ratio(
         "ratio": round(middle, 4),
         "quartiles": [round(low, 4), round(high, 4)],
         "ms": round(1e3 * statistics.median(a for a, _ in times), 4),
-        "unsplit_ms": round(1e3 * statistics.median(b for _, b in times), 4),
+        "other_ms": round(1e3 * statistics.median(b for _, b in times), 4),
     }
 
 
