@@ -36,6 +36,8 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
     Shapes,
     Sizes,
     decode_profiles,
+    one_or_many,
+    row_buckets,
     shapes_of,
     usual_ranges,
 )
@@ -114,6 +116,10 @@ def work_of(
     if manifest.program == "decode":
         return _decoder(manifest, features, asked, chunk, unsplit, form)
     ranges = usual_ranges(manifest, asked, sample)
+    profiles: list[Ranges] = [ranges]
+    if "batch" in ranges:
+        buckets = row_buckets(ranges["batch"], asked)
+        profiles = [{**ranges, "batch": bucket} for bucket in buckets]
     parts = [(s, s.name) for chain in manifest.chains.values() for s in chain.segments]
     parts += [(head, f"head {name}") for name, head in manifest.heads.items()]
     if unsplit:
@@ -123,8 +129,10 @@ def work_of(
         variant = usable(part, features, where)
         axes = {tensor.name: tensor.axes for tensor in part.inputs}
         outputs = tuple(tensor.name for tensor in part.outputs)
-        shapes = shapes_of(axes, ranges, where)
-        works.append(Work(where, variant, outputs, (shapes,), {}, _largest([ranges], axes)))
+        shapes = [shapes_of(axes, one, where) for one in profiles]
+        # What has no axis of rows (a head of weights alone) has one profile, not several alike.
+        own = tuple(one for number, one in enumerate(shapes) if one not in shapes[:number])
+        works.append(Work(where, variant, outputs, own, {}, _largest([ranges], axes)))
     return works
 
 
@@ -148,14 +156,16 @@ def _decoder(
     asked = Asked(asked.min, asked.opt, {"new": min(chunk, capacity), **asked.max}, capacity)
     ranges = usual_ranges(manifest, asked, {})
     rows, chunk = ranges["batch"], ranges["new"].max
-    profiles = decode_profiles(rows, chunk, capacity)
+    buckets = one_or_many(rows, asked)
+    profiles = decode_profiles(rows, buckets, chunk, capacity)
     most = max(rows.max * min(DRAFTED, capacity), chunk)
     parts: list[tuple[Segment, str, Sequence[Ranges]]] = []
     for chain in manifest.chains.values():
         parts += [(segment, segment.name, profiles) for segment in chain.segments]
     for name, head in manifest.heads.items():
         # What has caches goes along with the segments; the head takes rows of any texts.
-        own = profiles if head.caches else [{"batch": Range(1, rows.opt, most)}]
+        any_rows = one_or_many(Range(1, rows.opt, most), asked)
+        own = profiles if head.caches else [{"batch": bucket} for bucket in any_rows]
         parts.append((head, f"head {name}", own))
     if unsplit:
         caches = [c for chain in manifest.chains.values() for s in chain.segments for c in s.caches]
@@ -167,7 +177,7 @@ def _decoder(
         variant = usable(part, features, where, form if part.caches else None)
         works.append(_cached(part, variant, where, for_part, capacity))
         if part.projection is not None:
-            one = [{**profile, "new": Range(1, 1, 1)} for profile in for_part[:1]]
+            one = [{**profiles[0], "batch": rows, "new": Range(1, 1, 1)}]
             bare = msgspec.structs.replace(part, outputs=[])
             works.append(_cached(bare, part.projection, f"projection of {where}", one, capacity))
     return works

@@ -172,15 +172,48 @@ def usual_ranges(manifest: Manifest, asked: Asked, sample: Sizes) -> dict[str, R
     return found
 
 
-def decode_profiles(rows: Range, chunk: int, capacity: int) -> list[dict[str, Range]]:
-    """The two profiles of a decoder's segment: a step (few new tokens behind a long past), and
-    prefill (many new tokens).
+def row_buckets(rows: Range, asked: Asked) -> list[Range]:
+    """Rows in buckets up to 1, 2, 4, 8, ..., each tuned for its largest: kernels that are best for
+    one row are not for many, and rows that leave take a batch from one bucket to the next.
 
-    Engines tune their kernels for the usual size, and the two have nothing in common.
+    One bucket where the user says which number of rows is the usual one, as for trtexec.
+
+    >>> row_buckets(Range(1, 1, 12), Asked({}, {}, {}))
+    [Range(min=1, opt=1, max=1), Range(min=2, opt=2, max=2), Range(min=3, opt=4, max=4), \
+Range(min=5, opt=8, max=8), Range(min=9, opt=12, max=12)]
+    """
+    if "batch" in asked.opt:
+        return [rows]
+    found, smallest = [], rows.min
+    while smallest <= rows.max:
+        largest = min(rows.max, 1 << (smallest - 1).bit_length())
+        found.append(Range(smallest, largest, largest))
+        smallest = largest + 1
+    return found
+
+
+def one_or_many(rows: Range, asked: Asked) -> list[Range]:
+    """Two buckets, one row and more: for decoders, whose engines have profiles for other axes too.
+
+    >>> one_or_many(Range(1, 1, 8), Asked({}, {}, {}))
+    [Range(min=1, opt=1, max=1), Range(min=2, opt=8, max=8)]
+    """
+    if "batch" in asked.opt or rows.min > 1 or rows.max == 1:
+        return [rows]
+    return [Range(1, 1, 1), Range(2, rows.max, rows.max)]
+
+
+def decode_profiles(
+    rows: Range, buckets: Sequence[Range], chunk: int, capacity: int
+) -> list[dict[str, Range]]:
+    """The profiles of a decoder's segment: a step (few new tokens behind a long past) in each
+    bucket of rows, and prefill (many new tokens).
+
+    Engines tune their kernels for the usual size, and these have nothing in common.
     """
     past = Range(1, max(1, capacity // 2), capacity)
     step = min(DRAFTED, capacity)
-    profiles = [{"batch": rows, "new": Range(1, 1, step), "past": past}]
+    profiles = [{"batch": own, "new": Range(1, 1, step), "past": past} for own in buckets]
     if chunk > step:
         profiles.append({"batch": rows, "new": Range(1, chunk, chunk), "past": past})
     return profiles
@@ -218,6 +251,6 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
 
 
 __all__ = [
-    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "decode_profiles",
-    "parse_shapes", "shapes_of", "spelled", "usual_ranges",
+    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "decode_profiles", "one_or_many",
+    "parse_shapes", "row_buckets", "shapes_of", "spelled", "usual_ranges",
 ]  # fmt: skip

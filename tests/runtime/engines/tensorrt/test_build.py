@@ -51,7 +51,8 @@ def test_every_segment_and_the_baseline_become_engines_once(
     assert made.bundle == toy_bundle.digest and made.made_from["version"] == rtx.version
     for work, plan in zip(works, made.plans, strict=True):
         assert plan.graph == work.variant.graph and plan.outputs == list(work.outputs)
-        assert plan.profiles[0]["shift"] == [[1, 1], [1, 1], [8, 1]]
+        rows = [[shape[0] for shape in profile["shift"]] for profile in plan.profiles]
+        assert rows == [[1, 1, 1], [2, 2, 2], [3, 4, 4], [5, 8, 8]]
         assert set(plan.precision["MATRIX_MULTIPLY"]) == {"FLOAT"}
         assert plan.seconds > 0 and plan.peak_memory_bytes > plan.bytes
     assert told[-1][0] == told[-1][1] and [done for done, _ in told[:-1]] == sorted(
@@ -170,7 +171,7 @@ def decoder(decoder_bundle: Callable[[str], Bundle]) -> Bundle:
     return decoder_bundle("llama")
 
 
-def test_a_decoder_in_float32_has_engines_with_two_profiles(
+def test_a_decoder_in_float32_has_engines_for_steps_and_prefill(
     decoder: Bundle, rtx: Library, tmp_path: Path
 ) -> None:
     asked = Asked({}, {}, {"batch": 4}, capacity=64)
@@ -180,10 +181,11 @@ def test_a_decoder_in_float32_has_engines_with_two_profiles(
     assert "head head" in wheres and any(where.startswith("projection of") for where in wheres)
     first = works[0]
     assert [p["embedded"] for p in first.profiles] == [
-        ((1, 1, 64), (1, 1, 64), (4, 16, 64)),
+        ((1, 1, 64), (1, 1, 64), (1, 16, 64)),
+        ((2, 1, 64), (4, 1, 64), (4, 16, 64)),
         ((1, 1, 64), (1, 32, 64), (4, 32, 64)),
     ]
-    assert first.profiles[0]["lengths/past"] == ((1,), (1,), (4,))
+    assert first.profiles[1]["lengths/past"] == ((2,), (4,), (4,))
     _, made = build_engines(decoder, works, rtx, SM86, tmp_path)
     assert all(set(p.precision["MATRIX_MULTIPLY"]) == {"FLOAT"} for p in made.plans)
 

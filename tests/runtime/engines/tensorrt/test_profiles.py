@@ -14,11 +14,14 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
     Range,
     axis_sizes,
     decode_profiles,
+    one_or_many,
     parse_shapes,
+    row_buckets,
     shapes_of,
     usual_ranges,
 )
 
+NOTHING = Asked({}, {}, {})
 NAMES = st.from_regex(r"\A[a-z_][a-z0-9_./]{0,8}\Z")
 SHAPES = st.dictionaries(
     NAMES, st.lists(st.integers(1, 9999), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4
@@ -70,12 +73,28 @@ def test_axes_go_from_one_over_the_sample_to_what_is_asked(toy_bundle: Bundle) -
         usual_ranges(manifest, Asked({"batch": 9}, {"batch": 4}, {"batch": 16}), {})
 
 
-@given(st.integers(1, 16), st.integers(1, 600), st.integers(2, 4096))
-def test_decoding_has_profiles_that_take_every_run(rows: int, chunk: int, capacity: int) -> None:
+@given(st.integers(1, 40), st.integers(0, 60))
+def test_every_number_of_rows_has_one_bucket_that_is_tuned_near_it(least: int, more: int) -> None:
+    rows = Range(least, least, least + more)
+    for buckets in (row_buckets(rows, NOTHING), one_or_many(rows, NOTHING)):
+        for count in range(rows.min, rows.max + 1):
+            assert sum(one.min <= count <= one.max for one in buckets) == 1
+        assert buckets[0].min == rows.min and buckets[-1].max == rows.max
+    for one in row_buckets(rows, NOTHING):
+        assert one.opt == one.max < 2 * one.min or one.max == one.min
+    usual = Asked({}, {"batch": least}, {})
+    assert row_buckets(rows, usual) == one_or_many(rows, usual) == [rows]
+
+
+@given(st.integers(1, 16), st.integers(1, 600), st.integers(2, 4096), st.data())
+def test_decoding_has_profiles_that_take_every_run(
+    most: int, chunk: int, capacity: int, data: st.DataObject
+) -> None:
     chunk = min(chunk, capacity)
-    profiles = decode_profiles(Range(1, 1, rows), chunk, capacity)
-    for new in {1, min(5, chunk), chunk}:
-        assert any(p["new"].min <= new <= p["new"].max for p in profiles)
+    rows = Range(1, 1, most)
+    profiles = decode_profiles(rows, one_or_many(rows, NOTHING), chunk, capacity)
+    run = {"batch": data.draw(st.integers(1, most)), "new": data.draw(st.integers(1, chunk))}
+    assert any(all(p[a].min <= n <= p[a].max for a, n in run.items()) for p in profiles)
     for profile in profiles:
         assert profile["past"].max == capacity
         for one in profile.values():
