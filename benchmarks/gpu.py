@@ -101,7 +101,8 @@ def build(bundle: Bundle) -> None:
     from edgeexit.runtime.engines.tensorrt.profiles import Asked
 
     library, asked = find_library(), Asked({}, {}, {"batch": max(ROWS)})
-    works = work_of(bundle.manifest, library.features, asked, sample_sizes(bundle))
+    sizes = sample_sizes(bundle)
+    works = work_of(bundle.manifest, library.features, asked, sizes, tunes=library.tunes)
     build_engines(bundle, works, library, describe_device(), store.default_root())
 
 

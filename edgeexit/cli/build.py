@@ -219,6 +219,7 @@ def _build(
         sample_sizes(bundle),
         unsplit=not without_unsplit,
         form=caches,
+        tunes=library.tunes,
     )
     root = output or engine_dir or store.default_root()
     wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]

@@ -76,7 +76,9 @@ def _build(bundle: Bundle, root: Path, form: Form | None = None) -> None:
         library, device = find_library(), describe_device()
         asked = Asked({}, {}, {"batch": 4 if bundle.manifest.decoding else 32})
         sample = sample_sizes(bundle)
-        works = work_of(bundle.manifest, library.features, asked, sample, form=form)
+        works = work_of(
+            bundle.manifest, library.features, asked, sample, form=form, tunes=library.tunes
+        )
         build_engines(bundle, works, library, device, root)
     except EdgeExitError as error:
         pytest.skip(str(error))

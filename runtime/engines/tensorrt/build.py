@@ -36,7 +36,7 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
     Shapes,
     Sizes,
     decode_profiles,
-    one_or_many,
+    few_or_many,
     row_buckets,
     shapes_of,
     usual_ranges,
@@ -97,6 +97,7 @@ def work_of(
     chunk: int = CHUNK,
     unsplit: bool = True,
     form: Form | None = None,
+    tunes: bool = False,
 ) -> list[Work]:
     """What there is to build of a bundle.
 
@@ -108,18 +109,20 @@ def work_of(
         chunk: Tokens that one run of prefill takes; decoders only.
         unsplit: Build the baseline too.
         form: Of the caches: ``fixed`` or ``append``. None: the first that the library can build.
+        tunes: The library times kernels for the usual shape (`Library.tunes`): rows then have
+            several profiles, unless the user says how many are usual.
 
     Raises:
         UsageError: Sizes do not fit the bundle.
         EngineError: A part has no form that the library can build.
     """
+    tunes = tunes and "batch" not in asked.opt
     if manifest.program == "decode":
-        return _decoder(manifest, features, asked, chunk, unsplit, form)
+        return _decoder(manifest, features, asked, chunk, unsplit, form, tunes)
     ranges = usual_ranges(manifest, asked, sample)
     profiles: list[Ranges] = [ranges]
-    if "batch" in ranges:
-        buckets = row_buckets(ranges["batch"], asked)
-        profiles = [{**ranges, "batch": bucket} for bucket in buckets]
+    if tunes and "batch" in ranges:
+        profiles = [{**ranges, "batch": bucket} for bucket in row_buckets(ranges["batch"])]
     parts = [(s, s.name) for chain in manifest.chains.values() for s in chain.segments]
     parts += [(head, f"head {name}") for name, head in manifest.heads.items()]
     if unsplit:
@@ -130,7 +133,7 @@ def work_of(
         axes = {tensor.name: tensor.axes for tensor in part.inputs}
         outputs = tuple(tensor.name for tensor in part.outputs)
         shapes = [shapes_of(axes, one, where) for one in profiles]
-        # What has no axis of rows (a head of weights alone) has one profile, not several alike.
+        # What has no axis of rows has one profile, not several alike.
         own = tuple(one for number, one in enumerate(shapes) if one not in shapes[:number])
         works.append(Work(where, variant, outputs, own, {}, _largest([ranges], axes)))
     return works
@@ -143,6 +146,7 @@ def _decoder(
     chunk: int,
     unsplit: bool,
     form: Form | None,
+    tunes: bool,
 ) -> list[Work]:
     decoding = manifest.decoding
     assert decoding is not None
@@ -156,7 +160,7 @@ def _decoder(
     asked = Asked(asked.min, asked.opt, {"new": min(chunk, capacity), **asked.max}, capacity)
     ranges = usual_ranges(manifest, asked, {})
     rows, chunk = ranges["batch"], ranges["new"].max
-    buckets = one_or_many(rows, asked)
+    buckets = few_or_many(rows) if tunes else [rows]
     profiles = decode_profiles(rows, buckets, chunk, capacity)
     most = max(rows.max * min(DRAFTED, capacity), chunk)
     parts: list[tuple[Segment, str, Sequence[Ranges]]] = []
@@ -164,8 +168,11 @@ def _decoder(
         parts += [(segment, segment.name, profiles) for segment in chain.segments]
     for name, head in manifest.heads.items():
         # What has caches goes along with the segments; the head takes rows of any texts.
-        any_rows = one_or_many(Range(1, rows.opt, most), asked)
-        own = profiles if head.caches else [{"batch": bucket} for bucket in any_rows]
+        any_rows = Range(1, rows.opt, most)
+        own = profiles
+        if not head.caches:
+            buckets = few_or_many(any_rows) if tunes else [any_rows]
+            own = [{"batch": bucket} for bucket in buckets]
         parts.append((head, f"head {name}", own))
     if unsplit:
         caches = [c for chain in manifest.chains.values() for s in chain.segments for c in s.caches]

@@ -45,6 +45,12 @@ class Library:
         return self.name == "tensorrt_rtx"
 
     @property
+    def tunes(self) -> bool:
+        """Whether it times kernels for the usual shape of every profile when it builds;
+        TensorRT-RTX makes them for the shapes that come, while it runs."""
+        return not self.rtx
+
+    @property
     def has_typing_flag(self) -> bool:
         """Whether strong typing must be asked for. From 11 on there is nothing else."""
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")

@@ -172,35 +172,33 @@ def usual_ranges(manifest: Manifest, asked: Asked, sample: Sizes) -> dict[str, R
     return found
 
 
-def row_buckets(rows: Range, asked: Asked) -> list[Range]:
-    """Rows in buckets up to 1, 2, 4, 8, ..., each tuned for its largest: kernels that are best for
-    one row are not for many, and rows that leave take a batch from one bucket to the next.
+def row_buckets(rows: Range) -> list[Range]:
+    """Rows in buckets up to 2, 4, 8, ..., for libraries that tune: kernels that are best for one
+    row are not for many, and rows that leave take a batch from one bucket to the next.
 
-    One bucket where the user says which number of rows is the usual one, as for trtexec.
+    The first is tuned for one row but takes two: a bucket of exactly one row has weights of its own
+    in the plan, which doubles it (seen with TensorRT-RTX 1.7); the others share theirs.
 
-    >>> row_buckets(Range(1, 1, 12), Asked({}, {}, {}))
-    [Range(min=1, opt=1, max=1), Range(min=2, opt=2, max=2), Range(min=3, opt=4, max=4), \
-Range(min=5, opt=8, max=8), Range(min=9, opt=12, max=12)]
+    >>> [(one.min, one.opt, one.max) for one in row_buckets(Range(1, 1, 12))]
+    [(1, 1, 2), (3, 4, 4), (5, 8, 8), (9, 12, 12)]
     """
-    if "batch" in asked.opt:
-        return [rows]
     found, smallest = [], rows.min
     while smallest <= rows.max:
-        largest = min(rows.max, 1 << (smallest - 1).bit_length())
-        found.append(Range(smallest, largest, largest))
+        largest = min(rows.max, max(2, 1 << (smallest - 1).bit_length()))
+        found.append(Range(smallest, 1 if smallest == 1 else largest, largest))
         smallest = largest + 1
     return found
 
 
-def one_or_many(rows: Range, asked: Asked) -> list[Range]:
-    """Two buckets, one row and more: for decoders, whose engines have profiles for other axes too.
+def few_or_many(rows: Range) -> list[Range]:
+    """The first of these buckets, and all others in one: for decoders, whose engines have profiles
+    for other axes too.
 
-    >>> one_or_many(Range(1, 1, 8), Asked({}, {}, {}))
-    [Range(min=1, opt=1, max=1), Range(min=2, opt=8, max=8)]
+    >>> [(one.min, one.opt, one.max) for one in few_or_many(Range(1, 1, 8))]
+    [(1, 1, 2), (3, 8, 8)]
     """
-    if "batch" in asked.opt or rows.min > 1 or rows.max == 1:
-        return [rows]
-    return [Range(1, 1, 1), Range(2, rows.max, rows.max)]
+    first, *others = row_buckets(rows)
+    return [first, *([Range(others[0].min, rows.max, rows.max)] if others else [])]
 
 
 def decode_profiles(
@@ -251,6 +249,6 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
 
 
 __all__ = [
-    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "decode_profiles", "one_or_many",
+    "Asked", "Range", "Ranges", "Shapes", "axis_sizes", "decode_profiles", "few_or_many",
     "parse_shapes", "row_buckets", "shapes_of", "spelled", "usual_ranges",
 ]  # fmt: skip

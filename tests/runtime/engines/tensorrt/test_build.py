@@ -16,6 +16,7 @@ from edgeexit.errors import EngineError, UsageError
 from edgeexit.runtime.engines.tensorrt import store
 from edgeexit.runtime.engines.tensorrt.build import (
     Options,
+    Work,
     build_engines,
     estimate,
     made_from,
@@ -51,8 +52,7 @@ def test_every_segment_and_the_baseline_become_engines_once(
     assert made.bundle == toy_bundle.digest and made.made_from["version"] == rtx.version
     for work, plan in zip(works, made.plans, strict=True):
         assert plan.graph == work.variant.graph and plan.outputs == list(work.outputs)
-        rows = [[shape[0] for shape in profile["shift"]] for profile in plan.profiles]
-        assert rows == [[1, 1, 1], [2, 2, 2], [3, 4, 4], [5, 8, 8]]
+        assert [profile["shift"] for profile in plan.profiles] == [[[1, 1], [1, 1], [8, 1]]]
         assert set(plan.precision["MATRIX_MULTIPLY"]) == {"FLOAT"}
         assert plan.seconds > 0 and plan.peak_memory_bytes > plan.bytes
     assert told[-1][0] == told[-1][1] and [done for done, _ in told[:-1]] == sorted(
@@ -181,13 +181,35 @@ def test_a_decoder_in_float32_has_engines_for_steps_and_prefill(
     assert "head head" in wheres and any(where.startswith("projection of") for where in wheres)
     first = works[0]
     assert [p["embedded"] for p in first.profiles] == [
-        ((1, 1, 64), (1, 1, 64), (1, 16, 64)),
-        ((2, 1, 64), (4, 1, 64), (4, 16, 64)),
+        ((1, 1, 64), (1, 1, 64), (4, 16, 64)),
         ((1, 1, 64), (1, 32, 64), (4, 32, 64)),
     ]
-    assert first.profiles[1]["lengths/past"] == ((2,), (4,), (4,))
+    assert first.profiles[0]["lengths/past"] == ((1,), (1,), (4,))
     _, made = build_engines(decoder, works, rtx, SM86, tmp_path)
     assert all(set(p.precision["MATRIX_MULTIPLY"]) == {"FLOAT"} for p in made.plans)
+
+
+def test_libraries_that_tune_get_rows_in_buckets(
+    toy_bundle: Bundle, decoder: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    def rows(work: Work, name: str) -> list[tuple[int, ...]]:
+        return [tuple(shape[0] for shape in profile[name]) for profile in work.profiles]
+
+    sizes = sample_sizes(toy_bundle)
+    works = work_of(toy_bundle.manifest, PLAIN, NOTHING, sizes, tunes=True)
+    assert all(rows(work, "shift") == [(1, 1, 2), (3, 4, 4), (5, 8, 8)] for work in works)
+    usual = Asked({}, {"batch": 4}, {})
+    for work in work_of(toy_bundle.manifest, PLAIN, usual, sizes, tunes=True):
+        assert rows(work, "shift") == [(1, 4, 8)]
+    _, made = build_engines(toy_bundle, works[:1], rtx, SM86, tmp_path)
+    assert [profile["shift"][2][0] for profile in made.plans[0].profiles] == [2, 4, 8]
+    asked = Asked({}, {}, {"batch": 4}, capacity=64)
+    first, *others = work_of(decoder.manifest, PLAIN, asked, {}, chunk=32, tunes=True)
+    assert rows(first, "embedded") == [(1, 1, 2), (3, 4, 4), (1, 1, 4)]
+    (head,) = (work for work in others if work.where == "head head")
+    assert rows(head, next(iter(head.profiles[0]))) == [(1, 1, 2), (3, 64, 64)]
+    projections = [one for one in others if one.where.startswith("projection of")]
+    assert projections and all(len(work.profiles) == 1 for work in projections)
 
 
 @pytest.mark.parametrize("form", ["fixed", "append"])

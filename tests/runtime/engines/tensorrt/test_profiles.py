@@ -14,14 +14,13 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
     Range,
     axis_sizes,
     decode_profiles,
-    one_or_many,
+    few_or_many,
     parse_shapes,
     row_buckets,
     shapes_of,
     usual_ranges,
 )
 
-NOTHING = Asked({}, {}, {})
 NAMES = st.from_regex(r"\A[a-z_][a-z0-9_./]{0,8}\Z")
 SHAPES = st.dictionaries(
     NAMES, st.lists(st.integers(1, 9999), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4
@@ -76,14 +75,14 @@ def test_axes_go_from_one_over_the_sample_to_what_is_asked(toy_bundle: Bundle) -
 @given(st.integers(1, 40), st.integers(0, 60))
 def test_every_number_of_rows_has_one_bucket_that_is_tuned_near_it(least: int, more: int) -> None:
     rows = Range(least, least, least + more)
-    for buckets in (row_buckets(rows, NOTHING), one_or_many(rows, NOTHING)):
+    for buckets in (row_buckets(rows), few_or_many(rows)):
         for count in range(rows.min, rows.max + 1):
             assert sum(one.min <= count <= one.max for one in buckets) == 1
         assert buckets[0].min == rows.min and buckets[-1].max == rows.max
-    for one in row_buckets(rows, NOTHING):
-        assert one.opt == one.max < 2 * one.min or one.max == one.min
-    usual = Asked({}, {"batch": least}, {})
-    assert row_buckets(rows, usual) == one_or_many(rows, usual) == [rows]
+        assert all(one.min <= one.opt <= one.max for one in buckets)
+    for one in row_buckets(rows):
+        assert one.max <= 2 * one.min
+        assert one.opt == (1 if one.min == 1 else one.max)
 
 
 @given(st.integers(1, 16), st.integers(1, 600), st.integers(2, 4096), st.data())
@@ -92,7 +91,7 @@ def test_decoding_has_profiles_that_take_every_run(
 ) -> None:
     chunk = min(chunk, capacity)
     rows = Range(1, 1, most)
-    profiles = decode_profiles(rows, one_or_many(rows, NOTHING), chunk, capacity)
+    profiles = decode_profiles(rows, few_or_many(rows), chunk, capacity)
     run = {"batch": data.draw(st.integers(1, most)), "new": data.draw(st.integers(1, chunk))}
     assert any(all(p[a].min <= n <= p[a].max for a, n in run.items()) for p in profiles)
     for profile in profiles:
