@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import HERE, SCRATCH, peak_bytes, save, say, verdict
+from results import HERE, SCRATCH, save, say, verdict
+
+from edgeexit.runtime.memory import peak_bytes
 
 THREADS = "process"
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from results import peak_bytes
+from edgeexit.runtime.memory import peak_bytes
 
 
 @dataclass(frozen=True)

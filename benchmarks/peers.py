@@ -179,9 +179,9 @@ def alternatives(
 def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str) -> int:
     """Largest resident memory of this process above what imports took: load, one text."""
     import onnxruntime  # noqa: F401, its import is not part of it
-    from results import peak_bytes as largest
 
     from edgeexit import runtime
+    from edgeexit.runtime.memory import peak_bytes as largest
 
     row = _rows(prompts)[0]
     setting: Any = int(threads) if threads.isdigit() else threads

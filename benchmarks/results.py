@@ -45,11 +45,3 @@ def verdict(figures: list[tuple[str, float, str, float, float]]) -> list[dict[st
         )
         say(f"  {name}: {value:.3f} (must {sign} {must}, aim {sign} {aim}): {level}")
     return found
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process, not of the one that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")

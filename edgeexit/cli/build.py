@@ -241,13 +241,13 @@ def _build(
 
 def _foretell(expected: Estimate | None, times: int, quiet: bool) -> None:
     """Says on stderr what building will take; warns where memory is short."""
-    from edgeexit.runtime.engines.tensorrt.build import available_memory_bytes
+    from edgeexit.runtime.memory import available_bytes
 
     if expected is None:
         if not quiet:
             click.echo("TensorRT times kernels on this GPU: minutes per engine", err=True)
         return
-    needed, free = expected.peak_memory_bytes, available_memory_bytes()
+    needed, free = expected.peak_memory_bytes, available_bytes()
     if not quiet:
         seconds = expected.seconds * times
         click.echo(f"about {seconds:.0f} s and {size(needed)} of memory", err=True)

@@ -155,8 +155,11 @@ def command(
             "--policy, --threshold and --exit contradict each other", fix="Give one of them."
         )
     add_current_directory()
-    if threshold is not None and math.isnan(threshold):
-        raise UsageError("--threshold nan: not a number", fix="Give one, as in --threshold 0.9.")
+    if threshold is not None and not (0 <= threshold <= 1 or math.isinf(threshold)):
+        raise UsageError(
+            f"--threshold {threshold:g}: max_prob is a probability",
+            fix="Give one from 0 to 1, as in --threshold 0.9; inf never stops.",
+        )
     chosen = policy if threshold is None else Policy(thresholds=threshold)
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in draws.items() if value is not None}

@@ -11,7 +11,6 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +20,9 @@ from edgeexit.errors import EngineError
 from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines.cuda.arrays import Block, DeviceArray
 from edgeexit.runtime.engines.cuda.driver import ask, import_driver
+from edgeexit.runtime.memory import available_bytes
 
 Waiting = Literal["spin", "block"]
-MEMORY = Path("/proc/meminfo")
 
 
 @dataclass
@@ -108,8 +107,8 @@ class Device:
     def free_bytes(self) -> int:
         """Device memory that is free now. Where it is the host's, what the system could give back
         counts as free, which the driver does not know of."""
-        if self.shares_memory and (available := _available_bytes()) is not None:
-            return available
+        if self.shares_memory:
+            return available_bytes()
         self.enter()
         return int(ask(self.driver.cuMemGetInfo())[0])
 
@@ -326,16 +325,6 @@ def row_moves(
                     moves.append((source, target, inner))
             target += inner
     return moves
-
-
-def _available_bytes() -> int | None:
-    """What the system could give to a program now; None where it does not say."""
-    if not MEMORY.is_file():
-        return None
-    for line in MEMORY.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def require_room(device: Device, size_bytes: int, what: str) -> None:

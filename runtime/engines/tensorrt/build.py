@@ -7,7 +7,6 @@ the cache does not have yet. A build that was interrupted goes on where it stopp
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from edgeexit.runtime.engines.tensorrt.profiles import (
 )
 from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
 from edgeexit.runtime.engines.tensorrt.worker import Built, Failed, Job
+from edgeexit.runtime.memory import available_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, of)``."""
@@ -452,7 +452,7 @@ def _build(
 
 def _run(job: Job, work: Work, say: Callable[[float, str], None]) -> Built:
     """Runs the job in a process of its own."""
-    free = available_memory_bytes()
+    free = available_bytes()
     last: dict[str, Any] = {}
     with tempfile.TemporaryFile() as complaints:
         with subprocess.Popen(
@@ -537,14 +537,6 @@ def _overall(
 
     say(0.0, "")
     return say
-
-
-def available_memory_bytes() -> int:
-    """Memory that could be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _mib(count: int) -> str:

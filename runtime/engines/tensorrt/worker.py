@@ -21,6 +21,7 @@ from edgeexit.graphfile import fix_axes, keep_outputs
 from edgeexit.runtime.engines.tensorrt import precision
 from edgeexit.runtime.engines.tensorrt.api import IHostMemory, OnnxParser, TensorRt
 from edgeexit.runtime.engines.tensorrt.library import Library, import_library
+from edgeexit.runtime.memory import peak_bytes
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,16 +144,8 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         precision=types,
         inspected=None if job.targets else _inspect(trt, log, plan),
         seconds=time.monotonic() - started,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(),
     )
-
-
-def _peak_memory() -> int:
-    """Bytes. ``ru_maxrss`` would hold the peak of the process that started this one as well."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: engines are built on Linux")
 
 
 def _write(path: Path, data: memoryview) -> None:
