@@ -33,7 +33,7 @@ def load(
     engine: str = "cpu",
     *,
     policy: Policy | str | os.PathLike[str] | None = None,
-    threads: Threads = "blocking",
+    threads: Threads | None = None,
     verify: Literal["quick", "full"] = "quick",
     all_scores: bool = False,
     fallback: str | None = None,
@@ -49,7 +49,9 @@ def load(
             without one every row goes to the last exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
             threads, or ``process``: ONNX Runtime's global pool, which
-            makes other default sessions in this process fail.
+            makes other default sessions in this process fail. On a GPU: how the host waits for it,
+            asleep (``blocking``) or looking all the time (everything else), which answers sooner.
+            None: ``blocking`` on the host, ``spinning`` on a GPU.
         verify: ``full`` also hashes the weights.
         all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
             with what the policy asks for (exits that it never consults are left out of their
@@ -115,7 +117,7 @@ def load_decoder(
     engine: str = "cpu",
     *,
     policy: Policy | str | os.PathLike[str] | None = None,
-    threads: Threads = "blocking",
+    threads: Threads | None = None,
     verify: Literal["quick", "full"] = "quick",
     capacity: int | None = None,
     caches: Form | None = None,
@@ -199,7 +201,7 @@ def load_unsplit(
     path: str | os.PathLike[str] | Bundle,
     engine: str = "cpu",
     *,
-    threads: Threads = "blocking",
+    threads: Threads | None = None,
 ) -> Model:
     """Loads the same model as one graph without exits: the baseline, bound as the chain is."""
     bundle = path if isinstance(path, Bundle) else open_bundle(path)
@@ -256,11 +258,13 @@ def _warn_if_calibrated_elsewhere(policy: Policy, engine: Mapping[str, str]) -> 
         )
 
 
-def _engine(name: str, threads: Threads, bundle: Bundle) -> Engine:
+def _engine(name: str, threads: Threads | None, bundle: Bundle) -> Engine:
+    if threads is None:
+        threads = "blocking" if name == "cpu" else "spinning"
     if name == "tensorrt":
         from edgeexit.runtime.engines.tensorrt.engine import open_tensorrt
 
-        return open_tensorrt(bundle)
+        return open_tensorrt(bundle, waiting="block" if threads == "blocking" else "spin")
     from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(name, threads)

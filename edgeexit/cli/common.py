@@ -49,7 +49,7 @@ threads_option = click.option(
     show_default=True,
     callback=_threads,
     metavar="N|blocking|spinning|process",
-    help="Threads of the engine: a number, or how its pools wait.",
+    help="Threads of the engine: a number, or how its pools wait; with a GPU, how the host does.",
 )
 
 

@@ -149,13 +149,13 @@ def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy) -> Case:
 
 
 def settings(engine: str, cores: int) -> list[Any]:
-    """Thread settings worth trying for an engine: on GPUs the host's threads do not compute.
+    """Thread settings worth trying for an engine: on GPUs the host's threads only wait.
 
-    >>> settings("cpu", 4)
-    ['blocking', 'process', 'spinning', 1, 2]
+    >>> settings("cpu", 4), settings("tensorrt", 4)
+    (['blocking', 'process', 'spinning', 1, 2], ['spinning', 'blocking'])
     """
     if engine != "cpu":
-        return ["blocking"]
+        return ["spinning", "blocking"]
     counts = [2**power for power in range(cores.bit_length()) if 2**power < cores]
     return ["blocking", "process", "spinning", *counts]
 

@@ -110,7 +110,8 @@ class OnnxRuntimeEngine:
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
         threads: A pool per session that blocks while idle (``blocking``) or spins, that many
-            threads, or the pool of the process (see `install_process_pool`).
+            threads, or the pool of the process (see `install_process_pool`). With a GPU: whether
+            the host sleeps (``blocking``) or spins while it waits; its pools have nothing to do.
     """
 
     def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
@@ -123,7 +124,7 @@ class OnnxRuntimeEngine:
                 f"threads={threads!r} is not a thread setting",
                 fix='Use a number from 1 up, "blocking", "spinning" or "process".',
             )
-        if _process_pool and threads != "process":
+        if _process_pool and threads != "process" and name == "cpu":
             raise EngineError(
                 f'threads={threads!r} cannot be had: this process took threads="process" before, '
                 "and sessions with pools of their own then fail",
@@ -141,19 +142,20 @@ class OnnxRuntimeEngine:
         if name != "cpu":
             from edgeexit.runtime.engines.cuda.device import Device
 
-            self.gpu = Device()
-        if threads == "process":
+            self.gpu = Device(waiting="block" if threads == "blocking" else "spin")
+        if threads == "process" and self.gpu is None:
             install_process_pool()
         self._shared_arena = _share_arena()
 
     def describe(self) -> dict[str, str]:
-        """Name, library, version and thread setting."""
-        return {
+        """Name, library, version, thread setting and, with a GPU, how the host waits for it."""
+        about = {
             "engine": self.name,
             "library": "onnxruntime",
             "version": self._ort.__version__,
             "threads": str(self.threads),
         }
+        return about if self.gpu is None else about | {"waiting": self.gpu.waiting}
 
     def offers(self, path: Path) -> bool:
         """Every graph."""
@@ -222,9 +224,9 @@ class OnnxRuntimeEngine:
         if self._shared_arena:
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if self.threads == "process":
+        if _process_pool:  # which every session of the process must use
             options.use_per_session_threads = False
-        elif self.threads != "spinning":
+        elif self.threads != "spinning" or self.gpu is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if _is_count(self.threads):
                 options.intra_op_num_threads = self.threads

@@ -111,7 +111,7 @@ def test_spread_is_the_distance_of_quartiles_when_there_are_four() -> None:
 
 
 def test_settings_offer_one_when_a_gpu_computes() -> None:
-    assert settings("cuda", 8) == ["blocking"]
+    assert settings("cuda", 8) == ["spinning", "blocking"]
     assert settings("cpu", 8)[-3:] == [1, 2, 4]
 
 

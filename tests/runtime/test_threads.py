@@ -27,7 +27,7 @@ def test_answers_do_not_depend_on_the_thread_setting(
         )
 
 
-@pytest.mark.parametrize("threads", [0, -1, True, "many", None, 1.5])
+@pytest.mark.parametrize("threads", [0, -1, True, "many", 1.5])
 def test_a_thread_setting_that_is_none_is_refused(toy_bundle: Bundle, threads: Any) -> None:
     with pytest.raises(UsageError, match="is not a thread setting"):
         load(toy_bundle, threads=threads)
