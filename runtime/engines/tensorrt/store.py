@@ -49,7 +49,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
         largest: Named axis -> its largest size.
         precision: Kind of layer -> type that it computes in, by the network -> how many there are.
         inspected: Type -> how many of the engine's layers multiply in it, by the library's
-            inspector; None where it was built ahead of time, for nothing could be loaded there.
+            inspector; None where it could not be loaded, as where it was built ahead of time.
         seconds, peak_memory_bytes: What the build took.
     """
 

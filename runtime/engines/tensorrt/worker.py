@@ -19,7 +19,13 @@ import msgspec
 from edgeexit.errors import EdgeExitError
 from edgeexit.graphfile import fix_axes, keep_outputs
 from edgeexit.runtime.engines.tensorrt import precision
-from edgeexit.runtime.engines.tensorrt.api import IHostMemory, OnnxParser, TensorRt
+from edgeexit.runtime.engines.tensorrt.api import (
+    Builder,
+    IBuilderConfig,
+    IHostMemory,
+    OnnxParser,
+    TensorRt,
+)
 from edgeexit.runtime.engines.tensorrt.library import Library, import_library
 from edgeexit.runtime.memory import peak_bytes
 
@@ -93,9 +99,24 @@ class Refused(Exception):
 
 def build(library: Library, job: Job, told: TextIO) -> Built:
     """Builds an engine and writes its plan; raises `Refused`."""
-    trt = library.module
     started = time.monotonic()
-    log = _logger(trt)
+    log = _logger(library.module)
+    plan, types = _make(library, job, log, told)
+    _write(Path(job.plan), memoryview(plan))
+    return Built(
+        bytes=plan.nbytes,
+        precision=types,
+        inspected=None if job.targets else _inspect(library.module, log, plan),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_bytes(),
+    )
+
+
+def _make(
+    library: Library, job: Job, log: Any, told: TextIO
+) -> tuple[IHostMemory, precision.Types]:
+    """The plan, and the types of its network. What it took is given back when this returns."""
+    trt = library.module
     builder = trt.Builder(log)
     if builder is None:
         raise Refused(Failed(what=log.reason("no builder could be made")))
@@ -108,6 +129,25 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
     raw = fix_axes(keep_outputs(path.read_bytes(), job.outputs), job.fixed)
     if not parser.parse(raw, str(path)):
         raise Refused(_parser_failure(parser, log))
+    config = _configure(trt, builder, job, log)
+    cache = None
+    if job.timing_cache is not None:
+        known = Path(job.timing_cache)
+        cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    config.progress_monitor = monitor = _monitor(trt, told)
+    types = precision.of_network(trt, network)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
+    del monitor
+    if cache is not None and job.timing_cache is not None:
+        _write(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+    return plan, types
+
+
+def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderConfig:
+    """How it is to be built: profiles, targets, limits."""
     config = builder.create_builder_config()
     for shapes in job.profiles:
         profile = builder.create_optimization_profile()
@@ -125,27 +165,7 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
     if job.opt_level is not None:
         config.builder_optimization_level = job.opt_level
-    cache = None
-    if job.timing_cache is not None:
-        known = Path(job.timing_cache)
-        cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-    config.progress_monitor = monitor = _monitor(trt, told)
-    types = precision.of_network(trt, network)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
-    del monitor
-    _write(Path(job.plan), memoryview(plan))
-    if cache is not None and job.timing_cache is not None:
-        _write(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
-    return Built(
-        bytes=plan.nbytes,
-        precision=types,
-        inspected=None if job.targets else _inspect(trt, log, plan),
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=peak_bytes(),
-    )
+    return config
 
 
 def _write(path: Path, data: memoryview) -> None:
@@ -157,12 +177,13 @@ def _write(path: Path, data: memoryview) -> None:
     os.replace(partial, path)
 
 
-def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int]:
-    """Loads the engine on the device it was built for, and asks what it multiplies in."""
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int] | None:
+    """Loads the engine on the device it was built for, and asks what it multiplies in. None where
+    there is no room for it now: that is for whoever runs it to say."""
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        why = log.reason("it was built, but cannot be loaded here")
-        raise Refused(Failed(what=why, memory=log.out_of_memory))
+        return None
     inspector = engine.create_engine_inspector()
     return precision.of_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
