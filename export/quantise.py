@@ -80,7 +80,8 @@ def export_int8(
         source, heads = _merged(whole, folder)
         first, rest = _split(calibration(whole), model.name)
         tell("ranges of activations")
-        quantised = folder / f"{model.name.replace('/', '_')}.onnx"
+        quantised = folder / "int8" / f"{model.name.replace('/', '_')}.onnx"
+        quantised.parent.mkdir()
         quantise(source, quantised, first, heads)
         exits = [leave.name for leave in whole.exits()]
         with BundleWriter(output, overwrite=overwrite) as writer:

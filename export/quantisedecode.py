@@ -4,10 +4,14 @@ The shared head, adapters, normalisations, attention's own products and the cach
 The model is exported in float32 first; then every segment and unsplit are quantised over the same
 texts, each with the states that the float32 segments before it hand over, so that their ranges are
 the same. They have one form of the caches, the one that every engine runs (``append``).
+
+What the quantised graphs say of the sample is the reference of the bundle; what the exits say in
+float32 of other texts is kept beside it, for ``edgeexit check`` to tell what quantising changed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -26,15 +30,21 @@ from edgeexit.errors import UsageError
 from edgeexit.export import graphs
 from edgeexit.export.contract import DecodeModel
 from edgeexit.export.decode import export_decoder
-from edgeexit.export.package import Progress, counter
-from edgeexit.export.quantise import QUANTISED, quantise
+from edgeexit.export.package import Progress, counter, write_samples
+from edgeexit.export.quantise import FLOAT32_SAMPLE, QUANTISED, quantise
 from edgeexit.export.rows import run_graph
+from edgeexit.export.scores import reference_scores
 from edgeexit.export.store import WeightStore
 from edgeexit.manifest import LENGTHS, Manifest, Segment, Variant
 
+logger = logging.getLogger(__name__)
+
 CALIBRATION_TEXTS = 64
 """Texts that set the ranges of activations."""
+COMPARED_TEXTS, COMPARED_TOKENS = 16, 64
+"""Texts behind those, and tokens of each, for which the bundle keeps the float32 answers."""
 
+REFERENCE = "reference"
 Texts = Sequence[NDArray[np.int64]]
 Feeds = list[dict[str, NDArray[Any]]]
 
@@ -54,7 +64,8 @@ def export_int8_decoder(
         model: What to split.
         output: The bundle's directory; must not exist unless `overwrite`.
         calibration: Gives texts, each as token ids ``[seq]``, for the float32 bundle that it is
-            handed. The first `CALIBRATION_TEXTS` set the ranges of activations.
+            handed. The first `CALIBRATION_TEXTS` set the ranges of activations; of those behind
+            them (of the same, where there are no more) the float32 answers are kept.
         opset: ONNX opset.
 
     Raises:
@@ -69,26 +80,24 @@ def export_int8_decoder(
         whole = export_decoder(
             model, scratch / "float32", opset=opset, progress=lambda what, done, of: tell(what)
         )
-        texts = _texts(calibration(whole), model)
+        texts, others = _texts(calibration(whole), model)
         with BundleWriter(output, overwrite=overwrite) as writer:
             store = WeightStore(writer.folder)
             [chain] = whole.manifest.chains.values()
-            first, where = _feeds(model, texts), model.positions.name
-            feeds, segments = first, []
+            sample = _sample(whole)
+            ranges, compared = _Pass(model, whole, texts), _Pass(model, whole, others)
+            quantised, segments = _Pass(model, whole, list(sample)), []
             for part in chain.segments:
                 tell(f"{part.name}, int8")
-                given = [_with_caches(one, part) for one in feeds]
                 source = whole.file(part.variants[-1].graph)
-                _write(_quantised(source, given, scratch, []), writer.folder, part.name, store)
+                graph, target = _quantised(source, ranges.given(part), scratch, [])
+                _write(graph, writer.folder, part.name, store)
                 segments.append(
                     msgspec.structs.replace(part, variants=[_variant(part)], projection=None)
                 )
-                state = part.outputs[0].name
-                made = run_graph(source, given)
-                feeds = [
-                    {state: answers[state], where: one[where]}
-                    for answers, one in zip(made, feeds, strict=True)
-                ]
+                quantised.ask(part, quantised.run(part, target))
+                compared.ask(part, compared.run(part, source))
+                ranges.run(part, source)
             tell("unsplit, int8")
             caches = [cache for part in chain.segments for cache in part.caches]
             unsplit = Segment(
@@ -99,9 +108,8 @@ def export_int8_decoder(
                 caches=caches,
             )
             source = whole.file(unsplit.variants[-1].graph)
-            graph = _quantised(
-                source, [_with_caches(one, unsplit) for one in first], scratch, _head(source)
-            )
+            first = [_with_caches(one, unsplit) for one in _feeds(model, texts)]
+            graph, _ = _quantised(source, first, scratch, _head(source))
             _write(graph, writer.folder, unsplit.name, store)
             tell("head, adapters and the rest")
             heads = {}
@@ -110,7 +118,11 @@ def export_int8_decoder(
                 _write(ir.load(whole.file(variant.graph)), writer.folder, name, store)
                 heads[name] = msgspec.structs.replace(part, variants=[variant], projection=None)
             offset = store.place(ir.tensor(model.embedding.contiguous()))
-            _copy_rest(whole, writer.folder)
+            samples = [
+                write_samples(writer.folder, REFERENCE, _reference(sample, quantised.said)),
+                write_samples(writer.folder, FLOAT32_SAMPLE, _float32(others, compared.said)),
+            ]
+            samples += _copy_rest(whole, writer.folder)
             decoding = whole.manifest.decoding
             assert decoding is not None
             embedding = msgspec.structs.replace(decoding.embedding, offset=offset)
@@ -120,26 +132,114 @@ def export_int8_decoder(
                 unsplit=[_variant(unsplit)],
                 heads=heads,
                 decoding=msgspec.structs.replace(decoding, embedding=embedding),
+                samples=samples,
                 files={},
                 provenance=whole.manifest.provenance | {"calibration_texts": str(len(texts))},
             )
             return writer.commit(manifest)
 
 
-def _texts(given: Iterable[NDArray[np.int64]], model: DecodeModel) -> Texts:
-    """The first texts, none of them longer than the model takes."""
+def _texts(given: Iterable[NDArray[np.int64]], model: DecodeModel) -> tuple[Texts, Texts]:
+    """Texts that set ranges, none of them longer than the model takes; and texts to compare, all of
+    one length."""
     texts: list[NDArray[np.int64]] = []
     for text in given:
         if len(text):
             texts.append(np.asarray(text, np.int64)[: model.limits["positions"] - 1])
-        if len(texts) == CALIBRATION_TEXTS:
+        if len(texts) == CALIBRATION_TEXTS + COMPARED_TEXTS:
             break
     if not texts:
         raise UsageError(
             f"{model.name}: int8 needs texts to measure the ranges of activations",
             fix=f"Give --calibration-data with some texts ({CALIBRATION_TEXTS} are used).",
         )
-    return texts
+    if len(texts) < CALIBRATION_TEXTS:
+        logger.warning(
+            "ranges of activations are measured on %d texts; %d are better",
+            len(texts),
+            CALIBRATION_TEXTS,
+        )
+    first, others = texts[:CALIBRATION_TEXTS], texts[CALIBRATION_TEXTS:] or texts
+    length = min(COMPARED_TOKENS, int(np.median([len(text) for text in others])))
+    others = [text[:length] for text in others if len(text) >= length][:COMPARED_TEXTS]
+    return first, others
+
+
+class _Pass:
+    """Texts on their way through the segments, each by itself.
+
+    Attributes:
+        said: Exit -> what it says of each text: the head's outputs, ``[seq, ...]``.
+    """
+
+    def __init__(self, model: DecodeModel, bundle: Bundle, texts: Texts) -> None:
+        self._bundle, self._where = bundle, model.positions.name
+        self._feeds = _feeds(model, texts)
+        self.said: dict[str, list[dict[str, NDArray[Any]]]] = {}
+
+    def given(self, part: Segment) -> Feeds:
+        """What a segment, the next one, is given."""
+        return [_with_caches(one, part) for one in self._feeds]
+
+    def run(self, part: Segment, graph: Path) -> Feeds:
+        """Runs the next segment; returns what it makes."""
+        made = run_graph(graph, self.given(part))
+        state = part.outputs[0].name
+        self._feeds = [
+            {state: answers[state], self._where: one[self._where]}
+            for answers, one in zip(made, self._feeds, strict=True)
+        ]
+        return made
+
+    def ask(self, part: Segment, made: Feeds) -> None:
+        """Asks the exit behind a segment, if there is one, of what the segment made."""
+        heads = self._bundle.manifest.heads
+        for leave in part.exits:
+            states = [one[leave.state or part.outputs[-1].name] for one in made]
+            if leave.adapter is not None:
+                adapter = heads[leave.adapter]
+                feeds = [
+                    _with_caches({t.name: (one | feed)[t.name] for t in adapter.inputs}, adapter)
+                    for one, feed in zip(made, self._feeds, strict=True)
+                ]
+                found = run_graph(self._bundle.file(adapter.variants[-1].graph), feeds)
+                states = [one[adapter.outputs[0].name] for one in found]
+            head = heads[leave.head or ""]
+            [state] = head.inputs
+            graph = self._bundle.file(head.variants[-1].graph)
+            self.said[leave.name] = run_graph(graph, [{state.name: one[0]} for one in states])
+
+
+def _reference(
+    tokens: NDArray[np.int64], said: Mapping[str, Sequence[Mapping[str, NDArray[Any]]]]
+) -> dict[str, NDArray[Any]]:
+    """What `edgeexit.export.decode` keeps as reference, of what the exits say of these texts."""
+    found: dict[str, NDArray[Any]] = {"input/tokens": tokens}
+    for name, texts in said.items():
+        logits = np.stack([one["logits"] for one in texts]).astype(np.float32)
+        ordered = np.sort(logits, axis=-1)
+        found[f"{name}/logits"] = logits[:, -1]
+        found[f"{name}/token"] = logits.argmax(-1)
+        found[f"{name}/margin"] = ordered[..., -1] - ordered[..., -2]
+    return found
+
+
+def _float32(
+    texts: Texts, said: Mapping[str, Sequence[Mapping[str, NDArray[Any]]]]
+) -> dict[str, NDArray[Any]]:
+    """Per exit, greedy tokens and scores ``[rows, seq]`` of these texts."""
+    found: dict[str, NDArray[Any]] = {"input/tokens": np.stack(texts)}
+    for name, answers in said.items():
+        logits = np.stack([one["logits"] for one in answers])
+        found[f"{name}/token"] = logits.argmax(-1)
+        found |= {f"{name}/{score}": v for score, v in reference_scores(logits).items()}
+    return found
+
+
+def _sample(bundle: Bundle) -> NDArray[np.int64]:
+    """Token ids ``[rows, seq]`` of the reference sample."""
+    with np.load(bundle.file(f"samples/{REFERENCE}.npz"), allow_pickle=False) as file:
+        return np.asarray(file["input/tokens"], np.int64)
 
 
 def _feeds(model: DecodeModel, texts: Texts) -> Feeds:
@@ -163,7 +263,10 @@ def _with_caches(feed: Mapping[str, NDArray[Any]], part: Segment) -> dict[str, N
     return found
 
 
-def _quantised(source: Path, feeds: Feeds, scratch: Path, excluded: list[str]) -> ir.Model:
+def _quantised(
+    source: Path, feeds: Feeds, scratch: Path, excluded: list[str]
+) -> tuple[ir.Model, Path]:
+    """A graph in int8, and its file, which is there until the next one is made."""
     model = ir.load(source)
     names = _rename(model.graph)
     folder = scratch / "quantising"
@@ -177,7 +280,7 @@ def _quantised(source: Path, feeds: Feeds, scratch: Path, excluded: list[str]) -
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype)
-    return made
+    return made, target
 
 
 def _rename(graph: ir.Graph) -> dict[str, str]:
@@ -208,12 +311,15 @@ def _write(model: ir.Model, folder: Path, name: str, store: WeightStore) -> None
     graphs.save_graph(model, str(folder / f"graphs/{name}.onnx"))
 
 
-def _copy_rest(whole: Bundle, folder: Path) -> None:
-    """Samples, tokenizer, chat templates: all but graphs and weights."""
+def _copy_rest(whole: Bundle, folder: Path) -> list[str]:
+    """Tokenizer, chat templates, and samples that are not there yet, which it returns."""
+    samples = []
     for name in whole.manifest.files:
-        if not name.startswith("graphs/") and name != WEIGHTS:
+        if not name.startswith("graphs/") and name != WEIGHTS and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(whole.file(name), folder / name)
+            samples += [name] if name.startswith("samples/") else []
+    return samples
 
 
 __all__ = ["CALIBRATION_TEXTS", "export_int8_decoder"]

@@ -112,6 +112,12 @@ class Model(Loaded):
         return None if gpu is None else gpu.counts
 
     @property
+    def largest(self) -> Mapping[str, int]:
+        """The largest sizes of named axes that its engine takes; what is not there is not limited
+        by it."""
+        return self._engine.largest
+
+    @property
     def boundaries(self) -> list[dict[str, float | int | bool]]:
         """Per exit but the last, of rows that came alone: how many were asked and left there under
         this policy, the milliseconds that the GPU stood still behind it and that the next segment

@@ -74,6 +74,8 @@ def command(
         with load_decoder(opened, engine, policy=chosen, threads=threads) as decoder:  # type: ignore[arg-type]
             report = check_decoder(decoder, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
             about = decoder.describe_engine()
+            if flips.has_float32(opened):
+                flipped = flips.count_decoder_flips(decoder, chosen)
     else:
         with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
             report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
@@ -100,15 +102,17 @@ def command(
         for note in report.notes:
             click.echo(note)
         if flipped:
+            what = "tokens" if opened.manifest.program == "decode" else "rows"
+            score = flips.SCORE if chosen is None else chosen.score
             print_table(
-                f"against float32, {flipped[0].rows} rows, decisions "
-                + ("of the policy" if policy else "at the median score"),
-                ("exit", "other answers", "other decisions", "largest score difference"),
+                f"against float32, {flipped[0].rows} {what} of the calibration data, decisions "
+                + ("of the policy" if chosen else f"where {score} is at its median"),
+                ("exit", "other answers", "other decisions", f"largest difference of {score}"),
                 [
                     (
                         f.exit,
-                        f.answers,
-                        "-" if f.decisions is None else f.decisions,
+                        _of(f.answers, f.rows),
+                        "-" if f.decisions is None else _of(f.decisions, f.rows),
                         f"{f.score:.3g}",
                     )
                     for f in flipped
@@ -120,6 +124,15 @@ def command(
             f"(atol {report.atol:g}, rtol {report.rtol:g})" + ("" if verbose else "; -v shows all")
         )
     report.require()
+
+
+def _of(count: int, rows: int) -> str:
+    """A count and its share.
+
+    >>> _of(3, 200)
+    '3 (1.5 %)'
+    """
+    return f"{count} ({100 * count / rows:.1f} %)"
 
 
 def _worst(comparisons: list[Comparison]) -> list[Comparison]:
