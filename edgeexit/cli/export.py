@@ -289,14 +289,26 @@ def _export(
         if isinstance(split, DecodeModel):
             return export_decoder(split, output, progress=progress, **options)
         return export_model(split, output, progress=progress, **options)
+    import numpy as np
+
     from edgeexit.measure.data import open_data
+    from edgeexit.measure.decodebench import read_prompts
+
+    if ":" not in calibration_data and not Path(calibration_data).exists():
+        raise UsageError(
+            f"--calibration-data {calibration_data}: does not exist",
+            fix="Give a file, a folder of images, or module:function.",
+        )
 
     def rows(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
         add_current_directory()
         return (batch.inputs for batch in open_data(calibration_data, bundle).batches(8))
 
     def texts(bundle: Bundle) -> Iterator[NDArray[np.int64]]:
-        return (row for batch in rows(bundle) for row in batch["tokens"])
+        if calibration_data.endswith(".npz"):
+            return (row for batch in rows(bundle) for row in batch["tokens"])
+        add_current_directory()
+        return map(np.array, read_prompts(calibration_data, bundle))
 
     options.pop("dtype")
     if isinstance(split, DecodeModel):

@@ -308,7 +308,7 @@ def read_prompts(source: str, bundle: Bundle) -> list[list[int]]:
     """Prompts as token ids.
 
     Args:
-        source: A ``.jsonl`` file whose lines have ``prompt`` (a text) or ``tokens`` (ids), or
+        source: A ``.jsonl`` file whose lines have ``prompt`` or ``text``, or ``tokens`` (ids), or
             ``module:function`` that gives a list of texts or lists of ids.
     """
     rows: list[Any]
@@ -344,10 +344,13 @@ def _lines(source: str) -> list[str]:
 def _line(source: str, number: int, text: str) -> Any:
     try:
         row = json.loads(text)
-        return row["prompt"] if "prompt" in row else [int(n) for n in row["tokens"]]
+        for name in ("prompt", "text"):
+            if name in row:
+                return row[name]
+        return [int(n) for n in row["tokens"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{source}: line {number} is no JSON object with prompt or tokens",
+            f"{source}: line {number} is no JSON object with prompt, text or tokens",
             fix='Write lines like {"prompt": "def main("}.',
         ) from error
 

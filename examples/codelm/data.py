@@ -22,6 +22,7 @@ TEST_SHARE = 20
 """One file in so many is for testing."""
 
 END = "<|end|>"
+TOKENIZER = Path(__file__).resolve().parent / "checkpoint" / "tokenizer.json"
 
 
 @functools.cache
@@ -72,6 +73,11 @@ def tokens(split: str, tokenizer: Path) -> np.ndarray:
     for encoding in loaded.encode_batch(texts(split)):
         parts += [np.array(encoding.ids, np.uint16), np.array([end], np.uint16)]
     return np.concatenate(parts)
+
+
+def calibration() -> list[list[int]]:
+    """Passages that int8 measures the ranges of activations on, and others to compare."""
+    return prompts("train", TOKENIZER, 80, seed=1)
 
 
 def prompts(split: str, tokenizer: Path, count: int, *, seed: int = 0) -> list[list[int]]:
