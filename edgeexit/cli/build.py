@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from edgeexit.runtime.decode.session import Form
     from edgeexit.runtime.engines.tensorrt.build import Estimate
     from edgeexit.runtime.engines.tensorrt.precision import Types
+    from edgeexit.runtime.engines.tensorrt.store import EngineSet
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -76,9 +78,10 @@ SHAPES = "INPUT:SIZExSIZE,..."
 def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Build TensorRT engines of a bundle: one per segment and head.
 
-    Engines are kept in a cache beside nothing of yours (~/.cache/edgeexit), under a key of
-    everything that made them; what is there already is not built again. Shapes are spelled as for
-    trtexec (ids:1x128) or Polygraphy (ids:[1,128]).
+    Engines are kept in a cache (~/.cache/edgeexit), under a key of everything that made them; what
+    is there already is not built again, what is damaged is. Of several sets that fit a device the
+    one that was built or asked for last is used. Shapes are spelled as for trtexec (ids:1x128) or
+    Polygraphy (ids:[1,128]).
 
     \b
     edgeexit build bundle --max-shapes pixel_values:8x3x224x224
@@ -93,15 +96,19 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     if as_json:
         print_json({"bundle": str(bundle), "digest": opened.digest, "engines": made})
     elif not quiet:
-        came = ", imported" if options["source"] is not None else ""
         for one in made:
+            came = one.get("imported") or f"{one['built'] or 'nothing'} built"
             rows = [
                 (plan["graph"], size(plan["bytes"]), plan["seconds"], plan["computes_in"])
                 for plan in one["plans"]
             ]
-            title = f"{one['path']} ({one['for']}{came})"
-            print_table(title, ("graph", "plan", "seconds", "computes in"), rows)
-    for plan in (plan for one in made for plan in one["plans"] if plan["built_otherwise"]):
+            total = sum(plan["bytes"] for plan in one["plans"])
+            made_by = f"{one['library']} {one['version']}"
+            title = f"{one['path']}\n{one['for']}, {made_by}, {one['sizes']}: "
+            title += f"{len(one['plans'])} engines, {size(total)}, {came}"
+            print_table(title, ("graph", "plan", "built in s", "products in"), rows)
+    odd = [plan for one in made for plan in one["plans"] if plan["built_otherwise"]]
+    for plan in odd if not quiet else []:
         click.echo(
             f"warning: {plan['graph']}: the graph multiplies in {plan['computes_in']}, but the "
             f"inspector finds float32 products in the engine: {plan['inspected']}",
@@ -125,7 +132,7 @@ def _import(
             "--trust and --allowed-signers contradict each other", fix="Give one of them."
         )
     for name, value in others.items():
-        if value:
+        if value is not None and value is not False:
             raise UsageError(
                 f"--{name.replace('_', '-')} does not go with --import",
                 fix="Engines that were built are taken as they are.",
@@ -134,7 +141,11 @@ def _import(
     folders = store.import_engines(
         source, root, bundle, trust="anything" if trust else "signature", signers=allowed_signers
     )
-    return [_described(folder) for folder in folders]
+    return [
+        _described(folder)
+        | {"imported": "taken without a signature" if who is None else f"signed by {who}"}
+        for folder, who in folders.items()
+    ]
 
 
 def _build(
@@ -162,7 +173,7 @@ def _build(
         Options,
         build_engines,
         estimate,
-        is_built,
+        missing_works,
         sample_sizes,
         work_of,
     )
@@ -180,10 +191,16 @@ def _build(
         )
     if sign is not None and not targets:
         raise UsageError("--sign is for engines that go elsewhere", fix="Add --target and -o.")
+    if output is not None and engine_dir is not None:
+        raise UsageError(
+            "-o and --engine-dir name two places", fix="Leave --engine-dir out: -o is for targets."
+        )
     if sign is not None and not sign.is_file():
         raise UsageError(
             f"--sign {sign}: there is no such key", fix="Make one: ssh-keygen -t ed25519."
         )
+    if sign is not None:
+        store.try_key(sign)
     manifest = bundle.manifest
     if (capacity or caches) and manifest.program != "decode":
         raise UsageError("--capacity and --caches are for language models", fix="Use --max-shapes.")
@@ -224,34 +241,40 @@ def _build(
     root = output or engine_dir or store.default_root()
     wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
     wanted = wanted or [describe_device()]
-    new = [one for one in wanted if not is_built(bundle, works, library, one, root, options)]
-    if new:
-        _foretell(estimate(bundle, works, library), len(new), quiet)
+    new = [missing_works(bundle, works, library, one, root, options) for one in wanted]
+    if any(new):
+        _foretell([estimate(bundle, some, library) for some in new if some], quiet)
     made = []
     with progress_bar(quiet) as progress:
-        for about in wanted:
+        for about, some in zip(wanted, new, strict=True):
             folder, _ = build_engines(
                 bundle, works, library, about, root, options=options, progress=progress
             )
-            if sign is not None:
-                store.sign(folder, sign)
-            made.append(_described(folder))
+            made.append(_described(folder) | {"built": len(some)})
+    if sign is not None:
+        for one in made:
+            store.sign(Path(one["path"]), sign)
     return made
 
 
-def _foretell(expected: Estimate | None, times: int, quiet: bool) -> None:
+def _foretell(foretold: Sequence[Estimate | None], quiet: bool) -> None:
     """Says on stderr what building will take; warns where memory is short."""
     from edgeexit.runtime.memory import available_bytes
 
-    if expected is None:
+    known = [one for one in foretold if one is not None]
+    if not known:
         if not quiet:
             click.echo("TensorRT times kernels on this GPU: minutes per engine", err=True)
         return
-    needed, free = expected.peak_memory_bytes, available_bytes()
+    needed, free = max(one.peak_memory_bytes for one in known), available_bytes()
     if not quiet:
-        seconds = expected.seconds * times
-        click.echo(f"about {seconds:.0f} s and {size(needed)} of memory", err=True)
-    if needed > free:
+        seconds = sum(one.seconds for one in known)
+        click.echo(
+            f"building takes about {seconds:.0f} s, and {size(needed)} of memory for its largest "
+            "engine",
+            err=True,
+        )
+    if needed > free and not quiet:
         click.echo(
             f"warning: {size(free)} of memory are free, the largest engine takes about "
             f"{size(needed)} to build; smaller --max-shapes or --without-unsplit lower that",
@@ -273,6 +296,7 @@ def _described(folder: Path) -> dict[str, Any]:
         "version": source["version"],
         "target": target,
         "for": target.get("gpu") or f"sm{target['compute_capability']}",
+        "sizes": ", ".join(f"{axis} up to {most}" for axis, most in _largest(engines).items()),
         "plans": [
             {
                 "graph": plan.graph,
@@ -290,6 +314,15 @@ def _described(folder: Path) -> dict[str, Any]:
     }
 
 
+def _largest(engines: EngineSet) -> dict[str, int]:
+    """The largest size of every named axis."""
+    found: dict[str, int] = {}
+    for plan in engines.plans:
+        for axis, most in plan.largest.items():
+            found[axis] = max(most, found.get(axis, 0))
+    return dict(sorted(found.items()))
+
+
 def _computes_in(types: Types) -> str:
     """Types of the layers that multiply, as ``FLOAT 2, HALF 24``."""
     from edgeexit.runtime.engines.tensorrt.precision import products
@@ -304,8 +337,11 @@ def parse_bytes(text: str) -> int:
     (536870912, 1610612736)
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(KiB|MiB|GiB)", text.strip())
-    if found is None or float(found[1]) == 0:
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    amount = 0.0 if found is None else float(found[1]) * units[found[2]]
+    if not 1 <= amount < 1 << 60:
         raise UsageError(
-            f"--memory-limit {text}: not an amount of memory", fix="Give it as 512MiB or 2GiB."
+            f"--memory-limit {text[:40]}: not an amount of memory",
+            fix="Give it as 512MiB or 2GiB.",
         )
-    return int(float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[found[2]])
+    return int(amount)

@@ -14,13 +14,13 @@ import json
 import random
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from edgeexit.errors import MeasurementError
+from edgeexit.runtime.child import child_command
 
 WARM_UP_S = 5.0
 SEARCH_ROUNDS = 5
@@ -52,7 +52,7 @@ class Side:
         self.cpu_s = 0.0
         self.restless = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgeexit.measure.worker"],
+            child_command("edgeexit.measure.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,6 +1,6 @@
 """One side of a measurement: a process of its own that runs cases of a subject when it is told to.
 
-``python -m edgeexit.measure.worker`` speaks JSON lines over its pipes;
+`main`, in a process that `edgeexit.runtime.child` starts, speaks JSON lines over its pipes;
 `edgeexit.measure.sidebyside` is the other end. A subject is ``module:function``: called with
 keyword arguments, it gives a `Subject`, whose cases each run one input. Between two orders the
 process sleeps, and it says so: after a block it waits until its own thread pools have stopped
@@ -66,7 +66,7 @@ class Subject:
     close: Callable[[], None] | None = None
 
 
-def serve() -> None:
+def main() -> None:
     """Answers orders from standard input until it ends. Whatever libraries print goes to stderr."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -184,8 +184,3 @@ def _calm_down() -> bool:
 
 def _cpu_s() -> float:
     return time.process_time()
-
-
-if __name__ == "__main__":
-    # Imported under its own name, so that subjects and the server share one `Subject` class.
-    importlib.import_module("edgeexit.measure.worker").serve()

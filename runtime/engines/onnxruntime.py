@@ -166,9 +166,12 @@ class OnnxRuntimeEngine:
         providers: list[Any] = [PROVIDERS[self.name]]
         if self.gpu is not None:
             own = {"user_compute_stream": str(self.gpu.stream), "device_id": "0"}
+            precise = {"use_tf32": "0"}  # of the CUDA provider: float32 is float32
             names = dict.fromkeys([PROVIDERS[self.name], PROVIDERS["cuda"]])
             known = self._ort.get_available_providers()
-            providers = [*((name, own) for name in names if name in known), PROVIDERS["cpu"]]
+            options_of = {PROVIDERS["cuda"]: own | precise}
+            providers = [(name, options_of.get(name, own)) for name in names if name in known]
+            providers.append(PROVIDERS["cpu"])
         options = self._options()
         model: str | bytes = str(path)
         try:

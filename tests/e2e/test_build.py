@@ -47,7 +47,10 @@ def test_engines_are_built_signed_and_imported(
     )
     again = cli("build", bundle, "--target", "sm86", "--max-shapes", "x:4x6", "-o", engines)
     assert again.code == 0 and "s0.onnx" in again.out
-    assert "of memory" in again.err  # said before anything is built
+    assert "nothing built" in again.out and again.err == ""
+    new = cli("build", bundle, "--target", "sm86", "--max-shapes", "x:2x6", "-o", engines)
+    assert new.code == 0 and "5 built" in new.out
+    assert "of memory" in new.err  # said before anything is built
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,11 @@ def test_engines_are_built_signed_and_imported(
         (["--target", "sm86", "-o", "e", "--max-shapes", "y:1x6"], 2, "no input 'y'"),
         (["--target", "sm86", "-o", "e", "--max-shapes", "x:1"], 2, "x has 2 axes, not 1"),
         (["--target", "sm86", "-o", "e", "--memory-limit", "1"], 2, "Give it as 512MiB"),
+        (["--target", "sm86", "-o", "e", "--memory-limit", f"{'9' * 400}GiB"], 2, "512MiB"),
+        (["--target", "sm86", "-o", "e", "--max-shapes", f"x:{'9' * 5000}x6"], 2, "digits"),
+        (["--target", "sm\u00b2", "-o", "e"], 2, "not a compute capability"),
+        (["--target", "sm86", "-o", "e", "--engine-dir", "d"], 2, "name two places"),
+        (["--import", "none", "--opt-level", "0"], 2, "--opt-level does not go with --import"),
         (["--target", "sm86", "-o", "e", "--timing-cache", "t"], 2, "times nothing"),
         (["--target", "sm86", "-o", "e", "--capacity", "9"], 2, "for language models"),
     ],

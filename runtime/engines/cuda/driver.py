@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ def import_driver() -> Any:
     Raises:
         EngineError: cuda-bindings, the driver or a GPU is missing, or they do not fit each other.
     """
-    if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
         raise EngineError(
-            "cuda-bindings is not installed, which engines on GPUs need",
+            f"cuda-bindings cannot be imported ({error}), which engines on GPUs need",
             fix='TensorRT-RTX: pip install "edgeexit[rtx]"; ONNX Runtime: "edgeexit[cuda]"; '
             'JetPack 6: "edgeexit[jetson6]"; JetPack 7: "edgeexit[jetson7]".',
-        )
-    from cuda.bindings import driver
-
+        ) from error
     try:
         (status,) = driver.cuInit(0)
     except Exception as error:  # cuda-bindings raises kinds of its own where there is no library

@@ -51,6 +51,7 @@ class ParserError(Protocol):
     def node_name(self) -> str: ...
     def node_operator(self) -> str: ...
     def desc(self) -> str: ...
+    def node(self) -> int: ...
 
 
 class OnnxParser(Protocol):
@@ -84,6 +85,7 @@ class IBuilderConfig(Protocol):
     num_compute_capabilities: int
     profiling_verbosity: Any
 
+    def clear_flag(self, flag: Any) -> None: ...
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int: ...
     def set_compute_capability(self, compute_capability: Any, index: int) -> bool: ...
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None: ...
@@ -180,6 +182,7 @@ class TensorRt(Protocol):
     Builder: _Builders
     OnnxParser: _Parsers
     Runtime: _Runtimes
+    BuilderFlag: Any
     Logger: Any
     ILogger: Any
     IProgressMonitor: Any
@@ -195,6 +198,7 @@ class TensorRt(Protocol):
 
 
 ENUMERATIONS = {
+    "BuilderFlag": ["TF32"],
     "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
     "LayerInformationFormat": ["JSON"],
     "LayerType": ["DEQUANTIZE", "MATRIX_MULTIPLY", "CONVOLUTION"],
@@ -205,6 +209,7 @@ ENUMERATIONS = {
 """Members that are asked for, in every library."""
 
 RTX_ENUMERATIONS = {
+    "BuilderFlag": ["TF32"],
     "ComputeCapability": ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"],
     "CudaGraphStrategy": ["WHOLE_GRAPH_CAPTURE"],
 }

@@ -7,9 +7,10 @@ the cache does not have yet. A build that was interrupted goes on where it stopp
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from edgeexit.bundle import WEIGHTS, Bundle, sha256_of
 from edgeexit.errors import EngineError, UsageError
 from edgeexit.graphfile import read_graph_file
 from edgeexit.manifest import LENGTHS, Axis, Manifest, Segment, Variant
+from edgeexit.runtime.child import child_command
 from edgeexit.runtime.decode.generate import CHUNK
 from edgeexit.runtime.decode.session import Form
 from edgeexit.runtime.engines.tensorrt import store
@@ -49,7 +51,10 @@ Progress = Callable[[str, int, int], None]
 
 REFERENCE = "samples/reference.npz"
 
-BUILDER = 2
+LONGEST_NAME = 120
+"""Characters of a graph's name that its plan keeps; names of files have 255."""
+
+BUILDER = 3
 """Raised when what is built of the same things becomes another engine: a part of every key."""
 
 
@@ -76,7 +81,10 @@ class Work:
     @property
     def file(self) -> str:
         """Name of the plan."""
-        return Path(self.variant.graph).with_suffix(".plan").name
+        name = Path(self.variant.graph).name.removesuffix(".onnx")
+        if len(name) > LONGEST_NAME:
+            name = hashlib.sha256(name.encode()).hexdigest()[:32]
+        return f"{name}.plan"
 
 
 @dataclass(frozen=True)
@@ -353,12 +361,16 @@ def build_engines(
     options = options or Options()
     source = made_from(bundle, works, library, target, options)
     key = store.key_of(source)
-    with store.building(store.folder_of(root, bundle.digest, key)) as folder:
-        if (folder / store.INDEX).is_file():
-            return folder, store.read_index(folder)
+    folder = store.folder_of(root, bundle.digest, key)
+    if (engines := _complete(folder, bundle, key, works)) is not None:
+        with contextlib.suppress(OSError):  # asked for last, so taken first; where it can be said
+            os.utime(folder / store.INDEX)
+        return folder, engines
+    with store.building(folder):
+        known = store.whole_plans(folder, bundle.digest, key)
         plans = []
         for number, work in enumerate(works):
-            plan = _finished(folder, work)
+            plan = known.get(work.variant.graph) or _finished(folder, work)
             if plan is None:
                 say = _overall(progress, work.where, number, len(works))
                 plan = _build(bundle, work, library, target, folder, options, say)
@@ -366,24 +378,39 @@ def build_engines(
         engines = EngineSet(
             format=store.FORMAT, bundle=bundle.digest, key=key, made_from=source, plans=plans
         )
+        (folder / store.SIGNATURE).unlink(missing_ok=True)  # it was made for other plans
         store.write_index(folder, engines)
         for work in works:
             _note(folder, work).unlink(missing_ok=True)
-    progress("", len(works), len(works))
+    progress("", 100, 100)
     return folder, engines
 
 
-def is_built(
+def _complete(folder: Path, bundle: Bundle, key: str, works: Sequence[Work]) -> EngineSet | None:
+    """The finished set in a folder, if it has every plan, as it was built."""
+    known = store.whole_plans(folder, bundle.digest, key)
+    if any(work.variant.graph not in known for work in works):
+        return None
+    return store.read_index(folder)
+
+
+def missing_works(
     bundle: Bundle,
     works: Sequence[Work],
     library: Library,
     target: Mapping[str, Any],
     root: Path,
     options: Options,
-) -> bool:
-    """Whether the cache has all of it, so that `build_engines` would build nothing."""
+) -> list[Work]:
+    """What `build_engines` would have to build: what the cache does not have, or damaged."""
     key = store.key_of(made_from(bundle, works, library, target, options))
-    return (store.folder_of(root, bundle.digest, key) / store.INDEX).is_file()
+    folder = store.folder_of(root, bundle.digest, key)
+    known = store.whole_plans(folder, bundle.digest, key)
+    return [
+        work
+        for work in works
+        if work.variant.graph not in known and _finished(folder, work) is None
+    ]
 
 
 def _plain(shapes: Shapes) -> dict[str, list[list[int]]]:
@@ -402,11 +429,10 @@ def _finished(folder: Path, work: Work) -> PlanFile | None:
         return None
     try:
         plan = msgspec.json.decode(note.read_bytes(), type=PlanFile)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    if path.stat().st_size != plan.bytes or sha256_of(path) != plan.sha256:
-        return None
-    return plan
+    fits = (plan.graph, plan.file) == (work.variant.graph, work.file)
+    return plan if fits and store.is_whole(folder, plan) else None
 
 
 def _build(
@@ -456,7 +482,7 @@ def _run(job: Job, work: Work, say: Callable[[float, str], None]) -> Built:
     last: dict[str, Any] = {}
     with tempfile.TemporaryFile() as complaints:
         with subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            child_command(f"{__package__}.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -504,6 +530,8 @@ _LESS_MEMORY = (
 
 def _failure(failed: Failed, work: Work, free: int) -> EngineError:
     graph = work.variant.graph
+    if failed.fix is not None:
+        return EngineError(f"{work.where}: {failed.what}", fix=failed.fix)
     if failed.memory:
         return EngineError(
             f"{work.where} ({graph}): there is not enough memory ({failed.what[:200]}); "
@@ -511,32 +539,42 @@ def _failure(failed: Failed, work: Work, free: int) -> EngineError:
             fix=_LESS_MEMORY,
         )
     if failed.nodes:
-        name, operator, reason = failed.nodes[0]
+        name, operator, reason = map(plain_text, failed.nodes[0])
         module = name.rpartition("/")[0]  # export names nodes after the modules they came from
         came = f", from the torch module {module}" if module else ""
         return EngineError(
             f"{work.where} ({graph}): TensorRT refuses the node {name} ({operator}{came}): "
-            f"{' '.join(reason.split())[:300]}",
+            f"{reason[:300]}",
             fix="Run this bundle with ONNX Runtime (--engine cuda), or export it without that "
             "operator.",
         )
     return EngineError(
-        f"{work.where} ({graph}): TensorRT builds no engine of it: "
-        f"{' '.join(failed.what.split())[:400]}",
-        fix="Run this bundle with ONNX Runtime (--engine cuda), or try other shapes.",
+        f"{work.where} ({graph}): TensorRT builds no engine of it: {plain_text(failed.what)[:400]}",
+        fix="Its message names what it lacks: for a precision, export --dtype fp16; for room, a "
+        "larger --memory-limit or smaller --max-shapes. Or run this bundle with ONNX Runtime "
+        "(--engine cuda).",
     )
 
 
 def _overall(
     progress: Progress, where: str, number: int, count: int
 ) -> Callable[[float, str], None]:
-    """Turns progress within one engine into that of the whole build, in thousandths."""
+    """Turns progress within one engine into that of the whole build, in hundredths."""
 
     def say(share: float, phase: str) -> None:
-        progress(where, int(1000 * (number + share)), 1000 * count)
+        progress(f"{where} ({number + 1} of {count})", int(100 * (number + share) / count), 100)
 
     say(0.0, "")
     return say
+
+
+def plain_text(text: str) -> str:
+    """A message of the library's, or a name from a graph, as one line that leaves a terminal alone.
+
+    >>> plain_text("a\\n  b" + chr(27) + "[2J")
+    'a b?[2J'
+    """
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _mib(count: int) -> str:
@@ -549,7 +587,7 @@ __all__ = [
     "Work",
     "build_engines",
     "estimate",
-    "is_built",
+    "missing_works",
     "made_from",
     "sample_sizes",
     "work_of",

@@ -10,6 +10,7 @@ said in README.md, "What ran where".
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -111,7 +112,18 @@ class TensorRtEngine:
             )
         place = self._folder / plan.file
         require_room(self.device, plan.bytes, f"the engine of {name}")
-        engine = self._runtime.deserialize_cuda_engine(place.read_bytes())
+        try:
+            raw = place.read_bytes()
+        except OSError as error:
+            raise EngineError(
+                f"{place}: cannot be read ({error.strerror})", fix="Build again: edgeexit build."
+            ) from error
+        if hashlib.sha256(raw).hexdigest() != plan.sha256:  # a plan is code: what is run is hashed
+            raise EngineError(
+                f"{place}: not as it was built", fix="Build again (it is mended): edgeexit build."
+            )
+        engine = self._runtime.deserialize_cuda_engine(raw)
+        del raw
         if engine is None:
             raise EngineError(
                 f"{place}: {self.library.name} {self.library.version} cannot load it",
@@ -220,13 +232,18 @@ class _RuntimeCache:
         return self._cache
 
     def save(self) -> None:
-        """Writes the file, if there is anything new and the folder can be written."""
+        """Writes the file, if there is anything new. Where it cannot be written, kernels are made
+        anew in the next process."""
         if self._cache is None or not os.access(self._path.parent, os.W_OK):
             return
         blob = bytes(memoryview(self._cache.serialize()))
-        if blob != self._known:
+        if blob == self._known:
+            return
+        try:
             store.write_whole(self._path, blob)
             self._known = blob
+        except EngineError as error:
+            logger.warning("compiled kernels are not kept: %s", error)
 
 
 @dataclass

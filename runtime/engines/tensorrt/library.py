@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
 
 from edgeexit.errors import EngineError, UsageError
@@ -70,8 +71,8 @@ def release(version: str) -> tuple[int, int]:
     >>> release("10.16.1.11")
     (10, 16)
     """
-    major, minor, *_ = (*version.split("."), "0")
-    return int(major), int(minor)
+    numbers = re.match(r"(\d{1,6})(?:\.(\d{1,6}))?", version)
+    return (int(numbers[1]), int(numbers[2] or 0)) if numbers else (0, 0)
 
 
 def supported_versions() -> str:
@@ -109,12 +110,12 @@ def import_library(name: str) -> Library:
     """
     try:
         module: TensorRt = importlib.import_module(name)
-    except ImportError as error:
+        version = str(module.__version__)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise EngineError(
             f"{name} cannot be imported ({error})",
             fix="`edgeexit doctor` tells what is installed.",
         ) from error
-    version = str(module.__version__)
     oldest, newest = SUPPORTED[name]
     if not (release(version) >= oldest and release(version)[0] <= newest):
         raise EngineError(
@@ -137,9 +138,9 @@ def parse_targets(text: str) -> list[int]:
     for one in text.split(","):
         name = one.strip().lower()
         digits = name.removeprefix("sm").removeprefix("_").replace(".", "")
-        if not digits.isdigit():
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 6):
             raise UsageError(
-                f"--target {one}: not a compute capability",
+                f"--target {one[:40]}: not a compute capability",
                 fix=f"Give some of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
             )
         number = int(digits)

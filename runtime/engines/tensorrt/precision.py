@@ -34,6 +34,10 @@ _NAMES = [
 ]
 
 
+class _Information(msgspec.Struct):
+    layers: list[Any] = msgspec.field(name="Layers", default_factory=list)
+
+
 def of_network(trt: TensorRt, network: INetworkDefinition) -> Types:
     """Types of a network's layers. What dequantises is fused into what comes behind it, so that
     counts as INT8."""
@@ -70,19 +74,27 @@ def of_engine(information: str) -> dict[str, int]:
 
     Nothing is found where layers have names only (engines built without detail) or where the
     library shows a whole graph as one layer.
+
+    Raises:
+        ValueError: That is not what an inspector tells.
     """
+    try:
+        told = msgspec.json.decode(information, type=_Information)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from error
     found: dict[str, int] = {}
-    for layer in msgspec.json.decode(information).get("Layers", []):
+    for layer in told.layers:
         if not isinstance(layer, Mapping):
             continue
         kernel = (
             f"{layer.get('LayerType', '')} {layer.get('Name', '')} {layer.get('TacticName', '')}"
         )
-        inputs = layer.get("Inputs") or []
-        if not inputs or not _MULTIPLIES.search(kernel):
+        inputs = layer.get("Inputs")
+        first = inputs[0] if isinstance(inputs, list) and inputs else None
+        if not isinstance(first, Mapping) or not _MULTIPLIES.search(kernel):
             continue
-        told = str(inputs[0].get("Datatype") or inputs[0].get("Format/Datatype") or "")
-        dtype = next((name for name, spelt in _NAMES if spelt.search(told)), told or "unknown")
+        spelt = str(first.get("Datatype") or first.get("Format/Datatype") or "")
+        dtype = next((name for name, known in _NAMES if known.search(spelt)), spelt or "unknown")
         found[dtype] = found.get(dtype, 0) + 1
     return found
 

@@ -74,6 +74,8 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
         if one is None:
             raise UsageError(f"{option} {text}: not shapes from {text[place:]!r} on", fix=fix)
         numbers = re.findall(r"[0-9]+", one["list"] or one["cross"])
+        if max(map(len, numbers), default=0) > 10:
+            raise UsageError(f"{option} {text[:60]}...: a size with too many digits", fix=fix)
         shape = tuple(int(number) for number in numbers)
         if not shape or 0 in shape or max(shape) >= 1 << 31:
             raise UsageError(f"{option} {text}: {list(shape)} is not a shape", fix=fix)
@@ -115,9 +117,14 @@ def axis_sizes(
         for axis, size in zip(axes, shape, strict=True):
             expected = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
             if expected is not None and expected != size:
+                given = "x".join(map(str, shape))
+                if isinstance(axis, int):
+                    what = f"{name} is {given}, but its axes are {spelled(axes)}"
+                else:
+                    what = f"{name} is {given}, but {axis} is {expected} elsewhere"
                 raise UsageError(
-                    f"{option}: {name} is {'x'.join(map(str, shape))}, but {axis} is {expected}",
-                    fix=f"Its axes are {spelled(axes)}; axes of one name have one size.",
+                    f"{option}: {what}",
+                    fix="Numbers there are fixed, and axes of one name have one size.",
                 )
     return sizes
 

@@ -13,10 +13,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,9 +27,17 @@ import msgspec
 from msgspec import Meta
 
 from edgeexit.bundle import Bundle, check_relative, read_regular, regular_size, sha256_of
-from edgeexit.errors import EngineError, IntegrityError, OutputBusyError, UsageError
+from edgeexit.errors import (
+    BundleError,
+    EngineError,
+    IntegrityError,
+    OutputBusyError,
+    UsageError,
+)
 from edgeexit.manifest import Sha256, Struct
 from edgeexit.runtime.engines.tensorrt.precision import Types
+
+logger = logging.getLogger(__name__)
 
 INDEX, SIGNATURE, LOCK = "engines.json", "engines.json.sig", ".lock"
 NAMESPACE = "edgeexit-engines"
@@ -124,14 +134,18 @@ def folder_of(root: Path, bundle: str, key: str) -> Path:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A folder of the cache to build in: made if need be, and held against a second build.
+    """A folder of the cache to build in: made if need be, and held against a second build. What
+    an earlier one left half-written is removed.
 
     Raises:
         OutputBusyError: Another build writes there.
-        EngineError: It cannot be written.
+        EngineError: It cannot be written, or others can write there.
     """
+    root, top = folder.parents[1], folder.parent
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (root, top, folder):
+            _make_private(place)
+            _require_private(place)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -143,12 +157,22 @@ def building(folder: Path) -> Iterator[Path]:
                 f"{folder}: another build is writing there",
                 fix="Wait for it to end; what it built is then used.",
             ) from error
+        for left in folder.glob("*.partial"):
+            left.unlink(missing_ok=True)
         yield folder
     finally:
         os.close(lock)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def _make_private(folder: Path) -> None:
+    """Makes a folder in which only its owner writes, whatever the umask says."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Writes a file that is whole or not there.
 
     Raises:
@@ -173,7 +197,8 @@ def cannot_write(path: Path, error: OSError) -> EngineError:
     return EngineError(
         f"{path}: " + ("the disk is full" if full else f"cannot be written ({error.strerror})"),
         fix=("Free some space, or choose" if full else "Choose")
-        + " another place: --engine-dir DIR. Engines that were built already are kept.",
+        + " another place: -o for engines that go elsewhere, else --engine-dir DIR or "
+        "EDGEEXIT_ENGINE_DIR. Engines that were built already are kept.",
     )
 
 
@@ -190,11 +215,28 @@ def read_index(folder: Path) -> EngineSet:
         IntegrityError: It cannot be read, its key is not the key of what it was made from, or a
             plan is missing, linked, or of another size.
     """
-    return _read(folder, read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES))
+    return _read(folder, _read_raw(folder))
+
+
+def _read_raw(folder: Path) -> bytes:
+    with _advising():
+        return read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES)
+
+
+_BUILD_AGAIN = "Build again (edgeexit build mends what is damaged), or import them again."
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Gives errors of reading files, which speak of bundles elsewhere, the advice for engines."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(error.what, fix=_BUILD_AGAIN) from error
 
 
 def _read(folder: Path, raw: bytes) -> EngineSet:
-    fix = "Remove the folder and build again: edgeexit build."
+    fix = _BUILD_AGAIN
     try:
         found = msgspec.json.decode(raw, type=EngineSet)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -213,10 +255,12 @@ def _read(folder: Path, raw: bytes) -> EngineSet:
     except msgspec.ValidationError as error:
         raise IntegrityError(f"{folder / INDEX}: made_from: {error}", fix=fix) from error
     for plan in found.plans:
-        check_relative(plan.file, INDEX)
+        with _advising():
+            check_relative(plan.file, INDEX)
         if "/" in plan.file or plan.file in (INDEX, SIGNATURE, LOCK):
             raise IntegrityError(f"{folder / INDEX}: {plan.file!r} is not a plan's name", fix=fix)
-        size = regular_size(folder, plan.file)
+        with _advising():
+            size = regular_size(folder, plan.file)
         if size != plan.bytes:
             raise IntegrityError(
                 f"{folder / plan.file}: {size} bytes, expected {plan.bytes}", fix=fix
@@ -227,28 +271,75 @@ def _read(folder: Path, raw: bytes) -> EngineSet:
 def check_plans(folder: Path, engines: EngineSet) -> None:
     """Hashes every plan; raises `IntegrityError` for one that is not as it was built."""
     for plan in engines.plans:
-        if sha256_of(folder / plan.file) != plan.sha256:
+        if not is_whole(folder, plan):
             raise IntegrityError(
                 f"{folder / plan.file}: not as it was built",
-                fix="Copy it again, or build again: edgeexit build.",
+                fix=_BUILD_AGAIN,
             )
 
 
+def is_whole(folder: Path, plan: PlanFile) -> bool:
+    """Whether a plan is there and as it was built."""
+    path = folder / plan.file
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != plan.bytes:
+        return False
+    return sha256_of(path) == plan.sha256
+
+
+def whole_plans(folder: Path, bundle: str, key: str) -> dict[str, PlanFile]:
+    """Of a folder's index the plans that are as they were built, by graph; none if the index cannot
+    be read or is of other engines. A plan that is listed twice does not count."""
+    try:
+        raw = read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES)
+        found = msgspec.json.decode(raw, type=EngineSet)
+    except (BundleError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {}
+    if (found.format, found.bundle, found.key, key_of(found.made_from)) != (
+        FORMAT,
+        bundle,
+        key,
+        key,
+    ):
+        return {}
+    names = [plan.file for plan in found.plans]
+    return {
+        plan.graph: plan
+        for plan in found.plans
+        if names.count(plan.file) == 1 and "/" not in plan.file and is_whole(folder, plan)
+    }
+
+
 def list_engines(root: Path, bundle: str) -> list[tuple[Path, EngineSet]]:
-    """The finished engines of a bundle's digest, oldest first.
+    """The finished engines of a bundle's digest, the one built or asked for last at the end. What
+    is damaged is left out with a warning.
 
     Raises:
         EngineError: The folder, or one above it inside the cache, belongs to somebody else or lets
-            others write: they could put code there.
+            others write: they could put code there; or it cannot be read.
     """
     top = root / bundle
     found = []
-    for folder in sorted(top.iterdir(), key=lambda one: one.name) if top.is_dir() else ():
-        if (folder / INDEX).is_file():
+    try:
+        for folder in sorted(top.iterdir(), key=lambda one: one.name) if top.is_dir() else ():
+            if not (folder / INDEX).is_file():
+                continue
             for place in (root, top, folder):
                 _require_private(place)
-            found.append((folder, read_index(folder)))
-    return sorted(found, key=lambda one: (one[0] / INDEX).stat().st_mtime_ns)
+            try:
+                engines = read_index(folder)
+            except IntegrityError as error:
+                logger.warning("%s", error)
+                continue
+            if (engines.bundle, engines.key) != (bundle, folder.name):
+                logger.warning("%s: holds engines of another bundle or key; left out", folder)
+                continue
+            found.append((folder, engines))
+        return sorted(found, key=lambda one: (one[0] / INDEX).stat().st_mtime_ns)
+    except OSError as error:
+        raise EngineError(
+            f"{error.filename or top}: cannot be read ({error.strerror})",
+            fix="Check its permissions, or choose another place: EDGEEXIT_ENGINE_DIR.",
+        ) from error
 
 
 def _require_private(folder: Path) -> None:
@@ -256,7 +347,8 @@ def _require_private(folder: Path) -> None:
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise EngineError(
             f"{folder}: others can write there, and engines are code that runs",
-            fix=f"Make it yours alone: chmod -R go-w {folder}; or use --engine-dir DIR.",
+            fix=f"Make it yours alone (chmod -R go-w {folder}), or choose another place "
+            "(EDGEEXIT_ENGINE_DIR).",
         )
 
 
@@ -270,7 +362,7 @@ def import_engines(
     *,
     trust: Trust = "signature",
     signers: Path | None = None,
-) -> list[Path]:
+) -> dict[Path, str | None]:
     """Takes engines that were built elsewhere into the cache.
 
     Args:
@@ -284,7 +376,7 @@ def import_engines(
             configuration folder.
 
     Returns:
-        Where each set stands now.
+        Where each set stands now, and who signed it; None: nobody was asked for.
 
     Raises:
         UsageError: There is nothing to import.
@@ -298,7 +390,7 @@ def import_engines(
             fix="Give the folder that `edgeexit build -o` made.",
         )
     # Read once: what the signature was held against is what is copied.
-    raws = [read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES) for folder in folders]
+    raws = [_read_raw(folder) for folder in folders]
     sets = [(folder, raw, _read(folder, raw)) for folder, raw in zip(folders, raws, strict=True)]
     mine = [one for one in sets if one[2].bundle == bundle.digest]
     if not mine:
@@ -307,11 +399,13 @@ def import_engines(
             f"{bundle.path} is {bundle.digest[:12]}",
             fix="Build engines of this bundle, or give the bundle that they were made from.",
         )
+    names: list[str | None] = []
     for folder, raw, one in mine:
-        if trust == "signature":
-            verify_signature(folder, raw, default_signers() if signers is None else signers)
+        allowed = default_signers() if signers is None else signers
+        names.append(verify_signature(folder, raw, allowed) if trust == "signature" else None)
         check_plans(folder, one)
-    return [_copy(folder, one, root) for folder, _, one in mine]
+    places = [_copy(folder, one, root) for folder, _, one in mine]
+    return dict(zip(places, names, strict=True))
 
 
 def _with_index(source: Path) -> list[Path]:
@@ -322,17 +416,28 @@ def _with_index(source: Path) -> list[Path]:
 
 
 def _copy(folder: Path, engines: EngineSet, root: Path) -> Path:
-    """Copies a set; the index last. What is hashed again is the copy: it cannot change any more."""
+    """Copies a set. Every copy is hashed before any of them takes its place, and while they do
+    there is no index, so what is there is as it was signed or is not used."""
     target = folder_of(root, engines.bundle, engines.key)
     with building(target):
+        partials = {plan.file: target / f"{plan.file}.partial" for plan in engines.plans}
         try:
             for plan in engines.plans:
-                partial = target / f"{plan.file}.partial"
-                shutil.copyfile(folder / plan.file, partial)
-                os.replace(partial, target / plan.file)
+                shutil.copyfile(folder / plan.file, partials[plan.file])
+                if sha256_of(partials[plan.file]) != plan.sha256:
+                    raise IntegrityError(
+                        f"{folder / plan.file}: changed while it was imported",
+                        fix="Import it again.",
+                    )
+            (target / INDEX).unlink(missing_ok=True)
+            for name, partial in partials.items():
+                os.replace(partial, target / name)
         except OSError as error:
             raise cannot_write(target, error) from error
-        check_plans(target, engines)
+        finally:
+            for partial in partials.values():
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
         write_index(target, engines)
     return target
 
@@ -346,15 +451,32 @@ def default_signers() -> Path:
 
 def sign(folder: Path, key: Path) -> None:
     """Signs a set of engines with an SSH key: ``engines.json.sig`` beside the index, which holds
-    the digest of every plan."""
-    (folder / SIGNATURE).unlink(missing_ok=True)
-    command = [*_KEYGEN, "sign", "-q", "-n", NAMESPACE, "-f", str(key)]
-    done = _ssh_keygen([*command, str(folder / INDEX)])
-    if done.returncode:
-        raise UsageError(
-            f"--sign {key}: ssh-keygen refused it: {_last_line(done)}",
-            fix="Give a private SSH key, or a public one whose private half the agent holds.",
-        )
+    the digest of every plan. An older signature stays until there is a new one."""
+    engines = read_index(folder)
+    check_plans(folder, engines)
+    signature = _sign(_read_raw(folder), key)
+    write_whole(folder / SIGNATURE, signature)
+
+
+def try_key(key: Path) -> None:
+    """Signs something of no account, so that a key that cannot sign is known before anything is
+    built; raises `UsageError`."""
+    _sign(b"", key)
+
+
+def _sign(data: bytes, key: Path) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="edgeexit-sign-") as folder:
+        path = Path(folder) / INDEX
+        path.write_bytes(data)
+        command = [*_KEYGEN, "sign", "-q", "-n", NAMESPACE, "-f", str(key), str(path)]
+        done = _ssh_keygen(command, seconds=None)  # it may ask for a passphrase
+        signature = path.with_name(f"{path.name}.sig")
+        if done.returncode or not signature.is_file():
+            raise UsageError(
+                f"--sign {key}: ssh-keygen refused it: {_last_line(done)}",
+                fix="Give a private SSH key, or a public one whose private half the agent holds.",
+            )
+        return signature.read_bytes()
 
 
 def verify_signature(folder: Path, raw: bytes, signers: Path) -> str:
@@ -379,22 +501,32 @@ def verify_signature(folder: Path, raw: bytes, signers: Path) -> str:
         raise IntegrityError(
             f"{folder / SIGNATURE}: nobody in {signers} has the key that signed", fix=fix
         )
-    command = [*_KEYGEN, "verify", "-f", str(signers), "-I", names[0]]
-    done = _ssh_keygen([*command, "-n", NAMESPACE, "-s", signature], raw)
-    if done.returncode:
-        raise IntegrityError(
-            f"{folder / SIGNATURE}: the signature does not fit the engines ({_last_line(done)})",
-            fix=fix,
-        )
-    return names[0]
+    for name in dict.fromkeys(names):
+        command = [*_KEYGEN, "verify", "-f", str(signers), "-I", name]
+        done = _ssh_keygen([*command, "-n", NAMESPACE, "-s", signature], raw)
+        if not done.returncode:
+            return name
+    raise IntegrityError(
+        f"{folder / SIGNATURE}: the signature does not fit the engines ({_last_line(done)})",
+        fix="They were changed behind it, or the key may not sign engines: get them again from "
+        "whoever built them.",
+    )
 
 
 _KEYGEN = ["ssh-keygen", "-Y"]
 
 
-def _ssh_keygen(command: list[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def _ssh_keygen(
+    command: list[str], given: bytes = b"", *, seconds: float | None = 60
+) -> subprocess.CompletedProcess[bytes]:
     try:
-        return subprocess.run(command, input=given, capture_output=True, timeout=60, check=False)
+        return subprocess.run(
+            command, input=given, capture_output=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(
+            f"ssh-keygen did not answer in {seconds:.0f} s", fix="Try it by hand, then again."
+        ) from error
     except FileNotFoundError as error:
         raise EngineError(
             "ssh-keygen is not installed, and signatures are its work",
@@ -409,6 +541,6 @@ def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:
 
 __all__ = [
     "EngineSet", "PlanFile", "building", "default_root", "default_signers", "folder_of",
-    "import_engines", "key_of", "list_engines", "read_index", "sign", "verify_signature",
-    "write_index", "write_whole",
+    "import_engines", "is_whole", "key_of", "list_engines", "read_index", "sign", "try_key",
+    "verify_signature", "whole_plans", "write_index", "write_whole",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ as JSON on stdin; what happens is told on stdout, one JSON object a line: ``phas
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from edgeexit.errors import EdgeExitError
+from edgeexit.errors import EdgeExitError, EngineError
 from edgeexit.graphfile import fix_axes, keep_outputs
 from edgeexit.runtime.engines.tensorrt import precision
 from edgeexit.runtime.engines.tensorrt.api import (
@@ -27,7 +28,10 @@ from edgeexit.runtime.engines.tensorrt.api import (
     TensorRt,
 )
 from edgeexit.runtime.engines.tensorrt.library import Library, import_library
+from edgeexit.runtime.engines.tensorrt.store import write_whole
 from edgeexit.runtime.memory import peak_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,11 +71,13 @@ class Built(msgspec.Struct, kw_only=True):
 
 
 class Failed(msgspec.Struct, kw_only=True):
-    """Why nothing came of it. `nodes` are those that the parser refused: name, operator, reason."""
+    """Why nothing came of it. `nodes` are those that the parser refused: name, operator, reason.
+    `fix`: the reason is not the library's, and this mends it."""
 
     what: str
     nodes: list[tuple[str, str, str]] = []
     memory: bool = False
+    fix: str | None = None
 
 
 def main() -> None:
@@ -85,7 +91,7 @@ def main() -> None:
     except Refused as error:
         result = {"failed": error.failed}
     except EdgeExitError as error:
-        result = {"failed": Failed(what=str(error))}
+        result = {"failed": Failed(what=error.what, fix=error.fix)}
     _tell(told, result)
 
 
@@ -102,7 +108,7 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
     started = time.monotonic()
     log = _logger(library.module)
     plan, types = _make(library, job, log, told)
-    _write(Path(job.plan), memoryview(plan))
+    write_whole(Path(job.plan), memoryview(plan))
     return Built(
         bytes=plan.nbytes,
         precision=types,
@@ -134,7 +140,12 @@ def _make(
     if job.timing_cache is not None:
         known = Path(job.timing_cache)
         cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise EngineError(
+                f"--timing-cache {known}: {library.name} {library.version} does not take it "
+                f"({log.reason('it is of another version or GPU')})",
+                fix="Remove the file, or name another: a new one is made.",
+            )
     config.progress_monitor = monitor = _monitor(trt, told)
     types = precision.of_network(trt, network)
     plan = builder.build_serialized_network(network, config)
@@ -142,7 +153,7 @@ def _make(
         raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
     del monitor
     if cache is not None and job.timing_cache is not None:
-        _write(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+        write_whole(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
     return plan, types
 
 
@@ -161,6 +172,7 @@ def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderC
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
     else:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32; float16 is asked for by export
     if job.memory_limit_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
     if job.opt_level is not None:
@@ -168,31 +180,29 @@ def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderC
     return config
 
 
-def _write(path: Path, data: memoryview) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int] | None:
     """Loads the engine on the device it was built for, and asks what it multiplies in. None where
-    there is no room for it now: that is for whoever runs it to say."""
+    there is no room for it now, which is for whoever runs it to say, or where what the library
+    tells cannot be read: the engine is none the worse."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
-    return precision.of_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        return precision.of_engine(told)
+    except ValueError as error:
+        logger.warning("what the inspector told cannot be read: %s", error)
+        return None
 
 
 def _parser_failure(parser: OnnxParser, log: Any) -> Failed:
     nodes = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
-        nodes.append((error.node_name(), error.node_operator(), error.desc()))
+        name = error.node_name() or f"number {error.node()}"
+        nodes.append((name, error.node_operator(), error.desc()))
     return Failed(what=log.reason("the parser refused the graph"), nodes=nodes)
 
 
@@ -247,7 +257,3 @@ def _monitor(trt: TensorRt, told: TextIO) -> Any:
 def _tell(told: TextIO, message: dict[str, Any]) -> None:
     told.write(msgspec.json.encode(message).decode() + "\n")
     told.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from edgeexit.runtime.engines.tensorrt.build import (
     build_engines,
     estimate,
     made_from,
+    missing_works,
     sample_sizes,
     work_of,
 )
@@ -60,7 +64,9 @@ def test_every_segment_and_the_baseline_become_engines_once(
     )
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert build_engines(toy_bundle, works, rtx, SM86, tmp_path) == (folder, made)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    newer = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert newer.pop(folder / store.INDEX) > times.pop(folder / store.INDEX)  # asked for last
+    assert newer == times
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".json", *[".plan"] * 5]
 
 
@@ -81,7 +87,7 @@ def test_a_build_goes_on_where_it_stopped(toy_bundle: Bundle, rtx: Library, tmp_
     works = work_of(toy_bundle.manifest, rtx.features, NOTHING, {}, unsplit=False)
 
     def stop(what: str, done: int, of: int) -> None:
-        if what == "s2":
+        if what == "s2 (3 of 4)":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -97,6 +103,59 @@ def test_a_build_goes_on_where_it_stopped(toy_bundle: Bundle, rtx: Library, tmp_
     assert (folder / "s0.plan").stat().st_mtime_ns == first["s0.plan"]
     assert (folder / "s1.plan").stat().st_mtime_ns > first["s1.plan"]
     store.check_plans(folder, made)
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "other", "index", "foreign"])
+def test_what_is_damaged_is_built_again(
+    damage: str, toy_bundle: Bundle, rtx: Library, tmp_path: Path
+) -> None:
+    works = work_of(toy_bundle.manifest, rtx.features, NOTHING, {}, unsplit=False)[:2]
+    folder, made = build_engines(toy_bundle, works, rtx, SM86, tmp_path)
+    missing = functools.partial(missing_works, toy_bundle, works, rtx, SM86, tmp_path, Options())
+    assert missing() == []
+    (folder / store.SIGNATURE).write_text("of the plans as they were")
+    plan, index = folder / "s1.plan", folder / store.INDEX
+    raw = plan.read_bytes()
+    if damage == "gone":
+        plan.unlink()
+    elif damage == "torn":
+        plan.write_bytes(raw[:-1])
+    elif damage == "other":
+        plan.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    elif damage == "index":
+        index.write_bytes(b"{}")
+    else:  # what was built for somebody else's bundle
+        index.write_bytes(index.read_bytes().replace(made.bundle.encode(), b"0" * 64))
+    whole = 0 if damage in ("index", "foreign") else 1
+    assert missing() == works[whole:]
+    first = (folder / "s0.plan").stat().st_mtime_ns
+    again, mended = build_engines(toy_bundle, works, rtx, SM86, tmp_path)
+    assert (again, mended.bundle) == (folder, toy_bundle.digest)
+    store.check_plans(folder, store.read_index(folder))
+    assert ((folder / "s0.plan").stat().st_mtime_ns == first) == bool(whole)
+    assert not (folder / store.SIGNATURE).exists()
+
+
+def test_the_worker_imports_nothing_from_the_current_directory(
+    toy_bundle: Bundle, rtx: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("msgspec", "json", "edgeexit"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from where we are')")
+    monkeypatch.chdir(tmp_path)
+    works = work_of(toy_bundle.manifest, rtx.features, NOTHING, {}, unsplit=False)[:1]
+    _, made = build_engines(toy_bundle, works, rtx, SM86, tmp_path / "engines")
+    assert len(made.plans) == 1
+
+
+def test_a_disk_that_is_full_is_said_to_be_full(toy_bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = f"ulimit -f 100; exec {sys.executable} -m edgeexit build {toy_bundle.path} " + (
+        f"--target sm86 -o {tmp_path / 'engines'}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "s0: " in done.stderr, done.stderr
+    assert "the disk is full" in done.stderr and "Free some space" in done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_shapes_that_cannot_be_read_are_refused(text: str) -> None:
     [
         ({"mask": (1, 2)}, "no input 'mask'.*takes ids, image"),
         ({"ids": (1, 2, 3)}, "ids has 2 axes, not 3.*batch x seq"),
-        ({"image": (1, 3, 8, 9)}, "image is 1x3x8x9, but 8 is 8"),
+        ({"image": (1, 3, 8, 9)}, "image is 1x3x8x9, but its axes are batch x 3 x 8 x 8"),
         ({"ids": (1, 2), "image": (2, 3, 8, 8)}, "but batch is 1"),
     ],
 )

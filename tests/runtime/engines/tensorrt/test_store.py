@@ -191,7 +191,8 @@ def test_signed_engines_come_in_and_are_whole(
     assert read_index(made) == read_index(folder)
     assert (made / "s0.plan").read_bytes() == PLAN
     # The folder itself may be given too, and again.
-    assert import_engines(folder, tmp_path / "here", toy_bundle, signers=signers) == [made]
+    again = import_engines(folder, tmp_path / "here", toy_bundle, signers=signers)
+    assert again == {made: "builder@example.org"}
 
 
 def test_unsigned_engines_come_in_only_by_trust(
@@ -246,3 +247,78 @@ def test_engines_of_another_bundle_stay_out(toy_bundle: Bundle, tmp_path: Path) 
         import_engines(tmp_path / "there", tmp_path / "here", toy_bundle)
     with pytest.raises(UsageError, match="there are no engines"):
         import_engines(tmp_path / "nowhere", tmp_path / "here", toy_bundle)
+
+
+def test_what_changes_while_it_is_imported_does_not_come_in(
+    toy_bundle: Bundle,
+    keys: Callable[[str], Path],
+    signers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody else exchanges a plan between the check and the copy."""
+    folder = write_set(tmp_path / "there", toy_bundle.digest)
+    sign(folder, keys("builder"))
+    here = tmp_path / "here"
+    [made] = import_engines(folder, here, toy_bundle, signers=signers)
+    copy = shutil.copyfile
+
+    def exchanged(source: Path, target: Path) -> None:
+        source.write_bytes(PLAN[::-1])
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", exchanged)
+    with pytest.raises(IntegrityError, match="changed while it was imported"):
+        import_engines(folder, here, toy_bundle, signers=signers)
+    [(_, engines)] = list_engines(here, toy_bundle.digest)
+    store.check_plans(made, engines)
+    assert not list(made.glob("*.partial"))
+
+
+def test_a_set_of_another_bundle_or_a_damaged_one_is_left_out(
+    toy_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write_set(tmp_path, toy_bundle.digest)
+    foreign = write_set(tmp_path / "other", "b" * 64, weights="2" * 64)
+    shutil.copytree(foreign, good.parent / foreign.name)
+    broken = write_set(tmp_path, toy_bundle.digest, weights="3" * 64)
+    (broken / "s0.plan").unlink()
+    assert [folder for folder, _ in list_engines(tmp_path, toy_bundle.digest)] == [good]
+    assert len(caplog.messages) == 2 and "another bundle or key" in " ".join(caplog.messages)
+
+
+def test_folders_are_private_whatever_the_umask(toy_bundle: Bundle, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        write_set(tmp_path / "new" / "cache", toy_bundle.digest)
+    finally:
+        os.umask(before)
+    assert len(list_engines(tmp_path / "new" / "cache", toy_bundle.digest)) == 1
+
+
+def test_nothing_is_built_or_signed_where_others_write(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(EngineError, match="others can write there"):
+        write_set(tmp_path / "shared", "a" * 64)
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_only_whole_engines_are_signed_and_a_failure_keeps_the_signature(
+    toy_bundle: Bundle, keys: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = write_set(tmp_path / "there", toy_bundle.digest)
+    sign(folder, keys("builder"))
+    signature = (folder / store.SIGNATURE).read_bytes()
+    (tmp_path / "rubbish").write_text("no key")
+    for failing in (
+        lambda: store.try_key(tmp_path / "rubbish"),
+        lambda: sign(folder, tmp_path / "rubbish"),
+    ):
+        with pytest.raises(UsageError, match="ssh-keygen refused it"):
+            failing()
+    store.try_key(keys("builder"))
+    (folder / "s0.plan").write_bytes(PLAN[::-1])
+    with pytest.raises(IntegrityError, match="not as it was built"):
+        sign(folder, keys("builder"))
+    assert (folder / store.SIGNATURE).read_bytes() == signature
