@@ -114,6 +114,15 @@ class CheckError(EdgeExitError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, in one line; its kind if it says nothing.
+
+    >>> first_line(MemoryError()), first_line(ValueError("a\\nb"))
+    ('MemoryError', 'a')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 __all__ = [
     "BundleError",
     "CheckError",
@@ -130,4 +139,5 @@ __all__ = [
     "PolicyError",
     "StateError",
     "UsageError",
+    "first_line",
 ]

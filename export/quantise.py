@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle import Bundle
 from edgeexit.bundlewriter import BundleWriter, check_output
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError, UsageError, first_line
 from edgeexit.export import graphs
 from edgeexit.export.contract import ExitModel
 from edgeexit.export.merge import merge
@@ -235,7 +235,7 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
             )
     except Exception as error:
         raise ExportError(
-            f"{source.stem}: the quantiser refuses it ({str(error).splitlines()[0][:200]})",
+            f"{source.stem}: the quantiser refuses it ({first_line(error)})",
             fix="Export it in float32 or float16.",
         ) from error
 

@@ -7,11 +7,13 @@ run for nothing, and the next call waits behind it. So it pays at an exit that f
     share that leaves x time of the next segment < share that stays x gap
 
 All three are measured here, while the model runs: times per boundary, shares per policy as well.
+The last `SAMPLES` times count, and one row in `MEASURED_AGAIN` is not launched ahead, to take more.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +22,9 @@ from edgeexit.runtime.policy import Decision
 
 LaunchAhead = Literal["never", "measured", "always"]
 SAMPLES = 16
-"""Times taken at each boundary before they are believed."""
+"""Times taken at each boundary before they are believed; older ones are forgotten."""
+MEASURED_AGAIN = 64
+"""One row in so many waits for its score."""
 REMEMBERED = 4096
 """Rows after which older ones count half, so that shares follow the data."""
 POLICIES_KEPT = 64
@@ -32,8 +36,8 @@ class Times:
     """What one boundary costs: times that the GPU stood still there when nothing was launched
     ahead, and times of the segment behind it."""
 
-    gaps_ms: list[float] = field(default_factory=list)
-    segments_ms: list[float] = field(default_factory=list)
+    gaps_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    segments_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
 
     @property
     def enough(self) -> bool:
@@ -65,7 +69,7 @@ def pays(share: Share, times: Times) -> bool:
     """Whether to launch ahead. One row more is taken to leave and one more to stay than was seen,
     so that few rows prove nothing.
 
-    >>> times = Times([0.03] * SAMPLES, [1.0] * SAMPLES)
+    >>> times = Times(deque([0.03] * SAMPLES), deque([1.0] * SAMPLES))
     >>> pays(Share(asked=100, left=50), times), pays(Share(asked=1000, left=2), times)
     (False, True)
     """
@@ -100,8 +104,11 @@ class Ahead:
         return known
 
     def launches(self, number: int, shares: Sequence[Share]) -> bool:
-        """Whether to launch ahead what comes behind an exit."""
-        return self.when == "always" or pays(shares[number], self.times[number])
+        """Whether to launch ahead what comes behind an exit, for the next row that comes there."""
+        if self.when == "always":
+            return True
+        waits = shares[number].asked % MEASURED_AGAIN == MEASURED_AGAIN - 1
+        return not waits and pays(shares[number], self.times[number])
 
     def facts(self, shares: Sequence[Share]) -> list[dict[str, float | int | bool]]:
         """What was measured, per exit but the last."""
@@ -110,7 +117,7 @@ class Ahead:
             about: dict[str, float | int | bool] = {
                 "asked": shares[number].asked,
                 "left": shares[number].left,
-                "launched_ahead": self.launches(number, shares),
+                "launched_ahead": self.when == "always" or pays(shares[number], times),
             }
             if times.gaps_ms:
                 about["gap_ms"] = statistics.median(times.gaps_ms)

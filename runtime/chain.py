@@ -258,7 +258,7 @@ class Chain:
                 route.shares[number].count(leaves)
                 if leaves:
                     break
-                if not (launched or ahead.times[number].enough):
+                if not launched:
                     untimed = number
                 number += 1
         except Exception as error:

@@ -238,7 +238,14 @@ def _first_usable(
         return open_on(engine)
     except EngineError as error:
         why = error
-    model = open_on(fallback)
+    try:
+        model = open_on(fallback)
+    except EngineError as error:
+        raise EngineError(
+            f"the engine {engine} cannot be used ({why.what}), and {fallback} neither: "
+            f"{error.what}",
+            fix=error.fix,
+        ) from error
     model.instead_of = engine
     logger.warning("the engine %s cannot be used, %s computes instead: %s", engine, fallback, why)
     return model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.errors import EdgeExitError, EngineError
+from edgeexit.errors import EdgeExitError, EngineError, first_line
 from edgeexit.manifest import Exit, Segment, Tensor
 from edgeexit.runtime.ahead import Ahead, Share
 from edgeexit.runtime.buffers import assign_slots, dtype_of, shape_of
@@ -206,7 +206,7 @@ class Planner:
         engine = self._engine.describe()
         return EngineError(
             f"segment {self._segments[number].name}: {engine['library']} {engine['version']} "
-            f"failed: {str(error).splitlines()[0][:300]}",
+            f"failed: {first_line(error)}",
             fix="Check the sizes of the inputs against `edgeexit inspect`.",
         )
 

@@ -88,11 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _say("error: standard output cannot be written: the disk is full")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+        if error.filename is not None:
+            _say(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.")
+        elif error.errno == errno.ENOSPC:
+            _say("error: standard output cannot be written: the disk is full")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            raise
     sys.exit(code if isinstance(code, int) else 0)
 
 

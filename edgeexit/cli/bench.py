@@ -130,6 +130,11 @@ def command(
     from edgeexit.measure.decodebench import bench_decoder
     from edgeexit.measure.files import check_output, write_atomic
 
+    if engine == "cpu" and launch_ahead != "never":
+        raise UsageError(
+            "--launch-ahead is for GPUs: a processor has done with a segment when it answers",
+            fix="Leave it out, or use --engine cuda or tensorrt.",
+        )
     add_current_directory()
     if output is not None:
         check_output(output)

@@ -247,9 +247,13 @@ def _build(
     made = []
     with progress_bar(quiet) as progress:
         for about, some in zip(wanted, new, strict=True):
-            folder, _ = build_engines(
-                bundle, works, library, about, root, options=options, progress=progress
-            )
+            try:
+                folder, _ = build_engines(
+                    bundle, works, library, about, root, options=options, progress=progress
+                )
+            except KeyboardInterrupt:
+                click.echo("what was built is kept: run it again, and it goes on there", err=True)
+                raise
             made.append(_described(folder) | {"built": len(some)})
     if sign is not None:
         for one in made:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError, UsageError, first_line
 from edgeexit.export.models.classifier import (
     EXITS_WEIGHTS,
     ExitClassifier,
@@ -70,7 +70,7 @@ def from_pretrained(
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(
-            f"{path}: not a transformers checkpoint ({str(error).splitlines()[0][:200]})",
+            f"{path}: not a transformers checkpoint ({first_line(error)})",
             fix="Give a directory with config.json, as save_pretrained writes it.",
         ) from error
     if config.model_type in DECODERS:
@@ -203,7 +203,7 @@ def _read(reader: str, path: str | Path, folder: Path) -> tuple[Any, dict[str, A
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
-            f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})",
+            f"{path}: transformers cannot read it ({first_line(error)})",
             fix="Check the checkpoint with transformers' from_pretrained.",
         ) from error
     return model, found
@@ -244,8 +244,7 @@ def _local(path: str | Path) -> Path:
                 break
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{path}: neither a directory nor to be had from the hub "
-            f"({str(error).splitlines()[0][:200]})",
+            f"{path}: neither a directory nor to be had from the hub ({first_line(error)})",
             fix="Check the name and the network, or fetch it elsewhere and give the directory.",
         ) from error
     return Path(found)

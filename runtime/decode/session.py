@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle import WEIGHTS, Bundle
-from edgeexit.errors import EngineError, InputError, UsageError
+from edgeexit.errors import EngineError, InputError, UsageError, first_line
 from edgeexit.manifest import Decoding, Segment, Variant
 from edgeexit.runtime.buffers import dtype_of, row_of
 from edgeexit.runtime.decode.caches import NewCaches, Ring, SegmentCaches
@@ -497,7 +497,7 @@ class Part:
         engine = self._engine.describe()
         return EngineError(
             f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
-            f"{str(error).splitlines()[0][:300]}",
+            f"{first_line(error)}",
             fix="`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, "
             "with the output of `edgeexit inspect`.",
         )

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeexit.errors import EngineError, UsageError
+from edgeexit.errors import EngineError, UsageError, first_line
 from edgeexit.graphfile import keep_outputs
 from edgeexit.runtime.buffers import HostSlot, Window
 from edgeexit.runtime.engines import Bound, Slot
@@ -92,7 +92,7 @@ def install_process_pool(threads: int | None = None) -> None:
         import_onnxruntime().set_global_thread_pool_sizes(count, 1)
     except Exception as error:
         raise EngineError(
-            f'threads="process" cannot be installed ({str(error).splitlines()[0]})',
+            f'threads="process" cannot be installed ({first_line(error)})',
             fix="Ask for it before the first ONNX Runtime session of the process, or leave it out.",
         ) from error
     _process_pool.append(count)
@@ -187,7 +187,7 @@ class OnnxRuntimeEngine:
         except Exception as error:
             raise EngineError(
                 f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
-                f"it: {str(error).splitlines()[0][:300]}",
+                f"it: {first_line(error)}",
                 fix="`edgeexit check BUNDLE` tells whether the bundle is whole; an older opset "
                 "(export --opset) suits an older library.",
             ) from error

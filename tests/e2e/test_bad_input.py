@@ -66,6 +66,7 @@ def test_a_path_that_does_not_exist_is_named(cli: Cli, arguments: list[str]) -> 
         (["run", "b", "--text", "a", "--threshold", "5"], "max_prob is a probability"),
         (["run", "b", "--text", "a", "--threshold", "nan"], "max_prob is a probability"),
         (["bench", "b", "--launch-ahead", "sometimes"], "sometimes"),
+        (["bench", "b", "--launch-ahead", "measured"], "--launch-ahead is for GPUs"),
         (["run", "b", "--prompt", "a", "--drafts", "2", "--mode", "fast"], "--mode exact"),
         (["run", "b", "--prompt", "a", "--top-k", "5"], "--temperature"),
         (["run", "b", "--prompt", "a", "--rows", "5"], "--rows is for --data"),

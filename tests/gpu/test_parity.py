@@ -6,6 +6,7 @@ python -m pytest -m gpu
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import EdgeExitError
 from edgeexit.measure.check import check
 from edgeexit.measure.checkdecode import check_decoder
 from edgeexit.runtime import Policy, load, load_decoder
@@ -59,29 +59,35 @@ def engine(request: pytest.FixtureRequest, digits: Bundle) -> Iterator[str]:
             root = digits.path.parent / "engines"
             patch.setenv("EDGEEXIT_ENGINE_DIR", str(root))
             _build(digits, root)
-        try:
-            load(digits, name).close()
-        except EdgeExitError as error:
-            pytest.skip(str(error))
+        else:
+            _require_cuda_provider()
         yield name
+
+
+def _require_cuda_provider() -> None:
+    """Skips where this onnxruntime is the one without it; whatever else is amiss fails the test."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider")
 
 
 def _build(bundle: Bundle, root: Path, form: Form | None = None) -> None:
     from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
-    from edgeexit.runtime.engines.tensorrt.library import find_library
+    from edgeexit.runtime.engines.tensorrt.library import DESKTOP_TARGETS, find_library
     from edgeexit.runtime.engines.tensorrt.profiles import Asked
 
-    try:
-        library, device = find_library(), describe_device()
-        asked = Asked({}, {}, {"batch": 4 if bundle.manifest.decoding else 32})
-        sample = sample_sizes(bundle)
-        works = work_of(
-            bundle.manifest, library.features, asked, sample, form=form, tunes=library.tunes
-        )
-        build_engines(bundle, works, library, device, root)
-    except EdgeExitError as error:
-        pytest.skip(str(error))
+    if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        pytest.skip("neither TensorRT nor TensorRT-RTX is installed")
+    library, device = find_library(), describe_device()
+    if library.rtx and device["compute_capability"] not in DESKTOP_TARGETS:
+        pytest.skip("TensorRT-RTX does not support this GPU")
+    asked = Asked({}, {}, {"batch": 4 if bundle.manifest.decoding else 32})
+    sample = sample_sizes(bundle)
+    works = work_of(
+        bundle.manifest, library.features, asked, sample, form=form, tunes=library.tunes
+    )
+    build_engines(bundle, works, library, device, root)
 
 
 def test_every_exit_of_digits_answers_as_torch(digits: Bundle, engine: str) -> None:
@@ -118,11 +124,8 @@ def test_a_warm_call_takes_no_memory_and_fetches_scores_and_answers_only(
 
 
 def test_codelm_writes_as_torch_on_the_cuda_provider(codelm: Bundle) -> None:
-    try:
-        decoder = load_decoder(codelm, "cuda")
-    except EdgeExitError as error:
-        pytest.skip(str(error))
-    with decoder:
+    _require_cuda_provider()
+    with load_decoder(codelm, "cuda") as decoder:
         check_decoder(decoder).require()
 
 
@@ -130,6 +133,8 @@ def test_codelm_writes_as_torch_on_the_cuda_provider(codelm: Bundle) -> None:
 def test_codelm_writes_as_torch_on_tensorrt(
     codelm: Bundle, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if form == "fixed" and codelm.manifest.unsplit[-1].precision == "float32":
+        pytest.skip("TensorRT writes caches in place in half precision only")
     monkeypatch.setenv("EDGEEXIT_ENGINE_DIR", str(tmp_path))
     _build(codelm, tmp_path, form)
     with load_decoder(codelm, "tensorrt", caches=form) as decoder:

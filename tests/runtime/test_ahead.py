@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from edgeexit.bundle import Bundle
 from edgeexit.errors import UsageError
 from edgeexit.runtime import load
-from edgeexit.runtime.ahead import POLICIES_KEPT, REMEMBERED, SAMPLES, Ahead, Share, Times, pays
+from edgeexit.runtime.ahead import (
+    MEASURED_AGAIN,
+    POLICIES_KEPT,
+    REMEMBERED,
+    SAMPLES,
+    Ahead,
+    Share,
+    Times,
+    pays,
+)
 from edgeexit.runtime.policy import Decision
 
 MS = st.floats(0.001, 100)
@@ -21,12 +30,28 @@ def test_it_pays_when_the_expected_waste_is_below_the_expected_gain(
     asked: int, left: int, gap: float, segment: float
 ) -> None:
     left = min(left, asked)
-    times = Times([gap] * SAMPLES, [segment] * SAMPLES)
+    times = Times()
+    for _ in range(SAMPLES - 1):
+        times.add(gap, segment)
+    assert not pays(Share(asked, 0), times)
+    for _ in range(SAMPLES):  # the first one of all is forgotten
+        times.add(gap, segment)
     share = Share(asked, left)
     waste, gain = (left + 1) * segment, (asked - left + 1) * gap
     if abs(waste - gain) > 1e-9 * gain:
         assert pays(share, times) == (waste < gain)
-    assert not pays(share, Times([gap] * (SAMPLES - 1), [segment] * (SAMPLES - 1)))
+
+
+def test_some_rows_wait_so_that_times_are_taken_anew() -> None:
+    ahead = Ahead(2, "measured")
+    for _ in range(SAMPLES):
+        ahead.times[0].add(1.0, 0.1)
+    shares = ahead.shares([Decision(True, 0.9)] * 2, "margin")
+    launched = []
+    for _ in range(3 * MEASURED_AGAIN):
+        launched.append(ahead.launches(0, shares))
+        shares[0].count(False)
+    assert launched.count(False) == 3
 
 
 def test_shares_follow_the_data() -> None:

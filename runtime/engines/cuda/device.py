@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,26 +63,15 @@ class Device:
         device = ask(driver.cuDeviceGet(number))
         integrated = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
         self.shares_memory = bool(ask(driver.cuDeviceGetAttribute(integrated, device)))
-        self._context = ask(driver.cuDevicePrimaryCtxRetain(device))
-        self._own(lambda: driver.cuDevicePrimaryCtxRelease(device))
-        ask(driver.cuCtxSetCurrent(self._context))
-        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        stream = ask(driver.cuStreamCreate(flags))
-        self._own(lambda: driver.cuStreamDestroy(stream))
-        self.raw_stream = stream
-        self.stream = int(stream)
-        event = self._event(timed=False)
-        self._own(lambda: driver.cuEventDestroy(event))
-        self._end = Mark(self, event)
+        self._handles = _Handles(driver, device)
+        self._context, self.raw_stream = self._handles.context, self._handles.stream
+        self.stream = int(self.raw_stream)
+        self._end = self.mark()
         self._beside: Any = None
-
-    def _own(self, release: Callable[[], object]) -> None:
-        """Gives something back when this device is no longer used."""
-        weakref.finalize(self, release)
 
     def release_with(self, owner: object, how: str, what: Any) -> None:
         """Gives something back by a call of the driver when its owner is no longer used."""
-        weakref.finalize(owner, _release, self.driver, self._context, self.raw_stream, how, what)
+        weakref.finalize(owner, _release, self._handles, how, what)
 
     def _event(self, *, timed: bool) -> Any:
         kind = self.driver.CUevent_flags
@@ -209,8 +197,8 @@ class Device:
         self.enter()
         if self._beside is None:
             flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-            self._beside = stream = ask(self.driver.cuStreamCreate(flags))
-            self._own(lambda: self.driver.cuStreamDestroy(stream))
+            self._beside = ask(self.driver.cuStreamCreate(flags))
+            self.release_with(self, "cuStreamDestroy", self._beside)
         ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self._beside))
         self.counts.to_host_bytes += size_bytes
         ask(self.driver.cuStreamSynchronize(self._beside))
@@ -248,13 +236,32 @@ class Mark:
         return float(ask(self._driver.cuEventElapsedTime(other._event, self._event)))
 
 
-def _release(driver: Any, context: Any, stream: Any, how: str, what: Any) -> None:
+class _Handles:
+    """Context and stream of a device. Whatever is made with them holds them until it was given
+    back, in whichever order objects go."""
+
+    def __init__(self, driver: Any, device: Any) -> None:
+        self.driver = driver
+        self.context = ask(driver.cuDevicePrimaryCtxRetain(device))
+        ask(driver.cuCtxSetCurrent(self.context))
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.stream = ask(driver.cuStreamCreate(flags))
+        weakref.finalize(self, _let_go, driver, device, self.stream)
+
+
+def _let_go(driver: Any, device: Any, stream: Any) -> None:
+    driver.cuStreamDestroy(stream)
+    driver.cuDevicePrimaryCtxRelease(device)
+
+
+def _release(handles: _Handles, how: str, what: Any) -> None:
     """Gives something back when the stream has done with it, from whatever thread drops the last of
     it."""
-    (status,) = driver.cuCtxPushCurrent(context)
+    driver = handles.driver
+    (status,) = driver.cuCtxPushCurrent(handles.context)
     if int(status) != 0:  # the driver is shutting down, and takes everything with it
         return
-    driver.cuStreamSynchronize(stream)
+    driver.cuStreamSynchronize(handles.stream)
     getattr(driver, how)(what)
     driver.cuCtxPopCurrent()
 

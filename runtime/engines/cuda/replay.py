@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +71,15 @@ class Replays:
             prepare()
             body()
             recording = self._record(body)
-            self.taken_bytes += max(0, free - self._device.free_bytes())
+            if recording is not None:
+                taken = max(0, free - self._device.free_bytes())
+                self.taken_bytes += taken
+                weakref.finalize(recording, self._give_back, taken)
 
         return run
+
+    def _give_back(self, taken: int) -> None:
+        self.taken_bytes -= taken
 
     def _record(self, body: Callable[[], object]) -> _Recording | None:
         device, driver = self._device, self._device.driver
@@ -81,13 +88,15 @@ class Replays:
         failure = None
         collecting = gc.isenabled()
         gc.disable()  # memory that is given back meanwhile would end the recording
-        ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
         try:
-            body()
-        except EdgeExitError as error:
-            failure = error
+            ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
+            try:
+                body()
+            except EdgeExitError as error:
+                failure = error
+            finally:
+                status, graph = driver.cuStreamEndCapture(device.raw_stream)
         finally:
-            status, graph = driver.cuStreamEndCapture(device.raw_stream)
             if collecting:
                 gc.enable()
         counted = {}

@@ -165,6 +165,17 @@ def _decoder(
             f"--capacity {capacity}: the model was made for {limit} tokens",
             fix=f"Use at most {limit}.",
         )
+    if not asked.min.get("new", 1) == asked.opt.get("new", 1) == 1:
+        raise UsageError(
+            "--min-shapes, --opt-shapes: engines of language models take from one new token on, "
+            "and are tuned for one and for prompts",
+            fix="Say how many rows, and 1 token: tokens:4x1.",
+        )
+    if (new := asked.max.get("new", 1)) > capacity:
+        raise UsageError(
+            f"--max-shapes: {new} new tokens, the caches hold {capacity}",
+            fix=f"Give at most {capacity}, or a larger --capacity (the model takes {limit}).",
+        )
     asked = Asked(asked.min, asked.opt, {"new": min(chunk, capacity), **asked.max}, capacity)
     ranges = usual_ranges(manifest, asked, {})
     rows, chunk = ranges["batch"], ranges["new"].max

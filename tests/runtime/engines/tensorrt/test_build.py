@@ -292,6 +292,18 @@ def test_a_capacity_beyond_the_model_is_refused(decoder: Bundle) -> None:
         work_of(decoder.manifest, PLAIN, Asked({}, {}, {}, capacity=limit + 1), {})
 
 
+@pytest.mark.parametrize("asked, message", [
+    (Asked({}, {}, {"new": 80}, capacity=64), "80 new tokens, the caches hold 64"),
+    (Asked({}, {"new": 8}, {}), "tokens:4x1"),
+    (Asked({"new": 2}, {}, {}), "tokens:4x1"),
+])  # fmt: skip
+def test_numbers_of_new_tokens_that_cannot_be_had_are_refused(
+    asked: Asked, message: str, decoder: Bundle
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        work_of(decoder.manifest, PLAIN, asked, {})
+
+
 def test_a_form_that_the_library_lacks_is_refused(decoder: Bundle) -> None:
     with pytest.raises(EngineError, match=r"no form fixed that this TensorRT builds: .*append"):
         work_of(decoder.manifest, PLAIN, NOTHING, {}, form="fixed")
