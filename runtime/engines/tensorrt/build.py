@@ -7,6 +7,7 @@ the cache does not have yet. A build that was interrupted goes on where it stopp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
@@ -54,7 +55,7 @@ REFERENCE = "samples/reference.npz"
 LONGEST_NAME = 120
 """Characters of a graph's name that its plan keeps; names of files have 255."""
 
-BUILDER = 3
+BUILDER = 4
 """Raised when what is built of the same things becomes another engine: a part of every key."""
 
 
@@ -205,7 +206,10 @@ def _decoder(
         if part.projection is not None:
             one = [{**profiles[0], "batch": rows, "new": Range(1, 1, 1)}]
             bare = msgspec.structs.replace(part, outputs=[])
-            works.append(_cached(bare, part.projection, f"projection of {where}", one, capacity))
+            work = _cached(bare, part.projection, f"projection of {where}", one, capacity)
+            # It is run for one token at a time, which is no limit to what the others take.
+            limits = {axis: most for axis, most in work.largest.items() if axis != "new"}
+            works.append(dataclasses.replace(work, largest=limits))
     return works
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from edgeexit.bundle import Bundle
-from tests.runtime.engines.cuda import host_gpu
+from tests.runtime.engines.cuda import host_gpu, host_tensorrt
 from tests.runtime.engines.cuda.conftest import RunOnDriver, cases_of
 
 ONE_PASS = [
@@ -37,3 +38,26 @@ def test_one_pass(
     if eager:
         monkeypatch.setenv("FAKE_EAGER", "1")
     run_on_driver(host_gpu.__name__, name, str(toy_bundle.path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one_pass_on_tensorrt",
+        "a_row_launched_ahead_on_tensorrt",
+        "plans_that_are_not_as_built_are_not_loaded",
+    ],
+)
+def test_the_tensorrt_engine(
+    name: str, run_on_driver: RunOnDriver, toy_bundle: Bundle, tmp_path: Path
+) -> None:
+    """On what stands in for the library: profiles, contexts, scratch memory, recordings."""
+    run_on_driver(host_tensorrt.__name__, name, str(toy_bundle.path), str(tmp_path / "engines"))
+
+
+def test_decoders_on_the_tensorrt_engine(
+    run_on_driver: RunOnDriver, decoder_bundle: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    bundle = str(decoder_bundle("llama").path)
+    folder = str(tmp_path / "engines")
+    run_on_driver(host_tensorrt.__name__, "decoders_on_tensorrt", bundle, folder)
