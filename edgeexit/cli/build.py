@@ -24,8 +24,6 @@ from edgeexit.errors import UsageError
 if TYPE_CHECKING:
     from edgeexit.runtime.decode.session import Form
     from edgeexit.runtime.engines.tensorrt.build import Estimate
-    from edgeexit.runtime.engines.tensorrt.precision import Types
-    from edgeexit.runtime.engines.tensorrt.store import EngineSet
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -102,10 +100,9 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
                 (plan["graph"], size(plan["bytes"]), plan["seconds"], plan["computes_in"])
                 for plan in one["plans"]
             ]
-            total = sum(plan["bytes"] for plan in one["plans"])
             made_by = f"{one['library']} {one['version']}"
             title = f"{one['path']}\n{one['for']}, {made_by}, {one['sizes']}: "
-            title += f"{len(one['plans'])} engines, {size(total)}, {came}"
+            title += f"{len(one['plans'])} engines, {size(one['bytes'])}, {came}"
             print_table(title, ("graph", "plan", "built in s", "products in"), rows)
     odd = [plan for one in made for plan in one["plans"] if plan["built_otherwise"]]
     for plan in odd if not quiet else []:
@@ -287,51 +284,10 @@ def _foretell(foretold: Sequence[Estimate | None], quiet: bool) -> None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    from edgeexit.runtime.engines.tensorrt.precision import built_otherwise
+    from edgeexit.measure.engines import describe_engines
     from edgeexit.runtime.engines.tensorrt.store import read_index
 
-    engines = read_index(folder)
-    source = engines.made_from
-    target = source["target"]
-    return {
-        "path": str(folder),
-        "key": engines.key,
-        "library": source["library"],
-        "version": source["version"],
-        "target": target,
-        "for": target.get("gpu") or f"sm{target['compute_capability']}",
-        "sizes": ", ".join(f"{axis} up to {most}" for axis, most in _largest(engines).items()),
-        "plans": [
-            {
-                "graph": plan.graph,
-                "file": plan.file,
-                "bytes": plan.bytes,
-                "seconds": plan.seconds,
-                "peak_memory_bytes": plan.peak_memory_bytes,
-                "precision": plan.precision,
-                "computes_in": _computes_in(plan.precision),
-                "inspected": plan.inspected,
-                "built_otherwise": built_otherwise(plan.precision, plan.inspected or {}),
-            }
-            for plan in engines.plans
-        ],
-    }
-
-
-def _largest(engines: EngineSet) -> dict[str, int]:
-    """The largest size of every named axis."""
-    found: dict[str, int] = {}
-    for plan in engines.plans:
-        for axis, most in plan.largest.items():
-            found[axis] = max(most, found.get(axis, 0))
-    return dict(sorted(found.items()))
-
-
-def _computes_in(types: Types) -> str:
-    """Types of the layers that multiply, as ``FLOAT 2, HALF 24``."""
-    from edgeexit.runtime.engines.tensorrt.precision import products
-
-    return ", ".join(f"{dtype} {count}" for dtype, count in sorted(products(types).items()))
+    return describe_engines(folder, read_index(folder))
 
 
 def parse_bytes(text: str) -> int:

@@ -15,7 +15,7 @@ from edgeexit.cli.common import (
     size,
     verbosity_options,
 )
-from edgeexit.errors import UsageError
+from edgeexit.errors import EngineError, UsageError
 
 
 @click.command("inspect")
@@ -30,18 +30,25 @@ from edgeexit.errors import UsageError
 @json_option
 @verbosity_options
 def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, quiet: bool) -> None:
-    """Show what is in a bundle, and the bytes that cross each boundary.
+    """Show what is in a bundle, the bytes that cross each boundary, and the TensorRT engines that
+    the cache holds of it (of those that fit a device, the last one is used).
 
     \b
     edgeexit inspect bundle
     edgeexit inspect bundle --axis seq=128 --json
     """
     from edgeexit.bundle import open_bundle
+    from edgeexit.measure.engines import describe_cache
     from edgeexit.measure.inspect import axis_sizes, describe
 
     opened = open_bundle(bundle)
     known = {axis for t in opened.manifest.inputs for axis in t.axes if isinstance(axis, str)}
     found = describe(opened, axis_sizes(opened, _sizes(axes, known)))
+    try:
+        found["engines"] = describe_cache(opened)
+    except EngineError as error:  # the bundle is none the worse
+        found["engines"] = []
+        click.echo(f"engines are not shown: {error}", err=True)
     if as_json:
         print_json(found)
     else:
@@ -131,7 +138,14 @@ def _show(found: dict[str, Any], path: Path) -> None:
         f"bundle {size(found['bundle_bytes'])} in {found['files']} files, "
         f"weights {size(found['weights_bytes'])}"
     )
+    for number, one in enumerate(found["engines"]):
+        click.echo(("engines: " if number == 0 else "         ") + _engines(one))
     click.echo("made by: " + ", ".join(f"{k} {v}" for k, v in found["provenance"].items()))
+
+
+def _engines(one: dict[str, Any]) -> str:
+    about = f"{one['for']}, {one['library']} {one['version']}, {one['sizes']}, {size(one['bytes'])}"
+    return f"{about} ({one['path']})"
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

@@ -41,6 +41,17 @@ DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
 """The same for causal language models: model type -> module of this package."""
 
 
+def name_of(path: str | Path) -> str:
+    """What a checkpoint is called: its folder's name, or that of the one above where it says
+    nothing.
+
+    >>> name_of("models/talker"), name_of("models/digits/checkpoint")
+    ('talker', 'digits')
+    """
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
 def from_pretrained(
     path: str | Path,
     *,
@@ -123,7 +134,7 @@ def from_pretrained(
     if saved is not None and not missing:
         load_exits(classifier, folder)
     classifier.eval()
-    classifier.name = Path(path).resolve().name
+    classifier.name = name_of(path)
     classifier.task = task
     labels = config.id2label or {}
     classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
@@ -181,7 +192,7 @@ def _decoder(
     if loaded:
         load_adapters(decoder, loaded, folder)
     decoder.eval()
-    decoder.name = Path(path).resolve().name
+    decoder.name = name_of(path)
     decoder.tokenizer_folder = folder
     trained = set(decoder.exit_layers) <= set(saved or [])
     decoder.provenance = {

@@ -45,6 +45,11 @@ def test_engines_are_built_signed_and_imported(
     assert came.code == 0 and [one["key"] for one in came.json["engines"]] == sorted(
         one["key"] for one in sets
     )
+    cli.environment["EDGEEXIT_ENGINE_DIR"] = str(tmp_path / "cache")
+    shown = cli("inspect", bundle, "--json").json["engines"]
+    assert sorted(one["for"] for one in shown) == ["sm120", "sm86", "sm89"]
+    assert "sm86, tensorrt_rtx" in cli("inspect", bundle).out
+    del cli.environment["EDGEEXIT_ENGINE_DIR"]
     again = cli("build", bundle, "--target", "sm86", "--max-shapes", "x:4x6", "-o", engines)
     assert again.code == 0 and "s0.onnx" in again.out
     assert "nothing built" in again.out and again.err == ""

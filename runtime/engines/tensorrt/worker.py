@@ -8,8 +8,10 @@ as JSON on stdin; what happens is told on stdout, one JSON object a line: ``phas
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +34,8 @@ from edgeexit.runtime.engines.tensorrt.store import write_whole
 from edgeexit.runtime.memory import peak_bytes
 
 logger = logging.getLogger(__name__)
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +86,7 @@ class Failed(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Builds what stdin asks for."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # it writes where others may go on
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     # The library may print; what is told goes out through a stream of its own.
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
