@@ -124,7 +124,7 @@ def test_bench_without_prompts_takes_random_ones_and_full_depth(decoder_bundle: 
     [
         ("", "no prompts"),
         ("prompt\n", "line 1"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
+        ('{"prompt": "a"}\n{"words": "b"}\n', "line 2"),
         ('{"tokens": [1, "x"]}\n', "line 1"),
         ('{"tokens": []}\n', "prompt 1 is empty"),
         (f'{{"tokens": [{VOCABULARY}]}}\n', "no token id"),

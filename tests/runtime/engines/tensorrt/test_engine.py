@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,13 @@ def test_versions_outside_the_list_are_refused_with_the_list(
 ) -> None:
     (tmp_path / "tensorrt.py").write_text(f"__version__ = {version!r}")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     if taken:
         assert import_library("tensorrt").version == version
     else:
         with pytest.raises(EngineError, match=r"tensorrt 10\.3 to 11\.x or tensorrt_rtx"):
             import_library("tensorrt")
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
+    sys.modules.pop("tensorrt", None)  # monkeypatch would put it back
     assert supported_versions() == "tensorrt 10.3 to 11.x or tensorrt_rtx 1.4 to 1.x"
 
 
