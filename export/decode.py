@@ -301,13 +301,27 @@ def _part(
 
 
 def _reference(model: DecodeModel) -> dict[str, np.ndarray]:
-    """Token ids; per exit the logits of each row's last token, and for all of them the greedy token
-    and how far its logit lies above the next."""
+    """What torch says of some texts."""
     tokens = model.tokens(SAMPLE_ROWS)
-    found = {"input/tokens": tokens.numpy()}
-    for name, logits in model.reference(tokens).items():
-        found[f"{name}/logits"] = logits[:, -1].numpy()
-        found[f"{name}/token"] = logits.argmax(-1).numpy()
-        largest = logits.topk(2, dim=-1).values
-        found[f"{name}/margin"] = (largest[..., 0] - largest[..., 1]).numpy()
+    logits = {name: one.numpy() for name, one in model.reference(tokens).items()}
+    return reference_of(tokens.numpy(), logits)
+
+
+def reference_of(tokens: np.ndarray, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The reference sample of a decoder.
+
+    Args:
+        tokens: Token ids ``[rows, seq]``.
+        logits: Exit -> what it says of them ``[rows, seq, vocabulary]``.
+
+    Returns:
+        Token ids; per exit the logits of each row's last token, and for all of them the greedy
+        token and how far its logit lies above the next.
+    """
+    found = {"input/tokens": tokens}
+    for name, one in logits.items():
+        found[f"{name}/logits"] = one[:, -1]
+        found[f"{name}/token"] = one.argmax(-1)
+        largest = np.partition(one, -2, axis=-1)[..., -2:]
+        found[f"{name}/margin"] = largest[..., 1] - largest[..., 0]
     return found

@@ -29,7 +29,7 @@ from edgeexit.bundlewriter import BundleWriter, check_output
 from edgeexit.errors import UsageError
 from edgeexit.export import graphs
 from edgeexit.export.contract import DecodeModel
-from edgeexit.export.decode import export_decoder
+from edgeexit.export.decode import export_decoder, reference_of
 from edgeexit.export.package import Progress, counter, write_samples
 from edgeexit.export.quantise import FLOAT32_SAMPLE, QUANTISED, quantise
 from edgeexit.export.rows import run_graph
@@ -119,8 +119,8 @@ def export_int8_decoder(
                 heads[name] = msgspec.structs.replace(part, variants=[variant], projection=None)
             offset = store.place(ir.tensor(model.embedding.contiguous()))
             samples = [
-                write_samples(writer.folder, REFERENCE, _reference(sample, quantised.said)),
-                write_samples(writer.folder, FLOAT32_SAMPLE, _float32(others, compared.said)),
+                write_samples(writer.folder, REFERENCE, reference_of(sample, quantised.logits())),
+                write_samples(writer.folder, FLOAT32_SAMPLE, _float32(others, compared.logits())),
             ]
             samples += _copy_rest(whole, writer.folder)
             decoding = whole.manifest.decoding
@@ -166,16 +166,16 @@ def _texts(given: Iterable[NDArray[np.int64]], model: DecodeModel) -> tuple[Text
 
 
 class _Pass:
-    """Texts on their way through the segments, each by itself.
-
-    Attributes:
-        said: Exit -> what it says of each text: the head's outputs, ``[seq, ...]``.
-    """
+    """Texts on their way through the segments, each by itself."""
 
     def __init__(self, model: DecodeModel, bundle: Bundle, texts: Texts) -> None:
         self._bundle, self._where = bundle, model.positions.name
         self._feeds = _feeds(model, texts)
-        self.said: dict[str, list[dict[str, NDArray[Any]]]] = {}
+        self._said: dict[str, Feeds] = {}  # exit -> what the head gives, a text each
+
+    def logits(self) -> dict[str, NDArray[Any]]:
+        """What the exits that were asked say, ``[rows, seq, vocabulary]``; texts of one length."""
+        return {n: np.stack([one["logits"] for one in said]) for n, said in self._said.items()}
 
     def given(self, part: Segment) -> Feeds:
         """What a segment, the next one, is given."""
@@ -207,32 +207,15 @@ class _Pass:
             head = heads[leave.head or ""]
             [state] = head.inputs
             graph = self._bundle.file(head.variants[-1].graph)
-            self.said[leave.name] = run_graph(graph, [{state.name: one[0]} for one in states])
+            self._said[leave.name] = run_graph(graph, [{state.name: one[0]} for one in states])
 
 
-def _reference(
-    tokens: NDArray[np.int64], said: Mapping[str, Sequence[Mapping[str, NDArray[Any]]]]
-) -> dict[str, NDArray[Any]]:
-    """What `edgeexit.export.decode` keeps as reference, of what the exits say of these texts."""
-    found: dict[str, NDArray[Any]] = {"input/tokens": tokens}
-    for name, texts in said.items():
-        logits = np.stack([one["logits"] for one in texts]).astype(np.float32)
-        ordered = np.sort(logits, axis=-1)
-        found[f"{name}/logits"] = logits[:, -1]
-        found[f"{name}/token"] = logits.argmax(-1)
-        found[f"{name}/margin"] = ordered[..., -1] - ordered[..., -2]
-    return found
-
-
-def _float32(
-    texts: Texts, said: Mapping[str, Sequence[Mapping[str, NDArray[Any]]]]
-) -> dict[str, NDArray[Any]]:
+def _float32(texts: Texts, logits: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Per exit, greedy tokens and scores ``[rows, seq]`` of these texts."""
     found: dict[str, NDArray[Any]] = {"input/tokens": np.stack(texts)}
-    for name, answers in said.items():
-        logits = np.stack([one["logits"] for one in answers])
-        found[f"{name}/token"] = logits.argmax(-1)
-        found |= {f"{name}/{score}": v for score, v in reference_scores(logits).items()}
+    for name, one in logits.items():
+        found[f"{name}/token"] = one.argmax(-1)
+        found |= {f"{name}/{score}": v for score, v in reference_scores(one).items()}
     return found
 
 

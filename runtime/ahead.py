@@ -38,16 +38,26 @@ class Times:
 
     gaps_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     segments_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    _medians_ms: tuple[float, float] | None = None
 
     @property
     def enough(self) -> bool:
         """Whether they are believed."""
         return len(self.gaps_ms) >= SAMPLES
 
+    @property
+    def medians_ms(self) -> tuple[float, float]:
+        """Of the gaps and of the segments; worked out when there are new ones, for it is asked for
+        while the GPU waits."""
+        if self._medians_ms is None:
+            self._medians_ms = statistics.median(self.gaps_ms), statistics.median(self.segments_ms)
+        return self._medians_ms
+
     def add(self, gap_ms: float, segment_ms: float) -> None:
         """Takes down one row's."""
         self.gaps_ms.append(gap_ms)
         self.segments_ms.append(segment_ms)
+        self._medians_ms = None
 
 
 @dataclass
@@ -76,8 +86,8 @@ def pays(share: Share, times: Times) -> bool:
     if not times.enough:
         return False
     leaving = (share.left + 1) / (share.asked + 2)
-    gap_ms = statistics.median(times.gaps_ms)
-    return leaving * statistics.median(times.segments_ms) < (1 - leaving) * gap_ms
+    gap_ms, segment_ms = times.medians_ms
+    return leaving * segment_ms < (1 - leaving) * gap_ms
 
 
 class Ahead:
@@ -120,8 +130,7 @@ class Ahead:
                 "launched_ahead": self.when == "always" or pays(shares[number], times),
             }
             if times.gaps_ms:
-                about["gap_ms"] = statistics.median(times.gaps_ms)
-                about["segment_ms"] = statistics.median(times.segments_ms)
+                about["gap_ms"], about["segment_ms"] = times.medians_ms
             found.append(about)
         return found
 

@@ -214,8 +214,6 @@ def load_unsplit(
         outputs=list(manifest.outputs),
         exits=[leave],
     )
-    if engine not in ENGINES:
-        raise UsageError(f"there is no engine {engine!r}", fix=f"Use one of {', '.join(ENGINES)}.")
     opened = _engine(engine, threads, bundle)
     policy = Policy()
     only = ChainManifest(segments=[segment])
@@ -227,11 +225,8 @@ def _first_usable(
     open_on: Callable[[str], LoadedModel], engine: str, fallback: str | None
 ) -> LoadedModel:
     """The model on the engine that was asked for, or on the one to fall back on; says so."""
-    for name in (engine, *([] if fallback is None else [fallback])):
-        if name not in ENGINES:
-            raise UsageError(
-                f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}."
-            )
+    if fallback is not None:
+        _require_engine(fallback)
     if fallback is None or fallback == engine:
         return open_on(engine)
     try:
@@ -265,7 +260,13 @@ def _warn_if_calibrated_elsewhere(policy: Policy, engine: Mapping[str, str]) -> 
         )
 
 
+def _require_engine(name: str) -> None:
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine {name!r}", fix=f"Use one of {', '.join(ENGINES)}.")
+
+
 def _engine(name: str, threads: Threads | None, bundle: Bundle) -> Engine:
+    _require_engine(name)
     if threads is None:
         threads = "blocking" if name == "cpu" else "spinning"
     if name == "tensorrt":

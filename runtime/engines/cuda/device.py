@@ -1,4 +1,4 @@
-"""The CUDA driver as engines use it: memory, one stream, one event.
+"""The CUDA driver as engines use it: memory, one stream, and marks in it.
 
 A thin layer over cuda-bindings that counts what matters: bytes that cross between host and device,
 and allocations, so that tests and `bench` can show that a warm chain allocates nothing and that a

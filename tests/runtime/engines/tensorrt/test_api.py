@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_every_member_of_an_enumeration_that_is_asked_for_is_there(library: Modu
 def test_what_is_asked_of_the_library_is_spelled_out() -> None:
     """Enumerations are not type-checked, so what the sources name of them is held against api.py's
     lists, which the tests above hold against the library."""
-    folder = __import__("pathlib").Path(api.__file__).parent
+    folder = Path(api.__file__).parent
     listed = {**api.ENUMERATIONS, **api.RTX_ENUMERATIONS}
     for path in folder.glob("*.py"):
         for name, member in re.findall(r"\btrt\.(\w+)\.([A-Z][A-Z_0-9]+)\b", path.read_text()):
