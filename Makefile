@@ -77,8 +77,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/codelm.py
 
-docs/manifest.schema.json: edgeexit/manifest.py $(READY)
-	@$(BIN)/python -c "import json, edgeexit.manifest as m; print(json.dumps(m.json_schema(), indent=1))" > $@
+docs/manifest.schema.json: edgeexit/bundle/manifest.py $(READY)
+	@$(BIN)/python -c "import json, edgeexit.bundle.manifest as m; print(json.dumps(m.json_schema(), indent=1))" > $@
 
 clean:
 	rm -rf $(VENV) local build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

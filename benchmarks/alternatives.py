@@ -1,4 +1,4 @@
-"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.decode.modes` against.
+"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.programs.modes.full` against.
 
 `Lookup` drafts by looking for the last tokens earlier in the text (prompt lookup). `Copied` and
 `Missing` are what `Approximate` could do with tokens that skip layers: copy the keys and values of
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeexit.runtime.decode.early import Approximate, Fast
-from edgeexit.runtime.decode.head import Answers
-from edgeexit.runtime.decode.modes import Full, Ints, Statistics
-from edgeexit.runtime.decode.session import Session
+from edgeexit.runtime.executor.head import Answers
+from edgeexit.runtime.executor.session import Session
+from edgeexit.runtime.programs.modes.early import Approximate, Fast
+from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics
 
 
 class Lookup:

@@ -19,8 +19,8 @@ from split import tokens
 
 from edgeexit.errors import UsageError
 from edgeexit.measure import environment
-from edgeexit.measure.sidebyside import Lane, Side, alternate, spread, warm
-from edgeexit.measure.subjects import write_inputs
+from edgeexit.measure.bench.cases import write_inputs
+from edgeexit.measure.bench.paired import Lane, Side, alternate, spread, warm
 
 CHOICES = ("one score", "fusions left out", "shared arena", "compiled session")
 
@@ -43,7 +43,7 @@ def main() -> None:
         threads = int(text) if text.isdigit() else text
         arguments["threads"] = threads
         found[text] = {}
-        with Side("edgeexit.measure.subjects:chain", arguments, name="chain") as chain:
+        with Side("edgeexit.measure.bench.cases:chain", arguments, name="chain") as chain:
             for choice in CHOICES:
                 changed = arguments | {"choice": choice}
                 with Side("subjects:without", changed, folder=str(HERE), name=choice) as other:

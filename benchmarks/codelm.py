@@ -26,15 +26,15 @@ import numpy as np
 from results import HERE, RESULTS, ROOT, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
-from edgeexit.bundle import open_bundle
+from edgeexit.bundle.reader import open_bundle
 from edgeexit.measure import environment
-from edgeexit.measure.decodebench import Writer, differences, summary, take_turns
-from edgeexit.measure.sidebyside import Side, best_setting
-from edgeexit.measure.subjects import settings, write_inputs
-from edgeexit.runtime.decode.early import Approximate, Fast
-from edgeexit.runtime.decode.modes import Full, Mode
-from edgeexit.runtime.decode.session import Session
+from edgeexit.measure.bench.cases import settings, write_inputs
+from edgeexit.measure.bench.decode_bench import Writer, differences, summary, take_turns
+from edgeexit.measure.bench.paired import Side, best_setting
 from edgeexit.runtime.engines.onnxruntime import available_cores
+from edgeexit.runtime.executor.session import Session
+from edgeexit.runtime.programs.modes.early import Approximate, Fast
+from edgeexit.runtime.programs.modes.full import Full, Mode
 
 EXAMPLE = ROOT / "examples" / "codelm"
 sys.path.insert(0, str(EXAMPLE))
@@ -394,7 +394,7 @@ def truncated_writers(
             "capacity": CAPACITY,
             "threads": threads,
         }
-        made = Side("edgeexit.measure.decodesubjects:unsplit", own, name="truncated")
+        made = Side("edgeexit.measure.bench.decode_cases:unsplit", own, name="truncated")
         writers.append(Writer(f"truncated_{depth}", stack.enter_context(made), "unsplit"))
     return writers
 

@@ -21,9 +21,16 @@ import numpy as np
 from results import HERE, SCRATCH, save, say, verdict
 
 from edgeexit.measure import environment
-from edgeexit.measure.decodebench import SUBJECTS, Writer, compare, differences, summary, take_turns
-from edgeexit.measure.sidebyside import Side, best_setting
-from edgeexit.measure.subjects import settings, write_inputs
+from edgeexit.measure.bench.cases import settings, write_inputs
+from edgeexit.measure.bench.decode_bench import (
+    SUBJECTS,
+    Writer,
+    compare,
+    differences,
+    summary,
+    take_turns,
+)
+from edgeexit.measure.bench.paired import Side, best_setting
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 LAYERS, EXITS = 12, [3, 6, 9]

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from results import HERE, ROOT, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.policy import write_policy
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
+from edgeexit.measure.bench.cases import settings, write_inputs
+from edgeexit.measure.bench.paired import Lane, Side, alternate, best_setting, spread, warm
 from edgeexit.measure.calibrate import calibrate
 from edgeexit.measure.data import open_data
-from edgeexit.measure.sidebyside import Lane, Side, alternate, best_setting, spread, warm
-from edgeexit.measure.subjects import settings, write_inputs
 from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.runtime.engines.onnxruntime import available_cores
-from edgeexit.runtime.policy import write_policy
 
 EXAMPLE = ROOT / "examples" / "digits"
 AIMED_DROP = 0.0025
@@ -124,7 +124,7 @@ def export(checkpoint: Path, bundle: Path) -> Bundle:
     """Exports a checkpoint in a child process, so that this one stays without torch."""
     code = (
         "import sys; from edgeexit.export import export_model; "
-        "from edgeexit.export.models import from_pretrained; "
+        "from edgeexit.export.pretrained import from_pretrained; "
         "model = from_pretrained(sys.argv[1]); "
         "export_model(model.exit_model(), sys.argv[2], overwrite=True)"
     )
@@ -184,7 +184,7 @@ def run(
             side, setting, _ = best_setting(make, case, tried, seconds=1.0)
             return stack.enter_context(side), setting
 
-        unsplit, unsplit_threads = best("edgeexit.measure.subjects:unsplit", {}, "unsplit")
+        unsplit, unsplit_threads = best("edgeexit.measure.bench.cases:unsplit", {}, "unsplit")
         chain, chain_threads = best("subjects:policies", {"policies": policies}, "all")
         baseline = Lane("unsplit", unsplit, "unsplit")
         paths = [
@@ -307,7 +307,7 @@ def truncated(
         threads = measured["threads"]["unsplit"]
         threads = int(threads) if threads.isdigit() else threads
         common = {"inputs": str(scratch / "inputs.npz"), "threads": threads}
-        subject = "edgeexit.measure.subjects:unsplit"
+        subject = "edgeexit.measure.bench.cases:unsplit"
         with (
             Side(subject, common | {"bundle": str(bundle.path)}) as whole,
             Side(subject, common | {"bundle": str(small.path)}) as cut,

@@ -26,11 +26,11 @@ import numpy as np
 from results import SCRATCH, save, say, verdict
 from split import tokens
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.policy import OUT_OF_REACH
+from edgeexit.bundle.reader import Bundle
 from edgeexit.measure import environment
-from edgeexit.measure.subjects import gpu_facts
+from edgeexit.measure.bench.cases import gpu_facts
 from edgeexit.runtime import Policy, load, load_unsplit
-from edgeexit.runtime.policy import OUT_OF_REACH
 
 Inputs = Mapping[str, np.ndarray]
 ROWS = (1, 32)
@@ -86,7 +86,7 @@ def exit_sets(layers: int) -> list[list[int]]:
 def export(checkpoint: Path, path: Path, exits: list[int], dtype: str) -> Bundle:
     """The bundle with these exits."""
     from edgeexit.export import export_model
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     model = from_pretrained(checkpoint, exits=exits).exit_model()
     return export_model(model, path, dtype=dtype, overwrite=True)
@@ -94,16 +94,16 @@ def export(checkpoint: Path, path: Path, exits: list[int], dtype: str) -> Bundle
 
 def build(bundle: Bundle) -> None:
     """Engines for this GPU."""
+    from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.build.profiles import Asked
     from edgeexit.runtime.engines.cuda.driver import describe_device
-    from edgeexit.runtime.engines.tensorrt import store
-    from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.engines.tensorrt import engine_cache
     from edgeexit.runtime.engines.tensorrt.library import find_library
-    from edgeexit.runtime.engines.tensorrt.profiles import Asked
 
     library, asked = find_library(), Asked({}, {}, {"batch": max(ROWS)})
     sizes = sample_sizes(bundle)
     works = work_of(bundle.manifest, library.features, asked, sizes, tunes=library.tunes)
-    build_engines(bundle, works, library, describe_device(), store.default_root())
+    build_engines(bundle, works, library, describe_device(), engine_cache.default_root())
 
 
 def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) -> dict[str, Any]:

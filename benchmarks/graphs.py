@@ -18,10 +18,10 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from edgeexit.bundle import WEIGHTS, Bundle, open_bundle, sha256_of
-from edgeexit.export.graphs import save_graph
-from edgeexit.export.merge import merge
-from edgeexit.manifest import File, Tensor, Variant
+from edgeexit.bundle.manifest import File, Tensor, Variant
+from edgeexit.bundle.reader import WEIGHTS, Bundle, open_bundle, sha256_of
+from edgeexit.export.passes.merge import merge
+from edgeexit.export.trace.torch_graph import save_graph
 
 THRESHOLDS = "thresholds"
 """Input of the nested graph: one threshold per early exit, so that any path can be forced."""

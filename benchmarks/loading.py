@@ -83,8 +83,8 @@ def load_one(what: str, bundle: str, inputs: str) -> dict[str, float]:
     import onnxruntime  # noqa: F401, its import is not part of loading
 
     from edgeexit import runtime
-    from edgeexit.measure.subjects import read_inputs
-    from edgeexit.runtime.policy import OUT_OF_REACH
+    from edgeexit.bundle.policy import OUT_OF_REACH
+    from edgeexit.measure.bench.cases import read_inputs
 
     rows = read_inputs(inputs)[:4]
     before = peak_bytes()

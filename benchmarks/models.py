@@ -44,7 +44,7 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
     import torch
     import transformers
 
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -64,7 +64,7 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
     import torch  # noqa: F401
 
     from edgeexit.export import export_model
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     _warm_exporter()
     before = peak_bytes()

@@ -1,6 +1,6 @@
 """Other ways to write text with the same weights: subjects for the workers of `decode.py`.
 
-Every case gives records as `edgeexit.measure.decodesubjects.read_generation` does.
+Every case gives records as `edgeexit.measure.bench.decode_cases.read_generation` does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgeexit.measure.subjects import read_inputs
-from edgeexit.measure.worker import Case, Subject
+from edgeexit.measure.bench.cases import read_inputs
+from edgeexit.measure.bench.worker import Case, Subject
 
 
 def genai(
@@ -128,8 +128,8 @@ def alternatives(
     from alternatives import Copied, Lookup, Missing, Random
 
     from edgeexit import runtime
-    from edgeexit.measure.decodesubjects import read_generation
-    from edgeexit.runtime.policy import OUT_OF_REACH
+    from edgeexit.bundle.policy import OUT_OF_REACH
+    from edgeexit.measure.bench.decode_cases import read_generation
 
     model = runtime.load_decoder(bundle, threads=threads, capacity=capacity)
     names = [leave.name for leave in model.exits]

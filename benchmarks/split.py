@@ -6,7 +6,7 @@ model.
     python benchmarks/split.py --quick         # tiny shapes: does the script run?
 
 Every figure is a median of ratios of neighbouring blocks, each side in a process and a thread
-setting of its own (edgeexit/measure/sidebyside.py). benchmarks/README.md says what each figure
+setting of its own (edgeexit/measure/bench/paired.py). benchmarks/README.md says what each figure
 means.
 """
 
@@ -27,13 +27,13 @@ import numpy as np
 from results import HERE, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.policy import write_policy
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
-from edgeexit.measure.bench import prepare_inputs, share_of_ideal
-from edgeexit.measure.sidebyside import Lane, Side, alternate, best_setting, spread, warm
-from edgeexit.measure.subjects import settings, write_inputs
+from edgeexit.measure.bench.bench import prepare_inputs, share_of_ideal
+from edgeexit.measure.bench.cases import settings, write_inputs
+from edgeexit.measure.bench.paired import Lane, Side, alternate, best_setting, spread, warm
 from edgeexit.runtime.engines.onnxruntime import available_cores
-from edgeexit.runtime.policy import write_policy
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any
     arguments = {"bundle": str(bundle.path), "inputs": str(inputs)}
     built = arguments | {"folder": str(folder / "graphs")}
     search = _Search(effort)
-    subjects = "edgeexit.measure.subjects"
+    subjects = "edgeexit.measure.bench.cases"
     options = settings("cpu", available_cores()) if effort.search else ["blocking"]
     chain = search.best("chain", f"{subjects}:chain", arguments, "all", options)
     direct = search.best("direct", f"{subjects}:unsplit", arguments, "unsplit", options)
@@ -233,8 +233,8 @@ def split_tax(
                     Side(subject, given | {"threads": chosen[side]}, folder=str(HERE), name=side)
                 )
                 for side, subject, given in (
-                    ("chain", "edgeexit.measure.subjects:chain", arguments),
-                    ("direct", "edgeexit.measure.subjects:unsplit", arguments),
+                    ("chain", "edgeexit.measure.bench.cases:chain", arguments),
+                    ("direct", "edgeexit.measure.bench.cases:unsplit", arguments),
                     ("merged", "subjects:graph", built | {"name": "merged"}),
                 )
             )
@@ -327,7 +327,7 @@ def batches(
     write_policy(runtime.Policy(thresholds=thresholds), policy)
     inputs = prepare_inputs(bundle, str(data), size, str(folder), 0)
     arguments = {"bundle": str(bundle.path), "inputs": inputs.path, "policy": str(policy)}
-    with Side("edgeexit.measure.subjects:chain", arguments | {"threads": threads}) as chain:
+    with Side("edgeexit.measure.bench.cases:chain", arguments | {"threads": threads}) as chain:
         whole, natural = Lane("segments", chain, "segments"), Lane("natural", chain, "natural")
         for lane in (whole, natural):
             block = lane.side.run(lane.case, range(inputs.count), lead=False)

@@ -13,8 +13,9 @@ import graphs
 import numpy as np
 
 from edgeexit import runtime
-from edgeexit.bundle import open_bundle
-from edgeexit.measure.subjects import (
+from edgeexit.bundle.policy import OUT_OF_REACH, Policy, forced
+from edgeexit.bundle.reader import open_bundle
+from edgeexit.measure.bench.cases import (
     chain,
     on_its_way,
     policy_case,
@@ -22,10 +23,9 @@ from edgeexit.measure.subjects import (
     read_inputs,
     subject_of_unsplit,
 )
-from edgeexit.measure.worker import Case, Subject
+from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.runtime.engines import onnxruntime
-from edgeexit.runtime.forward import Model
-from edgeexit.runtime.policy import OUT_OF_REACH, Policy, forced
+from edgeexit.runtime.programs.forward import Model
 
 Threads = Any
 
@@ -142,7 +142,7 @@ def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subj
     attention."""
     import torch
 
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     count, attention = threads
     torch.set_num_threads(count)

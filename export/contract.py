@@ -2,8 +2,8 @@
 
 A model is a mapping from chain name to a list of segments. A segment is a module, the named tensors
 that enter and leave it, the caches it owns, and its exits. An adapter for a new architecture
-returns an `ExitModel` (or, for classifiers, a `edgeexit.export.models.classifier.Trunk`, from
-which one is made); a user's own model does the same through ``edgeexit export -m module:function``.
+returns an `ExitModel` (or, for classifiers, a `edgeexit.export.exits.classifier.Trunk`, from which
+one is made); a user's own model does the same through ``edgeexit export -m module:function``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeexit.bundle.manifest import Cache, Preprocessing, Tensor
 from edgeexit.errors import ExportError
-from edgeexit.manifest import Cache, Preprocessing, Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Exit:
     Attributes:
         name: Unique among all exits of the model, e.g. ``exit_3``.
         outputs: Program output -> the segment's tensor that holds it here. The scores that follow
-            from ``logits`` (`edgeexit.manifest.SCORES`) are added to the graph by the exporter.
+            from ``logits`` (`edgeexit.bundle.manifest.SCORES`) are added to the graph by the
+            exporter.
         scores: Further scores that the module computes itself: score -> float32 tensor ``[batch]``.
     """
 
@@ -102,7 +103,7 @@ class Form:
         requires: Features that an engine must offer to run it.
         caches: Whether it gives the new keys and values (``append``) or whole caches that are the
             very buffers of the past (``in-place``; ``fixed`` where an engine may fix their size).
-        lengths: Kinds of `edgeexit.manifest.LENGTHS` that it takes.
+        lengths: Kinds of `edgeexit.bundle.manifest.LENGTHS` that it takes.
         opset: The lowest ONNX opset that its graph can have.
     """
 
@@ -214,9 +215,9 @@ class ExitModel:
         if not any(segment.exits for chain in self.chains.values() for segment in chain):
             raise ExportError(
                 f"{self.name}: the model has no exits",
-                fix="Attach some with edgeexit.export.models.from_pretrained(path, exits=[...]) "
-                "and train them with edgeexit.export.methods.joint; a model without exits needs "
-                "no edgeexit.",
+                fix="Attach some with edgeexit.export.pretrained.from_pretrained(path, "
+                "exits=[...]) and train them with edgeexit.export.methods.joint; a model without "
+                "exits needs no edgeexit.",
             )
         axes = {axis for tensor in self.inputs for axis in tensor.axes if isinstance(axis, str)}
         names: set[str] = set()

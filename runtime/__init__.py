@@ -11,11 +11,11 @@ when a model is loaded, never before.
 
 from __future__ import annotations
 
-from edgeexit.runtime.decode.generate import Decoder, Generation, Piece
-from edgeexit.runtime.decode.sampling import Sampling
-from edgeexit.runtime.forward import Model, Result
+from edgeexit.bundle.policy import Policy, read_policy, write_policy
 from edgeexit.runtime.load import load, load_decoder, load_unsplit
-from edgeexit.runtime.policy import Policy, read_policy, write_policy
+from edgeexit.runtime.programs.forward import Model, Result
+from edgeexit.runtime.programs.generate import Decoder, Generation, Piece
+from edgeexit.runtime.programs.sampling import Sampling
 
 __all__ = [
     "Decoder",

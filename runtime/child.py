@@ -9,7 +9,7 @@ def child_command(module: str) -> list[str]:
     """The command that runs a module's ``main`` with this process's import path. ``python -m``
     would import whatever lies in the current directory first.
 
-    >>> child_command("edgeexit.measure.worker")[1:3]
+    >>> child_command("edgeexit.measure.bench.worker")[1:3]
     ['-I', '-c']
     """
     code = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"

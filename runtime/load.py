@@ -8,19 +8,19 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.manifest import Chain as ChainManifest
+from edgeexit.bundle.manifest import Exit, Segment
+from edgeexit.bundle.policy import Policy, decide, read_policy
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
-from edgeexit.manifest import Chain as ChainManifest
-from edgeexit.manifest import Exit, Segment
-from edgeexit.runtime.ahead import LaunchAhead
-from edgeexit.runtime.chain import Chain, needs
-from edgeexit.runtime.decode.generate import Decoder
-from edgeexit.runtime.decode.session import Form, open_decoder
-from edgeexit.runtime.engines import Engine
-from edgeexit.runtime.forward import Model
+from edgeexit.runtime.engines.base import Engine
+from edgeexit.runtime.executor.bindings import EVERY_SCORE
+from edgeexit.runtime.executor.chain import Chain, needs
+from edgeexit.runtime.executor.launch_ahead import LaunchAhead
+from edgeexit.runtime.executor.session import Form, open_decoder
 from edgeexit.runtime.loaded import LoadedModel
-from edgeexit.runtime.plan import EVERY_SCORE
-from edgeexit.runtime.policy import Policy, decide, read_policy
+from edgeexit.runtime.programs.forward import Model
+from edgeexit.runtime.programs.generate import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def load(
             `Model.describe_engine` says what came instead of what. None: that is an error.
         launch_ahead: On a GPU, whether a single row's next segment is launched while the score
             before it is read back: ``never``, ``always``, or ``measured``: where that was seen to
-            gain more than the segments that are run for nothing cost (`edgeexit.runtime.ahead`).
+            gain more than the segments that are run for nothing cost
+            (`edgeexit.runtime.executor.launch_ahead`).
 
     Raises:
         BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.

@@ -17,12 +17,12 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from edgeexit.bundle import MANIFEST, Bundle, open_bundle
-from edgeexit.bundlewriter import BundleWriter
+from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
+from edgeexit.bundle.writer import BundleWriter
 from tests.toys import Toy, make_toy, write_toy
 
 if TYPE_CHECKING:
-    from edgeexit.export.models import ExitClassifier
+    from edgeexit.export.exits.classifier import ExitClassifier
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of torch that wait for each other only take them away.
@@ -111,7 +111,7 @@ def decoder_bundle(decoder_folder: Callable[[str], Path], once: Once) -> Callabl
 
     def make(family: str, folder: Path) -> None:
         from edgeexit.export import DecodeModel, export_decoder
-        from edgeexit.export.models import from_pretrained
+        from edgeexit.export.pretrained import from_pretrained
 
         model = from_pretrained(decoder_folder(family), exits=EXITS).exit_model()
         assert isinstance(model, DecodeModel)
@@ -129,7 +129,7 @@ def half_decoder(decoder_folder: Callable[[str], Path], once: Once) -> Bundle:
 
     def make(folder: Path) -> None:
         from edgeexit.export import DecodeModel, export_decoder
-        from edgeexit.export.models import from_pretrained
+        from edgeexit.export.pretrained import from_pretrained
 
         model = from_pretrained(decoder_folder("llama"), exits=EXITS).exit_model()
         assert isinstance(model, DecodeModel)
@@ -150,7 +150,7 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_bundle(chat_folder: Path, decoder_bundle: Callable[[str], Bundle]) -> Bundle:
     """The same as a bundle, on the graphs of its twin without templates, for exporting takes long.
     Shared: never change it; `chat_copy` gives one to spoil."""
-    from edgeexit.export.chat import write_text_files
+    from edgeexit.export.text_files import write_text_files
 
     twin = decoder_bundle("llama")
     with BundleWriter(chat_folder.with_name("talker-bundle")) as writer:
@@ -197,7 +197,7 @@ def classifiers(checkpoints: dict[str, Path]) -> dict[str, ExitClassifier]:
     """These checkpoints read back, with untrained exits."""
     import torch
 
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
     from tests.checkpoints import EXITS
 
     found = {}
@@ -236,8 +236,8 @@ def bert_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    from edgeexit.export.models import ExitClassifier
-    from edgeexit.export.models.bert import trunk
+    from edgeexit.export.exits.classifier import ExitClassifier
+    from edgeexit.export.families.bert import trunk
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -271,8 +271,8 @@ def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from edgeexit.export.models import ExitClassifier
-    from edgeexit.export.models.vit import trunk
+    from edgeexit.export.exits.classifier import ExitClassifier
+    from edgeexit.export.families.vit import trunk
 
     torch.manual_seed(1)
     config = ViTConfig(
@@ -341,7 +341,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 def _export(checkpoint: Path, output: Path) -> Bundle:
     from edgeexit.export import export_model
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch's exporter says about itself

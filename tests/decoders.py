@@ -16,9 +16,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from edgeexit.export.models import ExitDecoder
-from edgeexit.export.models.llama import trunk as llama_trunk
-from edgeexit.export.models.opt import trunk as opt_trunk
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.families.llama import trunk as llama_trunk
+from edgeexit.export.families.opt import trunk as opt_trunk
 
 VOCABULARY, LAYERS, POSITIONS = 300, 4, 96
 FAMILIES = ("llama", "qwen3", "opt")
@@ -177,7 +177,7 @@ def approximate(
     Returns:
         Tokens, the layer that answered each, and how far its largest logit was above the second.
     """
-    from edgeexit.export.attention import join_heads, rotate, split_heads
+    from edgeexit.export.trace.attention import join_heads, rotate, split_heads
 
     describe = opt_trunk if model.config.model_type == "opt" else llama_trunk
     trunk = describe(model.double().eval())  # type: ignore[arg-type]

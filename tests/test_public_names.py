@@ -65,7 +65,9 @@ def test_every_module_imports_and_says_what_it_is_for(name: str) -> None:
     assert not missing, f"{name}.__all__ names what is not there"
 
 
-@pytest.mark.parametrize("name", ["edgeexit.errors", "edgeexit.bundle", "edgeexit.bundlewriter"])
+@pytest.mark.parametrize(
+    "name", ["edgeexit.errors", "edgeexit.bundle.reader", "edgeexit.bundle.writer"]
+)
 def test_list_names_every_public_definition_of_the_shared_modules(name: str) -> None:
     module = importlib.import_module(name)
     own = {

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import edgeexit
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from tests.checkpoints import FAMILIES
 
 pytestmark = pytest.mark.slow

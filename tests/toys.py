@@ -17,9 +17,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgeexit.bundle import Bundle
-from edgeexit.bundlewriter import BundleWriter
-from edgeexit.manifest import Chain, Exit, File, Manifest, Segment, Tensor, Variant
+from edgeexit.bundle.manifest import Chain, Exit, File, Manifest, Segment, Tensor, Variant
+from edgeexit.bundle.reader import Bundle
+from edgeexit.bundle.writer import BundleWriter
 
 WIDTH, CLASSES = 6, 3
 SCORE_NAMES = ("max_prob", "margin", "entropy")
@@ -31,7 +31,7 @@ class Toy:
 
     Attributes:
         layers: ``(W [taken, made], H [made, CLASSES])`` per segment; the first takes WIDTH.
-        rows: As in `edgeexit.manifest.Chain`.
+        rows: As in `edgeexit.bundle.manifest.Chain`.
         open_axes: The states' sizes are left open (null) in the manifest.
         rows_last: States are ``[WIDTH, batch]``, with rows along axis 1.
     """

@@ -125,9 +125,9 @@ def command(
     """
     import json
 
-    from edgeexit.bundle import open_bundle
-    from edgeexit.measure.bench import bench
-    from edgeexit.measure.decodebench import bench_decoder
+    from edgeexit.bundle.reader import open_bundle
+    from edgeexit.measure.bench.bench import bench
+    from edgeexit.measure.bench.decode_bench import bench_decoder
     from edgeexit.measure.files import check_output, write_atomic
 
     if engine == "cpu" and launch_ahead != "never":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import (
     bundle_argument,
     json_option,
@@ -22,8 +22,8 @@ from edgeexit.cli.common import (
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.runtime.decode.session import Form
-    from edgeexit.runtime.engines.tensorrt.build import Estimate
+    from edgeexit.runtime.build.build import Estimate
+    from edgeexit.runtime.executor.session import Form
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -122,7 +122,7 @@ def _import(
     allowed_signers: Path | None,
     **others: Any,
 ) -> list[dict[str, Any]]:
-    from edgeexit.runtime.engines.tensorrt import store
+    from edgeexit.runtime.engines.tensorrt import engine_cache
 
     if trust and allowed_signers is not None:
         raise UsageError(
@@ -134,8 +134,8 @@ def _import(
                 f"--{name.replace('_', '-')} does not go with --import",
                 fix="Engines that were built are taken as they are.",
             )
-    root = store.default_root() if engine_dir is None else engine_dir
-    folders = store.import_engines(
+    root = engine_cache.default_root() if engine_dir is None else engine_dir
+    folders = engine_cache.import_engines(
         source, root, bundle, trust="anything" if trust else "signature", signers=allowed_signers
     )
     return [
@@ -164,9 +164,7 @@ def _build(
     sign: Path | None,
     **others: Any,
 ) -> list[dict[str, Any]]:
-    from edgeexit.runtime.engines.cuda.driver import describe_device
-    from edgeexit.runtime.engines.tensorrt import store
-    from edgeexit.runtime.engines.tensorrt.build import (
+    from edgeexit.runtime.build.build import (
         Options,
         build_engines,
         estimate,
@@ -174,8 +172,10 @@ def _build(
         sample_sizes,
         work_of,
     )
+    from edgeexit.runtime.build.profiles import Asked, axis_sizes, parse_shapes
+    from edgeexit.runtime.engines.cuda.driver import describe_device
+    from edgeexit.runtime.engines.tensorrt import engine_cache
     from edgeexit.runtime.engines.tensorrt.library import find_library, parse_targets
-    from edgeexit.runtime.engines.tensorrt.profiles import Asked, axis_sizes, parse_shapes
 
     if others["trust"] or others["allowed_signers"]:
         raise UsageError("--trust and --allowed-signers are for --import", fix="Add --import DIR.")
@@ -197,7 +197,7 @@ def _build(
             f"--sign {sign}: there is no such key", fix="Make one: ssh-keygen -t ed25519."
         )
     if sign is not None:
-        store.try_key(sign)
+        engine_cache.try_key(sign)
     manifest = bundle.manifest
     if (capacity or caches) and manifest.program != "decode":
         raise UsageError("--capacity and --caches are for language models", fix="Use --max-shapes.")
@@ -235,7 +235,7 @@ def _build(
         form=caches,
         tunes=library.tunes,
     )
-    root = output or engine_dir or store.default_root()
+    root = output or engine_dir or engine_cache.default_root()
     wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
     wanted = wanted or [describe_device()]
     new = [missing_works(bundle, works, library, one, root, options) for one in wanted]
@@ -254,7 +254,7 @@ def _build(
             made.append(_described(folder) | {"built": len(some)})
     if sign is not None:
         for one in made:
-            store.sign(Path(one["path"]), sign)
+            engine_cache.sign(Path(one["path"]), sign)
     return made
 
 
@@ -284,8 +284,8 @@ def _foretell(foretold: Sequence[Estimate | None], quiet: bool) -> None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    from edgeexit.measure.engines import describe_engines
-    from edgeexit.runtime.engines.tensorrt.store import read_index
+    from edgeexit.measure.engine_list import describe_engines
+    from edgeexit.runtime.engines.tensorrt.engine_cache import read_index
 
     return describe_engines(folder, read_index(folder))
 

@@ -77,7 +77,7 @@ def command(
     check_output(output)
     recorded = read_trace(trace)
     if bundle is not None:
-        from edgeexit.bundle import open_bundle
+        from edgeexit.bundle.reader import open_bundle
 
         digest = open_bundle(bundle).digest
         if digest != recorded.bundle:

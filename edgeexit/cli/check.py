@@ -58,33 +58,33 @@ def command(
     edgeexit check bundle
     edgeexit check bundle --policy policy.json --atol 1e-3
     """
-    from edgeexit.bundle import open_bundle
-    from edgeexit.measure import flips
+    from edgeexit.bundle.reader import open_bundle
+    from edgeexit.measure import quantisation_effect
     from edgeexit.measure.check import check, describe
-    from edgeexit.measure.checkdecode import check_decoder
+    from edgeexit.measure.check_decode import check_decoder
     from edgeexit.runtime import load, load_decoder, read_policy
 
     try:
         opened = open_bundle(bundle, verify="full")
     except IntegrityError as error:
         raise CheckError(error.what, fix=error.fix) from error
-    flipped: list[flips.Flips] = []
+    flipped: list[quantisation_effect.Flips] = []
     chosen = None if policy is None else read_policy(policy)
     if opened.manifest.program == "decode":
         with load_decoder(opened, engine, policy=chosen, threads=threads) as decoder:  # type: ignore[arg-type]
             report = check_decoder(decoder, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
             about = decoder.describe_engine()
-            if flips.has_float32(opened):
-                flipped = flips.count_decoder_flips(decoder, chosen)
+            if quantisation_effect.has_float32(opened):
+                flipped = quantisation_effect.count_decoder_flips(decoder, chosen)
     else:
         with load(opened, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
             report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)  # type: ignore[arg-type]
             about = model.describe_engine()
-            if flips.has_float32(opened):
-                flipped = flips.count_flips(model, chosen)
+            if quantisation_effect.has_float32(opened):
+                flipped = quantisation_effect.count_flips(model, chosen)
     if as_json:
         head = {"bundle": str(bundle), "digest": opened.digest, "engine": about}
-        tail = {"flips_against_float32": flips.describe(flipped)} if flipped else {}
+        tail = {"flips_against_float32": quantisation_effect.describe(flipped)} if flipped else {}
         print_json(head | describe(report) | tail)
     elif not quiet:
         shown = [c for c in report.comparisons if verbose or not c.passed] or _worst(
@@ -103,7 +103,7 @@ def command(
             click.echo(note)
         if flipped:
             what = "tokens" if opened.manifest.program == "decode" else "rows"
-            score = flips.SCORE if chosen is None else chosen.score
+            score = quantisation_effect.SCORE if chosen is None else chosen.score
             print_table(
                 f"against float32, {flipped[0].rows} {what} of the calibration data, decisions "
                 + ("of the policy" if chosen else f"where {score} is at its median"),

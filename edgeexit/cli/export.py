@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgeexit.bundle import Bundle
+    from edgeexit.bundle.reader import Bundle
     from edgeexit.export.contract import DecodeModel, ExitModel
 
 NEEDED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
@@ -120,7 +120,7 @@ def command(
     edgeexit export -m my_package.model:make -o bundle
     edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
     """
-    from edgeexit.bundlewriter import check_output
+    from edgeexit.bundle.writer import check_output
 
     check_output(output, overwrite=overwrite)
     _require_extra()
@@ -291,8 +291,8 @@ def _export(
         return export_model(split, output, progress=progress, **options)
     import numpy as np
 
+    from edgeexit.measure.bench.decode_bench import read_prompts
     from edgeexit.measure.data import open_data
-    from edgeexit.measure.decodebench import read_prompts
 
     if ":" not in calibration_data and not Path(calibration_data).exists():
         raise UsageError(
@@ -335,7 +335,7 @@ def _from_function(spec: str) -> ExitModel | DecodeModel:
 def _from_checkpoint(
     model: str, exits: str | None, untrained_exits: str | None, adapters: str | None
 ) -> ExitModel | DecodeModel:
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     if exits is not None and untrained_exits is not None:
         raise UsageError("--exits and --untrained-exits together", fix="Give one of them.")
@@ -365,6 +365,6 @@ def _layers(text: str, option: str, word: str = "all") -> list[int]:
 
 def _all_layers(model: str) -> list[int]:
     """Every layer of a checkpoint; `from_pretrained` without new exits tells how many there are."""
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     return list(range(1, from_pretrained(model, exits=[], untrained=True).depth))

@@ -37,8 +37,8 @@ def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, qu
     edgeexit inspect bundle
     edgeexit inspect bundle --axis seq=128 --json
     """
-    from edgeexit.bundle import open_bundle
-    from edgeexit.measure.engines import describe_cache
+    from edgeexit.bundle.reader import open_bundle
+    from edgeexit.measure.engine_list import describe_cache
     from edgeexit.measure.inspect import axis_sizes, describe
 
     opened = open_bundle(bundle)

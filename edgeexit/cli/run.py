@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import (
     ENGINES,
     add_current_directory,
@@ -144,9 +144,9 @@ def command(
     edgeexit run bundle --prompt "def main(" --mode exact --stream
     edgeexit run bundle --prompt "Why is the sky blue?" --chat --stream
     """
+    from edgeexit.bundle.policy import forced
     from edgeexit.cli.conversations import asked, read_conversations, template_variables
     from edgeexit.runtime import Policy, load
-    from edgeexit.runtime.policy import forced
 
     kinds = {"data": data, "image": images, "text": texts, "prompt": prompts, "messages": messages}
     kind = _only_kind([kind for kind, value in kinds.items() if value])
@@ -391,8 +391,8 @@ def _write(
 def _batches(
     bundle: Bundle, data: str | None, images: tuple[Path, ...], texts: tuple[str, ...], size: int
 ) -> Iterator[Batch]:
+    from edgeexit.bundle.manifest import ImagePreprocessing
     from edgeexit.errors import DataError
-    from edgeexit.manifest import ImagePreprocessing
     from edgeexit.measure.data import Batch, open_data
     from edgeexit.measure.preprocess import TextSource, encode_texts, open_image, preprocess_images
 

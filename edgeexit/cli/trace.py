@@ -57,7 +57,7 @@ def command(
     \b
     edgeexit trace bundle --data validation.npz -o trace.npz
     """
-    from edgeexit.bundle import open_bundle
+    from edgeexit.bundle.reader import open_bundle
     from edgeexit.measure.data import open_data
     from edgeexit.measure.files import check_output
     from edgeexit.measure.trace import record, write_trace

@@ -17,10 +17,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.policy import NEVER
 from edgeexit.errors import CheckError, DataError, UsageError
 from edgeexit.measure.trace import Trace, replay
 from edgeexit.runtime import Policy
-from edgeexit.runtime.policy import NEVER
 
 Risk = Literal["consistency", "performance"]
 _ROUNDING = 1e-12

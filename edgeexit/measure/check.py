@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.manifest import Exit, ImagePreprocessing
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, CheckError, EngineError
-from edgeexit.manifest import Exit, ImagePreprocessing
 from edgeexit.measure.data import read_npz, take_rows
 from edgeexit.measure.preprocess import (
     TextSource,

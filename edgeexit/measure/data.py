@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError, UsageError
-from edgeexit.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.measure.preprocess import (
     ImageSource,
     TextSource,
@@ -32,7 +32,7 @@ from edgeexit.measure.preprocess import (
     open_image,
     preprocess_images,
 )
-from edgeexit.runtime.forward import check_inputs
+from edgeexit.runtime.programs.forward import check_inputs
 
 LABEL = "label"
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from edgeexit.bundle import MANIFEST
+from edgeexit.bundle.reader import MANIFEST
 from edgeexit.errors import MeasurementError, UsageError
 
 

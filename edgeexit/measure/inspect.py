@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgeexit.bundle import Bundle
-from edgeexit.graphfile import read_graph_file
-from edgeexit.manifest import Chain, Exit, Segment, Tensor
+from edgeexit.bundle.manifest import Chain, Exit, Segment, Tensor
+from edgeexit.bundle.onnx_wire import read_graph_file
+from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import read_npz
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, EngineError
-from edgeexit.manifest import ImagePreprocessing, TextPreprocessing
-from edgeexit.runtime.text import open_tokenizer
+from edgeexit.runtime.text.tokenizer import open_tokenizer
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.manifest import Exit
+from edgeexit.bundle.policy import decide
 from edgeexit.errors import DataError, MeasurementError
-from edgeexit.manifest import Exit
 from edgeexit.measure.data import DataSet, read_npz
 from edgeexit.measure.files import write_atomic
 from edgeexit.runtime import Model, Policy
-from edgeexit.runtime.policy import decide
 
 TRACE_FORMAT = "1.0"
 _FIX = "Give a file that `edgeexit trace -o` wrote."

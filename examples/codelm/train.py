@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.families.llama import trunk
 from edgeexit.export.methods.layerskip import TokenBatches, next_token_loss, train_layerskip
-from edgeexit.export.models.decoder import ExitDecoder
-from edgeexit.export.models.llama import trunk
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

@@ -21,9 +21,10 @@ import torch
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.families.vit import trunk
 from edgeexit.export.methods.joint import Batches, train_joint
-from edgeexit.export.models import ExitClassifier, from_pretrained
-from edgeexit.export.models.vit import trunk
+from edgeexit.export.pretrained import from_pretrained
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

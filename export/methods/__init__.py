@@ -4,5 +4,5 @@
 with optional distillation from the last exit; `layerskip` trains a language model that can be left
 early, and `adapters` the adapters of one that is frozen. `training` is the loop they share. A
 method changes weights only; where exits stand is said when they are attached
-(`edgeexit.export.models.from_pretrained`), and what they score is in the graph.
+(`edgeexit.export.pretrained.from_pretrained`), and what they score is in the graph.
 """

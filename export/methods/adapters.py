@@ -13,9 +13,9 @@ import os
 import torch
 
 from edgeexit.errors import UsageError
+from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.methods.layerskip import TokenBatches, agreement_loss
 from edgeexit.export.methods.training import Progress, train
-from edgeexit.export.models.decoder import ExitDecoder
 
 
 def train_adapters(

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from edgeexit.errors import UsageError
+from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.methods.training import Progress, train
-from edgeexit.export.models.classifier import ExitClassifier
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
 Batches = Callable[[int], Batch]

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 
 from edgeexit.errors import UsageError
+from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.methods.training import Progress, train
-from edgeexit.export.models.decoder import ExitDecoder
 
 TokenBatches = Callable[[int], torch.Tensor]
 """``batches(step)`` gives that step's token ids ``[batch, seq + 1]``; each predicts the next."""

@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgeexit.bundle.onnx_wire import keep_outputs
 from edgeexit.errors import EngineError, UsageError, first_line
-from edgeexit.graphfile import keep_outputs
-from edgeexit.runtime.buffers import HostSlot, Window
-from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.base import Bound, Slot
+from edgeexit.runtime.engines.host import HostSlot, Window
 
 if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Device

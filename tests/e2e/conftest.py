@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from edgeexit.export import Exit, ExitModel, Segment
-from edgeexit.manifest import Tensor
+from edgeexit.bundle.manifest import Tensor
 
 WIDTH, CLASSES = 192, 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.runtime import Policy, write_policy
 from tests.e2e.conftest import Cli, Ran
 from tests.toys import make_inputs

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from tests.e2e.conftest import Cli
 
 pytest.importorskip("tensorrt_rtx")

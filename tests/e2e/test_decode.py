@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from tests.chats import TEMPLATES
 from tests.e2e.conftest import Cli, Ran
 

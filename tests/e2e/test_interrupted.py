@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeexit.bundle import open_bundle
+from edgeexit.bundle.reader import open_bundle
 from tests.e2e.conftest import Cli
 
 PATIENCE_S = 300

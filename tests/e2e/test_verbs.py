@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli import VERBS
 from edgeexit.runtime import load
 from tests.e2e.conftest import Cli

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure.data import open_data
-from edgeexit.runtime.decode.session import Form
-from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
+from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+from edgeexit.runtime.build.profiles import Asked
+from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
-from edgeexit.runtime.engines.tensorrt.profiles import Asked
-from edgeexit.runtime.engines.tensorrt.store import EngineSet
+from edgeexit.runtime.executor.session import Form
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [86, 89, 120]
@@ -54,7 +54,7 @@ def _export(name: str, dtype: str, folder: Path) -> None:
         export_int8_decoder,
         export_model,
     )
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     model = from_pretrained(ROOT / "examples" / name / "checkpoint").exit_model()
     if isinstance(model, DecodeModel):

@@ -17,14 +17,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgeexit.bundle import MANIFEST, Bundle, open_bundle
+from edgeexit.bundle.onnx_wire import fix_axes
+from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
 from edgeexit.errors import BundleError, EdgeExitError, ExportError, UsageError
 from edgeexit.export import DecodeModel, export_decoder
-from edgeexit.export.attention import Heads, forms
-from edgeexit.export.decode import graph_of_form
-from edgeexit.export.models import ExitDecoder, from_pretrained
-from edgeexit.export.precision import decoder_to_half
-from edgeexit.graphfile import fix_axes
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.pretrained import from_pretrained
+from edgeexit.export.trace.attention import Heads, forms
+from edgeexit.export.trace.half import decoder_to_half
+from edgeexit.export.write_decode import graph_of_form
 from tests.decoders import (
     ADAPTERS,
     EXITS,

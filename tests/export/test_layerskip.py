@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.families.llama import trunk
 from edgeexit.export.methods.adapters import train_adapters
 from edgeexit.export.methods.layerskip import (
     dropout_rates,
@@ -15,8 +17,6 @@ from edgeexit.export.methods.layerskip import (
     next_token_loss,
     train_layerskip,
 )
-from edgeexit.export.models import ExitDecoder
-from edgeexit.export.models.llama import trunk
 from tests.decoders import LAYERS, VOCABULARY, make_decoder
 
 
@@ -158,7 +158,7 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -
 
 
 def test_saved_exits_are_read_back(tmp_path: Path) -> None:
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     make([1, 3]).save_pretrained(tmp_path)
     read = from_pretrained(tmp_path)

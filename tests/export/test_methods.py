@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.families import bert, resnet
 from edgeexit.export.methods.joint import Batch, exit_loss, train_heads, train_joint
-from edgeexit.export.models import ExitClassifier, bert, resnet
 from tests.checkpoints import CLASSES, make_model
 
 

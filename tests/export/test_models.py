@@ -15,12 +15,13 @@ import torch
 import transformers
 from PIL import Image
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.manifest import ImagePreprocessing
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.models import ExitClassifier, from_pretrained
-from edgeexit.export.models.preprocessing import image_preprocessing
-from edgeexit.export.models.resnet import stage_ends
-from edgeexit.manifest import ImagePreprocessing
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.families.resnet import stage_ends
+from edgeexit.export.preprocessing import image_preprocessing
+from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.preprocess import TextSource, encode_texts, preprocess_images
 from edgeexit.runtime import Policy, load, load_unsplit
 from tests.checkpoints import (
@@ -242,7 +243,7 @@ def test_from_pretrained_finds_a_hub_id_when_it_is_in_the_cache(
     (repository / "refs/main").write_text(snapshot.name)
     snapshot.symlink_to(checkpoints["vit"])
     code = (
-        "from edgeexit.export.models import from_pretrained\n"
+        "from edgeexit.export.pretrained import from_pretrained\n"
         "from edgeexit.errors import ExportError\n"
         "found = from_pretrained('someone/tiny-vit', exits=[1], untrained=True)\n"
         "assert found.name == 'tiny-vit' and found.preprocessing.height == 8\n"

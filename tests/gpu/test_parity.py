@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.policy import OUT_OF_REACH
+from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.check import check
-from edgeexit.measure.checkdecode import check_decoder
+from edgeexit.measure.check_decode import check_decoder
 from edgeexit.runtime import Policy, load, load_decoder
-from edgeexit.runtime.decode.session import Form
-from edgeexit.runtime.policy import OUT_OF_REACH
+from edgeexit.runtime.executor.session import Form
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
 def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The digits example."""
     from edgeexit.export import export_model
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     model = from_pretrained(ROOT / "examples/digits/checkpoint").exit_model()
     return export_model(model, tmp_path_factory.mktemp("digits") / "bundle", dtype=request.param)
@@ -42,7 +42,7 @@ def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def codelm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The codelm example."""
     from edgeexit.export import DecodeModel, export_decoder
-    from edgeexit.export.models import from_pretrained
+    from edgeexit.export.pretrained import from_pretrained
 
     model = from_pretrained(ROOT / "examples/codelm/checkpoint").exit_model()
     assert isinstance(model, DecodeModel)
@@ -72,10 +72,10 @@ def _require_cuda_provider() -> None:
 
 
 def _build(bundle: Bundle, root: Path, form: Form | None = None) -> None:
+    from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.build.profiles import Asked
     from edgeexit.runtime.engines.cuda.driver import describe_device
-    from edgeexit.runtime.engines.tensorrt.build import build_engines, sample_sizes, work_of
     from edgeexit.runtime.engines.tensorrt.library import DESKTOP_TARGETS, find_library
-    from edgeexit.runtime.engines.tensorrt.profiles import Asked
 
     if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
         pytest.skip("neither TensorRT nor TensorRT-RTX is installed")

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle
-from edgeexit.bundlewriter import BundleWriter
+from edgeexit.bundle.reader import Bundle
+from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import BundleError, CheckError, PolicyError
 from edgeexit.measure.check import check, describe, tolerances
 from edgeexit.runtime import Policy, load

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.manifest import ImagePreprocessing
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, UsageError
-from edgeexit.manifest import ImagePreprocessing
 from edgeexit.measure.data import Batch, open_data
 from edgeexit.measure.preprocess import preprocess_images
 from tests.toys import make_inputs

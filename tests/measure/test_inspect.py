@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgeexit.bundle import Bundle
-from edgeexit.manifest import Tensor
+from edgeexit.bundle.manifest import Tensor
+from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.inspect import axis_sizes, describe, tensor_bytes
 
 

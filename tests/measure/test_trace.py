@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, PolicyError, UsageError
 from edgeexit.measure.data import open_data
 from edgeexit.measure.trace import Trace, read_trace, record, replay, write_trace

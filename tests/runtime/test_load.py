@@ -14,14 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgeexit.bundle import MANIFEST, Bundle, open_bundle
-from edgeexit.bundlewriter import BundleWriter
+from edgeexit.bundle.manifest import DefaultPolicy, Manifest
+from edgeexit.bundle.policy import ALWAYS, NEVER
+from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
+from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
-from edgeexit.manifest import DefaultPolicy, Manifest
 from edgeexit.runtime import Policy, load, load_unsplit, write_policy
 from edgeexit.runtime.load import check_capacity
-from edgeexit.runtime.policy import ALWAYS, NEVER
-from tests.test_bundle import edit_graph
+from tests.bundle.test_reader import edit_graph
 from tests.toys import Toy, fill_toy, make_inputs
 
 
@@ -133,7 +133,7 @@ def test_load_names_the_graph_that_the_engine_refuses(toy_copy: Path) -> None:
 def test_load_with_full_verification_hashes_the_weights(
     toy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeexit.bundle.HASHED_AT_LOAD_BYTES", 0)
+    monkeypatch.setattr("edgeexit.bundle.reader.HASHED_AT_LOAD_BYTES", 0)
     data = bytearray((toy_copy / "graphs/weights.bin").read_bytes())
     data[0] ^= 1
     (toy_copy / "graphs/weights.bin").write_bytes(bytes(data))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import UsageError
 from edgeexit.runtime import load
 from tests.toys import Toy, make_inputs, reference

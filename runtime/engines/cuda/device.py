@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import EngineError
-from edgeexit.runtime.buffers import HostSlot
 from edgeexit.runtime.engines.cuda.arrays import Block, DeviceArray
 from edgeexit.runtime.engines.cuda.driver import ask, import_driver
+from edgeexit.runtime.engines.host import HostSlot
 from edgeexit.runtime.memory import available_bytes
 
 Waiting = Literal["spin", "block"]

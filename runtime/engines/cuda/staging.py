@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeexit.runtime.engines import Bound, Place
+from edgeexit.runtime.engines.base import Bound, Place
 from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, PinnedSlot
 
 

@@ -1,3 +1,3 @@
-"""TensorRT engines: what they are built for (`profiles`), with what (`library`), how (`build`, one
-process per engine: `worker`), where they are kept (`store`), and how they run (`engine`, on a GPU
-that `device` describes and `cuda` gives memory of)."""
+"""TensorRT engines: with what they are built (`library`, its interface in `api`) and in which types
+(`precision`), where they are kept (`engine_cache`), and how they run (`engine`, on a GPU that
+`edgeexit.runtime.engines.cuda` gives memory of). `edgeexit.runtime.build` builds them."""

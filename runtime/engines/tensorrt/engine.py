@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EngineError, InputError
-from edgeexit.runtime.buffers import HostSlot
-from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.base import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import (
     Device,
     DeviceSlot,
@@ -33,15 +32,16 @@ from edgeexit.runtime.engines.cuda.device import (
 from edgeexit.runtime.engines.cuda.driver import describe_device
 from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
-from edgeexit.runtime.engines.tensorrt import store
+from edgeexit.runtime.engines.host import HostSlot
+from edgeexit.runtime.engines.tensorrt import engine_cache
 from edgeexit.runtime.engines.tensorrt.api import (
     ICudaEngine,
     IExecutionContext,
     IRuntimeCache,
     IRuntimeConfig,
 )
+from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet, PlanFile
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
-from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class _RuntimeCache:
         if blob == self._known:
             return
         try:
-            store.write_whole(self._path, blob)
+            engine_cache.write_whole(self._path, blob)
             self._known = blob
         except EngineError as error:
             logger.warning("compiled kernels are not kept: %s", error)
@@ -409,8 +409,8 @@ def open_tensorrt(
     """
     here = describe_device()
     library = find_library()
-    root = store.default_root() if engine_dir is None else engine_dir
-    folder, engines = choose(store.list_engines(root, bundle.digest), library, here, root)
+    root = engine_cache.default_root() if engine_dir is None else engine_dir
+    folder, engines = choose(engine_cache.list_engines(root, bundle.digest), library, here, root)
     return TensorRtEngine(library, folder, engines, Device(waiting=waiting))
 
 

@@ -58,8 +58,8 @@ class Library:
 
     @property
     def features(self) -> frozenset[str]:
-        """What graphs may use (`edgeexit.manifest.Variant`). Before 10.15 a pointer that is input
-        and output at once gives wrong results."""
+        """What graphs may use (`edgeexit.bundle.manifest.Variant`). Before 10.15 a pointer that is
+        input and output at once gives wrong results."""
         if self.rtx or release(self.version) >= (10, 15):
             return frozenset({"opset-24", "cache-update"})
         return frozenset()

@@ -17,23 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from edgeexit.bundle import Bundle, open_bundle
-from edgeexit.measure.subjects import gpu_facts
+from edgeexit.bundle.policy import OUT_OF_REACH
+from edgeexit.bundle.reader import Bundle, open_bundle
+from edgeexit.measure.bench.cases import gpu_facts
 from edgeexit.runtime import Decoder, Policy, load, load_decoder
-from edgeexit.runtime.buffers import HostSlot, Window
-from edgeexit.runtime.chain import Chain
-from edgeexit.runtime.decode.arguments import ModeName
-from edgeexit.runtime.decode.sampling import Sampling
-from edgeexit.runtime.decode.session import open_decoder
-from edgeexit.runtime.engines import Bound, Slot
+from edgeexit.runtime.engines.base import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import Counts, Device
 from edgeexit.runtime.engines.cuda.driver import ask
 from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
+from edgeexit.runtime.engines.host import HostSlot, Window
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph
-from edgeexit.runtime.forward import Model
-from edgeexit.runtime.plan import EVERY_SCORE
-from edgeexit.runtime.policy import OUT_OF_REACH
+from edgeexit.runtime.executor.bindings import EVERY_SCORE
+from edgeexit.runtime.executor.chain import Chain
+from edgeexit.runtime.executor.session import open_decoder
+from edgeexit.runtime.programs.arguments import ModeName
+from edgeexit.runtime.programs.forward import Model
+from edgeexit.runtime.programs.sampling import Sampling
 from tests.toys import CLASSES, make_inputs
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

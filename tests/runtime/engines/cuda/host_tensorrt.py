@@ -22,24 +22,24 @@ from typing import Any
 import numpy as np
 import onnx
 
-from edgeexit.bundle import Bundle, open_bundle
+from edgeexit.bundle.onnx_wire import fix_axes, keep_outputs
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.errors import EdgeExitError, EngineError, InputError
-from edgeexit.graphfile import fix_axes, keep_outputs
 from edgeexit.runtime import Decoder, Policy, load, load_decoder
-from edgeexit.runtime.chain import Chain
-from edgeexit.runtime.decode.sampling import Sampling
-from edgeexit.runtime.decode.session import open_decoder
+from edgeexit.runtime.build.build import sample_sizes, work_of
+from edgeexit.runtime.build.profiles import Asked
 from edgeexit.runtime.engines.cuda.device import Device
 from edgeexit.runtime.engines.cuda.driver import ask, describe_device, import_driver
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from edgeexit.runtime.engines.tensorrt import store
-from edgeexit.runtime.engines.tensorrt.build import sample_sizes, work_of
+from edgeexit.runtime.engines.tensorrt import engine_cache
 from edgeexit.runtime.engines.tensorrt.engine import TensorRtEngine
+from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet, PlanFile
 from edgeexit.runtime.engines.tensorrt.library import Library
-from edgeexit.runtime.engines.tensorrt.profiles import Asked
-from edgeexit.runtime.engines.tensorrt.store import EngineSet, PlanFile
-from edgeexit.runtime.forward import Model
-from edgeexit.runtime.plan import EVERY_SCORE
+from edgeexit.runtime.executor.bindings import EVERY_SCORE
+from edgeexit.runtime.executor.chain import Chain
+from edgeexit.runtime.executor.session import open_decoder
+from edgeexit.runtime.programs.forward import Model
+from edgeexit.runtime.programs.sampling import Sampling
 from tests.runtime.engines.cuda.host_gpu import CALLBACK, CALLBACKS, NEW, PROMPTS
 from tests.toys import make_inputs
 
@@ -194,8 +194,8 @@ def built(bundle: Bundle, root: Path, asked: Asked) -> TensorRtEngine:
     library = Library("tensorrt", MODULE, "10.3.0")
     works = work_of(bundle.manifest, library.features, asked, sample_sizes(bundle), tunes=True)
     made_from = {"library": "tensorrt", "version": "10.3.0", "target": describe_device()}
-    key = store.key_of(made_from)
-    with store.building(store.folder_of(root, bundle.digest, key)) as folder:
+    key = engine_cache.key_of(made_from)
+    with engine_cache.building(engine_cache.folder_of(root, bundle.digest, key)) as folder:
         plans = []
         for work in works:
             path = bundle.file(work.variant.graph)
@@ -207,7 +207,7 @@ def built(bundle: Bundle, root: Path, asked: Asked) -> TensorRtEngine:
                 {n: [list(s) for s in three] for n, three in p.items()} for p in work.profiles
             ]
             raw = json.dumps(profiles).encode() + b"\n" + model.SerializeToString()
-            store.write_whole(folder / work.file, raw)
+            engine_cache.write_whole(folder / work.file, raw)
             plans.append(
                 PlanFile(
                     graph=work.variant.graph,
@@ -223,9 +223,13 @@ def built(bundle: Bundle, root: Path, asked: Asked) -> TensorRtEngine:
                 )
             )
         engines = EngineSet(
-            format=store.FORMAT, bundle=bundle.digest, key=key, made_from=made_from, plans=plans
+            format=engine_cache.FORMAT,
+            bundle=bundle.digest,
+            key=key,
+            made_from=made_from,
+            plans=plans,
         )
-        store.write_index(folder, engines)
+        engine_cache.write_index(folder, engines)
     return TensorRtEngine(library, folder, engines, Device())
 
 

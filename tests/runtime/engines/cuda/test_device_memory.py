@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from tests.runtime.engines.cuda import host_gpu, host_tensorrt
 from tests.runtime.engines.cuda.conftest import RunOnDriver, cases_of
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from edgeexit.bundle import Bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EngineError
 from edgeexit.runtime import load
 from edgeexit.runtime.engines.tensorrt.engine import choose, misfit
+from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet, list_engines
 from edgeexit.runtime.engines.tensorrt.library import (
     Library,
     import_library,
     parse_targets,
     supported_versions,
 )
-from edgeexit.runtime.engines.tensorrt.store import EngineSet, list_engines
-from tests.runtime.engines.tensorrt.test_store import MADE_FROM, write_set
+from tests.runtime.engines.tensorrt.test_engine_cache import MADE_FROM, write_set
 
 RTX = Library("tensorrt_rtx", None, "1.7.1")
 HERE = {

@@ -1,0 +1,196 @@
+"""Writing a bundle so that it is whole or not there.
+
+`BundleWriter` fills a temporary sibling of the output, writes the manifest last, reads everything
+back as `edgeexit.bundle.reader` does, and renames. Whatever goes wrong before that (an error,
+Ctrl-C, a full disk) leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from edgeexit.bundle.manifest import FORMAT_MAJOR, FORMAT_MINOR, File, Manifest
+from edgeexit.bundle.reader import MANIFEST, OWNED_FOLDERS, Bundle, open_bundle, sha256_of
+from edgeexit.errors import (
+    BundleError,
+    EdgeExitError,
+    OutputBusyError,
+    OutputExistsError,
+    UsageError,
+)
+
+
+class BundleWriter:
+    """Writes a bundle that is whole or not there.
+
+    Files go into a temporary sibling of `output`; `commit` writes the manifest and renames. Leaving
+    the ``with`` block in any other way (an error, Ctrl-C) removes the sibling.
+
+    Args:
+        output: Where the bundle shall stand. Must not exist unless `overwrite`.
+        overwrite: Replace what is there; the old bundle stays until the new one is whole.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self.output = Path(output)
+        self.overwrite = overwrite
+        self._folder: Path | None = None
+
+    def __enter__(self) -> BundleWriter:
+        parent = self.output.absolute().parent
+        with reporting_full_disk(self.output):
+            self._clear_leftovers()
+            check_output(self.output, overwrite=self.overwrite)
+            parent.mkdir(parents=True, exist_ok=True)
+            self._folder = (
+                parent / f".{self.output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+            )
+            (self._folder / "graphs").mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._folder is not None and self._folder.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, EdgeExitError):
+            with reporting_full_disk(self.output):
+                raise error
+
+    @property
+    def folder(self) -> Path:
+        """The temporary directory to fill."""
+        if self._folder is None:
+            raise UsageError("BundleWriter is used outside its with block")
+        return self._folder
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Hashes every file, writes the manifest, and puts the bundle in its place.
+
+        Returns the bundle as `open_bundle` reads it back, so that what was written was also
+        checked.
+        """
+        with reporting_full_disk(self.output):
+            files = {}
+            for directory, _, names in os.walk(self.folder):
+                for name in names:
+                    path = Path(directory) / name
+                    relative = path.relative_to(self.folder).as_posix()
+                    files[relative] = File(sha256=sha256_of(path), bytes=path.stat().st_size)
+            manifest = msgspec.structs.replace(
+                manifest,
+                format=f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
+                files=dict(sorted(files.items())),
+            )
+            raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+            (self.folder / MANIFEST).write_bytes(raw + b"\n")
+            open_bundle(self.folder)
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o444)
+            self._replace()
+        return open_bundle(self.output)
+
+    def _replace(self) -> None:
+        aside = None
+        if self.overwrite:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another export may have moved it meanwhile
+                aside = self.folder.with_suffix(".old")
+                os.rename(self.output, aside)
+        try:
+            os.rename(self.folder, self.output)
+        except BaseException as error:  # Ctrl-C too: the old bundle must not go without a new one
+            if aside is not None and aside.exists() and not self.output.exists():
+                os.rename(aside, self.output)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputBusyError(
+                    f"{self.output}: another export put a bundle there meanwhile",
+                    fix="Keep that one, or export again with --overwrite.",
+                ) from error
+            raise
+        finally:
+            if aside is not None and self.output.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _clear_leftovers(self) -> None:
+        """Removes what an export to the same place left when it was killed.
+
+        An old bundle that was moved aside, and whose successor never came, goes back to its place.
+        """
+        parent = self.output.absolute().parent
+        name = re.escape(self.output.name)
+        pattern = re.compile(rf"\.{name}\.([0-9]+)-[0-9a-f]{{8}}\.(partial|old)")
+        for path in parent.iterdir() if parent.is_dir() else ():
+            found = pattern.fullmatch(path.name)
+            if not found or Path(f"/proc/{found[1]}").exists():
+                continue
+            if found[2] == "old" and not self.output.exists():
+                os.rename(path, self.output)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuses an output that exists, or that is not a bundle when it is to be replaced."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{output} exists", fix="Choose another -o, or add --overwrite.")
+    if output.is_symlink() or not output.is_dir():
+        raise OutputExistsError(f"{output} is not a directory", fix="Choose another -o.")
+    if any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise OutputExistsError(
+            f"{output} is not a bundle (no {MANIFEST}), so --overwrite does not replace it",
+            fix="Choose another -o, or remove it yourself.",
+        )
+    for path in output.iterdir():
+        if path.name not in (MANIFEST, *OWNED_FOLDERS):
+            raise OutputExistsError(
+                f"{output} holds {path.name}, which is not the bundle's and would be lost",
+                fix="Move it away: what is yours stands beside a bundle, never in it.",
+            )
+
+
+class reporting_full_disk:
+    """Context manager: turns an operating system's refusal to write into an error with a remedy."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BundleError(
+                f"{self.output}: the disk is full; nothing was left behind",
+                fix="Free some space or choose another -o, then run the same command again.",
+            ) from error
+        raise BundleError(
+            f"{self.output}: cannot be written ({error.strerror or error})",
+            fix="Choose a directory that can be written.",
+        ) from error
+
+
+__all__ = ["BundleWriter", "check_output", "reporting_full_disk"]

@@ -1,0 +1,316 @@
+"""Two or more sides measured against each other: each in a process of its own, in alternating
+blocks.
+
+A machine's speed changes from second to second, so nothing here compares two times that lie far
+apart. `alternate` runs a block of the baseline and a block of a candidate over the same inputs,
+back to back, the order turning every round; a figure is made of the ratios of such pairs. The side
+that waits sleeps (`edgeexit.measure.bench.worker`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from edgeexit.errors import MeasurementError
+from edgeexit.runtime.child import child_command
+
+WARM_UP_S = 5.0
+SEARCH_ROUNDS = 5
+MIN_BLOCK_RUNS = 3
+MIN_ROUNDS = 5
+SLOW_MS = 50.0
+END_S = 2.0
+LEAD_MS = 500.0
+"""Cases slower than that run no untimed input before a block: waking up is nothing to them."""
+
+MIN_RUNS = 20
+"""Runs of a case at least: fewer do not support a median (n (1 - p) >= 10)."""
+
+
+class Side:
+    """A subject in a process of its own. A context manager; leaving it ends the process.
+
+    Args:
+        subject: ``module:function`` that makes the `edgeexit.measure.bench.worker.Subject`.
+        arguments: Its keyword arguments, as JSON can carry them.
+        folder: Put on the process's import path first.
+        name: For messages.
+    """
+
+    def __init__(
+        self, subject: str, arguments: dict[str, Any], *, folder: str | None = None, name: str = ""
+    ) -> None:
+        self.name = name or subject
+        self.cpu_s = 0.0
+        self.restless = 0
+        self._process = subprocess.Popen(
+            child_command("edgeexit.measure.bench.worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            started = self._ask(do="start", subject=subject, arguments=arguments, folder=folder)
+        except BaseException:
+            self.close()
+            raise
+        self.cases: list[str] = started["cases"]
+        self.inputs: int = started["inputs"]
+        self.facts: dict[str, Any] = started["facts"]
+        self.start_s: float = started["start_s"]
+
+    def warm_up(self, case: str, *, seconds: float = WARM_UP_S, seed: int = 0) -> dict[str, Any]:
+        """Runs a case until its median settles: ``{"runs", "settled", "median_ms"}``."""
+        return self._ask(do="warm_up", case=case, seconds=seconds, seed=seed)
+
+    def run(self, case: str, numbers: Sequence[int], *, lead: bool = True) -> dict[str, Any]:
+        """Runs the given inputs (`lead`: one untimed first): ``{"times_ms": [...], "records":
+        [...]}``."""
+        return self._ask(do="run", case=case, numbers=list(numbers), lead=lead)
+
+    def close(self) -> None:
+        """Ends the process."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, **order: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self._process.wait()
+            raise MeasurementError(
+                f"{self.name}: its process ended with status {status} while it was asked to "
+                f"{order['do']}",
+                fix="If it was killed (-9), memory ran out: close other programs or use "
+                "a smaller batch.",
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise MeasurementError(f"{self.name}: {answer['error']}", fix=answer["fix"])
+        if "bug" in answer:
+            raise RuntimeError(f"{self.name} failed:\n{answer['bug']}")
+        self.cpu_s = answer.pop("cpu_s")
+        self.restless += not answer.pop("calm")
+        return answer
+
+
+@dataclass
+class Lane:
+    """A case of a side, in a contest: what it is called, and what came of it.
+
+    Attributes:
+        times_ms: Every timed run.
+        ratios: Per block, median time ÷ the baseline's median over the same inputs.
+        mean_ratios: Per block, the same of means.
+        relative: Every run's time ÷ the median of the baseline's block beside it.
+        numbers: The input of every run; `records` holds what the case read from its result.
+    """
+
+    name: str
+    side: Side
+    case: str
+    times_ms: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    mean_ratios: list[float] = field(default_factory=list)
+    relative: list[float] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    records: list[Any] = field(default_factory=list)
+    settled: bool = True
+    expected_ms: float = 0.0
+
+    def add(self, numbers: Sequence[int], block: dict[str, Any]) -> None:
+        """Takes in a block."""
+        self.times_ms += block["times_ms"]
+        self.numbers += numbers
+        self.records += block["records"]
+
+
+def warm(lanes: Sequence[Lane], *, seconds: float = WARM_UP_S) -> None:
+    """Warms every lane until it settles."""
+    for lane in lanes:
+        found = lane.side.warm_up(lane.case, seconds=seconds)
+        lane.settled, lane.expected_ms = found["settled"], found["median_ms"]
+
+
+def alternate(
+    baseline: Lane,
+    lanes: Sequence[Lane],
+    *,
+    seconds: float,
+    block_ms: float = 60.0,
+    min_block_runs: int = MIN_BLOCK_RUNS,
+    min_runs: int = MIN_RUNS,
+    seed: int = 0,
+    whole: Lane | None = None,
+    tick: Callable[[float], None] | None = None,
+) -> int:
+    """Runs rounds of paired blocks for about `seconds` and fills the lanes.
+
+    Args:
+        baseline: What every lane is paired with; its own times are those of all its blocks.
+        lanes: Warmed up.
+        seconds: How long; at least `min_runs` runs of every lane, and `MIN_ROUNDS` rounds, are
+            made.
+        block_ms: Length of a block, if that is `min_block_runs` runs or more.
+        seed: Of the random order of inputs.
+        whole: A lane whose runs shall go through all inputs once before any twice.
+        tick: Called with the share of the work done.
+
+    Returns:
+        The number of rounds.
+    """
+    runs = {
+        lane.name: max(min_block_runs, round(block_ms / max(lane.expected_ms, 1e-3)))
+        for lane in lanes
+    }
+    runs = {name: min(count, 200) for name, count in runs.items()}
+    round_ms = sum(
+        runs[lane.name] * (lane.expected_ms + baseline.expected_ms) for lane in lanes
+    ) + 12.0 * len(lanes)
+    needed = max(-(-min_runs // min(runs.values())), MIN_ROUNDS)
+    rounds = max(needed, int(seconds * 1000 / max(round_ms, 1e-3)))
+    order = random.Random(seed)
+    inputs = baseline.side.inputs
+    shared: list[int] = []
+    own: list[int] = []
+    for done in range(rounds):
+        for lane in lanes:
+            numbers: list[int] = []
+            deck = own if lane is whole else shared
+            for _ in range(runs[lane.name]):
+                if not deck:
+                    deck += order.sample(range(inputs), inputs)
+                numbers.append(deck.pop())
+            pair = [lane, baseline] if done % 2 else [baseline, lane]
+            found = {
+                one.name: one.side.run(one.case, numbers, lead=one.expected_ms < LEAD_MS)
+                for one in pair
+            }
+            lane.add(numbers, found[lane.name])
+            baseline.add(numbers, found[baseline.name])
+            ours, theirs = found[lane.name]["times_ms"], found[baseline.name]["times_ms"]
+            reference = statistics.median(theirs)
+            lane.ratios.append(statistics.median(ours) / reference)
+            lane.relative += [time_ms / reference for time_ms in ours]
+            lane.mean_ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
+        if tick is not None:
+            tick((done + 1) / rounds)
+    return rounds
+
+
+def best_setting(
+    make: Callable[[Any], Side], case: str, settings: Sequence[Any], *, seconds: float = WARM_UP_S
+) -> tuple[Side, Any, dict[str, float]]:
+    """Finds the thread setting in which a case is fastest: the champion meets every challenger.
+
+    Fastest by the mean, so that a setting whose pools fight now and then does not win by its
+    median. Never more than two sides are open. The loser is closed.
+
+    Returns:
+        The winning side, its setting, and every setting's time relative to the first one's.
+    """
+    champion, best = make(settings[0]), settings[0]
+    relative = {str(settings[0]): 1.0}
+    try:
+        for setting in settings[1:]:
+            challenger = make(setting)
+            loser = challenger
+            try:
+                pair = Lane("champion", champion, case), Lane("challenger", challenger, case)
+                warm(pair, seconds=seconds)
+                if pair[1].expected_ms > 2 * pair[0].expected_ms:
+                    ratio = pair[1].expected_ms / pair[0].expected_ms
+                else:
+                    ratio = _duel(*pair)
+                relative[str(setting)] = ratio * relative[str(best)]
+                if ratio < 1:
+                    champion, loser, best = challenger, champion, setting
+            finally:
+                loser.close()
+    except BaseException:
+        champion.close()
+        raise
+    return champion, best, {name: round(value, 4) for name, value in relative.items()}
+
+
+def _duel(champion: Lane, challenger: Lane) -> float:
+    """Ratio of mean times, challenger to champion: median of alternating blocks."""
+    count = max(MIN_BLOCK_RUNS, min(200, round(60.0 / champion.expected_ms)))
+    order = random.Random(0)
+    for done in range(SEARCH_ROUNDS if champion.expected_ms < SLOW_MS else 3):
+        numbers = [order.randrange(champion.side.inputs) for _ in range(count)]
+        pair = [champion, challenger] if done % 2 else [challenger, champion]
+        found = {lane.name: lane.side.run(lane.case, numbers)["times_ms"] for lane in pair}
+        challenger.ratios.append(
+            statistics.fmean(found["challenger"]) / statistics.fmean(found["champion"])
+        )
+    return statistics.median(challenger.ratios)
+
+
+def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
+    """The percentiles that so many runs support: those with n (1 - p) >= 10.
+
+    >>> percentiles([float(n) for n in range(1, 101)])
+    {'p50': 50.5, 'p90': 90.1}
+    """
+    ordered = sorted(times_ms)
+    found = {}
+    for percent in (50, 90, 95, 99, 99.9):
+        if round(len(ordered) * (100 - percent), 6) >= 1000:
+            place = percent / 100 * (len(ordered) - 1)
+            low = int(place)
+            high = min(low + 1, len(ordered) - 1)
+            value = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+            found[f"p{percent:g}"] = round(value, 4)
+    return found
+
+
+def middle_mean(values: Sequence[float]) -> float:
+    """Mean of the middle half: steady against outliers, and not drawn aside by skew as a median is.
+
+    >>> middle_mean([1.0, 2.0, 3.0, 100.0])
+    2.5
+    """
+    ordered = sorted(values)
+    cut = len(ordered) // 4
+    return statistics.fmean(ordered[cut : len(ordered) - cut])
+
+
+def spread(ratios: Sequence[float]) -> float:
+    """Distance of the quartiles of ratios, relative to their median."""
+    if len(ratios) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return (high - low) / middle

@@ -1,0 +1,410 @@
+"""Splits one ONNX graph at its exits, by ancestry.
+
+Segment *i* is what exit *i* needs and no earlier exit did. What the cut severs crosses it, unless
+it is cheap: masks and shapes are computed anew from the program's inputs (which lose the rows that
+left), a constant is folded again, and a DequantizeLinear stands on both sides so that the quantised
+tensor crosses. `read_onnx` and `axis_names` prepare the graph; `prove_rows` finds the axis that
+holds rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from edgeexit.bundle.manifest import SCORES, Tensor
+from edgeexit.errors import ExportError
+from edgeexit.export.cut.axis_names import drop_shape_inputs
+from edgeexit.export.cut.read_onnx import DTYPES, subgraphs, valid_name
+from edgeexit.export.trace.scores import append_scores
+from edgeexit.export.trace.torch_graph import IR_VERSION
+
+ANSWER = "logits"
+"""The program's output: what every exit and the unsplit model give."""
+
+_SMALL_BYTES = 1 << 20
+_HEAVY = frozenset(
+    {
+        "MatMul",
+        "Gemm",
+        "Einsum",
+        "MatMulInteger",
+        "QLinearMatMul",
+        "Conv",
+        "ConvTranspose",
+        "ConvInteger",
+        "QLinearConv",
+        "DeformConv",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Attention",
+        "BatchNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "LayerNormalization",
+        "RMSNormalization",
+        "LpNormalization",
+        "LRN",
+        "AveragePool",
+        "MaxPool",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "LpPool",
+        "GlobalLpPool",
+        "Resize",
+        "GridSample",
+        "RoiAlign",
+        "NonMaxSuppression",
+        "TopK",
+        "STFT",
+        "DFT",
+    }
+)
+_OWN_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment cut out of the graph.
+
+    Attributes:
+        name: Its name in the chain.
+        model: Its graph: inputs, carried tensors, the exit's logits, the exit's scores.
+        inputs: Names of what it takes: program inputs, then tensors that cross.
+        carried: Names of what it makes for later segments; the exit's logits may be among them.
+        exit: The exit's name, which is also that of its logits.
+        scores: Score -> tensor name.
+    """
+
+    name: str
+    model: ir.Model
+    inputs: tuple[str, ...]
+    carried: tuple[str, ...]
+    exit: str
+    scores: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A graph in pieces. `tensors` describes inputs, crossing tensors and exits by name, as far as
+    shape inference knows them; row axes are not known yet and stand at 0."""
+
+    inputs: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    unsplit: ir.Model
+    tensors: dict[str, Tensor]
+
+
+def cut(model: ir.Model, what: str) -> Cut:
+    """Cuts a normalised model.
+
+    Args:
+        model: Normalised, with resolved shapes and float32 outputs; only names are changed.
+        what: The file, for messages.
+
+    Raises:
+        ExportError: The exits are not ordered, or a tensor that crosses cannot be carried.
+    """
+    graph = model.graph
+    exits = list(graph.outputs)
+    nature = _Nature(graph)
+    needs = [_ancestors(value, nature) for value in exits]
+    _check_order(exits, needs, nature, what)
+    home: dict[ir.Node, int] = {}
+    for number, needed in enumerate(needs):
+        for node in needed:
+            home.setdefault(node, number)
+    later: set[ir.Value] = set()
+    plan: list[tuple[list[ir.Value], list[ir.Value], list[ir.Value]]] = []
+    place = {node: position for position, node in enumerate(graph)}
+
+    def ordered(values: Iterable[ir.Value]) -> list[ir.Value]:
+        return sorted(values, key=lambda value: (place[_maker(value)], value.index() or 0))
+
+    for number in range(len(exits) - 1, -1, -1):
+        carried = [value for value in later if home[_maker(value)] == number]
+        taken, crossing = _frontier([exits[number], *carried], number, home, nature)
+        plan.append(([v for v in graph.inputs if v in taken], ordered(crossing), ordered(carried)))
+        later |= crossing
+    plan.reverse()
+    _name_crossing(graph, ordered(later))
+    for value in later:
+        if value.dtype not in DTYPES:
+            raise ExportError(
+                f"{what}: {value.name} crosses a cut; no bundle carries {_kind(value)}",
+                fix="Cut elsewhere, or give the file as it was before an optimiser changed it.",
+            )
+    axes = {d.value for v in graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)}
+    tensors = {
+        value.name or "": _describe(value, axes, what)
+        for value in [*graph.inputs, *exits, *ordered(later)]
+    }
+    pieces = []
+    for number, (taken_inputs, crossing_in, carried_out) in enumerate(plan):
+        leave = exits[number]
+        made = [value for value in carried_out if value is not leave]
+        part = _extract(
+            model, [*taken_inputs, *crossing_in], [*made, leave], f"segment_{number + 1}"
+        )
+        drop_shape_inputs(part)
+        _drop_inner_shapes(part.graph)
+        logits = part.graph.outputs[-1]
+        scores = append_scores(part.graph, logits, logits.name or "")
+        part.graph.outputs.extend(scores.values())
+        pieces.append(
+            Piece(
+                name=f"segment_{number + 1}",
+                model=part,
+                inputs=tuple(value.name or "" for value in part.graph.inputs),
+                carried=tuple(value.name or "" for value in carried_out),
+                exit=logits.name or "",
+                scores={score: f"{logits.name}/{score}" for score in SCORES},
+            )
+        )
+    unsplit = _extract(model, list(graph.inputs), [exits[-1]], "unsplit")
+    _drop_inner_shapes(unsplit.graph)
+    _rename_answer(unsplit.graph, what)
+    names = tuple(value.name or "" for value in graph.inputs)
+    return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
+
+
+def annotate(model: ir.Model, tensors: dict[str, Tensor]) -> None:
+    """Writes the axes of `tensors` onto a graph's inputs and outputs."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.name in tensors:
+            value.shape = ir.Shape(tensors[value.name].axes)
+
+
+class _Nature:
+    """What the nodes of a graph are like: which ones cost, and which may be computed twice."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.inputs: dict[ir.Node, list[ir.Value]] = {}
+        self.constant: set[ir.Node] = set()
+        self.heavy: set[ir.Node] = set()
+        self.cheap: set[ir.Node] = set()
+        self._dequantise: set[ir.Node] = set()
+        for node in graph:
+            taken = self.inputs[node] = _inputs(node)
+            own = node.domain in _OWN_DOMAINS
+            makers = [value.producer() for value in taken]
+            if all(
+                v.is_initializer() or m in self.constant for v, m in zip(taken, makers, strict=True)
+            ):
+                self.constant.add(node)
+                continue
+            if own and node.op_type in ("Shape", "Size"):
+                self.cheap.add(node)
+                continue
+            big = any(_bytes(value) > _SMALL_BYTES for value in self._weights(taken))
+            if not own or big or subgraphs(node) or node.op_type in _HEAVY:
+                self.heavy.add(node)
+            elif all(maker is None or maker in self.cheap | self.constant for maker in makers):
+                self.cheap.add(node)
+            elif node.op_type == "DequantizeLinear":
+                self._dequantise.add(node)
+
+    def again(self, node: ir.Node) -> bool:
+        """Whether a later segment computes this anew rather than being given it."""
+        return node in self.cheap or node in self.constant or node in self._dequantise
+
+    def _weights(self, values: Iterable[ir.Value]) -> list[ir.Value]:
+        """The initializers among values, and those that constant values are made from."""
+        found, stack, seen = [], list(values), set()
+        while stack:
+            value = stack.pop()
+            if value.is_initializer():
+                found.append(value)
+            maker = value.producer()
+            if maker in self.constant and maker not in seen:
+                seen.add(maker)
+                stack += self.inputs[maker]
+        return found
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    """Inputs of a node, and what its subgraphs use of the graph around it."""
+    found = [value for value in node.inputs if value is not None]
+    inner_graphs = subgraphs(node)
+    if not inner_graphs:
+        return found
+    owned: set[ir.Value] = set()
+    used: list[ir.Value] = []
+    while inner_graphs:
+        graph = inner_graphs.pop()
+        owned |= {*graph.inputs, *graph.initializers.values()}
+        used.extend(graph.outputs)
+        for inner in graph:
+            owned |= set(inner.outputs)
+            used += [value for value in inner.inputs if value is not None]
+            inner_graphs += subgraphs(inner)
+    return found + [value for value in dict.fromkeys(used) if value not in owned]
+
+
+def _bytes(value: ir.Value) -> int:
+    return value.const_value.nbytes if value.const_value is not None else 0
+
+
+def _maker(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def _walk(
+    values: Iterable[ir.Value], nature: _Nature, enter: Callable[[ir.Node], bool]
+) -> tuple[set[ir.Node], set[ir.Value], set[ir.Value]]:
+    """Goes back from values. Returns the nodes entered, the values of nodes that were not, and the
+    values without a node (graph inputs and weights)."""
+    entered: set[ir.Node] = set()
+    outside: set[ir.Value] = set()
+    roots: set[ir.Value] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if node is None:
+            roots.add(value)
+        elif node in entered:
+            continue
+        elif enter(node):
+            entered.add(node)
+            stack += nature.inputs[node]
+        else:
+            outside.add(value)
+    return entered, outside, roots
+
+
+def _ancestors(value: ir.Value, nature: _Nature) -> set[ir.Node]:
+    return _walk([value], nature, lambda node: True)[0]
+
+
+def _frontier(
+    targets: Sequence[ir.Value], number: int, home: dict[ir.Node, int], nature: _Nature
+) -> tuple[set[ir.Value], set[ir.Value]]:
+    """What segment `number` takes to make its targets: graph inputs, and what crosses into it."""
+    _, crossing, roots = _walk(
+        targets, nature, lambda node: home[node] == number or nature.again(node)
+    )
+    return {value for value in roots if value.is_graph_input()}, crossing
+
+
+def _check_order(
+    exits: list[ir.Value], needs: list[set[ir.Node]], nature: _Nature, what: str
+) -> None:
+    """Exits are ordered if what they share with the last one grows strictly and nests."""
+    last = needs[-1] & nature.heavy
+    shared = [needed & last for needed in needs]
+    names = [value.name for value in exits]
+    best = sorted(range(len(exits)), key=lambda number: len(shared[number]))
+    nested = all(shared[a] < shared[b] for a, b in itertools.pairwise(best))
+    if nested and shared[best[0]] and best != list(range(len(exits))):
+        raise ExportError(
+            f"{what}: exits are not ordered from shallow to deep",
+            fix=f"Give them as --exits {','.join(str(names[number]) for number in best)}.",
+        )
+    costs = [len(needed & nature.heavy) for needed in needs]
+    if max(costs) > costs[-1]:
+        deepest = costs.index(max(costs))
+        raise ExportError(
+            f"{what}: exit {names[deepest]} lies deeper than the last one, {names[-1]} (it needs "
+            f"{costs[deepest]} heavy operators, {names[-1]} {costs[-1]})",
+            fix="Give the exits from shallow to deep, the model's answer last.",
+        )
+    for number, part in enumerate(shared):
+        if not part:
+            raise ExportError(
+                f"{what}: exit {names[number]} shares no computation with the last, {names[-1]}",
+                fix="Name outputs of one backbone, from shallow to deep, the model's answer last.",
+            )
+    for number in range(1, len(exits)):
+        before, after = shared[number - 1], shared[number]
+        if before == after:
+            raise ExportError(
+                f"{what}: exits {names[number - 1]} and {names[number]} leave at the same place",
+                fix="Keep one of them; nothing would be saved between the two.",
+            )
+        if missing := before - after:
+            example = min(node.outputs[0].name or "" for node in missing)
+            raise ExportError(
+                f"{what}: exits {names[number - 1]} and {names[number]} are not ordered: "
+                f"{names[number - 1]} needs {len(missing)} operators on the way to the last exit "
+                f"that {names[number]} does not reach ({example})",
+                fix="Exits of a chain lie on one path; leave out the one on the side branch.",
+            )
+
+
+def _name_crossing(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
+    """Gives tensors that cross names that the manifest accepts."""
+    taken = {value.name for value in [*graph.inputs, *graph.initializers.values()] if value.name}
+    for owner in graph.subgraphs():
+        taken |= {v.name for v in [*owner.inputs, *owner.initializers.values()] if v.name}
+    taken |= {value.name for node in graph.all_nodes() for value in node.outputs if value.name}
+    for value in values:
+        if not value.is_graph_output():
+            own = value.name or ""
+            taken.discard(own)
+            value.name = valid_name(own, taken)
+
+
+def _kind(value: ir.Value) -> str:
+    return "a type that is not known" if value.dtype is None else value.dtype.name.lower()
+
+
+def _describe(value: ir.Value, known_axes: set[str | None], what: str) -> Tensor:
+    name = value.name or ""
+    if value.dtype not in DTYPES:
+        raise ExportError(
+            f"{what}: input {name}: no bundle carries {_kind(value)}",
+            fix="Put the conversion outside the model: engines take numbers.",
+        )
+    axes: list[str | int | None] = []
+    for size in value.shape if value.shape is not None else ():
+        if isinstance(size, int):
+            axes.append(size if size >= 1 else None)
+        else:
+            axes.append(size.value if size.value in known_axes else None)
+    return Tensor(name=name, dtype=DTYPES[value.dtype], axes=axes)  # type: ignore[arg-type]
+
+
+def _extract(
+    model: ir.Model, inputs: list[ir.Value], outputs: list[ir.Value], name: str
+) -> ir.Model:
+    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    graph.name = name
+    # extract collects them in a set; the same file shall give the same bundle.
+    for weight in sorted(graph.initializers):
+        value = graph.initializers.pop(weight)
+        graph.register_initializer(value)
+    part = ir.Model(graph, ir_version=IR_VERSION)
+    passes.RemoveUnusedOpsetsPass()(part)
+    return part
+
+
+def _drop_inner_shapes(graph: ir.Graph) -> None:
+    """Engines infer these again; what is wrong or unknown in them only does harm."""
+    outside = {*graph.inputs, *graph.outputs}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in outside:
+                value.shape = None
+
+
+def _rename_answer(graph: ir.Graph, what: str) -> None:
+    answer = graph.outputs[0]
+    if answer.name == ANSWER:
+        return
+    if any(value.name == ANSWER for value in graph.inputs):
+        raise ExportError(
+            f"{what}: an input is named {ANSWER}, which is what the bundle's output is called",
+            fix="Rename the input (onnx_ir or netron's editor can) and export again.",
+        )
+    for value in [*graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]:
+        if value.name == ANSWER:
+            value.name = f"inner_{ANSWER}_{len(graph)}"
+    answer.name = ANSWER

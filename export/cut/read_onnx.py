@@ -1,0 +1,368 @@
+"""An ONNX file from anywhere: read, checked, and brought into one form.
+
+`read_onnx` refuses what is not a whole ONNX model; `normalise` leaves a graph whose outputs are the
+exits, whose rows lie along an axis named ``batch``, without functions and constant nodes, in an
+opset that bundles may have. `axis_names` and `cut` take it from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript import version_converter
+
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.trace.torch_graph import IR_VERSION
+
+logger = logging.getLogger(__name__)
+
+OPSETS = range(18, 24)
+"""Opsets that graphs of a bundle may have; older files are converted up to the first."""
+DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.DOUBLE: "float64",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT8: "int8",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.BOOL: "bool",
+}
+"""Types that the manifest can name."""
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+EXIT_NAME_LENGTH = 100
+"""Score tensors are named after their exit, within the 128 characters of a manifest name."""
+_RANDOM = frozenset(
+    {
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+    }
+)
+_RE_EXPORT = (
+    "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
+    'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}.'
+)
+
+
+def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
+    """Reads a model; its weights stay in their files until they are used.
+
+    Raises:
+        UsageError: There is no such file.
+        ExportError: It is not an ONNX model, or not all of one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a directory" if path.is_dir() else "does not exist"
+        raise UsageError(f"{path} {kind}", fix="Give the path of an .onnx file.")
+    try:
+        # Parsing fails with protobuf's DecodeError, reading the parsed message with many others.
+        model = ir.load(path, format="protobuf")
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{path}: not an ONNX model, or only a part of one ({_first_line(error)})",
+            fix="Copy the file again, or export it again; only ONNX is read.",
+        ) from error
+    if not model.opset_imports or not len(model.graph):
+        raise ExportError(
+            f"{path}: not an ONNX model (no operators in it)",
+            fix="Give the .onnx file that an exporter wrote.",
+        )
+    _check_wiring(model.graph, path)
+    _check_external(model.graph, path)
+    return model
+
+
+def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
+    """Brings a model into one form, whatever wrote it.
+
+    Args:
+        model: As `read_onnx` gives it; it is changed.
+        exits: Names of the exits' logits, from shallow to deep.
+        what: The file, for messages.
+
+    Returns:
+        A model whose outputs are the exits in their order, under valid names.
+    """
+    with quiet():
+        passes.InlinePass()(model)
+        passes.RemoveInitializersFromInputsPass()(model)
+    _choose_outputs(model.graph, exits, what)
+    with quiet():
+        passes.RemoveUnusedNodesPass()(model)
+    model = _convert(model, what)
+    with quiet():
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        passes.IdentityEliminationPass()(model)
+        passes.ClearMetadataAndDocStringPass()(model)
+    _check_deterministic(model.graph, what)
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    _name_axes(model.graph, what)
+    _name_values(model.graph, what)
+    model.graph.sort()
+    return model
+
+
+def float_outputs(graph: ir.Graph, what: str) -> None:
+    """Casts exits to float32. Their types are known once `axis_names.resolve_shapes` ran."""
+    for position, value in enumerate(list(graph.outputs)):
+        if value.dtype not in FLOATS:
+            kind = "an unknown type" if value.dtype is None else str(value.dtype).lower()
+            raise ExportError(
+                f"{what}: exit {value.name} gives {kind}, not floating-point logits",
+                fix="Name the tensor of class logits from which that is computed.",
+            )
+        if value.dtype == ir.DataType.FLOAT:
+            continue
+        name = value.name
+        value.name = f"{name}_{str(value.dtype).lower()}"
+        node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        made = node.outputs[0]
+        made.name, made.dtype, made.shape = name, ir.DataType.FLOAT, value.shape
+        graph.append(node)
+        graph.outputs[position] = made
+
+
+def precision_of(model: ir.Model) -> Literal["float32", "float16", "bfloat16", "int8"]:
+    """What a graph computes in: the smallest type among its weights and quantised operators."""
+    if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph):
+        return "int8"
+    kinds = {value.dtype for value in model.graph.initializers.values()}
+    if ir.DataType.FLOAT16 in kinds:
+        return "float16"
+    return "bfloat16" if ir.DataType.BFLOAT16 in kinds else "float32"
+
+
+def valid_name(name: str, taken: set[str]) -> str:
+    """A name that the manifest accepts and nothing else has; adds it to `taken`."""
+    base = re.sub(r"[^A-Za-z0-9_.:/-]", "_", name).lstrip(".:/-")[:EXIT_NAME_LENGTH] or "tensor"
+    found, count = base, 1
+    while found in taken:
+        count += 1
+        found = f"{base}_{count}"
+    taken.add(found)
+    return found
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that a node carries in its attributes (branches of an If, body of a Loop)."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
+
+
+def _check_wiring(graph: ir.Graph, path: Path) -> None:
+    for value in [*(v for node in graph for v in node.inputs), *graph.outputs]:
+        if value is None or value.is_graph_input() or value.is_initializer():
+            continue
+        if value.producer() is None:
+            raise ExportError(
+                f"{path}: nothing makes {value.name!r}; the model is not whole",
+                fix="Copy the file again, or export it again.",
+            )
+
+
+def _check_external(graph: ir.Graph, path: Path) -> None:
+    for owner in [graph, *graph.subgraphs()]:
+        for value in owner.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            file = Path(tensor.path)
+            if not file.is_file():
+                raise ExportError(
+                    f"{path}: {value.name!r} belongs into {file.name}, which is not there",
+                    fix="Copy the weight file to where the .onnx file is.",
+                )
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            if end > file.stat().st_size:
+                raise ExportError(
+                    f"{path}: {value.name!r} ends at byte {end} of {file.name}, which has "
+                    f"{file.stat().st_size}",
+                    fix="Copy the weight file again; it is not whole.",
+                )
+
+
+def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
+    """Makes the exits, and only they, the outputs of the graph; inner tensors are promoted."""
+    values = {value.name: value for value in [*graph.inputs, *graph.initializers.values()]}
+    values |= {value.name: value for value in graph.outputs}
+    for node in graph:
+        values |= {value.name: value for value in node.outputs if value.name}
+    outputs = [value.name for value in graph.outputs]
+    for name in exits:
+        if name not in values:
+            raise ExportError(
+                f"{what}: there is no output {name!r}",
+                fix=f"Its outputs are {', '.join(map(str, outputs))}; inner tensors will do too.",
+            )
+        if values[name].producer() is None:
+            raise ExportError(
+                f"{what}: {name!r} is not computed, it is an input or a weight",
+                fix="Name outputs that hold class logits.",
+            )
+        if name not in outputs:
+            logger.info("%s: %s is not an output; taken from inside the graph", what, name)
+    graph.outputs.clear()
+    graph.outputs.extend(values[name] for name in exits)
+
+
+def _check_deterministic(graph: ir.Graph, what: str) -> None:
+    for node in graph.all_nodes():
+        training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+        switch = ir.convenience.get_const_tensor(training) if training is not None else None
+        if node.op_type in _RANDOM or (switch is not None and bool(switch.numpy())):
+            raise ExportError(
+                f"{what}: it draws random numbers ({node.op_type} {node.name}), so no two answers "
+                "can be compared",
+                fix="Export the model in evaluation mode: model.eval() before torch.onnx.export.",
+            )
+
+
+def _convert(model: ir.Model, what: str) -> ir.Model:
+    """Converts opsets below the first of `OPSETS`; refuses those above the last."""
+    opset = model.graph.opset_imports.setdefault("", model.graph.opset_imports.pop("ai.onnx", 1))
+    if opset in OPSETS:
+        return model
+    if opset > OPSETS[-1]:
+        raise ExportError(
+            f"{what}: it has opset {opset}; bundles hold opset {OPSETS[0]} to {OPSETS[-1]}",
+            fix="Export it again with opset_version=20, which every supported engine reads.",
+        )
+    try:
+        with quiet():
+            made = version_converter.ConvertVersionPass(OPSETS[0], fallback=True)(model).model
+    except Exception as error:
+        raise _not_convertible(what, opset, _first_line(error)) from error
+    if made.graph.opset_imports.get("") != OPSETS[0]:
+        raise _not_convertible(what, opset, "an operator has no rule for it")
+    logger.info("%s: converted from opset %d to %d", what, opset, OPSETS[0])
+    return made
+
+
+def _not_convertible(what: str, opset: int, why: str) -> ExportError:
+    return ExportError(
+        f"{what}: it has opset {opset} and cannot be converted to {OPSETS[0]} ({why})",
+        fix="Export it again with opset_version=20.",
+    )
+
+
+def _name_axes(graph: ir.Graph, what: str) -> None:
+    """Gives every symbolic axis of the inputs a name; the one along which rows lie is ``batch``.
+
+    Rows lie along the symbolic first axes, unless a name also stands elsewhere (positions ``[seq]``
+    beside ids ``[batch, seq]`` are the same for all rows).
+    """
+    inner: set[str] = set()
+    for value in graph.inputs:
+        if value.shape is None:
+            raise ExportError(
+                f"{what}: input {value.name} has no shape",
+                fix="Export it again with the shapes of its inputs.",
+            )
+        inner |= {
+            d.value for d in list(value.shape)[1:] if isinstance(d, ir.SymbolicDim) and d.value
+        }
+    renamed: dict[str, str] = {}
+    rows = []
+    for value in graph.inputs:
+        assert value.shape is not None
+        dims: list[int | str] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, int):
+                dims.append(size)
+            elif axis == 0 and size.value not in inner:
+                dims.append("batch")
+                rows.append(value)
+                if size.value:
+                    renamed[size.value] = "batch"
+            else:
+                name = size.value or f"{value.name}_axis_{axis}"
+                dims.append("batch_axis" if name == "batch" else name)
+                if name == "batch":
+                    renamed[name] = "batch_axis"
+        value.shape = ir.Shape(dims)
+    if not rows:
+        first = graph.inputs[0] if graph.inputs else None
+        if first is None:
+            raise ExportError(f"{what}: it has no inputs", fix="Give a model that takes some.")
+        raise ExportError(
+            f"{what}: the number of rows is fixed (input {first.name} is "
+            f"{list(first.shape or [])}), so no row can leave before another",
+            fix=_RE_EXPORT.format(first.name),
+        )
+    inputs = set(graph.inputs)
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value not in inputs and value.shape is not None:
+                value.shape = ir.Shape(
+                    [
+                        d if isinstance(d, int) else renamed.get(d.value or "", d)
+                        for d in value.shape
+                    ]
+                )
+
+
+def _name_values(graph: ir.Graph, what: str) -> None:
+    """Gives inputs and exits names that the manifest accepts; keeps those of scores free."""
+    taken: set[str] = set()
+    named = [*graph.inputs, *graph.outputs]
+    wanted = [valid_name(value.name or "", taken) for value in named]
+    prefixes = tuple(f"{name}/" for name in wanted[len(graph.inputs) :])
+    others = [value for value in graph.initializers.values() if value not in named]
+    others += [value for node in graph.all_nodes() for value in node.outputs if value not in named]
+    for owner in graph.subgraphs():
+        others += [*owner.inputs, *owner.initializers.values()]
+    taken |= {value.name for value in others if value.name}
+    for value in others:
+        name = value.name or ""
+        if name and (name in wanted or name.startswith(prefixes)):
+            value.name = valid_name(f"inner_{name}", taken)
+    for value, name in zip(named, wanted, strict=True):
+        if value.name != name:
+            logger.info("%s: %s is called %s in the bundle", what, value.name, name)
+            value.name = name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what the graph libraries log for their own authors out of the user's log."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

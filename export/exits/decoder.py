@@ -1,0 +1,315 @@
+"""A causal language model with exits: a trunk of decoder layers, one head that all exits share,
+and for some exits an adapter before it.
+
+A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
+state, what each layer does before and after attention, and the head. Attention itself, its caches
+and its masks belong to nobody's layer: training uses torch's own (`ExitDecoder`), export chooses a
+form for the engine (`edgeexit.export.trace.attention`).
+
+An adapter is layers like the trunk's that one exit has for itself. The shared head was made for
+states of the last layer; an adapter brings those of an early one closer to it, for the price of a
+layer (Kangaroo, arXiv:2404.18911, drafts with one).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from edgeexit.bundle.manifest import Cache, Tensor
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.contract import CachedSegment, DecodeModel, Segment
+from edgeexit.export.exits.classifier import EXITS_WEIGHTS, check_layers, save_exit_layers
+from edgeexit.export.trace.attention import Heads, causal_attention
+from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
+
+
+@dataclass(frozen=True)
+class DecoderTrunk:
+    """What a family says of its model.
+
+    Attributes:
+        embedding: ``[vocabulary, embedded]``; a token's row of it is what the first segment gets.
+        stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``; None where the
+            embedding is the first state.
+        layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
+            rotated, and ``after(state, attended) -> state``.
+        head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
+        width: Size of a state.
+        positions: The most positions that the model was made for.
+        stop_tokens: Token ids that end a text.
+    """
+
+    embedding: torch.Tensor
+    stem: nn.Module | None
+    layers: Sequence[nn.Module]
+    head: nn.Module
+    heads: Heads
+    width: int
+    positions: int
+    stop_tokens: tuple[int, ...] = ()
+
+
+class ExitDecoder(nn.Module):
+    """A causal language model with exits behind some layers, all answering with the shared head.
+
+    Args:
+        model: The transformers model that owns the weights.
+        trunk: Its description; modules are shared with `model`, not copied.
+        exits: Layers (1 = behind the first) with an exit; the last layer always answers.
+        adapters: Those of these layers whose exit has an adapter, of one layer or, as a mapping, of
+            so many. A new adapter is a copy of the model's last layers, as EE-Tuning
+            (arXiv:2402.00518) starts: of use once it is trained.
+
+    Attributes:
+        adapters: Exit name -> its adapter's layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trunk: DecoderTrunk,
+        exits: Iterable[int],
+        adapters: Iterable[int] | Mapping[int, int] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.trunk = trunk
+        self.layers = nn.ModuleList(trunk.layers)
+        self.depth = len(trunk.layers)
+        self.exit_layers = check_layers(exits, self.depth)
+        self.adapters = nn.ModuleDict()
+        for layer, count in check_adapters(adapters, self.exit_layers, self.depth).items():
+            copies = [copy.deepcopy(one) for one in trunk.layers[self.depth - count :]]
+            self.adapters[f"exit_{layer}"] = nn.ModuleList(copies)
+        self.name = type(model).__name__
+        self.tokenizer_folder: Path | None = None
+        self.provenance: dict[str, str] = {}
+        self._layer = self._through_layer
+        self._head = trunk.head.__call__
+
+    def compile(self, **options: Any) -> None:
+        """Compiles one layer and the head rather than the whole pass (`torch.compile` with these
+        options): all layers share that code, whichever exits are asked for and layers dropped."""
+        self._layer = torch.compile(self._through_layer, **options)
+        self._head = torch.compile(self.trunk.head, **options)
+
+    @property
+    def adapter_sizes(self) -> dict[int, int]:
+        """Exits with an adapter: layer -> how many layers it has."""
+        return {
+            int(name.removeprefix("exit_")): len(cast("nn.ModuleList", own))
+            for name, own in self.adapters.items()
+        }
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        exits: Sequence[int] | None = None,
+        skipped: Sequence[int] = (),
+    ) -> dict[int, torch.Tensor]:
+        """Logits of exits over whole sequences, for training and as a reference.
+
+        Args:
+            input_ids: ``[batch, seq]``, no padding.
+            exits: Layers whose logits to give; None: all exits and the last layer.
+            skipped: Layers (1 = the first) left out of this pass (layer dropout).
+
+        Returns:
+            Layer -> logits ``[batch, seq, vocabulary]``.
+        """
+        wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = positions.expand_as(input_ids)
+        embedded = functional.embedding(input_ids, self.trunk.embedding)
+        state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
+        found = {}
+        for number, layer in enumerate(_typed(self.layers), start=1):
+            if number not in skipped:
+                state = self._layer(layer, state, positions)
+            if number in wanted:
+                seen = state
+                for own in self._adapter(number):
+                    seen = self._layer(own, seen, positions)
+                flat = self._head(seen.reshape(-1, self.trunk.width))
+                found[number] = flat.unflatten(0, input_ids.shape)
+        return found
+
+    def _through_layer(
+        self, layer: CutLayer, state: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        q, k, v = layer.before(state)
+        return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
+
+    def _adapter(self, layer: int) -> list[CutLayer]:
+        """The adapter's layers of the exit behind a layer; none where it has no adapter."""
+        name = f"exit_{layer}"
+        return list(_typed(self.adapters[name])) if name in self.adapters else []  # type: ignore[arg-type]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model as transformers does, behind which layers it has exits, and the adapters
+        beside it as safetensors."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        save_exit_layers(self.exit_layers, folder, self.adapter_sizes)
+        if len(self.adapters):
+            weights = {k: v.detach().contiguous() for k, v in self.adapters.state_dict().items()}
+            save_file(weights, folder / EXITS_WEIGHTS)
+
+    def exit_model(self) -> DecodeModel:
+        """The segment contract: layers between exits with their caches, adapters with theirs, and
+        the shared head."""
+        trunk = self.trunk
+        borders = [0, *self.exit_layers, self.depth]
+        vocabulary, width = trunk.embedding.shape
+        embedded = _state("embedded", width)
+        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head)
+        segments = []
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
+            before = embedded if start == 0 else _state(f"state_{start}", trunk.width)
+            segments.append(
+                CachedSegment(
+                    name=f"segment_{number}",
+                    inputs=(before, POSITIONS),
+                    outputs=(_state(f"state_{stop}", trunk.width),),
+                    caches=_caches(trunk.heads, _layer_names(start, stop)),
+                    forms=stacks.forms(trunk.layers[start:stop], stem=start == 0),
+                    exit=f"exit_{stop}",
+                    projection=None if start == 0 else stacks.projection(trunk.layers[start:stop]),
+                    adapter=self._adapter_part(stop, stacks),
+                )
+            )
+        logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
+        head = Segment(
+            name="head",
+            module=trunk.head,
+            inputs=(Tensor(name="state", dtype="float32", axes=["batch", trunk.width]),),
+            outputs=(logits,),
+        )
+        unsplit = CachedSegment(
+            name="unsplit",
+            inputs=(embedded, POSITIONS),
+            outputs=(logits,),
+            caches=_caches(trunk.heads, _layer_names(0, self.depth)),
+            forms=stacks.forms(trunk.layers, stem=True, head=True),
+        )
+
+        def tokens(rows: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randint(0, vocabulary, (rows, 12), generator=generator)
+
+        def reference(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {f"exit_{layer}": logits for layer, logits in self(ids).items()}
+
+        return DecodeModel(
+            name=self.name,
+            embedding=trunk.embedding.detach(),
+            embedded=embedded,
+            positions=POSITIONS,
+            segments=segments,
+            head=head,
+            unsplit=unsplit,
+            tokens=tokens,
+            reference=reference,
+            limits={"positions": trunk.positions},
+            stop_tokens=trunk.stop_tokens,
+            tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),
+            provenance=self.provenance,
+        )
+
+    def _adapter_part(self, layer: int, stacks: Stacks) -> CachedSegment | None:
+        layers = cast("list[nn.Module]", self._adapter(layer))
+        if not layers:
+            return None
+        name = f"adapter_{layer}"
+        return CachedSegment(
+            name=name,
+            inputs=(_state(f"state_{layer}", self.trunk.width), POSITIONS),
+            outputs=(_state(f"adapted_{layer}", self.trunk.width),),
+            caches=_caches(
+                self.trunk.heads, [f"{name}/{own}" for own in _layer_names(0, len(layers))]
+            ),
+            forms=stacks.forms(layers),
+        )
+
+
+def _typed(layers: nn.ModuleList) -> Iterator[CutLayer]:
+    return (cast("CutLayer", layer) for layer in layers)
+
+
+POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
+
+
+def _state(name: str, width: int) -> Tensor:
+    return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
+
+
+def _layer_names(start: int, stop: int) -> list[str]:
+    return [f"layer_{layer + 1}" for layer in range(start, stop)]
+
+
+def _caches(heads: Heads, layers: Sequence[str]) -> tuple[Cache, ...]:
+    return tuple(
+        Cache(
+            name=f"{layer}/{kind}",
+            dtype="float32",
+            axes=["batch", heads.keys, "past", heads.size],
+            past=f"{layer}/past_{kind}",
+            present=f"{layer}/present_{kind}",
+        )
+        for layer in layers
+        for kind in ("key", "value")
+    )
+
+
+def check_adapters(
+    given: Iterable[int] | Mapping[int, int], exits: Sequence[int], depth: int
+) -> dict[int, int]:
+    """Exits with an adapter: layer -> its number of layers, from shallow to deep. Raises
+    `UsageError` for ones that cannot be."""
+    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
+    for layer, count in sizes.items():
+        if layer not in exits:
+            raise UsageError(
+                f"adapters: there is no early exit behind layer {layer!r} (exits: {list(exits)})",
+                fix="Give layers that have an exit, as in exits=[2, 4], adapters=[2] "
+                "(--exits 2,4 --adapters 2).",
+            )
+        if not isinstance(count, int) or not 1 <= count <= depth:
+            raise UsageError(
+                f"adapters: {count!r} layers cannot be had for the exit behind layer {layer}",
+                fix=f"Give a number from 1 to {depth}; 1 is the usual one.",
+            )
+    return {layer: sizes[layer] for layer in exits if layer in sizes}
+
+
+def load_adapters(decoder: ExitDecoder, layers: Sequence[int], folder: Path) -> None:
+    """Loads the adapters of some exits from a checkpoint; others that it holds stay unread."""
+    path = folder / EXITS_WEIGHTS
+    try:
+        weights = load_file(path)
+        for name in [f"exit_{layer}" for layer in layers]:
+            own = {k: v for k, v in weights.items() if k.split(".")[0] == name}
+            decoder.adapters[name].load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in own.items()}
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: does not hold the adapters that the checkpoint says it has: "
+            f"{str(error).splitlines()[-1].strip()}",
+            fix="Use adapters saved with this very checkpoint.",
+        ) from error
+
+
+__all__ = ["DecoderTrunk", "ExitDecoder", "check_adapters", "load_adapters"]

@@ -1,0 +1,115 @@
+"""Llama and Qwen3 causal models: RMS norm before, rotary positions, a gated MLP; Qwen3 normalises
+queries and keys as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+
+from edgeexit.errors import ExportError
+from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.trace.attention import Heads
+
+
+def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
+    """Describes a Llama or Qwen3 model; both have the same parts under the same names."""
+    config = model.config
+    _refuse_what_is_not_covered(config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderTrunk(
+        embedding=model.model.embed_tokens.weight,
+        stem=None,
+        layers=[_Layer(layer) for layer in model.model.layers],
+        head=_Head(model.model.norm, model.lm_head),
+        heads=Heads(
+            queries=config.num_attention_heads,
+            keys=config.num_key_value_heads,
+            size=size,
+            rotary=_tables(model, size),
+        ),
+        width=config.hidden_size,
+        positions=config.max_position_embeddings,
+        stop_tokens=stop_tokens(model),
+    )
+
+
+def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """What ends a text: ``eos_token_id`` of the model's configuration, and of that for generation,
+    where the end of a turn is often found."""
+    found: list[int] = []
+    for config in (model.config, model.generation_config):
+        given = getattr(config, "eos_token_id", None)
+        found += [] if given is None else [given] if isinstance(given, int) else given
+    return tuple(dict.fromkeys(found))
+
+
+class _Layer(nn.Module):
+    """A decoder layer, cut open around its attention."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layer, attention = self.layer, self.layer.self_attn
+        x = layer.input_layernorm(state)  # type: ignore[operator]
+        q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)  # type: ignore[operator,union-attr]
+        if hasattr(attention, "q_norm"):
+            q, k = _per_head(attention.q_norm, q), _per_head(attention.k_norm, k)  # type: ignore[union-attr,arg-type]
+        return q, k, v
+
+    def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        state = state + layer.self_attn.o_proj(attended)  # type: ignore[operator,union-attr]
+        return state + layer.mlp(layer.post_attention_layernorm(state))  # type: ignore[operator]
+
+
+def _per_head(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    weight = norm.weight
+    assert isinstance(weight, torch.Tensor)
+    size = weight.shape[0]
+    return norm(x.unflatten(-1, (-1, size))).flatten(-2)
+
+
+class _Head(nn.Module):
+    """Final norm and vocabulary projection."""
+
+    def __init__(self, norm: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.projection = projection
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(state))
+
+
+def _tables(
+    model: LlamaForCausalLM | Qwen3ForCausalLM, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[positions, size / 2]``, as transformers' own module computes them."""
+    positions = torch.arange(model.config.max_position_embeddings)[None]
+    with torch.no_grad():
+        cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+    return cos[0, :, : size // 2].contiguous(), sin[0, :, : size // 2].contiguous()
+
+
+def _refuse_what_is_not_covered(config: object) -> None:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ExportError(
+            f"the model's rotary positions are {kind}: they change with the length of the text",
+            fix="Use a model with fixed ones (default, linear, yarn, llama3).",
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError(
+            "the model rotates only a part of each head", fix="Use a model that rotates all of it."
+        )
+    kinds = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in kinds:
+        raise ExportError(
+            "the model has layers with sliding-window attention, whose caches forget",
+            fix="Use a model with full attention in every layer.",
+        )

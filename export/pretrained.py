@@ -1,0 +1,261 @@
+"""`from_pretrained`: a checkpoint directory or hub id becomes a model with exits.
+
+The model is read with transformers, a classifier's exits from ``exits.safetensors`` beside it, the
+labels, preprocessing and tokenizer from the checkpoint's own files. A decoder's exits share its own
+head; the checkpoint only says behind which layers they were trained, and holds the adapters that
+some of them have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.export.exits.classifier import (
+    EXITS_WEIGHTS,
+    ExitClassifier,
+    load_exits,
+    saved_adapters,
+    saved_exits,
+)
+from edgeexit.export.exits.decoder import ExitDecoder, load_adapters
+from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
+
+FAMILIES = {
+    "bert": ("bert", "AutoModelForSequenceClassification", "text-classification"),
+    "roberta": ("bert", "AutoModelForSequenceClassification", "text-classification"),
+    "distilbert": ("distilbert", "AutoModelForSequenceClassification", "text-classification"),
+    "vit": ("vit", "AutoModelForImageClassification", "image-classification"),
+    "resnet": ("resnet", "AutoModelForImageClassification", "image-classification"),
+}
+"""transformers' model type -> (module of this package, class that reads it, task)."""
+
+DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
+"""The same for causal language models: model type -> module of this package."""
+
+
+def name_of(path: str | Path) -> str:
+    """What a checkpoint is called: its folder's name, or that of the one above where it says
+    nothing.
+
+    >>> name_of("models/talker"), name_of("models/digits/checkpoint")
+    ('talker', 'digits')
+    """
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    exits: Iterable[int] | None = None,
+    adapters: Iterable[int] | Mapping[int, int] | None = None,
+    untrained: bool = False,
+) -> ExitClassifier | ExitDecoder:
+    """Reads a checkpoint and gives it exits.
+
+    Args:
+        path: A checkpoint directory, or a hub id.
+        exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
+            checkpoint. The last layer always answers with the model's own head.
+        adapters: Decoders: those of these layers whose exit has an adapter before the shared head
+            (see `ExitDecoder`). None: those saved with the checkpoint.
+        untrained: Attach new, random heads (new adapters) even where the checkpoint has none: to
+            measure what exits would cost and save before training them, or to train them now.
+
+    Raises:
+        ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
+            no exits for the layers asked for.
+    """
+    folder = _local(path)
+    if (folder / "manifest.json").is_file():
+        raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"{path}: not a transformers checkpoint ({first_line(error)})",
+            fix="Give a directory with config.json, as save_pretrained writes it.",
+        ) from error
+    if config.model_type in DECODERS:
+        return _decoder(path, folder, config, exits, adapters, untrained=untrained)
+    if adapters is not None:
+        raise UsageError(
+            f"{path}: adapters are for language models, this is a {config.model_type}",
+            fix="Leave them out: a classifier's exits have heads of their own.",
+        )
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ExportError(
+            f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
+            f"(it has {', '.join(sorted({*FAMILIES, *DECODERS}))})",
+            fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
+            "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
+        )
+    module_name, reader, task = family
+    saved = saved_exits(folder)
+    if exits is None and saved is None:
+        raise ExportError(
+            f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is not there)",
+            fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
+            "--untrained-exits 3,6,9 to measure latency before training.",
+        )
+    wanted = list(saved or [] if exits is None else exits)
+    model, found = _read(reader, path, folder)
+    if found["missing_keys"] and not untrained:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, "
+            "which its classifier needs",
+            fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
+            "measure latency with random weights.",
+        )
+    adapter = importlib.import_module(f"edgeexit.export.families.{module_name}")
+    images = None
+    if task == "image-classification":
+        images = image_preprocessing(folder, config.num_channels)
+        size = (images[0].height, images[0].width) if images else None
+        trunk = adapter.trunk(model.eval(), size)
+    else:
+        trunk = adapter.trunk(model.eval())
+    classifier = ExitClassifier(model, trunk, wanted)
+    missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
+    if missing and not untrained:
+        raise UsageError(
+            f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
+            fix="Choose among the trained ones, or pass untrained=True (--untrained-exits).",
+        )
+    if saved is not None and not missing:
+        load_exits(classifier, folder)
+    classifier.eval()
+    classifier.name = name_of(path)
+    classifier.task = task
+    labels = config.id2label or {}
+    classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
+    classifier.provenance = {
+        "model_type": config.model_type,
+        "exits": "trained" if classifier.trained else "untrained",
+    }
+    if images:
+        classifier.preprocessing, classifier.preprocessing_sample = images
+    elif task == "text-classification":
+        names = [tensor.name for tensor in trunk.inputs]
+        if texts := text_preprocessing(folder, names, trunk.limits["seq"]):
+            classifier.preprocessing, classifier.tokenizer_file, sample = texts
+            classifier.preprocessing_sample = sample
+    return classifier
+
+
+def _decoder(
+    path: str | Path,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    exits: Iterable[int] | None,
+    adapters: Iterable[int] | Mapping[int, int] | None,
+    *,
+    untrained: bool,
+) -> ExitDecoder:
+    """A causal language model; its exits share its own head, so any layer can have one."""
+    saved = saved_exits(folder)
+    if exits is None and saved is None:
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
+            "(--exits 2,4).",
+        )
+    model, found = _read("AutoModelForCausalLM", path, folder)
+    if found["missing_keys"]:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}",
+            fix="Give a whole causal language model.",
+        )
+    adapter = importlib.import_module(f"edgeexit.export.families.{DECODERS[config.model_type]}")
+    chosen = list(saved or [] if exits is None else exits)
+    held = saved_adapters(folder)
+    if adapters is None:
+        adapters = {layer: size for layer, size in held.items() if layer in chosen}
+    decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen, adapters)
+    sizes = decoder.adapter_sizes
+    loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
+    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
+        raise UsageError(
+            f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
+            f"behind layer {missing[0]} (it has, by layer: {held or 'none'})",
+            fix="Choose among those, or pass untrained=True (--untrained-exits) for new ones.",
+        )
+    if loaded:
+        load_adapters(decoder, loaded, folder)
+    decoder.eval()
+    decoder.name = name_of(path)
+    decoder.tokenizer_folder = folder
+    trained = set(decoder.exit_layers) <= set(saved or [])
+    decoder.provenance = {
+        "model_type": config.model_type,
+        "exits": "trained" if trained else "untrained",
+    }
+    if sizes:
+        decoder.provenance["adapters"] = "untrained" if missing else "trained"
+    return decoder
+
+
+def _read(reader: str, path: str | Path, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads a model with one of transformers' classes. Returns it, and what was found."""
+    try:
+        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
+        with _without_bars():
+            model, found = getattr(transformers, reader).from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: transformers cannot read it ({first_line(error)})",
+            fix="Check the checkpoint with transformers' from_pretrained.",
+        ) from error
+    return model, found
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers' own progress bars off stderr, which is the command line's."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _local(path: str | Path) -> Path:
+    """The checkpoint's directory; a hub id's is fetched into (or found in) the hub's cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ExportError(f"{path} is a file", fix="Give a checkpoint directory or a hub id.")
+    absent = ExportError(f"{path} does not exist", fix="Give a checkpoint directory or a hub id.")
+    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        raise absent
+    import huggingface_hub
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            found = huggingface_hub.snapshot_download(
+                str(path),
+                allow_patterns=["*.json", "*.txt", "*.jinja", weights],
+                ignore_patterns=["*/*", "training_args.bin"],
+            )
+            if any(Path(found).glob(weights)):
+                break
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path}: neither a directory nor to be had from the hub ({first_line(error)})",
+            fix="Check the name and the network, or fetch it elsewhere and give the directory.",
+        ) from error
+    return Path(found)

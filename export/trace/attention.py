@@ -1,0 +1,325 @@
+"""Forms of attention with a cache, one module each: the same numbers for different engines.
+
+A decoder's segment is exported once per form. `InPlace` is ONNX Runtime's GroupQueryAttention,
+which appends to the cache it reads. `Fixed` does the same in standard operators, for engines that
+know opset 24. `Append` is the plain form that every engine takes: it gives the new keys and values,
+and the runtime appends them. Caches are ``[batch, heads, capacity, size]``; how much of each row is
+filled comes in as lengths, whose kinds are `edgeexit.bundle.manifest.LENGTHS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgeexit.bundle.manifest import LENGTHS, Tensor
+
+Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Kind = Literal["past", "last", "most"]
+Caches = Literal["in-place", "fixed", "append"]
+_PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
+FLOAT32_ATTENTION = "float32-attention"
+"""What fused attention asks of an engine in float32 only: GPUs have it in half precision."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of a trunk's attention.
+
+    Attributes:
+        queries: Attention heads.
+        keys: Heads of keys and values; each serves ``queries / keys`` query heads.
+        size: Width of one head.
+        rotary: Tables ``(cos, sin)``, each ``[positions, size / 2]``: the two halves of a query or
+            key are turned by them (RoPE, arXiv:2104.09864). None: positions enter elsewhere.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class InPlace(nn.Module):
+    """GroupQueryAttention: past and present are one buffer, so nothing is copied.
+
+    Can be exported, not run: the operator is ONNX Runtime's own. It takes heads whose size is a
+    multiple of 16.
+    """
+
+    caches: Caches = "in-place"
+    requires: tuple[str, ...] = ("onnxruntime-operators", FLOAT32_ATTENTION)
+    lengths: tuple[Kind, ...] = ("last", "most")
+    opset = 18
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        self.shared: tuple[Tensor, ...] = (_PLACES, *map(_length, self.lengths))
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What layers share: `shared`."""
+        return (positions, *lengths)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        shared: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        heads, rotary = self.heads, self.heads.rotary is not None
+        positions, last, most = shared
+        inputs = [q, k, v, *past, last, most]
+        if rotary:
+            inputs += [self.cos, self.sin, positions]
+        attended, key, value = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            inputs,
+            {
+                "num_heads": heads.queries,
+                "kv_num_heads": heads.keys,
+                "do_rotary": int(rotary),
+                "scale": heads.size**-0.5,
+            },
+            dtypes=[q.dtype] * 3,
+            shapes=[q.shape, past[0].shape, past[1].shape],
+            version=1,
+        )
+        return attended, key, value
+
+
+class Fixed(nn.Module):
+    """TensorScatter and Attention of opset 24: past and present are one buffer of a size that an
+    engine may fix when it is built (TensorRT does).
+
+    Can be exported, not run. What a token sees is said by a mask and nothing else: engines disagree
+    on what ``is_causal`` and ``nonpad_kv_seqlen`` mean for several new tokens behind a past (the
+    operator's definition was corrected in onnx 1.23), and an early TensorRT parser passes over the
+    latter in silence. Queries are scaled here and not by the operator, or TensorRT would multiply
+    the whole cache. TensorRT has kernels for heads of 16 to 256 whose size is a multiple of 8, in
+    float16 and bfloat16.
+    """
+
+    caches: Caches = "fixed"
+    requires: tuple[str, ...] = ("opset-24", "cache-update", FLOAT32_ATTENTION)
+    lengths: tuple[Kind, ...] = ("past",)
+    opset = 24
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        self.shared: tuple[Tensor, ...] = (
+            _PLACES,
+            *map(_length, self.lengths),
+            Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"]),
+        )
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What layers share (`shared`): which places of the cache each new token sees."""
+        (filled,) = lengths
+        last = filled.unsqueeze(1) + torch.arange(positions.shape[1], device=positions.device)
+        seen = torch.arange(capacity, device=positions.device) <= last.unsqueeze(2)
+        return positions, filled, seen.unsqueeze(1)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        shared: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        heads, (positions, filled, seen) = self.heads, shared
+        q, k, v = (
+            split_heads(x, count, heads.size)
+            for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+        )
+        if heads.rotary is not None:
+            q, k = (
+                _operator("RotaryEmbedding", [x, self.cos, self.sin, positions], {}, like=x)
+                for x in (q, k)
+            )
+        key, value = (
+            _operator("TensorScatter", [whole, made, filled], {"axis": -2}, like=whole)
+            for whole, made in zip(past, (k, v), strict=True)
+        )
+        attended = _operator(
+            "Attention",
+            [q * heads.size**-0.5, key, value, seen],
+            {"scale": 1.0},
+            like=q,
+        )
+        return join_heads(attended), key, value
+
+
+def _operator(
+    name: str, inputs: Sequence[torch.Tensor], attributes: dict[str, Any], like: torch.Tensor
+) -> torch.Tensor:
+    """An operator of opset 24 whose output has the form of `like`."""
+    return torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=Fixed.opset
+    )
+
+
+class Append(nn.Module):
+    """Attention over the cache and the new tokens in operators that every engine has (opset 20).
+
+    The scores of cached and new keys stand beside each other under one softmax; what lies beyond a
+    row's length is masked.
+    """
+
+    caches: Caches = "append"
+    requires: tuple[str, ...] = ()
+    lengths: tuple[Kind, ...] = ("past",)
+    opset = 18
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        alone = heads.queries == heads.keys
+        self.shared: tuple[Tensor, ...] = (
+            Tensor(name="beyond", dtype="bool", axes=["batch", 1, 1, "past"]),
+            Tensor(name="later", dtype="bool", axes=["new" if alone else "queries", "new"]),
+        )
+        if heads.rotary is not None:
+            self.shared += rotations(heads)
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def prepare(
+        self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What layers share (`shared`): which of the cached and of the new keys each new token does
+        not see (each query, where several share keys), and rotations."""
+        (filled,) = lengths
+        new, shared = positions.shape[1], self.heads.queries // self.heads.keys
+        beyond = torch.arange(capacity, device=positions.device) >= filled.reshape(-1, 1, 1, 1)
+        order = torch.arange(new, device=positions.device)
+        later = order.unsqueeze(0) > order.unsqueeze(1)
+        if shared > 1:
+            later = later.repeat(shared, 1)
+        if self.heads.rotary is None:
+            return beyond, later
+        return (beyond, later, *angles(self.cos, self.sin, positions))
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor],
+        shared: Sequence[torch.Tensor],
+    ) -> Made:
+        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and the new keys and
+        values ``[batch, heads, new, size]``."""
+        heads, (beyond, later, *turns) = self.heads, shared
+        past_key, past_value = past
+        q, k, v = (
+            split_heads(x, count, heads.size)
+            for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+        )
+        if heads.rotary is not None:
+            cos, sin = turns
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
+        new, capacity = q.shape[2], past_key.shape[2]
+        group = heads.queries // heads.keys
+        q = q * heads.size**-0.5
+        if group > 1:
+            # Query heads that share keys become rows: [batch, keys, group * new, size]
+            q = q.unflatten(1, (heads.keys, group)).flatten(2, 3)
+        lowest = torch.finfo(q.dtype).min
+        old = (q @ past_key.transpose(-1, -2)).masked_fill(beyond, lowest)
+        own = (q @ k.transpose(-1, -2)).masked_fill(later, lowest)
+        shares = torch.softmax(torch.cat([old, own], dim=-1), dim=-1, dtype=torch.float32)
+        of_old, of_own = shares.to(q.dtype).split([capacity, new], dim=-1)
+        attended = of_old @ past_value + of_own @ v
+        if group > 1:
+            attended = attended.unflatten(2, (group, new)).flatten(1, 2)
+        return join_heads(attended), k, v
+
+
+AnyForm = InPlace | Fixed | Append
+
+
+def forms(heads: Heads) -> tuple[type[AnyForm], ...]:
+    """The forms that such heads can have, fastest first: a runtime takes the first one whose
+    requirements its engine meets."""
+    found: list[type[AnyForm]] = [Append]
+    if heads.size % 8 == 0 and 16 <= heads.size <= 256:
+        found.insert(0, Fixed)
+    if heads.size % 16 == 0:
+        found.insert(0, InPlace)
+    return tuple(found)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads, positions: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention over whole sequences. q ``[batch, seq, queries * size]``, result alike."""
+    q, k, v = (
+        split_heads(x, count, heads.size)
+        for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
+    )
+    if heads.rotary is not None:
+        q, k = (rotate(x, *heads.rotary, positions) for x in (q, k))
+    shared = heads.queries // heads.keys
+    if shared > 1:
+        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    return join_heads(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Turns queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
+    return turn(x, *angles(cos, sin, positions))
+
+
+def angles(
+    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
+    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def _length(kind: Kind) -> Tensor:
+    dtype, axes = LENGTHS[kind]
+    return Tensor(name=kind, dtype=dtype, axes=list(axes))  # type: ignore[arg-type]
+
+
+def rotations(heads: Heads) -> tuple[Tensor, ...]:
+    """Describes `angles`."""
+    axes: list[str | int | None] = ["batch", 1, "new", heads.size // 2]
+    return tuple(Tensor(name=name, dtype="float32", axes=axes) for name in ("cos", "sin"))
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the halves of ``x [batch, heads, new, size]`` by `angles`."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def split_heads(x: torch.Tensor, count: int, size: int) -> torch.Tensor:
+    """``[batch, new, heads * size]`` to ``[batch, heads, new, size]``."""
+    return x.unflatten(-1, (count, size)).transpose(1, 2)
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, new, size]`` to ``[batch, new, heads * size]``."""
+    return x.transpose(1, 2).flatten(-2)

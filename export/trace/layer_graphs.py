@@ -1,0 +1,231 @@
+"""Layers on top of each other to one graph: traced in pieces, each piece once, and joined.
+
+torch needs seconds to trace a layer, and as many again for every further one that computes the
+same with other weights. So what all layers share, one layer of each kind and what comes behind them
+are traced alone, weights as inputs, and `Pieces.graph` puts a graph together from copies of them.
+Parts of a model have pieces in common; they share one `Pieces`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import nn
+from torch.func import functional_call
+
+from edgeexit.bundle.manifest import Tensor
+from edgeexit.export.contract import Stack
+from edgeexit.export.trace import torch_graph
+
+
+class Pieces:
+    """What was traced so far."""
+
+    def __init__(self) -> None:
+        self._traced: dict[tuple[int, int], tuple[nn.Module, ir.Model]] = {}
+
+    def graph(
+        self,
+        stack: Stack,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        own: Sequence[Tensor],
+        made: Sequence[Tensor],
+        values: Mapping[str, torch.Tensor],
+        *,
+        opset: int,
+        what: str,
+    ) -> ir.Model:
+        """One graph of a stack.
+
+        Args:
+            stack: What to trace.
+            inputs: What its entry takes.
+            outputs: What it gives besides what layers make; empty if that is all.
+            own: What layers take besides state and shared tensors, in equal shares in their order.
+            made: What layers give besides the state, likewise.
+            values: An example of every input and of what layers take, two rows or more.
+            what: The graph's name.
+        """
+        with torch.no_grad():
+            state, *shared = stack.entry(*(values[tensor.name] for tensor in inputs))
+        known = dict(values) | {stack.state.name: state}
+        known |= {tensor.name: x for tensor, x in zip(stack.shared, shared, strict=True)}
+        join = _Join([*inputs, *(tensor for tensor in own if tensor not in inputs)], what)
+        entry = self._trace(
+            stack.entry,
+            inputs,
+            [stack.state, *stack.shared],
+            known,
+            opset=opset,
+            what=f"{what}, entry",
+        )
+        carried, *common = join.add(entry, "entry", [join.values[tensor.name] for tensor in inputs])
+        found: list[ir.Value] = []
+        for number, layer in enumerate(stack.layers):
+            name = f"layer_{number + 1}"
+            takes, gives = (_share(part, number, len(stack.layers)) for part in (own, made))
+            weights = [_described(key, value) for key, value in layer.weights.items()]
+            known |= {t.name: x for t, x in zip(weights, layer.weights.values(), strict=True)}
+            piece = self._trace(
+                layer.module,
+                [stack.state, *takes, *stack.shared, *weights],
+                [msgspec.structs.replace(stack.state, name="state_after"), *gives],
+                known,
+                weights=list(layer.weights),
+                opset=opset,
+                what=f"{what}, {name}",
+            )
+            carried, *more = join.add(
+                piece,
+                name,
+                [carried, *(join.values[tensor.name] for tensor in takes), *common],
+                layer.weights,
+            )
+            found += more
+        leaving = [carried] if outputs else []
+        if stack.head is not None:
+            head = self._trace(
+                stack.head, [stack.state], outputs, known, opset=opset, what=f"{what}, head"
+            )
+            leaving = join.add(head, "head", [carried])
+        return join.finish([*leaving, *found], [*outputs, *made], opset)
+
+    def _trace(
+        self,
+        module: nn.Module,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        values: Mapping[str, torch.Tensor],
+        *,
+        opset: int,
+        what: str,
+        weights: Sequence[str] = (),
+    ) -> ir.Model:
+        """A copy of the piece's graph; traced when it is first asked for."""
+        known = self._traced.get((id(module), opset))
+        if known is None:
+            called = _WithWeights(module, weights) if weights else module
+            model = torch_graph.graph_from_module(
+                called, inputs, outputs, values, opset=opset, what=what
+            )
+            model.graph.name = f"piece_{len(self._traced)}"
+            known = self._traced[id(module), opset] = (module, model)
+        return known[1].clone()
+
+
+class _WithWeights(nn.Module):
+    """A module that takes tensors of its own as its last inputs."""
+
+    def __init__(self, module: nn.Module, weights: Sequence[str]) -> None:
+        super().__init__()
+        self._module = (module,)  # not as a submodule, or tracing would find its weights
+        self.weights = list(weights)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = len(inputs) - len(self.weights)
+        given = dict(zip(self.weights, inputs[count:], strict=True))
+        return functional_call(self._module[0], given, inputs[:count])
+
+
+class _Join:
+    """A graph that grows by copies of pieces."""
+
+    def __init__(self, inputs: Sequence[Tensor], what: str) -> None:
+        self.what = what
+        self.values = {tensor.name: _value(tensor) for tensor in inputs}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.opsets: dict[str, int] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def add(
+        self,
+        piece: ir.Model,
+        name: str,
+        inputs: Sequence[ir.Value],
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> list[ir.Value]:
+        """Appends a piece, which is used up. Returns what it gives."""
+        graph = piece.graph
+        self.opsets |= piece.opset_imports
+        own = [self._weight(f"{name}/{key}", x) for key, x in (weights or {}).items()]
+        for value, given in zip(list(graph.inputs), [*inputs, *own], strict=True):
+            value.replace_all_uses_with(given)
+        outputs = list(graph.outputs)
+        graph.inputs.clear()
+        graph.outputs.clear()
+        for value in list(graph.initializers.values()):
+            # What a piece holds itself (tables, small constants) is the same in all its copies.
+            kept = self.initializers.setdefault(f"{graph.name}/{value.name}", value)
+            del graph.initializers[str(value.name)]
+            if kept is value:
+                value.name = f"{graph.name}/{value.name}"
+            else:
+                value.replace_all_uses_with(kept)
+        for node in list(graph):
+            graph.remove(node)
+            node.name = f"{name}/{node.name}"
+            for value in node.outputs:
+                value.name = f"{name}/{value.name}"
+            if not self._transposed(node):
+                self.nodes.append(node)
+        return outputs
+
+    def finish(self, values: Sequence[ir.Value], outputs: Sequence[Tensor], opset: int) -> ir.Model:
+        """The graph, with these values as outputs under their names."""
+        graph = ir.Graph(
+            list(self.values.values()),
+            list(values),
+            nodes=self.nodes,
+            initializers=[value for value in self.initializers.values() if value.uses()],
+            opset_imports=self.opsets | {"": opset},
+            name=self.what,
+        )
+        model = ir.Model(graph, ir_version=torch_graph.IR_VERSION)
+        passes.IdentityEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        torch_graph.name_outputs(graph, outputs)
+        return model
+
+    def _weight(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        held = ir.tensor(tensor.detach().contiguous(), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(held.dtype))
+        value.const_value = held
+        self._weights[name], self.initializers[name] = tensor, value
+        return value
+
+    def _transposed(self, node: ir.Node) -> bool:
+        """Leaves out a node that would turn a weight, which is stored turned instead."""
+        [weight] = node.inputs[:1]
+        if node.op_type != "Transpose" or weight is None or weight.name not in self._weights:
+            return False
+        order = node.attributes["perm"].as_ints()
+        turned = self._weights[weight.name].permute(*order)
+        node.outputs[0].replace_all_uses_with(self._weight(f"{weight.name}/transposed", turned))
+        node.replace_input_with(0, None)
+        return True
+
+
+def _value(tensor: Tensor) -> ir.Value:
+    kind = from_torch_dtype(torch_graph.TORCH_DTYPES[tensor.dtype])
+    return ir.Value(name=tensor.name, shape=ir.Shape(tensor.axes), type=ir.TensorType(kind))
+
+
+def _described(name: str, value: torch.Tensor) -> Tensor:
+    dtype = torch_graph.dtype_name(value.dtype)
+    return Tensor(name=name, dtype=dtype, axes=list(value.shape))  # type: ignore[arg-type]
+
+
+def _share(tensors: Sequence[Tensor], number: int, of: int) -> Sequence[Tensor]:
+    """The part of the tensors that belongs to one of so many layers."""
+    each = len(tensors) // of
+    return tensors[number * each : (number + 1) * each]
+
+
+__all__ = ["Pieces"]

@@ -1,0 +1,232 @@
+"""A trunk's layers as stacks: with their caches in every form of attention, and as projections.
+
+`Stacks` describes to the exporter what `edgeexit.export.exits.decoder` makes of a model. Layers
+that compute alike are found by trying, so a family's file need not say which are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from edgeexit.bundle.manifest import Tensor
+from edgeexit.export.contract import Form, Layer, Stack
+from edgeexit.export.trace.attention import (
+    AnyForm,
+    Heads,
+    angles,
+    forms,
+    rotations,
+    split_heads,
+    turn,
+)
+
+
+class CutLayer(Protocol):
+    """What a trunk's layer module offers besides being an ``nn.Module``."""
+
+    def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor: ...
+
+
+class Stacks:
+    """Makes stacks that have as many modules in common as can be, for each is traced once.
+
+    Args:
+        heads: Shape of attention.
+        width: Size of a state.
+        stem: ``(embedded, positions) -> state``, before the first layer, if there is any.
+        head: ``state [rows, width] -> logits``, behind the last.
+    """
+
+    def __init__(self, heads: Heads, width: int, stem: nn.Module | None, head: nn.Module) -> None:
+        self._heads = heads
+        self._state = Tensor(name="state", dtype="float32", axes=["batch", "new", width])
+        self._attentions = [form(heads) for form in forms(heads)]
+        self._entries = [_Entry(None, attention) for attention in self._attentions]
+        self._first_entries = self._entries
+        if stem is not None:
+            self._first_entries = [_Entry(stem, attention) for attention in self._attentions]
+        self._head = _LastToken(head)
+        self._rotations = _Rotations(heads)
+        self._kinds: list[_Kind] = []
+
+    def forms(
+        self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
+    ) -> tuple[Form, ...]:
+        """Layers with their caches, in every form that the heads can have."""
+        entries = self._first_entries if stem else self._entries
+        kinds = [self._kind(layer) for layer in layers]
+        return tuple(
+            Form(
+                stack=Stack(
+                    entry=entries[number].eval(),
+                    state=self._state,
+                    shared=attention.shared,
+                    layers=[
+                        Layer(kind.cached[number], _weights(layer))
+                        for kind, layer in zip(kinds, layers, strict=True)
+                    ],
+                    head=self._head if head else None,
+                ),
+                requires=attention.requires,
+                caches=attention.caches,
+                lengths=attention.lengths,
+                opset=attention.opset,
+            )
+            for number, attention in enumerate(self._attentions)
+        )
+
+    def projection(self, layers: Sequence[nn.Module]) -> Stack:
+        """Keys and values that layers would make of one state, were it the input of each of them
+        (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
+        return Stack(
+            entry=self._rotations,
+            state=self._state,
+            shared=() if self._heads.rotary is None else rotations(self._heads),
+            layers=[Layer(self._kind(layer).projecting, _weights(layer)) for layer in layers],
+        )
+
+    def _kind(self, layer: nn.Module) -> _Kind:
+        for kind in self._kinds:
+            if _alike(kind.layer, layer, self._state.axes[-1], self._heads):
+                return kind
+        self._kinds.append(_Kind(layer, self._attentions, self._heads))
+        return self._kinds[-1]
+
+
+class _Kind:
+    """What is traced for layers that compute alike, one of which is `layer`."""
+
+    def __init__(self, layer: nn.Module, attentions: Sequence[AnyForm], heads: Heads) -> None:
+        self.layer = layer
+        self.cached = [_CachedLayer(layer, attention).eval() for attention in attentions]
+        self.projecting = _ProjectingLayer(layer, heads).eval()
+
+
+class _Entry(nn.Module):
+    """The first state, and what attention's layers share."""
+
+    def __init__(self, stem: nn.Module | None, attention: AnyForm) -> None:
+        super().__init__()
+        self.stem = stem
+        self.attention = attention
+
+    def forward(
+        self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        *lengths, past = rest
+        if self.stem is not None:
+            state = self.stem(state, positions)
+        return (state, *self.attention.prepare(positions, lengths, past.shape[2]))
+
+
+class _CachedLayer(nn.Module):
+    """A layer with attention over its cache."""
+
+    def __init__(self, layer: nn.Module, attention: AnyForm) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention = attention
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+        *shared: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layer = cast("CutLayer", self.layer)
+        q, k, v = layer.before(state)
+        attended, key, value = self.attention(q, k, v, (past_key, past_value), shared)
+        return layer.after(state, attended), key, value
+
+
+class _LastToken(nn.Module):
+    """The head on each row's last token."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.head(state[:, -1])
+
+
+class _Rotations(nn.Module):
+    """The entry of projections: the state as it is, and by what keys are turned."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.rotary = heads.rotary is not None
+        if heads.rotary is not None:
+            self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+
+    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (state, *angles(self.cos, self.sin, positions)) if self.rotary else (state,)
+
+
+class _ProjectingLayer(nn.Module):
+    """Keys and values that a layer makes of a state, which goes on as it is."""
+
+    def __init__(self, layer: nn.Module, heads: Heads) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = heads
+
+    def forward(
+        self, state: torch.Tensor, *turns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, k, v = cast("CutLayer", self.layer).before(state)
+        k, v = (split_heads(x, self.heads.keys, self.heads.size) for x in (k, v))
+        return state, turn(k, turns[0], turns[1]) if turns else k, v
+
+
+class _WithoutAttention(nn.Module):
+    """All that a layer computes itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, state: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layer = cast("CutLayer", self.layer)
+        return (*layer.before(state), layer.after(state, attended))
+
+
+def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A layer's tensors by their names in the modules here, which hold it as ``layer``."""
+    return {f"layer.{name}": value.detach() for name, value in _tensors(layer).items()}
+
+
+def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(layer.named_parameters()) | dict(layer.named_buffers())
+
+
+def _alike(known: nn.Module, layer: nn.Module, width: object, heads: Heads) -> bool:
+    """Whether a layer differs from a known one by its weights alone: the same modules with the same
+    settings, and, with its weights in the known one, the same numbers to the bit."""
+    if layer is known:
+        return True
+    if repr(layer) != repr(known) or _shapes(layer) != _shapes(known):
+        return False
+    assert isinstance(width, int)
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(2, 3, width, generator=generator)
+    attended = torch.randn(2, 3, heads.queries * heads.size, generator=generator)
+    with torch.no_grad():
+        expected = _WithoutAttention(layer)(state, attended)
+        found = functional_call(_WithoutAttention(known), _weights(layer), (state, attended))
+    return all(map(torch.equal, expected, found))
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in _tensors(layer).items()}
+
+
+__all__ = ["CutLayer", "Stacks"]

@@ -1,0 +1,114 @@
+"""The scores of an exit: how safe it is to stop, from its logits.
+
+`append_scores` writes them into a graph, for segments from torch and for cut ONNX graphs alike;
+`reference_scores` computes the same in float64, for samples and tests. z = logits, p = softmax(z)
+over N classes; every score is float32 ``[batch]``, higher = safer:
+
+- ``max_prob``: max p;
+- ``margin``: the largest p minus the second largest;
+- ``entropy``: 1 - H / log N, with H = -sum p log p from log-softmax, which stays finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeexit.bundle.manifest import SCORES
+from edgeexit.errors import ExportError
+
+
+def append_scores(graph: ir.Graph, logits: ir.Value, prefix: str) -> dict[str, ir.Value]:
+    """Adds the nodes for every score of `SCORES` behind `logits` ``[batch, classes]``.
+
+    Each score hangs on nodes of its own where it can, so that an engine that is asked for one of
+    them runs the fewest nodes (two for ``max_prob``). The new values are not made graph outputs.
+    """
+    classes = logits.shape[-1] if logits.shape is not None and len(logits.shape) == 2 else None
+    if not isinstance(classes, int) or classes < 2:
+        raise ExportError(
+            f"{logits.name}: logits have the shape {logits.shape}, scores need [batch, classes] "
+            "with a fixed number of two or more classes",
+            fix="Name an exit output that holds one row of class logits per input.",
+        )
+    build = _Builder(graph, prefix)
+    z = logits
+    if z.dtype != ir.DataType.FLOAT:
+        z = build("Cast", [z], to=int(ir.DataType.FLOAT))
+    last = build.constant("last_axis", np.array([-1], np.int64))
+    p = build("Softmax", [z], axis=-1)
+    scores = {"max_prob": build("ReduceMax", [p, last], keepdims=0, name="max_prob")}
+    top = build("TopK", [p, build.constant("two", np.array([2], np.int64))], outputs=2, axis=-1)
+    signed = build("Mul", [top, build.constant("signs", np.array([[1, -1]], np.float32))])
+    scores["margin"] = build("ReduceSum", [signed, last], keepdims=0, name="margin")
+    weighted = build("Mul", [p, build("LogSoftmax", [z], axis=-1)])
+    negative = build("ReduceSum", [weighted, last], keepdims=0)
+    scaled = build("Mul", [negative, build.constant("scale", np.float32(1 / math.log(classes)))])
+    one = build.constant("one", np.float32(1))
+    scores["entropy"] = build("Add", [scaled, one], name="entropy")
+    assert tuple(scores) == SCORES
+    batch = logits.shape[0] if logits.shape is not None else None
+    for value in scores.values():
+        value.shape = ir.Shape([batch])
+        value.dtype = ir.DataType.FLOAT
+    return scores
+
+
+def reference_scores(logits: np.ndarray) -> Mapping[str, np.ndarray]:
+    """The scores of `logits` ``[batch, classes]`` in float64, rounded once to float32.
+
+    >>> {name: float(score[0]) for name, score in reference_scores(np.zeros((1, 4))).items()}
+    {'max_prob': 0.25, 'margin': 0.0, 'entropy': 0.0}
+    """
+    z = np.asarray(logits, np.float64)
+    log_p = z - z.max(-1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    ordered = np.sort(p, axis=-1)
+    entropy = -(p * log_p).sum(-1)
+    return {
+        "max_prob": ordered[..., -1].astype(np.float32),
+        "margin": (ordered[..., -1] - ordered[..., -2]).astype(np.float32),
+        "entropy": (1 - entropy / math.log(z.shape[-1])).astype(np.float32),
+    }
+
+
+class _Builder:
+    """Adds named nodes and constants to a graph."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.count = 0
+
+    def __call__(
+        self,
+        kind: str,
+        inputs: list[ir.Value],
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: int,
+    ) -> ir.Value:
+        self.count += 1
+        node = ir.node(kind, inputs, attributes, num_outputs=outputs)
+        node.name = f"{self.prefix}/{kind}_{self.count}"
+        for number, value in enumerate(node.outputs):
+            own = name or f"{kind}_{self.count}"
+            value.name = f"{self.prefix}/{own}" + (f"_{number}" if number else "")
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray | np.generic) -> ir.Value:
+        name = f"edgeexit/{name}"
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(np.asarray(array), name=name)
+        shape = ir.Shape(np.shape(array))
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value

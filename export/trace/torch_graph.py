@@ -1,0 +1,231 @@
+"""Segments to ONNX graphs: one module at a time through ``torch.onnx.export``.
+
+`graph_from_segment` gives an `onnx_ir` model whose inputs, outputs and axes carry the contract's
+names and whose exits emit their scores; `simplify` takes out the shape arithmetic that torch
+leaves behind (benchmarks/README.md tells what that is worth). Weights stay where torch has them
+until the store writes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch import nn
+
+from edgeexit.bundle.manifest import SCORES, Tensor
+from edgeexit.errors import ExportError
+from edgeexit.export.contract import Exit, Segment
+from edgeexit.export.passes.simplify import simplify
+from edgeexit.export.trace.scores import append_scores
+
+DEFAULT_OPSET = 20
+IR_VERSION = 10
+"""What ONNX Runtime 1.23 and TensorRT 10.3 read."""
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+def graph_from_segment(
+    segment: Segment, values: Mapping[str, torch.Tensor], *, opset: int = DEFAULT_OPSET
+) -> ir.Model:
+    """Exports one segment.
+
+    Args:
+        segment: What to export.
+        values: An example of every input, with at least two rows (the exporter would freeze one).
+
+    Returns:
+        A model whose outputs are the segment's outputs followed by the scores of its exits, named
+        as `score_tensors` says.
+    """
+    model = graph_from_module(
+        segment.module, segment.inputs, segment.outputs, values, opset=opset, what=segment.name
+    )
+    made = {value.name: value for value in model.graph.outputs}
+    for leave in segment.exits:
+        if "logits" in leave.outputs:
+            scores = append_scores(model.graph, made[leave.outputs["logits"]], leave.name)
+            model.graph.outputs.extend(scores.values())
+    return model
+
+
+def score_tensors(leave: Exit) -> dict[str, str]:
+    """Score -> tensor name, for the scores the exporter appends and those the module makes."""
+    own = {score: f"{leave.name}/{score}" for score in SCORES} if "logits" in leave.outputs else {}
+    return own | dict(leave.scores)
+
+
+def graph_from_module(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    values: Mapping[str, torch.Tensor],
+    *,
+    opset: int = DEFAULT_OPSET,
+    what: str = "model",
+) -> ir.Model:
+    """Exports a module that maps `inputs` to a tuple of `outputs`, keeping the contract's names."""
+    axes = sorted({a for tensor in inputs for a in tensor.axes if isinstance(a, str)})
+    dims = {axis: torch.export.Dim(axis, min=1) for axis in axes}
+    shapes = tuple(
+        {i: dims[axis] for i, axis in enumerate(tensor.axes) if isinstance(axis, str)}
+        for tensor in inputs
+    )
+    try:
+        with _quiet(), _one_table(), torch.no_grad():
+            program = torch.onnx.export(
+                _Positional(module, len(inputs)),
+                tuple(values[tensor.name] for tensor in inputs),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[tensor.name for tensor in inputs],
+                output_names=[tensor.name for tensor in outputs],
+                dynamic_shapes=(shapes,),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"{what}: torch.onnx could not export it: {_reason(error)}",
+            fix="The segment's module must trace with torch.export for any size of "
+            f"{', '.join(axes) or 'its inputs'}; run again with -vv for torch's own report.",
+        ) from error
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    for value, tensor in zip(model.graph.inputs, inputs, strict=True):
+        value.shape = ir.Shape(tensor.axes)
+    name_outputs(model.graph, outputs)
+    simplify(model)
+    _name_nodes(model.graph)
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.graph.name = what
+    return model
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What the manifest calls a type of torch's."""
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
+
+
+def save_graph(model: ir.Model, path: str) -> None:
+    """Writes a graph whose large tensors are in the weight store already."""
+    model.producer_name = "edgeexit"
+    model.producer_version = None
+    with open(path, "wb") as file:
+        file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+class _Positional(nn.Module):
+    """Gives a module the signature ``(*inputs)``, whatever names its own arguments have."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        super().__init__()
+        self.module = module
+        self.count = count
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = self.module(*inputs)
+        return made if isinstance(made, tuple) else (made,)
+
+
+def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
+    """Gives every output its contract name and axes; an input among them gets a node of its own."""
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"{graph.name}: the module gives {len(graph.outputs)} tensors, its segment names "
+            f"{len(outputs)}",
+            fix="List every tensor that forward returns in the segment's outputs, in order.",
+        )
+    for position, (value, tensor) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
+        if value.is_graph_input() or value.is_initializer() or value in graph.outputs[:position]:
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            node.outputs[0].type = value.type
+            value = graph.outputs[position] = node.outputs[0]
+        value.name = tensor.name
+        value.shape = ir.Shape(tensor.axes)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Names every node after the torch module it came from, ``self_attn.q_proj/MatMul_3``: engines
+    name nodes when they refuse or time them."""
+    for number, node in enumerate(graph.all_nodes()):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        module = module.removeprefix("module").removeprefix(".")  # `_Positional` holds it as that
+        node.name = f"{module}/{node.op_type}_{number}".removeprefix("/")
+
+
+def _reason(error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip() or type(cause).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _one_table() -> Iterator[None]:
+    """Lets torch keep its table of operators while it exports.
+
+    It makes one for every graph, which takes longer than most segments take to be exported. Where a
+    version of torch has another way, nothing is changed.
+    """
+    where = "torch.onnx._internal.exporter._registration"
+    found = importlib.util.find_spec(where)
+    registry = getattr(importlib.import_module(where), "ONNXRegistry", None) if found else None
+    made = getattr(registry, "from_torchlib", None)
+    if registry is None or made is None:
+        yield
+        return
+    own = registry.__dict__["from_torchlib"]
+    registry.from_torchlib = staticmethod(functools.partial(_table, made))
+    try:
+        yield
+    finally:
+        registry.from_torchlib = own
+
+
+_tables: dict[tuple[Any, ...], Any] = {}
+
+
+def _table(made: Any, *arguments: Any, **named: Any) -> Any:
+    key = (*arguments, *sorted(named.items()))
+    if key not in _tables:
+        _tables[key] = made(*arguments, **named)
+    return _tables[key]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says that means nothing to a user (missing torchvision,
+    renamings).
+    """
+    loud = logging.getLogger().isEnabledFor(logging.DEBUG)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if not loud:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
+                logger = logging.getLogger(name)
+                stack.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
+        yield

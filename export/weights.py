@@ -1,0 +1,78 @@
+"""The weight store: every tensor of every graph once, found again by its content.
+
+`WeightStore` appends tensors of 1 KiB and more to one file and gives each graph external references
+into it. The SHA-256 of dtype-free bytes is the key, so a tensor that several graphs use (segments
+and the unsplit graph, tied weights) takes its place once. Nothing is held in memory but the keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeexit.bundle.reader import WEIGHTS
+
+INLINE_LIMIT_BYTES = 1024
+_SMALL_ALIGNMENT, _PAGE = 64, 4096
+
+
+class WeightStore:
+    """Appends tensors to ``weights.bin`` and remembers where each one lies."""
+
+    def __init__(self, bundle_folder: Path) -> None:
+        self.path = bundle_folder / WEIGHTS
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._end = 0
+        self.path.touch()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the store so far."""
+        return self._end
+
+    def externalize(self, graph: ir.Graph) -> None:
+        """Moves every initializer of 1 KiB and more into the store, also those of subgraphs."""
+        with self.path.open("r+b") as file:
+            for owner in [graph, *graph.subgraphs()]:
+                for value in owner.initializers.values():
+                    tensor = value.const_value
+                    if tensor is None:
+                        continue
+                    if tensor.nbytes < INLINE_LIMIT_BYTES:
+                        if isinstance(tensor, ir.ExternalTensor):
+                            array = np.array(tensor.numpy())
+                            value.const_value = ir.Tensor(
+                                array, dtype=tensor.dtype, name=tensor.name
+                            )
+                        continue
+                    offset, length = self._place(tensor, file)
+                    value.const_value = ir.ExternalTensor(
+                        self.path.name,
+                        offset,
+                        length,
+                        tensor.dtype,
+                        shape=tensor.shape,  # type: ignore[arg-type]
+                        name=value.name or "",
+                        base_dir=str(self.path.parent),
+                    )
+
+    def place(self, tensor: ir.TensorProtocol) -> int:
+        """Puts one tensor into the store, if it is not there yet. Returns where it begins."""
+        with self.path.open("r+b") as file:
+            return self._place(tensor, file)[0]
+
+    def _place(self, tensor: ir.TensorProtocol, file: object) -> tuple[int, int]:
+        raw = tensor.tobytes()
+        key = hashlib.sha256(raw).digest()
+        data = np.frombuffer(raw, dtype=np.uint8)
+        if key not in self._places:
+            alignment = _PAGE if data.nbytes >= 16 * _PAGE else _SMALL_ALIGNMENT
+            offset = -(-self._end // alignment) * alignment
+            file.seek(offset)  # type: ignore[attr-defined]
+            file.write(data.data)  # type: ignore[attr-defined]
+            self._places[key] = (offset, data.nbytes)
+            self._end = offset + data.nbytes
+        return self._places[key]

@@ -1,0 +1,264 @@
+"""Builds one engine in a process of its own.
+
+TensorRT gives memory back only when its process ends, and on a small device it is the process that
+the system kills when there is too little. So `build` starts one of these per graph. The job comes
+as JSON on stdin; what happens is told on stdout, one JSON object a line: ``phase``, ``done`` and
+``of`` while it goes on, ``built`` or ``failed`` at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from edgeexit.bundle.onnx_wire import fix_axes, keep_outputs
+from edgeexit.errors import EdgeExitError, EngineError
+from edgeexit.runtime.engines.tensorrt import precision
+from edgeexit.runtime.engines.tensorrt.api import (
+    Builder,
+    IBuilderConfig,
+    IHostMemory,
+    OnnxParser,
+    TensorRt,
+)
+from edgeexit.runtime.engines.tensorrt.engine_cache import write_whole
+from edgeexit.runtime.engines.tensorrt.library import Library, import_library
+from edgeexit.runtime.memory import peak_bytes
+
+logger = logging.getLogger(__name__)
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build.
+
+    Attributes:
+        library: Module of the engine library.
+        graph: Path of the ONNX file; its weights lie beside it.
+        outputs: Outputs to keep.
+        fixed: Named axes that get a number (`edgeexit.bundle.onnx_wire.fix_axes`).
+        profiles: Per profile, input -> smallest, usual and largest shape.
+        targets: Compute capabilities (86 for 8.6) to build for ahead of time; none: this device.
+        plan: Where the plan goes.
+    """
+
+    library: str
+    graph: str
+    outputs: list[str]
+    fixed: dict[str, int]
+    profiles: list[dict[str, list[list[int]]]]
+    targets: list[int]
+    plan: str
+    timing_cache: str | None = None
+    memory_limit_bytes: int | None = None
+    opt_level: int | None = None
+
+
+class Built(msgspec.Struct, kw_only=True):
+    """What came of it: size of the plan, types of its network's layers and, where the engine could
+    be looked into, of its own products; seconds, and peak memory."""
+
+    bytes: int
+    precision: precision.Types
+    inspected: dict[str, int] | None
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Failed(msgspec.Struct, kw_only=True):
+    """Why nothing came of it. `nodes` are those that the parser refused: name, operator, reason.
+    `fix`: the reason is not the library's, and this mends it."""
+
+    what: str
+    nodes: list[tuple[str, str, str]] = []
+    memory: bool = False
+    fix: str | None = None
+
+
+def main() -> None:
+    """Builds what stdin asks for."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # it writes where others may go on
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    # The library may print; what is told goes out through a stream of its own.
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        result: dict[str, Any] = {"built": build(import_library(job.library), job, told)}
+    except Refused as error:
+        result = {"failed": error.failed}
+    except EdgeExitError as error:
+        result = {"failed": Failed(what=error.what, fix=error.fix)}
+    _tell(told, result)
+
+
+class Refused(Exception):
+    """The library would not build it."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.what)
+        self.failed = failed
+
+
+def build(library: Library, job: Job, told: TextIO) -> Built:
+    """Builds an engine and writes its plan; raises `Refused`."""
+    started = time.monotonic()
+    log = _logger(library.module)
+    plan, types = _make(library, job, log, told)
+    write_whole(Path(job.plan), memoryview(plan))
+    return Built(
+        bytes=plan.nbytes,
+        precision=types,
+        inspected=None if job.targets else _inspect(library.module, log, plan),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_bytes(),
+    )
+
+
+def _make(
+    library: Library, job: Job, log: Any, told: TextIO
+) -> tuple[IHostMemory, precision.Types]:
+    """The plan, and the types of its network. What it took is given back when this returns."""
+    trt = library.module
+    builder = trt.Builder(log)
+    if builder is None:
+        raise Refused(Failed(what=log.reason("no builder could be made")))
+    flags = (
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if library.has_typing_flag else 0
+    )
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    path = Path(job.graph)
+    raw = fix_axes(keep_outputs(path.read_bytes(), job.outputs), job.fixed)
+    if not parser.parse(raw, str(path)):
+        raise Refused(_parser_failure(parser, log))
+    config = _configure(trt, builder, job, log)
+    cache = None
+    if job.timing_cache is not None:
+        known = Path(job.timing_cache)
+        cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise EngineError(
+                f"--timing-cache {known}: {library.name} {library.version} does not take it "
+                f"({log.reason('it is of another version or GPU')})",
+                fix="Remove the file, or name another: a new one is made.",
+            )
+    config.progress_monitor = monitor = _monitor(trt, told)
+    types = precision.of_network(trt, network)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
+    del monitor
+    if cache is not None and job.timing_cache is not None:
+        write_whole(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+    return plan, types
+
+
+def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderConfig:
+    """How it is to be built: profiles, targets, limits."""
+    config = builder.create_builder_config()
+    for shapes in job.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in shapes.items():
+            profile.set_shape(name, low, usual, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise Refused(Failed(what=log.reason(f"it takes no such profile: {shapes}")))
+    if job.targets:
+        config.num_compute_capabilities = len(job.targets)
+        for place, target in enumerate(job.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
+    else:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32; float16 is asked for by export
+    if job.memory_limit_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
+    if job.opt_level is not None:
+        config.builder_optimization_level = job.opt_level
+    return config
+
+
+def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int] | None:
+    """Loads the engine on the device it was built for, and asks what it multiplies in. None where
+    there is no room for it now, which is for whoever runs it to say, or where what the library
+    tells cannot be read: the engine is none the worse."""
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        return precision.of_engine(told)
+    except ValueError as error:
+        logger.warning("what the inspector told cannot be read: %s", error)
+        return None
+
+
+def _parser_failure(parser: OnnxParser, log: Any) -> Failed:
+    nodes = []
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        name = error.node_name() or f"number {error.node()}"
+        nodes.append((name, error.node_operator(), error.desc()))
+    return Failed(what=log.reason("the parser refused the graph"), nodes=nodes)
+
+
+def _logger(trt: TensorRt) -> Any:
+    """Keeps what the library complains of: its calls themselves only say that they failed."""
+
+    base: Any = trt.ILogger
+
+    class Log(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.complaints: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.complaints.append(message)
+
+        def reason(self, otherwise: str) -> str:
+            return self.complaints[0] if self.complaints else otherwise
+
+        @property
+        def out_of_memory(self) -> bool:
+            text = " ".join(self.complaints).lower()
+            return "out of memory" in text or "outofmemory" in text or "insufficient memory" in text
+
+    return Log()
+
+
+def _monitor(trt: TensorRt, told: TextIO) -> Any:
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.asked_by = os.getppid()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            _tell(told, {"phase": phase, "done": 0, "of": steps})
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            _tell(told, {"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
+            return os.getppid() == self.asked_by  # nobody waits for it any more: give up
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _tell(told: TextIO, message: dict[str, Any]) -> None:
+    told.write(msgspec.json.encode(message).decode() + "\n")
+    told.flush()

@@ -1,0 +1,123 @@
+"""What a caller may ask of `Decoder.generate`: prompts, options, and what is refused.
+
+Everything is looked at before any work begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.errors import InputError, UsageError
+from edgeexit.runtime.programs.sampling import Sampling
+
+ModeName = Literal["full", "exact", "fast", "approximate"]
+Prompt = str | Sequence[int]
+
+
+def check_options(
+    mode: str,
+    max_new_tokens: int | None,
+    *,
+    draft_exit: str | None,
+    drafts: int | None,
+    draft_threshold: float,
+    sampling: Sampling | None,
+    audit: bool,
+) -> int | None:
+    """Raises `UsageError` for options that cannot be meant. Returns `max_new_tokens` as an int."""
+    if mode not in get_args(ModeName):
+        raise UsageError(
+            f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."
+        )
+    if max_new_tokens is not None:
+        if not _is_count(max_new_tokens) or max_new_tokens < 1:
+            raise UsageError(
+                f"max_new_tokens is {max_new_tokens!r}", fix="Use a whole number from 1 up."
+            )
+        max_new_tokens = int(max_new_tokens)
+    if not isinstance(draft_threshold, (int, float)) or not draft_threshold >= 0:
+        raise UsageError(
+            f"draft_threshold is {draft_threshold!r}", fix="Use a number from 0 up; 0: never."
+        )
+    if drafts is not None and (not _is_count(drafts) or drafts < 1):
+        raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number from 1 up, or None.")
+    given = {
+        "draft_exit": (draft_exit is not None, "exact"),
+        "drafts": (drafts is not None, "exact"),
+        "draft_threshold": (draft_threshold > 0, "exact"),
+        "audit": (audit, "fast"),
+    }
+    for name, (is_given, suits) in given.items():
+        if is_given and mode != suits:
+            raise UsageError(
+                f"{name} means nothing in mode {mode}", fix=f'Leave it out, or use mode="{suits}".'
+            )
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise UsageError(
+            f"sampling is a {type(sampling).__name__}",
+            fix="Use edgeexit.runtime.Sampling(temperature=0.8, ...).",
+        )
+    if sampling is not None:
+        sampling.check()
+    return max_new_tokens
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def stop_strings(given: str | Sequence[str]) -> list[str]:
+    """Strings that end a text, as a list. Raises `UsageError` for what is none."""
+    stops = [given] if isinstance(given, str) else given
+    if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
+        raise UsageError(
+            f"stop is {given!r}", fix='Use a string that ends a text, or a list: stop=["\\n\\n"].'
+        )
+    return list(stops)
+
+
+def token_rows(
+    prompts: Prompt | Sequence[Prompt], encode: Callable[[str], list[int]]
+) -> list[NDArray[np.int64]]:
+    """Prompts as rows of token ids. Raises `InputError` for what is no prompt.
+
+    Args:
+        prompts: One, or several.
+        encode: Makes ids of a text.
+    """
+    if not isinstance(prompts, (str, Sequence, np.ndarray)):
+        raise InputError(
+            f"the prompts are a {type(prompts).__name__}",
+            fix="Give a text, a list of token ids, or a list of either.",
+        )
+    one = isinstance(prompts, str) or _are_ids(prompts)
+    many: Sequence[Any] = [prompts] if one else prompts
+    found = []
+    for prompt in many:
+        ids = encode(prompt) if isinstance(prompt, str) else prompt
+        try:
+            row = np.asarray(ids)
+        except ValueError:  # lists of unlike length
+            row = np.asarray(ids, dtype=object)
+        if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
+            raise InputError(
+                "a prompt is empty"
+                if row.size == 0
+                else f"a prompt is {row.dtype} with {row.ndim} axes, not a list of token ids",
+                fix="Give a text, or token ids with at least one of them.",
+            )
+        found.append(row.astype(np.int64))
+    if not found:
+        raise InputError("there is no prompt", fix="Give one.")
+    return found
+
+
+def _are_ids(prompts: Any) -> bool:
+    return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))
+
+
+__all__ = ["ModeName", "Prompt", "check_options", "stop_strings", "token_rows"]

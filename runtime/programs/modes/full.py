@@ -1,0 +1,197 @@
+"""How the next tokens come about, and the plainest way: ``full``. The others are
+`edgeexit.runtime.programs.modes.exact` and `edgeexit.runtime.programs.modes.early` (``fast``,
+``approximate``).
+
+Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
+token or several per row), on one set of engines. All of them keep to four rules. A state that
+passed a boundary without the segments behind it waits in that boundary's ring; running a segment
+drains its ring first; an exit that is asked now and then is given every state that passes it
+(`Session.adapt`), for its adapter's caches; and what a cache holds beyond its length does not
+count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.runtime.engines.base import Array
+from edgeexit.runtime.executor.head import Answers
+from edgeexit.runtime.executor.session import Session
+from edgeexit.runtime.programs.sampling import Sampler
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class Statistics:
+    """What happened while a text was written.
+
+    Attributes:
+        tokens: Tokens made, over all rows.
+        exits: Exit name -> tokens that were answered there (for ``exact``: drafted there and
+            accepted; the last exit made the others).
+        drafted: Tokens drafted (``exact``).
+        accepted: How many of them the full model confirmed.
+        tested: Drafts that were compared at all: those before and at the first refusal.
+        catch_ups: Calls in which later segments caught up with states that waited (``fast``).
+        audited: Tokens of early exits that the full model's answer was computed for, too.
+        agreed: How many of those have the greedy token that the full model has.
+    """
+
+    tokens: int = 0
+    exits: dict[str, int] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    tested: int = 0
+    catch_ups: int = 0
+    audited: int = 0
+    agreed: int = 0
+
+    def count(self, exit_name: str, tokens: int) -> None:
+        """Counts tokens answered at an exit."""
+        self.tokens += tokens
+        if tokens:
+            self.exits[exit_name] = self.exits.get(exit_name, 0) + tokens
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted ÷ drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def alpha(self) -> float | None:
+        """Chance that a draft is accepted when all before it were: accepted ÷ tested."""
+        return self.accepted / self.tested if self.tested else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of early exits' tokens that are those of the full model."""
+        return self.agreed / self.audited if self.audited else None
+
+
+class Mode(Protocol):
+    """A way to decode."""
+
+    statistics: Statistics
+    sampler: Sampler | None
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        """Takes prompts, one per row. Returns the first token of every row, ``[batch]``."""
+
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
+        """One round. Returns the new tokens of every row; those that are not active get none."""
+
+    def force(self, tokens: Ints) -> None:
+        """Goes on with these tokens ``[batch]`` in place of the last ones made."""
+
+
+class Full:
+    """Every segment for every token; also the unsplit graph, whose one segment answers itself.
+
+    Args:
+        asked: Indices of early exits that take the prompt, for a mode that asks them later.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exits: Sequence[str],
+        sampler: Sampler | None = None,
+        *,
+        asked: Collection[int] = (),
+    ) -> None:
+        self.session, self.exits, self.sampler, self._asked = session, exits, sampler, asked
+        self.statistics = Statistics()
+        self._current: Ints = np.zeros((session.batch, 1), np.int64)
+
+    def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        last = last_states(self.session, prompts, self._pass)
+        self._current[:, 0] = self._answer(last)
+        self.statistics.count(self.exits[-1], self.session.batch)
+        return self._current[:, 0].copy()
+
+    def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
+        session = self.session
+        session.embed(self._current)
+        self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1)[:, 0])
+        self.statistics.count(self.exits[-1], sum(active))
+        tokens = self._current[:, 0].tolist()
+        return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
+
+    def force(self, tokens: Ints) -> None:
+        self._current[:, 0] = tokens
+
+    def _pass(self, new: int, counts: Sequence[int]) -> Array:
+        """Runs every segment, and the adapters of exits that take the prompt."""
+        session = self.session
+        if not session.adapters:
+            return session.run_all(0, len(session.parts), new, counts)
+        for number in range(len(session.parts)):
+            states = session.run(number, new, counts)
+            if number in self._asked:
+                session.adapt(number, new, counts)
+        return states
+
+    def _answer(self, states: Array) -> Ints:
+        """Tokens for states ``[batch, width]``; the unsplit graph has answered already."""
+        session = self.session
+        unsplit = session.opened.head is None
+        answers = session.parts[-1].answers if unsplit else session.head()(states)
+        return choose(answers, self.sampler)
+
+
+def choose(answers: Answers, sampler: Sampler | None) -> Ints:
+    """One token per row of a head's answers: the greedy one, or a drawn one."""
+    if sampler is None:
+        return answers["token"]
+    return np.array([pick(answers, row, sampler) for row in range(len(answers["token"]))])
+
+
+def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
+    """The token of one row of a head's answers."""
+    if sampler is None:
+        return int(answers["token"][row])
+    return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
+
+
+def last_states(
+    session: Session,
+    prompts: Sequence[Ints],
+    take: Callable[[int, Sequence[int]], Array],
+) -> Array:
+    """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``; the
+    next call overwrites it.
+
+    Args:
+        take: What to do with a chunk that lies embedded before the first segment, as
+            ``take(new, counts)``; it gives the states to look at, ``[batch, new, width]``.
+    """
+    found: Array | None = None
+    lengths = [len(prompt) for prompt in prompts]
+    for start in range(0, max(lengths), session.chunk):
+        tokens, counts = chunk_of(prompts, start, session.chunk)
+        session.embed(tokens)
+        states = take(tokens.shape[1], counts)
+        if found is None:
+            found = session.row_states("last of the prompts", states)
+        for row, length in enumerate(lengths):
+            if start < length <= start + session.chunk:
+                found[row] = states[row, counts[row] - 1]
+    assert found is not None
+    return found
+
+
+def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
+    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, and how many of them
+    count, per row."""
+    parts = [prompt[start : start + size] for prompt in prompts]
+    counts = [len(part) for part in parts]
+    tokens = np.zeros((len(parts), max(counts)), np.int64)
+    for row, part in enumerate(parts):
+        tokens[row, : len(part)] = part
+    return tokens, counts

@@ -1,0 +1,1 @@
+"""Text in and out: the bundle's `tokenizer` and its `chat` templates."""

@@ -1,0 +1,246 @@
+"""Conversations as prompts: the bundle's chat templates, rendered in a sandbox.
+
+A template is a small Jinja program that came with the checkpoint, so it is input from outside: it
+runs in Jinja's immutable sandbox, sees copies of the messages, and reaches neither files nor
+Python. What it may use is what transformers offers to it, so that both make the same text of a
+conversation. jinja2 is imported when a template is first used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgeexit.bundle.reader import CHAT_TEMPLATE_LIMIT_BYTES, Bundle
+from edgeexit.errors import BundleError, EdgeExitError, EngineError, InputError, UsageError
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+"""``{"role": "user", "content": "..."}``; further keys (``tool_calls``) are the template's."""
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+OLDEST_JINJA = (3, 1, 6)
+"""Templates could leave the sandbox of those before (CVE-2025-27516)."""
+
+_FORM = 'Give a list of {"role": "user", "content": "..."}.'
+_INSTALL = 'Install it: pip install "edgeexit[text]".'
+
+
+class ChatTemplates:
+    """A bundle's chat templates; each is compiled when it is first used."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that a model is given to answer a conversation; see `Decoder.chat_prompt`."""
+        chat = self._bundle.manifest.chat
+        if chat is None:
+            raise InputError(
+                f"{self._bundle.path}: the bundle has no chat template",
+                fix="Give prompts instead (generate, --prompt without --chat), or export a "
+                "checkpoint whose tokenizer has one.",
+            )
+        for name in variables or ():
+            if name in ("messages", "tools"):
+                raise UsageError(
+                    f"variables names {name!r}, which is an argument of its own",
+                    fix=f"Give {name} itself.",
+                )
+        values = {
+            **chat.tokens,
+            "documents": None,
+            "add_generation_prompt": True,
+            **{name: _plain(value, name) for name, value in (variables or {}).items()},
+            "messages": _checked(messages),
+            "tools": None if tools is None else _plain(tools, "tools"),
+        }
+        name = _choose(chat.templates, template, with_tools=tools is not None)
+        compiled = self._compile(name, chat.templates[name])
+        try:
+            return compiled.render(values)
+        except EdgeExitError:
+            raise
+        except Exception as error:  # a template can raise whatever Python's operators do
+            raise InputError(
+                f"{chat.templates[name]}: the chat template fails on these messages "
+                f"({type(error).__name__}: {error})",
+                fix="Give them in the form that the model was trained with; `edgeexit inspect` "
+                "names the templates.",
+            ) from error
+
+    def _compile(self, name: str, path: str) -> jinja2.Template:
+        if name not in self._compiled:
+            environment = _environment(path)
+            raw = self._bundle.read(path, limit_bytes=CHAT_TEMPLATE_LIMIT_BYTES)
+            try:
+                self._compiled[name] = environment.from_string(raw.decode())
+            except Exception as error:  # Jinja's, and what Python's own compiler may raise
+                where = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
+                raise BundleError(
+                    f"{path}: not a chat template that Jinja reads{where}: {error}",
+                    fix="Mend the checkpoint's chat template, then export again.",
+                ) from error
+        return self._compiled[name]
+
+
+def _choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool) -> str:
+    """The template to use, chosen as transformers does."""
+    if wanted is None:
+        wanted = TOOL_USE if with_tools and TOOL_USE in templates else DEFAULT
+    if wanted not in templates:
+        raise UsageError(
+            f"there is no chat template {wanted!r}; the bundle has {', '.join(sorted(templates))}",
+            fix="Name one of them: template=... (--chat-template).",
+        )
+    return wanted
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Copies of messages, without keys whose value is None. Refuses what is no message."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise InputError(f"messages is a {type(messages).__name__}", fix=_FORM)
+    if not messages:
+        raise InputError("there are no messages", fix=_FORM)
+    found = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, Mapping):
+            raise InputError(f"{where} is a {type(message).__name__}, not a message", fix=_FORM)
+        one = {k: v for k, v in _plain(message, where).items() if v is not None}
+        if not isinstance(one.get("role"), str) or not one["role"]:
+            raise InputError(f"{where} has no role", fix=_FORM)
+        if "content" not in one and "tool_calls" not in one:
+            raise InputError(f"{where} has no content", fix=_FORM)
+        if not isinstance(one.get("content", ""), (str, list)):
+            raise InputError(
+                f"{where}: its content is a {type(one['content']).__name__}, not a text", fix=_FORM
+            )
+        found.append(one)
+    return found
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy in Python's own plain types: a template gets no object with methods of its own."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if depth < 32 and isinstance(value, Mapping):
+        return {
+            _key(key, where): _plain(v, f"{where}[{key!r}]", depth + 1) for key, v in value.items()
+        }
+    if depth < 32 and isinstance(value, (list, tuple)):
+        return [_plain(one, f"{where}[{n}]", depth + 1) for n, one in enumerate(value)]
+    what = "is nested too deeply" if depth == 32 else f"is a {type(value).__name__}"
+    raise InputError(
+        f"{where[:200]} {what}", fix="Give what JSON can hold: texts, numbers, lists, dictionaries."
+    )
+
+
+def _key(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise InputError(f"{where} has the key {key!r}, not a text", fix="Use texts as keys.")
+    return str.__str__(key)
+
+
+def _environment(path: str) -> jinja2.Environment:
+    """What templates run in: the sandbox, and the names that transformers gives them."""
+    try:
+        import jinja2.ext
+        import jinja2.nodes
+        import jinja2.parser
+        import jinja2.sandbox
+        import jinja2.utils
+
+        version = importlib.metadata.version("jinja2")
+    except ImportError as error:
+        raise EngineError(
+            f"chat templates need jinja2, which cannot be imported ({error})", fix=_INSTALL
+        ) from error
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_JINJA:
+        raise EngineError(
+            f"chat templates need jinja2 {'.'.join(map(str, OLDEST_JINJA))} or newer for its "
+            f"sandbox; {version} is installed",
+            fix=_INSTALL,
+        )
+
+    class Generation(jinja2.ext.Extension):
+        """``{% generation %}`` marks what the model wrote, for training: here it says nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Without underscored names, which Jinja itself looks up and calls unchecked."""
+
+        def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+            for name, value in dict(*args, **kwargs).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
+            super().__setitem__(name, value)
+
+    def raise_exception(message: object) -> None:
+        raise InputError(
+            f"{path}: the chat template refuses the messages: {message}",
+            fix="Give them in the form that the model was trained with.",
+        )
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)  # the type itself has methods that would change a dictionary
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own escapes what HTML reserves.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        namespace=Namespace,
+        dict=make_dict,
+        raise_exception=raise_exception,
+        strftime_now=strftime_now,
+    )
+    return environment

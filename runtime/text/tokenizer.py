@@ -1,0 +1,134 @@
+"""Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings.
+
+How a conversation becomes a text is in `edgeexit.runtime.text.chat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import BundleError, EngineError, InputError
+
+HELD_TOKENS = 8
+"""Tokens that may wait for the rest of a character; then what they give is given out, broken."""
+
+TOKENIZER_LIMIT_BYTES = 1 << 30
+
+
+def open_tokenizer(bundle: Bundle) -> Any:
+    """The bundle's tokenizer, which neither cuts nor pads.
+
+    Raises:
+        InputError: The bundle has none.
+        EngineError: The library cannot be imported.
+        BundleError: The file is damaged, or the library cannot read it.
+    """
+    name = bundle.manifest.tokenizer
+    if name is None:
+        raise InputError(
+            f"{bundle.path}: the bundle has no tokenizer",
+            fix="Give token ids, or export a checkpoint that has tokenizer.json.",
+        )
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise EngineError(
+            f"texts need tokenizers, which cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[text]".',
+        ) from error
+    raw = bundle.read(name, limit_bytes=TOKENIZER_LIMIT_BYTES)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # tokenizers raises bare Exception, too
+        raise BundleError(
+            f"{name}: tokenizers {tokenizers.__version__} cannot read it ({error})",
+            fix="Install a newer tokenizers, or export again from a checkpoint that it can read.",
+        ) from error
+    # A checkpoint's file may carry what its training cut and padded to.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises `InputError` for one that is not Unicode.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        special_tokens: Add those that the model expects around a text (a first one, say).
+    """
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
+    except Exception as error:  # bare here, too
+        raise InputError(
+            f"the tokenizer cannot encode the text {text[:40]!a} ({error})",
+            fix="Give text that is valid Unicode.",
+        ) from error
+    return ids
+
+
+class Stream:
+    """Turns one row's tokens into text as they come.
+
+    Text is held back while its last character is incomplete, or while it could be the beginning of
+    a stop string.
+
+    Attributes:
+        text: All that was given out so far.
+        stopped: Whether a stop string came; nothing from it on is given out.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = [stop for stop in stops if stop]
+        self._tokens: list[int] = []
+        self._start = self._read = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Takes a token. Returns the text that is certain by now."""
+        self._tokens.append(token)
+        known = self._decode(self._start, self._read)
+        now = self._decode(self._start, len(self._tokens))
+        if now.endswith("\ufffd") and len(self._tokens) - self._read < HELD_TOKENS:
+            return ""
+        self._held += now[len(known) :]
+        self._start, self._read = self._read, len(self._tokens)
+        return self._release(final=False)
+
+    def end(self) -> str:
+        """The text that was held back, once no token follows."""
+        if not self.stopped and self._read < len(self._tokens):
+            known = self._decode(self._start, self._read)
+            self._held += self._decode(self._start, len(self._tokens))[len(known) :]
+            self._read = len(self._tokens)
+        return self._release(final=True)
+
+    def _decode(self, start: int, stop: int) -> str:
+        made: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+        return made
+
+    def _release(self, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            given = self._held[: min(found)]
+        else:
+            keep = 0 if final else self._beginning()
+            given = self._held[: len(self._held) - keep]
+        self._held = self._held[len(given) :]
+        self.text += given
+        return given
+
+    def _beginning(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        for length in range(min(len(self._held), max(map(len, self._stops), default=1) - 1), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0

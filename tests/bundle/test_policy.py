@@ -1,0 +1,243 @@
+"""Policies: what they decide at each exit, and their files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from edgeexit.bundle.manifest import Exit
+from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, bound_to, decide, forced
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import EdgeExitError, PolicyError
+from edgeexit.runtime import Policy, load, read_policy, write_policy
+
+EXITS = [
+    Exit(name=name, outputs={"logits": f"{name}/l"}, scores={"max_prob": f"{name}/p"})
+    for name in ("a", "b", "c", "d")
+]
+ANSWERS = Decision(consult=True, threshold=ALWAYS)
+in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+
+
+def thresholds(policy: Policy) -> list[float]:
+    return [d.threshold if d.consult else NEVER for d in decide(policy, EXITS)[:-1]]
+
+
+@pytest.mark.parametrize(
+    "given_, expected",
+    [
+        (NEVER, [NEVER] * 3),
+        (0.5, [0.5] * 3),
+        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
+        ({"b": 0.4}, [NEVER, 0.4, NEVER]),
+        ({}, [NEVER] * 3),
+        (1, [1.0] * 3),
+    ],
+)
+def test_thresholds_reach_their_exits(given_: Any, expected: list[float]) -> None:
+    policy = Policy(thresholds=given_)
+    assert thresholds(policy) == pytest.approx(expected, rel=1e-6)
+    assert decide(policy, EXITS)[-1] == ANSWERS
+
+
+@pytest.mark.parametrize(
+    "first, last, consulted",
+    [
+        (None, None, [True, True, True]),
+        ("b", None, [False, True, True]),
+        (None, "b", [True, True, False]),
+        ("b", "b", [False, True, False]),
+    ],
+)
+def test_first_and_last_bound_the_exits_consulted(
+    first: str | None, last: str | None, consulted: list[bool]
+) -> None:
+    decisions = decide(Policy(thresholds=0.5, first=first, last=last), EXITS)
+    assert [decision.consult for decision in decisions] == [*consulted, True]
+
+
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        (Policy(thresholds=[0.5]), "1 thresholds for 3 early exits"),
+        (Policy(thresholds=[0.5] * 4), "4 thresholds for 3"),
+        (Policy(thresholds={"z": 0.5}), "name the exit 'z'"),
+        (Policy(thresholds={"d": 0.5}), "name the exit 'd'"),
+        (Policy(thresholds=math.nan), "NaN"),
+        (Policy(thresholds=[0.1, math.nan, 0.2]), "threshold of b is NaN"),
+        (Policy(thresholds="0.5"), "not a number"),  # type: ignore[arg-type]
+        (Policy(thresholds=["x", 1, 2]), "not a number"),  # type: ignore[list-item]
+        (Policy(thresholds=None), "not a number"),  # type: ignore[arg-type]
+        (Policy(score="luck"), "no score 'luck'"),
+        (Policy(patience=-1), "patience -1"),
+        (Policy(patience="two"), "patience 'two'"),  # type: ignore[arg-type]
+        (Policy(first="z"), "first names the exit 'z'"),
+        (Policy(last="d"), "last names the exit 'd'"),
+        (Policy(first="c", last="a"), "lies behind"),
+        (Policy(bundle="0" * 64), "made for the bundle 000000000000"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(policy: Policy, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        decide(policy, EXITS, digest="1" * 64)
+
+
+def test_a_model_with_one_exit_takes_any_single_threshold() -> None:
+    assert decide(Policy(thresholds=0.5), EXITS[-1:]) == [ANSWERS]
+    with pytest.raises(PolicyError, match="early exits are none"):
+        decide(Policy(first="a"), EXITS[-1:])
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+def test_forced_stops_every_row_at_that_exit_only(name: str) -> None:
+    decisions = decide(forced(EXITS, name), EXITS)
+    fires = [one.consult and one.threshold == ALWAYS for one in decisions]
+    assert fires.index(True) == ["a", "b", "c", "d"].index(name)
+    assert sum(fires[:-1]) == (name != "d")
+
+
+numbers = st.floats(allow_nan=False, width=32) | st.sampled_from([NEVER, ALWAYS])
+policies = st.builds(
+    Policy,
+    thresholds=numbers
+    | st.lists(numbers, min_size=1, max_size=5)
+    | st.dictionaries(st.text(max_size=5), numbers, max_size=4),
+    score=st.text(max_size=8),
+    patience=st.integers(0, 9),
+    first=st.none() | st.text(max_size=5),
+    last=st.none() | st.text(max_size=5),
+    bundle=st.none() | st.just("ab" * 32),
+    engine=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2),
+    calibration=st.dictionaries(st.text(max_size=4), st.integers(0, 9) | st.booleans(), max_size=2),
+)
+
+
+@in_tmp
+@given(policy=policies)
+def test_files_give_back_the_policy_that_was_written(policy: Policy, tmp_path: Path) -> None:
+    path = tmp_path / "new/policy.json"
+    write_policy(policy, path)
+    assert read_policy(path) == policy
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def test_never_and_always_are_words_in_the_file(tmp_path: Path) -> None:
+    write_policy(Policy(thresholds=[NEVER, ALWAYS, 0.5]), tmp_path / "policy.json")
+    raw = json.loads((tmp_path / "policy.json").read_text())
+    assert raw["thresholds"] == ["never", "always", 0.5]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not a policy"),
+        ("[]", "not a JSON object"),
+        ("{}", "policy format missing"),
+        ('{"format": "2.0", "thresholds": 1}', "policy format 2.0"),
+        ('{"format": "1.0"}', "not a threshold"),
+        ('{"format": "1.0", "thresholds": "sometimes"}', "sometimes"),
+        ('{"format": "1.0", "thresholds": true}', "not a threshold"),
+        ('{"format": "1.0", "thresholds": [1, null]}', "not a threshold"),
+        ('{"format": "1.0", "thresholds": [[1]]}', "not a policy"),
+        ('{"format": "1.0", "thresholds": 1, "patience": 1.5}', "patience"),
+        ('{"format": "1.0", "thresholds": 1' + "0" * 400 + "}", "not a policy"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+    with pytest.raises(PolicyError) as caught:
+        read_policy(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_policy_that_cannot_be_read_or_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="cannot be read"):
+        read_policy(tmp_path / "missing.json")
+    with pytest.raises(PolicyError, match="cannot be read"):
+        read_policy(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolicyError, match="cannot be written"):
+        write_policy(Policy(), tmp_path / "file/policy.json")
+    with pytest.raises(PolicyError, match="NaN"):
+        write_policy(Policy(thresholds=[0.5, math.nan]), tmp_path / "policy.json")
+    assert not (tmp_path / "policy.json").exists()
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@in_tmp
+@given(
+    data=st.binary(max_size=60)
+    | st.fixed_dictionaries(
+        {"format": st.just("1.0")},
+        optional={field.name: json_values for field in msgspec.structs.fields(Policy)},
+    ).map(lambda raw: json.dumps(raw).encode())
+)
+@example(data=b"[" * 100_000)
+def test_any_file_and_any_policy_in_it_is_used_or_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_bytes(data)
+    try:
+        decisions = decide(read_policy(path), EXITS)
+    except EdgeExitError:
+        return
+    assert len(decisions) == len(EXITS)
+
+
+def test_a_policy_bound_to_one_bundle_is_refused_by_another(
+    toy_bundle: Bundle, tmp_path: Path
+) -> None:
+    policy = bound_to(Policy(thresholds=0.5), toy_bundle)
+    write_policy(policy, tmp_path / "policy.json")
+    with load(toy_bundle, policy=tmp_path / "policy.json") as model:
+        assert model.policy == policy
+        with pytest.raises(PolicyError, match=r"Calibrate again"):
+            model.policy = msgspec.structs.replace(policy, bundle="0" * 64)
+        assert model.policy == policy
+
+
+@pytest.mark.parametrize("value", [0.9998312006459961, 1.00000001, 1e300, -1e300, 0.1])
+def test_thresholds_are_float32_that_are_no_less(value: float) -> None:
+    """So a score is compared alike as a float32 and as a double."""
+    [decision, *_] = decide(Policy(thresholds=value), EXITS)
+    assert decision.threshold >= value
+    assert decision.threshold == float(np.float32(decision.threshold))
+    with np.errstate(over="ignore"):
+        below = np.nextafter(np.float32(decision.threshold), np.float32(-np.inf))
+    assert float(below) < value
+    assert decision.consult == (value < 1e300)
+
+
+def test_a_policy_is_written_through_a_link_and_not_onto_a_device(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_policy(Policy(thresholds=0.5), tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_policy(tmp_path / "real.json").thresholds == 0.5
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PolicyError, match="not a file"):
+        write_policy(Policy(), tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
