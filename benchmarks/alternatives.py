@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.executor.head import Answers
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.early import Approximate, Fast
@@ -19,7 +21,7 @@ from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics
 
 
 class Lookup:
-    """Drafts are what followed the same last tokens earlier in the text; all segments verify.
+    """Drafts are what followed the same last tokens earlier in the text; all components verify.
 
     For one row. Drafts of `most` tokens behind the longest match of up to `longest` tokens.
     """
@@ -30,7 +32,7 @@ class Lookup:
         assert session.batch == 1
         self.session, self.exits, self.sampler = session, exits, None
         self.statistics = Statistics()
-        self._head = session.head()
+        self._head = session.head(len(session.parts) - 1)
         self._full = Full(session, exits)
         self._most, self._longest = most, longest
         self._text: list[int] = []
@@ -43,15 +45,16 @@ class Lookup:
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
-        start = session.parts[0].caches.lengths[0]
+        start = session.parts[0].states.lengths[0]
         room = session.capacity - start - 1
         if most is not None:
             room = min(room, most - 1)
         drafts = self._find()[: max(0, min(room, session.chunk - 1))]
         rows = np.array([[self._text[-1], *drafts]])
         session.embed(rows)
-        for number in range(len(session.parts)):
-            states = session.run(number, rows.shape[1])
+        new, last = rows.shape[1], len(session.parts)
+        session.run_through(0, last, Block(new, [new]))
+        states = session.boundary(last, new)
         own = self._head(states[0])["token"].tolist()
         kept = 0
         while kept < len(drafts) and drafts[kept] == own[kept]:
@@ -89,12 +92,12 @@ class Copied(Approximate):
         target = self.session.parts[number]
         for row in rows:
             source = self.session.parts[self._left_behind[row]]
-            key, value = (c.name for c in source.segment.caches[-2:])
-            at, to = source.caches.lengths[row] - 1, target.caches.lengths[row]
-            for n, cache in enumerate(target.segment.caches):
-                made = source.caches.rows(value if n % 2 else key)[row, :, at]
-                target.caches.rows(cache.name)[row, :, to] = made
-        target.caches.advance([int(row in rows) for row in range(self.session.batch)])
+            key, value = (state.name for state in token_states(source.component)[-2:])
+            at, to = source.states.lengths[row] - 1, target.states.lengths[row]
+            for n, state in enumerate(token_states(target.component)):
+                made = source.states.rows(value if n % 2 else key)[row, :, at]
+                target.states.rows(state.name)[row, :, to] = made
+        target.states.advance([int(row in rows) for row in range(self.session.batch)])
 
     def _decide(self, number: int, states: Any, undecided: list[int]) -> list[int]:
         leaving = super()._decide(number, states, undecided)

@@ -26,12 +26,15 @@ import numpy as np
 from results import HERE, RESULTS, ROOT, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
+from edgeexit.bundle.policy import ALWAYS, decide
 from edgeexit.bundle.reader import open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
-from edgeexit.measure.bench.decode_bench import Writer, differences, summary, take_turns
 from edgeexit.measure.bench.paired import Side, best_setting
+from edgeexit.measure.bench.texts import Writer, differences, summary, take_turns
 from edgeexit.runtime.engines.onnxruntime import available_cores
+from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.head import Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.early import Approximate, Fast
 from edgeexit.runtime.programs.modes.full import Full, Mode
@@ -160,8 +163,8 @@ def choose(
     Returns:
         The choices, and what asking each early exit costs (`asking_costs`), by its name.
     """
-    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
-        names = [leave.name for leave in model.exits]
+    with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
+        names = [exit_.name for exit_ in model.exits]
         layers = [int(name.rpartition("_")[2]) for name in names]
         said, scores = ask_everywhere(model, prompts)
         asking = asking_costs(model, prompts[:ASKING_PROMPTS])
@@ -188,7 +191,7 @@ def choose(
 
 
 def ask_everywhere(
-    model: runtime.Decoder, prompts: list[list[int]]
+    model: runtime.Model, prompts: list[list[int]]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What every exit says behind every token of the model's own continuations.
 
@@ -202,9 +205,8 @@ def ask_everywhere(
     for prompt in prompts:
         made = model.generate(prompt, max_new_tokens=NEW_TOKENS, text=False).finish()
         session = model.session(1)
-        head = session.head(scores)
         for number, states in enumerate(all_states(session, [*prompt, *made.tokens[0]])):
-            answers = head(states[len(prompt) - 1 : -1])
+            answers = session.head(number, scores)(states[len(prompt) - 1 : -1])
             said[number].append(answers["token"].copy())
             for name, found in scores.items():
                 found[number].append(answers[name].copy())
@@ -214,18 +216,19 @@ def ask_everywhere(
     }
 
 
-def asking_costs(model: runtime.Decoder, prompts: list[list[int]]) -> list[float]:
+def asking_costs(model: runtime.Model, prompts: list[list[int]]) -> list[float]:
     """What it takes to ask each early exit in vain, relative to a token of all layers.
 
     Each is asked alone, with a threshold out of reach, in turns with asking none.
     """
-    names = [leave.name for leave in model.exits]
+    names = [exit_.name for exit_ in model.exits]
     never = [np.inf] * (len(names) - 1)
     ways = [never] + [[*never[:n], 2.0, *never[n + 1 :]] for n in range(len(never))]
     times: list[list[float]] = [[] for _ in ways]
     for prompt in prompts:
         for way, thresholds in enumerate(ways):
-            mode = Fast(model.session(1), names, thresholds, score="margin")
+            rule = runtime.Rule(thresholds=thresholds, score="margin")
+            mode = Fast(model.session(1), names, decide(rule, model.exits))
             mode.prefill([np.array(prompt)])
             for _ in range(NEW_TOKENS // 2):
                 started = time.perf_counter()
@@ -362,7 +365,7 @@ def speeds(
 
 def early_exits(folder: Path) -> list[str]:
     """Names of the bundle's exits but the last."""
-    return [leave.name for leave in open_bundle(folder / "bundle").exits()[:-1]]
+    return [exit_.name for exit_ in open_bundle(folder / "bundle").manifest.last_chain.stops[:-1]]
 
 
 def chain_side(
@@ -389,12 +392,12 @@ def truncated_writers(
     for depth, plain in truncated_bundles(truncated, folder).items():
         own = {
             "bundle": str(plain),
-            "prompts": str(folder / "prompts.npz"),
+            "inputs": str(folder / "prompts.npz"),
             "new_tokens": NEW_TOKENS,
             "capacity": CAPACITY,
             "threads": threads,
         }
-        made = Side("edgeexit.measure.bench.decode_cases:unsplit", own, name="truncated")
+        made = Side("edgeexit.measure.bench.cases:unsplit", own, name="truncated")
         writers.append(Writer(f"truncated_{depth}", stack.enter_context(made), "unsplit"))
     return writers
 
@@ -488,10 +491,12 @@ def quality(
     starts = np.random.default_rng(2).integers(len(tokens) - PASSAGE_TOKENS - 1, size=count)
     passages = [tokens[start : start + PASSAGE_TOKENS + 1] for start in starts]
     found: dict[str, Any] = {}
-    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
-        names = [leave.name for leave in model.exits]
-        score = chosen["strict"]["score"]
-        limits = [chosen["strict"]["thresholds"].get(name, float("inf")) for name in names[:-1]]
+    with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
+        names = [exit_.name for exit_ in model.exits]
+        strict = chosen["strict"]
+        rule = runtime.Rule(thresholds=strict["thresholds"], score=strict["score"])
+        decisions = decide(rule, model.exits)
+        asked = decide(runtime.Rule(thresholds=ALWAYS), model.exits)
 
         def run(make: Any) -> tuple[np.ndarray, dict[str, int]]:
             said, exits = [], {}
@@ -504,16 +509,16 @@ def quality(
 
         full, exits = run(lambda session: Full(session, names))
         ways: dict[str, Any] = {
-            "fast": lambda s: Fast(s, names, limits, score=score),
-            "approximate": lambda s: Approximate(s, names, limits, score=score),
-            "copied": lambda s: Copied(s, names, limits, score=score),
-            "missing": lambda s: Missing(s, names, limits, score=score),
+            "fast": lambda s: Fast(s, names, decisions),
+            "approximate": lambda s: Approximate(s, names, decisions),
+            "copied": lambda s: Copied(s, names, decisions),
+            "missing": lambda s: Missing(s, names, decisions),
         }
         answers = {"full": (full, exits)}
         for way, make in ways.items():
             answers[way] = run(make)
         chances = exit_chances(answers["fast"][1], names[:-1])
-        answers["random"] = run(lambda s: Random(s, names, [0.0] * len(limits), chances=chances))
+        answers["random"] = run(lambda s: Random(s, names, asked, chances=chances))
     true = np.array([passage[LEAD_TOKENS:] for passage in passages])
     for way, (said, exits) in answers.items():
         found[way] = {
@@ -564,7 +569,7 @@ def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
     four together. A difference is excused where the two largest logits lie closer than the largest
     difference between the kernels for one and for several tokens that was seen here."""
     found: dict[str, Any] = {"texts": 0, "equal": 0, "excused": 0, "wrong": 0}
-    with runtime.load_decoder(bundle, threads="process", capacity=CAPACITY) as model:
+    with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
         expected = [
             model.generate(row, max_new_tokens=NEW_TOKENS, text=False).finish().tokens[0]
             for row in rows
@@ -590,7 +595,7 @@ def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
 
 
 def compare_texts(
-    model: runtime.Decoder, prompt: list[int], expected: list[int], made: list[int], rounding: float
+    model: runtime.Model, prompt: list[int], expected: list[int], made: list[int], rounding: float
 ) -> str:
     """``equal``, ``excused`` or ``wrong``: up to the first difference."""
     if made == expected:
@@ -603,12 +608,18 @@ def compare_texts(
 
 def last_logits(session: Session, text: list[int]) -> np.ndarray:
     """The last exit's logits behind a text."""
-    return np.array(session.head()(last_states(session, text, session.chunk)[-1:])["logits"][0])
+    states = last_states(session, text, session.chunk)[-1:]
+    return np.array(last_head(session)(states)["logits"][0])
+
+
+def last_head(session: Session) -> Head:
+    """The last exit's head."""
+    return session.head(len(session.parts) - 1)
 
 
 def kernel_rounding(session: Session, text: list[int]) -> float:
     """Largest difference of logits between a text taken at once and token by token."""
-    head = session.head()
+    head = last_head(session)
     at_once = last_states(session, text, session.chunk)
     one_by_one = last_states(session, text, 1)
     a = np.array(head(at_once)["logits"])
@@ -622,15 +633,17 @@ def last_states(session: Session, text: list[int], step: int) -> np.ndarray:
 
 
 def all_states(session: Session, text: list[int], step: int | None = None) -> list[np.ndarray]:
-    """States behind every segment, ``[seq, width]`` each."""
+    """States behind every component, ``[seq, width]`` each."""
     session.empty()
     made: list[list[np.ndarray]] = [[] for _ in session.parts]
     size = step or session.chunk
     for start in range(0, len(text), size):
         new = np.array([text[start : start + size]])
         session.embed(new)
+        block = Block(new.shape[1], [new.shape[1]])
         for number in range(len(session.parts)):
-            made[number].append(session.run(number, new.shape[1])[0].copy())
+            block = session.run(number, block)
+            made[number].append(session.boundary(number + 1, block.new)[0].copy())
     return [np.concatenate(states) for states in made]
 
 

@@ -22,15 +22,8 @@ from results import HERE, SCRATCH, save, say, verdict
 
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
-from edgeexit.measure.bench.decode_bench import (
-    SUBJECTS,
-    Writer,
-    compare,
-    differences,
-    summary,
-    take_turns,
-)
 from edgeexit.measure.bench.paired import Side, best_setting
+from edgeexit.measure.bench.texts import Writer, compare, differences, summary, take_turns
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 LAYERS, EXITS = 12, [3, 6, 9]
@@ -122,17 +115,13 @@ def run(command: list[str]) -> None:
 
 def side(folder: Path, what: str, length: int, threads: Any, new: int = NEW_TOKENS) -> Side:
     """One of the ways to write, in a process of its own."""
-    common = {
-        "prompts": str(folder / f"prompts-{length}.npz"),
-        "new_tokens": new,
-        "threads": threads,
-        "capacity": CAPACITY,
-    }
+    prompts = str(folder / f"prompts-{length}.npz")
+    common = {"new_tokens": new, "threads": threads, "capacity": CAPACITY}
     if what == "genai":
-        arguments = {"folder": str(folder / "genai"), **common}
+        arguments = {"folder": str(folder / "genai"), "prompts": prompts, **common}
         return Side("peers:genai", arguments, folder=str(HERE), name=what)
-    subject = "unsplit" if what == "unsplit" else "modes"
-    return Side(f"{SUBJECTS}:{subject}", {"bundle": str(folder / "bundle"), **common}, name=what)
+    arguments = {"bundle": str(folder / "bundle"), "inputs": prompts, **common}
+    return Side(f"edgeexit.measure.bench.cases:{what}", arguments, name=what)
 
 
 CASES = {"chain": "full", "unsplit": "unsplit", "genai": "genai"}

@@ -31,7 +31,7 @@ from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Lane, Side, alternate, best_setting, spread, warm
 from edgeexit.measure.calibrate import calibrate
-from edgeexit.measure.data import open_data
+from edgeexit.measure.data import load_function, open_data
 from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
@@ -123,10 +123,10 @@ def main() -> None:
 def export(checkpoint: Path, bundle: Path) -> Bundle:
     """Exports a checkpoint in a child process, so that this one stays without torch."""
     code = (
-        "import sys; from edgeexit.export import export_model; "
+        "import sys; from edgeexit.export import export; "
         "from edgeexit.export.pretrained import from_pretrained; "
         "model = from_pretrained(sys.argv[1]); "
-        "export_model(model.exit_model(), sys.argv[2], overwrite=True)"
+        "export(model.split_model(), sys.argv[2], overwrite=True)"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(checkpoint), str(bundle)], check=True, capture_output=True
@@ -136,10 +136,8 @@ def export(checkpoint: Path, bundle: Path) -> Bundle:
 
 def held_out() -> tuple[dict[str, NDArray], NDArray[np.int64]]:
     """The example's validation and test images, one behind the other."""
-    sys.path.insert(0, str(EXAMPLE))
-    import data
-
-    halves = [data.validation(), data.test()]
+    splits = (f"{EXAMPLE / 'data.py'}:{name}" for name in ("validation", "test"))
+    halves = [load_function(split, "data")() for split in splits]
     rows = {name: np.concatenate([half[0][name] for half in halves]) for name in halves[0][0]}
     return rows, np.concatenate([half[1] for half in halves])
 
@@ -187,9 +185,8 @@ def run(
         unsplit, unsplit_threads = best("edgeexit.measure.bench.cases:unsplit", {}, "unsplit")
         chain, chain_threads = best("subjects:policies", {"policies": policies}, "all")
         baseline = Lane("unsplit", unsplit, "unsplit")
-        paths = [
-            Lane(name, chain, f"path:{name}") for name in (leave.name for leave in bundle.exits())
-        ]
+        names = [exit_.name for exit_ in bundle.manifest.last_chain.stops]
+        paths = [Lane(name, chain, f"path:{name}") for name in names]
         warm([baseline, *paths], seconds=1.0)
         alternate(baseline, paths, seconds=2 if quick else 20)
         natural = [natural_blocks(chain, baseline, n, test) for n, (_, test) in enumerate(parts)]
@@ -246,7 +243,7 @@ def figures(
     earliest = np.where(right.any(0), right.argmax(0), len(costs) - 1)
     last = float(right[-1].mean())
     return {
-        "threshold": policy.thresholds,
+        "threshold": policy.rules[test.chain].thresholds,
         "ratio_to_unsplit": round(natural["ratio_to_unsplit"], 4),
         "mean_ratio_to_unsplit": round(natural["mean_ratio_to_unsplit"], 4),
         "expected_ratio": round(float(rates @ np.asarray(costs)), 4),
@@ -301,7 +298,7 @@ def truncated(
     depths = [path for path in folder.iterdir() if path.name.isdigit()]
     for checkpoint in sorted(depths, key=lambda path: int(path.name)):
         small = export(checkpoint, scratch / f"truncated-{checkpoint.name}")
-        with runtime.load_unsplit(small) as model:
+        with runtime.load(small, unsplit=True) as model:
             right = model(rows).outputs["logits"].argmax(-1) == labels
         shares = [float(right[test].mean()) for _, test in parts]
         threads = measured["threads"]["unsplit"]

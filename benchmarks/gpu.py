@@ -30,7 +30,7 @@ from edgeexit.bundle.policy import OUT_OF_REACH
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import gpu_facts
-from edgeexit.runtime import Policy, load, load_unsplit
+from edgeexit.runtime import Rule, load
 
 Inputs = Mapping[str, np.ndarray]
 ROWS = (1, 32)
@@ -85,17 +85,18 @@ def exit_sets(layers: int) -> list[list[int]]:
 
 def export(checkpoint: Path, path: Path, exits: list[int], dtype: str) -> Bundle:
     """The bundle with these exits."""
-    from edgeexit.export import export_model
+    from edgeexit.export import export as write_bundle
     from edgeexit.export.pretrained import from_pretrained
 
-    model = from_pretrained(checkpoint, exits=exits).exit_model()
-    return export_model(model, path, dtype=dtype, overwrite=True)
+    model = from_pretrained(checkpoint, exits=exits).split_model()
+    return write_bundle(model, path, dtype=dtype, overwrite=True)
 
 
 def build(bundle: Bundle) -> None:
     """Engines for this GPU."""
-    from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+    from edgeexit.runtime.build.build import build_engines
     from edgeexit.runtime.build.profiles import Asked
+    from edgeexit.runtime.build.work_list import sample_sizes, work_of
     from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt import engine_cache
     from edgeexit.runtime.engines.tensorrt.library import find_library
@@ -109,8 +110,9 @@ def build(bundle: Bundle) -> None:
 def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) -> dict[str, Any]:
     """Everything about one set of exits."""
     rounds = 3 if quick else ROUNDS
-    policy = Policy(score="max_prob", thresholds=OUT_OF_REACH)
-    with load(bundle, engine, policy=policy) as chain, load_unsplit(bundle, engine) as unsplit:
+    policy = Rule(score="max_prob", thresholds=OUT_OF_REACH)
+    whole = load(bundle, engine, unsplit=True)
+    with load(bundle, engine, policy=policy) as chain, whole as unsplit:
         taxes, crossing = {}, {}
         for rows in ROWS:
             inputs = tokens(shape, rows, 0)
@@ -120,9 +122,9 @@ def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) ->
                 crossing[rows] = gpu_facts(chain, inputs)["a_call"]
         inputs = tokens(shape, 1, 0)
         paths = {}
-        for leave in chain.exits[:-1]:
-            chain.policy = Policy(score="max_prob", thresholds={leave.name: -np.inf})
-            paths[leave.name] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)
+        for exit_ in chain.exits[:-1]:
+            chain.policy = Rule(score="max_prob", thresholds={exit_.name: -np.inf})
+            paths[exit_.name] = ratio(lambda: chain(inputs), lambda: unsplit(inputs), rounds)
     return {
         "exits": len(chain.exits) - 1,
         "split_tax": taxes,
@@ -136,7 +138,7 @@ def ahead(bundle: Bundle, engine: str, inputs: Inputs, rounds: int) -> dict[str,
     """One row, segments launched ahead beside the same model that waits: where no row leaves, which
     is all gain, and where every row leaves at the first exit, which is all waste, for calls come
     one behind the other. And the gaps, on the GPU's own clock."""
-    stays = Policy(score="max_prob", thresholds=OUT_OF_REACH)
+    stays = Rule(score="max_prob", thresholds=OUT_OF_REACH)
     measured = load(bundle, engine, policy=stays, launch_ahead="measured")
     always = load(bundle, engine, policy=stays, launch_ahead="always")
     with load(bundle, engine, policy=stays) as never, always, measured:
@@ -145,7 +147,7 @@ def ahead(bundle: Bundle, engine: str, inputs: Inputs, rounds: int) -> dict[str,
         gaps = measured.boundaries
         gain = ratio(lambda: always(inputs), lambda: never(inputs), rounds)
         first = never.exits[0].name
-        always.policy = never.policy = Policy(score="max_prob", thresholds={first: -np.inf})
+        always.policy = never.policy = Rule(score="max_prob", thresholds={first: -np.inf})
         waste = ratio(lambda: always(inputs), lambda: never(inputs), rounds)
     return {"boundaries": gaps, "launched_ahead": {"none_leaves": gain, "all_leave_first": waste}}
 

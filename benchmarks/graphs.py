@@ -1,11 +1,10 @@
 """Builds what the chain is measured against: other graphs of the same model, over the same weights.
 
 `merged`: all segments as one graph without exits. `first K`: the segments up to exit K and its
-    head, as
-one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind every
-exit, each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight
-store, so that `Bundle` and `runtime.load_unsplit` open them as they open the bundle's own unsplit
-graph.
+head, as one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind
+every exit, each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight
+store, so that `Bundle` and `runtime.load(unsplit=True)` open them as they open the bundle's own
+unsplit graph.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from edgeexit.bundle.manifest import File, Tensor, Variant
+from edgeexit.bundle.manifest import Component, File, Tensor, Variant
 from edgeexit.bundle.reader import WEIGHTS, Bundle, open_bundle, sha256_of
 from edgeexit.export.passes.merge import merge
 from edgeexit.export.trace.torch_graph import save_graph
@@ -32,8 +31,7 @@ def build(bundle: Bundle, folder: Path) -> None:
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
     shutil.copyfile(bundle.path / WEIGHTS, weights)  # a link would be refused by every reader
-    (chain,) = bundle.manifest.chains.values()
-    exits = [leave for part in chain.segments for leave in part.exits]
+    exits = bundle.manifest.last_chain.stops
     for count in range(1, len(exits) + 1):
         name = "merged" if count == len(exits) else f"first_{count}"
         answer = exits[count - 1].outputs["logits"]
@@ -50,24 +48,30 @@ def open_graph(bundle: str, folder: str, name: str) -> Bundle:
     manifest = opened.manifest
     file = f"graphs/{name}.onnx"
     path = Path(folder) / file
+    chain = manifest.last_chain
     inputs = list(manifest.inputs)
     if name == "nested":
-        early = len(opened.exits()) - 1
+        early = len(chain.stops) - 1
         inputs.append(Tensor(name=THRESHOLDS, dtype="float32", axes=[early], row_axis=None))
     listed = manifest.files | {file: File(sha256=sha256_of(path), bytes=path.stat().st_size)}
+    unsplit = Component(variants=[Variant(graph=file)], inputs=inputs, outputs=chain.outputs)
     manifest = msgspec.structs.replace(
-        manifest, inputs=inputs, unsplit=[Variant(graph=file)], files=listed
+        manifest,
+        inputs=inputs,
+        components=manifest.components | {chain.unsplit[-1]: unsplit},
+        files=listed,
     )
     return Bundle(path=Path(folder), manifest=manifest, digest=opened.digest)
 
 
 def _segments(bundle: Bundle) -> list[ir.Model]:
-    (chain,) = bundle.manifest.chains.values()
-    return [ir.load(bundle.path / part.variants[0].graph) for part in chain.segments]
+    manifest = bundle.manifest
+    parts = [manifest.components[name] for name in manifest.last_chain.components]
+    return [ir.load(bundle.path / part.variants[0].graph) for part in parts]
 
 
 def _nested(bundle: Bundle, score: str = "max_prob") -> ir.Model:
-    (chain,) = bundle.manifest.chains.values()
+    exits = bundle.manifest.last_chain.stops
     models = _segments(bundle)
     early = len(models) - 1
     thresholds = ir.Value(
@@ -98,7 +102,7 @@ def _nested(bundle: Bundle, score: str = "max_prob") -> ir.Model:
                     value.name = f"{number}/{value.name}"
                     value.shape = None
         bodies.append(nodes)
-    answers = [known[part.exits[0].outputs["logits"]] for part in chain.segments]
+    answers = [known[exit_.outputs["logits"]] for exit_ in exits]
     result, inner = answers[-1], bodies[-1]
     for number in reversed(range(early)):
         index = ir.Value(
@@ -107,7 +111,7 @@ def _nested(bundle: Bundle, score: str = "max_prob") -> ir.Model:
         index.const_value = ir.tensor(np.array([number], np.int64), name=index.name)
         initializers.append(index)
         threshold = ir.node("Gather", [thresholds, index], name=f"{number}/threshold")
-        score_value = known[chain.segments[number].exits[0].scores[score]]
+        score_value = known[exits[number].scores[score]]
         fires = ir.node(
             "GreaterOrEqual", [score_value, threshold.outputs[0]], name=f"{number}/fires"
         )

@@ -90,11 +90,9 @@ def load_one(what: str, bundle: str, inputs: str) -> dict[str, float]:
     before = peak_bytes()
     started = time.perf_counter()
     if what == "chain":
-        model = runtime.load(
-            bundle, policy=runtime.Policy(thresholds=OUT_OF_REACH), threads=THREADS
-        )
+        model = runtime.load(bundle, policy=runtime.Rule(thresholds=OUT_OF_REACH), threads=THREADS)
     else:
-        model = runtime.load_unsplit(bundle, threads=THREADS)
+        model = runtime.load(bundle, unsplit=True, threads=THREADS)
     took = time.perf_counter() - started
     for row in rows:
         model(row)

@@ -63,14 +63,14 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
     """Exports a checkpoint. Returns seconds, and bytes of memory above what the imports took."""
     import torch  # noqa: F401
 
-    from edgeexit.export import export_model
+    from edgeexit.export import export as write_bundle
     from edgeexit.export.pretrained import from_pretrained
 
-    _warm_exporter()
+    warm_exporter()
     before = peak_bytes()
     started = time.perf_counter()
-    model = from_pretrained(checkpoint).exit_model()
-    written = export_model(model, bundle, overwrite=True)
+    model = from_pretrained(checkpoint).split_model()
+    written = write_bundle(model, bundle, overwrite=True)
     seconds = time.perf_counter() - started
     weights = written.weights_bytes
     return {
@@ -82,7 +82,7 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
     }
 
 
-def _warm_exporter() -> None:
+def warm_exporter() -> None:
     """Exports one Linear: torch.onnx and what it needs are imported at the first export."""
     import torch
 

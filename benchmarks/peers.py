@@ -1,6 +1,6 @@
 """Other ways to write text with the same weights: subjects for the workers of `decode.py`.
 
-Every case gives records as `edgeexit.measure.bench.decode_cases.read_generation` does.
+Every case gives records as `edgeexit.measure.bench.cases.read_generation` does.
 """
 
 from __future__ import annotations
@@ -128,27 +128,30 @@ def alternatives(
     from alternatives import Copied, Lookup, Missing, Random
 
     from edgeexit import runtime
-    from edgeexit.bundle.policy import OUT_OF_REACH
-    from edgeexit.measure.bench.decode_cases import read_generation
+    from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, decide
+    from edgeexit.measure.bench.cases import read_generation
 
-    model = runtime.load_decoder(bundle, threads=threads, capacity=capacity)
-    names = [leave.name for leave in model.exits]
+    model = runtime.load(bundle, threads=threads, capacity=capacity)
+    names = [exit_.name for exit_ in model.exits]
     known = {
-        kind: runtime.Policy(
+        kind: runtime.Rule(
             thresholds={n: found["thresholds"].get(n, OUT_OF_REACH) for n in names[:-1]},
             score=found["score"],
         )
         for kind, found in policies.items()
     }
-    score = policies["strict"]["score"]
-    limits = [policies["strict"]["thresholds"].get(name, float("inf")) for name in names[:-1]]
+    strict = policies["strict"]
+    decisions = decide(
+        runtime.Rule(thresholds=strict["thresholds"], score=strict["score"]), model.exits
+    )
+    asked = decide(runtime.Rule(thresholds=ALWAYS), model.exits)
     rows = _rows(prompts)
     own = type(model)._mode
     makers: dict[str, Any] = {
         "lookup": lambda session: Lookup(session, names),
-        "copied": lambda session: Copied(session, names, limits, score=score),
-        "missing": lambda session: Missing(session, names, limits, score=score),
-        "random": lambda session: Random(session, names, [0.0] * len(limits), chances=chances),
+        "copied": lambda session: Copied(session, names, decisions),
+        "missing": lambda session: Missing(session, names, decisions),
+        "random": lambda session: Random(session, names, asked, chances=chances),
     }
 
     def case(policy: str = "strict", **options: Any) -> Case:
@@ -186,7 +189,7 @@ def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str
     row = _rows(prompts)[0]
     setting: Any = int(threads) if threads.isdigit() else threads
     before = largest()
-    with runtime.load_decoder(
+    with runtime.load(
         bundle, threads=setting, capacity=int(capacity), unsplit=what == "unsplit"
     ) as model:
         model.generate(row, max_new_tokens=32).finish()

@@ -27,12 +27,13 @@ import numpy as np
 from results import HERE, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import write_policy
+from edgeexit.bundle.policy import policy_for, write_policy
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
-from edgeexit.measure.bench.bench import prepare_inputs, share_of_ideal
 from edgeexit.measure.bench.cases import settings, write_inputs
+from edgeexit.measure.bench.inputs import prepare_rows
 from edgeexit.measure.bench.paired import Lane, Side, alternate, best_setting, spread, warm
+from edgeexit.measure.bench.rows import share_of_ideal
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 
@@ -324,8 +325,8 @@ def batches(
     np.savez(data, **tokens(shape, rows, 7))
     thresholds = even_thresholds(bundle, tokens(shape, rows, 7))
     policy = folder / "policy.json"
-    write_policy(runtime.Policy(thresholds=thresholds), policy)
-    inputs = prepare_inputs(bundle, str(data), size, str(folder), 0)
+    write_policy(policy_for(runtime.Rule(thresholds=thresholds), bundle), policy)
+    inputs = prepare_rows(bundle, str(data), size, str(folder), 0)
     arguments = {"bundle": str(bundle.path), "inputs": inputs.path, "policy": str(policy)}
     with Side("edgeexit.measure.bench.cases:chain", arguments | {"threads": threads}) as chain:
         whole, natural = Lane("segments", chain, "segments"), Lane("natural", chain, "natural")

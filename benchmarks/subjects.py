@@ -13,7 +13,7 @@ import graphs
 import numpy as np
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import OUT_OF_REACH, Policy, forced
+from edgeexit.bundle.policy import OUT_OF_REACH, forced
 from edgeexit.bundle.reader import open_bundle
 from edgeexit.measure.bench.cases import (
     chain,
@@ -24,15 +24,16 @@ from edgeexit.measure.bench.cases import (
     subject_of_unsplit,
 )
 from edgeexit.measure.bench.worker import Case, Subject
+from edgeexit.runtime import Model, Rule
 from edgeexit.runtime.engines import onnxruntime
-from edgeexit.runtime.programs.forward import Model
 
 Threads = Any
 
 
 def graph(bundle: str, folder: str, name: str, inputs: str, threads: Threads) -> Subject:
     """One of `graphs.build`'s graphs, bound as the bundle's own unsplit graph is."""
-    model = runtime.load_unsplit(graphs.open_graph(bundle, folder, name), threads=threads)
+    opened = graphs.open_graph(bundle, folder, name)
+    model = runtime.load(opened, threads=threads, unsplit=True)
     return subject_of_unsplit(model, inputs)
 
 
@@ -53,11 +54,11 @@ def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
     """Every model cut off behind K layers: cases ``forced:EXIT``."""
     rows = read_inputs(inputs)
     cases, models = {}, []
-    for number, leave in enumerate(open_bundle(bundle).exits()[:-1], start=1):
+    for number, exit_ in enumerate(open_bundle(bundle).manifest.last_chain.stops[:-1], start=1):
         opened = graphs.open_graph(bundle, folder, f"first_{number}")
-        model = runtime.load_unsplit(opened, threads=threads)
+        model = runtime.load(opened, threads=threads, unsplit=True)
         models.append(model)
-        cases[f"forced:{leave.name}"] = Case(lambda row, model=model: model(rows[row]))
+        cases[f"forced:{exit_.name}"] = Case(lambda row, model=model: model(rows[row]))
     return Subject(cases, len(rows), close=lambda: [model.close() for model in models])
 
 
@@ -65,6 +66,7 @@ def forced_exits(bundle: str, inputs: str, threads: Threads) -> Subject:
     """The chain loaded anew for each exit with the policy that forces it: cases ``forced:EXIT``."""
     rows = read_inputs(inputs)
     opened = open_bundle(bundle)
+    exits = opened.manifest.last_chain.stops
     loaded: dict[str, Model] = {}
 
     def case(name: str) -> Case:
@@ -73,28 +75,27 @@ def forced_exits(bundle: str, inputs: str, threads: Threads) -> Subject:
                 for other in loaded.values():
                     other.close()
                 loaded.clear()
-                policy = forced(opened.exits(), name)
+                policy = forced(exits, name)
                 loaded[name] = runtime.load(opened, policy=policy, threads=threads)
 
         return Case(lambda row: loaded[name](rows[row]), read_answers, enter)
 
-    return Subject(
-        {f"forced:{leave.name}": case(leave.name) for leave in opened.exits()}, len(rows)
-    )
+    return Subject({f"forced:{exit_.name}": case(exit_.name) for exit_ in exits}, len(rows))
 
 
 def nested(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
     """One graph with an ``If`` behind every exit."""
-    model = runtime.load_unsplit(graphs.open_graph(bundle, folder, "nested"), threads=threads)
+    opened = graphs.open_graph(bundle, folder, "nested")
+    model = runtime.load(opened, threads=threads, unsplit=True)
     rows = read_inputs(inputs)
-    exits = open_bundle(bundle).exits()
+    exits = opened.manifest.last_chain.stops
     cases = {}
-    for place, leave in enumerate(exits):
+    for place, exit_ in enumerate(exits):
         thresholds = np.full(len(exits) - 1, np.inf, np.float32)
         if place < len(exits) - 1:
             thresholds[place] = -np.inf
         fed = [row | {graphs.THRESHOLDS: thresholds} for row in rows]
-        cases[f"path:{leave.name}"] = Case(
+        cases[f"path:{exit_.name}"] = Case(
             lambda row, fed=fed: model(fed[row]), lambda result: result.outputs["logits"].tolist()
         )
     return Subject(cases, len(rows), close=model.close)
@@ -105,11 +106,11 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
     import onnxruntime as ort
 
     opened = open_bundle(bundle)
-    (chain,) = opened.manifest.chains.values()
+    chain = opened.manifest.last_chain
     if threads == "process":
         ort.set_global_thread_pool_sizes(2, 1)
     parts = []
-    for segment in chain.segments:
+    for name, exit_ in zip(chain.components, chain.stops, strict=True):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads == "process":
@@ -118,21 +119,21 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if threads != "blocking":
                 options.intra_op_num_threads = threads
-        path = str(opened.file(segment.variants[0].graph))
+        path = str(opened.file(opened.manifest.components[name].variants[0].graph))
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         made = [value.name for value in session.get_outputs()]
-        parts.append((session, names, made, segment.exits[0]))
+        parts.append((session, names, made, exit_))
     rows = read_inputs(inputs)
 
     def run(row: int, thresholds: list[float]) -> np.ndarray:
         known = dict(rows[row])
-        for (session, names, made, leave), threshold in zip(parts, thresholds, strict=True):
+        for (session, names, made, exit_), threshold in zip(parts, thresholds, strict=True):
             found = session.run(None, {name: known[name] for name in names})
             known |= dict(zip(made, found, strict=True))
-            if known[leave.scores["max_prob"]][0] >= threshold:
+            if known[exit_.scores["max_prob"]][0] >= threshold:
                 break
-        return known[leave.outputs["logits"]]
+        return known[exit_.outputs["logits"]]
 
     return _paths(run, [part[3].name for part in parts], len(rows))
 
@@ -146,7 +147,7 @@ def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subj
 
     count, attention = threads
     torch.set_num_threads(count)
-    names = [leave.name for leave in open_bundle(bundle).exits()]
+    names = [exit_.name for exit_ in open_bundle(bundle).manifest.last_chain.stops]
     depth = len(names)
     torch.manual_seed(0)
     model = from_pretrained(checkpoint, exits=range(1, depth), untrained=True)
@@ -183,8 +184,8 @@ def policies(bundle: str, inputs: str, policies: list[str], threads: Threads) ->
     """The chain under several policies: cases ``policy:N``; and ``path:EXIT`` as ever."""
     model = runtime.load(bundle, threads=threads)
     rows = read_inputs(inputs)
-    names = [leave.name for leave in model.exits]
-    cases = {"all": policy_case(model, rows, Policy(thresholds=OUT_OF_REACH))}
+    names = [exit_.name for exit_ in model.exits]
+    cases = {"all": policy_case(model, rows, Rule(thresholds=OUT_OF_REACH))}
     for number, path in enumerate(policies):
         cases[f"policy:{number}"] = policy_case(model, rows, runtime.read_policy(path))
     for place, name in enumerate(names):

@@ -1,7 +1,7 @@
 """Every error edgeexit raises on purpose, and the exit code each one gives the command line.
 
     EdgeExitError            anything below: what, where, why, and how to fix it
-    ├── UsageError           called with arguments that cannot be meant
+    ├── UsageError           called with invalid arguments
     │   ├── OutputExistsError    the output is there already and was not to be replaced
     │   └── OutputBusyError      another process is writing the same output
     ├── ExportError          the model or graph cannot be split as asked
@@ -55,7 +55,7 @@ def _rebuild(kind: type[EdgeExitError], what: str, fix: str) -> EdgeExitError:
 
 
 class UsageError(EdgeExitError):
-    """A command or function was called with arguments that cannot be meant."""
+    """A command or function was called with invalid arguments."""
 
     exit_code = 2
 

@@ -15,7 +15,7 @@ import numpy as np
 import transformers
 
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
-from edgeexit.errors import ExportError
+from edgeexit.errors import ExportError, first_line
 
 _RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -55,7 +55,7 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _refused(path, f"transformers cannot read it ({_line(error)})") from error
+        raise _refused(path, f"transformers cannot read it ({first_line(error)})") from error
     schema = _image_schema(path, processor.to_dict(), type(processor).__name__, channels)
     image = _sample_image(schema)
     last = image if image.ndim == 3 else image[..., None]
@@ -150,7 +150,7 @@ def text_preprocessing(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _refused(path, f"transformers cannot read it ({_line(error)})") from error
+        raise _refused(path, f"transformers cannot read it ({first_line(error)})") from error
     if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
         raise _refused(path, "padding or truncation on the left cannot be expressed")
     if tokenizer.pad_token_id is None:
@@ -181,10 +181,6 @@ def _refused(path: Path, why: str) -> ExportError:
         f"{path}: {why}",
         fix="Correct it, or move it away: the bundle then takes finished inputs (.npz) only.",
     )
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _version() -> int:

@@ -18,14 +18,9 @@ import torch
 import transformers
 
 from edgeexit.errors import ExportError, UsageError, first_line
-from edgeexit.export.exits.classifier import (
-    EXITS_WEIGHTS,
-    ExitClassifier,
-    load_exits,
-    saved_adapters,
-    saved_exits,
-)
-from edgeexit.export.exits.decoder import ExitDecoder, load_adapters
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
 
 FAMILIES = {
@@ -99,15 +94,28 @@ def from_pretrained(
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
-    module_name, reader, task = family
-    saved = saved_exits(folder)
+    return _classifier(path, folder, config, exits, *family, untrained=untrained)
+
+
+def _classifier(
+    path: str | Path,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    exits: Iterable[int] | None,
+    module_name: str,
+    reader: str,
+    task: str,
+    *,
+    untrained: bool,
+) -> ExitClassifier:
+    """A classifier; its exits have heads of their own."""
+    saved = read_exits(folder).layers
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is not there)",
             fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
             "--untrained-exits 3,6,9 to measure latency before training.",
         )
-    wanted = list(saved or [] if exits is None else exits)
     model, found = _read(reader, path, folder)
     if found["missing_keys"] and not untrained:
         raise ExportError(
@@ -117,14 +125,12 @@ def from_pretrained(
             "measure latency with random weights.",
         )
     adapter = importlib.import_module(f"edgeexit.export.families.{module_name}")
-    images = None
+    images, sizes = None, []
     if task == "image-classification":
         images = image_preprocessing(folder, config.num_channels)
-        size = (images[0].height, images[0].width) if images else None
-        trunk = adapter.trunk(model.eval(), size)
-    else:
-        trunk = adapter.trunk(model.eval())
-    classifier = ExitClassifier(model, trunk, wanted)
+        sizes = [(images[0].height, images[0].width) if images else None]
+    trunk = adapter.trunk(model.eval(), *sizes)
+    classifier = ExitClassifier(model, trunk, list(saved or [] if exits is None else exits))
     missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
     if missing and not untrained:
         raise UsageError(
@@ -132,16 +138,14 @@ def from_pretrained(
             fix="Choose among the trained ones, or pass untrained=True (--untrained-exits).",
         )
     if saved is not None and not missing:
-        load_exits(classifier, folder)
+        load_exits(classifier.heads, classifier.exit_layers, folder)
+        classifier.trained = True
     classifier.eval()
-    classifier.name = name_of(path)
-    classifier.task = task
+    classifier.name, classifier.task = name_of(path), task
     labels = config.id2label or {}
     classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
-    classifier.provenance = {
-        "model_type": config.model_type,
-        "exits": "trained" if classifier.trained else "untrained",
-    }
+    trained = "trained" if classifier.trained else "untrained"
+    classifier.provenance = {"model_type": config.model_type, "exits": trained}
     if images:
         classifier.preprocessing, classifier.preprocessing_sample = images
     elif task == "text-classification":
@@ -162,22 +166,22 @@ def _decoder(
     untrained: bool,
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
-    saved = saved_exits(folder)
+    found = read_exits(folder)
+    saved, held = found.layers, found.adapters
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
             fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
             "(--exits 2,4).",
         )
-    model, found = _read("AutoModelForCausalLM", path, folder)
-    if found["missing_keys"]:
+    model, loading = _read("AutoModelForCausalLM", path, folder)
+    if loading["missing_keys"]:
         raise ExportError(
-            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}",
+            f"{path}: the checkpoint has no weights for {sorted(loading['missing_keys'])[0]}",
             fix="Give a whole causal language model.",
         )
     adapter = importlib.import_module(f"edgeexit.export.families.{DECODERS[config.model_type]}")
     chosen = list(saved or [] if exits is None else exits)
-    held = saved_adapters(folder)
     if adapters is None:
         adapters = {layer: size for layer, size in held.items() if layer in chosen}
     decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen, adapters)
@@ -190,15 +194,12 @@ def _decoder(
             fix="Choose among those, or pass untrained=True (--untrained-exits) for new ones.",
         )
     if loaded:
-        load_adapters(decoder, loaded, folder)
+        load_exits(decoder.adapters, loaded, folder)
     decoder.eval()
     decoder.name = name_of(path)
     decoder.tokenizer_folder = folder
-    trained = set(decoder.exit_layers) <= set(saved or [])
-    decoder.provenance = {
-        "model_type": config.model_type,
-        "exits": "trained" if trained else "untrained",
-    }
+    trained = "trained" if set(decoder.exit_layers) <= set(saved or []) else "untrained"
+    decoder.provenance = {"model_type": config.model_type, "exits": trained}
     if sizes:
         decoder.provenance["adapters"] = "untrained" if missing else "trained"
     return decoder

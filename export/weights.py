@@ -28,11 +28,6 @@ class WeightStore:
         self._end = 0
         self.path.touch()
 
-    @property
-    def bytes(self) -> int:
-        """Bytes in the store so far."""
-        return self._end
-
     def externalize(self, graph: ir.Graph) -> None:
         """Moves every initializer of 1 KiB and more into the store, also those of subgraphs."""
         with self.path.open("r+b") as file:
@@ -43,10 +38,8 @@ class WeightStore:
                         continue
                     if tensor.nbytes < INLINE_LIMIT_BYTES:
                         if isinstance(tensor, ir.ExternalTensor):
-                            array = np.array(tensor.numpy())
-                            value.const_value = ir.Tensor(
-                                array, dtype=tensor.dtype, name=tensor.name
-                            )
+                            held = np.array(tensor.numpy())
+                            value.const_value = ir.Tensor(held, tensor.dtype, name=tensor.name)
                         continue
                     offset, length = self._place(tensor, file)
                     value.const_value = ir.ExternalTensor(

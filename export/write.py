@@ -1,7 +1,8 @@
-"""Everything into a bundle: graphs, weights, samples, manifest.
+"""A model into a bundle: traced, lowered to a precision, quantised, written.
 
-`export_model` takes the segment contract, one segment in memory at a time, and gives the bundle
-back opened and checked. `edgeexit.export.cut.export_onnx` writes the same bundle from an ONNX file.
+`export` takes the contract and returns the bundle, opened and checked, whatever the model does:
+classify, write text, or both behind encoders of their own. `edgeexit.export.cut.export_onnx` writes
+the same bundle from an ONNX file.
 """
 
 from __future__ import annotations
@@ -10,40 +11,48 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
+import msgspec
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
 from edgeexit import __version__
-from edgeexit.bundle.manifest import Chain, Manifest, Tensor, Variant
-from edgeexit.bundle.manifest import Exit as ManifestExit
-from edgeexit.bundle.manifest import Segment as ManifestSegment
+from edgeexit.bundle.manifest import Manifest
 from edgeexit.bundle.reader import Bundle
-from edgeexit.bundle.writer import BundleWriter
-from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.contract import Exit, ExitModel, Segment
-from edgeexit.export.trace import torch_graph
-from edgeexit.export.trace.half import to_float16
-from edgeexit.export.trace.scores import reference_scores
+from edgeexit.bundle.writer import BundleWriter, check_output
+from edgeexit.errors import UsageError
+from edgeexit.export.contract import SplitModel, Table, Values
+from edgeexit.export.describe import Precision, check, derived_of, manifest_of
+from edgeexit.export.passes.quantise import quantise_bundle
+from edgeexit.export.samples import REFERENCE, torch_reference, write_samples
+from edgeexit.export.text_files import TextFiles, write_text_files
+from edgeexit.export.trace.component_graphs import graph_of_form, graph_of_projection
+from edgeexit.export.trace.half import to_half
+from edgeexit.export.trace.layer_graphs import Pieces
+from edgeexit.export.trace.torch_graph import DEFAULT_OPSET, save_graph
 from edgeexit.export.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_ROWS = 4
 OPSETS = range(18, 24)
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, of)`` while a bundle is made."""
+Calibration = Callable[[Bundle], Iterable[Mapping[str, NDArray[Any]]]]
+"""Gives batches of inputs for the float32 bundle that it is handed."""
 
 
-def export_model(
-    model: ExitModel,
+def export(
+    model: SplitModel,
     output: str | os.PathLike[str],
     *,
     dtype: str = "float32",
-    opset: int = torch_graph.DEFAULT_OPSET,
+    opset: int = DEFAULT_OPSET,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -52,91 +61,137 @@ def export_model(
     Args:
         model: What to split.
         output: The bundle's directory; must not exist unless `overwrite`.
-        dtype: ``float32`` or ``float16``: what the graphs compute in. Inputs, answers and scores
-            stay float32.
-        opset: ONNX opset. 20 is read by ONNX Runtime 1.23 and TensorRT 10.3.
+        dtype: ``float32``, ``float16`` or ``int8``: what the graphs compute in. A program's inputs,
+            answers and scores stay float32; of an int8 bundle also exit heads, adapters, states and
+            whatever is no product with weights (`edgeexit.export.passes.quantise`).
+        opset: ONNX opset of every graph, but for forms that need a newer one. 20 is read by ONNX
+            Runtime 1.23 and TensorRT 10.3.
+        calibration: With ``int8``: gives batches of inputs, on which ranges of activations are
+            measured.
 
     Raises:
         ExportError: The model cannot be split; nothing is left behind.
+        UsageError: An option cannot be used, or there is too little data.
         OutputExistsError: `output` exists.
     """
-    check_options(dtype, opset)
-    model.check()
-    if dtype == "float16":
-        model = to_float16(model)
-    steps = sum(len(segments) for segments in model.chains.values()) + 2
-    tell = counter(progress, steps)
+    check_options(dtype, opset, calibration)
+    check(model)
+    components = model.components
+    count = sum(len(one.forms) + (one.projection is not None) for one in components) + 1
+    if calibration is None:
+        tell = counter(progress, count)
+        return _write(model, output, cast("Precision", dtype), opset, overwrite, tell)
+    check_output(Path(output), overwrite=overwrite)
+    in_chains = {name for c in model.chains.values() for name in [*c.components, *c.unsplit]}
+    tell = counter(progress, count + len(in_chains) + 2)
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as scratch:
+        whole = _write(model, Path(scratch) / "float32", "float32", opset, False, tell)
+        tell("calibration data")
+        with BundleWriter(output, overwrite=overwrite) as writer:
+            return writer.commit(quantise_bundle(whole, writer.folder, calibration(whole), tell))
+
+
+def _write(
+    model: SplitModel,
+    output: str | os.PathLike[str],
+    precision: Precision,
+    opset: int,
+    overwrite: bool,
+    tell: Callable[[str], None],
+) -> Bundle:
+    """Writes the bundle of a model that was checked."""
+    if precision == "float16":
+        model = to_half(model)
+    manifest = manifest_of(model, precision, provenance() | {"opset": str(opset)})
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
         store = WeightStore(writer.folder)
-        inputs = model.example(SAMPLE_ROWS)
-        _check_example(model, inputs)
-        reference: dict[str, np.ndarray] = {}
-        chains = {}
-        for chain_name, segments in model.chains.items():
-            values: dict[str, torch.Tensor] = dict(inputs)
-            parts = []
-            for segment in segments:
-                tell(f"segment {segment.name}")
-                prefix = "" if len(model.chains) == 1 else f"{chain_name}."
-                path = f"graphs/{prefix}{segment.name}.onnx"
-                graph = torch_graph.graph_from_segment(segment, values, opset=opset)
-                _write(graph, store, writer.folder / path)
-                made = segment.module(*(values[tensor.name] for tensor in segment.inputs))
-                made = made if isinstance(made, tuple) else (made,)
-                values |= {t.name: v for t, v in zip(segment.outputs, made, strict=True)}
-                reference |= _reference(segment, values)
-                parts.append(_manifest_segment(segment, path, dtype))
-            chains[chain_name] = Chain(segments=parts)
-        tell("unsplit")
-        graph = torch_graph.graph_from_module(
-            model.unsplit, model.inputs, model.outputs, inputs, opset=opset, what="unsplit"
-        )
-        _write(graph, store, writer.folder / "graphs/unsplit.onnx")
-        made = model.unsplit(*(inputs[tensor.name] for tensor in model.inputs))
-        made = made if isinstance(made, tuple) else (made,)
-        reference |= {
-            f"unsplit/{t.name}": v.numpy() for t, v in zip(model.outputs, made, strict=True)
-        }
+        reference, values = torch_reference(model, manifest)
+        for path, graph in _graphs(model, manifest, values, opset, tell):
+            store.externalize(graph.graph)
+            save_graph(graph, str(writer.folder / path))
+        steps = [
+            step.step(store.place(ir.tensor(step.weight.contiguous())))
+            if isinstance(step, Table)
+            else step
+            for step in model.steps
+        ]
         tell("samples and manifest")
-        arrays = {f"input/{name}": value.numpy() for name, value in inputs.items()} | reference
-        samples = [write_samples(writer.folder, "reference", arrays)]
+        samples = [write_samples(writer.folder, REFERENCE, reference)]
         if model.preprocessing_sample is not None:
             raw = model.preprocessing_sample
             samples.append(write_samples(writer.folder, "preprocessing", raw))
-        tokenizer = None
-        if model.tokenizer_file is not None:
-            tokenizer = "tokenizer/tokenizer.json"
-            (writer.folder / "tokenizer").mkdir()
-            shutil.copyfile(model.tokenizer_file, writer.folder / tokenizer)
+        text = _text_files(model, writer.folder)
+        decoding = manifest.decoding
+        if decoding is not None:
+            stop_tokens = dict.fromkeys([*decoding.stop_tokens, *text.stop_tokens])
+            decoding = msgspec.structs.replace(decoding, stop_tokens=list(stop_tokens))
         return writer.commit(
-            Manifest(
-                format="1.0",
-                name=model.name,
-                task=model.task,
-                program=model.program,
-                inputs=list(model.inputs),
-                outputs=list(model.outputs),
-                chains=chains,
-                unsplit=[Variant(graph="graphs/unsplit.onnx", precision=dtype)],  # type: ignore[arg-type]
-                files={},
-                limits=dict(model.limits),
-                labels=list(model.labels),
-                preprocessing=model.preprocessing,
-                tokenizer=tokenizer,
+            msgspec.structs.replace(
+                manifest,
+                steps=steps,
+                decoding=decoding,
                 samples=samples,
-                provenance=provenance() | dict(model.provenance) | {"opset": str(opset)},
+                tokenizer=text.tokenizer,
+                chat=text.chat,
             )
         )
 
 
-def check_options(dtype: str, opset: int) -> None:
+def _graphs(
+    model: SplitModel,
+    manifest: Manifest,
+    values: Mapping[str, Values],
+    opset: int,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[str, ir.Model]]:
+    """Traces every graph of a model; each can be forgotten before the next is made."""
+    pieces, derived = Pieces(), derived_of(model)
+    for component in model.components:
+        described = manifest.components[component.name]
+        count = len(component.forms)
+        pairs = zip(component.forms, described.variants, strict=True)
+        for number, (form, variant) in enumerate(pairs, start=1):
+            tell(component.name + (f", form {number} of {count}" if count > 1 else ""))
+            yield (
+                variant.graph,
+                graph_of_form(
+                    component,
+                    form,
+                    opset=opset,
+                    pieces=pieces,
+                    values=values.get(component.name),
+                    derived=derived[component.name],
+                ),
+            )
+        if described.projection is not None:
+            tell(f"{component.name}, projection")
+            graph = graph_of_projection(component, opset=opset, pieces=pieces)
+            yield described.projection.graph, graph
+
+
+def _text_files(model: SplitModel, folder: Path) -> TextFiles:
+    if model.tokenizer_folder is not None:
+        return write_text_files(Path(model.tokenizer_folder), folder)
+    if model.tokenizer_file is None:
+        return TextFiles()
+    (folder / "tokenizer").mkdir()
+    shutil.copyfile(model.tokenizer_file, folder / "tokenizer/tokenizer.json")
+    return TextFiles(tokenizer="tokenizer/tokenizer.json")
+
+
+def check_options(dtype: str, opset: int, calibration: Calibration | None = None) -> None:
     """Refuses a precision or opset that no graph here can have."""
-    if dtype not in ("float32", "float16"):
-        raise UsageError(f"dtype {dtype!r} is not known", fix="Use float32 or float16.")
+    if dtype not in ("float32", "float16", "int8"):
+        raise UsageError(f"dtype {dtype!r} is not known", fix="Use float32, float16 or int8.")
+    if (dtype == "int8") != (calibration is not None):
+        raise UsageError(
+            f"dtype {dtype!r} {'needs' if calibration is None else 'takes no'} calibration",
+            fix="Give calibration with dtype int8, and only then.",
+        )
     if opset not in OPSETS:
         raise UsageError(
             f"opset {opset} cannot be written (18 to {OPSETS[-1]} can)",
-            fix=f"Use {torch_graph.DEFAULT_OPSET}, which every supported engine reads.",
+            fix=f"Use {DEFAULT_OPSET}, which every supported engine reads.",
         )
 
 
@@ -152,6 +207,7 @@ def provenance() -> dict[str, str]:
 
 
 def counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
+    """A function that logs what is done next, and counts it for `progress`."""
     done = 0
 
     def tell(what: str) -> None:
@@ -164,67 +220,4 @@ def counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
     return tell
 
 
-def _write(model: ir.Model, store: WeightStore, path: Path) -> None:
-    store.externalize(model.graph)
-    torch_graph.save_graph(model, str(path))
-
-
-def write_samples(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """Writes one file of samples; returns its path in the bundle."""
-    (folder / "samples").mkdir(exist_ok=True)
-    path = f"samples/{name}.npz"
-    np.savez(folder / path, **arrays)  # type: ignore[arg-type]
-    return path
-
-
-def _reference(segment: Segment, values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Reference outputs and scores of a segment's exits, as ``<exit>/<output or score>``."""
-    found: dict[str, np.ndarray] = {}
-    for leave in segment.exits:
-        for name, tensor in leave.outputs.items():
-            found[f"{leave.name}/{name}"] = values[tensor].numpy()
-        if "logits" in leave.outputs:
-            scores = reference_scores(values[leave.outputs["logits"]].numpy())
-            found |= {f"{leave.name}/{score}": value for score, value in scores.items()}
-        found |= {f"{leave.name}/{s}": values[tensor].numpy() for s, tensor in leave.scores.items()}
-    return found
-
-
-def _manifest_segment(segment: Segment, path: str, dtype: str) -> ManifestSegment:
-    scores = [
-        Tensor(name=tensor, dtype="float32", axes=["batch"])
-        for leave in segment.exits
-        for tensor in torch_graph.score_tensors(leave).values()
-        if tensor not in leave.scores.values()
-    ]
-    return ManifestSegment(
-        name=segment.name,
-        variants=[Variant(graph=path, precision=dtype)],  # type: ignore[arg-type]
-        inputs=list(segment.inputs),
-        outputs=[*segment.outputs, *scores],
-        caches=list(segment.caches),
-        exits=[_manifest_exit(leave) for leave in segment.exits],
-    )
-
-
-def _manifest_exit(leave: Exit) -> ManifestExit:
-    return ManifestExit(
-        name=leave.name, outputs=dict(leave.outputs), scores=torch_graph.score_tensors(leave)
-    )
-
-
-def _check_example(model: ExitModel, inputs: Mapping[str, torch.Tensor]) -> None:
-    for tensor in model.inputs:
-        value = inputs.get(tensor.name)
-        if value is None:
-            raise ExportError(
-                f"{model.name}: example() gives no {tensor.name}",
-                fix="Give an example for every input.",
-            )
-        expected = torch_graph.TORCH_DTYPES.get(tensor.dtype)
-        if value.dtype != expected or value.ndim != len(tensor.axes):
-            raise ExportError(
-                f"{model.name}: example() gives {tensor.name} as {value.dtype} with {value.ndim} "
-                f"axes, the contract says {tensor.dtype}{tensor.axes}",
-                fix="Make the two agree.",
-            )
+__all__ = ["Calibration", "Progress", "export"]

@@ -1,26 +1,20 @@
-"""`load` and `load_decoder`: from a bundle's path to a model that runs."""
+"""`load`: from a bundle's path to a model that runs."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from edgeexit.bundle.manifest import Chain as ChainManifest
-from edgeexit.bundle.manifest import Exit, Segment
-from edgeexit.bundle.policy import Policy, decide, read_policy
+from edgeexit.bundle.manifest import StateForm
+from edgeexit.bundle.policy import Policy, Rule, policy_for, read_policy
 from edgeexit.bundle.reader import Bundle, open_bundle
-from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
+from edgeexit.errors import EngineError, UsageError
 from edgeexit.runtime.engines.base import Engine
-from edgeexit.runtime.executor.bindings import EVERY_SCORE
-from edgeexit.runtime.executor.chain import Chain, needs
+from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
-from edgeexit.runtime.executor.session import Form, open_decoder
-from edgeexit.runtime.loaded import LoadedModel
-from edgeexit.runtime.programs.forward import Model
-from edgeexit.runtime.programs.generate import Decoder
+from edgeexit.runtime.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -32,70 +26,71 @@ def load(
     path: str | os.PathLike[str] | Bundle,
     engine: str = "cpu",
     *,
-    policy: Policy | str | os.PathLike[str] | None = None,
+    policy: Policy | Rule | str | os.PathLike[str] | None = None,
     threads: Threads | None = None,
     verify: Literal["quick", "full"] = "quick",
+    unsplit: bool = False,
+    capacity: int | None = None,
+    states: StateForm | None = None,
     all_scores: bool = False,
     fallback: str | None = None,
     launch_ahead: LaunchAhead = "never",
 ) -> Model:
-    """Loads a bundle with a ``forward`` program.
+    """Loads a bundle.
 
     Args:
         path: The bundle's directory, or an opened bundle.
         engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's), or ``tensorrt``:
             engines that ``edgeexit build`` made, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
-        policy: When to stop: a `Policy`, or the path of one. None: the bundle's default, and
-            without one every row goes to the last exit.
+        policy: When to stop: a `Policy`, a `Rule` for the one chain that has exits, or the path of
+            a policy's file. None: the bundle's default, and without one everything goes to the last
+            exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
             threads, or ``process``: ONNX Runtime's global pool, which
             makes other default sessions in this process fail. On a GPU: how the host waits for it,
             asleep (``blocking``) or looking all the time (everything else), which answers sooner.
             None: ``blocking`` on the host, ``spinning`` on a GPU.
         verify: ``full`` also hashes the weights.
-        all_scores: Open the segments with every score, as `Model.trace` needs them, and not only
-            with what the policy asks for (exits that it never consults are left out of their
-            graphs). A model opened otherwise opens segments again when they are first needed.
+        unsplit: Load the same model as one graph per chain, without exits: the baseline of every
+            figure, bound as the chain is.
+        capacity: Of a model that writes: the most tokens of a text, prompt included; its states are
+            that large. None: as many as the model was made for, or the engines were built for. The
+            form ``fixed`` attends over the whole of it in every step, ``append`` over the smallest
+            half, quarter, ... of it that holds the text, so ask for no more than you need.
+        states: The form of token states, for comparisons: ``in-place`` (ONNX Runtime's own
+            operator), ``fixed`` (standard operators of opset 24) or ``append`` (any engine). None:
+            the fastest one that the engine runs. All give the same tokens.
+        all_scores: Open components with every score, as `Model.trace` needs them, and not only
+            with what the policy asks for (exits that it never asks are left out of their
+            graphs). A model opened otherwise opens components again when they are first needed.
         fallback: Another engine, to be used if this one cannot be: its library or a GPU is missing,
             or no engines were built for this device. That is logged as a warning, and
             `Model.describe_engine` says what came instead of what. None: that is an error.
-        launch_ahead: On a GPU, whether a single row's next segment is launched while the score
+        launch_ahead: On a GPU, whether a single row's next component is launched while the score
             before it is read back: ``never``, ``always``, or ``measured``: where that was seen to
-            gain more than the segments that are run for nothing cost
-            (`edgeexit.runtime.executor.launch_ahead`).
+            gain more than what is run for nothing costs (`edgeexit.runtime.executor.launch_ahead`).
 
     Raises:
-        BundleError, PolicyError, EngineError: naming what is wrong and how to mend it.
+        BundleError, PolicyError, EngineError, UsageError: With the cause and the fix.
     """
     if not isinstance(path, (str, os.PathLike, Bundle)):
         raise UsageError(f"path is a {type(path).__name__}", fix="Give the path of a bundle.")
     bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
-    manifest = bundle.manifest
-    if manifest.program == "decode":
-        raise UsageError(
-            f"{bundle.path} writes text: it is not run in one pass",
-            fix="Use load_decoder and generate (edgeexit run --prompt).",
-        )
-    if manifest.program != "forward":
-        raise BundleError(
-            f"{bundle.path}: the program {manifest.program!r} cannot be run by this edgeexit",
-            fix="Install a newer edgeexit.",
-        )
-    if len(manifest.chains) != 1:
-        raise BundleError(
-            f"{bundle.path}: one pass runs one chain, the bundle has {len(manifest.chains)}",
-            fix="Export again.",
-        )
+    decoding = bundle.manifest.decoding
     if launch_ahead not in ("never", "measured", "always"):
         raise UsageError(
             f"launch_ahead={launch_ahead!r}", fix='Use "never", "measured" or "always".'
         )
-    chosen = _policy(policy, bundle)
-    (chain_manifest,) = manifest.chains.values()
-    exits = bundle.exits()
-    wanted = needs(decide(chosen, exits, digest=bundle.digest), chosen.score)
-    if all_scores:
-        wanted = [EVERY_SCORE] * len(exits)
+    if decoding is None and (capacity is not None or states is not None):
+        raise UsageError(
+            f"{bundle.path} does not write text: it keeps no states",
+            fix="Leave out capacity and states.",
+        )
+    if isinstance(policy, (str, os.PathLike)):
+        policy = read_policy(policy)
+    chosen = policy_for(policy, bundle)
+    limit = bundle.manifest.limits.get("positions", 0)
+    check_capacity(capacity, limit, None)
 
     def open_on(name: str) -> Model:
         opened = _engine(name, threads, bundle)
@@ -105,63 +100,24 @@ def load(
                 f"launch_ahead: the engine {name} has no stream that anything could be launched on",
                 fix='Leave it out, or use engine="cuda" or "tensorrt".',
             )
-        chain = Chain(bundle, chain_manifest, manifest.inputs, opened, wanted, when)
-        return Model(bundle, chain, opened, chosen)
-
-    model = _first_usable(open_on, engine, fallback)
-    _warn_if_calibrated_elsewhere(chosen, model.describe_engine())
-    return model
-
-
-def load_decoder(
-    path: str | os.PathLike[str] | Bundle,
-    engine: str = "cpu",
-    *,
-    policy: Policy | str | os.PathLike[str] | None = None,
-    threads: Threads | None = None,
-    verify: Literal["quick", "full"] = "quick",
-    capacity: int | None = None,
-    caches: Form | None = None,
-    unsplit: bool = False,
-    fallback: str | None = None,
-) -> Decoder:
-    """Loads a bundle with a ``decode`` program: a language model.
-
-    Args:
-        path, engine, threads, verify, fallback: As for `load`.
-        policy: When ``fast`` decoding stops; the other modes do without.
-        capacity: The most tokens of a text, prompt included; caches are that large. None: as many
-            as the model was made for, or the engines were built for. The form ``fixed`` attends
-            over the whole of it in every step, ``append`` over the smallest half, quarter, ... of
-            it that holds the text, so ask for no more than you need.
-        caches: The form of the caches, for comparisons: ``in-place`` (ONNX Runtime's own
-            operator), ``fixed`` (standard operators of opset 24) or ``append`` (any engine). None:
-            the fastest one that the engine runs. All give the same tokens.
-        unsplit: Load the same model as one graph without exits: the baseline, with the same caches.
-
-    Raises:
-        BundleError, PolicyError, EngineError, UsageError: naming what is wrong and how to mend it.
-    """
-    bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify)
-    if bundle.manifest.program != "decode":
-        raise UsageError(
-            f"{bundle.path} does not write text: its program is {bundle.manifest.program}",
-            fix="Use load.",
+        built = opened.largest.get("past")
+        components = Components(bundle, opened, states)
+        if decoding is not None:
+            fixed = any(
+                components[name].variant.states == "fixed"
+                for name in bundle.manifest.chains[decoding.chain].components
+                if token_states(bundle.manifest.components[name])
+            )
+            check_capacity(capacity, limit, built, fixed=fixed)
+        return Model(
+            bundle,
+            components,
+            chosen,
+            unsplit=unsplit,
+            all_scores=all_scores,
+            launch_ahead=when,
+            capacity=capacity or built or limit,
         )
-    chosen = _policy(policy, bundle)
-    decisions = decide(chosen, bundle.exits(), digest=bundle.digest)
-    scores = [chosen.score] if any(one.consult for one in decisions[:-1]) else []
-    limit = bundle.manifest.limits["positions"]
-    check_capacity(capacity, limit, None)
-
-    def open_on(name: str) -> Decoder:
-        found = _engine(name, threads, bundle)
-        built = found.largest.get("past")
-        check_capacity(capacity, limit, built)
-        opened = open_decoder(bundle, found, unsplit=unsplit, form=caches, scores=scores)
-        fixed = any(variant.caches == "fixed" for variant in opened.variants)
-        check_capacity(capacity, limit, built, fixed=fixed)
-        return Decoder(bundle, opened, chosen, capacity or built or limit)
 
     model = _first_usable(open_on, engine, fallback)
     _warn_if_calibrated_elsewhere(chosen, model.describe_engine())
@@ -171,7 +127,7 @@ def load_decoder(
 def check_capacity(
     capacity: int | None, limit: int, built: int | None, *, fixed: bool = False
 ) -> None:
-    """Refuses a capacity that cannot be had.
+    """Refuses a capacity that is out of range.
 
     Args:
         capacity: Tokens asked for; None: as many as there are.
@@ -180,51 +136,25 @@ def check_capacity(
         fixed: They were built for exactly so many.
 
     Raises:
-        UsageError: It cannot be had.
+        UsageError: It is out of range.
     """
     if capacity is None:
         return
     if not (isinstance(capacity, int) and 2 <= capacity <= limit):
         raise UsageError(
-            f"capacity {capacity} cannot be had: the model was made for 2 to {limit} tokens",
+            f"capacity {capacity} is out of range: the model was made for 2 to {limit} tokens",
             fix=f"Use at most {limit}.",
         )
     if built is not None and (capacity > built or (fixed and capacity < built)):
-        exactly = ", no fewer, for their caches are of a fixed size" if fixed else ""
+        exactly = ", no fewer, for their states are of a fixed size" if fixed else ""
         raise UsageError(
-            f"capacity {capacity} cannot be had: the engines were built for {built} tokens"
+            f"capacity {capacity} is out of range: the engines were built for {built} tokens"
             f"{exactly}",
             fix=f"Leave the capacity open, or build for it: edgeexit build --capacity {capacity}.",
         )
 
 
-def load_unsplit(
-    path: str | os.PathLike[str] | Bundle,
-    engine: str = "cpu",
-    *,
-    threads: Threads | None = None,
-) -> Model:
-    """Loads the same model as one graph without exits: the baseline, bound as the chain is."""
-    bundle = path if isinstance(path, Bundle) else open_bundle(path)
-    manifest = bundle.manifest
-    leave = Exit(name="unsplit", outputs={t.name: t.name for t in manifest.outputs}, scores={})
-    segment = Segment(
-        name="unsplit",
-        variants=manifest.unsplit,
-        inputs=manifest.inputs,
-        outputs=list(manifest.outputs),
-        exits=[leave],
-    )
-    opened = _engine(engine, threads, bundle)
-    policy = Policy()
-    only = ChainManifest(segments=[segment])
-    chain = Chain(bundle, only, manifest.inputs, opened, [None])
-    return Model(bundle, chain, opened, policy)
-
-
-def _first_usable(
-    open_on: Callable[[str], LoadedModel], engine: str, fallback: str | None
-) -> LoadedModel:
+def _first_usable(open_on: Callable[[str], Model], engine: str, fallback: str | None) -> Model:
     """The model on the engine that was asked for, or on the one to fall back on; says so."""
     if fallback is not None:
         _require_engine(fallback)
@@ -279,22 +209,4 @@ def _engine(name: str, threads: Threads | None, bundle: Bundle) -> Engine:
     return OnnxRuntimeEngine(name, threads)
 
 
-def _policy(policy: Policy | str | os.PathLike[str] | None, bundle: Bundle) -> Policy:
-    if isinstance(policy, Policy):
-        return policy
-    if policy is None:
-        default = bundle.manifest.policy
-        if default is None:
-            return Policy()
-        named = {"never": math.inf, "always": -math.inf}
-        threshold = default.threshold
-        value = named[threshold] if isinstance(threshold, str) else threshold
-        return Policy(score=default.score, thresholds=value)
-    if isinstance(policy, (str, os.PathLike)):
-        return read_policy(policy)
-    raise PolicyError(
-        f"policy is a {type(policy).__name__}", fix="Give a Policy or the path of a policy.json."
-    )
-
-
-__all__ = ["load", "load_decoder", "load_unsplit"]
+__all__ = ["load"]

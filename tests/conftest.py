@@ -110,12 +110,10 @@ def decoder_bundle(decoder_folder: Callable[[str], Path], once: Once) -> Callabl
     from tests.decoders import EXITS
 
     def make(family: str, folder: Path) -> None:
-        from edgeexit.export import DecodeModel, export_decoder
+        from edgeexit.export import export
         from edgeexit.export.pretrained import from_pretrained
 
-        model = from_pretrained(decoder_folder(family), exits=EXITS).exit_model()
-        assert isinstance(model, DecodeModel)
-        export_decoder(model, folder)
+        export(from_pretrained(decoder_folder(family), exits=EXITS).split_model(), folder)
 
     return functools.cache(
         lambda family: open_bundle(once(f"{family}-bundle", functools.partial(make, family)))
@@ -128,12 +126,11 @@ def half_decoder(decoder_folder: Callable[[str], Path], once: Once) -> Bundle:
     from tests.decoders import EXITS
 
     def make(folder: Path) -> None:
-        from edgeexit.export import DecodeModel, export_decoder
+        from edgeexit.export import export
         from edgeexit.export.pretrained import from_pretrained
 
-        model = from_pretrained(decoder_folder("llama"), exits=EXITS).exit_model()
-        assert isinstance(model, DecodeModel)
-        export_decoder(model, folder, dtype="float16")
+        model = from_pretrained(decoder_folder("llama"), exits=EXITS).split_model()
+        export(model, folder, dtype="float16")
 
     return open_bundle(once("llama-half", make))
 
@@ -174,9 +171,9 @@ def adapted_bundle(once: Once) -> Callable[[str], Bundle]:
     from tests.decoders import make_adapted
 
     def make(family: str, folder: Path) -> None:
-        from edgeexit.export import export_decoder
+        from edgeexit.export import export
 
-        export_decoder(make_adapted(family).exit_model(), folder)
+        export(make_adapted(family).split_model(), folder)
 
     return functools.cache(
         lambda family: open_bundle(once(f"{family}-adapted", functools.partial(make, family)))
@@ -212,13 +209,13 @@ def family_bundle(
     classifiers: dict[str, ExitClassifier], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
     """The bundle of a family, exported once (it takes seconds) and shared: never change it."""
-    from edgeexit.export import export_model
+    from edgeexit.export import export
 
     folder = tmp_path_factory.mktemp("families")
 
     @functools.cache
     def exported(family: str) -> Bundle:
-        return export_model(classifiers[family].exit_model(), folder / family)
+        return export(classifiers[family].split_model(), folder / family)
 
     return exported
 
@@ -340,9 +337,9 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def _export(checkpoint: Path, output: Path) -> Bundle:
-    from edgeexit.export import export_model
+    from edgeexit.export import export
     from edgeexit.export.pretrained import from_pretrained
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch's exporter says about itself
-        return export_model(from_pretrained(checkpoint).exit_model(), output)
+        return export(from_pretrained(checkpoint).split_model(), output)

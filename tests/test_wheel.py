@@ -33,7 +33,7 @@ RUN = """
 import importlib.util, json, sys
 from pathlib import Path
 import numpy as np, onnxruntime
-from edgeexit.runtime import Policy, load, load_unsplit
+from edgeexit.runtime import Rule, load
 
 def worst(found, expected):
     return float(np.max(np.abs(np.asarray(found, np.float64) - expected)))
@@ -51,9 +51,9 @@ for path in map(Path, sys.argv[1:]):
         for leave, outputs, scores in zip(model.exits, trace.outputs, trace.scores):
             for name, value in {**outputs, **scores}.items():
                 differences.append(worst(value, sample[f"{leave.name}/{name}"]))
-        model.policy = Policy(thresholds=-np.inf)
+        model.policy = Rule(thresholds=-np.inf)
         assert set(model(inputs).exit_names) == {model.exits[0].name}
-    with load_unsplit(path) as model:
+    with load(path, unsplit=True) as model:
         last = trace.outputs[-1]["logits"]
         differences.append(worst(model(inputs).outputs["logits"], last))
 print(json.dumps(report))

@@ -1,4 +1,9 @@
-"""What a bundle says about itself: the structs of ``manifest.json`` (format 1).
+"""What a bundle says about itself: the structs of ``manifest.json`` (format 2).
+
+Everything that runs is a `Component`: a graph with named inputs, outputs and states. A `Chain` is
+components in order with the exits behind them; the program is a list of steps that run chains,
+look rows up in tables and place rows of one tensor among the tokens of another. All steps share one
+namespace of tensors.
 
 Plain data. The exporter fills them in, the runtime reads them; nothing here opens a file. The
 bundle on disk, with its checks, is `edgeexit.bundle.reader`. Unknown fields of a newer minor format
@@ -12,10 +17,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
-KNOWN_FEATURES: frozenset[str] = frozenset({"decode", "adapters"})
-"""Values of ``requires`` that this reader understands. Format 1.0 needs none."""
+FORMAT_MAJOR = 2
+FORMAT_MINOR = 0
+KNOWN_FEATURES: frozenset[str] = frozenset()
+"""Values of ``requires`` that this reader understands. Format 2.0 needs none."""
 
 DType = Literal[
     "float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool"
@@ -30,14 +35,18 @@ LENGTHS: dict[str, tuple[str, list[str]]] = {
     "past": ("int64", ["batch"]),
     "last": ("int32", ["batch"]),
     "most": ("int32", []),
+    "prompt": ("int64", ["batch"]),
 }
-"""What a graph with caches may ask to be told, as dtype and axes of its input ``lengths/KIND``: how
-many tokens of each row are cached (past), the place of each row's last new token (last = past + new
-- 1), and the largest number of tokens in any row, the new ones included (most)."""
+"""What a graph may ask to be told, as dtype and axes of its input ``lengths/KIND``: how many tokens
+of each row are cached (past), the place of each row's last new token (last = past + new - 1), the
+largest number of tokens in any row, the new ones included (most), and how many of each row's new
+tokens are of its prompt (prompt)."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
 Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+When = Literal["input", "prompt", "token"]
+StateForm = Literal["append", "in-place", "fixed"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -52,8 +61,9 @@ class Tensor(Struct, frozen=True, kw_only=True):
     """A named tensor that enters or leaves a graph.
 
     `axes` gives a name for an axis of any size, a number for a fixed one, and null for one whose
-    size follows from the others in a way the manifest does not say. `row_axis` is the axis along
-    which rows (inputs of a batch) lie; null for a tensor that is the same for all rows.
+    size follows from the others in a way the manifest does not say. ``batch`` counts rows, ``new``
+    the tokens of a row that one run takes. `row_axis` is the axis along which rows (inputs of a
+    batch) lie; null for a tensor that is the same for all rows.
     """
 
     name: Name
@@ -65,8 +75,8 @@ class Tensor(Struct, frozen=True, kw_only=True):
 class Variant(Struct, frozen=True, kw_only=True):
     """One form of a graph, for engines that offer every feature in `requires`.
 
-    Forms with caches differ in what they do with them: ``append`` gives the new keys and values
-    only, and the runtime appends them; ``in-place`` gives the whole cache, and past and present are
+    Forms with token states differ in what they do with them: ``append`` gives what the new tokens
+    add, and the runtime appends it; ``in-place`` gives the whole state, and past and present are
     one buffer; ``fixed`` does the same for engines whose capacity (the axis ``past``) is a number
     when they are built. `lengths` are the kinds (`LENGTHS`) that the graph takes besides its
     inputs.
@@ -79,67 +89,162 @@ class Variant(Struct, frozen=True, kw_only=True):
     graph: str
     requires: list[str] = []
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    caches: Literal["append", "in-place", "fixed"] = "append"
-    lengths: list[Literal["past", "last", "most"]] = []
+    states: StateForm = "append"
+    lengths: list[Literal["past", "last", "most", "prompt"]] = []
 
 
-class Cache(Struct, frozen=True, kw_only=True):
-    """Keys or values of a layer, which a segment keeps from token to token.
+class TokenState(Struct, frozen=True, kw_only=True, tag="token"):
+    """What a component keeps of every token: keys or values of a layer.
 
-    `axes` names the axis that grows (``past``); `row_axis` is as in `Tensor`. `past` and `present`
-    are the graph's input and output.
+    It grows by what each run adds and has a length per row. `axes` names the axis that grows
+    (``past``); `past` and `present` are the graph's input and output.
     """
 
     name: Name
     dtype: DType
     axes: list[Axis]
-    past: str
-    present: str
+    past: Name
+    present: Name
     row_axis: Annotated[int, Meta(ge=0)] = 0
 
 
-class Exit(Struct, frozen=True, kw_only=True):
-    """A place where the model may answer.
+class PromptState(Struct, frozen=True, kw_only=True, tag="prompt"):
+    """What is made once for a prompt and then only read: cross keys and values, statistics of a
+    prompt's states.
 
-    `outputs` maps each program output to the tensor that holds it at this exit, `scores` maps each
-    score to its float32 tensor ``[batch]``. `head` names a graph of its own in ``heads`` when
-    several exits share one; then the tensors are that graph's, and `state` is the segment's output
-    that it looks at. `adapter` names a part of ``heads`` that stands between the two for this exit
-    alone: with caches of its own, from `state` and the positions to a state of the same form.
-    `action` is ``stop``, or ``drop`` for the token group `tokens`.
+    `maker` names the component that makes it, before the component that reads it first runs over a
+    prompt; `tensor` is the maker's output and this component's input.
     """
 
-    name: Name
-    outputs: dict[str, str]
-    scores: dict[str, str]
-    action: Literal["stop", "drop"] = "stop"
-    tokens: str | None = None
-    head: str | None = None
-    state: str | None = None
-    adapter: str | None = None
+    tensor: Tensor
+    maker: Name
 
 
-class Segment(Struct, frozen=True, kw_only=True):
-    """The layers between two boundaries: one graph (in one or more variants), one engine.
+class Component(Struct, frozen=True, kw_only=True):
+    """A graph, in one or more variants: a segment, a head, an adapter, a gate, a maker of states.
 
-    `projection` is a graph that takes the same inputs and gives only the new keys and values of the
-    caches, all of them made from the state that comes in: for tokens that skip the segment.
+    Its inputs are tensors that come before it by name; a component whose inputs have no axis
+    ``new``, given a tensor that has one, takes chosen tokens as its rows. `projection` is a graph
+    that takes the same inputs and gives only what the token states keep of the new tokens: for
+    tokens that skip the component.
     """
 
-    name: Name
     variants: Annotated[list[Variant], Meta(min_length=1)]
     inputs: list[Tensor]
     outputs: list[Tensor]
-    caches: list[Cache] = []
-    exits: list[Exit] = []
+    states: list[TokenState | PromptState] = []
     projection: Variant | None = None
 
 
-class Chain(Struct, frozen=True, kw_only=True):
-    """Segments run in order. `rows` says whether rows of a batch may leave at different exits."""
+class Call(Struct, frozen=True, kw_only=True):
+    """A component on the path of an exit. `inputs` gives a component's input -> the tensor that it
+    takes, where their names differ."""
 
-    segments: Annotated[list[Segment], Meta(min_length=1)]
+    component: Name
+    inputs: dict[Name, Name] = {}
+
+
+class Exit(Struct, frozen=True, kw_only=True):
+    """A place where the model may answer, or let a group of tokens go.
+
+    It stands behind the component `behind`, and is asked by running the components of `path` in
+    order (an adapter, then a head; a gate). `outputs` maps each output of the chain to the tensor
+    that holds it at this exit, `scores` each score to its float32 tensor ``[batch]``: outputs of
+    the last component of the path, or of `behind` where there is no path. `action` is ``stop``, or
+    ``drop`` for the token group `tokens`.
+    """
+
+    name: Name
+    behind: Name
+    outputs: dict[Name, Name] = {}
+    scores: dict[Name, Name] = {}
+    path: list[Call] = []
+    action: Literal["stop", "drop"] = "stop"
+    tokens: Name | None = None
+
+
+class Chain(Struct, frozen=True, kw_only=True):
+    """Components in order, and the exits behind them; the last exit always answers.
+
+    `outputs` is what every exit that stops gives: the program's answer, or what later steps take.
+    `unsplit` names the components that are the same chain without exits, for measurements; the last
+    of them makes the outputs under their names. `rows` says whether rows of a batch may leave at
+    different exits.
+    """
+
+    components: Annotated[list[Name], Meta(min_length=1)]
+    outputs: Annotated[list[Tensor], Meta(min_length=1)]
+    exits: Annotated[list[Exit], Meta(min_length=1)]
+    unsplit: list[Name] = []
     rows: Literal["independent", "together"] = "independent"
+
+    @property
+    def stops(self) -> list[Exit]:
+        """Exits that answer, in order; the last one always does."""
+        return [exit_ for exit_ in self.exits if exit_.action == "stop"]
+
+
+class Run(Struct, frozen=True, kw_only=True, tag="run"):
+    """A step that runs a chain: once per request (``input``), once for a prompt, or for the prompt
+    and every token after it."""
+
+    chain: Name
+    when: When = "input"
+
+
+class Gather(Struct, frozen=True, kw_only=True, tag="gather"):
+    """A step that looks ids up in a table: an embedding.
+
+    The runtime gathers the rows from the weight store, where the table ``[size, width]`` of the
+    output's dtype begins at byte `offset`.
+    """
+
+    ids: Name
+    output: Tensor
+    size: Annotated[int, Meta(ge=1)]
+    offset: Annotated[int, Meta(ge=0)]
+    when: When = "token"
+
+
+class Place(Struct, frozen=True, kw_only=True, tag="place"):
+    """A step that puts rows of one tensor ``[batch, tokens, width]`` in the place of a token
+    group's tokens in another: image features among the embeddings of a prompt."""
+
+    source: Name
+    target: Name
+    group: Name
+    when: When = "prompt"
+
+
+Step = Run | Gather | Place
+
+
+class TokenGroup(Struct, frozen=True, kw_only=True):
+    """Tokens of a prompt that something else than text stands for.
+
+    `token` is the id that marks their places. `mask` names the feed, bool ``[batch, new]``, that
+    says which of the new tokens belong to the group, for components that take it.
+    """
+
+    token: Annotated[int, Meta(ge=0)]
+    mask: Name | None = None
+
+
+class Decoding(Struct, frozen=True, kw_only=True):
+    """How a program writes text token by token.
+
+    `chain` runs for every token and gives ``token`` and ``logits``. `tokens` is the program's input
+    of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` that says where each token
+    stands. Where `start_tokens` are given, a text begins with them, and the prompt is the
+    program's other input (an encoder's).
+    """
+
+    chain: Name
+    tokens: Name
+    positions: Tensor
+    start_tokens: list[int] = []
+    stop_tokens: list[int] = []
+    groups: dict[Name, TokenGroup] = {}
 
 
 class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
@@ -188,34 +293,9 @@ class Chat(Struct, frozen=True, kw_only=True):
     tokens: dict[Name, str] = {}
 
 
-class Embedding(Struct, frozen=True, kw_only=True):
-    """A table whose rows the runtime gathers from the weight store: token id -> row.
-
-    `output` is what the first segment takes, ``[batch, new, width]``; `offset` is where the table
-    begins in the store, ``[vocabulary, width]`` of the output's dtype.
-    """
-
-    tokens: Name
-    output: Tensor
-    vocabulary: Annotated[int, Meta(ge=1)]
-    offset: Annotated[int, Meta(ge=0)]
-
-
-class Decoding(Struct, frozen=True, kw_only=True):
-    """What a ``decode`` program needs besides its chain.
-
-    `positions` is the int64 input ``[batch, new]`` of segments that says where each token stands;
-    `head` names the head that all exits share. `stop_tokens` end a text.
-    """
-
-    embedding: Embedding
-    positions: Tensor
-    head: Name
-    stop_tokens: list[int] = []
-
-
 class DefaultPolicy(Struct, frozen=True, kw_only=True):
-    """The policy used when the user gives none. It carries no promise: nobody calibrated it."""
+    """The rule used for a chain when the user gives none. It carries no promise: nobody calibrated
+    it."""
 
     score: str
     threshold: float | Literal["never", "always"]
@@ -231,20 +311,19 @@ class File(Struct, frozen=True, kw_only=True):
 class Manifest(Struct, frozen=True, kw_only=True):
     """The whole of ``manifest.json``.
 
-    `limits` gives the largest size of a symbolic axis that the model was made for (positions of a
-    text model, say); `files` lists every other file of the bundle.
+    `inputs` is what a caller gives, `outputs` what the program's last chain answers with. `limits`
+    gives the largest size of a symbolic axis that the model was made for (positions of a text
+    model, say); `policy` a default per chain; `files` lists every other file of the bundle.
     """
 
     format: Annotated[str, Meta(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
     name: str
     task: str
-    program: Literal["forward", "decode", "encode-decode"]
     inputs: Annotated[list[Tensor], Meta(min_length=1)]
-    outputs: Annotated[list[Tensor], Meta(min_length=1)]
-    chains: dict[Name, Chain]
-    unsplit: Annotated[list[Variant], Meta(min_length=1)]
+    components: dict[Name, Component]
+    chains: Annotated[dict[Name, Chain], Meta(min_length=1)]
+    steps: Annotated[list[Step], Meta(min_length=1)]
     files: dict[str, File]
-    heads: dict[Name, Segment] = {}
     decoding: Decoding | None = None
     limits: dict[str, int] = {}
     requires: list[str] = []
@@ -252,9 +331,20 @@ class Manifest(Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     tokenizer: str | None = None
     chat: Chat | None = None
-    policy: DefaultPolicy | None = None
+    policy: dict[Name, DefaultPolicy] = {}
     samples: list[str] = []
     provenance: dict[str, str] = {}
+
+    @property
+    def last_chain(self) -> Chain:
+        """The chain that answers: of the last step that runs one."""
+        runs = [step.chain for step in self.steps if isinstance(step, Run)]
+        return self.chains[runs[-1]]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What the program answers with."""
+        return self.last_chain.outputs
 
 
 def json_schema() -> dict[str, object]:

@@ -1,9 +1,9 @@
 """When to stop: the policy, its file, and what it decides at each exit.
 
-A policy is made for one bundle (`calibrate` binds it to the digest) and stands beside it, never in
-it. At an exit a row stops when its score is at least the exit's threshold, and, with patience t,
-the last t + 1 exits that were consulted predict the same class (PABEE's count). NaN is at least
-nothing.
+A policy has a rule for every chain that has exits. It is made for one bundle (`calibrate` binds it
+to the digest) and stands beside it, never in it. At an exit a row stops when its score is at least
+the exit's threshold, and, with patience t, the last t + 1 exits that were asked predict the same
+class (PABEE's count). NaN is at least nothing.
 """
 
 from __future__ import annotations
@@ -20,30 +20,28 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgeexit.bundle.manifest import Exit
+from edgeexit.bundle.manifest import Chain, Exit
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import PolicyError
 
-POLICY_FORMAT = "1.0"
+POLICY_FORMAT = "2.0"
 NEVER, ALWAYS = math.inf, -math.inf
 OUT_OF_REACH = 3.4028234663852886e38
 """The largest float32: a threshold that is compared with, and met by no score. For measurements."""
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """When rows stop.
+class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When rows stop in one chain.
 
     Attributes:
         thresholds: Stop when score >= threshold: one number for all exits, one per exit in order
             (the last exit, which always answers, left out), or a mapping from exit names. ``inf``
-            = never, ``-inf`` = always; exits a mapping leaves out never fire.
+            = never, ``-inf`` = always; exits a mapping leaves out never fire. Only a mapping
+            speaks of exits at which a token group leaves.
         score: Which of the exits' scores counts.
         patience: 0, or how many further exits must have predicted the same before a row stops.
         first: Name of the first exit where rows may stop; None = the first there is.
         last: Name of the last exit where rows may stop early; None = the last but one.
-        bundle: Digest of the bundle it was made for; None = for any bundle it fits.
-        engine: What it was calibrated on, by name and version; for people and certificates.
-        calibration: How it was made: data, risk, measured figures.
     """
 
     thresholds: float | list[float] | dict[str, float] = NEVER
@@ -51,6 +49,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     patience: int = 0
     first: str | None = None
     last: str | None = None
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """When rows stop, chain by chain.
+
+    Attributes:
+        rules: Chain -> its rule.
+        bundle: Digest of the bundle it was made for; None = for any bundle it fits.
+        engine: What it was calibrated on, by name and version; for people and certificates.
+        calibration: How it was made: data, risk, measured figures.
+    """
+
+    rules: dict[str, Rule]
     bundle: str | None = None
     engine: dict[str, str] = {}
     calibration: dict[str, Any] = {}
@@ -58,57 +69,160 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy says at one exit: whether to consult it, and the threshold there.
+    """What a rule says at one exit: whether to ask it, the threshold there, and of which score.
 
-    An exit that never fires is not consulted: its score is not computed at all. Only with patience
-    it is, if the policy allows it, for its prediction counts.
+    An exit that never fires is not asked: its score is not computed at all. Only with patience it
+    is, if the rule allows it, for its prediction counts.
     """
 
     consult: bool
     threshold: float
+    score: str = "max_prob"
 
 
-def decide(policy: Policy, exits: Sequence[Exit], *, digest: str | None = None) -> list[Decision]:
-    """Resolves a policy against the exits of a chain, in order; the last one always answers.
+def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
+    """Resolves a rule against the exits of a chain that stop, in order; the last always answers.
 
     Raises:
-        PolicyError: It was made for another bundle, names an unknown exit or score, or has the
-        wrong
-            number of thresholds.
+        PolicyError: It names an unknown exit or score, or has the wrong number of thresholds.
     """
-    for field, value in (("score", policy.score), ("bundle", policy.bundle or "")):
-        if not isinstance(value, str):
-            raise PolicyError(f"{field} is {value!r}, not a text", fix="Give a name.")
-    if policy.bundle is not None and digest is not None and policy.bundle != digest:
+    if not isinstance(rule.score, str):
+        raise PolicyError(f"score is {rule.score!r}, not a text", fix="Give a name.")
+    early = [exit_.name for exit_ in exits[:-1]]
+    thresholds = _by_name(rule.thresholds, early)
+    if not isinstance(rule.patience, int) or rule.patience < 0:
+        raise PolicyError(f"patience {rule.patience!r} is no count", fix="Use 0, 1, 2 or more.")
+    if rule.patience and any("logits" not in exit_.outputs for exit_ in exits):
         raise PolicyError(
-            f"the policy was made for the bundle {policy.bundle[:12]}…, this one is {digest[:12]}…",
-            fix="Calibrate again on this bundle; thresholds do not carry over.",
+            "patience compares predicted classes, and an exit of this chain has no logits",
+            fix="Use a policy without patience.",
         )
-    early = [leave.name for leave in exits[:-1]]
-    thresholds = _by_name(policy.thresholds, early)
-    if not isinstance(policy.patience, int) or policy.patience < 0:
-        raise PolicyError(f"patience {policy.patience!r} is no count", fix="Use 0, 1, 2 or more.")
-    low = _position(policy.first, early, "first", 0)
-    high = _position(policy.last, early, "last", len(early) - 1)
+    low = _position(rule.first, early, "first", 0)
+    high = _position(rule.last, early, "last", len(early) - 1)
     if early and low > high:
         raise PolicyError(
-            f"the first exit allowed ({policy.first}) lies behind the last ({policy.last})",
+            f"the first exit allowed ({rule.first}) lies behind the last ({rule.last})",
             fix="Swap them.",
         )
     decisions = []
-    for number, leave in enumerate(exits[:-1]):
-        threshold = thresholds.get(leave.name, NEVER)
+    for number, exit_ in enumerate(exits[:-1]):
         allowed = low <= number <= high
-        if allowed and policy.score not in leave.scores:
+        threshold = _float32_above(thresholds.get(exit_.name, NEVER))
+        consult = allowed and (threshold != NEVER or rule.patience > 0)
+        if consult and rule.score not in exit_.scores:
             raise PolicyError(
-                f"exit {leave.name} has no score {policy.score!r} (it has "
-                f"{', '.join(sorted(leave.scores)) or 'none'})",
+                f"exit {exit_.name} has no score {rule.score!r} (it has "
+                f"{', '.join(sorted(exit_.scores)) or 'none'})",
                 fix="Choose one of those.",
             )
-        threshold = _float32_above(threshold)
-        consult = allowed and (threshold != NEVER or policy.patience > 0)
-        decisions.append(Decision(consult=consult, threshold=threshold))
-    return [*decisions, Decision(consult=True, threshold=ALWAYS)] if exits else []
+        decisions.append(Decision(consult, threshold, rule.score))
+    return [*decisions, Decision(True, ALWAYS, rule.score)] if exits else []
+
+
+def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
+    """Exits of a chain at which a token group may leave -> their thresholds; others never fire."""
+    drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
+    if not isinstance(rule.thresholds, dict):
+        return {}
+    chosen = {name: value for name, value in rule.thresholds.items() if name in drops}
+    return {
+        name: _float32_above(value) for name, value in _checked(chosen).items() if value != NEVER
+    }
+
+
+def decisions_of(policy: Policy, chain: Chain, name: str) -> list[Decision]:
+    """What a policy says at the exits of a chain that stop.
+
+    Raises:
+        PolicyError: It has no rule for a chain that has early exits, or the rule does not fit.
+    """
+    return decide(rule_of(policy, chain, name), chain.stops)
+
+
+def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
+    """The rule for a chain. Raises `PolicyError` if there is none, and the chain has exits."""
+    rule = policy.rules.get(name)
+    if rule is None:
+        if len(chain.exits) > 1:
+            raise PolicyError(
+                f"the policy has no rule for the chain {name}, which has exits "
+                f"({', '.join(exit_.name for exit_ in chain.exits[:-1])})",
+                fix=f'Add one: rules={{"{name}": Rule(thresholds=...)}}; Rule() never stops.',
+            )
+        rule = Rule()
+    drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
+    if drops and isinstance(rule.thresholds, dict):
+        stops = {n: value for n, value in rule.thresholds.items() if n not in drops}
+        rule = msgspec.structs.replace(rule, thresholds=stops)
+    return rule
+
+
+def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
+    """A policy that fits a bundle: a rule alone is for the one chain that has exits.
+
+    Args:
+        given: None: the bundle's defaults, and without one never.
+
+    Raises:
+        PolicyError: It was made for another bundle, or does not fit its chains.
+    """
+    chains = bundle.manifest.chains
+    if given is None:
+        given = Policy(rules={name: _default(bundle, name) for name in chains})
+    elif isinstance(given, Rule):
+        given = Policy(rules={_only_chain(chains): given})
+    elif not isinstance(given, Policy):
+        raise PolicyError(
+            f"policy is a {type(given).__name__}",
+            fix="Give a Policy, a Rule, or the path of a policy.json.",
+        )
+    if not isinstance(given.bundle, (str, type(None))):
+        raise PolicyError(f"bundle is {given.bundle!r}, not a text", fix="Give a digest.")
+    if given.bundle is not None and given.bundle != bundle.digest:
+        raise PolicyError(
+            f"the policy was made for the bundle {given.bundle[:12]}…, this one is "
+            f"{bundle.digest[:12]}…",
+            fix="Calibrate again on this bundle; thresholds do not carry over.",
+        )
+    if unknown := sorted(given.rules.keys() - chains.keys()):
+        raise PolicyError(
+            f"the policy has a rule for the chain {unknown[0]!r}; the bundle has "
+            f"{', '.join(sorted(chains))}",
+            fix="Use those names.",
+        )
+    decoding = bundle.manifest.decoding
+    for name, chain in chains.items():
+        decisions_of(given, chain, name)
+        if decoding is not None and name == decoding.chain and rule_of(given, chain, name).patience:
+            raise PolicyError(
+                f"patience counts exits of one pass, and the chain {name} writes text",
+                fix="Use a policy without patience.",
+            )
+        drop_thresholds(given.rules.get(name, Rule()), chain)
+    return given
+
+
+def _only_chain(chains: Mapping[str, Chain]) -> str:
+    """The chain that a rule without a name is for."""
+    with_exits = [name for name, chain in chains.items() if len(chain.exits) > 1]
+    if len(with_exits) > 1:
+        raise PolicyError(
+            f"one rule for several chains with exits ({', '.join(with_exits)})",
+            fix="Give a rule for each: Policy(rules={...}).",
+        )
+    return (with_exits or list(chains))[-1]
+
+
+def _default(bundle: Bundle, chain: str) -> Rule:
+    default = bundle.manifest.policy.get(chain)
+    if default is None:
+        return Rule()
+    named = {"never": NEVER, "always": ALWAYS}
+    threshold = default.threshold
+    return Rule(
+        score=default.score,
+        thresholds=named[threshold] if isinstance(threshold, str) else threshold,
+    )
 
 
 def _float32_above(threshold: float) -> float:
@@ -121,11 +235,11 @@ def _float32_above(threshold: float) -> float:
     return float(rounded)
 
 
-def forced(exits: Sequence[Exit], name: str) -> Policy:
-    """The policy under which every row leaves at the exit `name` and no other is consulted."""
+def forced(exits: Sequence[Exit], name: str) -> Rule:
+    """The rule under which every row leaves at the exit `name` and no other is asked."""
     if name == exits[-1].name:
-        return Policy(thresholds=NEVER)
-    return Policy(thresholds={name: ALWAYS}, first=name, last=name)
+        return Rule(thresholds=NEVER)
+    return Rule(thresholds={name: ALWAYS}, first=name, last=name)
 
 
 def _position(name: str | None, early: list[str], field: str, default: int) -> int:
@@ -149,17 +263,19 @@ def _by_name(
                 f"{', '.join(early) or 'none'}",
                 fix="Use those names; the last exit always answers and has no threshold.",
             )
-        found = dict(thresholds)
-    elif isinstance(thresholds, list):
+        return _checked(thresholds)
+    if isinstance(thresholds, list):
         if len(thresholds) != len(early):
             raise PolicyError(
                 f"{len(thresholds)} thresholds for {len(early)} early exits ({', '.join(early)})",
                 fix="Give one per early exit, in order, or a single number for all.",
             )
-        found = dict(zip(early, thresholds, strict=True))
-    else:
-        found = dict.fromkeys(early, thresholds)
-    for name, value in found.items():
+        return _checked(dict(zip(early, thresholds, strict=True)))
+    return _checked(dict.fromkeys(early, thresholds))
+
+
+def _checked(thresholds: Mapping[str, float]) -> dict[str, float]:
+    for name, value in thresholds.items():
         huge = isinstance(value, int) and abs(value) > 2**53
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or huge:
             raise PolicyError(
@@ -168,7 +284,7 @@ def _by_name(
             )
         if math.isnan(value):
             raise PolicyError(f"the threshold of {name} is NaN", fix="Use a number, inf or -inf.")
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in thresholds.items()}
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
@@ -184,7 +300,10 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
             raise PolicyError(
                 f"{path}: policy format {version}, this edgeexit reads {POLICY_FORMAT}", fix=fix
             )
-        raw["thresholds"] = _from_json(raw.get("thresholds"))
+        rules = raw.get("rules")
+        for rule in rules.values() if isinstance(rules, dict) else ():
+            if isinstance(rule, dict) and "thresholds" in rule:
+                rule["thresholds"] = _from_json(rule["thresholds"])
         return msgspec.convert(raw, Policy)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read ({error.strerror})", fix=fix) from error
@@ -203,8 +322,9 @@ def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
 
     JSON has no infinity, so the thresholds never and always are spelled out.
     """
-    raw = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
-    raw["thresholds"] = _to_json(policy.thresholds)
+    raw: dict[str, Any] = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
+    for name, rule in policy.rules.items():
+        raw["rules"][name]["thresholds"] = _to_json(rule.thresholds)
     path = Path(path).resolve()  # through links, so that they stay
     if path.exists() and not path.is_file():
         raise PolicyError(

@@ -18,8 +18,9 @@ from types import TracebackType
 
 import msgspec
 
+from edgeexit.bundle.layout import MANIFEST, OWNED_FOLDERS
 from edgeexit.bundle.manifest import FORMAT_MAJOR, FORMAT_MINOR, File, Manifest
-from edgeexit.bundle.reader import MANIFEST, OWNED_FOLDERS, Bundle, open_bundle, sha256_of
+from edgeexit.bundle.reader import Bundle, open_bundle, sha256_of
 from edgeexit.errors import (
     BundleError,
     EdgeExitError,

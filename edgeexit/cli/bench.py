@@ -8,17 +8,8 @@ from typing import Any
 
 import click
 
-from edgeexit.cli.common import (
-    add_current_directory,
-    bundle_argument,
-    engine_option,
-    json_option,
-    print_json,
-    print_table,
-    progress_bar,
-    share,
-    verbosity_options,
-)
+from edgeexit.cli.common import add_current_directory, print_json, print_table, progress_bar, share
+from edgeexit.cli.options import bundle_argument, engine_option, output_options, read_threads
 from edgeexit.errors import UsageError
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -33,14 +24,6 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     return float(found[1]) * _UNITS_S[found[2]]
 
 
-def _threads(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-    if value is None or value in ("blocking", "spinning", "process"):
-        return value
-    if value.isascii() and value.isdigit() and int(value) >= 1:
-        return int(value)
-    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
-
-
 @click.command("bench")
 @bundle_argument
 @click.option(
@@ -50,7 +33,7 @@ def _threads(context: click.Context, parameter: click.Parameter, value: str | No
     show_default=True,
     help="One row at a time, or full batches.",
 )
-@click.option("--data", metavar="DATA", help="Real inputs (and labels) for natural exits.")
+@click.option("--data", metavar="DATA", help="Real inputs (and labels), or prompts.")
 @click.option(
     "--policy", type=click.Path(path_type=Path), help="policy.json; default: the bundle's own."
 )
@@ -64,11 +47,11 @@ def _threads(context: click.Context, parameter: click.Parameter, value: str | No
     show_default=True,
     callback=_seconds,
     metavar="TIME",
-    help="How long the timed part takes; warm-up and the search for thread settings come on top.",
+    help="How long the timed part takes; warm-up and the search for thread settings are extra.",
 )
 @click.option(
     "--threads",
-    callback=_threads,
+    callback=read_threads,
     metavar="N|blocking|spinning|process",
     help="A setting for both sides; default: the best one for each, found by a short search.",
 )
@@ -77,117 +60,63 @@ def _threads(context: click.Context, parameter: click.Parameter, value: str | No
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Decoders without --data: length of random prompts.",
+    help="Language models without --data: length of random prompts.",
 )
 @click.option(
     "--new-tokens",
     type=click.IntRange(2),
     default=64,
     show_default=True,
-    help="Decoders: tokens written behind each prompt.",
+    help="Language models: tokens that continue each prompt.",
 )
 @click.option(
     "--launch-ahead",
     type=click.Choice(["never", "measured", "always"]),
     default="never",
     show_default=True,
-    help="On a GPU: launch the next segment while a score is read back. Not for decoders.",
+    help="On a GPU: launch the next segment while a score is read back. Not for language models.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random order of rows.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
 )
 @engine_option
-@json_option
-@verbosity_options
+@output_options
 def command(
-    bundle: Path,
-    mode: str,
-    data: str | None,
-    policy: Path | None,
-    batch: int,
-    seconds: float,
-    threads: Any,
-    prompt_tokens: int,
-    new_tokens: int,
-    launch_ahead: str,
-    seed: int,
-    output: Path | None,
-    engine: str,
-    as_json: bool,
-    verbose: int,
-    quiet: bool,
+    bundle: Path, output: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any
 ) -> None:
     """Measure BUNDLE against the same model unsplit.
 
-    Each side runs in a process of its own, in the thread setting in which it is fastest; blocks of
-    the two alternate, and ratios are made of neighbouring blocks.
+    Each side runs in a process of its own, in the thread setting in which it is fastest; they take
+    turns, and ratios are made of what ran side by side.
     """
     import json
 
-    from edgeexit.bundle.reader import open_bundle
-    from edgeexit.measure.bench.bench import bench
-    from edgeexit.measure.bench.decode_bench import bench_decoder
+    from edgeexit.measure.bench.bench import Options, bench
     from edgeexit.measure.files import check_output, write_atomic
 
-    if engine == "cpu" and launch_ahead != "never":
+    if options["engine"] == "cpu" and options["launch_ahead"] != "never":
         raise UsageError(
-            "--launch-ahead is for GPUs: a processor has done with a segment when it answers",
+            "--launch-ahead is for GPUs: on a processor nothing waits for a score",
             fix="Leave it out, or use --engine cuda or tensorrt.",
         )
     add_current_directory()
     if output is not None:
         check_output(output)
-    opened = open_bundle(bundle)
-    writes = opened.manifest.program == "decode"
-    if writes and mode != "latency":
-        raise UsageError(
-            f"{bundle} is a language model, and --mode {mode} counts rows",
-            fix="Leave --mode out: tokens per second are reported.",
-        )
-    if writes and launch_ahead != "never":
-        raise UsageError(
-            f"{bundle} is a language model, and --launch-ahead is for models of one pass",
-            fix="Leave it out.",
-        )
-    common: dict[str, Any] = {
-        "engine": engine,
-        "policy": policy,
-        "data": data,
-        "seconds": seconds,
-        "threads": threads,
-        "seed": seed,
-    }
     with progress_bar(quiet) as progress:
-        if writes:
-            result = bench_decoder(
-                opened,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                **common,
-                progress=progress,
-            )
-        else:
-            result = bench(
-                opened,
-                mode=mode,  # type: ignore[arg-type]
-                batch=batch,
-                launch_ahead=launch_ahead,  # type: ignore[arg-type]
-                **common,
-                progress=progress,
-            )
+        result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomic(output, lambda file: file.write(text.encode()))
     if as_json:
         print_json(result)
-    elif writes:
-        _print_decoder(result)
+    elif "modes" in result:
+        _print_texts(result)
     else:
         _print(result)
 
 
-def _print_decoder(result: dict[str, Any]) -> None:
+def _print_texts(result: dict[str, Any]) -> None:
     machine, data = result["environment"], result["data"]
     columns = ["mode", "first token ms", "tokens/s", "prefill", "decode", "of full", "notes"]
     unsplit = result["unsplit"]
@@ -246,8 +175,8 @@ def _print(result: dict[str, Any]) -> None:
         "accuracy",
     ]
     rows = [_row("unsplit", result["unsplit"], throughput, ratio=1.0)]
-    for leave in result["exits"]:
-        rows.append(_row(leave["name"], leave, throughput))
+    for exit_ in result["exits"]:
+        rows.append(_row(exit_["name"], exit_, throughput))
     if result["natural"] is not None:
         rows.append(_row("natural", result["natural"], throughput))
     notes = [
@@ -267,7 +196,7 @@ def _print(result: dict[str, Any]) -> None:
         notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")
     if natural is None:
         notes.append("no natural exits: give real inputs with --data")
-    notes += _gpu_notes(result["gpu"], [leave["name"] for leave in result["exits"]])
+    notes += _gpu_notes(result["gpu"], [exit_["name"] for exit_ in result["exits"]])
     notes += [f"warning: {text}" for text in result["warnings"]]
     print_table(
         f"{machine['bundle']['name']} on {result['data']['name']}, {result['mode']}",
@@ -290,7 +219,7 @@ def _gpu_notes(found: dict[str, Any] | None, names: list[str]) -> list[str]:
         if "gap_ms" in about:
             ahead = "launched ahead" if about["launched_ahead"] else "not launched ahead"
             notes.append(
-                f"behind {name}: the GPU stands still for {1e3 * about['gap_ms']:.0f} us, the next "
+                f"behind {name}: the GPU is idle for {1e3 * about['gap_ms']:.0f} us, the next "
                 f"segment takes {about['segment_ms']:.3f} ms and is {ahead}"
             )
     return notes

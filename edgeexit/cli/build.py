@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeexit.bundle.reader import Bundle, open_bundle
-from edgeexit.cli.common import (
-    bundle_argument,
-    json_option,
-    print_json,
-    print_table,
-    progress_bar,
-    size,
-    verbosity_options,
-)
+from edgeexit.cli.common import print_json, print_table, progress_bar, size
+from edgeexit.cli.options import bundle_argument, json_option, verbosity_options
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.runtime.build.build import Estimate
-    from edgeexit.runtime.executor.session import Form
+    from edgeexit.bundle.manifest import StateForm
+    from edgeexit.runtime.build.build import Estimate, Options
+    from edgeexit.runtime.build.profiles import Asked
+    from edgeexit.runtime.build.work_list import Work
+    from edgeexit.runtime.engines.tensorrt.library import Library
 
 SHAPES = "INPUT:SIZExSIZE,..."
 
@@ -36,12 +32,14 @@ SHAPES = "INPUT:SIZExSIZE,..."
     "--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits, 8 rows."
 )
 @click.option(
-    "--capacity", type=click.IntRange(min=2), help="Most tokens of a text; language models only."
+    "--capacity",
+    type=click.IntRange(min=2),
+    help="Most tokens of a text, prompt included; models that write text only.",
 )
 @click.option(
-    "--caches",
+    "--states",
     type=click.Choice(["fixed", "append"]),
-    help="Form of the caches; language models only. Default: fixed where it can be built.",
+    help="Form of the KV caches; models that write text only. Default: fixed where possible.",
 )
 @click.option(
     "--target",
@@ -49,37 +47,47 @@ SHAPES = "INPUT:SIZExSIZE,..."
     help="Build ahead of time, without a GPU, for these desktop GPUs (TensorRT-RTX); with -o.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Where engines for targets go."
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for engines of --target."
 )
 @click.option(
-    "--engine-dir", type=click.Path(path_type=Path), help="The engine cache, if not the user's."
+    "--engine-dir",
+    type=click.Path(path_type=Path),
+    help="Engine cache to use instead of the user's.",
 )
-@click.option("--memory-limit", metavar="SIZE", help="Scratch memory an engine may use, as 512MiB.")
-@click.option("--opt-level", type=click.IntRange(0, 5), help="How hard to search, 0 to 5.")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path), help="Keep timings of kernels in this file."
+    "--memory-limit", metavar="SIZE", help="Scratch memory that an engine may use, as 512MiB."
 )
-@click.option("--without-unsplit", is_flag=True, help="Leave out the baseline, which bench needs.")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="Optimisation level, 0 to 5.")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="File for timings of kernels."
+)
+@click.option(
+    "--without-unsplit",
+    is_flag=True,
+    help="Leave out the unsplit model, which bench compares with.",
+)
 @click.option("--sign", type=click.Path(path_type=Path), help="Sign engines with this SSH key.")
 @click.option(
     "--import",
     "source",
     type=click.Path(path_type=Path),
-    help="Take engines that were built elsewhere; signed ones, or with --trust.",
+    help="Import engines that were built elsewhere: signed ones, or any with --trust.",
 )
 @click.option(
-    "--allowed-signers", type=click.Path(path_type=Path), help="Who may sign, as for ssh-keygen."
+    "--allowed-signers",
+    type=click.Path(path_type=Path),
+    help="File of allowed signers, as for ssh-keygen.",
 )
-@click.option("--trust", is_flag=True, help="Import without a signature: you answer for them.")
+@click.option("--trust", is_flag=True, help="Import without checking signatures.")
 @json_option
 @verbosity_options
 def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
-    """Build TensorRT engines of a bundle: one per segment and head.
+    """Build TensorRT engines of a bundle: one per component.
 
-    Engines are kept in a cache (~/.cache/edgeexit), under a key of everything that made them; what
-    is there already is not built again, what is damaged is. Of several sets that fit a device the
-    one that was built or asked for last is used. Shapes are spelled as for trtexec (ids:1x128) or
-    Polygraphy (ids:[1,128]).
+    Engines are stored in a cache (~/.cache/edgeexit), under a key of everything that determines
+    them. Engines that are there already are not built again unless they are damaged. Of several
+    sets that fit a device, the one that was built or requested last is used. Shapes are written as
+    for trtexec (ids:1x128) or Polygraphy (ids:[1,128]).
 
     \b
     edgeexit build bundle --max-shapes pixel_values:8x3x224x224
@@ -122,7 +130,8 @@ def _import(
     allowed_signers: Path | None,
     **others: Any,
 ) -> list[dict[str, Any]]:
-    from edgeexit.runtime.engines.tensorrt import engine_cache
+    from edgeexit.runtime.engines.tensorrt.engine_cache import default_root
+    from edgeexit.runtime.engines.tensorrt.importing import import_engines
 
     if trust and allowed_signers is not None:
         raise UsageError(
@@ -132,15 +141,18 @@ def _import(
         if value is not None and value is not False:
             raise UsageError(
                 f"--{name.replace('_', '-')} does not go with --import",
-                fix="Engines that were built are taken as they are.",
+                fix="Imported engines are used as they were built.",
             )
-    root = engine_cache.default_root() if engine_dir is None else engine_dir
-    folders = engine_cache.import_engines(
-        source, root, bundle, trust="anything" if trust else "signature", signers=allowed_signers
+    folders = import_engines(
+        source,
+        default_root() if engine_dir is None else engine_dir,
+        bundle,
+        trust="anything" if trust else "signature",
+        signers=allowed_signers,
     )
     return [
         _described(folder)
-        | {"imported": "taken without a signature" if who is None else f"signed by {who}"}
+        | {"imported": "imported without a signature" if who is None else f"signed by {who}"}
         for folder, who in folders.items()
     ]
 
@@ -149,37 +161,60 @@ def _build(
     bundle: Bundle,
     *,
     quiet: bool,
-    min_shapes: str | None,
-    opt_shapes: str | None,
-    max_shapes: str | None,
-    capacity: int | None,
-    caches: Form | None,
     target: str | None,
     output: Path | None,
     engine_dir: Path | None,
-    memory_limit: str | None,
-    opt_level: int | None,
-    timing_cache: Path | None,
     without_unsplit: bool,
     sign: Path | None,
-    **others: Any,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    from edgeexit.runtime.build.build import (
-        Options,
-        build_engines,
-        estimate,
-        missing_works,
-        sample_sizes,
-        work_of,
-    )
-    from edgeexit.runtime.build.profiles import Asked, axis_sizes, parse_shapes
+    from edgeexit.runtime.build.build import Options
+    from edgeexit.runtime.build.work_list import sample_sizes, work_of
     from edgeexit.runtime.engines.cuda.driver import describe_device
-    from edgeexit.runtime.engines.tensorrt import engine_cache
+    from edgeexit.runtime.engines.tensorrt import signing
+    from edgeexit.runtime.engines.tensorrt.engine_cache import default_root
     from edgeexit.runtime.engines.tensorrt.library import find_library, parse_targets
 
-    if others["trust"] or others["allowed_signers"]:
+    if options["trust"] or options["allowed_signers"]:
         raise UsageError("--trust and --allowed-signers are for --import", fix="Add --import DIR.")
     targets = [] if target is None else parse_targets(target)
+    _check_destination(targets, output, engine_dir, sign)
+    if sign is not None:
+        signing.try_key(sign)
+    limit, timing_cache = options["memory_limit"], options["timing_cache"]
+    asked = _asked(bundle, **options)
+    library = find_library(rtx=True if targets else None)
+    if timing_cache is not None and library.rtx:
+        raise UsageError("--timing-cache: TensorRT-RTX has none", fix="Leave it out.")
+    works = work_of(
+        bundle.manifest,
+        library.features,
+        asked,
+        sample_sizes(bundle),
+        unsplit=not without_unsplit,
+        form=options["states"],
+        tunes=library.tunes,
+    )
+    made = _build_sets(
+        bundle,
+        works,
+        library,
+        [{"ahead_of_time": True, "compute_capability": one} for one in targets]
+        or [describe_device()],
+        output or engine_dir or default_root(),
+        Options(None if limit is None else parse_bytes(limit), options["opt_level"], timing_cache),
+        quiet=quiet,
+    )
+    if sign is not None:
+        for one in made:
+            signing.sign(Path(one["path"]), sign)
+    return made
+
+
+def _check_destination(
+    targets: Sequence[int], output: Path | None, engine_dir: Path | None, sign: Path | None
+) -> None:
+    """Refuses options that contradict each other about where engines go."""
     if bool(targets) != (output is not None):
         raise UsageError(
             "--target and -o go together: engines for other machines do not belong in this one's "
@@ -187,95 +222,96 @@ def _build(
             fix="Give both, or neither to build for this device.",
         )
     if sign is not None and not targets:
-        raise UsageError("--sign is for engines that go elsewhere", fix="Add --target and -o.")
+        raise UsageError("--sign is for engines of other machines", fix="Add --target and -o.")
     if output is not None and engine_dir is not None:
         raise UsageError(
-            "-o and --engine-dir name two places", fix="Leave --engine-dir out: -o is for targets."
+            "-o and --engine-dir name two folders", fix="Leave --engine-dir out: -o is for targets."
         )
     if sign is not None and not sign.is_file():
         raise UsageError(
-            f"--sign {sign}: there is no such key", fix="Make one: ssh-keygen -t ed25519."
+            f"--sign {sign}: there is no such key", fix="Create one: ssh-keygen -t ed25519."
         )
-    if sign is not None:
-        engine_cache.try_key(sign)
-    manifest = bundle.manifest
-    if (capacity or caches) and manifest.program != "decode":
-        raise UsageError("--capacity and --caches are for language models", fix="Use --max-shapes.")
-    given = {
-        option: axis_sizes(parse_shapes(text, option), manifest.inputs, option)
-        for option, text in (
-            ("--min-shapes", min_shapes),
-            ("--opt-shapes", opt_shapes),
-            ("--max-shapes", max_shapes),
+
+
+def _asked(
+    bundle: Bundle,
+    *,
+    min_shapes: str | None,
+    opt_shapes: str | None,
+    max_shapes: str | None,
+    capacity: int | None,
+    states: StateForm | None,
+    **others: Any,
+) -> Asked:
+    """The sizes that the options ask for."""
+    from edgeexit.runtime.build.profiles import Asked, axis_sizes, parse_shapes
+
+    if (capacity or states) and bundle.manifest.decoding is None:
+        raise UsageError(
+            "--capacity and --states are for models that write text", fix="Use --max-shapes."
         )
-        if text is not None
-    }
-    asked = Asked(
-        min=given.get("--min-shapes", {}),
-        opt=given.get("--opt-shapes", {}),
-        max=given.get("--max-shapes", {}),
+
+    def sizes(option: str, text: str | None) -> dict[str, int]:
+        if text is None:
+            return {}
+        return axis_sizes(parse_shapes(text, option), bundle.manifest.inputs, option)
+
+    return Asked(
+        min=sizes("--min-shapes", min_shapes),
+        opt=sizes("--opt-shapes", opt_shapes),
+        max=sizes("--max-shapes", max_shapes),
         capacity=capacity,
     )
-    options = Options(
-        memory_limit_bytes=None if memory_limit is None else parse_bytes(memory_limit),
-        opt_level=opt_level,
-        timing_cache=timing_cache,
-    )
-    library = find_library(rtx=True if targets else None)
-    if timing_cache is not None and library.rtx:
-        raise UsageError(
-            "--timing-cache: TensorRT-RTX times nothing when it builds", fix="Leave it out."
-        )
-    works = work_of(
-        manifest,
-        library.features,
-        asked,
-        sample_sizes(bundle),
-        unsplit=not without_unsplit,
-        form=caches,
-        tunes=library.tunes,
-    )
-    root = output or engine_dir or engine_cache.default_root()
-    wanted = [{"ahead_of_time": True, "compute_capability": one} for one in targets]
-    wanted = wanted or [describe_device()]
-    new = [missing_works(bundle, works, library, one, root, options) for one in wanted]
-    if any(new):
-        _foretell([estimate(bundle, some, library) for some in new if some], quiet)
+
+
+def _build_sets(
+    bundle: Bundle,
+    works: Sequence[Work],
+    library: Library,
+    targets: Sequence[Mapping[str, Any]],
+    root: Path,
+    options: Options,
+    *,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """Builds one set of engines per target; returns their descriptions."""
+    from edgeexit.runtime.build.build import build_engines, estimate, missing_works
+
+    missing = [missing_works(bundle, works, library, one, root, options) for one in targets]
+    if any(missing):
+        _announce([estimate(bundle, some, library) for some in missing if some], quiet)
     made = []
     with progress_bar(quiet) as progress:
-        for about, some in zip(wanted, new, strict=True):
+        for target, some in zip(targets, missing, strict=True):
             try:
                 folder, _ = build_engines(
-                    bundle, works, library, about, root, options=options, progress=progress
+                    bundle, works, library, target, root, options=options, progress=progress
                 )
             except KeyboardInterrupt:
-                click.echo("what was built is kept: run it again, and it goes on there", err=True)
+                click.echo("finished engines are kept; run it again to continue", err=True)
                 raise
             made.append(_described(folder) | {"built": len(some)})
-    if sign is not None:
-        for one in made:
-            engine_cache.sign(Path(one["path"]), sign)
     return made
 
 
-def _foretell(foretold: Sequence[Estimate | None], quiet: bool) -> None:
-    """Says on stderr what building will take; warns where memory is short."""
+def _announce(estimates: Sequence[Estimate | None], quiet: bool) -> None:
+    """Prints time and memory of the build on stderr; warns where memory is short."""
     from edgeexit.runtime.memory import available_bytes
 
-    known = [one for one in foretold if one is not None]
+    if quiet:
+        return
+    known = [one for one in estimates if one is not None]
     if not known:
-        if not quiet:
-            click.echo("TensorRT times kernels on this GPU: minutes per engine", err=True)
+        click.echo("TensorRT times kernels on this GPU: minutes per engine", err=True)
         return
     needed, free = max(one.peak_memory_bytes for one in known), available_bytes()
-    if not quiet:
-        seconds = sum(one.seconds for one in known)
-        click.echo(
-            f"building takes about {seconds:.0f} s, and {size(needed)} of memory for its largest "
-            "engine",
-            err=True,
-        )
-    if needed > free and not quiet:
+    seconds = sum(one.seconds for one in known)
+    click.echo(
+        f"building takes about {seconds:.0f} s, and {size(needed)} of memory for the largest "
+        "engine",
+        err=True,
+    )
+    if needed > free:
         click.echo(
             f"warning: {size(free)} of memory are free, the largest engine takes about "
             f"{size(needed)} to build; smaller --max-shapes or --without-unsplit lower that",

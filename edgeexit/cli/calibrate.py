@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli.common import (
-    fraction,
-    json_option,
-    print_json,
-    print_table,
-    share,
-    verbosity_options,
-)
+from edgeexit.cli.common import fraction, print_json, print_table, share
+from edgeexit.cli.options import output_options
 from edgeexit.errors import PolicyError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from edgeexit.measure.calibrate import Curve
+    from edgeexit.bundle.policy import Policy
+    from edgeexit.measure.calibrate import Curve, ExitFigures
+    from edgeexit.measure.trace import Trace
 
 POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 
@@ -46,13 +42,12 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The policy (.json)."
 )
-@json_option
-@verbosity_options
+@output_options
 def command(
     trace: Path,
     max_risk: str,
     score: str | None,
-    risk: str,
+    risk: Any,
     per_exit: bool,
     bundle: Path | None,
     output: Path,
@@ -70,64 +65,70 @@ def command(
     """
     from edgeexit.measure.calibrate import calibrate, default_score, figures
     from edgeexit.measure.files import check_output
-    from edgeexit.measure.trace import read_trace
+    from edgeexit.measure.trace_file import read_trace
     from edgeexit.runtime import write_policy
 
     limit = fraction(max_risk, "--max-risk")
     check_output(output)
     recorded = read_trace(trace)
     if bundle is not None:
-        from edgeexit.bundle.reader import open_bundle
-
-        digest = open_bundle(bundle).digest
-        if digest != recorded.bundle:
-            raise PolicyError(
-                f"{trace}: made with the bundle {recorded.bundle[:12]}…, "
-                f"{bundle} is {digest[:12]}…",
-                fix="Trace this bundle.",
-            )
-    chosen_score = default_score(recorded, score)
-    made, curve, chosen = calibrate(
-        recorded,
-        max_risk=limit,
-        score=chosen_score,
-        risk=risk,  # type: ignore[arg-type]
-        per_exit=per_exit,
+        _require_bundle(recorded, trace, bundle)
+    score = default_score(recorded, score)
+    policy, curve, chosen = calibrate(
+        recorded, max_risk=limit, score=score, risk=risk, per_exit=per_exit
     )
-    write_policy(made, output)
-    exits = figures(recorded, chosen_score)
-    about = made.calibration
+    write_policy(policy, output)
+    exits = figures(recorded, score)
     if as_json:
-        print_json(
-            {
-                "policy": str(output),
-                "thresholds": made.thresholds,
-                "score": made.score,
-                "bundle": made.bundle,
-                "engine": made.engine,
-                "calibration": about,
-                "exits": [
-                    {
-                        "name": one.name,
-                        "accuracy": one.accuracy,
-                        "agreement": one.agreement,
-                        "auroc": one.auroc,
-                        "cumulative_ms": one.cumulative_ms,
-                    }
-                    for one in exits
-                ],
-                "curve": _points(
-                    curve, recorded.exits, _some(curve, chosen, POINTS_PRINTED), chosen
-                ),
-                "curve_points": len(curve.thresholds),
-            }
+        points = _points(curve, recorded.exits, _some(curve, chosen, POINTS_PRINTED), chosen)
+        print_json({"policy": str(output)} | _facts(policy, recorded, exits, curve, points))
+    elif not quiet:
+        _print_exits(recorded, trace, exits, score)
+        click.echo("")
+        _print_curve(curve, recorded.exits, chosen, score)
+        click.echo("")
+        click.echo(f"{output}: {_summary(policy.calibration, recorded)}")
+
+
+def _require_bundle(recorded: Trace, trace: Path, bundle: Path) -> None:
+    from edgeexit.bundle.reader import open_bundle
+
+    digest = open_bundle(bundle).digest
+    if digest != recorded.bundle:
+        raise PolicyError(
+            f"{trace}: made with the bundle {recorded.bundle[:12]}…, {bundle} is {digest[:12]}…",
+            fix="Trace this bundle.",
         )
-        return
-    if quiet:
-        return
+
+
+def _facts(
+    policy: Policy,
+    trace: Trace,
+    exits: list[ExitFigures],
+    curve: Curve,
+    points: list[dict[str, Any]],
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    rule = policy.rules[trace.chain]
+    return {
+        "chain": trace.chain,
+        "thresholds": rule.thresholds,
+        "score": rule.score,
+        "bundle": policy.bundle,
+        "engine": policy.engine,
+        "calibration": policy.calibration,
+        "exits": [asdict(one) for one in exits],
+        "curve": points,
+        "curve_points": len(curve.thresholds),
+    }
+
+
+def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str) -> None:
+    rows = "rows" if trace.texts is None else f"tokens of {trace.texts} texts"
     print_table(
-        f"{recorded.data.get('name', trace)}: {recorded.rows} rows; every exit on its own",
-        ("exit", "accuracy", "agrees with last", f"AUROC {chosen_score}", "ms up to it"),
+        f"{trace.data.get('name', path)}: {trace.rows} {rows}; every exit on its own",
+        ("exit", "accuracy", "agrees with last", f"AUROC {score}", "ms up to it"),
         [
             (
                 one.name,
@@ -139,11 +140,12 @@ def command(
             for one in exits
         ],
     )
-    click.echo("")
+
+
+def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str) -> None:
     print_table(
-        f"one threshold for {chosen_score}, strict to loose "
-        f"({len(curve.thresholds)} distinct outcomes)",
-        ("threshold", "risk", "mean depth", "ms", *recorded.exits, ""),
+        f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct outcomes)",
+        ("threshold", "risk", "mean depth", "ms", *exits, ""),
         [
             (
                 "never" if p["threshold"] == "never" else f"{p['threshold']:.4f}",
@@ -153,15 +155,25 @@ def command(
                 *(f"{100 * value:.0f} %" for value in p["exit_shares"].values()),
                 "<- chosen" if p["chosen"] else "",
             )
-            for p in _points(curve, recorded.exits, _some(curve, chosen, POINTS_SHOWN), chosen)
+            for p in _points(curve, exits, _some(curve, chosen, POINTS_SHOWN), chosen)
         ],
     )
-    click.echo("")
-    click.echo(
-        f"{output}: {risk} risk {share(about['measured_risk'])} on {about['n']} rows (allowed "
-        f"{share(limit)}), {about['expected_ms']:.3f} ms expected against "
-        f"{about['full_ms']:.3f} ms at full depth. Measured, not certified."
+
+
+def _summary(about: dict[str, Any], trace: Trace) -> str:
+    rows = "rows" if trace.texts is None else "tokens"
+    text = (
+        f"{about['risk']} risk {share(about['measured_risk'])} on {about['n']} {rows} (allowed "
+        f"{share(about['max_risk'])}), {about['expected_ms']:.3f} ms expected against "
+        f"{about['full_ms']:.3f} ms at full depth. "
     )
+    if "risk_of_texts" in about:
+        texts = about["risk_of_texts"]
+        text += (
+            f"Of {about['texts']} texts, {share(texts['share_without_loss'])} have no loss; the "
+            f"largest has {share(texts['largest'])}. "
+        )
+    return text + "Measured, not certified."
 
 
 def _some(curve: Curve, chosen: int, count: int) -> list[int]:

@@ -1,83 +1,21 @@
-"""What every verb shares: options, progress on stderr, one JSON object on stdout, tables."""
+"""What every verb shares: progress on stderr, one JSON object on stdout, tables."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from edgeexit.errors import UsageError
 
-F = TypeVar("F", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, of)``; `of` is 0 where the end is not known."""
-
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
-)
-ENGINES = ["cpu", "cuda", "tensorrt-provider", "tensorrt"]  # of edgeexit.runtime.load
-
-engine_option = click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default="cpu",
-    show_default=True,
-    help="What computes.",
-)
-
-
-def _threads(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
-    if value in ("blocking", "spinning", "process"):
-        return value
-    if value.isascii() and value.isdigit() and int(value) >= 1:
-        return int(value)
-    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
-
-
-threads_option = click.option(
-    "--threads",
-    default="process",
-    show_default=True,
-    callback=_threads,
-    metavar="N|blocking|spinning|process",
-    help="Threads of the engine: a number, or how its pools wait; with a GPU, how the host does.",
-)
-
-
-def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> int:
-    """Sets up logging to stderr; libraries' own chatter only with -v."""
-    quiet = bool(context.params.get("quiet"))
-    level = (
-        logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
-    )
-    logging.basicConfig(
-        level=max(level, logging.WARNING),
-        format="%(levelname)s: %(message)s" if not value else "%(name)s: %(message)s",
-        force=True,
-    )
-    logging.getLogger("edgeexit").setLevel(level)
-    if not value:
-        warnings.simplefilter("ignore")
-    return value
-
-
-def verbosity_options(function: F) -> F:
-    """Adds -v and -q. The function gets `verbose` (a count) and `quiet`."""
-    function = click.option(
-        "-v", "--verbose", count=True, callback=_verbosity, help="Say more on stderr."
-    )(function)
-    return click.option(
-        "-q", "--quiet", is_flag=True, is_eager=True, help="Only errors on stderr, no progress."
-    )(function)
 
 
 @contextlib.contextmanager

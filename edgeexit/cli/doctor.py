@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from edgeexit.cli.common import json_option, print_json, print_table, size, verbosity_options
+from edgeexit.cli.common import print_json, print_table, size
+from edgeexit.cli.options import json_option, verbosity_options
 
 
 @click.command("doctor")

@@ -9,23 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli.common import (
-    Progress,
-    add_current_directory,
-    json_option,
-    print_json,
-    progress_bar,
-    size,
-    verbosity_options,
-)
+from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size
+from edgeexit.cli.options import output_options
 from edgeexit.errors import DataError, ExportError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edgeexit.bundle.reader import Bundle
-    from edgeexit.export.contract import DecodeModel, ExitModel
+    from edgeexit.export.contract import SplitModel
 
 NEEDED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 DTYPES = {
@@ -91,25 +81,17 @@ DTYPES = {
     help="ONNX: a text file with one class name per line; checkpoints bring theirs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
-@json_option
-@verbosity_options
+@output_options
 def command(
     model: str,
     output: Path,
-    task: str | None,
-    exits: str | None,
-    untrained_exits: str | None,
-    adapters: str | None,
-    opset: int | None,
     dtype: str | None,
-    calibration_data: str | None,
-    name: str | None,
-    data: Path | None,
-    labels: Path | None,
+    opset: int | None,
     overwrite: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Split a model at its exits into a bundle.
 
@@ -124,36 +106,20 @@ def command(
 
     check_output(output, overwrite=overwrite)
     _require_extra()
-    options: dict[str, Any] = {"overwrite": overwrite}
-    if dtype is not None:
-        options["dtype"] = DTYPES[dtype]
-    if (calibration_data is not None) != (options.get("dtype") == "int8"):
+    writing: dict[str, Any] = {"overwrite": overwrite}
+    writing |= {} if dtype is None else {"dtype": DTYPES[dtype]}
+    writing |= {} if opset is None else {"opset": opset}
+    if (options["calibration_data"] is not None) != (writing.get("dtype") == "int8"):
         raise UsageError(
             "--dtype int8 and --calibration-data go together: ranges of activations are measured",
             fix="Give both, or neither.",
         )
-    if opset is not None:
-        options["opset"] = opset
     with progress_bar(quiet) as progress:
         progress("reading the model", 0, 0)
-        if model.endswith(".onnx"):
-            if adapters is not None:
-                raise UsageError(
-                    "--adapters is for checkpoints of language models", fix="Leave it out."
-                )
-            bundle = _onnx(
-                model, output, exits, untrained_exits, task, name, data, labels, options, progress
-            )
-        else:
-            for option, value in (("--data", data), ("--labels", labels)):
-                if value is not None:
-                    raise UsageError(
-                        f"{option} is for ONNX files; this model brings its own",
-                        fix="Leave it out.",
-                    )
-            split = _torch(model, exits, untrained_exits, adapters, task, name)
-            bundle = _export(split, output, calibration_data, options, progress)
-    found = bundle.exits()
+        writing["progress"] = progress
+        export = _onnx if model.endswith(".onnx") else _torch
+        bundle = export(model, output, options, writing)
+    exits = [exit_.name for chain in bundle.manifest.chains.values() for exit_ in chain.exits]
     made = sum(file.bytes for file in bundle.manifest.files.values())
     if as_json:
         print_json(
@@ -161,15 +127,15 @@ def command(
                 "bundle": str(output),
                 "digest": bundle.digest,
                 "name": bundle.manifest.name,
-                "exits": [leave.name for leave in found],
+                "exits": exits,
                 "bytes": made,
                 "weights_bytes": bundle.weights_bytes,
             }
         )
     elif not quiet:
         click.echo(
-            f"{output}: {len(found)} exits ({', '.join(leave.name for leave in found)}), "
-            f"{size(made)}, weights {size(bundle.weights_bytes)}"
+            f"{output}: {len(exits)} exits ({', '.join(exits)}), {size(made)}, "
+            f"weights {size(bundle.weights_bytes)}"
         )
 
 
@@ -183,30 +149,21 @@ def _require_extra() -> None:
         )
 
 
-def _onnx(
-    model: str,
-    output: Path,
-    exits: str | None,
-    untrained_exits: str | None,
-    task: str | None,
-    name: str | None,
-    data: Path | None,
-    labels: Path | None,
-    options: dict[str, Any],
-    progress: Progress,
-) -> Bundle:
-    if untrained_exits is not None:
-        raise UsageError(
-            "--untrained-exits: an ONNX file cannot be given new exits",
-            fix="Add the exits before the model becomes ONNX, and name its outputs with --exits.",
-        )
-    for option in ("dtype", "opset"):
-        if option in options:
-            raise UsageError(
-                f"--{option}: an ONNX file keeps its own",
-                fix=f"Leave --{option} out, or convert the file before.",
-            )
-    if exits is None:
+def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
+    """Cuts an ONNX file at its exits."""
+    refused = {
+        "adapters": ("adapters are for checkpoints of language models", "Leave it out."),
+        "untrained_exits": (
+            "an ONNX file cannot be given new exits",
+            "Add the exits before the model becomes ONNX, and name its outputs with --exits.",
+        ),
+        "dtype": ("an ONNX file keeps its own", "Leave it out, or convert the file before."),
+        "opset": ("an ONNX file keeps its own", "Leave it out, or convert the file before."),
+    }
+    for name, (why, fix) in refused.items():
+        if {**options, **writing}.get(name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: {why}", fix=fix)
+    if options["exits"] is None:
         raise UsageError(
             f"{model}: which outputs are exits?",
             fix="Name them in order, the model's own last: --exits logits_3,logits_6,logits.",
@@ -214,13 +171,10 @@ def _onnx(
     if not Path(model).is_file():
         raise UsageError(f"{model} does not exist", fix="Give an ONNX file.")
     from edgeexit.export import export_onnx
-    from edgeexit.measure.data import read_npz
+    from edgeexit.measure.batches import read_npz
 
-    extra: dict[str, Any] = {}
-    if task is not None:
-        extra["task"] = task
-    if name is not None:
-        extra["name"] = name
+    extra = {name: options[name] for name in ("task", "name") if options[name] is not None}
+    data, labels = options["data"], options["labels"]
     if data is not None:
         if not data.is_file():
             raise DataError(
@@ -234,107 +188,84 @@ def _onnx(
             raise DataError(
                 f"{labels}: cannot be read ({error})", fix="Give a text file, one label per line."
             ) from error
-    names = [part.strip() for part in exits.split(",") if part.strip()]
-    return export_onnx(model, output, exits=names, progress=progress, **extra, **options)
+    exits = [part.strip() for part in options["exits"].split(",") if part.strip()]
+    return export_onnx(model, output, exits=exits, **extra, **writing)
 
 
-def _torch(
-    model: str,
-    exits: str | None,
-    untrained_exits: str | None,
-    adapters: str | None,
-    task: str | None,
-    name: str | None,
-) -> ExitModel | DecodeModel:
+def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
+    """Splits a checkpoint, or what a function returns."""
+    for name in ("data", "labels"):
+        if options[name] is not None:
+            raise UsageError(
+                f"--{name} is for ONNX files; this model brings its own", fix="Leave it out."
+            )
+    split = _split(model, options)
+    from edgeexit.export import export
+
+    data = options["calibration_data"]
+    if data is None:
+        return export(split, output, **writing)
+    if ":" not in data and not Path(data).exists():
+        raise UsageError(
+            f"--calibration-data {data}: does not exist",
+            fix="Give a file, a folder of images, or module:function.",
+        )
+
+    def calibration(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
+        from edgeexit.measure.data import open_data
+
+        add_current_directory()
+        return (batch.inputs for batch in open_data(data, bundle).batches(8))
+
+    return export(split, output, calibration=calibration, **writing)
+
+
+def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
+    """Reads the model and its exits."""
+    import dataclasses
+
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    exits = [options[name] for name in ("exits", "untrained_exits", "adapters")]
     if ":" in model and not Path(model).exists():
-        if exits is not None or untrained_exits is not None or adapters is not None:
+        if any(one is not None for one in exits):
             raise UsageError(
                 f"{model}: the function says itself where its exits are",
                 fix="Leave out --exits, --untrained-exits and --adapters.",
             )
         split = _from_function(model)
     else:
-        split = _from_checkpoint(model, exits, untrained_exits, adapters)
-    if task is not None and task != split.task:
+        split = _from_checkpoint(model, *exits)
+    if options["task"] not in (None, split.task):
         raise UsageError(
-            f"--task {task}: {model} is made for {split.task}", fix="Leave --task out."
+            f"--task {options['task']}: {model} is made for {split.task}", fix="Leave --task out."
         )
-    if name is not None:
-        import dataclasses
-
-        split = dataclasses.replace(split, name=name)
+    if options["name"] is not None:
+        split = dataclasses.replace(split, name=options["name"])
     return split
 
 
-def _export(
-    split: ExitModel | DecodeModel,
-    output: Path,
-    calibration_data: str | None,
-    options: dict[str, Any],
-    progress: Progress,
-) -> Bundle:
-    from edgeexit.export import (
-        DecodeModel,
-        export_decoder,
-        export_int8,
-        export_int8_decoder,
-        export_model,
-    )
-
-    if calibration_data is None:
-        if isinstance(split, DecodeModel):
-            return export_decoder(split, output, progress=progress, **options)
-        return export_model(split, output, progress=progress, **options)
-    import numpy as np
-
-    from edgeexit.measure.bench.decode_bench import read_prompts
-    from edgeexit.measure.data import open_data
-
-    if ":" not in calibration_data and not Path(calibration_data).exists():
-        raise UsageError(
-            f"--calibration-data {calibration_data}: does not exist",
-            fix="Give a file, a folder of images, or module:function.",
-        )
-
-    def rows(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
-        add_current_directory()
-        return (batch.inputs for batch in open_data(calibration_data, bundle).batches(8))
-
-    def texts(bundle: Bundle) -> Iterator[NDArray[np.int64]]:
-        if calibration_data.endswith(".npz"):
-            return (row for batch in rows(bundle) for row in batch["tokens"])
-        add_current_directory()
-        return map(np.array, read_prompts(calibration_data, bundle))
-
-    options.pop("dtype")
-    if isinstance(split, DecodeModel):
-        return export_int8_decoder(split, output, calibration=texts, progress=progress, **options)
-    return export_int8(split, output, calibration=rows, progress=progress, **options)
-
-
-def _from_function(spec: str) -> ExitModel | DecodeModel:
-    from edgeexit.export.contract import DecodeModel, ExitModel
-    from edgeexit.measure.data import load_function
+def _from_function(spec: str) -> SplitModel:
+    from edgeexit.export.contract import SplitModel
+    from edgeexit.measure.functions import load_function
 
     add_current_directory()
     made = load_function(spec, "--model")()
-    if hasattr(made, "exit_model"):
-        made = made.exit_model()
-    if not isinstance(made, (ExitModel, DecodeModel)):
+    if hasattr(made, "split_model"):
+        made = made.split_model()
+    if not isinstance(made, SplitModel):
         raise UsageError(
             f"--model {spec}: it returned a {type(made).__name__}",
-            fix="Return an edgeexit.export.ExitModel, or a model with a method exit_model().",
+            fix="Return an edgeexit.export.SplitModel, or a model with a method split_model().",
         )
     return made
 
 
 def _from_checkpoint(
     model: str, exits: str | None, untrained_exits: str | None, adapters: str | None
-) -> ExitModel | DecodeModel:
+) -> SplitModel:
     from edgeexit.export.pretrained import from_pretrained
 
     if exits is not None and untrained_exits is not None:
@@ -349,7 +280,7 @@ def _from_checkpoint(
     if adapters is not None:
         chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
     untrained = untrained_exits is not None
-    return from_pretrained(model, exits=layers, adapters=chosen, untrained=untrained).exit_model()
+    return from_pretrained(model, exits=layers, adapters=chosen, untrained=untrained).split_model()
 
 
 def _layers(text: str, option: str, word: str = "all") -> list[int]:

@@ -7,14 +7,8 @@ from typing import Any
 
 import click
 
-from edgeexit.cli.common import (
-    bundle_argument,
-    json_option,
-    print_json,
-    print_table,
-    size,
-    verbosity_options,
-)
+from edgeexit.cli.common import print_json, print_table, size
+from edgeexit.cli.options import bundle_argument, output_options
 from edgeexit.errors import EngineError, UsageError
 
 
@@ -27,8 +21,7 @@ from edgeexit.errors import EngineError, UsageError
     metavar="NAME=SIZE",
     help="Size of an axis, as in seq=128; default: that of the samples, batch 1.",
 )
-@json_option
-@verbosity_options
+@output_options
 def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, quiet: bool) -> None:
     """Show what is in a bundle, the bytes that cross each boundary, and the TensorRT engines that
     the cache holds of it (of those that fit a device, the last one is used).
@@ -46,7 +39,7 @@ def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, qu
     found = describe(opened, axis_sizes(opened, _sizes(axes, known)))
     try:
         found["engines"] = describe_cache(opened)
-    except EngineError as error:  # the bundle is none the worse
+    except EngineError as error:  # the bundle can be shown without them
         found["engines"] = []
         click.echo(f"engines are not shown: {error}", err=True)
     if as_json:
@@ -69,12 +62,30 @@ def _sizes(axes: tuple[str, ...], known: set[str]) -> dict[str, int]:
 
 
 def _show(found: dict[str, Any], path: Path) -> None:
+    _show_program(found, path)
+    axes = ", ".join(f"{k} {v}" for k, v in found["axis_sizes"].items())
+    for name, chain in found["chains"].items():
+        click.echo("")
+        _show_chain(name, chain, axes)
+    click.echo("")
     click.echo(
-        f"{found['name']} ({found['task']}, program {found['program']}), format {found['format']}"
+        f"bundle {size(found['bundle_bytes'])} in {found['files']} files, "
+        f"weights {size(found['weights_bytes'])}"
     )
+    for number, one in enumerate(found["engines"]):
+        click.echo(("engines: " if number == 0 else "         ") + _engines(one))
+    click.echo("made by: " + ", ".join(f"{k} {v}" for k, v in found["provenance"].items()))
+
+
+def _show_program(found: dict[str, Any], path: Path) -> None:
+    """What the program takes and answers, and what it needs besides graphs."""
+    writes = ", writes text" if found["writes"] else ""
+    click.echo(f"{found['name']} ({found['task']}{writes}), format {found['format']}")
     click.echo(f"{path}, digest {found['digest'][:16]}…")
     for kind in ("inputs", "outputs"):
         click.echo(f"{kind}: " + ", ".join(_tensor(t) for t in found[kind]))
+    if len(found["steps"]) > 1:
+        click.echo("steps: " + "; ".join(found["steps"]))
     if found["limits"]:
         click.echo("limits: " + ", ".join(f"{k} <= {v}" for k, v in found["limits"].items()))
     labels = found["labels"]
@@ -91,56 +102,52 @@ def _show(found: dict[str, Any], path: Path) -> None:
         tokens = [f"{k} {v!r}" for k, v in found["chat"].get("tokens", {}).items()]
         named = ", ".join(found["chat"]["templates"])
         click.echo(f"chat templates: {named}" + (f" (with {', '.join(tokens)})" if tokens else ""))
-    axes = ", ".join(f"{k} {v}" for k, v in found["axis_sizes"].items())
-    for name, chain in found["chains"].items():
-        cached = any(segment["cache_bytes_per_token"] for segment in chain["segments"])
-        rows = []
-        for segment in chain["segments"]:
-            first = segment["graphs"][0]
-            crossing = segment["boundary_bytes"]
-            rows.append(
-                (
-                    segment["name"],
-                    first["precision"],
-                    ", ".join(leave["name"] for leave in segment["exits"]),
-                    ", ".join(segment["exits"][0]["scores"]) if segment["exits"] else "",
-                    size(first["weights_bytes"]),
-                    ", ".join(_tensor(t) for t in segment["boundary"]) or "-",
-                    "?" if crossing is None else size(crossing),
-                    *([_caches(segment)] if cached else []),
-                )
+
+
+def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
+    """A chain's components, what crosses behind each, and the exits there."""
+    keeps = any(one["state_bytes_per_token"] for one in chain["components"])
+    rows = []
+    for component in chain["components"]:
+        first, crossing = component["graphs"][0], component["boundary_bytes"]
+        scores = [score for exit_ in component["exits"] for score in exit_["scores"]]
+        rows.append(
+            (
+                component["name"],
+                first["precision"],
+                ", ".join(exit_["name"] for exit_ in component["exits"]),
+                ", ".join(dict.fromkeys(scores)),
+                size(first["weights_bytes"]),
+                ", ".join(_tensor(t) for t in component["boundary"]) or "-",
+                "?" if crossing is None else size(crossing),
+                *([_states(component)] if keeps else []),
             )
-        columns = [
-            "segment",
-            "precision",
-            "exit",
-            "scores",
-            "weights",
-            "crosses its boundary",
-            "bytes",
-            *(["caches a token"] if cached else []),
-        ]
-        click.echo("")
-        print_table(
-            f"chain {name} (rows leave {_rows(chain['rows'])}; sizes at {axes})", columns, rows
         )
-        for leave in [leave for segment in chain["segments"] for leave in segment["exits"]]:
-            if adapter := leave["adapter"]:
-                click.echo(
-                    f"{leave['name']} has an adapter: {adapter['graphs'][0]['graph']}, weights "
-                    f"{size(adapter['graphs'][0]['weights_bytes'])}, caches "
-                    f"{size(adapter['cache_bytes_per_token'])} a token"
-                )
-    click.echo("")
-    for graph in found["unsplit"]:
+    columns = ["component", "precision", "exit", "scores", "weights", "crosses its boundary"]
+    columns += ["bytes", *(["states a token"] if keeps else [])]
+    apart = "on their own" if chain["rows"] == "independent" else "together"
+    print_table(f"chain {name} (rows leave {apart}; sizes at {axes})", columns, rows)
+    for component in chain["components"]:
+        for maker in dict.fromkeys(state["made_by"] for state in component["prompt_states"]):
+            made = [s["name"] for s in component["prompt_states"] if s["made_by"] == maker]
+            click.echo(f"{component['name']} reads {', '.join(made)}, made once by {maker}")
+        for exit_ in component["exits"]:
+            for line in _path(exit_):
+                click.echo(line)
+    for graph in chain["unsplit"]:
         click.echo(f"unsplit: {graph['graph']}, weights {size(graph['weights_bytes'])}")
-    click.echo(
-        f"bundle {size(found['bundle_bytes'])} in {found['files']} files, "
-        f"weights {size(found['weights_bytes'])}"
-    )
-    for number, one in enumerate(found["engines"]):
-        click.echo(("engines: " if number == 0 else "         ") + _engines(one))
-    click.echo("made by: " + ", ".join(f"{k} {v}" for k, v in found["provenance"].items()))
+
+
+def _path(exit_: dict[str, Any]) -> list[str]:
+    """What an exit does, where it is more than to ask a head."""
+    drops = exit_["action"] == "drop"
+    found = []
+    for part in exit_["path"][: None if drops else -1]:
+        what = f"drops {exit_['tokens']} tokens, its gate" if drops else "has an adapter"
+        graph, keeps = part["graphs"][0], part["state_bytes_per_token"]
+        line = f"{exit_['name']} {what}: {graph['graph']}, weights {size(graph['weights_bytes'])}"
+        found.append(line + (f", states {size(keeps)} a token" if keeps else ""))
+    return found
 
 
 def _engines(one: dict[str, Any]) -> str:
@@ -153,10 +160,8 @@ def _tensor(tensor: dict[str, Any]) -> str:
     return f"{tensor['name']} {tensor['dtype']}[{axes}]"
 
 
-def _caches(segment: dict[str, Any]) -> str:
-    forms = ", ".join(graph["caches"] for graph in segment["graphs"] if "caches" in graph)
-    return f"{size(segment['cache_bytes_per_token'])} ({forms})"
-
-
-def _rows(rows: str) -> str:
-    return "on their own" if rows == "independent" else "together"
+def _states(component: dict[str, Any]) -> str:
+    if not component["state_bytes_per_token"]:
+        return "-"
+    forms = ", ".join(graph["states"] for graph in component["graphs"])
+    return f"{size(component['state_bytes_per_token'])} ({forms})"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgeexit.cli.common import (
-    add_current_directory,
-    bundle_argument,
-    engine_option,
-    json_option,
-    print_json,
-    progress_bar,
-    threads_option,
-    verbosity_options,
-)
-from edgeexit.errors import UsageError
+from edgeexit.cli.common import add_current_directory, print_json, progress_bar
+from edgeexit.cli.options import bundle_argument, engine_options, output_options
+
+if TYPE_CHECKING:
+    from edgeexit.measure.trace import Trace
 
 
 @click.command("trace")
@@ -30,21 +25,21 @@ from edgeexit.errors import UsageError
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The trace (.npz)."
 )
-@engine_option
-@threads_option
+@click.option("--chain", metavar="NAME", help="Whose exits; default: of the chain that answers.")
+@engine_options
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Rows that run together; times are per batch of this size.",
+    help="Rows, or texts, that run together; times are per batch of this size.",
 )
-@json_option
-@verbosity_options
+@output_options
 def command(
     bundle: Path,
     data: str,
     output: Path,
+    chain: str | None,
     engine: str,
     threads: int | str,
     batch_size: int,
@@ -54,47 +49,53 @@ def command(
 ) -> None:
     """Record every exit's scores and predictions for a data set.
 
+    Of a language model, rows are the tokens of the given texts.
+
     \b
     edgeexit trace bundle --data validation.npz -o trace.npz
+    edgeexit trace writer --data texts.jsonl -o trace.npz
     """
-    from edgeexit.bundle.reader import open_bundle
     from edgeexit.measure.data import open_data
     from edgeexit.measure.files import check_output
-    from edgeexit.measure.trace import record, write_trace
+    from edgeexit.measure.trace import record
+    from edgeexit.measure.trace_file import write_trace
     from edgeexit.runtime import load
 
     check_output(output)
     add_current_directory()
-    opened_bundle = open_bundle(bundle)
-    if opened_bundle.manifest.program == "decode":
-        raise UsageError(
-            f"{bundle} writes text, and trace takes no language models yet",
-            fix="Try thresholds of its exits out: run --mode fast --threshold 0.6 --audit.",
-        )
-    with load(opened_bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
+    with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:
-            trace = record(model, opened, batch_size, progress=progress)
+            trace = record(model, opened, batch_size, chain=chain, progress=progress)
     write_trace(trace, output)
-    segment_ms = dict(zip(trace.exits, trace.segment_ms().tolist(), strict=True))
     if as_json:
-        print_json(
-            {
-                "trace": str(output),
-                "bundle": trace.bundle,
-                "engine": trace.engine,
-                "data": trace.data,
-                "rows": trace.rows,
-                "labelled": trace.labels is not None,
-                "exits": trace.exits,
-                "scores": list(trace.scores),
-                "batch_size": batch_size,
-                "segment_ms": segment_ms,
-            }
-        )
+        print_json({"trace": str(output)} | _facts(trace))
     elif not quiet:
-        labels = "with labels" if trace.labels is not None else "without labels"
-        click.echo(
-            f"{output}: {trace.rows} rows {labels}, {len(trace.exits)} exits, "
-            f"{sum(segment_ms.values()):.3f} ms per batch of {batch_size} at full depth"
-        )
+        click.echo(f"{output}: {_summary(trace)}")
+
+
+def _facts(trace: Trace) -> dict[str, object]:
+    return {
+        "bundle": trace.bundle,
+        "engine": trace.engine,
+        "data": trace.data,
+        "chain": trace.chain,
+        "rows": trace.rows,
+        "texts": trace.texts,
+        "labelled": trace.labels is not None,
+        "exits": trace.exits,
+        "scores": list(trace.scores),
+        "batch_size": trace.batch_size,
+        "segment_ms": dict(zip(trace.exits, trace.segment_ms().tolist(), strict=True)),
+    }
+
+
+def _summary(trace: Trace) -> str:
+    if trace.texts is None:
+        what = f"{trace.rows} rows {'with' if trace.labels is not None else 'without'} labels"
+        each = f"batch of {trace.batch_size}"
+    else:
+        what, each = f"{trace.rows} tokens of {trace.texts} texts", "token"
+        each += f" of {trace.rows_per_run} texts" if trace.rows_per_run > 1 else ""
+    time_ms = trace.segment_ms().sum()
+    return f"{what}, {len(trace.exits)} exits, {time_ms:.3f} ms per {each} at full depth"

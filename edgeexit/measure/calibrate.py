@@ -5,22 +5,23 @@ over rows of a loss against the last exit: ``consistency``, 1 where the predicti
 labels), or ``performance``, max(0, loss(exit) - loss(last)) with 0/1 loss. The loosest threshold is
 taken for which the measured risk holds **and holds for all stricter ones**: a risk that dips again
 behind a gap is luck. The result is a measured figure on this data, not a certificate.
+
+Of a model that writes, a row is a token: the risk is the share of tokens, and what it is of single
+texts is reported too.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.policy import NEVER
-from edgeexit.errors import CheckError, DataError, UsageError
-from edgeexit.measure.trace import Trace, replay
-from edgeexit.runtime import Policy
+from edgeexit.bundle.policy import NEVER, Policy, Rule
+from edgeexit.errors import CheckError, UsageError
+from edgeexit.measure.trace import NO_LABEL, Trace, replay
 
 Risk = Literal["consistency", "performance"]
 _ROUNDING = 1e-12
@@ -74,13 +75,7 @@ def losses(trace: Trace, risk: Risk) -> NDArray[np.float64]:
     predictions = trace.predictions
     if risk == "consistency":
         return (predictions != predictions[-1]).astype(np.float64)
-    if trace.labels is None:
-        raise DataError(
-            f"the trace of {trace.data.get('name', 'this data')} has no labels, which the risk "
-            '"performance" needs',
-            fix="Trace data with labels, or use --risk consistency, which needs none.",
-        )
-    wrong = (predictions != trace.labels).astype(np.float64)
+    wrong = (predictions != trace.labelled().labels).astype(np.float64)
     return np.maximum(0.0, wrong - wrong[-1])
 
 
@@ -164,6 +159,8 @@ def calibrate(
     Raises:
         CheckError: Nothing passes; run the full model.
     """
+    if risk == "performance":
+        trace = trace.labelled()
     curve = sweep(trace, score, risk)
     chosen = choose(curve, max_risk)
     thresholds: float | dict[str, float] = float(curve.thresholds[chosen])
@@ -171,15 +168,24 @@ def calibrate(
         thresholds = _greedy(
             trace, score, losses(trace, risk), max_risk, float(curve.thresholds[chosen])
         )
-    policy = Policy(thresholds=thresholds, score=score, bundle=trace.bundle, engine=trace.engine)
-    taken = replay(trace, policy)
-    loss = losses(trace, risk)[taken, np.arange(trace.rows)]
-    per_row_ms = cumulative_ms(trace)
+    rules = {name: Rule() for name in trace.other_chains}  # these never stop
+    rules[trace.chain] = Rule(thresholds=thresholds, score=score)
+    taken = replay(trace, rules[trace.chain])
     calibration = {
         "method": "sweep, per exit" if per_exit else "sweep",
         "uncertified": True,
         "risk": risk,
         "max_risk": max_risk,
+    } | _measured(trace, risk, taken)
+    policy = Policy(rules=rules, bundle=trace.bundle, engine=trace.engine, calibration=calibration)
+    return policy, curve, chosen
+
+
+def _measured(trace: Trace, risk: Risk, taken: NDArray[np.int64]) -> dict[str, Any]:
+    """What a policy comes to on the trace it was made from; `taken` are the exits of its rows."""
+    loss = losses(trace, risk)[taken, np.arange(trace.rows)]
+    per_row_ms = cumulative_ms(trace)
+    measured = {
         "measured_risk": float(loss.mean()),
         "n": trace.rows,
         "data": trace.data,
@@ -191,7 +197,18 @@ def calibrate(
         "expected_ms": float(per_row_ms[taken].mean()),
         "full_ms": float(per_row_ms[-1]),
     }
-    return msgspec.structs.replace(policy, calibration=calibration), curve, chosen
+    if trace.groups is not None:
+        _, text = np.unique(trace.groups, return_inverse=True)
+        of_texts = np.bincount(text, weights=loss) / np.bincount(text)
+        measured |= {
+            "texts": len(of_texts),
+            "risk_of_texts": {
+                "mean": float(of_texts.mean()),
+                "largest": float(of_texts.max()),
+                "share_without_loss": float((of_texts == 0).mean()),
+            },
+        }
+    return measured
 
 
 def figures(trace: Trace, score: str) -> list[ExitFigures]:
@@ -201,15 +218,20 @@ def figures(trace: Trace, score: str) -> list[ExitFigures]:
     return [
         ExitFigures(
             name=name,
-            accuracy=math.nan
-            if trace.labels is None
-            else float((trace.predictions[number] == trace.labels).mean()),
+            accuracy=_accuracy(trace, number),
             agreement=float(agrees[number].mean()),
             auroc=auroc(trace.scores[score][number], agrees[number]),
             cumulative_ms=float(per_row_ms[number]),
         )
         for number, name in enumerate(trace.exits)
     ]
+
+
+def _accuracy(trace: Trace, number: int) -> float:
+    known = None if trace.labels is None else trace.labels != NO_LABEL
+    if known is None or not known.any():
+        return math.nan
+    return float((trace.predictions[number] == trace.labels)[known].mean())
 
 
 def auroc(scores: NDArray, positive: NDArray[np.bool_]) -> float:
@@ -231,8 +253,8 @@ def auroc(scores: NDArray, positive: NDArray[np.bool_]) -> float:
 
 
 def cumulative_ms(trace: Trace) -> NDArray[np.float64]:
-    """Time per row ``[exit]`` up to each exit, from medians over full batches."""
-    return np.cumsum(trace.segment_ms()) / int(trace.batch_rows.max())
+    """Time per row ``[exit]`` up to each exit, from medians over runs of full size."""
+    return np.cumsum(trace.segment_ms()) / trace.rows_per_run
 
 
 def default_score(trace: Trace, score: str | None) -> str:

@@ -14,10 +14,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from edgeexit import __version__
+from edgeexit.measure.environment import processor, read_text
 
 PACKAGES = (
     "numpy",
@@ -153,32 +153,23 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 1,
         "cores_usable": len(os.sched_getaffinity(0)),
         "cgroup_cores": _cgroup_cores(),
         "cgroup_memory_bytes": _cgroup_memory_bytes(),
         "gpus": _gpus(),
-        "jetson": _first_line(Path("/etc/nv_tegra_release")),
+        "jetson": _first_line("/etc/nv_tegra_release"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _cgroup_cores() -> float | None:
     """Cores that the control group allows; None without a limit."""
-    quota = (_first_line(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
+    quota = (_first_line("/sys/fs/cgroup/cpu.max") or "max").split()
     if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
         return int(quota[0]) / int(quota[1])
-    old = _first_line(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
-    period = _first_line(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+    old = _first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    period = _first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
     if old and period and old.isdigit() and period.isdigit():
         return int(old) / int(period)
     return None
@@ -187,17 +178,14 @@ def _cgroup_cores() -> float | None:
 def _cgroup_memory_bytes() -> int | None:
     unlimited = 1 << 60
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        line = _first_line(Path(path))
+        line = _first_line(path)
         if line and line.isdigit() and int(line) < unlimited:
             return int(line)
     return None
 
 
-def _first_line(path: Path) -> str | None:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
+def _first_line(path: str) -> str | None:
+    lines = read_text(path).splitlines()
     return lines[0].strip() if lines else None
 
 

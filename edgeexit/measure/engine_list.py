@@ -1,4 +1,4 @@
-"""What the engine cache holds of a bundle, as plain data."""
+"""The engines of a bundle in the engine cache, as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeexit.runtime.engines.tensorrt.precision import Types, built_otherwise, 
 
 
 def describe_cache(bundle: Bundle, root: Path | None = None) -> list[dict[str, Any]]:
-    """The finished engines of a bundle; of those that fit a device the last one is used."""
+    """The finished engines of a bundle. Of those that fit a device, the last is used."""
     found = engine_cache.list_engines(
         engine_cache.default_root() if root is None else root, bundle.digest
     )
@@ -20,7 +20,7 @@ def describe_cache(bundle: Bundle, root: Path | None = None) -> list[dict[str, A
 
 
 def describe_engines(folder: Path, engines: EngineSet) -> dict[str, Any]:
-    """A set of engines: where it lies, what it is for, and its plans."""
+    """A set of engines: its folder, target and plans."""
     source = engines.made_from
     target = source["target"]
     return {

@@ -21,11 +21,11 @@ PACKAGES = ("edgeexit", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "tra
 def describe(*, command: list[str] | None = None) -> dict[str, Any]:
     """Processor, cores, memory, versions, and the command line with absolute paths cut to names."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+        "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "packages": _versions(),
@@ -84,18 +84,19 @@ _FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"
 
 
 def _jiffies() -> dict[str, int] | None:
-    first = _read("/proc/stat").partition("\n")[0].split()
+    first = read_text("/proc/stat").partition("\n")[0].split()
     if len(first) <= len(_FIELDS):
         return None
     return {name: int(value) for name, value in zip(_FIELDS, first[1:], strict=False)}
 
 
-def _processor() -> str:
-    text = _read("/proc/cpuinfo")
+def processor() -> str:
+    """Name of the processor."""
+    text = read_text("/proc/cpuinfo")
     for key in ("model name", "Hardware", "Model"):
         if found := re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE):
             return found[1].strip()
-    board = _read("/proc/device-tree/model").strip("\0\n ")
+    board = read_text("/proc/device-tree/model").strip("\0\n ")
     return board or platform.processor() or platform.machine()
 
 
@@ -109,7 +110,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """Content of a file of the system; empty where it cannot be read."""
     try:
         return Path(path).read_text(errors="replace").strip()
     except OSError:

@@ -17,7 +17,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     """Calls ``write(file)`` on a temporary sibling and puts it in the place of `path`.
 
     Raises:
-        UsageError: `path` is a directory, or lies inside a bundle, which never changes.
+        UsageError: `path` is a directory, or is inside a bundle, which never changes.
         MeasurementError: The operating system refuses; nothing is left behind.
     """
     path = Path(path)
@@ -51,8 +51,8 @@ def check_output(path: Path) -> None:
     for parent in path.absolute().parents:
         if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
             raise UsageError(
-                f"{path} lies inside the bundle {parent.name}",
-                fix="Results and policies stand beside a bundle, never in it; choose another -o.",
+                f"{path} is inside the bundle {parent.name}",
+                fix="Results and policies belong beside a bundle, never in it; choose another -o.",
             )
         if parent.exists() and not parent.is_dir():
             raise UsageError(f"{parent} is a file, not a directory", fix="Choose another -o.")

@@ -1,19 +1,29 @@
-"""What is in a bundle, as plain data: segments, exits, what crosses each boundary, weights."""
+"""What is in a bundle, as plain data: components, exits, what crosses each boundary, weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from edgeexit.bundle.manifest import Chain, Exit, Segment, Tensor
+from edgeexit.bundle.manifest import (
+    ITEM_BYTES,
+    Chain,
+    Component,
+    Exit,
+    Gather,
+    PromptState,
+    Run,
+    Step,
+    Tensor,
+    TokenState,
+)
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
+from edgeexit.measure.batches import read_npz
 from edgeexit.measure.check import REFERENCE
-from edgeexit.measure.data import read_npz
 
 
 def axis_sizes(bundle: Bundle, given: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -40,13 +50,13 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "digest": bundle.digest,
         "format": manifest.format,
         "task": manifest.task,
-        "program": manifest.program,
+        "writes": manifest.decoding is not None,
+        "steps": [_step(step) for step in manifest.steps],
         "inputs": [_tensor(tensor) for tensor in manifest.inputs],
         "outputs": [_tensor(tensor) for tensor in manifest.outputs],
         "axis_sizes": dict(sizes),
         "limits": manifest.limits,
         "chains": {name: _chain(bundle, chain, sizes) for name, chain in manifest.chains.items()},
-        "unsplit": [_graph(bundle, variant.graph) for variant in manifest.unsplit],
         "weights_bytes": bundle.weights_bytes,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
         "files": len(manifest.files) + 1,
@@ -59,69 +69,106 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
+def _step(step: Step) -> str:
+    """A step of the program, in words."""
+    if isinstance(step, Run):
+        return f"run {step.chain} ({step.when})"
+    if isinstance(step, Gather):
+        return f"gather {step.output.name} for {step.ids} ({step.when})"
+    return f"place {step.source} at {step.group} of {step.target} ({step.when})"
+
+
 def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, Any]:
-    program = {tensor.name for tensor in bundle.manifest.inputs}
+    """Components in order, with what crosses behind each and the exits there."""
+    components = bundle.manifest.components
     made: dict[str, Tensor] = {}
-    segments = []
-    for number, segment in enumerate(chain.segments):
-        made |= {tensor.name: tensor for tensor in segment.outputs}
-        later = {t.name for part in chain.segments[number + 1 :] for t in part.inputs} - program
-        crossing = [made[name] for name in made if name in later]
+    found = []
+    for number, name in enumerate(chain.components):
+        component = components[name]
+        made |= {tensor.name: tensor for tensor in component.outputs}
+        later = _taken(bundle, chain, chain.components[number + 1 :])
+        crossing = [made[tensor] for tensor in made if tensor in later]
         parts = [tensor_bytes(tensor, sizes) for tensor in crossing]
-        segments.append(
+        found.append(
             {
-                "name": segment.name,
-                "graphs": _graphs(bundle, segment),
-                "projection": None
-                if segment.projection is None
-                else _graph(bundle, segment.projection.graph),
-                "inputs": [tensor.name for tensor in segment.inputs],
-                "exits": [
-                    {
-                        "name": leave.name,
-                        "outputs": list(leave.outputs),
-                        "scores": list(leave.scores),
-                        "adapter": _adapter(bundle, leave),
-                    }
-                    for leave in segment.exits
-                ],
+                "name": name,
+                **_component(bundle, component),
+                "exits": [_exit(bundle, e) for e in chain.exits if e.behind == name],
                 "boundary": [
                     _tensor(tensor) | {"bytes": size}
                     for tensor, size in zip(crossing, parts, strict=True)
                 ],
-                "cache_bytes_per_token": _cache_bytes(segment),
                 "boundary_bytes": None if None in parts else sum(p for p in parts if p is not None),
             }
         )
-    return {"rows": chain.rows, "segments": segments}
-
-
-def _graphs(bundle: Bundle, segment: Segment) -> list[dict[str, Any]]:
-    return [
-        {"precision": variant.precision, "requires": variant.requires}
-        | ({"caches": variant.caches} if segment.caches else {})
-        | _graph(bundle, variant.graph)
-        for variant in segment.variants
-    ]
-
-
-def _adapter(bundle: Bundle, leave: Exit) -> dict[str, Any] | None:
-    """The layers with caches that an exit has for itself, if it has any."""
-    if leave.adapter is None:
-        return None
-    part = bundle.manifest.heads[leave.adapter]
     return {
-        "name": part.name,
-        "graphs": _graphs(bundle, part),
-        "cache_bytes_per_token": _cache_bytes(part),
+        "rows": chain.rows,
+        "outputs": [_tensor(tensor) for tensor in chain.outputs],
+        "components": found,
+        "unsplit": [graph for name in chain.unsplit for graph in _graphs(bundle, components[name])],
     }
 
 
-def _cache_bytes(segment: Segment) -> int:
-    """What a part's caches take for one token of one row."""
-    sizes = {"batch": 1, "past": 1}
-    tensors = [Tensor(name=c.name, dtype=c.dtype, axes=c.axes) for c in segment.caches]
-    return sum(tensor_bytes(tensor, sizes) or 0 for tensor in tensors)
+def _taken(bundle: Bundle, chain: Chain, names: Sequence[str]) -> set[str]:
+    """Tensors that components, and the paths of exits behind them, take."""
+    components = bundle.manifest.components
+    taken = {tensor.name for name in names for tensor in components[name].inputs}
+    calls = [call for exit_ in chain.exits if exit_.behind in names for call in exit_.path]
+    for call in calls:
+        inputs = components[call.component].inputs
+        taken |= {call.inputs.get(tensor.name, tensor.name) for tensor in inputs}
+    return taken
+
+
+def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
+    prompt = [state for state in component.states if isinstance(state, PromptState)]
+    return {
+        "graphs": _graphs(bundle, component),
+        "projection": None
+        if component.projection is None
+        else _graph(bundle, component.projection.graph),
+        "inputs": [tensor.name for tensor in component.inputs],
+        "state_bytes_per_token": _state_bytes(component),
+        "prompt_states": [{"name": state.tensor.name, "made_by": state.maker} for state in prompt],
+    }
+
+
+def _exit(bundle: Bundle, exit_: Exit) -> dict[str, Any]:
+    """An exit, and the components that stand on its path."""
+    return {
+        "name": exit_.name,
+        "action": exit_.action,
+        "outputs": list(exit_.outputs),
+        "scores": list(exit_.scores),
+        "tokens": exit_.tokens,
+        "path": [
+            {
+                "name": call.component,
+                **_component(bundle, bundle.manifest.components[call.component]),
+            }
+            for call in exit_.path
+        ],
+    }
+
+
+def _graphs(bundle: Bundle, component: Component) -> list[dict[str, Any]]:
+    tokens = any(isinstance(state, TokenState) for state in component.states)
+    return [
+        {"precision": variant.precision, "requires": variant.requires}
+        | ({"states": variant.states} if tokens else {})
+        | _graph(bundle, variant.graph)
+        for variant in component.variants
+    ]
+
+
+def _state_bytes(component: Component) -> int:
+    """What a component keeps of one token of one row."""
+    tensors = [
+        Tensor(name=state.name, dtype=state.dtype, axes=state.axes)
+        for state in component.states
+        if isinstance(state, TokenState)
+    ]
+    return sum(tensor_bytes(tensor, {"batch": 1, "past": 1}) or 0 for tensor in tensors)
 
 
 def tensor_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int | None:
@@ -129,8 +176,7 @@ def tensor_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int | None:
     shape = [sizes.get(axis) if isinstance(axis, str) else axis for axis in tensor.axes]
     if any(size is None for size in shape):
         return None
-    item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
-    return math.prod(size for size in shape if size is not None) * item
+    return math.prod(size for size in shape if size is not None) * ITEM_BYTES[tensor.dtype]
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, EngineError
-from edgeexit.runtime.text.tokenizer import open_tokenizer
+from edgeexit.runtime.text.tokenizer import encode_batch
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any
@@ -110,35 +110,10 @@ def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> 
 
 def encode_texts(bundle: Bundle, texts: Sequence[TextSource]) -> dict[str, NDArray]:
     """Texts to token ids ``[batch, seq]``, padded to the longest of the batch."""
-    preprocessing = bundle.manifest.preprocessing
-    if not isinstance(preprocessing, TextPreprocessing) or bundle.manifest.tokenizer is None:
+    if not isinstance(bundle.manifest.preprocessing, TextPreprocessing):
         raise DataError(
             "the bundle has no text preprocessing",
             fix="Give the inputs as .npz, or export from a checkpoint with tokenizer.json.",
         )
-    tokenizer = _tokenizer(bundle, preprocessing)
     pairs = [source.text if source.pair is None else (source.text, source.pair) for source in texts]
-    encodings = tokenizer.encode_batch(pairs)
-    columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
-    columns[preprocessing.types] = "type_ids"
-    dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
-    return {
-        name: np.asarray([getattr(encoding, column) for encoding in encodings], dtypes[name])
-        for name, column in columns.items()
-        if name is not None
-    }
-
-
-def _tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:
-    # Its own files are the cache key: a bundle never changes, a path may come to hold another.
-    key = (bundle.digest, preprocessing.max_length)
-    if key not in _tokenizers:
-        tokenizer = open_tokenizer(bundle)
-        tokenizer.enable_truncation(preprocessing.max_length)
-        tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
-        _tokenizers.clear()
-        _tokenizers[key] = tokenizer
-    return _tokenizers[key]
-
-
-_tokenizers: dict[tuple[str, int], Any] = {}
+    return encode_batch(bundle, pairs)

@@ -1,32 +1,34 @@
 """Traces: what every exit says about a data set, recorded once and replayed under any policy.
 
-One run executes every segment for every row and keeps, per row and exit, the scores and the
-predicted class, the label if there is one, and the time of every segment. `replay` then tells in
-milliseconds where each row would have left under a policy: for a ``forward`` program that is exact,
-because an exit changes nothing that was computed before it. A trace is a ``.npz`` without pickles.
+One run executes every component for every row and keeps, per row and exit, the scores and the
+prediction, the label if there is one, and the time of every segment. `replay` then tells in
+milliseconds where each row would have left under a policy: exact for a classifier, because an exit
+changes nothing that was computed before it. Of a model that writes, rows are the tokens of given
+texts, and labels the tokens that follow; what an early token changes behind it is not replayed.
+`edgeexit.measure.trace_file` keeps traces on disk.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Exit
-from edgeexit.bundle.policy import decide
-from edgeexit.errors import DataError, MeasurementError
-from edgeexit.measure.data import DataSet, read_npz
-from edgeexit.measure.files import write_atomic
-from edgeexit.runtime import Model, Policy
+from edgeexit.bundle.manifest import Chain, Exit
+from edgeexit.bundle.policy import Policy, Rule, decide
+from edgeexit.errors import DataError, MeasurementError, PolicyError
+from edgeexit.measure.batches import Batch, DataSet
+from edgeexit.measure.probe import Answers, ask, chain_named, predictions
+from edgeexit.runtime import Model
 
-TRACE_FORMAT = "1.0"
-_FIX = "Give a file that `edgeexit trace -o` wrote."
+NO_LABEL = -1
+"""Label of a token that none follows."""
+TIMED_RUNS, TIMED_TOKENS = 3, 32
+"""Texts that are run token by token for the times of a trace, and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ class Trace:
         data: ``name`` and ``digest`` of the data set.
         exits: Names in order; the last one always answers.
         scores: Score name -> ``[exit, row]`` float32.
-        predictions: ``[exit, row]``, the class with the largest logit.
-        labels: ``[row]`` class indices, or None.
+        predictions: ``[exit, row]``, the class or token with the largest logit.
+        labels: ``[row]`` classes or tokens, `NO_LABEL` where there is none; None: there are none.
         batch_rows: ``[batch]``, rows of each batch that ran.
-        times_ms: ``[batch, segment]`` milliseconds; segment k ends at exit k.
+        times_ms: ``[run, segment]`` milliseconds; segment k ends at exit k.
         batch_size: Rows per batch that were asked for; the last batch may have fewer.
         independent: Whether rows of a batch may leave at different exits.
+        chain: The chain whose exits they are.
+        other_chains: Other chains of the bundle with exits.
+        groups: ``[row]``, the text that a token is of, by its place in the data; None: rows are no
+            tokens.
+        timed_rows: ``[run]``, rows of each run of `times_ms`; None: those of the batches.
     """
 
     bundle: str
@@ -58,16 +65,59 @@ class Trace:
     times_ms: NDArray[np.float64]
     batch_size: int
     independent: bool = True
+    chain: str = "main"
+    other_chains: tuple[str, ...] = ()
+    groups: NDArray[np.int64] | None = None
+    timed_rows: NDArray[np.int64] | None = None
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return int(self.predictions.shape[1])
 
+    @property
+    def texts(self) -> int | None:
+        """Number of texts; None: rows are no tokens."""
+        return None if self.groups is None else len(np.unique(self.groups))
+
+    @property
+    def rows_per_run(self) -> int:
+        """Rows of the runs that `segment_ms` tells the times of."""
+        return int(self._timed_rows.max())
+
+    @property
+    def _timed_rows(self) -> NDArray[np.int64]:
+        return self.batch_rows if self.timed_rows is None else self.timed_rows
+
     def segment_ms(self) -> NDArray[np.float64]:
-        """Median time of each segment over the batches of full size, in ms per batch."""
-        full = self.batch_rows == self.batch_rows.max()
+        """Median time of each segment over the runs of full size, in ms per run."""
+        full = self._timed_rows == self._timed_rows.max()
         return np.asarray(np.median(self.times_ms[full], axis=0), np.float64)
+
+    def labelled(self) -> Trace:
+        """The same trace of the rows that have a label.
+
+        Raises:
+            DataError: None has.
+        """
+        if self.labels is None:
+            raise DataError(
+                f"the trace of {self.data.get('name', 'this data')} has no labels, which the risk "
+                '"performance" needs',
+                fix="Trace data with labels, or use --risk consistency, which needs none.",
+            )
+        kept = self.labels != NO_LABEL
+        if kept.all():
+            return self
+        return dataclasses.replace(
+            self,
+            scores={name: values[:, kept] for name, values in self.scores.items()},
+            predictions=self.predictions[:, kept],
+            labels=self.labels[kept],
+            batch_rows=np.array([kept.sum()]),
+            timed_rows=self._timed_rows,
+            groups=None if self.groups is None else self.groups[kept],
+        )
 
 
 def record(
@@ -75,70 +125,161 @@ def record(
     data: DataSet,
     batch_size: int,
     *,
+    chain: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Trace:
-    """Runs every segment for every row of a data set.
+    """Runs every component for every row of a data set.
 
     The first batch runs once more before it counts, so that its times are those of a warm engine.
+    Times of a model that writes are those of single tokens.
+
+    Args:
+        model: Best opened with all its scores.
+        data: From `edgeexit.measure.data.open_data`.
+        batch_size: Rows, or texts, that run together.
+        chain: Whose exits; None: those of the chain that answers.
 
     Raises:
-        MeasurementError: An exit gives no logits, or the exits share no score.
+        MeasurementError: An exit predicts nothing, or the exits share no score.
         DataError: The data cannot be read or does not fit.
     """
-    if missing := [leave.name for leave in model.exits if "logits" not in leave.outputs]:
-        raise MeasurementError(
-            f"exit {missing[0]} gives no logits, so it predicts no class",
-            fix="A trace needs a classifier whose exits answer with logits.",
-        )
-    names = sorted(set.intersection(*(set(leave.scores) for leave in model.exits)))
-    if not names:
-        raise MeasurementError("the exits share no score", fix="Export again with scores.")
-    scores: dict[str, list[NDArray]] = {name: [] for name in names}
-    predictions: list[NDArray] = []
-    labels: list[NDArray] = []
-    sizes: list[int] = []
+    name = model.chain_name if chain is None else chain
+    exits, scores = _traceable(name, chain_named(model, chain))
+    decoding = model.bundle.manifest.decoding
+    tokens = decoding.tokens if decoding is not None and decoding.chain == name else None
+    batches: list[dict[str, NDArray]] = []
     times: list[list[float]] = []
-    done = 0
+    count, first = 0, {}
     for batch in data.batches(batch_size):
-        if not sizes:
-            model.trace(batch.inputs)
-        made = model.trace(batch.inputs)
-        for name in names:
-            scores[name].append(np.stack([one[name] for one in made.scores]))
-        predictions.append(np.stack([one["logits"].argmax(-1) for one in made.outputs]))
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        sizes.append(batch.rows)
-        times.append(made.times_ms)
-        done += batch.rows
+        inputs = dict(batch.inputs)
+        if tokens is not None:
+            inputs[tokens] = inputs[tokens][:, : model.capacity]
+        if not batches:
+            first = inputs
+            ask(model, first, chain=name)
+        answers = ask(model, inputs, chain=name)
+        own = None if tokens is None else inputs[tokens]
+        batches.append(_said(answers, exits, scores) | _about_rows(batch, own))
+        times.append(answers.times_ms)
+        count += batch.rows
         if progress is not None:
-            progress("rows", done, data.rows or 0)
-    (chain,) = model.bundle.manifest.chains.values()
-    return Trace(
-        bundle=model.bundle.digest,
-        engine=model.describe_engine(),
+            progress("rows" if tokens is None else "texts", count, data.rows or 0)
+    timed_rows = None
+    if tokens is not None:
+        times, timed_rows = _token_times(model, first, tokens)
+    return _joined(
+        model,
+        name,
+        exits,
+        batches,
         data={"name": data.name, "digest": data.digest},
-        exits=[leave.name for leave in model.exits],
-        scores={name: np.concatenate(parts, axis=1) for name, parts in scores.items()},
-        predictions=np.concatenate(predictions, axis=1).astype(np.int64),
-        labels=np.concatenate(labels) if labels else None,
-        batch_rows=np.asarray(sizes, np.int64),
         times_ms=np.asarray(times, np.float64),
+        timed_rows=timed_rows,
         batch_size=batch_size,
-        independent=chain.rows == "independent",
+        independent=tokens is not None or model.chains[name].rows == "independent",
     )
 
 
-def replay(trace: Trace, policy: Policy) -> NDArray[np.int64]:
-    """Index of the exit ``[row]`` where each row leaves under a policy.
+def _traceable(name: str, chain: Chain) -> tuple[list[str], list[str]]:
+    """Exits of a chain, and the scores that all of them have. Raises `MeasurementError`."""
+    exits = chain.stops
+    if missing := [exit_.name for exit_ in exits if "logits" not in exit_.outputs]:
+        raise MeasurementError(
+            f"exit {missing[0]} of the chain {name} gives no logits, so it predicts no class",
+            fix="Trace a chain whose exits answer with logits.",
+        )
+    scores = sorted(set.intersection(*(set(exit_.scores) for exit_ in exits)))
+    if not scores:
+        raise MeasurementError("the exits share no score", fix="Export again with scores.")
+    return [exit_.name for exit_ in exits], scores
+
+
+def _said(answers: Answers, exits: list[str], scores: list[str]) -> dict[str, NDArray]:
+    """Predictions and scores of a batch, ``[exit, row]``."""
+    predicted = [predictions(answers.arrays, exit_).reshape(-1) for exit_ in exits]
+    return {"predictions": np.stack(predicted)} | {
+        f"score/{score}": np.stack(
+            [answers.arrays[f"{exit_}/{score}"].reshape(-1) for exit_ in exits]
+        )
+        for score in scores
+    }
+
+
+def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
+    """Labels of a batch, if it has any; of tokens also the texts that they are of."""
+    if tokens is None:
+        return {} if batch.labels is None else {"labels": batch.labels}
+    assert batch.numbers is not None
+    following = np.full_like(tokens, NO_LABEL)
+    following[:, :-1] = tokens[:, 1:]
+    groups = np.repeat(batch.numbers, tokens.shape[1])
+    return {"labels": following.reshape(-1), "groups": groups}
+
+
+def _joined(
+    model: Model,
+    chain: str,
+    exits: list[str],
+    batches: Sequence[Mapping[str, NDArray]],
+    **run: Any,
+) -> Trace:
+    """A trace of all batches; `run` is what is known of the run as a whole."""
+    found = {key: np.concatenate([one[key] for one in batches], axis=-1) for key in batches[0]}
+    prefix = "score/"
+    return Trace(
+        bundle=model.bundle.digest,
+        engine=model.describe_engine(),
+        exits=exits,
+        scores={k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)},
+        predictions=found["predictions"].astype(np.int64),
+        labels=found.get("labels"),
+        batch_rows=np.array([one["predictions"].shape[1] for one in batches]),
+        chain=chain,
+        other_chains=tuple(
+            name for name, one in model.chains.items() if name != chain and len(one.exits) > 1
+        ),
+        groups=found.get("groups"),
+        **run,
+    )
+
+
+def _token_times(
+    model: Model, inputs: Mapping[str, NDArray], tokens: str
+) -> tuple[list[list[float]], NDArray[np.int64]]:
+    """Times of single tokens, as in decoding: milliseconds per run and segment, and rows."""
+    few = dict(inputs)
+    if not model.bundle.manifest.decoding.groups:  # type: ignore[union-attr]
+        few[tokens] = few[tokens][:, :TIMED_TOKENS]
+    rows, length = few[tokens].shape
+    runs = [ask(model, few, step=1).times_ms for _ in range(1 + TIMED_RUNS)]
+    times = [[time_ms / length for time_ms in run] for run in runs[1:]]
+    return times, np.full(TIMED_RUNS, rows)
+
+
+def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:
+    """Index of the exit ``[row]`` where each row leaves under a policy, or a rule for its chain.
 
     Raises:
         PolicyError: The policy does not fit the bundle that the trace was made with.
     """
+    if isinstance(policy, Policy):
+        if policy.bundle not in (None, trace.bundle):
+            raise PolicyError(
+                f"the policy was made for the bundle {str(policy.bundle)[:12]}…, the trace with "
+                f"{trace.bundle[:12]}…",
+                fix="Calibrate again on this trace.",
+            )
+        policy = policy.rules.get(trace.chain, Rule())
     exits = [
-        Exit(name=name, outputs={}, scores=dict.fromkeys(trace.scores, "")) for name in trace.exits
+        Exit(
+            name=name,
+            behind=name,
+            outputs={"logits": name},
+            scores=dict.fromkeys(trace.scores, name),
+        )
+        for name in trace.exits
     ]
-    decisions = decide(policy, exits, digest=trace.bundle)
+    decisions = decide(policy, exits)
     taken = np.full(trace.rows, len(exits) - 1, np.int64)
     alive = np.ones(trace.rows, np.bool_)
     previous, streak = np.full(trace.rows, -1, np.int64), np.zeros(trace.rows, np.int64)
@@ -157,104 +298,3 @@ def replay(trace: Trace, policy: Policy) -> NDArray[np.int64]:
         taken[fires] = number
         alive &= ~fires
     return taken
-
-
-def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Writes a trace, whole or not at all."""
-    about = {
-        "format": TRACE_FORMAT,
-        "bundle": trace.bundle,
-        "engine": trace.engine,
-        "data": trace.data,
-        "exits": trace.exits,
-        "scores": list(trace.scores),
-        "batch_size": trace.batch_size,
-        "independent": trace.independent,
-    }
-    arrays: dict[str, Any] = {
-        "about": np.asarray(json.dumps(about)),
-        "predictions": trace.predictions,
-        "batch_rows": trace.batch_rows,
-        "times_ms": trace.times_ms,
-    }
-    arrays |= {f"score/{name}": value for name, value in trace.scores.items()}
-    if trace.labels is not None:
-        arrays["labels"] = trace.labels
-    write_atomic(path, lambda file: np.savez(file, **arrays))
-
-
-def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Reads a trace. Raises `DataError` naming what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        kind = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {kind}", fix=_FIX)
-    arrays = read_npz(path)
-    try:
-        about = json.loads(str(_take(arrays, "about", np.str_, 0)))
-        version = str(about["format"])
-        if version.split(".")[0] != TRACE_FORMAT.split(".")[0]:
-            raise ValueError(f"trace format {version}, this edgeexit reads {TRACE_FORMAT}")
-        exits, names = _strings(about["exits"]), _strings(about["scores"])
-        if not exits or not names or len(set(exits)) != len(exits):
-            raise ValueError("it names no exits or scores, or an exit twice")
-        predictions = _take(arrays, "predictions", np.int64, 2)
-        rows = predictions.shape[1]
-        batch_rows = _take(arrays, "batch_rows", np.int64, 1)
-        times_ms = _take(arrays, "times_ms", np.float64, 2)
-        scores = {name: _take(arrays, f"score/{name}", np.float32, 2) for name in names}
-        labels = _take(arrays, "labels", np.int64, 1) if "labels" in arrays else None
-        shapes = {
-            "predictions": (predictions.shape, (len(exits), rows)),
-            "times_ms": (times_ms.shape, (len(batch_rows), len(exits))),
-            "labels": ((rows,) if labels is None else labels.shape, (rows,)),
-        } | {f"score/{name}": (value.shape, (len(exits), rows)) for name, value in scores.items()}
-        for name, (found, expected) in shapes.items():
-            if found != expected:
-                raise ValueError(f"{name} has the shape {list(found)}, expected {list(expected)}")
-        if any(np.isinf(value).any() for value in scores.values()):
-            raise ValueError("a score is infinite")
-        if batch_rows.size and batch_rows.max() > rows:
-            raise ValueError(f"a batch holds {batch_rows.max()} rows, its predictions {rows}")
-        if not 1 <= int(about["batch_size"]) < 2**31:
-            raise ValueError(f"batch_size is {about['batch_size']}")
-        if rows == 0 or batch_rows.min() < 1 or batch_rows.sum() != rows:
-            raise ValueError(f"its batches hold {batch_rows.sum()} rows, its predictions {rows}")
-        if not (np.isfinite(times_ms).all() and (times_ms >= 0).all()):
-            raise ValueError("times_ms holds values that are not times")
-        return Trace(
-            bundle=str(about["bundle"]),
-            engine={str(k): str(v) for k, v in about["engine"].items()},
-            data={str(k): str(v) for k, v in about["data"].items()},
-            exits=exits,
-            scores=scores,
-            predictions=predictions,
-            labels=labels,
-            batch_rows=batch_rows,
-            times_ms=times_ms,
-            batch_size=int(about["batch_size"]),
-            independent=about["independent"] is True,
-        )
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"{path}: not a trace ({reason})", fix=_FIX) from error
-
-
-def _take(arrays: dict[str, NDArray], name: str, kind: type, axes: int) -> NDArray[Any]:
-    value = arrays[name]
-    if not np.issubdtype(value.dtype, kind) or value.ndim != axes:
-        raise ValueError(f"{name} is {value.dtype.name} with {value.ndim} axes")
-    return value
-
-
-def _strings(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{value!r:.60} is not a list of names")
-    return value

@@ -13,30 +13,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
 
-from edgeexit.export.cut.read_onnx import FLOATS, quiet
+from edgeexit.export.cut.read_onnx import FLOATS
 from edgeexit.export.passes.simplify import simplify
+from edgeexit.export.quiet import quiet
 
-_ELEMENTWISE = frozenset(
-    {
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Pow",
-        "Mod",
-        "Max",
-        "Min",
-        "Where",
-        "And",
-        "Or",
-        "Xor",
-        "Equal",
-        "Less",
-        "LessOrEqual",
-        "Greater",
-        "GreaterOrEqual",
-    }
-)
+_ELEMENTWISE = frozenset({
+    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Where", "And", "Or", "Xor", "Equal",
+    "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
+})  # fmt: skip
 _INFERENCE_ROUNDS = 8
 Dims = tuple[int | str, ...]
 

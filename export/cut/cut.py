@@ -27,44 +27,14 @@ ANSWER = "logits"
 """The program's output: what every exit and the unsplit model give."""
 
 _SMALL_BYTES = 1 << 20
-_HEAVY = frozenset(
-    {
-        "MatMul",
-        "Gemm",
-        "Einsum",
-        "MatMulInteger",
-        "QLinearMatMul",
-        "Conv",
-        "ConvTranspose",
-        "ConvInteger",
-        "QLinearConv",
-        "DeformConv",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "Attention",
-        "BatchNormalization",
-        "InstanceNormalization",
-        "GroupNormalization",
-        "LayerNormalization",
-        "RMSNormalization",
-        "LpNormalization",
-        "LRN",
-        "AveragePool",
-        "MaxPool",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "LpPool",
-        "GlobalLpPool",
-        "Resize",
-        "GridSample",
-        "RoiAlign",
-        "NonMaxSuppression",
-        "TopK",
-        "STFT",
-        "DFT",
-    }
-)
+_HEAVY = frozenset({
+    "MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "Conv", "ConvTranspose",
+    "ConvInteger", "QLinearConv", "DeformConv", "LSTM", "GRU", "RNN", "Attention",
+    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization",
+    "RMSNormalization", "LpNormalization", "LRN", "AveragePool", "MaxPool", "GlobalAveragePool",
+    "GlobalMaxPool", "LpPool", "GlobalLpPool", "Resize", "GridSample", "RoiAlign",
+    "NonMaxSuppression", "TopK", "STFT", "DFT",
+})  # fmt: skip
 _OWN_DOMAINS = ("", "ai.onnx")
 
 
@@ -76,7 +46,6 @@ class Piece:
         name: Its name in the chain.
         model: Its graph: inputs, carried tensors, the exit's logits, the exit's scores.
         inputs: Names of what it takes: program inputs, then tensors that cross.
-        carried: Names of what it makes for later segments; the exit's logits may be among them.
         exit: The exit's name, which is also that of its logits.
         scores: Score -> tensor name.
     """
@@ -84,7 +53,6 @@ class Piece:
     name: str
     model: ir.Model
     inputs: tuple[str, ...]
-    carried: tuple[str, ...]
     exit: str
     scores: dict[str, str]
 
@@ -120,7 +88,7 @@ def cut(model: ir.Model, what: str) -> Cut:
         for node in needed:
             home.setdefault(node, number)
     later: set[ir.Value] = set()
-    plan: list[tuple[list[ir.Value], list[ir.Value], list[ir.Value]]] = []
+    plan: list[tuple[list[ir.Value], list[ir.Value]]] = []
     place = {node: position for position, node in enumerate(graph)}
 
     def ordered(values: Iterable[ir.Value]) -> list[ir.Value]:
@@ -129,7 +97,8 @@ def cut(model: ir.Model, what: str) -> Cut:
     for number in range(len(exits) - 1, -1, -1):
         carried = [value for value in later if home[_maker(value)] == number]
         taken, crossing = _frontier([exits[number], *carried], number, home, nature)
-        plan.append(([v for v in graph.inputs if v in taken], ordered(crossing), ordered(carried)))
+        inputs = [value for value in graph.inputs if value in taken]
+        plan.append(([*inputs, *ordered(crossing)], ordered(carried)))
         later |= crossing
     plan.reverse()
     _name_crossing(graph, ordered(later))
@@ -144,33 +113,33 @@ def cut(model: ir.Model, what: str) -> Cut:
         value.name or "": _describe(value, axes, what)
         for value in [*graph.inputs, *exits, *ordered(later)]
     }
-    pieces = []
-    for number, (taken_inputs, crossing_in, carried_out) in enumerate(plan):
-        leave = exits[number]
-        made = [value for value in carried_out if value is not leave]
-        part = _extract(
-            model, [*taken_inputs, *crossing_in], [*made, leave], f"segment_{number + 1}"
-        )
-        drop_shape_inputs(part)
-        _drop_inner_shapes(part.graph)
-        logits = part.graph.outputs[-1]
-        scores = append_scores(part.graph, logits, logits.name or "")
-        part.graph.outputs.extend(scores.values())
-        pieces.append(
-            Piece(
-                name=f"segment_{number + 1}",
-                model=part,
-                inputs=tuple(value.name or "" for value in part.graph.inputs),
-                carried=tuple(value.name or "" for value in carried_out),
-                exit=logits.name or "",
-                scores={score: f"{logits.name}/{score}" for score in SCORES},
-            )
-        )
+    pieces = [
+        _piece(model, f"segment_{number}", taken, [v for v in made if v is not exit_], exit_)
+        for number, ((taken, made), exit_) in enumerate(zip(plan, exits, strict=True), start=1)
+    ]
     unsplit = _extract(model, list(graph.inputs), [exits[-1]], "unsplit")
     _drop_inner_shapes(unsplit.graph)
     _rename_answer(unsplit.graph, what)
     names = tuple(value.name or "" for value in graph.inputs)
     return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
+
+
+def _piece(
+    model: ir.Model, name: str, taken: list[ir.Value], made: list[ir.Value], exit_: ir.Value
+) -> Piece:
+    part = _extract(model, taken, [*made, exit_], name)
+    drop_shape_inputs(part)
+    _drop_inner_shapes(part.graph)
+    logits = part.graph.outputs[-1]
+    scores = append_scores(part.graph, logits, logits.name or "")
+    part.graph.outputs.extend(scores.values())
+    return Piece(
+        name=name,
+        model=part,
+        inputs=tuple(value.name or "" for value in part.graph.inputs),
+        exit=logits.name or "",
+        scores={score: f"{logits.name}/{score}" for score in SCORES},
+    )
 
 
 def annotate(model: ir.Model, tensors: dict[str, Tensor]) -> None:

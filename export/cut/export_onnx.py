@@ -1,34 +1,34 @@
-"""An ONNX file with ordered exit outputs becomes a bundle: read, normalised, cut, compared.
-
-`export_onnx` writes one; `cut_file` is its work, for those who describe the bundle themselves.
-"""
+"""An ONNX file with ordered exit outputs becomes a bundle: read, normalised, cut, compared."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Chain, Manifest, Tensor, Variant
-from edgeexit.bundle.manifest import Exit as ManifestExit
-from edgeexit.bundle.manifest import Segment as ManifestSegment
+from edgeexit.bundle.manifest import Chain, Component, Exit, Manifest, Run, Tensor, Variant
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.axis_names import resolve_shapes
-from edgeexit.export.cut.cut import ANSWER, annotate, cut
-from edgeexit.export.cut.prove_rows import close, prove_rows, run_graph, sample_inputs, tolerance_of
+from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
+from edgeexit.export.cut.prove_rows import Proof, prove_rows, sample_inputs
 from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of, read_onnx
+from edgeexit.export.describe import FORMAT, Precision
+from edgeexit.export.evaluate import close, run_graph, tolerance_of
+from edgeexit.export.samples import REFERENCE, SAMPLE_ROWS, reference_sample, write_samples
 from edgeexit.export.trace import torch_graph
-from edgeexit.export.trace.scores import reference_scores
 from edgeexit.export.weights import WeightStore
-from edgeexit.export.write import Progress, counter, provenance, write_samples
+from edgeexit.export.write import Progress, counter, provenance
 
-SAMPLE_ROWS = 4
+UNSPLIT = "unsplit"
+Arrays = dict[str, NDArray]
 
 
 def export_onnx(
@@ -67,120 +67,175 @@ def export_onnx(
     check_exits(exits)
     tell = counter(progress, len(exits) + 4)
     with BundleWriter(output, overwrite=overwrite) as writer:
-        manifest = cut_file(path, writer.folder, exits, samples=samples, labels=labels, tell=tell)
-        described = msgspec.structs.replace(manifest, name=name or manifest.name, task=task)
-        return writer.commit(described)
+        tell("reading")
+        source = _read(path, exits)
+        WeightStore(writer.folder).externalize(source.model.graph)
+        inputs = sample_inputs(source.model.graph, SAMPLE_ROWS, samples, source.inputs)
+        tell("running the file on samples")
+        answers = _answers(source, writer.folder, inputs, labels)
+        pieces = cut(source.model, source.what)
+        precision = precision_of(source.model)
+        proof = _write_segments(source, pieces, writer.folder, inputs, answers, precision, tell)
+        tell("samples and manifest")
+        last = answers[pieces.pieces[-1].exit]
+        named = {exit_: {ANSWER: logits} for exit_, logits in answers.items()}
+        sample = reference_sample(inputs, named | {UNSPLIT: {ANSWER: last}}, every_token=False)
+        described = _manifest(source, pieces, proof, precision)
+        return writer.commit(
+            msgspec.structs.replace(
+                described,
+                name=name or described.name,
+                task=task,
+                labels=list(labels),
+                samples=[write_samples(writer.folder, REFERENCE, sample)],
+            )
+        )
 
 
-def cut_file(
-    path: str | os.PathLike[str],
-    folder: Path,
-    exits: Sequence[str],
-    *,
-    samples: Mapping[str, np.ndarray] | None = None,
-    labels: Sequence[str] = (),
-    tell: Callable[[str], None] = lambda what: None,
-) -> Manifest:
-    """Cuts an ONNX file into the folder of a bundle that is being written.
+@dataclass(frozen=True)
+class _Source:
+    """An ONNX file in the one form that it is cut in.
 
-    Args:
-        path, exits, samples, labels: As for `export_onnx`.
-        folder: Gets graphs, weights and samples.
-        tell: Told what is being done.
-
-    Returns:
-        The manifest to commit; its name is the file's.
+    Attributes:
+        path: The file.
+        what: Its name, for messages.
+        model: Normalised, with resolved shapes and float32 exits.
+        inputs: Name of an input in the file -> its name in the model.
+        exits: The same for exits.
+        whole: Whether the file itself has all exits as outputs.
     """
+
+    path: Path
+    what: str
+    model: ir.Model
+    inputs: dict[str, str]
+    exits: dict[str, str]
+    whole: bool
+
+
+def _read(path: str | os.PathLike[str], exits: Sequence[str]) -> _Source:
     what = Path(path).name
-    tell("reading")
     model = read_onnx(path)
     own_inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
     own_outputs = {value.name for value in model.graph.outputs}
     model = normalise(model, exits, what)
     resolve_shapes(model)
     float_outputs(model.graph, what)
-    names = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
-    leaves = {old: v.name or "" for old, v in zip(exits, model.graph.outputs, strict=True)}
-    store = WeightStore(folder)
-    store.externalize(model.graph)
-    inputs = sample_inputs(model.graph, SAMPLE_ROWS, samples, names)
-    tell("running the file on samples")
-    if own_outputs.issuperset(exits):
-        [made] = run_graph(path, [{old: inputs[new] for old, new in names.items()}])
-        answers = {new: made[old] for old, new in leaves.items()}
+    return _Source(
+        path=Path(path),
+        what=what,
+        model=model,
+        inputs={old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)},
+        exits={old: v.name or "" for old, v in zip(exits, model.graph.outputs, strict=True)},
+        whole=own_outputs.issuperset(exits),
+    )
+
+
+def _answers(
+    source: _Source, folder: Path, inputs: Mapping[str, NDArray], labels: Sequence[str]
+) -> Arrays:
+    """What the file answers at every exit; completes the shapes of the exits."""
+    graph = source.model.graph
+    if source.whole:
+        feeds = {old: inputs[new] for old, new in source.inputs.items()}
+        [made] = run_graph(source.path, [feeds])
+        answers = {new: made[old] for old, new in source.exits.items()}
     else:
         whole = folder / "graphs/whole.onnx"
-        torch_graph.save_graph(model, str(whole))
+        torch_graph.save_graph(source.model, str(whole))
         [answers] = run_graph(whole, [inputs])
         whole.unlink()
-    rows = len(next(inputs[v.name or ""] for v in model.graph.inputs if _has_rows(v)))
-    for value in model.graph.outputs:
-        answers[value.name or ""] = _check_logits(value, answers[value.name or ""], rows, what)
-    _check_classes(answers, what)
+    rows = len(next(inputs[value.name or ""] for value in graph.inputs if _has_rows(value)))
+    for value in graph.outputs:
+        name = value.name or ""
+        answers[name] = _check_logits(value, answers[name], rows, source.what)
+    _check_classes(answers, source.what)
     classes = next(iter(answers.values())).shape[-1]
     if labels and len(labels) != classes:
         raise UsageError(
-            f"{len(labels)} labels for the {classes} classes of {what}",
+            f"{len(labels)} labels for the {classes} classes of {source.what}",
             fix="Give one label per class, in the order of the logits.",
         )
-    pieces = cut(model, what)
+    return answers
+
+
+def _write_segments(
+    source: _Source,
+    pieces: Cut,
+    folder: Path,
+    inputs: Mapping[str, NDArray],
+    answers: Mapping[str, NDArray],
+    precision: str,
+    tell: Callable[[str], None],
+) -> Proof:
+    """Writes the graphs, and compares what the segments answer with the file."""
     paths = [folder / f"graphs/{piece.name}.onnx" for piece in pieces.pieces]
     for piece, place in zip(pieces.pieces, paths, strict=True):
         tell(f"segment {piece.name}")
         torch_graph.save_graph(piece.model, str(place))
     tell("comparing the segments with the file")
-    precision = precision_of(model)
-    tolerance = tolerance_of(model.graph, precision)
-    proof = prove_rows(pieces, paths, inputs, what, tolerance)
-    for leave, expected in answers.items():
-        if not close(proof.values[leave], expected, tolerance):
-            raise _differs(leave, proof.values[leave], expected, what)
-    tensors = proof.tensors | {
-        scored: Tensor(name=scored, dtype="float32", axes=["batch"])
-        for piece in pieces.pieces
-        for scored in piece.scores.values()
-    }
+    tolerance = tolerance_of(source.model.graph, precision)
+    proof = prove_rows(pieces, paths, inputs, source.what, tolerance)
+    for exit_, expected in answers.items():
+        if not close(proof.values[exit_], expected, tolerance):
+            raise _differs(exit_, proof.values[exit_], expected, source.what)
+    scores = [name for piece in pieces.pieces for name in piece.scores.values()]
+    answer = proof.tensors[pieces.pieces[-1].exit]
+    for name in scores:
+        proof.tensors[name] = Tensor(name=name, dtype="float32", axes=["batch"])
     for piece, place in zip(pieces.pieces, paths, strict=True):
-        annotate(piece.model, tensors)
+        annotate(piece.model, proof.tensors)
         torch_graph.save_graph(piece.model, str(place))
+    annotate(pieces.unsplit, proof.tensors | {ANSWER: answer})
+    torch_graph.save_graph(pieces.unsplit, str(folder / f"graphs/{UNSPLIT}.onnx"))
+    return proof
+
+
+def _manifest(source: _Source, pieces: Cut, proof: Proof, precision: Precision) -> Manifest:
+    """The manifest to commit, but for what the caller says of the model."""
+    tensors = proof.tensors
+    inputs = [tensors[name] for name in pieces.inputs]
     answer = msgspec.structs.replace(tensors[pieces.pieces[-1].exit], name=ANSWER)
-    annotate(pieces.unsplit, tensors | {ANSWER: answer})
-    torch_graph.save_graph(pieces.unsplit, str(folder / "graphs/unsplit.onnx"))
-    tell("samples and manifest")
-    arrays = {f"input/{key}": value for key, value in inputs.items()}
-    for leave, logits in answers.items():
-        arrays[f"{leave}/{ANSWER}"] = logits
-        arrays |= {f"{leave}/{s}": value for s, value in reference_scores(logits).items()}
-    arrays[f"unsplit/{ANSWER}"] = answers[pieces.pieces[-1].exit]
-    sample_file = write_samples(folder, "reference", arrays)
-    parts = [
-        ManifestSegment(
-            name=piece.name,
-            variants=[Variant(graph=f"graphs/{piece.name}.onnx", precision=precision)],
-            inputs=[tensors[key] for key in piece.inputs],
-            outputs=[tensors[value.name or ""] for value in piece.model.graph.outputs],
-            exits=[
-                ManifestExit(name=piece.exit, outputs={ANSWER: piece.exit}, scores=piece.scores)
-            ],
+
+    def component(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Component:
+        variant = Variant(graph=f"graphs/{name}.onnx", precision=precision)
+        return Component(variants=[variant], inputs=inputs, outputs=outputs)
+
+    components = {
+        piece.name: component(
+            piece.name,
+            [tensors[name] for name in piece.inputs],
+            [tensors[value.name or ""] for value in piece.model.graph.outputs],
         )
         for piece in pieces.pieces
-    ]
-    opset = str(model.graph.opset_imports[""])
-    return Manifest(
-        format="1.0",
-        name=Path(path).stem,
-        task="classification",
-        program="forward",
-        inputs=[tensors[key] for key in pieces.inputs],
+    }
+    chain = Chain(
+        components=list(components),
         outputs=[answer],
-        chains={
-            "main": Chain(segments=parts, rows="independent" if proof.independent else "together")
-        },
-        unsplit=[Variant(graph="graphs/unsplit.onnx", precision=precision)],
+        exits=[
+            Exit(
+                name=piece.exit,
+                behind=piece.name,
+                outputs={ANSWER: piece.exit},
+                scores=piece.scores,
+            )
+            for piece in pieces.pieces
+        ],
+        unsplit=[UNSPLIT],
+        rows="independent" if proof.independent else "together",
+    )
+    whole = component(UNSPLIT, inputs, [answer])
+    return Manifest(
+        format=FORMAT,
+        name=source.path.stem,
+        task="classification",
+        inputs=inputs,
+        components=components | {UNSPLIT: whole},
+        chains={"main": chain},
+        steps=[Run(chain="main")],
         files={},
-        labels=list(labels),
-        samples=[sample_file],
-        provenance=provenance() | {"source": what, "opset": opset},
+        provenance=provenance()
+        | {"source": source.what, "opset": str(source.model.graph.opset_imports[""])},
     )
 
 
@@ -188,11 +243,11 @@ def check_exits(exits: Sequence[str]) -> None:
     """Refuses names of exits that cannot be meant."""
     if isinstance(exits, str):
         raise UsageError("exits is one string", fix=f"Give a list: exits={exits.split(',')}.")
-    for leave in exits:
-        if not isinstance(leave, str) or not leave:
-            raise UsageError(f"exits: {leave!r} is not a name", fix="Give names of outputs.")
-        if list(exits).count(leave) > 1:
-            raise UsageError(f"exits: {leave} is given twice", fix="Name each exit once.")
+    for exit_ in exits:
+        if not isinstance(exit_, str) or not exit_:
+            raise UsageError(f"exits: {exit_!r} is not a name", fix="Give names of outputs.")
+        if list(exits).count(exit_) > 1:
+            raise UsageError(f"exits: {exit_} is given twice", fix="Name each exit once.")
     if len(exits) < 2:
         raise UsageError(
             f"exits: there is no early exit ({', '.join(exits) or 'none'} given)",
@@ -219,18 +274,18 @@ def _check_logits(value: ir.Value, found: np.ndarray, rows: int, what: str) -> n
 
 def _check_classes(answers: Mapping[str, np.ndarray], what: str) -> None:
     *early, (last, logits) = answers.items()
-    for leave, found in early:
+    for exit_, found in early:
         if found.shape != logits.shape:
             raise ExportError(
-                f"{what}: exit {leave} has {found.shape[1]} classes, the last exit ({last}) "
+                f"{what}: exit {exit_} has {found.shape[1]} classes, the last exit ({last}) "
                 f"{logits.shape[1]}",
                 fix="Exits answer the same question; name tensors with logits of the same classes.",
             )
 
 
-def _differs(leave: str, found: np.ndarray, expected: np.ndarray, what: str) -> ExportError:
+def _differs(exit_: str, found: np.ndarray, expected: np.ndarray, what: str) -> ExportError:
     off = float(np.nanmax(np.abs(found.astype(np.float64) - expected)))
     return ExportError(
-        f"{what}: at exit {leave} the segments answer otherwise than the file (by up to {off:.3g})",
+        f"{what}: at exit {exit_} the segments answer otherwise than the file (by up to {off:.3g})",
         fix="This is a bug in edgeexit; please report it with the tool that wrote the file.",
     )

@@ -3,18 +3,14 @@
 A graph does not say which axis of an inner tensor belongs to the batch. So the segments run once
 with all rows and again with some of them: an axis that loses exactly the rows left out, with the
 values of the others unchanged, is the row axis. Where none does, rows can only leave together.
-ONNX Runtime does the running where it is installed, else onnx's own reference evaluator.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,13 +21,12 @@ from edgeexit.bundle.manifest import Tensor
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.cut import Cut
 from edgeexit.export.cut.read_onnx import DTYPES
+from edgeexit.export.evaluate import TOLERANCES, close, run_graph
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 """Rows of a user's samples that are used; a few are enough for a reference."""
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2}
-"""Per precision: how far a row may move with the size of its batch, per largest value."""
 _SAME_VALUES = frozenset(
     {"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"}
 )
@@ -68,59 +63,6 @@ def sample_inputs(
     return found
 
 
-def run_graph(
-    path: str | os.PathLike[str],
-    batches: Sequence[Mapping[str, NDArray]],
-    *,
-    reference: bool | None = None,
-    fix: str = "If the inputs made up for the model do not suit it, give real ones (--data, an "
-    ".npz with two rows or more); else check the file with the tool that wrote it.",
-) -> list[dict[str, NDArray]]:
-    """Runs a graph file on several batches. Returns every output, by name.
-
-    Operators run one by one, unfused, so that a graph and its pieces round alike.
-
-    Args:
-        reference: Use onnx's reference evaluator; None: only if ONNX Runtime is not installed.
-        fix: What to tell the user to do if it does not run.
-
-    Raises:
-        ExportError: It does not run, with the evaluator's reason.
-    """
-    if reference is None:
-        reference = importlib.util.find_spec("onnxruntime") is None
-    path = Path(path)
-    name = "onnx's reference evaluator" if reference else "ONNX Runtime"
-    try:
-        if reference:
-            from onnx.reference import ReferenceEvaluator
-
-            evaluator: Any = ReferenceEvaluator(str(path))
-            names = list(evaluator.output_names)
-            return [
-                dict(zip(names, map(np.asarray, evaluator.run(None, dict(batch))), strict=True))
-                for batch in batches
-            ]
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        names = [output.name for output in session.get_outputs()]
-        return [dict(zip(names, session.run(None, dict(batch)), strict=True)) for batch in batches]
-    except Exception as error:
-        # Evaluators raise whatever their operators do; all of it means that the graph does not run.
-        reason = str(error).strip() or type(error).__name__
-        raise ExportError(
-            f"{path.name}: {name} cannot run it: {reason.splitlines()[0][:300]}",
-            fix=fix,
-        ) from error
-
-
 @dataclass(frozen=True)
 class Proof:
     """What running the segments showed.
@@ -150,7 +92,7 @@ def prove_rows(
         paths: The segments' graph files.
         inputs: Program inputs, two rows or more.
         what: The file, for messages.
-        tolerance: See `close`.
+        tolerance: See `edgeexit.export.evaluate.close`.
     """
     tensors = dict(pieces.tensors)
     by_row = {name: _first_axis(tensors[name]) for name in pieces.inputs}
@@ -159,19 +101,7 @@ def prove_rows(
     runs: list[dict[str, NDArray]] = [dict(inputs)]
     for subset in subsets:
         runs.append({k: v[subset] if by_row[k] == 0 else v for k, v in inputs.items()})
-    failed = ""
-    for piece, path in zip(pieces.pieces, paths, strict=True):
-        feeds = [{name: runs[0][name] for name in piece.inputs}]
-        runs[0] |= run_graph(
-            path, feeds, fix="The whole file ran: this is a bug in edgeexit; report it."
-        )[0]
-        if not failed:
-            try:
-                feeds = [{name: run[name] for name in piece.inputs} for run in runs[1:]]
-                for run, made in zip(runs[1:], run_graph(path, feeds), strict=True):
-                    run |= made
-            except ExportError as error:
-                failed = error.what
+    failed = _run_pieces(pieces, paths, runs)
     for name, tensor in tensors.items():
         if runs[0][name].dtype.name != tensor.dtype:
             raise ExportError(
@@ -189,9 +119,8 @@ def prove_rows(
         axis: int | None = None
         try:
             if len(found) == len(runs):
-                axis = row_axis(
-                    found[0], list(zip(subsets, found[1:], strict=True)), rows, tolerance
-                )
+                parts = list(zip(subsets, found[1:], strict=True))
+                axis = row_axis(found[0], parts, rows, tolerance)
             if name in exits and axis != 0 and not failed:
                 raise ValueError("its first axis does not hold them")
         except ValueError as error:
@@ -209,12 +138,21 @@ def prove_rows(
     return Proof(tensors=tensors, independent=not reasons, values=runs[0])
 
 
-def tolerance_of(graph: ir.Graph, precision: str) -> float:
-    """How far results may lie apart. Scales that are found at run time tie rows to each other by
-    about one step, which must be seen: such graphs are held to what float32 promises."""
-    if any(node.op_type == "DynamicQuantizeLinear" for node in graph.all_nodes()):
-        precision = "float32"
-    return TOLERANCES[precision]
+def _run_pieces(pieces: Cut, paths: Sequence[Path], runs: list[dict[str, NDArray]]) -> str:
+    """Runs the segments; adds what they make to the runs. Returns why they fail with fewer rows
+    than in the first run, if they do."""
+    failed = ""
+    for piece, path in zip(pieces.pieces, paths, strict=True):
+        feeds = [{name: run[name] for name in piece.inputs if name in run} for run in runs]
+        bug = "The whole file ran: this is a bug in edgeexit; report it."
+        runs[0] |= run_graph(path, feeds[:1], fix=bug)[0]
+        try:
+            made = [] if failed else run_graph(path, feeds[1:])
+        except ExportError as error:
+            failed, made = error.what, []
+        for run, more in zip(runs[1:], made, strict=False):
+            run |= more
+    return failed
 
 
 def row_axis(
@@ -233,7 +171,7 @@ def row_axis(
         whole: The tensor for all rows.
         parts: Chosen rows, and the tensor for those rows only.
         rows: How many rows there are.
-        tolerance: See `close`.
+        tolerance: See `edgeexit.export.evaluate.close`.
 
     Raises:
         ValueError: With the reason why no axis, or more than one, fits.
@@ -253,21 +191,6 @@ def row_axis(
         if not close(part, expected, tolerance):
             raise ValueError("the values of a row depend on the other rows")
     return axis
-
-
-def close(found: NDArray, expected: NDArray, tolerance: float) -> bool:
-    """Whether two results are equal within `tolerance` times their largest value; one step where
-    quantised, exactly where they are integers or truth values."""
-    if found.shape != expected.shape:
-        return False
-    if found.dtype.name in ("int8", "uint8"):
-        return bool(np.all(np.abs(found.astype(np.int64) - expected.astype(np.int64)) <= 1))
-    if found.dtype.kind in "biu":
-        return bool(np.array_equal(found, expected))
-    left, right = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.abs(right[np.isfinite(right)])
-    scale = float(finite.max()) if finite.size else 1.0
-    return bool(np.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True))
 
 
 def _given_inputs(

@@ -7,11 +7,10 @@ opset that bundles may have. `axis_names` and `cut` take it from there.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import version_converter
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.export.quiet import quiet
 from edgeexit.export.trace.torch_graph import IR_VERSION
 
 logger = logging.getLogger(__name__)
@@ -41,16 +41,10 @@ DTYPES = {
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 EXIT_NAME_LENGTH = 100
 """Score tensors are named after their exit, within the 128 characters of a manifest name."""
-_RANDOM = frozenset(
-    {
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Bernoulli",
-        "Multinomial",
-    }
-)
+_RANDOM = frozenset({
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",
+    "Multinomial",
+})  # fmt: skip
 _RE_EXPORT = (
     "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
     'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}.'
@@ -75,7 +69,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
         raise
     except Exception as error:
         raise ExportError(
-            f"{path}: not an ONNX model, or only a part of one ({_first_line(error)})",
+            f"{path}: not an ONNX model, or only a part of one ({first_line(error)})",
             fix="Copy the file again, or export it again; only ONNX is read.",
         ) from error
     if not model.opset_imports or not len(model.graph):
@@ -255,7 +249,7 @@ def _convert(model: ir.Model, what: str) -> ir.Model:
         with quiet():
             made = version_converter.ConvertVersionPass(OPSETS[0], fallback=True)(model).model
     except Exception as error:
-        raise _not_convertible(what, opset, _first_line(error)) from error
+        raise _not_convertible(what, opset, first_line(error)) from error
     if made.graph.opset_imports.get("") != OPSETS[0]:
         raise _not_convertible(what, opset, "an operator has no rule for it")
     logger.info("%s: converted from opset %d to %d", what, opset, OPSETS[0])
@@ -344,25 +338,3 @@ def _name_values(graph: ir.Graph, what: str) -> None:
         if value.name != name:
             logger.info("%s: %s is called %s in the bundle", what, value.name, name)
             value.name = name
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what the graph libraries log for their own authors out of the user's log."""
-    if logging.getLogger().isEnabledFor(logging.DEBUG):
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for one, level in zip(loggers, levels, strict=True):
-            one.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -2,29 +2,25 @@
 
 A family's file describes its model as a `Trunk`: a stem, layers that map a state to the next, and
 the model's own head. `ExitClassifier` puts exit heads behind chosen layers, runs as one torch
-module for training (`forward` gives the logits of every exit), and offers the segment contract for
-export.
+module for training (`forward` gives the logits of every exit), and offers the contract for export
+(`split_model`).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeexit.bundle.manifest import Axis, Preprocessing, Tensor
-from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.contract import Exit, ExitModel, Segment
-
-EXITS_CONFIG = "edgeexit.json"
-EXITS_WEIGHTS = "exits.safetensors"
+from edgeexit.bundle.manifest import Axis, Chain, Exit, Preprocessing, Run, Tensor
+from edgeexit.export.contract import Component, Form, SplitModel
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,18 @@ class Trunk:
     context: tuple[Tensor, ...] = ()
     pre_norm: bool = False
     limits: dict[str, int] = field(default_factory=dict)
+
+
+class PlainLayer(nn.Module):
+    """A layer of transformers': older ones return a tuple, newer ones the state."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, state: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+        made = self.layer(state, *context)
+        return made[0] if isinstance(made, tuple) else made
 
 
 class ExitHead(nn.Module):
@@ -135,44 +143,53 @@ class ExitClassifier(nn.Module):
         """Writes the model as transformers does, and the exits beside it as safetensors."""
         folder = Path(folder)
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        save_exits(self, folder)
+        save_exits(folder, SavedExits(self.exit_layers), self.heads)
 
-    def exit_model(self) -> ExitModel:
-        """The segment contract: one segment per exit, from the boundary before it to its own."""
+    def split_model(self) -> SplitModel:
+        """The contract for export: a component per exit, from the boundary before it to its own."""
         trunk = self.trunk
         borders = [0, *self.exit_layers, self.depth]
-        logits_axes: list[Axis] = ["batch", trunk.classes]
-        segments, known = [], {tensor.name for tensor in trunk.inputs}
+        logits = Tensor(name="logits", dtype="float32", axes=["batch", trunk.classes])
+        given = {tensor.name for tensor in trunk.inputs}
+        context = [tensor for tensor in trunk.context if tensor.name not in given]
+        segments, exits = [], []
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-            last = stop == self.depth
-            inputs = trunk.inputs if start == 0 else (self._state(start), *trunk.context)
-            outputs = [] if last else [self._state(stop)]
-            if start == 0 and not last:
-                outputs += [tensor for tensor in trunk.context if tensor.name not in known]
-            name = f"exit_{stop}"
-            answer = Tensor(name=f"{name}/logits", dtype="float32", axes=logits_axes)
+            first, last, name = start == 0, stop == self.depth, f"exit_{stop}"
+            carried = [] if last else [self._state(stop), *(context if first else [])]
+            answer = msgspec.structs.replace(logits, name=f"{name}/logits")
+            module = _Layers(
+                trunk.stem if first else None,
+                trunk.layers[start:stop],
+                trunk.head if last else self.heads[name],
+                carry=not last,
+                context=len(trunk.context) if first and not last else 0,
+            )
             segments.append(
-                Segment(
+                Component(
                     name=f"segment_{number}",
-                    module=_Layers(
-                        trunk.stem if start == 0 else None,
-                        trunk.layers[start:stop],
-                        trunk.head if last else self.heads[name],
-                        carry=not last,
-                        context=len(trunk.context) if start == 0 and not last else 0,
-                    ).eval(),
-                    inputs=tuple(inputs),
-                    outputs=(*outputs, answer),
-                    exits=(Exit(name=name, outputs={"logits": answer.name}),),
+                    inputs=trunk.inputs if first else (self._state(start), *trunk.context),
+                    outputs=(*carried, answer),
+                    forms=(Form(module.eval()),),
                 )
             )
-        return ExitModel(
+            exits.append(
+                Exit(name=name, behind=f"segment_{number}", outputs={"logits": answer.name})
+            )
+        whole = _Layers(trunk.stem, trunk.layers, trunk.head, carry=False, context=0)
+        unsplit = Component("unsplit", trunk.inputs, (logits,), (Form(whole.eval()),))
+        chain = Chain(
+            components=[segment.name for segment in segments],
+            outputs=[logits],
+            exits=exits,
+            unsplit=[unsplit.name],
+        )
+        return SplitModel(
             name=self.name,
             task=self.task,
             inputs=trunk.inputs,
-            outputs=(Tensor(name="logits", dtype="float32", axes=logits_axes),),
-            chains={"main": segments},
-            unsplit=_Layers(trunk.stem, trunk.layers, trunk.head, carry=False, context=0).eval(),
+            components=[*segments, unsplit],
+            chains={"main": chain},
+            steps=[Run(chain="main")],
             example=trunk.example,
             limits=trunk.limits,
             labels=self.labels,
@@ -213,82 +230,3 @@ class _Layers(nn.Module):
             state = layer(state, *context)
         carried = (state, *context[: self.context]) if self.carry else ()
         return (*carried, self.head(state))
-
-
-def check_layers(exits: Iterable[int], depth: int) -> list[int]:
-    """Exit layers in order, without the last layer. Raises `UsageError` for ones that cannot be."""
-    layers = list(exits)
-    for layer in layers:
-        if not isinstance(layer, int) or not 1 <= layer <= depth:
-            raise UsageError(
-                f"exits: there is no layer {layer!r}; the model has layers 1 to {depth}",
-                fix=f"Give layer numbers from 1 to {depth - 1}; the last layer always has an exit.",
-            )
-    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
-        raise UsageError(f"exits: layer {repeated[0]} is given twice", fix="Name each layer once.")
-    if layers != sorted(layers):
-        raise UsageError(f"exits: {layers} are not in order", fix="Give them from shallow to deep.")
-    return [layer for layer in layers if layer != depth]
-
-
-def save_exits(classifier: ExitClassifier, folder: Path) -> None:
-    """Writes the exit heads into a checkpoint directory."""
-    weights = {k: v.detach().contiguous() for k, v in classifier.heads.state_dict().items()}
-    save_file(weights, folder / EXITS_WEIGHTS)
-    save_exit_layers(classifier.exit_layers, folder)
-
-
-def save_exit_layers(
-    layers: Sequence[int], folder: Path, adapters: Mapping[int, int] | None = None
-) -> None:
-    """Writes into a checkpoint directory behind which layers there are exits, and how many layers
-    of its own an exit of a decoder has."""
-    config: dict[str, object] = {"format": 1, "exits": list(layers)}
-    if adapters:
-        config["adapters"] = {str(layer): count for layer, count in adapters.items()}
-    (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def saved_exits(folder: Path) -> list[int] | None:
-    """Layers whose exits a checkpoint holds; None when it holds none."""
-    found = _read_config(folder)
-    return None if found is None else found[0]
-
-
-def saved_adapters(folder: Path) -> dict[int, int]:
-    """Exits of a decoder that have layers of their own in a checkpoint: layer -> how many."""
-    found = _read_config(folder)
-    return {} if found is None else found[1]
-
-
-def _read_config(folder: Path) -> tuple[list[int], dict[int, int]] | None:
-    config = folder / EXITS_CONFIG
-    if not config.is_file():
-        return None
-    try:
-        found = json.loads(config.read_text())
-        exits, adapters = found["exits"], found.get("adapters", {})
-        if not all(isinstance(layer, int) for layer in exits):
-            raise ValueError("exits is not a list of layer numbers")
-        if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
-            raise ValueError("adapters does not map layer numbers to numbers of layers")
-        return list(exits), {int(layer): count for layer, count in adapters.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f"{config}: cannot be read ({error})", fix="Save the exits again with save_pretrained."
-        ) from error
-
-
-def load_exits(classifier: ExitClassifier, folder: Path) -> None:
-    """Loads exit heads from a checkpoint; those not among the classifier's exits stay unread."""
-    weights = load_file(folder / EXITS_WEIGHTS)
-    chosen = {k: v for k, v in weights.items() if k.split(".")[0] in classifier.heads}
-    try:
-        classifier.heads.load_state_dict(chosen)
-    except RuntimeError as error:
-        raise ExportError(
-            f"{folder / EXITS_WEIGHTS}: does not fit the model: "
-            f"{str(error).splitlines()[-1].strip()}",
-            fix="Use exits saved with this very checkpoint.",
-        ) from error
-    classifier.trained = True

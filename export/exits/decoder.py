@@ -2,7 +2,7 @@
 and for some exits an adapter before it.
 
 A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
-state, what each layer does before and after attention, and the head. Attention itself, its caches
+state, what each layer does before and after attention, and the head. Attention itself, its states
 and its masks belong to nobody's layer: training uses torch's own (`ExitDecoder`), export chooses a
 form for the engine (`edgeexit.export.trace.attention`).
 
@@ -14,6 +14,7 @@ layer (Kangaroo, arXiv:2404.18911, drafts with one).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.bundle.manifest import Cache, Tensor
-from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.contract import CachedSegment, DecodeModel, Segment
-from edgeexit.export.exits.classifier import EXITS_WEIGHTS, check_layers, save_exit_layers
+from edgeexit.bundle.manifest import Call, Chain, Decoding, Exit, Run, Tensor, TokenState
+from edgeexit.errors import UsageError
+from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
 from edgeexit.export.trace.attention import Heads, causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
@@ -162,86 +161,110 @@ class ExitDecoder(nn.Module):
         beside it as safetensors."""
         folder = Path(folder)
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        save_exit_layers(self.exit_layers, folder, self.adapter_sizes)
-        if len(self.adapters):
-            weights = {k: v.detach().contiguous() for k, v in self.adapters.state_dict().items()}
-            save_file(weights, folder / EXITS_WEIGHTS)
+        save_exits(folder, SavedExits(self.exit_layers, self.adapter_sizes), self.adapters)
 
-    def exit_model(self) -> DecodeModel:
-        """The segment contract: layers between exits with their caches, adapters with theirs, and
-        the shared head."""
+    def split_model(self) -> SplitModel:
+        """The contract for export: layers between exits with their states, adapters with theirs,
+        and the shared head.
+
+        Raises:
+            UsageError: There is no early exit.
+        """
         trunk = self.trunk
-        borders = [0, *self.exit_layers, self.depth]
+        if not self.exit_layers:
+            raise UsageError(
+                f"{self.name}: there is no early exit",
+                fix="Name layers: exits=[2, 4] (--exits 2,4).",
+            )
         vocabulary, width = trunk.embedding.shape
         embedded = _state("embedded", width)
-        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head)
-        segments = []
-        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-            before = embedded if start == 0 else _state(f"state_{start}", trunk.width)
-            segments.append(
-                CachedSegment(
-                    name=f"segment_{number}",
-                    inputs=(before, POSITIONS),
-                    outputs=(_state(f"state_{stop}", trunk.width),),
-                    caches=_caches(trunk.heads, _layer_names(start, stop)),
-                    forms=stacks.forms(trunk.layers[start:stop], stem=start == 0),
-                    exit=f"exit_{stop}",
-                    projection=None if start == 0 else stacks.projection(trunk.layers[start:stop]),
-                    adapter=self._adapter_part(stop, stacks),
-                )
-            )
+        looked_at = Tensor(name="state", dtype="float32", axes=["batch", trunk.width])
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
-        head = Segment(
-            name="head",
-            module=trunk.head,
-            inputs=(Tensor(name="state", dtype="float32", axes=["batch", trunk.width]),),
-            outputs=(logits,),
-        )
-        unsplit = CachedSegment(
+        token = Tensor(name="token", dtype="int64", axes=["batch"])
+        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head)
+        segments, adapters, exits = self._segments(embedded, stacks)
+        unsplit = Component(
             name="unsplit",
             inputs=(embedded, POSITIONS),
             outputs=(logits,),
-            caches=_caches(trunk.heads, _layer_names(0, self.depth)),
             forms=stacks.forms(trunk.layers, stem=True, head=True),
+            states=_token_states(trunk.heads, _layer_names(0, self.depth)),
         )
-
-        def tokens(rows: int) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(0)
-            return torch.randint(0, vocabulary, (rows, 12), generator=generator)
-
-        def reference(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {f"exit_{layer}": logits for layer, logits in self(ids).items()}
-
-        return DecodeModel(
+        head = Component("head", (looked_at,), (logits,), (Form(trunk.head),))
+        chain = Chain(
+            components=[segment.name for segment in segments],
+            outputs=[logits, token],
+            exits=exits,
+            unsplit=[unsplit.name],
+        )
+        stops = list(trunk.stop_tokens)
+        return SplitModel(
             name=self.name,
-            embedding=trunk.embedding.detach(),
-            embedded=embedded,
-            positions=POSITIONS,
-            segments=segments,
-            head=head,
-            unsplit=unsplit,
-            tokens=tokens,
-            reference=reference,
+            task="text-generation",
+            inputs=(Tensor(name="tokens", dtype="int64", axes=["batch", "new"]),),
+            components=[*segments, *adapters, unsplit, head],
+            chains={"main": chain},
+            steps=[
+                Table("tokens", embedded, trunk.embedding.detach()),
+                Run(chain="main", when="token"),
+            ],
+            example=functools.partial(_random_tokens, vocabulary),
+            reference=self._reference,
+            decoding=Decoding(
+                chain="main", tokens="tokens", positions=POSITIONS, stop_tokens=stops
+            ),
             limits={"positions": trunk.positions},
-            stop_tokens=trunk.stop_tokens,
             tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),
             provenance=self.provenance,
         )
 
-    def _adapter_part(self, layer: int, stacks: Stacks) -> CachedSegment | None:
-        layers = cast("list[nn.Module]", self._adapter(layer))
-        if not layers:
-            return None
-        name = f"adapter_{layer}"
-        return CachedSegment(
-            name=name,
-            inputs=(_state(f"state_{layer}", self.trunk.width), POSITIONS),
-            outputs=(_state(f"adapted_{layer}", self.trunk.width),),
-            caches=_caches(
-                self.trunk.heads, [f"{name}/{own}" for own in _layer_names(0, len(layers))]
-            ),
-            forms=stacks.forms(layers),
-        )
+    def _segments(
+        self, embedded: Tensor, stacks: Stacks
+    ) -> tuple[list[Component], list[Component], list[Exit]]:
+        """Layers between exits, adapters, and the exits."""
+        trunk = self.trunk
+        segments: list[Component] = []
+        adapters, exits = [], []
+        borders = [0, *self.exit_layers, self.depth]
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
+            layers, state = trunk.layers[start:stop], _state(f"state_{stop}", trunk.width)
+            segments.append(
+                Component(
+                    name=f"segment_{number}",
+                    inputs=(segments[-1].outputs[0] if segments else embedded, POSITIONS),
+                    outputs=(state,),
+                    forms=stacks.forms(layers, stem=start == 0),
+                    states=_token_states(trunk.heads, _layer_names(start, stop)),
+                    projection=None if start == 0 else stacks.projection(layers),
+                )
+            )
+            path, looked_at = [], state
+            if own := cast("list[nn.Module]", self._adapter(stop)):
+                name, looked_at = f"adapter_{stop}", _state(f"adapted_{stop}", trunk.width)
+                names = [f"{name}/{layer}" for layer in _layer_names(0, len(own))]
+                held = _token_states(trunk.heads, names)
+                adapters.append(
+                    Component(name, (state, POSITIONS), (looked_at,), stacks.forms(own), held)
+                )
+                path.append(Call(component=name))
+            path.append(Call(component="head", inputs={"state": looked_at.name}))
+            exits.append(
+                Exit(
+                    name=f"exit_{stop}",
+                    behind=segments[-1].name,
+                    outputs={"logits": "logits", "token": "token"},
+                    path=path,
+                )
+            )
+        return segments, adapters, exits
+
+    def _reference(self, inputs: Values) -> Values:
+        return {f"exit_{layer}": logits for layer, logits in self(inputs["tokens"]).items()}
+
+
+def _random_tokens(vocabulary: int, rows: int) -> Values:
+    generator = torch.Generator().manual_seed(0)
+    return {"tokens": torch.randint(0, vocabulary, (rows, 12), generator=generator)}
 
 
 def _typed(layers: nn.ModuleList) -> Iterator[CutLayer]:
@@ -259,9 +282,10 @@ def _layer_names(start: int, stop: int) -> list[str]:
     return [f"layer_{layer + 1}" for layer in range(start, stop)]
 
 
-def _caches(heads: Heads, layers: Sequence[str]) -> tuple[Cache, ...]:
+def _token_states(heads: Heads, layers: Sequence[str]) -> tuple[TokenState, ...]:
+    """Keys and values of layers."""
     return tuple(
-        Cache(
+        TokenState(
             name=f"{layer}/{kind}",
             dtype="float32",
             axes=["batch", heads.keys, "past", heads.size],
@@ -294,22 +318,4 @@ def check_adapters(
     return {layer: sizes[layer] for layer in exits if layer in sizes}
 
 
-def load_adapters(decoder: ExitDecoder, layers: Sequence[int], folder: Path) -> None:
-    """Loads the adapters of some exits from a checkpoint; others that it holds stay unread."""
-    path = folder / EXITS_WEIGHTS
-    try:
-        weights = load_file(path)
-        for name in [f"exit_{layer}" for layer in layers]:
-            own = {k: v for k, v in weights.items() if k.split(".")[0] == name}
-            decoder.adapters[name].load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in own.items()}
-            )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ExportError(
-            f"{path}: does not hold the adapters that the checkpoint says it has: "
-            f"{str(error).splitlines()[-1].strip()}",
-            fix="Use adapters saved with this very checkpoint.",
-        ) from error
-
-
-__all__ = ["DecoderTrunk", "ExitDecoder", "check_adapters", "load_adapters"]
+__all__ = ["DecoderTrunk", "ExitDecoder", "check_adapters"]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification
 
 from edgeexit.bundle.manifest import Tensor
-from edgeexit.export.exits.classifier import Trunk
+from edgeexit.export.exits.classifier import PlainLayer, Trunk
 from edgeexit.export.families.text import AdditiveMask, first_token, text_example
 
 
@@ -23,7 +23,7 @@ def trunk(model: BertForSequenceClassification | RobertaForSequenceClassificatio
     return Trunk(
         inputs=tuple(Tensor(name=name, dtype="int64", axes=["batch", "seq"]) for name in names),
         stem=_Stem(base.embeddings, offset if offset else None),
-        layers=[_Layer(layer) for layer in base.encoder.layer],
+        layers=[PlainLayer(layer) for layer in base.encoder.layer],
         state_axes=[["batch", "seq", width]] * (config.num_hidden_layers + 1),
         context=(Tensor(name="mask", dtype="float32", axes=["batch", 1, 1, "seq"]),),
         pool=first_token,
@@ -66,18 +66,6 @@ class _Stem(nn.Module):
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=positions
         )
         return state, self.mask(attention_mask, state.dtype)
-
-
-class _Layer(nn.Module):
-    """One encoder layer; older transformers return a tuple, newer ones the state."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        made = self.layer(state, mask)
-        return made[0] if isinstance(made, tuple) else made
 
 
 class _Head(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DistilBertForSequenceClassification
 
 from edgeexit.bundle.manifest import Axis, Tensor
-from edgeexit.export.exits.classifier import Trunk
+from edgeexit.export.exits.classifier import PlainLayer, Trunk
 from edgeexit.export.families.text import AdditiveMask, KeptMask, first_token, text_example
 
 
@@ -25,7 +25,7 @@ def trunk(model: DistilBertForSequenceClassification) -> Trunk:
     return Trunk(
         inputs=tuple(Tensor(name=name, dtype="int64", axes=["batch", "seq"]) for name in names),
         stem=_Stem(base.embeddings, AdditiveMask() if additive else KeptMask()),
-        layers=[_Layer(layer) for layer in layers],
+        layers=[PlainLayer(layer) for layer in layers],
         state_axes=[["batch", "seq", width]] * (config.n_layers + 1),
         context=(Tensor(name="mask", dtype="float32", axes=axes),),
         pool=first_token,
@@ -50,18 +50,6 @@ class _Stem(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         state = self.embeddings(input_ids)
         return state, self.mask(attention_mask, state.dtype)
-
-
-class _Layer(nn.Module):
-    """One transformer block; older transformers return a tuple, newer ones the state."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        made = self.layer(state, mask)
-        return made[0] if isinstance(made, tuple) else made
 
 
 class _Head(nn.Module):

@@ -1,10 +1,11 @@
-"""What image families share: sizes as configurations write them, an example input."""
+"""What image families share: sizes as configurations write them, a stem, an example input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
 
 
 def image_size(size: int | Iterable[int]) -> list[int]:
@@ -20,3 +21,14 @@ def image_example(shape: Sequence[int]) -> Callable[[int], dict[str, torch.Tenso
         return {"pixel_values": torch.randn(rows, *shape, generator=generator)}
 
     return example
+
+
+class PixelStem(nn.Module):
+    """Pixels to the first state: patch embeddings, a feature map."""
+
+    def __init__(self, embeddings: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.embeddings(pixel_values),)

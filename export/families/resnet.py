@@ -16,7 +16,7 @@ from transformers import ResNetForImageClassification
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.export.exits.classifier import Trunk
-from edgeexit.export.families.images import image_example
+from edgeexit.export.families.images import PixelStem, image_example
 
 PIXELS = (224, 224)
 """Height and width where a checkpoint says nothing: the weights would take any."""
@@ -29,7 +29,7 @@ def trunk(model: ResNetForImageClassification, size: tuple[int, int] | None = No
     sizes = _state_sizes(model, shape)
     return Trunk(
         inputs=(Tensor(name="pixel_values", dtype="float32", axes=["batch", *shape]),),
-        stem=_Stem(model.resnet.embedder),
+        stem=PixelStem(model.resnet.embedder),
         layers=_blocks(model),
         state_axes=[["batch", *size] for size in sizes],
         pool=global_average,
@@ -66,17 +66,6 @@ def _state_sizes(
 
 def _blocks(model: ResNetForImageClassification) -> list[nn.Module]:
     return [block for stage in model.resnet.encoder.stages for block in stage.layers]
-
-
-class _Stem(nn.Module):
-    """Pixels to the first feature map."""
-
-    def __init__(self, embedder: nn.Module) -> None:
-        super().__init__()
-        self.embedder = embedder
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.embedder(pixel_values),)
 
 
 class _Head(nn.Module):

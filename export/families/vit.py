@@ -12,8 +12,8 @@ from transformers import ViTForImageClassification
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.errors import ExportError
-from edgeexit.export.exits.classifier import Trunk
-from edgeexit.export.families.images import image_example, image_size
+from edgeexit.export.exits.classifier import PlainLayer, Trunk
+from edgeexit.export.families.images import PixelStem, image_example, image_size
 from edgeexit.export.families.text import first_token
 
 
@@ -39,8 +39,8 @@ def trunk(model: ViTForImageClassification, size: tuple[int, int] | None = None)
     tokens, width = base.embeddings.position_embeddings.shape[1:]
     return Trunk(
         inputs=(Tensor(name="pixel_values", dtype="float32", axes=["batch", *shape]),),
-        stem=_Stem(base.embeddings),
-        layers=[_Layer(layer) for layer in layers],
+        stem=PixelStem(base.embeddings),
+        layers=[PlainLayer(layer) for layer in layers],
         state_axes=[["batch", tokens, width]] * (config.num_hidden_layers + 1),
         pool=first_token,
         widths=[width] * config.num_hidden_layers,
@@ -49,29 +49,6 @@ def trunk(model: ViTForImageClassification, size: tuple[int, int] | None = None)
         classes=config.num_labels,
         example=image_example(shape),
     )
-
-
-class _Stem(nn.Module):
-    """Pixels to patch embeddings with the class token in front."""
-
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.embeddings(pixel_values),)
-
-
-class _Layer(nn.Module):
-    """One encoder layer; older transformers return a tuple, newer ones the state."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        made = self.layer(state)
-        return made[0] if isinstance(made, tuple) else made
 
 
 class _Head(nn.Module):

@@ -54,31 +54,19 @@ def train_adapters(
         last = logits[decoder.depth]
         return torch.stack([agreement_loss(logits[layer], last) for layer in layers]).mean()
 
-    def prepare() -> None:
-        decoder.eval()
-        decoder.adapters.train()
-
-    frozen = [p for p in decoder.model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        return train(
-            decoder,
-            list(decoder.adapters.parameters()),
-            loss_at,
-            steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            settings=f"adapters {decoder.adapter_sizes}",
-            prepare=prepare,
-            state_file=state_file,
-            save_every=save_every,
-            progress=progress,
-        )
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    return train(
+        decoder,
+        decoder.adapters,
+        loss_at,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        settings=f"adapters {decoder.adapter_sizes}",
+        state_file=state_file,
+        save_every=save_every,
+        progress=progress,
+    )
 
 
 __all__ = ["train_adapters"]

@@ -9,6 +9,7 @@ on.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -69,15 +70,15 @@ def train_joint(
     """
     return _train(
         classifier,
-        list(classifier.parameters()),
+        classifier,
         batches,
         steps=steps,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         warmup=warmup,
-        loss_of=_loss(classifier, weights, distillation, temperature, last=True),
-        settings=f"joint {weights} {distillation} {temperature}",
-        prepare=classifier.train,
+        weights=weights,
+        distillation=distillation,
+        temperature=temperature,
         state_file=state_file,
         save_every=save_every,
         progress=progress,
@@ -108,33 +109,21 @@ def train_heads(
         raise UsageError(
             "train_heads: the classifier has no exit heads", fix="Read it with exits=[...]."
         )
-
-    def prepare() -> None:
-        classifier.eval()
-        classifier.heads.train()
-
-    frozen = [p for p in classifier.model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        return _train(
-            classifier,
-            list(classifier.heads.parameters()),
-            batches,
-            steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            loss_of=_loss(classifier, weights, distillation, temperature, last=False),
-            settings=f"heads {weights} {distillation} {temperature}",
-            prepare=prepare,
-            state_file=state_file,
-            save_every=save_every,
-            progress=progress,
-        )
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    return _train(
+        classifier,
+        classifier.heads,
+        batches,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        weights=weights,
+        distillation=distillation,
+        temperature=temperature,
+        state_file=state_file,
+        save_every=save_every,
+        progress=progress,
+    )
 
 
 def exit_loss(
@@ -172,17 +161,19 @@ def exit_loss(
     return total / sum(weights)
 
 
-def _loss(
+def _train(
     classifier: ExitClassifier,
+    part: nn.Module,
+    batches: Batches,
+    *,
     weights: Sequence[float] | None,
     distillation: float,
     temperature: float,
-    *,
-    last: bool,
-) -> Callable[[Batch], torch.Tensor]:
-    """The loss of a batch, once the arguments were found to make sense."""
-    early = len(classifier.heads)
-    count = early + 1 if last else early
+    **how: Any,
+) -> list[float]:
+    """Trains the classifier, or its heads, once the arguments were found to make sense."""
+    joint, early = part is classifier, len(classifier.heads)
+    count = early + 1 if joint else early
     chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(chosen) != count:
         raise UsageError(
@@ -197,30 +188,19 @@ def _loss(
             f"distillation {distillation}, temperature {temperature} cannot be meant",
             fix="distillation lies between 0 and 1, temperature above 0.",
         )
-    all_weights = chosen if last else [*chosen, 0.0]
+    loss_of = functools.partial(
+        exit_loss,
+        weights=chosen if joint else [*chosen, 0.0],
+        distillation=distillation,
+        temperature=temperature,
+    )
 
-    def loss_of(batch: Batch) -> torch.Tensor:
-        inputs, labels = batch
-        return exit_loss(
-            classifier(**inputs),
-            labels,
-            weights=all_weights,
-            distillation=distillation,
-            temperature=temperature,
-        )
+    def loss_at(step: int) -> torch.Tensor:
+        inputs, labels = batches(step)
+        return loss_of(classifier(**inputs), labels)
 
-    return loss_of
-
-
-def _train(
-    classifier: ExitClassifier,
-    parameters: list[nn.Parameter],
-    batches: Batches,
-    *,
-    loss_of: Callable[[Batch], torch.Tensor],
-    **how: Any,
-) -> list[float]:
-    losses = train(classifier, parameters, lambda step: loss_of(batches(step)), **how)
+    settings = f"{'joint' if joint else 'heads'} {weights} {distillation} {temperature}"
+    losses = train(classifier, part, loss_at, settings=settings, **how)
     classifier.trained = True
     classifier.provenance["exits"] = "trained"
     return losses

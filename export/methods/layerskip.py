@@ -61,6 +61,34 @@ def train_layerskip(
 
     The other arguments and the result are those of `train_joint`.
     """
+    chosen = weights
+    if chosen is None:
+        chosen = exit_weights(decoder.exit_layers, decoder.depth, exit_scale)
+    return train(
+        decoder,
+        decoder,
+        _loss(decoder, batches, dropout, chosen, distillation, autocast),
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}"
+        + (f" distillation {distillation}" if distillation else ""),
+        state_file=state_file,
+        save_every=save_every,
+        progress=progress,
+    )
+
+
+def _loss(
+    decoder: ExitDecoder,
+    batches: TokenBatches,
+    dropout: float,
+    weights: Mapping[int, float],
+    distillation: float,
+    autocast: torch.dtype | None,
+) -> Callable[[int], torch.Tensor]:
+    """The loss of a step, once the arguments were found to make sense."""
     depth = decoder.depth
     if not 0 <= dropout < 1:
         raise UsageError(
@@ -70,14 +98,13 @@ def train_layerskip(
         raise UsageError(
             f"distillation {distillation} is no share", fix="Give a number from 0 to 1."
         )
-    chosen = exit_weights(decoder.exit_layers, depth, exit_scale) if weights is None else weights
-    if unknown := sorted(set(chosen) - set(decoder.exit_layers)):
+    if unknown := sorted(set(weights) - set(decoder.exit_layers)):
         raise UsageError(
             f"weights: layer {unknown[0]} has no exit (exits: {decoder.exit_layers})",
             fix="Give weights to exits only.",
         )
     rates = dropout_rates(depth, dropout)
-    turns = [layer for layer in decoder.exit_layers if chosen.get(layer, 0.0) > 0]
+    turns = [layer for layer in decoder.exit_layers if weights.get(layer, 0.0) > 0]
 
     def loss_at(step: int) -> torch.Tensor:
         tokens = batches(step)
@@ -91,27 +118,13 @@ def train_layerskip(
         loss = next_token_loss(logits[depth], tokens)
         if early is None:
             return loss
-        weight, of_exit = chosen[early], next_token_loss(logits[early], tokens)
+        weight, of_exit = weights[early], next_token_loss(logits[early], tokens)
         if distillation:
             agreeing = agreement_loss(logits[early], logits[depth])
             of_exit = (1 - distillation) * of_exit + distillation * agreeing
         return (loss + weight * of_exit) / (1 + weight)
 
-    return train(
-        decoder,
-        list(decoder.parameters()),
-        loss_at,
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}"
-        + (f" distillation {distillation}" if distillation else ""),
-        prepare=decoder.train,
-        state_file=state_file,
-        save_every=save_every,
-        progress=progress,
-    )
+    return loss_at
 
 
 def dropout_rates(depth: int, highest: float) -> list[float]:

@@ -24,7 +24,7 @@ GRADIENT_NORM_LIMIT = 1.0
 
 def train(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    part: nn.Module,
     loss_at: Callable[[int], torch.Tensor],
     *,
     steps: int,
@@ -32,7 +32,6 @@ def train(
     weight_decay: float,
     warmup: int,
     settings: str,
-    prepare: Callable[[], object],
     state_file: str | os.PathLike[str] | None,
     save_every: int,
     progress: Progress | None,
@@ -42,11 +41,11 @@ def train(
     Args:
         model: What is trained, in place; its state dict is what the state file holds. Left in eval
             mode.
-        parameters: Those that the optimizer moves.
+        part: What of it the optimizer moves, the model itself or a module in it. The rest runs as
+            it will on the device, without dropout and with its batch statistics fixed.
         loss_at: The loss of a step's batch; a function of the step, so that a resumed training sees
             what an uninterrupted one would have seen.
         settings: What besides these arguments makes two trainings the same.
-        prepare: Called before the first step: train mode, for what shall be in it.
 
     Returns:
         The loss of each step made by this call.
@@ -56,6 +55,7 @@ def train(
             f"steps {steps}, warmup {warmup}, save_every {save_every} cannot be meant",
             fix="steps and save_every are at least 1, warmup at most steps.",
         )
+    parameters = list(part.parameters())
     optimizer = torch.optim.AdamW(_groups(parameters, weight_decay), lr=learning_rate)
     names = sorted(name for name, _ in model.named_parameters())
     settings += f" {steps} {learning_rate} {weight_decay} {warmup} {names}"
@@ -65,8 +65,13 @@ def train(
     if path is not None and path.exists():
         start = _resume(path, model, optimizer, fingerprint)
     losses = []
-    prepare()
+    model.eval()
+    part.train()
+    moved = set(map(id, parameters))
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
     try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps, warmup)
@@ -87,6 +92,8 @@ def train(
                 progress(step + 1, steps, losses[-1])
     finally:
         model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     return losses
 
 

@@ -1,3 +1,3 @@
 """Rewrites of whole graphs: shape arithmetic removed (`simplify`), operators of ONNX Runtime
-(`ort_fusions`), segments merged (`merge`), products in int8
-(`quantise`, `quantise_decode`)."""
+(`ort_fusions`), segments merged (`merge`), products in int8 (`quantise`, on data of
+`calibration`)."""

@@ -1,196 +1,250 @@
 """int8 bundles: products of weights and activations in 8 bits, everything else in float32.
 
-The model is exported in float32, put together again with all its exits, quantised by ONNX Runtime's
-quantiser with ranges measured on the user's data, and cut anew by ancestry. So segments and unsplit
-share every scale, and no cut comes between a QuantizeLinear and its DequantizeLinear. Scales are
-symmetric and per channel for weights, which is what TensorRT takes.
+A float32 bundle is taken component by component. Those that chains run are quantised by ONNX
+Runtime's quantiser, with ranges of activations measured on what the float32 components before them
+hand over; the unsplit graphs are quantised over the same data, so their ranges are the same. Exit
+heads, adapters, scores, normalisations, products of two activations (attention's) and states stay
+in float32. Scales are symmetric, and per channel for weights, which is what TensorRT takes.
+Components have one form, the one that every engine runs, and no projection.
+
+What the quantised graphs answer to the sample becomes the reference of the bundle. What the exits
+answer in float32 to other data is kept beside it, for ``edgeexit check`` to count what quantising
+changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+import onnx_ir.passes.common as passes
 
-from edgeexit.bundle.reader import Bundle
-from edgeexit.bundle.writer import BundleWriter, check_output
-from edgeexit.errors import ExportError, UsageError, first_line
-from edgeexit.export.contract import ExitModel
-from edgeexit.export.cut.export_onnx import cut_file
-from edgeexit.export.cut.prove_rows import run_graph
-from edgeexit.export.cut.read_onnx import quiet
-from edgeexit.export.passes.merge import merge
-from edgeexit.export.trace import torch_graph
-from edgeexit.export.trace.scores import reference_scores
-from edgeexit.export.write import Progress, counter, export_model, provenance, write_samples
-
-CALIBRATION_ROWS = 256
-COMPARED_ROWS, COMPARED_BYTES = 256, 4 << 20
-"""Rows whose float32 answers the bundle keeps, so that a device can tell which decisions flip."""
+from edgeexit.bundle.manifest import Chain, Component, Exit, Gather, Manifest, Place, Step
+from edgeexit.bundle.reader import WEIGHTS, Bundle
+from edgeexit.errors import ExportError, first_line
+from edgeexit.export.describe import LOGITS, Precision
+from edgeexit.export.passes.calibration import Rows, count, split, stacked
+from edgeexit.export.samples import REFERENCE, reference_sample, write_samples
+from edgeexit.export.trace.torch_graph import save_graph
+from edgeexit.export.walk import Walk, table_of
+from edgeexit.export.weights import WeightStore
 
 FLOAT32_SAMPLE = "float32"
 QUANTISED = ["MatMul", "Gemm", "Conv"]
-Rows = Mapping[str, NDArray[Any]]
 
 
-def export_int8(
-    model: ExitModel,
-    output: str | os.PathLike[str],
-    *,
-    calibration: Callable[[Bundle], Iterable[Rows]],
-    opset: int = torch_graph.DEFAULT_OPSET,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Bundle:
-    """Splits a model at its exits and writes the bundle in int8.
-
-    Exit heads, scores, normalisations and products of two activations (attention's) stay in
-    float32.
+def quantise_bundle(
+    whole: Bundle, folder: Path, batches: Iterable[Rows], tell: Callable[[str], None]
+) -> Manifest:
+    """Writes a float32 bundle in int8.
 
     Args:
-        model: What to split: one chain whose exits give ``logits``.
-        output: The bundle's directory; must not exist unless `overwrite`.
-        calibration: Gives batches of inputs for the float32 bundle that it is handed. The first
-            `CALIBRATION_ROWS` rows set the ranges of activations; those behind them are run in
-            float32, and the answers kept in the bundle for ``edgeexit check``.
-        opset: ONNX opset.
+        whole: The float32 bundle.
+        folder: Gets graphs, weights, samples and the tokenizer.
+        batches: Inputs of the program, of which `edgeexit.export.passes.calibration` takes some
+            to set the ranges, and others whose float32 answers are kept.
+        tell: Told of every component that is quantised, and of what comes after them.
+
+    Returns:
+        The manifest to commit.
 
     Raises:
-        ExportError: The model cannot be split, or the quantiser refuses it; nothing is left behind.
+        ExportError: The quantiser refuses the model.
         UsageError: There is too little data.
-        OutputExistsError: `output` exists.
     """
-    check_output(Path(output), overwrite=overwrite)
-    tell = counter(progress, 6 + sum(map(len, model.chains.values())))
-    with tempfile.TemporaryDirectory(prefix="edgeexit-") as kept:
-        folder = Path(kept)
-        whole = export_model(
-            model, folder / "float32", opset=opset, progress=lambda what, done, of: tell(what)
-        )
-        source, heads = _merged(whole, folder)
-        first, rest = _split(calibration(whole), model.name)
-        tell("ranges of activations")
-        quantised = folder / "int8" / f"{model.name.replace('/', '_')}.onnx"
-        quantised.parent.mkdir()
-        quantise(source, quantised, first, heads)
-        exits = [leave.name for leave in whole.exits()]
-        with BundleWriter(output, overwrite=overwrite) as writer:
-            manifest = cut_file(quantised, writer.folder, exits, samples=first[0], tell=tell)
-            tell("answers in float32")
-            samples = [*manifest.samples, _compare(source, writer.folder, rest, exits)]
-            described = whole.manifest
-            for name in (described.tokenizer, *described.samples):
-                if name is not None and not (writer.folder / name).exists():
-                    (writer.folder / name).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(whole.file(name), writer.folder / name)
-                    samples += [name] if name.startswith("samples/") else []
-            about = {"calibration_rows": str(_count(first)), "opset": str(opset)}
-            return writer.commit(
-                msgspec.structs.replace(
-                    manifest,
-                    name=described.name,
-                    task=described.task,
-                    limits=described.limits,
-                    labels=described.labels,
-                    preprocessing=described.preprocessing,
-                    tokenizer=described.tokenizer,
-                    samples=samples,
-                    provenance=provenance() | dict(model.provenance) | about,
-                )
+    manifest = whole.manifest
+    first, rest = split(batches, manifest)
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as scratch:
+        quantised = _Quantised(whole, folder, Path(scratch), first, rest, tell)
+        steps = [quantised.step(step) for step in manifest.steps]
+    tell("heads, adapters and the rest")
+    samples = [
+        write_samples(folder, REFERENCE, quantised.reference),
+        write_samples(folder, FLOAT32_SAMPLE, quantised.float32),
+    ]
+    return msgspec.structs.replace(
+        manifest,
+        components={name: quantised.component(name) for name in manifest.components},
+        steps=steps,
+        samples=samples + _copy_rest(whole, folder),
+        files={},
+        provenance=manifest.provenance | {"calibration_rows": str(count(first))},
+    )
+
+
+class _Quantised:
+    """A bundle that is being quantised, step by step of its program.
+
+    Args:
+        whole: The float32 bundle.
+        folder: That of the new bundle.
+        scratch: For files on the way.
+        first, rest: Batches that set ranges, and batches to compare.
+
+    Attributes:
+        reference: What the quantised graphs answer to the float32 bundle's sample.
+        float32: What the exits answer in float32 to the batches to compare.
+    """
+
+    def __init__(
+        self,
+        whole: Bundle,
+        folder: Path,
+        scratch: Path,
+        first: Sequence[Rows],
+        rest: Sequence[Rows],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.whole, self.folder, self.scratch, self.tell = whole, folder, scratch, tell
+        self._store = WeightStore(folder)
+        self._done: dict[str, Component] = {}
+        self._texts = whole.manifest.decoding is not None
+        with np.load(whole.file(f"samples/{REFERENCE}.npz"), allow_pickle=False) as file:
+            sample = {t.name: np.array(file[f"input/{t.name}"]) for t in whole.manifest.inputs}
+        inputs = {name: stacked([np.asarray(batch[name]) for batch in rest]) for name in rest[0]}
+        self.reference = reference_sample(sample, {}, every_token=self._texts)
+        self.float32 = reference_sample(inputs, {}, every_token=self._texts)
+        self._ranges, self._compared = Walk.of(whole, first), Walk.of(whole, rest)
+        self._small = Walk.of(whole, [sample])
+        self._walks = (self._ranges, self._compared, self._small)
+
+    def step(self, step: Step) -> Step:
+        """Quantises what a step runs. Returns the step of the new bundle."""
+        manifest = self.whole.manifest
+        if isinstance(step, Place):
+            raise ExportError(
+                f"{manifest.name}: models that place {step.source} among tokens have no int8",
+                fix="Export it in float32 or float16.",
             )
+        if isinstance(step, Gather):
+            table = table_of(self.whole, step)
+            for walk in self._walks:
+                walk.look_up(step, table)
+            offset = self._store.place(ir.tensor(np.array(table)))
+            return msgspec.structs.replace(step, offset=offset)
+        chain = manifest.chains[step.chain]
+        self._quantise_chain(chain, answering=chain is manifest.last_chain)
+        return step
 
+    def component(self, name: str) -> Component:
+        """A component as the new bundle has it: quantised, or the last of its forms as it was."""
+        if name not in self._done:
+            component = self.whole.manifest.components[name]
+            graph = ir.load(self.whole.file(component.variants[-1].graph))
+            self._write(name, graph, precision=component.variants[-1].precision)
+        return self._done[name]
 
-def _merged(bundle: Bundle, folder: Path) -> tuple[Path, list[str]]:
-    """The float32 graph with every exit, named as the exits are, and the nodes of heads."""
-    if len(bundle.manifest.chains) != 1:
-        raise ExportError(
-            f"{bundle.manifest.name}: only models of one chain become int8",
-            fix="Export it in float32 or float16.",
+    def _quantise_chain(self, chain: Chain, *, answering: bool) -> None:
+        alone, small = self._ranges.branch(), self._small.branch()
+        for name in chain.unsplit:
+            self._quantise(name, chain, alone)
+            alone.run(name)
+            small.run(name, self._path(name))
+        if chain.unsplit and answering and not self._texts:
+            [known] = small.known
+            self.reference |= {f"unsplit/{t.name}": known[t.name] for t in chain.outputs}
+        for number, name in enumerate(chain.components):
+            self._quantise(name, chain, self._ranges)
+            self._small.run(name, self._path(name))
+            self._ranges.run(name)
+            self._compared.run(name)
+            for exit_ in chain.stops if answering else ():
+                if exit_.behind == name:
+                    self._ask(exit_)
+            for walk in self._walks:
+                walk.forget(chain, number)
+        for walk in self._walks if not answering else ():
+            walk.hand_on(chain)
+
+    def _ask(self, exit_: Exit) -> None:
+        """Asks an exit. Logits of whole texts are too large to be kept for many of them."""
+        [small] = self._small.ask(exit_)
+        self.reference |= reference_sample({}, {exit_.name: small}, every_token=self._texts)
+        parts = self._compared.ask(exit_)
+        known = {name: stacked([part[name] for part in parts]) for name in parts[0]}
+        found = reference_sample({}, {exit_.name: known}, every_token=self._texts)
+        for name in (LOGITS, "gap") if self._texts else ():
+            found.pop(f"{exit_.name}/{name}", None)
+        self.float32 |= found
+
+    def _quantise(self, name: str, chain: Chain, walk: Walk) -> None:
+        """Writes a component in int8, with ranges measured on what it is given in a walk."""
+        self.tell(f"{name}, int8")
+        component = self.whole.manifest.components[name]
+        model = ir.load(self.whole.file(component.variants[-1].graph))
+        for number, node in enumerate(model.graph.all_nodes()):
+            node.name = f"{node.name}.{number}"  # the quantiser finds nodes by name
+        excluded = heads(model.graph, component, chain, name)
+        source, target = self.scratch / "float32.onnx", self.scratch / "int8.onnx"
+        ir.save(model, source, external_data="float32.data")
+        quantise(source, target, walk.feeds(name), excluded, name)
+        self._write(name, ir.load(target), precision="int8")
+        for file in self.scratch.iterdir():
+            file.unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"graphs/{name}.onnx"
+
+    def _write(self, name: str, model: ir.Model, precision: Precision) -> None:
+        passes.RemoveUnusedOpsetsPass()(model)
+        self._store.externalize(model.graph)
+        save_graph(model, str(self._path(name)))
+        component = self.whole.manifest.components[name]
+        variant = msgspec.structs.replace(
+            component.variants[-1], graph=f"graphs/{name}.onnx", precision=precision
         )
-    [chain] = bundle.manifest.chains.values()
-    logits = {leave.name: leave.outputs.get("logits", "") for leave in bundle.exits()}
-    if missing := [name for name, tensor in logits.items() if not tensor]:
-        raise ExportError(
-            f"{bundle.manifest.name}: exit {missing[0]} gives no logits, by which int8 bundles are "
-            "cut",
-            fix="Export it in float32 or float16.",
-        )
-    parts = [ir.load(bundle.file(part.variants[0].graph)) for part in chain.segments]
-    model = merge(parts, list(logits.values()), name=bundle.manifest.name)
-    for value, name in zip(model.graph.outputs, logits, strict=True):
-        value.name = name
-    for number, node in enumerate(model.graph.all_nodes()):
-        node.name = f"{node.name}.{number}"  # the quantiser finds nodes by name
-    path = folder / "whole.onnx"
-    ir.save(model, path, external_data="whole.data")
-    return path, _heads(model.graph)
+        self._done[name] = msgspec.structs.replace(component, variants=[variant], projection=None)
 
 
-def _heads(graph: ir.Graph) -> list[str]:
-    """Nodes that only one exit needs, the last exit's product with its weights among them.
+def heads(graph: ir.Graph, component: Component, chain: Chain, name: str) -> list[str]:
+    """Nodes of exit heads in a component's graph.
 
-    Everything behind the last boundary is needed by the last exit alone; of that the head is what
-    comes with and after the last product.
+    Args:
+        graph: Of the component.
+        component, name: What it is.
+        chain: That runs it, in parts or as a whole.
+
+    Returns:
+        Names of the nodes that only exits behind the component need. Those of the last component
+        all are such: there it is the last product, the head's own.
     """
-    needs = [_ancestors(value) for value in graph.outputs]
-    found: set[str] = set()
-    for number, needed in enumerate(needs[:-1]):
-        later = set[ir.Node]().union(*needs[number + 1 :])
-        found |= {str(node.name) for node in needed - later}
-    products = [node for node in graph if node in needs[-1] and node.op_type in QUANTISED]
-    found |= {str(node.name) for node in products[-1:]}
-    return sorted(found)
+    exits = [e for e in chain.exits if e.behind == name and not e.path and LOGITS in e.outputs]
+    answers = {tensor for e in exits for tensor in [*e.outputs.values(), *e.scores.values()]}
+    if name in chain.unsplit[-1:] and any(tensor.name == LOGITS for tensor in chain.outputs):
+        answers |= {tensor.name for tensor in chain.outputs}
+    if not answers:
+        return []
+    made = {value.name: value for value in graph.outputs}
+    carried = [made[tensor.name] for tensor in component.outputs if tensor.name not in answers]
+    only = _ancestors([made[tensor] for tensor in answers])
+    if carried:
+        return sorted(str(node.name) for node in only - _ancestors(carried))
+    products = [node for node in graph if node in only and node.op_type in QUANTISED]
+    return [str(node.name) for node in products[-1:]]
 
 
-def _ancestors(value: ir.Value) -> set[ir.Node]:
+def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
     found: set[ir.Node] = set()
-    open_ = [value]
+    open_ = list(values)
     while open_:
         node = open_.pop().producer()
         if node is not None and node not in found:
             found.add(node)
-            open_ += [one for one in node.inputs if one is not None]
+            open_ += [value for value in node.inputs if value is not None]
     return found
 
 
-def _split(batches: Iterable[Rows], what: str) -> tuple[list[Rows], list[Rows]]:
-    """Batches that set ranges, and batches to compare: others, where there are more."""
-    first: list[Rows] = []
-    rest: list[Rows] = []
-    left = iter(batches)
-    for batch in left:
-        first.append(batch)
-        if _count(first) >= CALIBRATION_ROWS:
-            break
-    held = 0
-    for batch in left:
-        rest.append(batch)
-        held += sum(value.nbytes for value in batch.values())
-        if _count(rest) >= COMPARED_ROWS or held >= COMPARED_BYTES:
-            break
-    if _count(first) < 2:
-        raise UsageError(
-            f"{what}: int8 needs data to measure the ranges of activations, two rows at least",
-            fix=f"Give --calibration-data with some hundred rows ({CALIBRATION_ROWS} are used).",
-        )
-    return first, rest or first
-
-
-def _count(batches: Iterable[Rows]) -> int:
-    return sum(len(next(iter(batch.values()))) for batch in batches)
-
-
-def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list[str]) -> None:
+def quantise(
+    source: Path, target: Path, batches: Sequence[Rows], excluded: list[str], what: str
+) -> None:
     """Quantises an ONNX file, with ranges of activations measured on these batches.
 
     Args:
@@ -198,6 +252,7 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
         target: Where the new one goes, with its weights beside it.
         batches: Inputs.
         excluded: Names of nodes that stay as they are; so do products of two activations.
+        what: The component, for messages.
 
     Raises:
         ExportError: The quantiser refuses it.
@@ -214,7 +269,7 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
             return None if batch is None else dict(batch)
 
     try:
-        with quiet(), _hushed():
+        with _hushed():
             quantize_static(
                 str(source),
                 str(target),
@@ -235,7 +290,7 @@ def quantise(source: Path, target: Path, batches: Sequence[Rows], excluded: list
             )
     except Exception as error:
         raise ExportError(
-            f"{source.stem}: the quantiser refuses it ({first_line(error)})",
+            f"{what}: the quantiser refuses it ({first_line(error)})",
             fix="Export it in float32 or float16.",
         ) from error
 
@@ -262,28 +317,15 @@ def _hushed() -> Iterator[None]:
         logging.disable(before)
 
 
-def _compare(source: Path, folder: Path, batches: list[Rows], exits: list[str]) -> str:
-    """Keeps inputs, and what every exit answers to them in float32."""
-    made = run_graph(source, batches)
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in batches[0]:
-        arrays[f"input/{name}"] = _stacked([np.asarray(batch[name]) for batch in batches])
-    for leave in exits:
-        logits = _stacked([answers[leave] for answers in made])
-        arrays[f"{leave}/logits"] = logits
-        arrays |= {f"{leave}/{s}": value for s, value in reference_scores(logits).items()}
-    return write_samples(folder, FLOAT32_SAMPLE, arrays)
+def _copy_rest(whole: Bundle, folder: Path) -> list[str]:
+    """Tokenizer, chat templates, and samples that are not there yet, which it returns."""
+    samples = []
+    for name in whole.manifest.files:
+        if not name.startswith("graphs/") and name != WEIGHTS and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(whole.file(name), folder / name)
+            samples += [name] if name.startswith("samples/") else []
+    return samples
 
 
-def _stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    """Rows of all batches. Batches of texts differ in length: the shorter ones get more padding,
-    zeros, which their masks leave out."""
-    most = tuple(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))
-    padded = [
-        np.pad(part, [(0, 0), *((0, m - n) for m, n in zip(most, part.shape[1:], strict=True))])
-        for part in parts
-    ]
-    return np.concatenate(padded)
-
-
-__all__ = ["CALIBRATION_ROWS", "QUANTISED", "export_int8", "quantise"]
+__all__ = ["QUANTISED", "quantise", "quantise_bundle"]

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.bundle.manifest import LENGTHS, Tensor
+from edgeexit.bundle.manifest import StateForm, Tensor
+from edgeexit.export.contract import Length, length
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Kind = Literal["past", "last", "most"]
-Caches = Literal["in-place", "fixed", "append"]
 _PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
 FLOAT32_ATTENTION = "float32-attention"
 """What fused attention asks of an engine in float32 only: GPUs have it in half precision."""
@@ -52,15 +51,15 @@ class InPlace(nn.Module):
     multiple of 16.
     """
 
-    caches: Caches = "in-place"
+    states: StateForm = "in-place"
     requires: tuple[str, ...] = ("onnxruntime-operators", FLOAT32_ATTENTION)
-    lengths: tuple[Kind, ...] = ("last", "most")
+    lengths: tuple[Length, ...] = ("last", "most")
     opset = 18
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
-        self.shared: tuple[Tensor, ...] = (_PLACES, *map(_length, self.lengths))
+        self.shared: tuple[Tensor, ...] = (_PLACES, *(length(kind, kind) for kind in self.lengths))
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
@@ -112,9 +111,9 @@ class Fixed(nn.Module):
     float16 and bfloat16.
     """
 
-    caches: Caches = "fixed"
+    states: StateForm = "fixed"
     requires: tuple[str, ...] = ("opset-24", "cache-update", FLOAT32_ATTENTION)
-    lengths: tuple[Kind, ...] = ("past",)
+    lengths: tuple[Length, ...] = ("past",)
     opset = 24
 
     def __init__(self, heads: Heads) -> None:
@@ -122,7 +121,7 @@ class Fixed(nn.Module):
         self.heads = heads
         self.shared: tuple[Tensor, ...] = (
             _PLACES,
-            *map(_length, self.lengths),
+            *(length(kind, kind) for kind in self.lengths),
             Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"]),
         )
         if heads.rotary is not None:
@@ -185,9 +184,9 @@ class Append(nn.Module):
     row's length is masked.
     """
 
-    caches: Caches = "append"
+    states: StateForm = "append"
     requires: tuple[str, ...] = ()
-    lengths: tuple[Kind, ...] = ("past",)
+    lengths: tuple[Length, ...] = ("past",)
     opset = 18
 
     def __init__(self, heads: Heads) -> None:
@@ -296,11 +295,6 @@ def angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-
-
-def _length(kind: Kind) -> Tensor:
-    dtype, axes = LENGTHS[kind]
-    return Tensor(name=kind, dtype=dtype, axes=list(axes))  # type: ignore[arg-type]
 
 
 def rotations(heads: Heads) -> tuple[Tensor, ...]:

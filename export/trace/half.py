@@ -1,104 +1,119 @@
-"""Precision as a property of the graph: a float16 form of a model, made before export.
+"""Precision as a property of the graph: a model in half precision, made before export.
 
-Every float32 weight, boundary and cache becomes float16; program inputs, exit outputs and scores
-stay float32, with the casts inside the first and the answering segments, so that callers and
-policies see no difference.
+Every float32 weight, state and tensor between components becomes float16 or bfloat16; the program's
+inputs and answers, and all scores, stay float32, with the casts inside the components, so that
+callers and policies see no difference.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from typing import TypeVar
 
 import msgspec
 import torch
 from torch import nn
 
-from edgeexit.bundle.manifest import Cache, Tensor
-from edgeexit.export.contract import CachedSegment, DecodeModel, ExitModel, Layer, Segment, Stack
+from edgeexit.bundle.manifest import PromptState, Tensor, TokenState
+from edgeexit.export.contract import Component, Form, Layer, SplitModel, Stack, Table
 from edgeexit.export.trace.attention import FLOAT32_ATTENTION
 from edgeexit.export.trace.torch_graph import dtype_name
 
-Described = TypeVar("Described", Tensor, Cache)
+Described = TypeVar("Described", Tensor, TokenState)
 
 
-def to_float16(model: ExitModel) -> ExitModel:
-    """A copy of `model` that computes in float16. The original's weights are left as they are."""
-    program_inputs = {tensor.name for tensor in model.inputs}
+def to_half(model: SplitModel, dtype: torch.dtype = torch.float16) -> SplitModel:
+    """A copy of a model that computes in float16 or bfloat16, its states included. The original's
+    weights are left as they are, and so is what `reference` compares with."""
+    halves = _Halves(dtype, _kept(model))
+    steps = [
+        dataclasses.replace(step, output=halves.tensor(step.output), weight=step.weight.to(dtype))
+        if isinstance(step, Table)
+        else step
+        for step in model.steps
+    ]
     chains = {
-        name: [_segment(segment, program_inputs) for segment in segments]
-        for name, segments in model.chains.items()
+        name: chain
+        if chain is model.last_chain
+        else msgspec.structs.replace(chain, outputs=[halves.tensor(t) for t in chain.outputs])
+        for name, chain in model.chains.items()
     }
-    unsplit = _Half(model.unsplit, [False] * len(model.outputs))
-    return dataclasses.replace(model, chains=chains, unsplit=unsplit)
+    components = [halves.component(component) for component in model.components]
+    return dataclasses.replace(model, components=components, chains=chains, steps=steps)
 
 
-def decoder_to_half(model: DecodeModel, dtype: torch.dtype) -> DecodeModel:
-    """A copy of a decoder that computes in float16 or bfloat16, its caches included. What it is
-    compared with stays in float32, and the original's weights are left as they are."""
-    half = functools.partial(_half, dtype=dtype)
-    stacks = _HalfStacks(dtype)
-
-    def convert(part: CachedSegment, *, carried: bool) -> CachedSegment:
-        return dataclasses.replace(
-            part,
-            inputs=tuple(half(tensor) for tensor in part.inputs),
-            outputs=tuple(half(t) for t in part.outputs) if carried else part.outputs,
-            caches=tuple(half(cache) for cache in part.caches),
-            forms=tuple(
-                dataclasses.replace(
-                    form,
-                    stack=stacks.convert(form.stack),
-                    requires=tuple(name for name in form.requires if name != FLOAT32_ATTENTION),
-                )
-                for form in part.forms
-            ),
-            adapter=None if part.adapter is None else convert(part.adapter, carried=True),
-            projection=None if part.projection is None else stacks.convert(part.projection),
-        )
-
-    return dataclasses.replace(
-        model,
-        embedding=model.embedding.to(dtype),
-        embedded=half(model.embedded),
-        segments=[convert(part, carried=True) for part in model.segments],
-        head=dataclasses.replace(
-            model.head,
-            module=_Half(model.head.module, [False] * len(model.head.outputs), dtype),
-            inputs=tuple(half(tensor) for tensor in model.head.inputs),
-        ),
-        unsplit=convert(model.unsplit, carried=False),
-    )
+def _kept(model: SplitModel) -> set[str]:
+    """Names of tensors that stay in float32: what callers give, answers, scores."""
+    kept = {tensor.name for tensor in [*model.inputs, *model.last_chain.outputs]}
+    for chain in model.chains.values():
+        for exit_ in chain.exits:
+            kept |= set(exit_.scores.values())
+            kept |= set(exit_.outputs.values()) if chain is model.last_chain else set()
+    return kept
 
 
-class _HalfStacks:
-    """Stacks in half precision, which have modules and weights in common as their originals do."""
+class _Halves:
+    """Components in half precision, which have modules and weights in common as their originals
+    do."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, kept: set[str]) -> None:
+        self.dtype, self.kept = dtype, kept
         self._modules: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._weights: dict[tuple[int, torch.Size], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def convert(self, stack: Stack) -> Stack:
+    def component(self, component: Component) -> Component:
+        carried = [tensor.name not in self.kept for tensor in component.outputs]
+        projection = component.projection
+        return dataclasses.replace(
+            component,
+            inputs=tuple(self.tensor(tensor) for tensor in component.inputs),
+            outputs=tuple(self.tensor(tensor) for tensor in component.outputs),
+            states=tuple(self._state(state) for state in component.states),
+            forms=tuple(self._form(form, carried) for form in component.forms),
+            projection=None if projection is None else self._stack(projection, []),
+        )
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.name in self.kept else self._described(tensor)
+
+    def _described(self, tensor: Described) -> Described:
+        if tensor.dtype != "float32":
+            return tensor
+        return msgspec.structs.replace(tensor, dtype=dtype_name(self.dtype))
+
+    def _state(self, state: TokenState | PromptState) -> TokenState | PromptState:
+        if isinstance(state, TokenState):
+            return self._described(state)
+        return msgspec.structs.replace(state, tensor=self.tensor(state.tensor))
+
+    def _form(self, form: Form, carried: list[bool]) -> Form:
+        return dataclasses.replace(
+            form,
+            body=self._stack(form.body, carried)
+            if isinstance(form.body, Stack)
+            else self._module(form.body, carried),
+            requires=tuple(name for name in form.requires if name != FLOAT32_ATTENTION),
+        )
+
+    def _stack(self, stack: Stack, carried: list[bool]) -> Stack:
         return Stack(
-            entry=self._module(stack.entry, [True] * (1 + len(stack.shared))),
-            state=_half(stack.state, self.dtype),
-            shared=tuple(_half(tensor, self.dtype) for tensor in stack.shared),
+            entry=self._module(stack.entry),
+            state=self._described(stack.state),
+            shared=tuple(self._described(tensor) for tensor in stack.shared),
             layers=[
                 Layer(
-                    self._module(layer.module, None),
+                    self._module(layer.module),
                     {f"module.{name}": self._weight(x) for name, x in layer.weights.items()},
                 )
                 for layer in stack.layers
             ],
-            head=None if stack.head is None else self._module(stack.head, [False]),
+            head=None if stack.head is None else self._module(stack.head, carried),
         )
 
-    def _module(self, module: nn.Module, carried: list[bool] | None) -> nn.Module:
+    def _module(self, module: nn.Module, carried: list[bool] | None = None) -> nn.Module:
         if id(module) not in self._modules:
-            self._modules[id(module)] = (module, _Half(module, carried, self.dtype))
+            self._modules[id(module)] = (module, _Half(module, carried or [], self.dtype))
         return self._modules[id(module)][1]
 
     def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,39 +125,16 @@ class _HalfStacks:
         return self._weights[place][1]
 
 
-def _segment(segment: Segment, program_inputs: set[str]) -> Segment:
-    answers = {name for leave in segment.exits for name in leave.outputs.values()}
-    answers |= {name for leave in segment.exits for name in leave.scores.values()}
-    carried = [tensor.name not in answers for tensor in segment.outputs]
-    return dataclasses.replace(
-        segment,
-        module=_Half(segment.module, carried),
-        inputs=tuple(t if t.name in program_inputs else _half(t) for t in segment.inputs),
-        outputs=tuple(
-            _half(tensor) if stays else tensor
-            for tensor, stays in zip(segment.outputs, carried, strict=True)
-        ),
-    )
-
-
-def _half(tensor: Described, dtype: torch.dtype = torch.float16) -> Described:
-    if tensor.dtype != "float32":
-        return tensor
-    return msgspec.structs.replace(tensor, dtype=dtype_name(dtype))
-
-
 class _Half(nn.Module):
-    """Runs a module in half precision; outputs not marked as carried come back as float32.
+    """Runs a module in half precision; outputs that are not carried come back as float32.
 
     Args:
         module: Copied, not changed.
-        carried: Per output, whether it stays in half precision; None: all do.
+        carried: Per output, whether it stays in half precision; those behind them do.
         dtype: float16 or bfloat16.
     """
 
-    def __init__(
-        self, module: nn.Module, carried: list[bool] | None, dtype: torch.dtype = torch.float16
-    ) -> None:
+    def __init__(self, module: nn.Module, carried: list[bool], dtype: torch.dtype) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).to(dtype)
         self.carried = carried
@@ -152,7 +144,7 @@ class _Half(nn.Module):
         cast = [x.to(self.dtype) if x.dtype == torch.float32 else x for x in inputs]
         made = self.module(*cast)
         made = made if isinstance(made, tuple) else (made,)
-        carried = [True] * len(made) if self.carried is None else self.carried
+        carried = [*self.carried, *[True] * (len(made) - len(self.carried))]
         return tuple(
             x if stays or x.dtype != self.dtype else x.float()
             for x, stays in zip(made, carried, strict=True)

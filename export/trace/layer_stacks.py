@@ -64,7 +64,7 @@ class Stacks:
         kinds = [self._kind(layer) for layer in layers]
         return tuple(
             Form(
-                stack=Stack(
+                body=Stack(
                     entry=entries[number].eval(),
                     state=self._state,
                     shared=attention.shared,
@@ -75,7 +75,7 @@ class Stacks:
                     head=self._head if head else None,
                 ),
                 requires=attention.requires,
-                caches=attention.caches,
+                states=attention.states,
                 lengths=attention.lengths,
                 opset=attention.opset,
             )

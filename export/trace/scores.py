@@ -1,8 +1,9 @@
-"""The scores of an exit: how safe it is to stop, from its logits.
+"""What follows from an exit's logits: the scores, which say how safe it is to stop, and the greedy
+token.
 
-`append_scores` writes them into a graph, for segments from torch and for cut ONNX graphs alike;
-`reference_scores` computes the same in float64, for samples and tests. z = logits, p = softmax(z)
-over N classes; every score is float32 ``[batch]``, higher = safer:
+`append_scores` writes the scores into a graph, for components from torch and for cut ONNX graphs
+alike; `reference_scores` computes the same in float64, for samples and tests. z = logits, p =
+softmax(z) over N classes; every score is float32 ``[batch]``, higher = safer:
 
 - ``max_prob``: max p;
 - ``margin``: the largest p minus the second largest;
@@ -57,6 +58,17 @@ def append_scores(graph: ir.Graph, logits: ir.Value, prefix: str) -> dict[str, i
     return scores
 
 
+def append_token(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
+    """Adds the greedy token ``[batch]``, so that logits need not cross to the host. It is not made
+    a graph output."""
+    node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
+    node.name = name
+    graph.append(node)
+    [token] = node.outputs
+    token.name, token.dtype, token.shape = name, ir.DataType.INT64, ir.Shape(["batch"])
+    return token
+
+
 def reference_scores(logits: np.ndarray) -> Mapping[str, np.ndarray]:
     """The scores of `logits` ``[batch, classes]`` in float64, rounded once to float32.
 
@@ -67,7 +79,7 @@ def reference_scores(logits: np.ndarray) -> Mapping[str, np.ndarray]:
     log_p = z - z.max(-1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
     p = np.exp(log_p)
-    ordered = np.sort(p, axis=-1)
+    ordered = np.partition(p, -2, axis=-1)
     entropy = -(p * log_p).sum(-1)
     return {
         "max_prob": ordered[..., -1].astype(np.float32),

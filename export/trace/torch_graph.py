@@ -1,9 +1,8 @@
-"""Segments to ONNX graphs: one module at a time through ``torch.onnx.export``.
+"""Modules to ONNX graphs: one at a time through ``torch.onnx.export``.
 
-`graph_from_segment` gives an `onnx_ir` model whose inputs, outputs and axes carry the contract's
-names and whose exits emit their scores; `simplify` takes out the shape arithmetic that torch
-leaves behind (benchmarks/README.md tells what that is worth). Weights stay where torch has them
-until the store writes them.
+`graph_from_module` gives an `onnx_ir` model whose inputs, outputs and axes have the contract's
+names; `simplify` removes the shape arithmetic that torch leaves behind (benchmarks/README.md shows
+what that is worth). Weights stay where torch has them until the store writes them.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ import onnx_ir.passes.common as passes
 import torch
 from torch import nn
 
-from edgeexit.bundle.manifest import SCORES, Tensor
-from edgeexit.errors import ExportError
-from edgeexit.export.contract import Exit, Segment
+from edgeexit.bundle.manifest import Tensor
+from edgeexit.errors import ExportError, first_line
 from edgeexit.export.passes.simplify import simplify
-from edgeexit.export.trace.scores import append_scores
+from edgeexit.export.quiet import quiet
 
 DEFAULT_OPSET = 20
 IR_VERSION = 10
@@ -41,36 +39,6 @@ TORCH_DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
-
-
-def graph_from_segment(
-    segment: Segment, values: Mapping[str, torch.Tensor], *, opset: int = DEFAULT_OPSET
-) -> ir.Model:
-    """Exports one segment.
-
-    Args:
-        segment: What to export.
-        values: An example of every input, with at least two rows (the exporter would freeze one).
-
-    Returns:
-        A model whose outputs are the segment's outputs followed by the scores of its exits, named
-        as `score_tensors` says.
-    """
-    model = graph_from_module(
-        segment.module, segment.inputs, segment.outputs, values, opset=opset, what=segment.name
-    )
-    made = {value.name: value for value in model.graph.outputs}
-    for leave in segment.exits:
-        if "logits" in leave.outputs:
-            scores = append_scores(model.graph, made[leave.outputs["logits"]], leave.name)
-            model.graph.outputs.extend(scores.values())
-    return model
-
-
-def score_tensors(leave: Exit) -> dict[str, str]:
-    """Score -> tensor name, for the scores the exporter appends and those the module makes."""
-    own = {score: f"{leave.name}/{score}" for score in SCORES} if "logits" in leave.outputs else {}
-    return own | dict(leave.scores)
 
 
 def graph_from_module(
@@ -104,7 +72,7 @@ def graph_from_module(
     except Exception as error:
         raise ExportError(
             f"{what}: torch.onnx could not export it: {_reason(error)}",
-            fix="The segment's module must trace with torch.export for any size of "
+            fix="The module must trace with torch.export for any size of "
             f"{', '.join(axes) or 'its inputs'}; run again with -vv for torch's own report.",
         ) from error
     assert program is not None
@@ -150,9 +118,9 @@ def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
     """Gives every output its contract name and axes; an input among them gets a node of its own."""
     if len(graph.outputs) != len(outputs):
         raise ExportError(
-            f"{graph.name}: the module gives {len(graph.outputs)} tensors, its segment names "
+            f"{graph.name}: the module gives {len(graph.outputs)} tensors, its component names "
             f"{len(outputs)}",
-            fix="List every tensor that forward returns in the segment's outputs, in order.",
+            fix="List every tensor that forward returns in the component's outputs, in order.",
         )
     for position, (value, tensor) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
         if value.is_graph_input() or value.is_initializer() or value in graph.outputs[:position]:
@@ -178,8 +146,7 @@ def _reason(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = str(cause).strip() or type(cause).__name__
-    return text.splitlines()[0][:300]
+    return first_line(cause)
 
 
 @contextlib.contextmanager
@@ -217,15 +184,10 @@ def _table(made: Any, *arguments: Any, **named: Any) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what the exporter says that means nothing to a user (missing torchvision,
-    renamings).
-    """
-    loud = logging.getLogger().isEnabledFor(logging.DEBUG)
+    renamings)."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        if not loud:
+        if not logging.getLogger().isEnabledFor(logging.DEBUG):
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
-                logger = logging.getLogger(name)
-                stack.callback(logger.setLevel, logger.level)
-                logger.setLevel(logging.CRITICAL)
+        stack.enter_context(quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"))
         yield

@@ -1,2 +1,2 @@
-"""TensorRT engines, ahead of time or for this device: what there is to `build`, for which sizes
-(`profiles`), one process per engine (`worker`)."""
+"""TensorRT engines, for this device or ahead of time: which ones a bundle needs (`work_list`), for
+which shapes (`profiles`), and how they are built (`build`), each in its own process (`worker`)."""

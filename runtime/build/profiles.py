@@ -1,17 +1,17 @@
 """Which sizes an engine is built for: ranges of axes, from what the user asks and the bundle knows.
 
-TensorRT wants a smallest, a usual and a largest shape of every input, once per profile. The user
-says shapes of the *program's* inputs, as for trtexec or Polygraphy; every tensor inside follows,
-for axes have names. Everything here is a pure function.
+TensorRT takes a smallest, a usual and a largest shape of every input, once per profile. The user
+gives shapes of the *program's* inputs, as for trtexec or Polygraphy; the shapes of all other
+tensors follow from the names of their axes. Everything here is a pure function.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeexit.bundle.manifest import Axis, Manifest, Tensor
+from edgeexit.bundle.manifest import Axis, Manifest, PromptState, Tensor
 from edgeexit.errors import UsageError
 
 Sizes = Mapping[str, int]
@@ -19,10 +19,10 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> smallest, usual and largest shape: a profile as TensorRT takes it."""
 
 USUAL_ROWS, MOST_ROWS = 1, 8
-"""Rows of a batch where the user says nothing."""
+"""Rows of a batch where the user gives none."""
 DRAFTED = 16
-"""New tokens that one step of decoding takes at most: drafts under verification, or a portion of
-those that wait for a segment. What takes more runs in the profile of prefill."""
+"""New tokens per row that a step of decoding takes at most: drafts under verification, or tokens
+that waited for a component. Steps with more tokens use the profile of prefill."""
 
 _ONE = re.compile(
     r"""\s*(?P<name>[A-Za-z_][A-Za-z0-9_.:/-]*?)\s*:\s*
@@ -46,8 +46,8 @@ Ranges = Mapping[str, Range]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user asks for: sizes of axes, smallest, usual and largest; and the capacity of a
-    decoder's caches."""
+    """What the user asks for: smallest, usual and largest sizes of axes, and the most tokens of a
+    text."""
 
     min: Sizes
     opt: Sizes
@@ -64,7 +64,7 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
     {'ids': (1, 128), 'mask': (1, 128)}
 
     Raises:
-        UsageError: It cannot be read, a size is 0, or a name is there twice.
+        UsageError: The text cannot be read, a size is 0, or a name is given twice.
     """
     found: dict[str, tuple[int, ...]] = {}
     place = 0
@@ -72,7 +72,7 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
     while place < len(text):
         one = _ONE.match(text, place)
         if one is None:
-            raise UsageError(f"{option} {text}: not shapes from {text[place:]!r} on", fix=fix)
+            raise UsageError(f"{option} {text}: not a shape: {text[place:]!r}", fix=fix)
         numbers = re.findall(r"[0-9]+", one["list"] or one["cross"])
         if max(map(len, numbers), default=0) > 10:
             raise UsageError(f"{option} {text[:60]}...: a size with too many digits", fix=fix)
@@ -80,7 +80,7 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
         if not shape or 0 in shape or max(shape) >= 1 << 31:
             raise UsageError(f"{option} {text}: {list(shape)} is not a shape", fix=fix)
         if one["name"] in found:
-            raise UsageError(f"{option} {text}: {one['name']} is there twice", fix=fix)
+            raise UsageError(f"{option} {text}: {one['name']} is given twice", fix=fix)
         found[one["name"]] = shape
         place = one.end()
     if not found:
@@ -91,14 +91,14 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
 def axis_sizes(
     shapes: Mapping[str, Sequence[int]], tensors: Sequence[Tensor], option: str
 ) -> dict[str, int]:
-    """Sizes of the named axes that shapes of a program's inputs say.
+    """Sizes of the named axes, from shapes of a program's inputs.
 
     >>> ids = Tensor(name="ids", dtype="int64", axes=["batch", "seq"])
     >>> axis_sizes({"ids": (2, 128)}, [ids], "--opt-shapes")
     {'batch': 2, 'seq': 128}
 
     Raises:
-        UsageError: There is no such input, or its axes are others.
+        UsageError: There is no such input, or its axes differ.
     """
     known = {tensor.name: tensor for tensor in tensors}
     sizes: dict[str, int] = {}
@@ -139,52 +139,65 @@ def spelled(axes: Sequence[Axis]) -> str:
 
 
 def usual_ranges(manifest: Manifest, asked: Asked, sample: Sizes) -> dict[str, Range]:
-    """The range of every named axis of a program's inputs.
+    """The range of every named axis of a program's inputs, and of the axes inside that the model
+    has a limit for.
 
-    What the user does not say: axes go from 1 over what the sample had (one row) to the model's
-    limit; `MOST_ROWS` rows. An axis without limit must be said.
+    Where the user gives nothing, an axis goes from 1 to the model's limit (`MOST_ROWS` rows), and
+    its usual size is that of the sample (one row). The user must give an axis without a limit.
 
     Raises:
-        UsageError: A size is missing, outside the model's limits, or smallest, usual and largest
+        UsageError: A size is missing or exceeds the model's limit, or smallest, usual and largest
             are not in that order.
     """
-    axes = dict.fromkeys(a for t in manifest.inputs for a in t.axes if isinstance(a, str))
+    axes = [axis for tensor in manifest.inputs for axis in tensor.axes]
+    inner = {axis for tensor in _component_inputs(manifest) for axis in tensor.axes}
+    axes += [axis for axis in manifest.limits if axis in inner]
     found = {}
-    for axis in axes:
-        limit = manifest.limits.get(axis)
-        largest = asked.max.get(axis, MOST_ROWS if axis == "batch" else limit)
-        if largest is None:
-            raise UsageError(
-                f"the bundle gives no limit for the axis {axis}",
-                fix="Say the largest shapes: --max-shapes INPUT:SIZExSIZE.",
-            )
-        if axis == "batch" and axis not in asked.max:
-            largest = max(largest, asked.opt.get(axis, 1), asked.min.get(axis, 1))
-        if limit is not None and largest > limit:
-            raise UsageError(
-                f"--max-shapes: {axis} is {largest}, the model takes at most {limit}",
-                fix=f"Give at most {limit}.",
-            )
-        smallest = asked.min.get(axis, 1)
-        usual = USUAL_ROWS if axis == "batch" else sample.get(axis, largest)
-        usual = asked.opt.get(axis, min(max(usual, smallest), largest))
-        if not smallest <= usual <= largest:
-            raise UsageError(
-                f"{axis}: smallest {smallest}, usual {usual} and largest {largest} are not in "
-                "order",
-                fix="Each of --min-shapes, --opt-shapes and --max-shapes is at least the one "
-                "before.",
-            )
-        found[axis] = Range(smallest, usual, largest)
+    for axis in dict.fromkeys(axes):
+        if isinstance(axis, str):
+            found[axis] = _range(axis, manifest.limits.get(axis), asked, sample)
     return found
 
 
-def row_buckets(rows: Range) -> list[Range]:
-    """Rows in buckets up to 2, 4, 8, ..., for libraries that tune: kernels that are best for one
-    row are not for many, and rows that leave take a batch from one bucket to the next.
+def _component_inputs(manifest: Manifest) -> Iterator[Tensor]:
+    for component in manifest.components.values():
+        yield from component.inputs
+        yield from (one.tensor for one in component.states if isinstance(one, PromptState))
 
-    The first is tuned for one row but takes two: a bucket of exactly one row has weights of its own
-    in the plan, which doubles it (seen with TensorRT-RTX 1.7); the others share theirs.
+
+def _range(axis: str, limit: int | None, asked: Asked, sample: Sizes) -> Range:
+    """The range of one axis."""
+    largest = asked.max.get(axis, MOST_ROWS if axis == "batch" else limit)
+    if largest is None:
+        raise UsageError(
+            f"the bundle gives no limit for the axis {axis}",
+            fix="Give the largest shapes: --max-shapes INPUT:SIZExSIZE.",
+        )
+    if axis == "batch" and axis not in asked.max:
+        largest = max(largest, asked.opt.get(axis, 1), asked.min.get(axis, 1))
+    if limit is not None and largest > limit:
+        raise UsageError(
+            f"--max-shapes: {axis} is {largest}, the model takes at most {limit}",
+            fix=f"Give at most {limit}.",
+        )
+    smallest = asked.min.get(axis, 1)
+    usual = USUAL_ROWS if axis == "batch" else sample.get(axis, largest)
+    usual = asked.opt.get(axis, min(max(usual, smallest), largest))
+    if not smallest <= usual <= largest:
+        raise UsageError(
+            f"{axis}: smallest {smallest}, usual {usual} and largest {largest} are not in order",
+            fix="Each of --min-shapes, --opt-shapes and --max-shapes must be at least the one "
+            "before.",
+        )
+    return Range(smallest, usual, largest)
+
+
+def row_buckets(rows: Range) -> list[Range]:
+    """Rows in buckets up to 2, 4, 8, ..., for libraries that tune: the best kernels for one row are
+    not the best for many, and a batch that rows leave moves from bucket to bucket.
+
+    The first is tuned for one row but takes two: a bucket of exactly one row has its own weights in
+    the plan, which doubles its size (seen with TensorRT-RTX 1.7); the others share theirs.
 
     >>> [(one.min, one.opt, one.max) for one in row_buckets(Range(1, 1, 12))]
     [(1, 1, 2), (3, 4, 4), (5, 8, 8), (9, 12, 12)]
@@ -198,8 +211,8 @@ def row_buckets(rows: Range) -> list[Range]:
 
 
 def few_or_many(rows: Range) -> list[Range]:
-    """The first of these buckets, and all others in one: for decoders, whose engines have profiles
-    for other axes too.
+    """The first of these buckets, and all others in one: for components that have profiles for
+    other axes too.
 
     >>> [(one.min, one.opt, one.max) for one in few_or_many(Range(1, 1, 8))]
     [(1, 1, 2), (3, 8, 8)]
@@ -211,10 +224,10 @@ def few_or_many(rows: Range) -> list[Range]:
 def decode_profiles(
     rows: Range, buckets: Sequence[Range], chunk: int, capacity: int
 ) -> list[dict[str, Range]]:
-    """The profiles of a decoder's segment: a step (few new tokens behind a long past) in each
-    bucket of rows, and prefill (many new tokens).
+    """The profiles of a component that runs for every token: a step (few new tokens behind a long
+    past) in each bucket of rows, and prefill (many new tokens).
 
-    Engines tune their kernels for the usual size, and these have nothing in common.
+    Kernels are tuned for the usual size, and those sizes have nothing in common.
     """
     past = Range(1, max(1, capacity // 2), capacity)
     step = min(DRAFTED, capacity)
@@ -233,7 +246,7 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
         where: What is built, for the error.
 
     Raises:
-        UsageError: An axis is open, or has no range.
+        UsageError: An axis has no name and no fixed size, or no range.
     """
     shapes: Shapes = {}
     for name, axes in tensors.items():
@@ -243,8 +256,8 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
         for axis in axes:
             if axis is None or (isinstance(axis, str) and axis not in ranges):
                 raise UsageError(
-                    f"{where}: nothing says how large the axis {axis or '?'} of {name} "
-                    f"({spelled(axes)}) can be",
+                    f"{where}: the bundle gives no limit for the axis {axis or '?'} of {name} "
+                    f"({spelled(axes)})",
                     fix="Export with fixed sizes, or run this bundle with ONNX Runtime.",
                 )
             one = Range(axis, axis, axis) if isinstance(axis, int) else ranges[axis]

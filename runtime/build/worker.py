@@ -1,9 +1,9 @@
-"""Builds one engine in a process of its own.
+"""The process that builds one engine.
 
-TensorRT gives memory back only when its process ends, and on a small device it is the process that
-the system kills when there is too little. So `build` starts one of these per graph. The job comes
-as JSON on stdin; what happens is told on stdout, one JSON object a line: ``phase``, ``done`` and
-``of`` while it goes on, ``built`` or ``failed`` at the end.
+TensorRT frees memory only when its process ends, and on a small device the system kills the process
+when memory runs out. So `build_engines` starts one of these per graph. The job arrives as JSON on
+stdin; stdout carries one JSON object per line: ``phase``, ``done`` and ``of`` during the build,
+``built`` or ``failed`` at the end.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         library: Module of the engine library.
-        graph: Path of the ONNX file; its weights lie beside it.
+        graph: Path of the ONNX file; its weights are stored beside it.
         outputs: Outputs to keep.
         fixed: Named axes that get a number (`edgeexit.bundle.onnx_wire.fix_axes`).
         profiles: Per profile, input -> smallest, usual and largest shape.
         targets: Compute capabilities (86 for 8.6) to build for ahead of time; none: this device.
-        plan: Where the plan goes.
+        plan: Where to write the plan.
     """
 
     library: str
@@ -64,8 +64,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Built(msgspec.Struct, kw_only=True):
-    """What came of it: size of the plan, types of its network's layers and, where the engine could
-    be looked into, of its own products; seconds, and peak memory."""
+    """A finished engine: size of the plan, types of its network's layers and, where the engine
+    could be inspected, of its own products; seconds, and peak memory."""
 
     bytes: int
     precision: precision.Types
@@ -75,8 +75,8 @@ class Built(msgspec.Struct, kw_only=True):
 
 
 class Failed(msgspec.Struct, kw_only=True):
-    """Why nothing came of it. `nodes` are those that the parser refused: name, operator, reason.
-    `fix`: the reason is not the library's, and this mends it."""
+    """Why there is no engine. `nodes` are those that the parser refused: name, operator, reason.
+    `fix` is given where the cause is not the library."""
 
     what: str
     nodes: list[tuple[str, str, str]] = []
@@ -85,34 +85,35 @@ class Failed(msgspec.Struct, kw_only=True):
 
 
 def main() -> None:
-    """Builds what stdin asks for."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # it writes where others may go on
+    """Builds the job on stdin."""
+    # Without this, an orphan could write where a second build continues.
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    # The library may print; what is told goes out through a stream of its own.
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # The library may print to stdout; messages use a copy of it.
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        result: dict[str, Any] = {"built": build(import_library(job.library), job, told)}
+        result: dict[str, Any] = {"built": build(import_library(job.library), job, messages)}
     except Refused as error:
         result = {"failed": error.failed}
     except EdgeExitError as error:
         result = {"failed": Failed(what=error.what, fix=error.fix)}
-    _tell(told, result)
+    _send(messages, result)
 
 
 class Refused(Exception):
-    """The library would not build it."""
+    """The library refused to build it."""
 
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.what)
         self.failed = failed
 
 
-def build(library: Library, job: Job, told: TextIO) -> Built:
+def build(library: Library, job: Job, messages: TextIO) -> Built:
     """Builds an engine and writes its plan; raises `Refused`."""
     started = time.monotonic()
     log = _logger(library.module)
-    plan, types = _make(library, job, log, told)
+    plan, types = _make(library, job, log, messages)
     write_whole(Path(job.plan), memoryview(plan))
     return Built(
         bytes=plan.nbytes,
@@ -124,13 +125,13 @@ def build(library: Library, job: Job, told: TextIO) -> Built:
 
 
 def _make(
-    library: Library, job: Job, log: Any, told: TextIO
+    library: Library, job: Job, log: Any, messages: TextIO
 ) -> tuple[IHostMemory, precision.Types]:
-    """The plan, and the types of its network. What it took is given back when this returns."""
+    """The plan, and the types of its network. Builder and network are freed on return."""
     trt = library.module
     builder = trt.Builder(log)
     if builder is None:
-        raise Refused(Failed(what=log.reason("no builder could be made")))
+        raise Refused(Failed(what=log.reason("it made no builder")))
     flags = (
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if library.has_typing_flag else 0
     )
@@ -147,15 +148,15 @@ def _make(
         cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise EngineError(
-                f"--timing-cache {known}: {library.name} {library.version} does not take it "
-                f"({log.reason('it is of another version or GPU')})",
+                f"--timing-cache {known}: {library.name} {library.version} does not accept it "
+                f"({log.reason('it is for another version or GPU')})",
                 fix="Remove the file, or name another: a new one is made.",
             )
-    config.progress_monitor = monitor = _monitor(trt, told)
+    config.progress_monitor = monitor = _monitor(trt, messages)
     types = precision.of_network(trt, network)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise Refused(Failed(what=log.reason("no engine came of it"), memory=log.out_of_memory))
+        raise Refused(Failed(what=log.reason("it made no engine"), memory=log.out_of_memory))
     del monitor
     if cache is not None and job.timing_cache is not None:
         write_whole(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
@@ -163,21 +164,21 @@ def _make(
 
 
 def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderConfig:
-    """How it is to be built: profiles, targets, limits."""
+    """The builder's configuration: profiles, targets, limits."""
     config = builder.create_builder_config()
     for shapes in job.profiles:
         profile = builder.create_optimization_profile()
         for name, (low, usual, high) in shapes.items():
             profile.set_shape(name, low, usual, high)
         if config.add_optimization_profile(profile) < 0:
-            raise Refused(Failed(what=log.reason(f"it takes no such profile: {shapes}")))
+            raise Refused(Failed(what=log.reason(f"invalid profile: {shapes}")))
     if job.targets:
         config.num_compute_capabilities = len(job.targets)
         for place, target in enumerate(job.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
     else:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32; float16 is asked for by export
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; export chooses float16
     if job.memory_limit_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
     if job.opt_level is not None:
@@ -186,19 +187,19 @@ def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderC
 
 
 def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int] | None:
-    """Loads the engine on the device it was built for, and asks what it multiplies in. None where
-    there is no room for it now, which is for whoever runs it to say, or where what the library
-    tells cannot be read: the engine is none the worse."""
+    """Loads the engine on its device and asks the inspector in which types it multiplies. None
+    where it cannot be loaded now (too little memory) or the inspector's report cannot be read;
+    neither is an error of the build."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
-    told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    report = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        return precision.of_engine(told)
+        return precision.of_engine(report)
     except ValueError as error:
-        logger.warning("what the inspector told cannot be read: %s", error)
+        logger.warning("the inspector's report cannot be read: %s", error)
         return None
 
 
@@ -212,46 +213,47 @@ def _parser_failure(parser: OnnxParser, log: Any) -> Failed:
 
 
 def _logger(trt: TensorRt) -> Any:
-    """Keeps what the library complains of: its calls themselves only say that they failed."""
+    """A logger that keeps error messages: the library's calls themselves only report failure."""
 
     base: Any = trt.ILogger
 
     class Log(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.complaints: list[str] = []
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.complaints.append(message)
+                self.errors.append(message)
 
-        def reason(self, otherwise: str) -> str:
-            return self.complaints[0] if self.complaints else otherwise
+        def reason(self, default: str) -> str:
+            return self.errors[0] if self.errors else default
 
         @property
         def out_of_memory(self) -> bool:
-            text = " ".join(self.complaints).lower()
+            text = " ".join(self.errors).lower()
             return "out of memory" in text or "outofmemory" in text or "insufficient memory" in text
 
     return Log()
 
 
-def _monitor(trt: TensorRt, told: TextIO) -> Any:
+def _monitor(trt: TensorRt, messages: TextIO) -> Any:
+    """A progress monitor that writes messages."""
     base: Any = trt.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
             self.steps: dict[str, int] = {}
-            self.asked_by = os.getppid()
+            self.parent = os.getppid()
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
-            _tell(told, {"phase": phase, "done": 0, "of": steps})
+            _send(messages, {"phase": phase, "done": 0, "of": steps})
 
         def step_complete(self, phase: str, step: int) -> bool:
-            _tell(told, {"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
-            return os.getppid() == self.asked_by  # nobody waits for it any more: give up
+            _send(messages, {"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
+            return os.getppid() == self.parent  # give up when the parent is gone
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)
@@ -259,6 +261,6 @@ def _monitor(trt: TensorRt, told: TextIO) -> Any:
     return Monitor()
 
 
-def _tell(told: TextIO, message: dict[str, Any]) -> None:
-    told.write(msgspec.json.encode(message).decode() + "\n")
-    told.flush()
+def _send(messages: TextIO, message: dict[str, Any]) -> None:
+    messages.write(msgspec.json.encode(message).decode() + "\n")
+    messages.flush()

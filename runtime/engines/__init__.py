@@ -1,3 +1,2 @@
-"""Engines: what executes a component. `base` is all that the executor knows of them; each library
-has a module of its own (`onnxruntime`, `tensorrt`, over `cuda` on GPUs and `host` memory), imported
-when it is asked for."""
+"""Engines: what executes a component. `base` is their interface; each library has its own module,
+imported when it is used (`onnxruntime`, `tensorrt`), over memory of `cuda` and `host`."""

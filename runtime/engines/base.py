@@ -1,7 +1,7 @@
-"""Engines: what executes a segment. One module per engine library, imported when it is asked for.
+"""The interface of engines: `Engine`, `Graph` and `Slot`.
 
-An engine opens graphs; an opened graph binds buffers once and then runs many times. `Engine`,
-`Graph` and `Slot` are all the chain knows of it.
+An engine opens graphs; an opened graph binds buffers once and then runs many times. The executor
+uses nothing else of an engine library.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Place(Protocol):
-    """Where a tensor lies: on which device, and from which address on."""
+    """Where a tensor is stored: device and address."""
 
     device: str
     pointer: int
 
 
 class Array(Protocol):
-    """An array where its engine computes: numpy's on the host, `DeviceArray` on a GPU.
+    """An array in an engine's memory: numpy's on the host, `DeviceArray` on a GPU.
 
-    Indices are integers, slices and ``...``; what is assigned has the same shape and dtype.
+    Indices are integers, slices and ``...``; assigned values have the same shape and dtype.
     """
 
     @property
@@ -41,7 +41,7 @@ class Array(Protocol):
 
 
 class Slot(Place, Protocol):
-    """Memory of the device or the host that tensors take turns in. It begins as zeros."""
+    """Memory of the device or the host that several tensors use in turn. Initially zero."""
 
     @property
     def bytes(self) -> int: ...
@@ -52,12 +52,13 @@ class Slot(Place, Protocol):
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> Any:
-        """The beginning of the slot as an `Array` of that form; no copy. Without strides (bytes,
-        per axis), elements lie one behind the other."""
+        """The beginning of the slot as an `Array`, without a copy. `strides` are in bytes per axis;
+        None means contiguous."""
 
     def keep_rows(
         self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
-    ) -> None: ...
+    ) -> None:
+        """Moves the given rows (ascending) along an axis to the front."""
 
 
 Bound = tuple[Place, np.dtype, tuple[int, ...]]
@@ -72,13 +73,13 @@ class Graph(Protocol):
     ) -> Callable[[], object]:
         """Binds buffers and returns the call that runs the graph over them.
 
-        Outputs may be left out. The call returns when those on the host are there; on a GPU, what
-        stays on it may still be computed, in the order of the calls. It raises the library's own
-        exceptions, which the chain turns into `EngineError`.
+        Outputs may be left out. The call returns when all outputs on the host are written; outputs
+        on a GPU may still be in progress, in the order of the calls. It raises the library's own
+        exceptions, which the executor turns into `EngineError`.
         """
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
-        """Runs once to learn the shapes of outputs that the manifest leaves open."""
+        """Shapes of all outputs, for axes that the manifest leaves open. May run the graph."""
 
 
 class Engine(Protocol):
@@ -86,17 +87,17 @@ class Engine(Protocol):
 
     name: str
     features: frozenset[str]
-    """What its graphs may use beyond plain ONNX; a variant's `requires` is held against it."""
+    """What its graphs may use beyond plain ONNX: a variant's `requires` must be among them."""
     largest: Mapping[str, int]
-    """The largest sizes of named axes that its graphs take; what is not there has no limit."""
+    """Largest size per named axis that its graphs accept; other axes are not limited."""
     gpu: Device | None
-    """The GPU whose stream its runs are put on (they are `DeviceRun`); None on the host."""
+    """The GPU on whose stream graphs run (bound calls are then `DeviceRun`); None on the host."""
 
     def describe(self) -> dict[str, str]:
         """Name, library, version and settings, for results and policies."""
 
     def offers(self, path: Path) -> bool:
-        """Whether it can open a graph: engines that are built ahead may be of some only."""
+        """Whether it can open a graph: engines that are built ahead may exist for some only."""
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Graph:
         """Opens a graph, with all its outputs or only some; raises `EngineError` naming it."""
@@ -105,11 +106,10 @@ class Engine(Protocol):
         """Opens several graphs, side by side where that is faster."""
 
     def allocate(self, size_bytes: int) -> Slot:
-        """Memory for tensors that stay between segments."""
+        """Memory for tensors that pass from component to component."""
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
-        """Host memory for what comes from the caller or goes to it."""
+        """Host memory for tensors that the caller reads or writes."""
 
     def settle(self) -> None:
-        """To be called before host memory is written that earlier runs read: they may not have
-        come to it."""
+        """Waits until earlier runs have read their host memory. Call it before writing there."""

@@ -1,4 +1,4 @@
-"""Memory on the host, for tensors that engines on the CPU compute with and that callers read."""
+"""Host memory: for engines that compute on the CPU, and for tensors that callers read and write."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from edgeexit.runtime.engines.base import Array, Bound
 
 ALIGNMENT = 64
-"""Bytes; of what the host allocates."""
+"""Bytes; of host allocations."""
 
 
 def fetch(array: Array, *, beside: bool = False) -> NDArray[Any]:
-    """An array's values on the host. Those that a device has are copied and waited for; fetching
-    the same array again overwrites them.
+    """An array's values on the host. Values on a device are copied and waited for; fetching the
+    same array again overwrites the earlier copy.
 
     Args:
-        beside: They are there already: what the device was given since is not waited for.
+        beside: The values are known to be complete: do not wait for later work of the device.
     """
     return array if isinstance(array, np.ndarray) else array.read(beside=beside)  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(slots=True)
 class Window:
-    """A stretch of a slot, for binding one row of what the slot holds."""
+    """Part of a slot, from an address on."""
 
     device: str
     pointer: int
@@ -40,7 +40,7 @@ def row_of(bound: Bound, row: int) -> Bound:
 
 
 class HostSlot:
-    """Memory on the host that tensors take turns in."""
+    """Host memory that several tensors use in turn."""
 
     device = "cpu"
 
@@ -61,7 +61,7 @@ class HostSlot:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> NDArray[Any]:
-        """The beginning of the slot as an array of that form; no copy."""
+        """The beginning of the slot as an array, without a copy."""
         if strides is not None:
             return np.ndarray(shape, dtype, self._bytes, strides=strides)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -70,6 +70,6 @@ class HostSlot:
     def keep_rows(
         self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
     ) -> None:
-        """Moves the given rows (ascending) to the front; the slot then holds only those."""
+        """Moves the given rows (ascending) along an axis to the front; the others are lost."""
         kept = np.take(self.array(dtype, shape), rows, axis=axis)
         self.array(dtype, kept.shape)[...] = kept

@@ -1,13 +1,14 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
-Five choices matter; benchmarks/README.md says what is known of each. Sessions share one arena, or a
-chain of twelve works in twelve cold ones. Thread pools do not spin, or the pools of idle sessions
-steal the cores of the one that runs. Two fusions are left out, for their kernels are slower than
-what they replace. A graph is opened with the score that is asked for, not with all. The binding is
-run through the compiled session, whose Python wrapper costs more than a small segment's hand-over.
+Five choices matter; benchmarks/README.md has the measurements. Sessions share one arena; otherwise
+a chain of twelve uses twelve cold ones. Thread pools do not spin; otherwise the pools of idle
+sessions take cores from the one that runs. Two fusions are disabled because their kernels are
+slower than the nodes they replace. A graph is opened only with the outputs that are needed.
+Bindings run through the compiled session, because its Python wrapper costs more than handing over
+between small components.
 
-On GPUs all sessions compute on one stream of ours, between buffers of ours, and none waits for it:
-that does whoever reads something (`edgeexit.runtime.engines.cuda`).
+On GPUs all sessions compute on one stream and in buffers of `edgeexit.runtime.engines.cuda`; runs
+do not wait for the stream, readers of results do.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PROVIDERS = {
 
 
 def import_onnxruntime() -> Any:
-    """Imports ONNX Runtime, or raises `EngineError` with the extra that brings it."""
+    """Imports ONNX Runtime; raises `EngineError` with the extra that installs it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -54,15 +55,19 @@ def import_onnxruntime() -> Any:
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EngineError(
-            "onnxruntime is there but broken (two of its packages overwrote each other)",
-            fix="Run `edgeexit doctor`, which names them and the command that repairs it.",
+            "onnxruntime is installed but broken (two of its packages overwrote each other)",
+            fix="Run `edgeexit doctor`; it names them and the command that repairs them.",
         )
     return onnxruntime
 
 
 @functools.cache
 def _share_arena() -> bool:
-    """Registers the arena that edgeexit's sessions share. Other sessions do not use it."""
+    """Registers the arena that edgeexit's sessions share. Other sessions do not use it.
+
+    Returns:
+        Whether there is one.
+    """
     ort = import_onnxruntime()
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
@@ -71,7 +76,7 @@ def _share_arena() -> bool:
         ort.create_and_register_allocator(memory, None)
     except Exception as error:
         if "already" not in str(error):
-            logger.warning("sessions keep arenas of their own: %s", error)
+            logger.warning("sessions use separate arenas: %s", error)
             return False
     return True
 
@@ -80,10 +85,10 @@ _process_pool: list[int] = []
 
 
 def install_process_pool(threads: int | None = None) -> None:
-    """Installs ONNX Runtime's global thread pool for this whole process.
+    """Installs ONNX Runtime's global thread pool for the whole process.
 
-    Every session created later must use it: default sessions made elsewhere in the process then
-    fail. Older versions of ONNX Runtime refuse once the process has made a session.
+    Every session created later must use it: default sessions created elsewhere in the process then
+    fail. Older versions of ONNX Runtime refuse it once the process has created a session.
     """
     if _process_pool:
         return
@@ -93,7 +98,7 @@ def install_process_pool(threads: int | None = None) -> None:
     except Exception as error:
         raise EngineError(
             f'threads="process" cannot be installed ({first_line(error)})',
-            fix="Ask for it before the first ONNX Runtime session of the process, or leave it out.",
+            fix="Request it before the first ONNX Runtime session of the process, or leave it out.",
         ) from error
     _process_pool.append(count)
     _share_arena.cache_clear()  # ONNX Runtime starts a new environment, without the arena
@@ -109,9 +114,10 @@ class OnnxRuntimeEngine:
 
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
-        threads: A pool per session that blocks while idle (``blocking``) or spins, that many
-            threads, or the pool of the process (see `install_process_pool`). With a GPU: whether
-            the host sleeps (``blocking``) or spins while it waits; its pools have nothing to do.
+        threads: One pool per session that sleeps (``blocking``) or spins (``spinning``) while idle,
+            a number of threads, or the pool of the process (``process``, see
+            `install_process_pool`). With a GPU: whether the host sleeps (``blocking``) or spins
+            while it waits.
     """
 
     def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
@@ -121,13 +127,13 @@ class OnnxRuntimeEngine:
         self.threads = threads
         if not (threads in ("blocking", "spinning", "process") or _is_count(threads)):
             raise UsageError(
-                f"threads={threads!r} is not a thread setting",
+                f"threads={threads!r} is invalid",
                 fix='Use a number from 1 up, "blocking", "spinning" or "process".',
             )
         if _process_pool and threads != "process" and name == "cpu":
             raise EngineError(
-                f'threads={threads!r} cannot be had: this process took threads="process" before, '
-                "and sessions with pools of their own then fail",
+                f"threads={threads!r} is not possible: this process already uses "
+                'threads="process", and sessions with their own pools then fail',
                 fix='Load with threads="process" here too, or in another process.',
             )
         available = self._ort.get_available_providers()
@@ -135,7 +141,7 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"this onnxruntime has no {PROVIDERS[name]} (it has {', '.join(available)})",
                 fix='For GPUs: pip uninstall onnxruntime, then pip install "edgeexit[cuda]". '
-                "`edgeexit doctor` tells what is installed.",
+                "`edgeexit doctor` shows what is installed.",
             )
         self.largest: Mapping[str, int] = {}
         self.gpu: Device | None = None
@@ -148,7 +154,7 @@ class OnnxRuntimeEngine:
         self._shared_arena = _share_arena()
 
     def describe(self) -> dict[str, str]:
-        """Name, library, version, thread setting and, with a GPU, how the host waits for it."""
+        """Engine, library, version, thread setting and, with a GPU, how the host waits for it."""
         about = {
             "engine": self.name,
             "library": "onnxruntime",
@@ -158,11 +164,15 @@ class OnnxRuntimeEngine:
         return about if self.gpu is None else about | {"waiting": self.gpu.waiting}
 
     def offers(self, path: Path) -> bool:
-        """Every graph."""
+        """True: it opens every graph."""
         return True
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> OnnxRuntimeGraph:
-        """Opens one graph, with only the given outputs where there are more."""
+        """Opens one graph, with all outputs or only the given ones.
+
+        Raises:
+            EngineError: ONNX Runtime cannot load it, or fell back to another provider.
+        """
         providers: list[Any] = [PROVIDERS[self.name]]
         if self.gpu is not None:
             own = {"user_compute_stream": str(self.gpu.stream), "device_id": "0"}
@@ -188,8 +198,8 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
                 f"it: {first_line(error)}",
-                fix="`edgeexit check BUNDLE` tells whether the bundle is whole; an older opset "
-                "(export --opset) suits an older library.",
+                fix="Run `edgeexit check BUNDLE` to see whether the bundle is intact. Older "
+                "versions of ONNX Runtime need an older opset (export --opset).",
             ) from error
         if session.get_providers()[0] != PROVIDERS[self.name]:
             raise EngineError(
@@ -202,7 +212,7 @@ class OnnxRuntimeEngine:
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
     ) -> list[OnnxRuntimeGraph]:
-        """Opens several graphs, side by side where cores allow: opening is mostly optimisation."""
+        """Opens several graphs in parallel: opening is mostly optimisation of the graph."""
         with ThreadPoolExecutor(min(len(graphs), available_cores())) as pool:
             return list(pool.map(lambda graph: self.open(*graph), graphs))
 
@@ -215,14 +225,14 @@ class OnnxRuntimeEngine:
         return HostSlot(size_bytes) if self.gpu is None else self.gpu.allocate_host(size_bytes)
 
     def settle(self) -> None:
-        """Waits for the GPU; on the host, runs are over when they return."""
+        """Waits for the GPU if necessary; on the host, runs are complete when they return."""
         if self.gpu is not None:
             self.gpu.settle()
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
-        # Graphs in int8 have signed activations, for TensorRT; else they are computed in float.
+        # Graphs in int8 have signed activations, for TensorRT; without this they run in float.
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         if self._shared_arena:
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -237,12 +247,12 @@ class OnnxRuntimeEngine:
 
 
 def features_of(name: str, version: str) -> frozenset[str]:
-    """What graphs may use with a version.
+    """The features that a provider offers in a version of ONNX Runtime.
 
-    TensorScatter came to the CPU provider with 1.25, and copies nothing where its input and output
-    are one buffer; on the others it was not tried. GPU providers have GroupQueryAttention in half
-    precision only; in float32 it would run on the host, and no longer in place. TensorRT's provider
-    has none of those operators, and hands over for each.
+    The CPU provider has TensorScatter from 1.25 on, without a copy where its input and output are
+    one buffer; on the others it is untested. GPU providers have GroupQueryAttention in half
+    precision only; in float32 it would run on the host, and not in place. The TensorRT provider has
+    none of those operators and would leave the GPU for each of them.
     """
     found = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
     if name == "cpu":
@@ -282,9 +292,9 @@ class OnnxRuntimeGraph:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         host = {name: inputs[name] for name in inputs.keys() & self._read_on_host}
         for name, (place, _, _) in host.items():
-            if place.device != "cpu":  # it would be copied once, now, and never again
+            if place.device != "cpu":  # ONNX Runtime would copy it once, at binding
                 raise EngineError(
-                    f"ONNX Runtime reads {name} on the host, where this model keeps it on the GPU",
+                    f"ONNX Runtime reads {name} on the host, but this model keeps it on the GPU",
                     fix="Export again in another precision, or use --engine cpu.",
                 )
         layout = self._staging.lay_out(
@@ -309,7 +319,7 @@ class OnnxRuntimeGraph:
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
         """Runs once with outputs that ONNX Runtime allocates, and reads their shapes."""
         if self._gpu is not None:
-            self._gpu.wait()  # and lets this thread use it
+            self._gpu.wait()  # also makes its context current
         binding = self._binding(inputs, {})
         for name in self._outputs:
             binding.bind_output(name, "cpu" if self._gpu is None else "cuda")
@@ -319,10 +329,10 @@ class OnnxRuntimeGraph:
 
 
 def _inputs_on_host(session: Any) -> set[str]:
-    """Inputs that operators read on the host, such as lengths: these are left there."""
+    """Inputs that operators read on the host, such as lengths; they must stay there."""
     if not hasattr(session, "get_input_memory_infos"):
         raise EngineError(
-            "this onnxruntime does not say where it reads inputs, which GPUs need",
+            "this onnxruntime does not report where it reads inputs, which GPUs need",
             fix="Install 1.23 or newer.",
         )
     pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
@@ -330,10 +340,10 @@ def _inputs_on_host(session: Any) -> set[str]:
 
 
 def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
-    """A call of the session over bound buffers, with as little Python around it as there can be.
+    """A call of the session over bound buffers, with as little Python as possible.
 
-    The wrapper's own run_with_iobinding checks for WebGPU capture first; what that
-    costs a chain is in benchmarks/results/choices.json.
+    The wrapper's own run_with_iobinding first checks for WebGPU capture;
+    benchmarks/results/choices.json has what that costs a chain.
     """
     inner = getattr(session, "_sess", None)
     inner_binding = getattr(binding, "_iobinding", None)

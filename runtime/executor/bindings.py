@@ -1,267 +1,111 @@
-"""What a chain binds: places for its tensors, and segments bound over them, kept per set of sizes.
+"""What a chain binds: memory for its tensors, and components bound over it by name.
 
-`Planner` owns the slots and the bindings. A `Plan` holds what one set of axis sizes needs, so that
-running again with the same sizes binds nothing, and compacting rows is a move inside the slots and
-a change of plan.
+`Bindings` owns the slots. A tensor is found by its name, whichever component makes it; what the
+chain does not make (positions, states, what an earlier chain handed on) is bound beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Exit, Segment, Tensor
-from edgeexit.bundle.policy import Decision
+from edgeexit.bundle.manifest import Chain, Component, Tensor
 from edgeexit.errors import EdgeExitError, EngineError, first_line
 from edgeexit.runtime.engines.base import Array, Bound, Engine, Graph, Slot
-from edgeexit.runtime.executor.launch_ahead import Ahead, Share
-from edgeexit.runtime.executor.slots import assign_slots, dtype_of, shape_of
+from edgeexit.runtime.executor.slots import assign_slots, dtype_of, shape_of, stages
 
-if TYPE_CHECKING:
-    from edgeexit.runtime.engines.cuda.device import Mark
-
-PLANS_KEPT = 256
-"""Sizes for which a chain keeps bindings. Each takes some KiB a segment: buffers are shared."""
-
-EVERY_SCORE = "*"
-"""Asks a step for every score of its exit."""
+Sizes = Mapping[str, int]
 
 
-@dataclass
-class Step:
-    """A segment bound for one set of sizes.
-
-    Attributes:
-        run: Runs it.
-        views: The answers it makes, as arrays over the bound buffers; on a GPU, they are there
-            (`edgeexit.runtime.engines.host.fetch`).
-        score: View of the score asked for ``[batch]``; None when the exit is not consulted.
-    """
-
-    run: Callable[[], object]
-    views: dict[str, Array]
-    score: NDArray[Any] | None
-
-    @property
-    def first_score(self) -> memoryview | None:
-        """The score's memory: reading a number through it touches less code than numpy does."""
-        return None if self.score is None else self.score.data
-
-
-@dataclass
-class Route:
-    """The steps of a plan laid out for one policy: what a single row walks. Where segments
-    are launched ahead, `marks` are set before and behind each, and `shares` counts rows."""
-
-    decisions: Sequence[Decision]
-    score: str
-    full: list[Step]
-    steps: list[tuple[Callable[[], object], memoryview | None, float]]
-    marks: list[tuple[Mark, Mark]] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
-
-
-@dataclass
-class Plan:
-    """What a chain keeps for one set of axis sizes: places of its inputs, and steps by what is
-    asked.
-    """
-
-    sizes: dict[str, int]
-    inputs: list[tuple[str, NDArray[Any]]]
-    steps: dict[tuple[int, str | None], Step] = field(default_factory=dict)
-    route: Route | None = None
-
-
-class Planner:
-    """Slots and bindings of one chain.
+class Bindings:
+    """The tensors of one chain, in memory of an engine.
 
     Args:
-        segments: The chain's segments.
-        exits: The exit behind each.
-        inputs: What the chain takes.
-        graphs: The opened graph of each segment.
-        engine: Where device memory comes from, and what to name when it fails.
-        ahead: Segments may be launched while the answers of the one before are still wanted, as
-            this decides.
+        chain: The chain.
+        components: Every component of the bundle.
+        feeds: What the chain is given from outside into memory of its own.
+        on_host: Tensors that the host reads or writes, besides the feeds.
+        engine: Where memory comes from, and what to name when it fails.
+        ahead: A component may be launched while answers of the one before are still wanted.
+        on_growth: Called when memory is replaced by larger: what was bound over it is no longer
+            valid.
     """
 
     def __init__(
         self,
-        segments: Sequence[Segment],
-        exits: Sequence[Exit],
-        inputs: Sequence[Tensor],
-        graphs: Sequence[Graph],
+        chain: Chain,
+        components: Mapping[str, Component],
+        feeds: Sequence[Tensor],
+        on_host: Set[str],
         engine: Engine,
         *,
-        ahead: Ahead | None = None,
+        ahead: bool = False,
+        on_growth: Callable[[], object] = lambda: None,
     ) -> None:
-        self._ahead = ahead
-        self._segments, self._exits, self._graphs = segments, exits, graphs
-        self._engine = engine
-        self._inputs = list(inputs)
-        # Scores are looked at every time, and the last exit's answers are wanted when it is come
-        # to; those of the others only if a row leaves there.
-        self._on_host = {tensor.name for tensor in inputs} | {*exits[-1].outputs.values()}
-        for leave in exits:
-            self._on_host |= {*leave.scores.values()}
-        self._slot_of = assign_slots(inputs, segments, self._on_host, ahead=ahead is not None)
+        self.engine = engine
+        self._on_host = on_host | {tensor.name for tensor in feeds}
+        order = stages(chain, components)
+        self._slot_of = assign_slots(feeds, order, self._on_host, ahead=ahead)
         self._slots: dict[int, Slot] = {}
-        tensors = [*inputs, *(tensor for segment in segments for tensor in segment.outputs)]
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._dtypes = {tensor.name: dtype_of(tensor) for tensor in tensors}
-        self._plans: dict[tuple[tuple[str, int], ...], Plan] = {}
+        self.tensors = {tensor.name: tensor for tensor in feeds}
+        for stage in order:
+            self.tensors |= {tensor.name: tensor for tensor in stage.makes}
+        self._dtypes = {name: dtype_of(tensor) for name, tensor in self.tensors.items()}
         self._learnt: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._alive_after = self._carried()
+        self._on_growth = on_growth
 
-    def plan(self, sizes: Mapping[str, int]) -> Plan:
-        """The plan for these sizes; the least recently made go when there are too many."""
-        key = _key(sizes)
-        plan = self._plans.get(key)
-        if plan is None:
-            for tensor in self._inputs:
-                self._bound(
-                    0, tensor, sizes
-                )  # grows slots, which drops every plan, before views exist
-            places: list[tuple[str, NDArray[Any]]] = []
-            for tensor in self._inputs:
-                place = self._view(tensor.name, self._bound(0, tensor, sizes))
-                assert isinstance(place, np.ndarray)
-                places.append((tensor.name, place))
-            plan = self._plans[key] = Plan(dict(sizes), places)
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-        return plan
+    def bound(self, name: str, sizes: Sizes) -> Bound:
+        """Where a tensor lies, for these axis sizes. Makes room for it."""
+        shape, dtype = self.shape(name, sizes), self._dtypes[name]
+        return self._slot(name, int(np.prod(shape)) * dtype.itemsize), dtype, shape
 
-    def step(self, plan: Plan, number: int, score: str | None) -> Step:
-        """The segment bound for the plan's sizes, made to give what is asked."""
-        step = plan.steps.get((number, score))
-        if step is not None:
-            return step
-        sizes, segment, leave = plan.sizes, self._segments[number], self._exits[number]
-        inputs = {t.name: self._bound(number, t, sizes) for t in segment.inputs}
-        self._learn(number, inputs, sizes)
-        answers: list[str] = []
-        if score is not None or number == len(self._segments) - 1:
-            answers = [*leave.outputs.values()]
-            answers += [t for name, t in leave.scores.items() if score in (name, EVERY_SCORE)]
-        wanted = {*answers, *self._alive_after[number]}
-        outputs = {
-            tensor.name: self._bound(number, tensor, sizes)
-            for tensor in segment.outputs
-            if tensor.name in wanted
-        }
-        try:
-            run = self._graphs[number].bind(inputs, outputs)
-        except Exception as error:
-            raise self.failure(error, number) from error
-        views = {name: self._view(name, outputs[name]) for name in answers}
-        own = leave.scores.get(score) if score is not None else None
-        seen = None if own is None else views[own]
-        assert seen is None or isinstance(seen, np.ndarray)
-        step = Step(run, views, seen)
-        plan.steps[number, score] = step
-        return step
+    def view(self, name: str, sizes: Sizes) -> Array:
+        """A tensor as an array over its memory."""
+        slot, dtype, shape = self.bound(name, sizes)
+        array: Array = slot.array(dtype, shape)  # type: ignore[attr-defined]
+        return array
 
-    def route(self, plan: Plan, decisions: Sequence[Decision], score: str) -> Route:
-        """The plan's steps laid out for these decisions; made once while they stay the same."""
-        route = plan.route
-        if route is None or route.decisions is not decisions or route.score != score:
-            full = [
-                self.step(plan, number, score if decision.consult else None)
-                for number, decision in enumerate(decisions)
-            ]
-            steps = [
-                (step.run, step.first_score, decision.threshold)
-                for step, decision in zip(full, decisions, strict=True)
-            ]
-            route = plan.route = Route(decisions, score, full, steps)
-            if self._ahead is not None and (gpu := self._engine.gpu) is not None:
-                route.shares = self._ahead.shares(decisions, score)
-                route.marks = [(gpu.mark(timed=True), gpu.mark(timed=True)) for _ in steps]
-        return route
-
-    def compact(self, plan: Plan, number: int, stays: NDArray[np.intp]) -> Plan:
-        """Moves the rows that stay to the front of every tensor still needed."""
-        fewer = {**plan.sizes, "batch": len(stays)}
-        for name in self._alive_after[number]:
-            tensor = self._tensors[name]
-            shape = self._shape(number, tensor, plan.sizes)
-            if (axis := tensor.row_axis) is not None:
-                slot = self._slots[self._slot_of[name]]
-                slot.keep_rows(self._dtypes[name], shape, axis, stays)
-                shape = (*shape[:axis], len(stays), *shape[axis + 1 :])
-            if shape_of(tensor, fewer) is None:  # its segment never ran with so few rows
-                self._learnt[name, _key(fewer)] = shape
-        return self.plan(fewer)
-
-    def failure(self, error: Exception, number: int) -> EdgeExitError:
-        """What to raise when the engine refused to run a segment."""
-        if isinstance(error, EdgeExitError):
-            return error
-        engine = self._engine.describe()
-        return EngineError(
-            f"segment {self._segments[number].name}: {engine['library']} {engine['version']} "
-            f"failed: {first_line(error)}",
-            fix="Check the sizes of the inputs against `edgeexit inspect`.",
-        )
-
-    def _carried(self) -> list[list[str]]:
-        """Per segment, the tensors that later segments still take."""
-        later: set[str] = set()
-        found: list[list[str]] = []
-        for segment in reversed(self._segments):
-            found.append(sorted(later))
-            later = (later - {t.name for t in segment.outputs}) | {t.name for t in segment.inputs}
-        return found[::-1]
-
-    def _learn(self, number: int, inputs: Mapping[str, Bound], sizes: Mapping[str, int]) -> None:
-        """Learns, by one run, the shapes of outputs whose axes the manifest leaves open."""
-        key = _key(sizes)
-        made = self._segments[number].outputs
-        if all(shape_of(t, sizes) is not None or (t.name, key) in self._learnt for t in made):
-            return
-        try:
-            shapes = self._graphs[number].output_shapes(inputs)
-        except Exception as error:
-            raise self.failure(error, number) from error
-        self._learnt |= {
-            (tensor.name, key): shapes[tensor.name] for tensor in made if tensor.name in shapes
-        }
-
-    def _shape(self, number: int, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        shape = shape_of(tensor, sizes)
+    def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
+        """Shape of a tensor for these axis sizes, where they say it or a run has told it."""
+        shape = shape_of(self.tensors[name], sizes)
         if shape is None:
-            shape = self._learnt.get((tensor.name, _key(sizes)))
+            shape = self._learnt.get((name, size_key(sizes)))
         if shape is None:
             raise EngineError(
-                f"segment {self._segments[number].name}: the shape of {tensor.name} is not known",
+                f"the shape of {name} is not known",
                 fix="This is a bug in edgeexit; please report it with the bundle's inspect output.",
             )
         return shape
 
-    def _bound(self, number: int, tensor: Tensor, sizes: Mapping[str, int]) -> Bound:
-        shape = self._shape(number, tensor, sizes)
-        dtype = self._dtypes[tensor.name]
-        return self._slot(tensor.name, int(np.prod(shape)) * dtype.itemsize), dtype, shape
+    def learn(
+        self, graph: Graph, makes: Sequence[Tensor], inputs: Mapping[str, Bound], sizes: Sizes
+    ) -> None:
+        """Learns, by one run, the shapes of outputs whose axes the manifest leaves open."""
+        key = size_key(sizes)
+        if all(shape_of(t, sizes) is not None or (t.name, key) in self._learnt for t in makes):
+            return
+        shapes = graph.output_shapes(inputs)
+        self._learnt |= {(t.name, key): shapes[t.name] for t in makes if t.name in shapes}
 
-    def _view(self, name: str, bound: Bound) -> Array:
-        _, dtype, shape = bound
-        array: Array = self._slots[self._slot_of[name]].array(dtype, shape)
-        return array
+    def keep_rows(self, name: str, sizes: Sizes, rows: np.ndarray) -> None:
+        """Moves the given rows (ascending) of a tensor to the front; it then holds only those."""
+        tensor, shape = self.tensors[name], self.shape(name, sizes)
+        if (axis := tensor.row_axis) is not None:
+            slot = self._slots[self._slot_of[name]]
+            slot.keep_rows(self._dtypes[name], shape, axis, rows)
+            shape = (*shape[:axis], len(rows), *shape[axis + 1 :])
+        fewer = {**sizes, "batch": len(rows)}
+        if shape_of(tensor, fewer) is None:  # its component never ran with so few rows
+            self._learnt[name, size_key(fewer)] = shape
 
     def _slot(self, name: str, size_bytes: int) -> Slot:
         """The slot of a tensor, at least that large. Growing loses what it held: dead by then."""
         index = self._slot_of[name]
         slot = self._slots.get(index)
         if slot is None or slot.bytes < size_bytes:
-            host = name in self._on_host
+            engine, host = self.engine, name in self._on_host
             try:
-                engine = self._engine
                 grown = engine.allocate_host(size_bytes) if host else engine.allocate(size_bytes)
             except (MemoryError, ValueError, OverflowError) as error:
                 raise EngineError(
@@ -269,10 +113,25 @@ class Planner:
                     fix="Run fewer rows at a time.",
                 ) from error
             if slot is not None:
-                self._plans.clear()  # their bindings point into the old memory
+                self._on_growth()
             self._slots[index] = slot = grown
         return slot
 
 
-def _key(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+def size_key(sizes: Sizes) -> tuple[tuple[str, int], ...]:
+    """Axis sizes as a key of dictionaries."""
     return tuple(sorted(sizes.items()))
+
+
+def failure(error: Exception, component: str, engine: Engine, fix: str) -> EdgeExitError:
+    """What to raise when an engine refused to run a component."""
+    if isinstance(error, EdgeExitError):
+        return error
+    about = engine.describe()
+    return EngineError(
+        f"component {component}: {about['library']} {about['version']} failed: {first_line(error)}",
+        fix=fix,
+    )
+
+
+__all__ = ["Bindings", "Sizes", "failure", "size_key"]

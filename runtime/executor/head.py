@@ -1,20 +1,19 @@
-"""The one head that all exits of a decoder share: states in, tokens, logits and scores out; and
-where the answers of a graph lie (`Made`), which unsplit gives too."""
+"""Heads of exits that answer token by token: states in, tokens, logits and scores out; and where
+the answers of a graph are stored (`Made`), which unsplit gives too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Segment, Tensor
+from edgeexit.bundle.manifest import Exit, Tensor
 from edgeexit.errors import PolicyError
-from edgeexit.runtime.engines.base import Array, Bound, Engine, Graph, Slot
+from edgeexit.runtime.engines.base import Array, Bound, Engine, Slot
 from edgeexit.runtime.engines.host import fetch
+from edgeexit.runtime.executor.components import Components
 from edgeexit.runtime.executor.slots import dtype_of
 
 BINDINGS_KEPT = 1024
@@ -25,48 +24,6 @@ Floats = NDArray[Any]
 
 Answers = Mapping[str, NDArray[Any]]
 """What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
-
-
-@dataclass
-class SharedHead:
-    """The head that all exits share, opened with the scores that were asked for so far: to compute
-    one takes time, and engines compute all that a graph has."""
-
-    segment: Segment
-    path: Path
-    engine: Engine
-    scores: frozenset[str] = frozenset()
-    graph: Graph | None = None
-
-    def outputs(self, scores: frozenset[str]) -> list[Tensor]:
-        """The outputs of a graph with only these scores: token and logits beside them."""
-        known = {t.name.removeprefix(self._prefix): t for t in self.segment.outputs}
-        if unknown := sorted(scores - known.keys()):
-            raise PolicyError(
-                f"the head has no score {unknown[0]!r}",
-                fix=f"Use one of {', '.join(n for n, t in known.items() if t.name != n)}.",
-            )
-        return [t for name, t in known.items() if t.name == name or name in scores]
-
-    def names(self, scores: frozenset[str]) -> list[str]:
-        """Names of `outputs`."""
-        return [tensor.name for tensor in self.outputs(scores)]
-
-    def open(self, scores: frozenset[str]) -> Graph:
-        """The graph with these scores at least; opened again if it lacks one."""
-        if self.graph is None or not scores <= self.scores:
-            wanted = self.scores | scores
-            graph = self.engine.open(self.path, self.names(wanted))
-            self.graph, self.scores = graph, wanted
-        return self.graph
-
-    def plain_name(self, name: str) -> str:
-        """A score's own name, without the head's."""
-        return name.removeprefix(self._prefix)
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self.segment.name}/"
 
 
 class Made(Mapping[str, NDArray[Any]]):
@@ -114,15 +71,34 @@ class Made(Mapping[str, NDArray[Any]]):
 
 
 class Head:
-    """The shared head: states ``[rows, width]`` to tokens, logits and scores.
+    """The head of an exit: states ``[rows, width]`` to tokens, logits and scores, by the names that
+    the exit gives them. Exits that share a component share it, too.
 
-    Attributes:
-        scores: Those that it gives.
+    Args:
+        components: The bundle's, on an engine.
+        exit_: The exit; the last component of its path is the head.
+        scores: Those that it shall give: to compute one takes time, and engines compute all that a
+            graph has.
+
+    Raises:
+        PolicyError: The exit does not have such a score.
     """
 
-    def __init__(self, shared: SharedHead, scores: frozenset[str]) -> None:
-        self._graph, self._shared = shared.open(scores), shared
-        self.scores = shared.scores
+    def __init__(self, components: Components, exit_: Exit, scores: frozenset[str]) -> None:
+        if unknown := sorted(scores - exit_.scores.keys()):
+            raise PolicyError(
+                f"exit {exit_.name} has no score {unknown[0]!r}",
+                fix=f"Use one of {', '.join(exit_.scores)}.",
+            )
+        call = exit_.path[-1]
+        self.scores = scores
+        self._name, self._components, self._engine = call.component, components, components.engine
+        component = components[call.component].component
+        [self._state] = component.inputs
+        tensors = exit_.outputs | {name: exit_.scores[name] for name in scores}
+        self._plain = {tensor: name for name, tensor in tensors.items()}
+        self._outputs = [tensor for tensor in component.outputs if tensor.name in self._plain]
+        components.open({self._name: list(self._plain)})
         self._bindings: dict[int, tuple[Callable[[], object], Array, Answers]] = {}
 
     def __call__(self, states: Array) -> Answers:
@@ -142,17 +118,18 @@ class Head:
         return made
 
     def _bind(self, rows: int) -> tuple[Callable[[], object], Array, Answers]:
-        [state] = self._shared.segment.inputs
-        engine, dtype, width = self._shared.engine, dtype_of(state), state.axes[-1]
+        state, engine = self._state, self._engine
+        dtype, width = dtype_of(state), state.axes[-1]
         assert isinstance(width, int)
         slot = engine.allocate(rows * width * dtype.itemsize)
-        made = Made(self._shared.outputs(self.scores), rows, engine)
-        run = self._graph.bind({state.name: (slot, dtype, (rows, width))}, made.bound)
-        run, answers = made.around(run, self._shared.plain_name)
+        made = Made(self._outputs, rows, engine)
+        inputs: dict[str, Bound] = {state.name: (slot, dtype, (rows, width))}
+        run = self._components.graph(self._name).bind(inputs, made.bound)
+        run, answers = made.around(run, self._plain.__getitem__)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
         bound = self._bindings[rows] = run, slot.array(dtype, (rows, width)), answers
         return bound
 
 
-__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "Head", "Made", "SharedHead"]
+__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "Head", "Made"]

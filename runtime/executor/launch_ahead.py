@@ -103,9 +103,9 @@ class Ahead:
         self.times = [Times() for _ in range(exits)]
         self._shares: dict[tuple[object, ...], list[Share]] = {}
 
-    def shares(self, decisions: Sequence[Decision], score: str) -> list[Share]:
+    def shares(self, decisions: Sequence[Decision]) -> list[Share]:
         """What is known of a policy's exits."""
-        key = (score, *decisions)
+        key = tuple(decisions)
         known = self._shares.get(key)
         if known is None:
             known = self._shares[key] = [Share() for _ in self.times]

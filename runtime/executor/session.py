@@ -1,264 +1,179 @@
-"""A decoder's graphs bound to buffers: segments and adapters with their caches, the shared head,
-the embedding.
+"""A chain that runs token by token: its components with their states, for one batch of texts.
 
-`Session` is the state of one batch of texts being written: caches, boundaries, and rings of states
-that wait. What is run when, the modes decide (`edgeexit.runtime.programs.modes.full`).
+`Session` holds what a batch of texts being written needs: states, rings of what waits between two
+components, what an earlier step handed on. What is run when, the modes decide
+(`edgeexit.runtime.programs.modes`).
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, cast
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Decoding, Segment, Variant
-from edgeexit.bundle.reader import WEIGHTS, Bundle
-from edgeexit.errors import EngineError, InputError, UsageError, first_line
-from edgeexit.runtime.engines.base import Array, Bound, Engine, Graph, Slot
+from edgeexit.bundle.manifest import Call, Chain, Decoding, Exit, Gather, Manifest, Tensor
+from edgeexit.errors import EdgeExitError
+from edgeexit.runtime.engines.base import Array, Bound, Engine, Slot
 from edgeexit.runtime.engines.host import row_of
-from edgeexit.runtime.executor.head import (
-    BINDINGS_KEPT,
-    Answers,
-    Floats,
-    Head,
-    Made,
-    SharedHead,
+from edgeexit.runtime.executor.bindings import Bindings, failure
+from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.components import (
+    NO_SCORE,
+    Components,
+    outputs_asked,
+    prompt_states,
+    token_states,
 )
+from edgeexit.runtime.executor.gates import Gates
+from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, Floats, Head, Made
 from edgeexit.runtime.executor.places import Places
-from edgeexit.runtime.executor.slots import dtype_of
-from edgeexit.runtime.executor.states import NewCaches, Ring, SegmentCaches
+from edgeexit.runtime.executor.states import NewStates, Ring, TokenStates
 
-Form = Literal["in-place", "fixed", "append"]
+_REPORT = (
+    "`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, with the output "
+    "of `edgeexit inspect`."
+)
+
 
 CHUNK = 256
 """Prompt tokens that one run takes."""
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A decoder's graphs as opened on an engine; shared by every session.
+@dataclass
+class Handed:
+    """What an earlier step handed on: tensors that are the same for all tokens of a text."""
 
-    `adapters` gives the adapter of the exit behind a segment, by the segment's number; each is
-    opened as a decoder of that one part.
-    """
+    bound: dict[str, Bound] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    epoch: int = 0
 
-    bundle: Bundle
-    decoding: Decoding
-    engine: Engine
-    segments: Sequence[Segment]
-    variants: Sequence[Variant]
-    graphs: Sequence[Graph]
-    head: SharedHead | None
-    table: Floats
-    form: Form | None
-    projections: dict[int, Graph] = field(default_factory=dict)
-    adapters: Mapping[int, Opened] = field(default_factory=dict)
+    def put(self, name: str, value: NDArray, engine: Engine) -> None:
+        """Takes an array."""
+        place = self.room(name, value.dtype, value.shape, engine)
+        place[...] = value
 
-    @property
-    def limit(self) -> int:
-        """The most tokens that the model was made for."""
-        return self.bundle.manifest.limits["positions"]
-
-    @property
-    def skippable(self) -> bool:
-        """Whether tokens can skip every segment but the first (`Segment.projection`), and no exit's
-        adapter would miss them."""
-        return not self.adapters and all(
-            segment.projection is not None for segment in self.segments[1:]
-        )
-
-    def projection(self, number: int) -> Graph:
-        """The projection of a segment, opened when it is first needed."""
-        if number not in self.projections:
-            variant = self.segments[number].projection
-            assert variant is not None
-            self.projections[number] = self.engine.open(self.bundle.file(variant.graph))
-        return self.projections[number]
-
-
-def open_decoder(
-    bundle: Bundle,
-    engine: Engine,
-    *,
-    unsplit: bool = False,
-    form: Form | None = None,
-    scores: Collection[str] = (),
-) -> Opened:
-    """Opens a bundle's segments, adapters and head, or the unsplit graph as its one segment; in one
-    form of the caches, or in the first one that the engine runs; the head with these scores for
-    now."""
-    manifest = bundle.manifest
-    decoding = manifest.decoding
-    assert decoding is not None
-    (chain,) = manifest.chains.values()
-    segments: list[Segment] = chain.segments
-    if unsplit:
-        caches = [cache for segment in segments for cache in segment.caches]
-        whole = Segment(
-            name="unsplit",
-            variants=manifest.unsplit,
-            inputs=[decoding.embedding.output, decoding.positions],
-            outputs=list(manifest.outputs),
-            caches=caches,
-        )
-        segments = [whole]
-    adapters = {
-        number: manifest.heads[leave.adapter]
-        for number, segment in enumerate(segments)
-        for leave in segment.exits
-        if leave.adapter is not None
-    }
-    parts = [*segments, *adapters.values()]
-    variants = [choose_variant(part, engine, form, bundle) for part in parts]
-    wanted: list[tuple[Path, list[str] | None]] = [(bundle.file(v.graph), None) for v in variants]
-    head = None
-    if not unsplit:
-        segment = manifest.heads[decoding.head]
-        path = bundle.file(choose_variant(segment, engine).graph)
-        head = SharedHead(segment, path, engine, frozenset(scores))
-        wanted.append((path, head.names(head.scores)))
-    graphs = list(engine.open_all(wanted))
-    if head is not None:
-        head.graph = graphs[-1]
-    opened = Opened(
-        bundle=bundle,
-        decoding=decoding,
-        engine=engine,
-        segments=segments,
-        variants=variants[: len(segments)],
-        graphs=graphs[: len(segments)],
-        head=head,
-        table=_map_table(bundle, decoding),
-        form=form,
-    )
-    own = {
-        number: replace(opened, segments=[parts[k]], variants=[variants[k]], graphs=[graphs[k]])
-        for k, number in enumerate(adapters, start=len(segments))
-    }
-    return replace(opened, adapters=own)
-
-
-def choose_variant(
-    segment: Segment, engine: Engine, form: Form | None = None, bundle: Bundle | None = None
-) -> Variant:
-    """The first form of a part whose requirements the engine meets, or the one that is asked for.
-    Of engines that are built ahead, one that was built is preferred.
-
-    Raises:
-        UsageError: The part does not have the form asked for.
-        EngineError: The engine lacks something that the form needs, or every one does.
-    """
-    variants = [one for one in segment.variants if form in (None, one.caches)]
-    if not variants:
-        known = ", ".join(dict.fromkeys(one.caches for one in segment.variants))
-        raise UsageError(
-            f"{segment.name} has no form {form!r} of its caches (it has {known})",
-            fix="Ask for one of those, or for none: the fastest is then taken.",
-        )
-    fitting = [variant for variant in variants if set(variant.requires) <= engine.features]
-    if bundle is not None:
-        fitting.sort(key=lambda variant: not engine.offers(bundle.file(variant.graph)))
-    if fitting:
-        return fitting[0]
-    raise EngineError(
-        f"{segment.name} has no form for this engine (it has "
-        f"{[variant.requires for variant in variants]}, the engine offers "
-        f"{sorted(engine.features)})",
-        fix="Export again with a newer edgeexit."
-        if form is None
-        else "Leave the form open, or use a newer version of the engine.",
-    )
-
-
-def _map_table(bundle: Bundle, decoding: Decoding) -> Floats:
-    """The embedding's rows in the mapped weight store: only those that are used are read."""
-    embedding = decoding.embedding
-    width = embedding.output.axes[-1]
-    assert isinstance(width, int)
-    with bundle.file(WEIGHTS).open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    count = embedding.vocabulary * width
-    dtype = dtype_of(embedding.output)
-    flat = np.frombuffer(mapped, dtype, count=count, offset=embedding.offset)
-    return flat.reshape(embedding.vocabulary, width)
+    def room(self, name: str, dtype: np.dtype, shape: tuple[int, ...], engine: Engine) -> Array:
+        """Memory for a tensor of that form; bindings of earlier epochs do not know it."""
+        size_bytes = int(np.prod(shape)) * dtype.itemsize
+        slot = self.slots.get(name)
+        if slot is None or slot.bytes < size_bytes:
+            slot = self.slots[name] = engine.allocate(size_bytes)
+            self.epoch += 1
+        if name not in self.bound or self.bound[name][2] != shape:
+            self.epoch += 1
+        self.bound[name] = (slot, dtype, shape)
+        array: Array = slot.array(dtype, shape)
+        return array
 
 
 class Session:
-    """Caches, boundaries and waiting states of one batch.
+    """States, boundaries and waiting tokens of one batch.
 
     Args:
-        opened: The decoder.
+        components: The bundle's, on an engine.
+        chain: What runs for every token.
+        embedded: What the chain begins with.
+        decoding: How the program writes text.
         batch: Rows.
         capacity: Tokens that each row can hold, prompt included.
         chunk: The most new tokens of a row that one run takes.
 
     Attributes:
-        parts: The segments; `parts[k]` reads boundary k and writes boundary k + 1.
+        parts: The chain's components; `parts[k]` reads boundary k and writes boundary k + 1.
+        exits: Per component, the exit behind it that stops; None where there is none.
         rings: ``rings[k]`` holds what waits for `parts[k]`; the first one stays empty.
-        adapters: ``adapters[k]`` stands between `parts[k]` and the head, where an exit has one.
+        takes: Tensors of earlier steps that components and makers read.
     """
 
-    def __init__(self, opened: Opened, batch: int, capacity: int, chunk: int) -> None:
-        self.opened, self.batch, self.capacity, self.chunk = opened, batch, capacity, chunk
-        engine = opened.engine
-        boundaries: list[Boundary] = []
-        for tensor in [s.inputs[0] for s in opened.segments] + [opened.segments[-1].outputs[0]]:
-            width = tensor.axes[-1] if "new" in tensor.axes else 0  # unsplit ends with answers
-            assert isinstance(width, int)
-            dtype = dtype_of(tensor)
-            size_bytes = batch * chunk * width * dtype.itemsize
-            # Embeddings come from the host; what segments hand over stays where they compute.
-            slot = engine.allocate(size_bytes) if boundaries else engine.allocate_host(size_bytes)
-            boundaries.append(Boundary(slot, width, dtype))
-        self._places = places = Places(batch, chunk, engine)
-        self.parts = [
-            Part(opened, number, batch, capacity, places, boundaries[number : number + 2])
-            for number in range(len(opened.segments))
-        ]
-        self.rings = [
-            Ring(batch, capacity, one.width, one.dtype, engine) for one in boundaries[:-1]
-        ]
-        self._boundaries = boundaries
-        self._views: dict[tuple[int, int], Array] = {}
+    def __init__(
+        self,
+        components: Components,
+        chain: Chain,
+        embedded: Gather,
+        table: Floats,
+        decoding: Decoding,
+        batch: int,
+        capacity: int,
+        chunk: int,
+    ) -> None:
+        self.components, self.chain, self.decoding = components, chain, decoding
+        self.batch, self.capacity = batch, capacity
+        self._table, self._embedded = table, embedded.output.name
+        manifest = components.bundle.manifest
+        stops = {exit_.behind: exit_ for exit_ in chain.stops}
+        self.exits: list[Exit | None] = [stops.get(name) for name in chain.components]
+        components.open(outputs_asked(manifest, chain, [NO_SCORE] * len(chain.stops)))
+        self.engine = components.engine
+        self._masks = masks = [g.mask for g in decoding.groups.values() if g.mask is not None]
+        self.gates = Gates(self, chain)
+        self.chunk = chunk = capacity if self.gates.whole_prompts else chunk
+        self.places = Places(batch, chunk, self.engine, masks)
+        self.bindings = Bindings(chain, manifest.components, [embedded.output], set(), self.engine)
+        self.handed = Handed()
+        self.ragged = self.gates.any
+        self._sizes = {"batch": batch, "new": chunk}
+        self.parts = [Part(self, name) for name in chain.components]
+        self.boundaries = [self._embedded, *(part.state for part in self.parts)]
+        for name in self.boundaries:
+            if "new" in self.bindings.tensors[name].axes:
+                self.bindings.bound(name, self._sizes)  # as large as it will ever be
+        self.rings = [self._ring(name) for name in self.boundaries[:-1]]
+        self._views: dict[tuple[str, int], Array] = {}
         self._rows: dict[str, Array] = {}
-        self._head: Head | None = None
+        self._heads: dict[tuple[object, ...], Head] = {}
         self._late: dict[int, Ring] = {}
-        self.adapters: dict[int, Part] = {}
-        self._adapted: dict[int, int] = {}  # where among the boundaries an adapter's states come
-        for number, own in opened.adapters.items():
-            before = boundaries[number + 1]
-            slot = engine.allocate(batch * chunk * before.width * before.dtype.itemsize)
-            after = Boundary(slot, before.width, before.dtype)
-            self._adapted[number] = len(boundaries)
-            boundaries.append(after)
-            self.adapters[number] = Part(own, 0, batch, capacity, places, [before, after])
+        self._paths = [self._path_parts(exit_) for exit_ in self.exits]
+        self.takes = self._taken(manifest)
+        self._prompts: list[int] = [0] * batch
+        self._prefix: list[tuple[NDArray[np.int64], NDArray]] = []
+        self._groups: dict[str, list[NDArray[np.bool_]]] = {}
 
     @property
-    def cached(self) -> list[Part]:
-        """Everything that keeps caches: the segments and the adapters."""
-        return [*self.parts, *self.adapters.values()]
+    def stateful(self) -> list[Part]:
+        """Everything that keeps something of every token: components and paths of exits."""
+        return [*self.parts, *(part for path in self._paths for part in path)]
 
-    def head(self, scores: Collection[str] = ()) -> Head:
-        """The shared head, which gives token, logits and these scores at least."""
-        shared = self.opened.head
-        assert shared is not None
-        if self._head is None or not self._head.scores.issuperset(scores):
-            self._head = Head(shared, frozenset(scores))
-        return self._head
+    @property
+    def answers_itself(self) -> bool:
+        """Whether the last component gives tokens, without a head."""
+        exit_ = self.exits[-1]
+        assert exit_ is not None
+        return not exit_.path
+
+    def shares(self) -> list[float]:
+        """Per component, the share of the chain's layers that it and those before it have, by
+        their states."""
+        layers = [max(1, len(token_states(part.component))) for part in self.parts]
+        return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
+
+    def adapter(self, number: int) -> Part | None:
+        """The last component that stands between a component and the head of its exit."""
+        path = self._paths[number]
+        return path[-1] if path else None
+
+    def head(self, number: int, scores: Collection[str] = ()) -> Head:
+        """The head of the exit behind a component, which gives these scores at least."""
+        exit_ = self.exits[number]
+        assert exit_ is not None and exit_.path
+        key = (exit_.path[-1].component, *sorted((exit_.outputs | exit_.scores).items()))
+        head = self._heads.get(key)
+        if head is None or not head.scores.issuperset(scores):
+            known = head.scores if head is not None else frozenset()
+            head = self._heads[key] = Head(self.components, exit_, known | frozenset(scores))
+        return head
 
     def boundary(self, number: int, new: int) -> Array:
         """A boundary's buffer for that many new tokens, ``[batch, new, width]``."""
-        view = self._views.get((number, new))
+        return self.tensor(self.boundaries[number], new)
+
+    def tensor(self, name: str, new: int) -> Array:
+        """A tensor of the chain for that many new tokens."""
+        view = self._views.get((name, new))
         if view is None:
-            one = self._boundaries[number]
-            view = self._views[number, new] = one.slot.array(
-                one.dtype, (self.batch, new, one.width)
-            )
+            sizes = {"batch": self.batch, "new": new}
+            view = self._views[name, new] = self.bindings.view(name, sizes)
         return view
 
     def row_states(self, name: str, like: Array) -> Array:
@@ -267,78 +182,108 @@ class Session:
         states = self._rows.get(name)
         if states is None:
             shape = (self.batch, like.shape[-1])
-            slot = self.opened.engine.allocate(shape[0] * shape[1] * like.dtype.itemsize)
+            slot = self.engine.allocate(shape[0] * shape[1] * like.dtype.itemsize)
             states = self._rows[name] = slot.array(like.dtype, shape)
         return states
 
     def late(self, number: int) -> Ring:
-        """The ring of what waits for an exit's own caches, emptied."""
+        """The ring of what waits for an exit's own states, emptied."""
         ring = self._late.get(number)
         if ring is None:
-            one, engine = self._boundaries[number + 1], self.opened.engine
-            ring = self._late[number] = Ring(
-                self.batch, self.capacity, one.width, one.dtype, engine
-            )
+            ring = self._late[number] = self._ring(self.boundaries[number + 1])
         ring.clear()
         return ring
 
-    def embed(self, tokens: NDArray[np.int64]) -> None:
-        """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary."""
-        self.opened.engine.settle()
-        first = self.boundary(0, tokens.shape[1])
-        np.take(self.opened.table, tokens, axis=0, out=cast("Floats", first))
-
-    def run(
+    def begin(
         self,
-        number: int,
-        new: int,
-        counts: Sequence[int] | None = None,
-        *,
-        places: Sequence[int] | None = None,
-    ) -> Array:
-        """Runs a segment over what its boundary holds.
+        prompts: Sequence[int],
+        prefix: Sequence[tuple[NDArray[np.int64], NDArray]] = (),
+        groups: Mapping[str, Sequence[NDArray[np.bool_]]] | None = None,
+        handed: Mapping[str, NDArray] | None = None,
+    ) -> None:
+        """Begins new texts.
 
         Args:
-            number: Which segment.
-            new: Tokens per row in the boundary.
-            counts: How many of them count, per row; None: all. The others were padding.
-            places: Position of each row's first new token, ``[batch]``; None: behind what the
-                segment's caches hold. They differ where tokens are missing there.
+            prompts: Tokens of every row's prompt.
+            prefix: Per row, the places in the prompt of tokens whose embeddings come from another
+                chain, and those embeddings ``[places, width]``; empty: there are none.
+            groups: Token group -> per row, which tokens of the prompt belong to it.
+            handed: What earlier steps hand on, by name.
+        """
+        self.empty()
+        self._prompts, self._prefix = list(prompts), list(prefix)
+        self._groups = {
+            group.mask: list((groups or {})[name])
+            for name, group in self.decoding.groups.items()
+            if group.mask is not None
+        }
+        for name, value in (handed or {}).items():
+            self.handed.put(name, value, self.engine)
+        self.gates.begin(groups or {})
+
+    def embed(self, tokens: NDArray[np.int64], start: int | None = None) -> None:
+        """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary.
+
+        Args:
+            start: Where in the prompt they begin; None: they are not of a prompt.
+        """
+        self.engine.settle()
+        first = self.boundary(0, tokens.shape[1])
+        np.take(self._table, tokens, axis=0, out=first)  # type: ignore[call-overload]
+        if start is None:
+            return
+        for row, (places, rows) in enumerate(self._prefix):
+            chosen = (places >= start) & (places < start + tokens.shape[1])
+            if chosen.any():
+                first[row, places[chosen] - start] = rows[chosen]
+
+    def run(self, number: int, block: Block) -> Block:
+        """Runs a component over what its boundary holds.
 
         Returns:
-            The next boundary, ``[batch, new, width]``.
+            What then stands at the next boundary: fewer tokens where a group left.
 
         Raises:
-            InputError: Some row's cache has no room for so many.
+            InputError: Some row's states have no room for so many, or none of its tokens are left.
         """
-        self._advance(self.parts[number], new, counts, places)
-        return self.boundary(number + 1, new)
+        self._advance(self.parts[number], block)
+        return self.gates.after(number, block)
+
+    def run_through(self, first: int, last: int, block: Block) -> Block:
+        """Runs components from `first` to before `last` over a block, one after the other."""
+        for number in range(first, last):
+            block = self.run(number, block)
+        return block
 
     def run_all(
         self, first: int, last: int, new: int, counts: Sequence[int] | None = None
     ) -> Array:
-        """Runs segments from `first` to before `last`, one after the other.
+        """Runs components from `first` to before `last` over tokens behind the prompt.
 
-        With a segment's weights just passed through the processor's caches, every line of Python
+        With a component's weights just passed through the processor's caches, every line of Python
         starts cold; so, where it can be, everything is written before the first of them.
 
         Args:
-            first, last: Which segments.
-            new, counts: As for `run`.
+            first, last: Which components.
+            new, counts: As in `Block`; None: all of them count.
 
         Returns:
             Boundary `last`, ``[batch, new, width]``.
         """
         parts = self.parts[first:last]
-        lengths = parts[0].caches.lengths
+        states = parts[0].states
         calls = [call for part in parts if (call := part.only_call(new)) is not None]
-        if len(calls) < len(parts) or any(part.caches.lengths != lengths for part in parts):
-            for number in range(first, last):
-                self.run(number, new, counts)
+        alike = all(
+            part.states.lengths == states.lengths and part.states.gaps == states.gaps
+            for part in parts
+        )
+        added = [new] * self.batch if counts is None else counts
+        if len(calls) < len(parts) or not alike or self.gates.pending:
+            self.run_through(first, last, Block(new, added))
             return self.boundary(last, new)
         for part in parts:
-            part.caches.check_room(new, part.segment.name)
-        self._places.write(new, lengths)
+            part.states.check_room(new, part.name)
+        self.places.write(new, states.lengths, states.positions if any(states.gaps) else None)
         done = 0
         try:
             for call in calls:
@@ -346,142 +291,214 @@ class Session:
                 done += 1
         except Exception as error:
             raise parts[done].failure(error) from error
-        added = [new] * self.batch if counts is None else counts
         for part in parts:
-            part.caches.advance(added)
+            part.states.advance(added)
         return self.boundary(last, new)
 
-    def adapt(self, number: int, new: int, counts: Sequence[int] | None = None) -> Array:
-        """Lets the exit behind a segment take what the segment's run has just made.
-
-        Caches of an adapter must have no holes: whoever asks an exit gives it every state that
-        passes, each once and in order.
-
-        Args:
-            number, new, counts: As for `run`.
+    def adapt(self, number: int, block: Block) -> Array:
+        """Lets the exit behind a component take what the component's run has just made. Call it for
+        every token, in order; otherwise the states of the exit's own components have gaps.
 
         Returns:
-            What the head looks at, ``[batch, new, width]``: the adapter's states, or without an
-            adapter the boundary itself.
+            What the head looks at, ``[batch, new, width]``: what the path gives, or without one the
+            boundary itself.
         """
-        if number not in self.adapters:
-            return self.boundary(number + 1, new)
-        self._advance(self.adapters[number], new, counts)
-        return self.boundary(self._adapted[number], new)
+        for part in self._paths[number]:
+            self._advance(part, block)
+        path = self._paths[number]
+        return self.tensor(path[-1].state if path else self.boundaries[number + 1], block.new)
 
-    def _advance(
-        self,
-        part: Part,
-        new: int,
-        counts: Sequence[int] | None,
-        places: Sequence[int] | None = None,
-    ) -> None:
-        caches = part.caches
-        caches.check_room(new, part.segment.name)
-        self._places.write(new, caches.lengths, places)
-        part.run(new)
-        caches.advance([new] * self.batch if counts is None else counts)
+    def _advance(self, part: Part, block: Block) -> None:
+        states = part.states
+        states.check_room(block.new, part.name)
+        positions = block.positions
+        if positions is None and any(states.gaps):
+            positions = states.positions
+        self.places.write(block.new, states.lengths, positions)
+        if self.gates.pending and part.reads_prompt:
+            self.gates.write(block, standing(block, states.positions))
+            part.make_prompt_states(block.new)
+        part.run(block.new)
+        states.advance(block.counts)
+        if block.positions is not None:
+            for row, (count, place) in enumerate(zip(block.counts, block.positions, strict=True)):
+                if count:
+                    end = place + count if isinstance(place, int) else place[count - 1] + 1
+                    states.gaps[row] = end - states.lengths[row]
 
-    def project(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
-        """Lets one state per row skip a segment: what its boundary holds for these rows leaves keys
-        and values in the segment's caches (`Segment.projection`), and is not changed.
+    def project(self, number: int, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Lets one token per row skip a component: what its boundary holds for these rows leaves
+        its mark in the component's states (`Component.projection`), and is not changed.
 
         Args:
             rows: Which rows.
-            places: Position of each row's state, ``[batch]``.
+            positions: Where each row's token stands, ``[batch]``.
         """
         part = self.parts[number]
-        self._places.write(1, part.caches.lengths, places)
-        part.caches.append(part.project(), rows)
-        part.caches.advance([int(row in rows) for row in range(self.batch)])
+        self.places.write(1, part.states.lengths, positions)
+        made = part.project()
+        if made is not None:
+            part.states.append(made, rows)
+        part.states.advance([int(row in rows) for row in range(self.batch)])
 
-    def crop(self, lengths: Sequence[int]) -> None:
-        """Shortens every cache that is longer to these lengths ``[batch]``."""
-        for part in self.cached:
-            part.caches.crop(lengths)
+    def crop(self, positions: Sequence[int]) -> None:
+        """Takes back, everywhere, tokens that stand at these positions ``[batch]`` or behind."""
+        for part in self.stateful:
+            part.states.crop(positions)
 
     def empty(self) -> None:
         """Forgets the texts."""
-        self.crop([0] * self.batch)
+        for part in self.stateful:
+            part.states.clear()
         for ring in self.rings:
             ring.clear()
+        self._prompts, self._prefix = [0] * self.batch, []
+        self.gates.begin({})
+
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of every row's prompt."""
+        return self._prompts
+
+    @property
+    def group_masks(self) -> dict[str, list[NDArray[np.bool_]]]:
+        """Mask -> per row, which tokens of the prompt belong to the group."""
+        return self._groups
 
     def portions(
-        self, ring: Ring, part: Part, number: int
-    ) -> Iterator[tuple[int, list[int], list[tuple[int, int]]]]:
-        """Empties a ring into a boundary that a part reads, as much at a time as one run takes.
+        self, ring: Ring, part: Part, boundary: str
+    ) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
+        """Empties a ring into the tensor that a part reads, as much at a time as one run takes.
 
         Yields:
-            New tokens per row in boundary `number`; how many of them count, per row; and for every
-            row whose newest state is among them, the row and its place.
+            The block, and for every row whose newest state is in it, the row and its place.
         """
         waiting, start = ring.counts, 0
         while start < max(waiting):
-            # Rows with fewer states are padded, and padding must not run over the end of a cache.
-            new = min(self.chunk, max(waiting) - start, self.capacity - part.caches.longest())
-            self.boundary(number, new)[...] = ring.states(start, start + new)
+            # Rows with fewer states are padded, and padding must not run over the end of states.
+            new = min(self.chunk, max(waiting) - start, self.capacity - part.states.longest())
+            self.tensor(boundary, new)[...] = ring.states(start, start + new)
             counts = [min(max(count - start, 0), new) for count in waiting]
             ends = [(n, c - start - 1) for n, c in enumerate(waiting) if start < c <= start + new]
-            yield new, counts, ends
+            positions = None
+            if ring.positions is not None:
+                positions = [
+                    own[start : start + count]
+                    for own, count in zip(ring.positions, counts, strict=True)
+                ]
+            yield Block(new, counts, positions), ends
             start += new
         ring.clear()
 
+    def positions_of(self, number: int, block: Block) -> list[list[int]]:
+        """Where the tokens of a block that a component has just run over stand, per row."""
+        ends = self.parts[number].states.positions
+        return standing(block, [end - n for end, n in zip(ends, block.counts, strict=True)])
 
-@dataclass(frozen=True)
-class Boundary:
-    """Where states ``[batch, new, width]`` pass from one segment to the next."""
+    def inputs_of(
+        self, inputs: Sequence[Tensor], renamed: Mapping[str, str], new: int
+    ) -> dict[str, Bound]:
+        """What a component's inputs are bound to, by name, for that many new tokens."""
+        sizes = {"batch": self.batch, "new": new}
+        found: dict[str, Bound] = {}
+        for tensor in inputs:
+            name = renamed.get(tensor.name, tensor.name)
+            if name == self.decoding.positions.name:
+                found[tensor.name] = self.places.positions(new)
+            elif name in self._masks:
+                found[tensor.name] = self.places.mask(name, new)
+            elif name in self.handed.bound:
+                found[tensor.name] = self.handed.bound[name]
+            else:
+                found[tensor.name] = self.bindings.bound(name, sizes)
+        return found
 
-    slot: Slot
-    width: int
-    dtype: np.dtype
+    def _ring(self, boundary: str) -> Ring:
+        tensor = self.bindings.tensors[boundary]
+        _, dtype, shape = self.bindings.bound(boundary, self._sizes)
+        assert "new" in tensor.axes
+        return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine, positions=self.ragged)
+
+    def _taken(self, manifest: Manifest) -> set[str]:
+        names = [*self.chain.components]
+        for name in self.chain.components:
+            names += [state.maker for state in prompt_states(manifest.components[name])]
+        for exit_ in self.chain.exits:
+            names += [call.component for call in exit_.path]
+        return {tensor.name for name in names for tensor in manifest.components[name].inputs}
+
+    def _path_parts(self, exit_: Exit | None) -> list[Part]:
+        """What stands between a component and the head of its exit, run for every token."""
+        if exit_ is None:
+            return []
+        parts = [Part(self, call.component, call) for call in exit_.path[:-1]]
+        for part in parts:
+            self.bindings.bound(part.state, self._sizes)
+        return parts
 
 
 class Part:
-    """One segment or adapter: graph, caches, and bindings per number of new tokens."""
+    """One component in a session: its states, and bindings per number of new tokens."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        number: int,
-        batch: int,
-        capacity: int,
-        places: Places,
-        boundaries: Sequence[Boundary],
-    ) -> None:
-        self.segment, self.variant = opened.segments[number], opened.variants[number]
-        self._graph, self._engine, self._batch = opened.graphs[number], opened.engine, batch
-        grows = self.variant.caches == "append"
-        self.caches = SegmentCaches(
-            self.segment.caches, batch, capacity, opened.engine, grows=grows
+    def __init__(self, session: Session, name: str, call: Call | None = None) -> None:
+        opened = session.components[name]
+        self.name, self.component, self.variant = name, opened.component, opened.variant
+        self._session, self._engine, self._batch = session, session.engine, session.batch
+        self._renamed: Mapping[str, str] = {} if call is None else call.inputs
+        own = token_states(self.component)
+        self._in_place = self.variant.states != "append"
+        self.states = TokenStates(
+            own, session.batch, session.capacity, self._engine, grows=not self._in_place
         )
-        self._places, self._boundaries = places, boundaries
-        self._opened, self._number = opened, number
-        self._projection: tuple[Callable[[], object], NewCaches] | None = None
-        self._bindings: dict[tuple[int, int | None, int], _Call] = {}
-        self._new: dict[int, NewCaches] = {}
-        answers = [tensor for tensor in self.segment.outputs if "new" not in tensor.axes]
-        self._made = Made(answers, batch, opened.engine)
+        self._appends = bool(own) and not self._in_place
+        self._token_states = own
+        self._prompt_states = prompt_states(self.component)
+        self._projection: tuple[Callable[[], object], NewStates] | None = None
+        self._bindings: dict[tuple[int, int | None, int, int], _Run] = {}
+        self._new: dict[int, NewStates] = {}
+        self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
+        answers = [tensor for tensor in self.component.outputs if "new" not in tensor.axes]
+        self._made = Made(answers, session.batch, self._engine)
         self.answers: Answers = {}
+
+    @property
+    def state(self) -> str:
+        """The tensor that it hands on."""
+        tensor = self._state[0] if self._state else self.component.outputs[0]
+        return tensor.name
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it reads what is made once for a prompt."""
+        return bool(self._prompt_states)
+
+    def make_prompt_states(self, new: int) -> None:
+        """Lets the makers of its prompt states run, where they have not yet for this prompt."""
+        for maker in dict.fromkeys(state.maker for state in self._prompt_states):
+            self._session.gates.make(maker, self._prompt_states, new)
 
     def run(self, new: int) -> None:
         """Runs over the boundary; lengths are those before it."""
         if self._row_by_row(new):
-            for row, length in enumerate(self.caches.lengths):
-                self._places.write_most(length + new)
+            for row, length in enumerate(self.states.lengths):
+                self._session.places.write_most(length + new)
                 self._call(new, row)
             return
         made = self._call(new, None)
         if made is not None:
-            self.caches.append(made)
+            self.states.append(made)
 
     def _row_by_row(self, new: int) -> bool:
         """ONNX Runtime's operator takes several new tokens behind a past for one row only."""
         several = self._batch > 1 and new > 1
-        return several and "most" in self.variant.lengths and self.caches.longest() > 0
+        return several and "most" in self.variant.lengths and self.states.longest() > 0
 
-    def _call(self, new: int, row: int | None) -> NewCaches | None:
-        key = new, row, self.caches.extent
-        run, made = self._bindings.get(key) or self._bind(*key)
+    def _key(self, new: int, row: int | None) -> tuple[int, int | None, int, int]:
+        return new, row, self.states.extent, self._session.handed.epoch
+
+    def _call(self, new: int, row: int | None) -> NewStates | None:
+        key = self._key(new, row)
+        run, made = self._bindings.get(key) or self._bind(key)
         try:
             run()
         except Exception as error:
@@ -490,92 +507,81 @@ class Part:
 
     def only_call(self, new: int) -> Callable[[], object] | None:
         """The call that is all of `run`; None where there is more to do."""
-        if self.variant.caches == "append" or self._row_by_row(new):
+        if self._appends or self._row_by_row(new):
             return None
-        key = new, None, self.caches.extent
-        run, _ = self._bindings.get(key) or self._bind(*key)
+        key = self._key(new, None)
+        run, _ = self._bindings.get(key) or self._bind(key)
         return run
 
-    def failure(self, error: Exception) -> EngineError:
+    def failure(self, error: Exception) -> EdgeExitError:
         """What to raise when the engine fails."""
-        engine = self._engine.describe()
-        return EngineError(
-            f"segment {self.segment.name}: {engine['library']} {engine['version']} failed: "
-            f"{first_line(error)}",
-            fix="`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, "
-            "with the output of `edgeexit inspect`.",
-        )
+        return failure(error, self.name, self._engine, _REPORT)
 
-    def _bind(self, new: int, row: int | None, extent: int) -> _Call:
+    def _bind(self, key: tuple[int, int | None, int, int]) -> _Run:
         """Binds all rows, or one of them alone."""
-        batch = self._batch
-        before, after = self._boundaries
-        state, positions, *_ = self.segment.inputs
-        inputs: dict[str, Bound] = {
-            state.name: (before.slot, before.dtype, (batch, new, before.width)),
-            positions.name: self._places.positions(new),
-            **self.caches.past(),
-            **self._places.lengths(self.variant.lengths),
-        }
+        new, row, _, _ = key
+        session = self._session
+        sizes = {"batch": self._batch, "new": new}
+        inputs = session.inputs_of(self.component.inputs, self._renamed, new)
+        inputs |= {s.tensor.name: session.handed.bound[s.tensor.name] for s in self._prompt_states}
+        inputs |= self.states.past() | session.places.lengths(self.variant.lengths)
         outputs: dict[str, Bound] = dict(self._made.bound)
-        for tensor in self.segment.outputs:
+        for tensor in self.component.outputs:
             if "new" in tensor.axes:
-                last = tensor.axes[-1]
-                assert isinstance(last, int)
-                outputs[tensor.name] = (after.slot, dtype_of(tensor), (batch, new, last))
+                outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
         made = None
-        if self.variant.caches == "append":
-            made = self._new_caches(new)
+        if self._appends:
+            made = self._new_states(new)
             outputs |= made.bound
         else:
-            outputs |= self.caches.present()
+            outputs |= self.states.present()
         if row is not None:
             inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
             outputs = {k: row_of(v, row) for k, v in outputs.items()}
-        run = self._graph.bind(inputs, outputs)
+        run = session.components.graph(self.name).bind(inputs, outputs)
         if self._made.bound:
             run, self.answers = self._made.around(run)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
-        bound = self._bindings[new, row, extent] = run, made
+        bound = self._bindings[key] = run, made
         return bound
 
-    def _new_caches(self, new: int) -> NewCaches:
-        """Where keys and values of that many new tokens per row go."""
+    def _new_states(self, new: int) -> NewStates:
+        """Where what that many new tokens per row add goes."""
         made = self._new.get(new)
         if made is None:
-            caches, engine = self.segment.caches, self._engine
-            made = self._new[new] = NewCaches(caches, self._batch, new, engine)
+            made = self._new[new] = NewStates(self._token_states, self._batch, new, self._engine)
         return made
 
-    def project(self) -> NewCaches:
-        """Keys and values that the boundary's states, one per row, leave if they skip the
-        segment."""
+    def project(self) -> NewStates | None:
+        """What the boundary's states, one per row, leave if they skip the component; None where it
+        keeps nothing of tokens."""
+        if not self._token_states:
+            return None
         if self._projection is None:
-            own = self._new_caches(1)
-            before, _ = self._boundaries
-            state, positions, *_ = self.segment.inputs
-            inputs: dict[str, Bound] = {
-                state.name: (before.slot, before.dtype, (self._batch, 1, before.width)),
-                positions.name: self._places.positions(1),
-            }
-            graph = self._opened.projection(self._number)
+            own = self._new_states(1)
+            session = self._session
+            inputs = session.inputs_of(self.component.inputs, self._renamed, 1)
+            graph = session.components.projection(self.name)
             self._projection = graph.bind(inputs, own.bound), own
         run, made = self._projection
         run()
         return made
 
 
-_Call = tuple[Callable[[], object], NewCaches | None]
-"""What runs a graph, and the new keys and values that are then to be appended."""
-
-
-def check_tokens(opened: Opened, tokens: NDArray[np.int64]) -> None:
-    """Refuses token ids outside the vocabulary."""
-    vocabulary = opened.decoding.embedding.vocabulary
-    bad = tokens[(tokens < 0) | (tokens >= vocabulary)]
-    if bad.size:
-        raise InputError(
-            f"token id {int(bad[0])} is outside the vocabulary (0 to {vocabulary - 1})",
-            fix="Use the bundle's own tokenizer.",
+def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
+    """Where a block's tokens stand, per row, if those without positions begin at `starts`."""
+    found = []
+    places = starts if block.positions is None else block.positions
+    for place, count in zip(places, block.counts, strict=True):
+        found.append(
+            list(range(place, place + count)) if isinstance(place, int) else list(place[:count])
         )
+    return found
+
+
+_Run = tuple[Callable[[], object], NewStates | None]
+"""What runs a graph, and what new tokens add, which is then to be appended."""
+
+
+__all__ = ["Handed", "Part", "Session", "standing"]

@@ -1,4 +1,4 @@
-"""Where tensors live while a chain runs: a plan of shared slots.
+"""Where tensors live while a chain runs: shared slots, and the shapes that they must hold.
 
 `assign_slots` is a pure function of the chain: tensors of the same form whose lives do not overlap
 share a slot, so a chain of any length needs two states. Slots are as large as the largest shape
@@ -8,38 +8,64 @@ seen; a smaller batch uses their beginning, so compacting rows never allocates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from edgeexit.bundle.manifest import Cache, Segment, Tensor
+from edgeexit.bundle.manifest import Chain, Component, Tensor, TokenState
 from edgeexit.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What comes and goes while one component of a chain and the exits behind it run."""
+
+    takes: Sequence[str]
+    makes: Sequence[Tensor]
+
+
+def stages(chain: Chain, components: Mapping[str, Component]) -> list[Stage]:
+    """The stages of a chain, in order."""
+    found = []
+    for name in chain.components:
+        takes = [tensor.name for tensor in components[name].inputs]
+        makes = list(components[name].outputs)
+        for exit_ in chain.exits:
+            for call in exit_.path if exit_.behind == name else ():
+                own = components[call.component]
+                takes += [call.inputs.get(tensor.name, tensor.name) for tensor in own.inputs]
+                makes += own.outputs
+        found.append(Stage(takes, makes))
+    return found
 
 
 def assign_slots(
     inputs: Sequence[Tensor],
-    segments: Sequence[Segment],
+    stages: Sequence[Stage],
     on_host: Set[str] = frozenset(),
     *,
     ahead: bool = False,
 ) -> dict[str, int]:
     """Gives every tensor of a chain a slot.
 
-    A tensor lives from the segment that makes it to the last one that takes it (an answer only in
-    its own segment, where it is read at once, or also in the next one if that is launched `ahead`).
-    Two tensors share a slot only if they have the same dtype and axes, none of them open, are both
-    on the host or both not, and never live in the same segment.
+    A tensor lives from the stage that makes it to the last one that takes it (an answer only in its
+    own stage, where it is read at once, or also in the next one if that is launched `ahead`). Two
+    tensors share a slot only if they have the same dtype and axes, none of them open, are both on
+    the host or both not, and never live in the same stage.
     """
     born = {tensor.name: -1 for tensor in inputs}
     forms = {tensor.name: tensor for tensor in inputs}
-    for number, segment in enumerate(segments):
-        born |= {tensor.name: number for tensor in segment.outputs}
-        forms |= {tensor.name: tensor for tensor in segment.outputs}
-    dies = {name: number + (ahead and number >= 0) for name, number in born.items()}
-    for number, segment in enumerate(segments):
-        dies |= {t.name: max(number, dies[t.name]) for t in segment.inputs}
+    dies = {tensor.name: -1 for tensor in inputs}
+    for number, stage in enumerate(stages):
+        for tensor in stage.makes:
+            born.setdefault(tensor.name, number)
+            forms.setdefault(tensor.name, tensor)
+            dies[tensor.name] = number + ahead
+    for number, stage in enumerate(stages):
+        dies |= {name: max(number, dies[name]) for name in stage.takes if name in dies}
     slots: dict[str, int] = {}
-    taken: list[tuple[object, int]] = []  # per slot, its form and the last segment it is needed in
+    taken: list[tuple[object, int]] = []  # per slot, its form and the last stage it is needed in
     for name in sorted(born, key=lambda name: born[name]):
         tensor = forms[name]
         # A tensor with an open axis shares with none: the other may be larger, and a slot that
@@ -65,7 +91,7 @@ def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None
     return tuple(shape)
 
 
-def dtype_of(tensor: Tensor | Cache) -> np.dtype[Any]:
+def dtype_of(tensor: Tensor | TokenState) -> np.dtype[Any]:
     """What numpy calls a tensor's dtype; raises `EngineError` for one that it does not have."""
     try:
         return np.dtype(tensor.dtype)
@@ -74,3 +100,6 @@ def dtype_of(tensor: Tensor | Cache) -> np.dtype[Any]:
             f"{tensor.name} is {tensor.dtype}, which buffers of this engine cannot hold",
             fix="Export the model in float32 or float16.",
         ) from error
+
+
+__all__ = ["Stage", "assign_slots", "dtype_of", "shape_of", "stages"]

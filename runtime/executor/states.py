@@ -1,7 +1,8 @@
-"""Keys and values that a decoder's segments keep from token to token, and how much of them counts.
+"""What components keep of every token (keys and values), and how much of it counts.
 
-A segment's caches are buffers of a fixed capacity and one length per row. Dropping tokens that were
-drafted in vain is a change of length, never a copy.
+A component's token states are buffers of a fixed capacity and one length per row. Taking back
+tokens that were drafted in vain is a change of length, never a copy. Tokens may be missing in some
+components, where their group left: positions run on, lengths do not (`TokenStates.gaps`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeexit.bundle.manifest import Cache
+from edgeexit.bundle.manifest import TokenState
 from edgeexit.errors import EngineError, InputError
 from edgeexit.runtime.engines.base import Array, Bound, Engine, Slot
 from edgeexit.runtime.engines.host import Window
@@ -47,7 +48,7 @@ class _Group:
     `region` is how many bytes each of them has.
     """
 
-    caches: list[Cache]
+    states: list[TokenState]
     heads: int
     size: int
     dtype: np.dtype
@@ -58,7 +59,7 @@ class _Group:
         """All of them, ``[cache, batch, heads, extent, size]``."""
         token = self.size * self.dtype.itemsize
         head, row = extent * token, extent * token * self.heads
-        shape = (len(self.caches), batch, self.heads, extent, self.size)
+        shape = (len(self.states), batch, self.heads, extent, self.size)
         strides = (self.region, row, head, token, self.dtype.itemsize)
         array: Array = self.slot.array(self.dtype, shape, strides)
         return array
@@ -67,17 +68,17 @@ class _Group:
         """Each of them, ``[batch, heads, extent, size]``, by the cache's name."""
         shape = (batch, self.heads, extent, self.size)
         found: dict[str, Bound] = {}
-        for number, cache in enumerate(self.caches):
+        for number, cache in enumerate(self.states):
             place = Window(self.slot.device, self.slot.pointer + number * self.region)
             found[cache.name] = (place, self.dtype, shape)
         return found
 
 
-class SegmentCaches:
+class TokenStates:
     """The caches of one segment.
 
     Args:
-        caches: As the manifest describes them.
+        states: As the manifest describes them; none: only lengths are kept.
         batch: Rows.
         capacity: Tokens that each row can hold.
         engine: Where memory comes from.
@@ -86,6 +87,7 @@ class SegmentCaches:
 
     Attributes:
         lengths: Per row, how many tokens count. Never changed in place.
+        gaps: Per row, how many tokens of the text before its next one never came here.
         extent: Places of a row that graphs read now.
 
     Raises:
@@ -94,7 +96,7 @@ class SegmentCaches:
 
     def __init__(
         self,
-        caches: Sequence[Cache],
+        states: Sequence[TokenState],
         batch: int,
         capacity: int,
         engine: Engine,
@@ -103,14 +105,15 @@ class SegmentCaches:
     ) -> None:
         self.capacity = capacity
         self.lengths: list[int] = [0] * batch
+        self.gaps: list[int] = [0] * batch
         self._extents = extents(capacity) if grows else [capacity]
         self.extent = self._extents[0]
         self._batch = batch
-        self._groups = _group(caches, batch, capacity, engine)
+        self._groups = _group(states, batch, capacity, engine)
         self._place = {
             cache.name: (group, number)
             for group in self._groups
-            for number, cache in enumerate(group.caches)
+            for number, cache in enumerate(group.states)
         }
 
     def longest(self) -> int:
@@ -136,11 +139,20 @@ class SegmentCaches:
         """Lets so many more tokens of each row count."""
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
 
-    def crop(self, lengths: Sequence[int]) -> None:
-        """Shortens rows that are longer to these lengths."""
-        self.lengths = [min(a, b) for a, b in zip(self.lengths, lengths, strict=True)]
-        if not any(self.lengths):
-            self.extent = self._extents[0]
+    @property
+    def positions(self) -> list[int]:
+        """Per row, where its next token stands in the text."""
+        return [a + b for a, b in zip(self.lengths, self.gaps, strict=True)]
+
+    def crop(self, positions: Sequence[int]) -> None:
+        """Takes back tokens that stand at these positions or behind."""
+        ends = zip(self.lengths, positions, self.gaps, strict=True)
+        self.lengths = [min(length, max(end - gap, 0)) for length, end, gap in ends]
+
+    def clear(self) -> None:
+        """Forgets the texts."""
+        self.lengths, self.gaps = [0] * self._batch, [0] * self._batch
+        self.extent = self._extents[0]
 
     def past(self) -> dict[str, Bound]:
         """Graph input -> the part of the buffer that is read."""
@@ -154,10 +166,10 @@ class SegmentCaches:
         found: dict[str, Bound] = {}
         for group in self._groups:
             bound = group.bound(self._batch, self.extent)
-            found |= {getattr(cache, side): bound[cache.name] for cache in group.caches}
+            found |= {getattr(cache, side): bound[cache.name] for cache in group.states}
         return found
 
-    def append(self, new: NewCaches, rows: Sequence[int] | None = None) -> None:
+    def append(self, new: NewStates, rows: Sequence[int] | None = None) -> None:
         """Writes new keys and values behind each row's length.
 
         Args:
@@ -197,11 +209,11 @@ class SegmentCaches:
         return found
 
 
-class NewCaches:
+class NewStates:
     """Keys and values that a run made of new tokens, before they are appended.
 
     Args:
-        caches, batch, engine: As for `SegmentCaches`.
+        states, batch, engine: As for `TokenStates`.
         count: New tokens per row.
 
     Attributes:
@@ -209,21 +221,23 @@ class NewCaches:
         bound: Graph output -> where it goes.
     """
 
-    def __init__(self, caches: Sequence[Cache], batch: int, count: int, engine: Engine) -> None:
-        groups = _group(caches, batch, count, engine)
+    def __init__(
+        self, states: Sequence[TokenState], batch: int, count: int, engine: Engine
+    ) -> None:
+        groups = _group(states, batch, count, engine)
         self.count = count
         self.arrays = [group.array(batch, count) for group in groups]
         self.bound: dict[str, Bound] = {}
         for group in groups:
             bound = group.bound(batch, count)
-            self.bound |= {cache.present: bound[cache.name] for cache in group.caches}
+            self.bound |= {cache.present: bound[cache.name] for cache in group.states}
         self._groups = groups  # which hold the memory
 
 
-def _group(caches: Sequence[Cache], batch: int, places: int, engine: Engine) -> list[_Group]:
+def _group(states: Sequence[TokenState], batch: int, places: int, engine: Engine) -> list[_Group]:
     """Caches by their form, with memory for so many places of each row."""
-    forms: dict[tuple[int, int, np.dtype], list[Cache]] = {}
-    for cache in caches:
+    forms: dict[tuple[int, int, np.dtype], list[TokenState]] = {}
+    for cache in states:
         rows, heads, past, size = cache.axes
         assert (rows, past) == ("batch", "past")
         assert isinstance(heads, int) and isinstance(size, int)
@@ -251,13 +265,22 @@ class Ring:
 
     Attributes:
         counts: Per row, how many wait.
+        positions: Per row, where they stand in the text; kept where tokens may be missing.
     """
 
     def __init__(
-        self, batch: int, capacity: int, width: int, dtype: np.dtype, engine: Engine
+        self,
+        batch: int,
+        capacity: int,
+        width: int,
+        dtype: np.dtype,
+        engine: Engine,
+        *,
+        positions: bool = False,
     ) -> None:
         self.capacity = capacity
         self.counts = [0] * batch
+        self.positions: list[list[int]] | None = [[] for _ in range(batch)] if positions else None
         self._engine = engine
         # Memory begins as zeros: what is padding must be finite, for a NaN would spoil its
         # neighbours' attention.
@@ -265,8 +288,14 @@ class Ring:
         self._slot = engine.allocate(batch * room * width * dtype.itemsize)
         self._states: Array = self._slot.array(dtype, (batch, room, width))
 
-    def push(self, states: Array, counts: Sequence[int]) -> None:
-        """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row."""
+    def push(
+        self,
+        states: Array,
+        counts: Sequence[int],
+        positions: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row, which
+        stand at these positions."""
         after = [a + b for a, b in zip(self.counts, counts, strict=True)]
         needed = max(after)
         if needed > self._states.shape[1]:
@@ -274,6 +303,8 @@ class Ring:
         for row, (start, stop) in enumerate(zip(self.counts, after, strict=True)):
             if stop > start:
                 self._states[row, start:stop] = states[row, : stop - start]
+                if self.positions is not None and positions is not None:
+                    self.positions[row] += positions[row][: stop - start]
         self.counts = after
 
     def _grow(self, needed: int) -> None:
@@ -297,7 +328,12 @@ class Ring:
     def crop(self, counts: Sequence[int]) -> None:
         """Forgets the newest ones of rows in which more wait."""
         self.counts = [min(a, b) for a, b in zip(self.counts, counts, strict=True)]
+        if self.positions is not None:
+            pairs = zip(self.positions, self.counts, strict=True)
+            self.positions = [places[:count] for places, count in pairs]
 
     def clear(self) -> None:
         """Forgets all of them."""
         self.counts = [0] * len(self.counts)
+        if self.positions is not None:
+            self.positions = [[] for _ in self.counts]

@@ -1,4 +1,4 @@
-"""What a caller may ask of `Decoder.generate`: prompts, options, and what is refused.
+"""What a caller may ask of `Model.generate`: prompts, options, and what is refused.
 
 Everything is looked at before any work begins.
 """
@@ -28,7 +28,7 @@ def check_options(
     sampling: Sampling | None,
     audit: bool,
 ) -> int | None:
-    """Raises `UsageError` for options that cannot be meant. Returns `max_new_tokens` as an int."""
+    """Raises `UsageError` for invalid options. Returns `max_new_tokens` as an int."""
     if mode not in get_args(ModeName):
         raise UsageError(
             f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."

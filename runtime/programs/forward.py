@@ -1,29 +1,26 @@
-"""The ``forward`` program: one pass, each row answered at the exit where its own score says so.
+"""What is done once per request: inputs checked, chains run over their rows, each row answered at
+the exit where its own score says so.
 
-`Model` is what `load` returns. It checks inputs against the manifest, runs the chain, and hands out
-copies. One model is used by one thread at a time; several models may run side by side.
+For a classifier that is all of the program; for a model that writes, it is what its encoders and
+vision towers hand on.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Exit, Tensor
-from edgeexit.bundle.policy import Decision, Policy, decide
-from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError, PolicyError, StateError
-from edgeexit.runtime.engines.base import Engine
-from edgeexit.runtime.executor.chain import Chain
-from edgeexit.runtime.loaded import Loaded
-
-if TYPE_CHECKING:
-    from edgeexit.runtime.engines.cuda.device import Counts
+from edgeexit.bundle.manifest import Chain, Gather, Manifest, Run, Tensor
+from edgeexit.bundle.policy import Decision
+from edgeexit.errors import InputError
+from edgeexit.runtime.executor.components import Components
+from edgeexit.runtime.executor.launch_ahead import LaunchAhead
+from edgeexit.runtime.executor.rows import Answers, RowPass
+from edgeexit.runtime.executor.tables import Tables
 
 FORMS_KEPT = 1024
 """Forms of inputs (dtypes and shapes) that a model remembers having checked."""
@@ -38,7 +35,8 @@ class Result:
         exits: ``[batch]``, index of the exit taken.
         exit_names: Name of that exit, per row.
         scores: ``[batch]`` float32, the policy's score at that exit.
-        times_ms: Milliseconds of each segment that ran, in order; empty unless asked for.
+        times_ms: Milliseconds of each component that ran, in order; empty unless asked for.
+        earlier: Chain that ran before -> name of the exit that each of its rows took.
     """
 
     outputs: dict[str, NDArray[Any]]
@@ -46,174 +44,157 @@ class Result:
     exit_names: list[str]
     scores: NDArray[np.float32]
     times_ms: list[float]
+    earlier: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Every exit's answer for every row, from `Model.trace`.
+    """Every exit's answer for every row, from `Model.trace`. Rows of a text's trace are its tokens.
 
     Attributes:
-        outputs: Per exit, output name -> ``[batch, ...]``.
-        scores: Per exit, score name -> ``[batch]`` float32.
-        times_ms: Milliseconds of each segment.
+        exits: Names, in order.
+        outputs: Per exit, output name -> ``[batch, ...]``. Of texts: ``token`` ``[batch, seq]``,
+            and ``logits`` ``[batch, vocabulary]`` of each row's last token.
+        scores: Per exit, score name -> ``[batch]`` float32; of texts ``[batch, seq]``.
+        times_ms: Milliseconds of each component with the exit behind it.
     """
 
+    exits: list[str]
     outputs: list[dict[str, NDArray[Any]]]
     scores: list[dict[str, NDArray[Any]]]
     times_ms: list[float]
 
 
-class Model(Loaded):
-    """A loaded bundle with a ``forward`` program. Made by `edgeexit.runtime.load`.
+class InputSteps:
+    """The steps of a program that run once per request.
+
+    Args:
+        components: The bundle's, on an engine.
+        chains: By name; unsplit ones where those are asked for.
+        asked: Chain -> per exit, what it is opened with.
+        launch_ahead: As for `RowPass`.
 
     Attributes:
-        bundle: The bundle it was loaded from.
-        exits: Its exits in order; the last one always answers.
-        policy: The policy in force; assign another to change it.
+        passes: Chain -> what runs it.
+        takes: The program's inputs that these steps take.
     """
 
-    def __init__(self, bundle: Bundle, chain: Chain, engine: Engine, policy: Policy) -> None:
-        super().__init__()
-        self.bundle = bundle
-        self.exits: list[Exit] = chain.exits
-        self._chain: Chain | None = chain
-        self._engine = engine
-        self._inputs = {tensor.name: tensor for tensor in bundle.manifest.inputs}
+    def __init__(
+        self,
+        components: Components,
+        chains: Mapping[str, Chain],
+        tables: Tables,
+        asked: Mapping[str, Sequence[str | None]],
+        launch_ahead: LaunchAhead,
+    ) -> None:
+        manifest = components.bundle.manifest
+        self._steps = [step for step in manifest.steps if step.when == "input"]
+        self._tables = tables
+        self.passes: dict[str, RowPass] = {}
+        self._feeds: dict[str, list[Tensor]] = {}
+        for step in self._steps:
+            if isinstance(step, Run):
+                chain = chains[step.chain]
+                feeds = self._feeds[step.chain] = chain_feeds(manifest, chain)
+                self.passes[step.chain] = RowPass(
+                    components, chain, feeds, asked[step.chain], launch_ahead
+                )
+        taken = {t.name for feeds in self._feeds.values() for t in feeds}
+        taken |= {step.ids for step in self._steps if isinstance(step, Gather)}
+        self.takes = {t.name: t for t in manifest.inputs if t.name in taken}
+        self._single = len(self._steps) == 1
+
+    def run(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        sizes: Mapping[str, int],
+        decisions: Mapping[str, Sequence[Decision]],
+        *,
+        patience: Mapping[str, int],
+        timed: bool = False,
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Answers]]:
+        """Runs them. Returns the tensors that are known then, and every chain's answers."""
+        known, answers = dict(inputs), {}
+        for step in self._steps:
+            if isinstance(step, Gather):
+                known[step.output.name] = self._tables.look_up(step, known[step.ids])
+            elif isinstance(step, Run):
+                name = step.chain
+                feeds = self._feeds[name]
+                found = self.passes[name].run(
+                    known,
+                    sizes if self._single else sizes_of(feeds, known),
+                    decisions[name],
+                    patience=patience[name],
+                    timed=timed,
+                )
+                answers[name] = found
+                known |= found.outputs
+        return known, answers
+
+    def trace(self, inputs: Mapping[str, NDArray[Any]], chain: str) -> Trace:
+        """Runs every component of a chain for every row; chains before it answer at their last
+        exit."""
+        known = dict(inputs)
+        for step in self._steps:
+            if isinstance(step, Gather):
+                known[step.output.name] = self._tables.look_up(step, known[step.ids])
+            elif isinstance(step, Run):
+                row_pass = self.passes[step.chain]
+                sizes = sizes_of(self._feeds[step.chain], known)
+                found, times_ns = row_pass.run_all(known, sizes)
+                if step.chain == chain:
+                    return Trace(
+                        [exit_.name for exit_ in row_pass.exits],
+                        [outputs for outputs, _ in found],
+                        [scores for _, scores in found],
+                        [time_ns / 1e6 for time_ns in times_ns],
+                    )
+                known |= found[-1][0]
+        raise AssertionError(f"no step runs {chain}")
+
+
+def chain_feeds(manifest: Manifest, chain: Chain) -> list[Tensor]:
+    """What the components of a chain, and the paths of its exits, take from outside."""
+    found: dict[str, Tensor] = {}
+    made: set[str] = set()
+    for name in chain.components:
+        component = manifest.components[name]
+        found |= {t.name: t for t in component.inputs if t.name not in made and t.name not in found}
+        made |= {tensor.name for tensor in component.outputs}
+    return list(found.values())
+
+
+def sizes_of(tensors: Sequence[Tensor], values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Size of every symbolic axis."""
+    return {
+        axis: size
+        for tensor in tensors
+        for axis, size in zip(tensor.axes, values[tensor.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+
+
+class CheckedInputs:
+    """Checks inputs against a signature, and remembers forms seen before."""
+
+    def __init__(self, expected: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
+        self._expected, self._limits = expected, limits
         self._forms: dict[Any, dict[str, int]] = {}
-        self._lock = threading.Lock()
-        self._policy = policy
-        self._decisions: list[Decision] = []
-        self.policy = policy
 
-    @property
-    def policy(self) -> Policy:
-        """When rows stop."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        if not isinstance(policy, Policy):
-            raise PolicyError(
-                f"policy is a {type(policy).__name__}",
-                fix="Assign a Policy; read_policy reads one.",
-            )
-        decisions = decide(policy, self.exits, digest=self.bundle.digest)
-        if policy.patience and any("logits" not in leave.outputs for leave in self.exits):
-            raise PolicyError(
-                "patience compares predicted classes, and an exit of this bundle has no logits",
-                fix="Use a policy without patience.",
-            )
-        self._policy, self._decisions = policy, decisions
-
-    @property
-    def device_counts(self) -> Counts | None:
-        """What the GPU was asked for so far: allocations and bytes copied. None on the host."""
-        gpu = self._engine.gpu
-        return None if gpu is None else gpu.counts
-
-    @property
-    def largest(self) -> Mapping[str, int]:
-        """The largest sizes of named axes that its engine takes; what is not there is not limited
-        by it."""
-        return self._engine.largest
-
-    @property
-    def boundaries(self) -> list[dict[str, float | int | bool]]:
-        """Per exit but the last, of rows that came alone: how many were asked and left there under
-        this policy, the milliseconds that the GPU stood still behind it and that the next segment
-        took, and whether that is launched ahead. Empty unless loaded with `launch_ahead`."""
-        ahead = None if self._chain is None else self._chain.ahead
-        if ahead is None:
-            return []
-        return ahead.facts(ahead.shares(self._decisions, self._policy.score))
-
-    def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
-        """Answers a batch.
-
-        Args:
-            inputs: Input name -> array, as the manifest's `inputs` say: exact dtypes, at least one
-                row.
-            timed: Report the time of every segment.
-
-        Raises:
-            InputError: An input is missing, unknown, or of the wrong type or shape.
-            StateError: The model is closed, in use by another thread, or was carried over a fork.
-        """
-        chain = self._enter()
+    def sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """`check_inputs`, remembered."""
+        expected = self._expected
         try:
-            answers = chain.run(
-                inputs,
-                self._sizes(inputs),
-                self._decisions,
-                score=self._policy.score,
-                patience=self._policy.patience,
-                timed=timed,
-            )
-        finally:
-            self._lock.release()
-        return Result(
-            answers.outputs,
-            answers.exits,
-            [self.exits[number].name for number in answers.exits.tolist()],
-            answers.scores,
-            [time_ns / 1e6 for time_ns in answers.times_ns],
-        )
-
-    def trace(self, inputs: Mapping[str, NDArray[Any]]) -> Trace:
-        """Runs every segment for every row and returns what every exit says.
-
-        A model that was loaded without ``all_scores`` opens its segments again for this, and keeps
-        them so: later calls compute every score, which costs small models some percent.
-        """
-        chain = self._enter()
-        try:
-            records, times_ns = chain.run_all(inputs, self._sizes(inputs), timed=True)
-        finally:
-            self._lock.release()
-        prefix = "score/"
-        return Trace(
-            outputs=[{k: v for k, v in r.items() if not k.startswith(prefix)} for r in records],
-            scores=[
-                {k.removeprefix(prefix): v for k, v in r.items() if k.startswith(prefix)}
-                for r in records
-            ],
-            times_ms=[time_ns / 1e6 for time_ns in times_ns],
-        )
-
-    def _describe_engine(self) -> dict[str, str]:
-        return self._engine.describe()
-
-    def close(self) -> None:
-        if self._forked:
-            return  # a thread of the parent may have held the lock at the fork, for ever
-        with self._lock:
-            self._chain = None
-
-    def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """`check_inputs`, remembered for forms seen before."""
-        try:
-            form: Any = tuple([(inputs[name].dtype, inputs[name].shape) for name in self._inputs])
-            known = self._forms.get(form) if len(inputs) == len(self._inputs) else None
+            form: Any = tuple([(inputs[name].dtype, inputs[name].shape) for name in expected])
+            known = self._forms.get(form) if len(inputs) == len(expected) else None
         except (AttributeError, LookupError, TypeError):
             form = known = None
         if known is None:
-            known = check_inputs(self._inputs, inputs, self.bundle.manifest.limits)
+            known = check_inputs(expected, inputs, self._limits)
             if len(self._forms) < FORMS_KEPT:
                 self._forms[form] = known
         return known
-
-    def _enter(self) -> Chain:
-        """Takes the model for one call; the caller releases the lock."""
-        self._check_process()
-        if not self._lock.acquire(blocking=False):
-            raise StateError(
-                "the model is in use by another thread",
-                fix="Give each thread a model of its own, or put a lock around the calls.",
-            )
-        if self._chain is None:
-            self._lock.release()
-            raise self._closed()
-        return self._chain
 
 
 def check_inputs(

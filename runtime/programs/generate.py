@@ -1,9 +1,9 @@
-"""The ``decode`` program: text that grows token by token, in one of several modes.
+"""How a model writes text: token by token, in one of several modes.
 
-`Decoder` is what `load_decoder` returns. `Decoder.generate` continues prompts and `Decoder.chat`
-answers conversations; `edgeexit.runtime.programs.arguments` refuses what they cannot be given. Both
-return a `Generation`: an iterator over pieces as they come, with statistics that fill while it
-runs.
+`TextProgram` is the part of `edgeexit.runtime.model.Model` that does it. `generate` continues
+prompts and `chat` answers conversations; `edgeexit.runtime.programs.arguments` refuses invalid
+arguments. Both return a `Generation`: an iterator over pieces as they come, with statistics that
+fill while it runs.
 """
 
 from __future__ import annotations
@@ -13,25 +13,32 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from edgeexit.bundle.manifest import Exit
-from edgeexit.bundle.policy import Policy, decide
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather
+from edgeexit.bundle.policy import Decision, Policy, Rule, drop_thresholds
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, StateError, UsageError
-from edgeexit.runtime.executor.session import CHUNK, Form, Opened, Session, check_tokens
-from edgeexit.runtime.loaded import Loaded
+from edgeexit.runtime.executor.components import Components, token_states
+from edgeexit.runtime.executor.session import CHUNK, Session
+from edgeexit.runtime.executor.tables import Tables, check_ids
 from edgeexit.runtime.programs.arguments import (
     ModeName,
     Prompt,
     check_options,
     stop_strings,
-    token_rows,
 )
+from edgeexit.runtime.programs.every_exit import trace_texts
+from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace
+from edgeexit.runtime.programs.generation import Generation, Piece
 from edgeexit.runtime.programs.modes.early import Approximate, Fast
 from edgeexit.runtime.programs.modes.exact import Exact, Pace
-from edgeexit.runtime.programs.modes.full import Full, Ints, Mode, Statistics
+from edgeexit.runtime.programs.modes.full import Full, Mode, Statistics
+from edgeexit.runtime.programs.prompts import Prompts, read_prompts
 from edgeexit.runtime.programs.sampling import Sampler, Sampling
 from edgeexit.runtime.text.chat import ChatTemplates, Message
 from edgeexit.runtime.text.tokenizer import Stream, encode, open_tokenizer
@@ -46,8 +53,9 @@ NEW_TOKENS = 128
 
 
 class Options(TypedDict, total=False):
-    """The arguments of `Decoder.generate` besides the prompts, which `Decoder.chat` takes too."""
+    """The arguments of `Model.generate` besides the prompts, which `Model.chat` takes too."""
 
+    inputs: Mapping[str, NDArray[Any]] | None
     max_new_tokens: int | None
     mode: ModeName
     draft_exit: str | None
@@ -61,99 +69,45 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What came at once for one row: tokens, and the text that they make certain."""
+class Drafting:
+    """Options of mode ``exact``, as `Model.generate` takes them."""
 
-    row: int
-    tokens: list[int]
-    text: str
-
-
-@dataclass
-class Generation:
-    """Texts being written. Iterate over it, or call `finish`; closing or dropping it ends it early.
-
-    Attributes:
-        tokens: Per row, the tokens made so far; a stop token is not among them.
-        texts: Per row, the text given out so far; empty strings without a tokenizer.
-        statistics: What happened so far.
-        first_token_s: Seconds to the first token, the prompt included.
-        decode_s: Seconds from the first token to the last.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    statistics: Statistics
-    first_token_s: float = 0.0
-    decode_s: float = 0.0
-    _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
-    _failed: str | None = field(default=None, repr=False)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens per second over all rows, from the second token on."""
-        made = sum(map(len, self.tokens)) - len(self.tokens)
-        return made / self.decode_s if self.decode_s and made > 0 else None
-
-    def __iter__(self) -> Generation:
-        return self
-
-    def __next__(self) -> Piece:
-        if self._failed is not None:
-            raise StateError(
-                f"this text ended with an error ({self._failed}); it is not whole",
-                fix="Generate it again.",
-            )
-        try:
-            return next(self._pieces)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self._failed = type(error).__name__
-            raise
-
-    def finish(self) -> Generation:
-        """Runs to the end and returns itself."""
-        for _ in self:
-            pass
-        return self
-
-    def close(self) -> None:
-        """Ends it where it is; the model is free for the next text."""
-        self._pieces.close()
+    exit: str | None = None
+    length: int | None = None
+    threshold: float = 0.0
 
 
-def _no_pieces() -> Generator[Piece, None, None]:
-    yield from ()
+class TextProgram:
+    """What a model that writes text does; the rest of it is `edgeexit.runtime.model.Model`."""
 
+    bundle: Bundle
+    capacity: int
+    unsplit: bool
+    chain: Chain
+    exits: list[Exit]
+    policy: Policy
+    chain_name: str
+    _components: Components | None
+    _decisions: dict[str, list[Decision]]
+    _patience: dict[str, int]
+    _steps: InputSteps
+    _checked: CheckedInputs
+    _lock: threading.Lock
+    _check_usable: Callable[[], Components]
 
-class Decoder(Loaded):
-    """A loaded decoder. Made by `edgeexit.runtime.load_decoder`.
-
-    Attributes:
-        bundle: The bundle it was loaded from.
-        exits: Its exits in order; the last one always answers.
-        policy: The policy of ``fast`` decoding.
-        capacity: The most tokens of a text, prompt included.
-    """
-
-    def __init__(self, bundle: Bundle, opened: Opened, policy: Policy, capacity: int) -> None:
-        super().__init__()
-        self.bundle = bundle
-        self.exits: list[Exit] = bundle.exits()
-        self.policy = policy
-        self.capacity = capacity
-        self._opened: Opened | None = opened
+    def _begin_texts(self, tables: Tables) -> None:
+        """Sets up what only texts need."""
+        self._tables = tables
         self._session: Session | None = None
         self._paces: dict[int, dict[int, Pace]] = {}
         self._tokenizer: Any = None
-        self._chat = ChatTemplates(bundle)
-        self._lock = threading.Lock()
+        self._chat = ChatTemplates(self.bundle)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
+        inputs: Mapping[str, NDArray[Any]] | None = None,
         max_new_tokens: int | None = None,
         mode: ModeName = "full",
         draft_exit: str | None = None,
@@ -169,6 +123,9 @@ class Decoder(Loaded):
 
         Args:
             prompts: A text or a list of token ids, or several of either: a batch.
+            inputs: What earlier chains take, by name: of an encoder one row per prompt (a text is
+                encoded instead, if there are none), of what stands at placeholders in prompts one
+                row per item, in the order in which they stand.
             max_new_tokens: The most tokens to make per row; None: 128, or as many as the capacity
                 has room for.
             mode: ``full``: every layer for every token. ``exact``: the same tokens, drafted by an
@@ -186,9 +143,10 @@ class Decoder(Loaded):
             on_piece: Called with every piece before it is yielded.
 
         Raises:
-            InputError: A prompt is empty, too long for the capacity, or holds unknown token ids.
-            UsageError: Arguments that cannot be meant; prompts of unlike length for the unsplit
-                graph.
+            InputError: A prompt is empty, too long for the capacity, or holds unknown token ids;
+                it has more placeholders than rows come for them, or fewer.
+            UsageError: Invalid arguments; prompts of unlike length for the unsplit graph; the
+                model does not write text.
             StateError: The model is closed, in use, or was carried over a fork.
         """
         max_new_tokens = check_options(
@@ -200,58 +158,39 @@ class Decoder(Loaded):
             sampling=sampling,
             audit=audit,
         )
-        opened = self._check_usable()
+        self._check_usable()
+        self._decoding()
+        drafting = Drafting(draft_exit, drafts, draft_threshold)
+        self._check_mode(mode, drafting)
         stops = stop_strings(stop)
-        rows = token_rows(prompts, self.encode)
-        longest = max(len(row) for row in rows)
+        given = read_prompts(self.bundle, prompts, inputs, self.encode)
+        longest = max(len(row) for row in given.tokens)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
-        for row in rows:
-            check_tokens(opened, row)
-            if len(row) + max_new_tokens > self.capacity:
-                larger = (
-                    f", or load with a larger capacity (up to {opened.limit})"
-                    if self.capacity < opened.limit
-                    else " (the model was made for no more)"
-                )
-                raise InputError(
-                    f"a prompt of {len(row)} token{'s' * (len(row) != 1)} and {max_new_tokens} new "
-                    f"one{'s' * (max_new_tokens != 1)} need {len(row) + max_new_tokens} places, "
-                    f"the capacity is {self.capacity}",
-                    fix=f"Shorten the prompt or lower max_new_tokens{larger}.",
-                )
-        self._position(draft_exit, [leave.name for leave in self.exits])
-        if mode != "full" and opened.head is None:
-            raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
-        if mode == "approximate" and not opened.skippable:
-            raise UsageError(
-                f"{self.bundle.path} cannot be run in mode approximate: "
-                + (
-                    "its exits have adapters, whose caches would miss the tokens that left"
-                    if opened.adapters
-                    else "it has no projections for tokens that skip a segment"
-                ),
-                fix="Use another mode.",
-            )
+        for row in given.tokens:
+            check_ids(self._text_table(), row)
+            self._check_room(len(row), max_new_tokens)
         # It answers for the last place of a run, which rows of unlike length do not share.
-        if opened.head is None and len(lengths := {len(row) for row in rows}) > 1:
+        if self.unsplit and len(lengths := {len(row) for row in given.tokens}) > 1:
             raise UsageError(
                 "the unsplit graph takes prompts of one length, these have from "
                 f"{min(lengths)} to {longest} tokens",
                 fix="Give them one at a time, or load without unsplit.",
             )
-        generation = Generation([[] for _ in rows], ["" for _ in rows], Statistics())
+        if given.asks_earlier:
+            self._checked.sizes(given.inputs)
+        generation = Generation(
+            [[] for _ in given.tokens], ["" for _ in given.tokens], Statistics()
+        )
         sampler = None
         if sampling is not None and sampling.temperature > 0:
-            sampler = Sampler(sampling, [row.tolist() for row in rows])
+            sampler = Sampler(sampling, [row.tolist() for row in given.tokens])
         # Weak, or the text and its rounds would hold each other: one that is dropped in the middle
         # shall free the model at once.
         generation._pieces = self._write(
             weakref.proxy(generation),
-            rows,
-            lambda session: self._mode(
-                session, mode, sampler, draft_exit, drafts, draft_threshold, audit=audit
-            ),
+            given,
+            lambda session: self._mode(session, mode, sampler, drafting, audit=audit),
             max_new_tokens,
             stops,
             on_piece,
@@ -332,7 +271,7 @@ class Decoder(Loaded):
     def _write(
         self,
         generation: Generation,
-        prompts: list[Ints],
+        prompts: Prompts,
         make_mode: Callable[[Session], Mode],
         most: int,
         stops: Sequence[str],
@@ -341,24 +280,25 @@ class Decoder(Loaded):
         text: bool,
     ) -> Generator[Piece, None, None]:
         """Runs the rounds. The lock is held while the iterator lives."""
-        opened = self._check_usable()
+        self._check_usable()
         if not self._lock.acquire(blocking=False):
             raise StateError(
                 "the model is writing another text",
                 fix="Finish or close that generation first, or load a second model.",
             )
         try:
-            ends = set(opened.decoding.stop_tokens)
+            ends = set(self._decoding().stop_tokens)
             streams = None
             if (text and self.bundle.manifest.tokenizer is not None) or stops:
                 tokenizer = self._tokenizers()
-                streams = [Stream(tokenizer, stops) for _ in prompts]
+                streams = [Stream(tokenizer, stops) for _ in prompts.tokens]
             started = time.perf_counter()
-            session = self.session(len(prompts))
+            session = self.session(len(prompts.tokens))
             mode = make_mode(session)
             generation.statistics = mode.statistics
-            active = [True] * len(prompts)
-            new = [[int(token)] for token in mode.prefill(prompts)]
+            self._hand_on(session, prompts, generation)
+            active = [True] * len(prompts.tokens)
+            new = [[int(token)] for token in mode.prefill(prompts.tokens)]
             first = time.perf_counter()
             generation.first_token_s = first - started
             while True:
@@ -403,49 +343,96 @@ class Decoder(Loaded):
         session: Session,
         mode: ModeName,
         sampler: Sampler | None,
-        draft_exit: str | None,
-        drafts: int | None,
-        draft_threshold: float,
+        drafting: Drafting,
         *,
         audit: bool,
     ) -> Mode:
-        names = [leave.name for leave in self.exits]
+        names = ["" if exit_ is None else exit_.name for exit_ in session.exits]
         if mode == "full":
             return Full(session, names, sampler)
         if mode == "exact":
             return Exact(
                 session,
                 names,
-                self._position(draft_exit, names),
-                drafts=drafts,
-                threshold=draft_threshold,
-                score=self.policy.score,
+                None if drafting.exit is None else names.index(drafting.exit),
+                drafts=drafting.length,
+                threshold=drafting.threshold,
+                score=self._decisions[self.chain_name][-1].score,
                 sampler=sampler,
                 paces=self._paces.setdefault(session.batch, {}),
             )
-        decisions = decide(self.policy, self.exits, digest=self.bundle.digest)
-        if not any(decision.consult for decision in decisions[:-1]):
+        if not any(decision.consult for decision in self._decisions[self.chain_name][:-1]):
             logger.warning(
                 "mode %s: the policy takes no early exit, so every token passes all layers; give "
                 "one that does (--policy, --threshold)",
                 mode,
             )
-        thresholds = [d.threshold if d.consult else float("inf") for d in decisions[:-1]]
-        score = self.policy.score
+        behind = dict(
+            zip((e.name for e in self.exits), self._decisions[self.chain_name], strict=True)
+        )
+        never = Decision(consult=False, threshold=float("inf"))
+        decisions = [behind.get(name, never) for name in names]
         if mode == "approximate":
-            return Approximate(session, names, thresholds, score=score, sampler=sampler)
-        return Fast(session, names, thresholds, score=score, audit=audit, sampler=sampler)
+            return Approximate(session, names, decisions, sampler=sampler)
+        return Fast(session, names, decisions, audit=audit, sampler=sampler)
 
-    @staticmethod
-    def _position(name: str | None, names: list[str]) -> int | None:
-        if name is None:
-            return None
-        if name not in names[:-1]:
+    def _check_mode(self, mode: ModeName, drafting: Drafting) -> None:
+        """Refuses modes and options that the bundle has nothing for."""
+        early = [exit_.name for exit_ in self.exits[:-1]]
+        if drafting.exit is not None and drafting.exit not in early:
             raise UsageError(
-                f"draft_exit names {name!r}; the early exits are {', '.join(names[:-1])}",
+                f"draft_exit names {drafting.exit!r}; the early exits are {', '.join(early)}",
                 fix="Use one of those names.",
             )
-        return names.index(name)
+        if mode != "full" and self.unsplit:
+            raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
+        if mode == "exact" and not early:
+            raise UsageError("the bundle has no early exit to draft", fix='Use mode="full".')
+        if mode == "approximate" and (reason := self._unskippable()):
+            raise UsageError(
+                f"{self.bundle.path} cannot be run in mode approximate: {reason}",
+                fix="Use another mode.",
+            )
+
+    def _unskippable(self) -> str:
+        """Why tokens cannot skip components; empty where they can."""
+        components = self.bundle.manifest.components
+        if any(len(exit_.path) > 1 for exit_ in self.exits):
+            return "its exits have adapters, whose states would miss the tokens that left"
+        for name in self.chain.components[1:]:
+            if token_states(components[name]) and components[name].projection is None:
+                return "it has no projections for tokens that skip a component"
+        return ""
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        if prompt + new <= self.capacity:
+            return
+        limit = self.bundle.manifest.limits["positions"]
+        larger = (
+            f", or load with a larger capacity (up to {limit})"
+            if self.capacity < limit
+            else " (the model was made for no more)"
+        )
+        raise InputError(
+            f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
+            f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {self.capacity}",
+            fix=f"Shorten the prompt or lower max_new_tokens{larger}.",
+        )
+
+    def _decoding(self) -> Decoding:
+        decoding = self.bundle.manifest.decoding
+        if decoding is None:
+            raise UsageError(
+                f"{self.bundle.path} does not write text: its task is {self.bundle.manifest.task}",
+                fix="Call the model with its inputs: model({...}) (edgeexit run --data).",
+            )
+        return decoding
+
+    def _text_table(self) -> Gather:
+        """The step that looks up the embeddings of a text's tokens."""
+        tokens = self._decoding().tokens
+        steps = self.bundle.manifest.steps
+        return next(step for step in steps if isinstance(step, Gather) and step.ids == tokens)
 
     def _tokenizers(self) -> Any:
         if self._tokenizer is None:
@@ -454,39 +441,74 @@ class Decoder(Loaded):
 
     def session(self, batch: int) -> Session:
         """The state of a batch of so many texts, emptied; kept while the number stays the same."""
-        opened = self._check_usable()
+        components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch:
             self._session = None
-            largest = opened.engine.largest
+            largest = components.engine.largest
             if batch > largest.get("batch", batch):
                 raise InputError(
                     f"{batch} texts at a time: the engines were built for {largest['batch']}",
                     fix="Give fewer, or build for more: edgeexit build --max-shapes.",
                 )
             chunk = min(CHUNK, self.capacity, largest.get("new", CHUNK))
-            session = Session(opened, batch, self.capacity, chunk)
+            table = self._text_table()
+            session = Session(
+                components,
+                self.chain,
+                table,
+                self._tables.table(table),
+                decoding,
+                batch,
+                self.capacity,
+                chunk,
+            )
             self._session = session
         session.empty()
         return session
 
-    def _describe_engine(self) -> dict[str, str]:
-        opened = self._check_usable()
-        forms = dict.fromkeys(variant.caches for variant in opened.variants)
-        return {**opened.engine.describe(), "caches": ", ".join(forms)}
+    def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
+        """Runs the steps that come before the text, and begins it with what they make."""
+        handed: dict[str, NDArray[Any]] = {}
+        if prompts.asks_earlier and self._steps.passes:
+            known, answers = self._steps.run(
+                prompts.inputs,
+                self._checked.sizes(prompts.inputs),
+                self._decisions,
+                patience=self._patience,
+            )
+            handed = prompts.handed(known)
+            generation.statistics.earlier = {
+                name: [self._steps.passes[name].exits[k].name for k in found.exits.tolist()]
+                for name, found in answers.items()
+            }
+        name = self._decoding().chain
+        rule = self.policy.rules.get(name, Rule())
+        session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
+        session.begin(
+            [len(row) for row in prompts.tokens],
+            prompts.prefix(handed),
+            prompts.groups,
+            {key: value for key, value in handed.items() if key in session.takes},
+        )
 
-    @property
-    def caches(self) -> Form | None:
-        """The form of the caches that was asked for; None: the fastest."""
-        return self._check_usable().form
+    def _trace_texts(
+        self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None
+    ) -> Trace:
+        given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
+        session = self.session(len(tokens))
+        session.gates.thresholds = {}
+        self._hand_on(session, given, Generation([], [], Statistics()))
+        return trace_texts(session, tokens, step or session.chunk)
 
-    def close(self) -> None:
-        """Releases engines and buffers."""
-        if not self._forked:
-            self._opened = self._session = None
+    def _describe_states(self) -> dict[str, str]:
+        components = self._check_usable()
+        forms = dict.fromkeys(
+            components[name].variant.states
+            for name in self.chain.components
+            if token_states(self.bundle.manifest.components[name])
+        )
+        return {"states": ", ".join(forms)}
 
-    def _check_usable(self) -> Opened:
-        self._check_process()
-        if self._opened is None:
-            raise self._closed()
-        return self._opened
+
+__all__ = ["Options", "TextProgram"]

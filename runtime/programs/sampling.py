@@ -39,7 +39,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
     def check(self) -> None:
-        """Raises `UsageError` for settings that cannot be meant."""
+        """Raises `UsageError` for invalid settings."""
         for name, value, holds, range_ in (
             ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
@@ -53,7 +53,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
             ("seed", self.seed, self.seed >= 0, "0 or more"),
         ):
             if not math.isfinite(value) or not holds:
-                raise UsageError(f"{name} {value} cannot be meant", fix=f"Use {range_}.")
+                raise UsageError(f"{name} {value} is out of range", fix=f"Use {range_}.")
 
 
 def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) -> Floats64:

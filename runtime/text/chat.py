@@ -47,7 +47,7 @@ class ChatTemplates:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text that a model is given to answer a conversation; see `Decoder.chat_prompt`."""
+        """The text that a model is given to answer a conversation; see `Model.chat_prompt`."""
         chat = self._bundle.manifest.chat
         if chat is None:
             raise InputError(

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, EngineError, InputError
 
@@ -67,6 +71,52 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
             fix="Give text that is valid Unicode.",
         ) from error
     return ids
+
+
+def encode_batch(bundle: Bundle, texts: Sequence[str | tuple[str, str]]) -> dict[str, NDArray[Any]]:
+    """Texts, or pairs of them, to what the bundle's text preprocessing makes of them: token ids
+    ``[batch, seq]`` padded to the longest, masks, types.
+
+    Raises:
+        InputError: The bundle has no text preprocessing, or a text is not Unicode.
+    """
+    preprocessing = bundle.manifest.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing):
+        raise InputError(
+            "the bundle has no text preprocessing",
+            fix="Give the inputs as .npz, or export from a checkpoint with tokenizer.json.",
+        )
+    tokenizer = _padding_tokenizer(bundle, preprocessing)
+    try:
+        encodings = tokenizer.encode_batch(list(texts))
+    except Exception as error:  # bare here, too
+        raise InputError(
+            f"the tokenizer cannot encode one of the texts {str(list(texts))[:60]!a} ({error})",
+            fix="Give texts that are valid Unicode.",
+        ) from error
+    columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
+    columns[preprocessing.types] = "type_ids"
+    dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
+    return {
+        name: np.asarray([getattr(encoding, column) for encoding in encodings], dtypes[name])
+        for name, column in columns.items()
+        if name is not None
+    }
+
+
+def _padding_tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:
+    # Its own files are the cache key: a bundle never changes, a path may come to hold another.
+    key = (bundle.digest, preprocessing.max_length)
+    if key not in _padding:
+        tokenizer = open_tokenizer(bundle)
+        tokenizer.enable_truncation(preprocessing.max_length)
+        tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
+        _padding.clear()
+        _padding[key] = tokenizer
+    return _padding[key]
+
+
+_padding: dict[tuple[str, int], Any] = {}
 
 
 class Stream:

@@ -19,18 +19,28 @@ from edgeexit.bundle.manifest import Exit
 from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, bound_to, decide, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, PolicyError
-from edgeexit.runtime import Policy, load, read_policy, write_policy
+from edgeexit.runtime import Policy, Rule, load, read_policy, write_policy
 
 EXITS = [
-    Exit(name=name, outputs={"logits": f"{name}/l"}, scores={"max_prob": f"{name}/p"})
+    Exit(name=name, behind=name, outputs={"logits": f"{name}/l"}, scores={"max_prob": f"{name}/p"})
     for name in ("a", "b", "c", "d")
 ]
 ANSWERS = Decision(consult=True, threshold=ALWAYS)
 in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 
 
-def thresholds(policy: Policy) -> list[float]:
-    return [d.threshold if d.consult else NEVER for d in decide(policy, EXITS)[:-1]]
+def of(**fields: Any) -> Policy:
+    """A policy with one rule."""
+    return Policy(rules={"forward": Rule(**fields)})
+
+
+def in_a_rule(text: str) -> str:
+    """A file's text with this rule in it."""
+    return f'{{"format": "2.0", "rules": {{"forward": {text}}}}}'
+
+
+def thresholds(rule: Rule) -> list[float]:
+    return [d.threshold if d.consult else NEVER for d in decide(rule, EXITS)[:-1]]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +55,9 @@ def thresholds(policy: Policy) -> list[float]:
     ],
 )
 def test_thresholds_reach_their_exits(given_: Any, expected: list[float]) -> None:
-    policy = Policy(thresholds=given_)
-    assert thresholds(policy) == pytest.approx(expected, rel=1e-6)
-    assert decide(policy, EXITS)[-1] == ANSWERS
+    rule = Rule(thresholds=given_)
+    assert thresholds(rule) == pytest.approx(expected, rel=1e-6)
+    assert decide(rule, EXITS)[-1] == ANSWERS
 
 
 @pytest.mark.parametrize(
@@ -62,40 +72,39 @@ def test_thresholds_reach_their_exits(given_: Any, expected: list[float]) -> Non
 def test_first_and_last_bound_the_exits_consulted(
     first: str | None, last: str | None, consulted: list[bool]
 ) -> None:
-    decisions = decide(Policy(thresholds=0.5, first=first, last=last), EXITS)
+    decisions = decide(Rule(thresholds=0.5, first=first, last=last), EXITS)
     assert [decision.consult for decision in decisions] == [*consulted, True]
 
 
 @pytest.mark.parametrize(
-    "policy, message",
+    "rule, message",
     [
-        (Policy(thresholds=[0.5]), "1 thresholds for 3 early exits"),
-        (Policy(thresholds=[0.5] * 4), "4 thresholds for 3"),
-        (Policy(thresholds={"z": 0.5}), "name the exit 'z'"),
-        (Policy(thresholds={"d": 0.5}), "name the exit 'd'"),
-        (Policy(thresholds=math.nan), "NaN"),
-        (Policy(thresholds=[0.1, math.nan, 0.2]), "threshold of b is NaN"),
-        (Policy(thresholds="0.5"), "not a number"),  # type: ignore[arg-type]
-        (Policy(thresholds=["x", 1, 2]), "not a number"),  # type: ignore[list-item]
-        (Policy(thresholds=None), "not a number"),  # type: ignore[arg-type]
-        (Policy(score="luck"), "no score 'luck'"),
-        (Policy(patience=-1), "patience -1"),
-        (Policy(patience="two"), "patience 'two'"),  # type: ignore[arg-type]
-        (Policy(first="z"), "first names the exit 'z'"),
-        (Policy(last="d"), "last names the exit 'd'"),
-        (Policy(first="c", last="a"), "lies behind"),
-        (Policy(bundle="0" * 64), "made for the bundle 000000000000"),
+        (Rule(thresholds=[0.5]), "1 thresholds for 3 early exits"),
+        (Rule(thresholds=[0.5] * 4), "4 thresholds for 3"),
+        (Rule(thresholds={"z": 0.5}), "name the exit 'z'"),
+        (Rule(thresholds={"d": 0.5}), "name the exit 'd'"),
+        (Rule(thresholds=math.nan), "NaN"),
+        (Rule(thresholds=[0.1, math.nan, 0.2]), "threshold of b is NaN"),
+        (Rule(thresholds="0.5"), "not a number"),  # type: ignore[arg-type]
+        (Rule(thresholds=["x", 1, 2]), "not a number"),  # type: ignore[list-item]
+        (Rule(thresholds=None), "not a number"),  # type: ignore[arg-type]
+        (Rule(score="luck", thresholds=0.5), "no score 'luck'"),
+        (Rule(patience=-1), "patience -1"),
+        (Rule(patience="two"), "patience 'two'"),  # type: ignore[arg-type]
+        (Rule(first="z"), "first names the exit 'z'"),
+        (Rule(last="d"), "last names the exit 'd'"),
+        (Rule(first="c", last="a"), "lies behind"),
     ],
 )
-def test_a_policy_that_does_not_fit_is_refused(policy: Policy, message: str) -> None:
+def test_a_rule_that_does_not_fit_is_refused(rule: Rule, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
-        decide(policy, EXITS, digest="1" * 64)
+        decide(rule, EXITS)
 
 
 def test_a_model_with_one_exit_takes_any_single_threshold() -> None:
-    assert decide(Policy(thresholds=0.5), EXITS[-1:]) == [ANSWERS]
+    assert decide(Rule(thresholds=0.5), EXITS[-1:]) == [ANSWERS]
     with pytest.raises(PolicyError, match="early exits are none"):
-        decide(Policy(first="a"), EXITS[-1:])
+        decide(Rule(first="a"), EXITS[-1:])
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "d"])
@@ -107,8 +116,8 @@ def test_forced_stops_every_row_at_that_exit_only(name: str) -> None:
 
 
 numbers = st.floats(allow_nan=False, width=32) | st.sampled_from([NEVER, ALWAYS])
-policies = st.builds(
-    Policy,
+rules = st.builds(
+    Rule,
     thresholds=numbers
     | st.lists(numbers, min_size=1, max_size=5)
     | st.dictionaries(st.text(max_size=5), numbers, max_size=4),
@@ -116,6 +125,10 @@ policies = st.builds(
     patience=st.integers(0, 9),
     first=st.none() | st.text(max_size=5),
     last=st.none() | st.text(max_size=5),
+)
+policies = st.builds(
+    Policy,
+    rules=st.dictionaries(st.text(max_size=5), rules, max_size=3),
     bundle=st.none() | st.just("ab" * 32),
     engine=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2),
     calibration=st.dictionaries(st.text(max_size=4), st.integers(0, 9) | st.booleans(), max_size=2),
@@ -132,9 +145,9 @@ def test_files_give_back_the_policy_that_was_written(policy: Policy, tmp_path: P
 
 
 def test_never_and_always_are_words_in_the_file(tmp_path: Path) -> None:
-    write_policy(Policy(thresholds=[NEVER, ALWAYS, 0.5]), tmp_path / "policy.json")
+    write_policy(of(thresholds=[NEVER, ALWAYS, 0.5]), tmp_path / "policy.json")
     raw = json.loads((tmp_path / "policy.json").read_text())
-    assert raw["thresholds"] == ["never", "always", 0.5]
+    assert raw["rules"]["forward"]["thresholds"] == ["never", "always", 0.5]
 
 
 @pytest.mark.parametrize(
@@ -143,14 +156,15 @@ def test_never_and_always_are_words_in_the_file(tmp_path: Path) -> None:
         ("", "not a policy"),
         ("[]", "not a JSON object"),
         ("{}", "policy format missing"),
-        ('{"format": "2.0", "thresholds": 1}', "policy format 2.0"),
-        ('{"format": "1.0"}', "not a threshold"),
-        ('{"format": "1.0", "thresholds": "sometimes"}', "sometimes"),
-        ('{"format": "1.0", "thresholds": true}', "not a threshold"),
-        ('{"format": "1.0", "thresholds": [1, null]}', "not a threshold"),
-        ('{"format": "1.0", "thresholds": [[1]]}', "not a policy"),
-        ('{"format": "1.0", "thresholds": 1, "patience": 1.5}', "patience"),
-        ('{"format": "1.0", "thresholds": 1' + "0" * 400 + "}", "not a policy"),
+        ('{"format": "1.0", "thresholds": 1}', "policy format 1.0"),
+        ('{"format": "2.0"}', "rules"),
+        (in_a_rule('{"thresholds": "sometimes"}'), "sometimes"),
+        (in_a_rule('{"thresholds": true}'), "not a threshold"),
+        (in_a_rule('{"thresholds": [1, null]}'), "not a threshold"),
+        (in_a_rule('{"thresholds": [[1]]}'), "not a policy"),
+        (in_a_rule('{"thresholds": 1, "patience": 1.5}'), "patience"),
+        (in_a_rule('{"thresholds": 1, "patients": 1}'), "patients"),
+        (in_a_rule('{"thresholds": 1' + "0" * 400 + "}"), "not a policy"),
     ],
 )
 def test_a_file_that_is_no_policy_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -169,9 +183,9 @@ def test_a_policy_that_cannot_be_read_or_written_is_refused(tmp_path: Path) -> N
         read_policy(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(PolicyError, match="cannot be written"):
-        write_policy(Policy(), tmp_path / "file/policy.json")
+        write_policy(of(), tmp_path / "file/policy.json")
     with pytest.raises(PolicyError, match="NaN"):
-        write_policy(Policy(thresholds=[0.5, math.nan]), tmp_path / "policy.json")
+        write_policy(of(thresholds=[0.5, math.nan]), tmp_path / "policy.json")
     assert not (tmp_path / "policy.json").exists()
 
 
@@ -192,8 +206,19 @@ json_values = st.recursive(
 @given(
     data=st.binary(max_size=60)
     | st.fixed_dictionaries(
-        {"format": st.just("1.0")},
-        optional={field.name: json_values for field in msgspec.structs.fields(Policy)},
+        {
+            "format": st.just("2.0"),
+            "rules": st.fixed_dictionaries(
+                {},
+                optional={
+                    "forward": st.fixed_dictionaries(
+                        {}, optional={f.name: json_values for f in msgspec.structs.fields(Rule)}
+                    )
+                    | json_values
+                },
+            ),
+        },
+        optional={f.name: json_values for f in msgspec.structs.fields(Policy)[1:]},
     ).map(lambda raw: json.dumps(raw).encode())
 )
 @example(data=b"[" * 100_000)
@@ -201,7 +226,8 @@ def test_any_file_and_any_policy_in_it_is_used_or_refused(data: bytes, tmp_path:
     path = tmp_path / "policy.json"
     path.write_bytes(data)
     try:
-        decisions = decide(read_policy(path), EXITS)
+        policy = read_policy(path)
+        decisions = decide(policy.rules.get("forward", Rule()), EXITS)
     except EdgeExitError:
         return
     assert len(decisions) == len(EXITS)
@@ -210,7 +236,7 @@ def test_any_file_and_any_policy_in_it_is_used_or_refused(data: bytes, tmp_path:
 def test_a_policy_bound_to_one_bundle_is_refused_by_another(
     toy_bundle: Bundle, tmp_path: Path
 ) -> None:
-    policy = bound_to(Policy(thresholds=0.5), toy_bundle)
+    policy = bound_to(of(thresholds=0.5), toy_bundle)
     write_policy(policy, tmp_path / "policy.json")
     with load(toy_bundle, policy=tmp_path / "policy.json") as model:
         assert model.policy == policy
@@ -222,7 +248,7 @@ def test_a_policy_bound_to_one_bundle_is_refused_by_another(
 @pytest.mark.parametrize("value", [0.9998312006459961, 1.00000001, 1e300, -1e300, 0.1])
 def test_thresholds_are_float32_that_are_no_less(value: float) -> None:
     """So a score is compared alike as a float32 and as a double."""
-    [decision, *_] = decide(Policy(thresholds=value), EXITS)
+    [decision, *_] = decide(Rule(thresholds=value), EXITS)
     assert decision.threshold >= value
     assert decision.threshold == float(np.float32(decision.threshold))
     with np.errstate(over="ignore"):
@@ -234,10 +260,36 @@ def test_thresholds_are_float32_that_are_no_less(value: float) -> None:
 def test_a_policy_is_written_through_a_link_and_not_onto_a_device(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("{}")
     (tmp_path / "link.json").symlink_to("real.json")
-    write_policy(Policy(thresholds=0.5), tmp_path / "link.json")
+    write_policy(of(thresholds=0.5), tmp_path / "link.json")
     assert (tmp_path / "link.json").is_symlink()
-    assert read_policy(tmp_path / "real.json").thresholds == 0.5
+    assert read_policy(tmp_path / "real.json") == of(thresholds=0.5)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(PolicyError, match="not a file"):
-        write_policy(Policy(), tmp_path / "pipe")
+        write_policy(of(), tmp_path / "pipe")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_rule_alone_is_for_the_one_chain_that_has_exits(toy_bundle: Bundle) -> None:
+    rule = Rule(thresholds=0.5)
+    with load(toy_bundle, policy=rule) as model:
+        assert model.policy == Policy(rules={"forward": rule})
+        model.policy = Rule()
+        assert model.policy == Policy(rules={"forward": Rule()})
+
+
+@pytest.mark.parametrize(
+    "policy, message",
+    [
+        (Policy(rules={}), "no rule for the chain forward, which has exits"),
+        (Policy(rules={"main": Rule()}), "a rule for the chain 'main'; the bundle has forward"),
+        (of(score="luck", thresholds=0.5), "no score 'luck'"),
+        (Policy(rules={"forward": Rule()}, bundle="0" * 64), "made for the bundle 000000000000"),
+        ("a text", "cannot be read"),
+        (3, "policy is a int"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_bundle_is_refused(
+    toy_bundle: Bundle, policy: Any, message: str
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        load(toy_bundle, policy=policy)

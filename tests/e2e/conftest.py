@@ -23,8 +23,8 @@ TORCH_MODEL = '''
 import torch
 from torch import nn
 
-from edgeexit.export import Exit, ExitModel, Segment
-from edgeexit.bundle.manifest import Tensor
+from edgeexit.bundle.manifest import Chain, Exit, Run, Tensor
+from edgeexit.export import Component, Form, SplitModel
 
 WIDTH, CLASSES = 192, 3
 
@@ -52,27 +52,30 @@ def make():
     torch.manual_seed(0)
     parts = [Part(number == 2).eval() for number in range(3)]
     x = Tensor(name="x", dtype="float32", axes=["batch", WIDTH])
-    segments, state = [], x
+    answer = Tensor(name="logits", dtype="float32", axes=["batch", CLASSES])
+    components, exits, state = [], [], x
     for number, part in enumerate(parts):
+        name = f"part_{number}"
         logits = Tensor(name=f"logits_{number}", dtype="float32", axes=["batch", CLASSES])
         made = Tensor(name=f"h_{number}", dtype="float32", axes=["batch", WIDTH])
-        segments.append(
-            Segment(
-                name=f"part_{number}",
-                module=part,
-                inputs=(state,),
-                outputs=(logits,) if part.last else (made, logits),
-                exits=(Exit(name=f"exit_{number}", outputs={"logits": logits.name}),),
-            )
-        )
+        outputs = (logits,) if part.last else (made, logits)
+        components.append(Component(name, (state,), outputs, (Form(part),)))
+        exits.append(Exit(name=f"exit_{number}", behind=name, outputs={"logits": logits.name}))
         state = made
-    return ExitModel(
+    chain = Chain(
+        components=[component.name for component in components],
+        outputs=[answer],
+        exits=exits,
+        unsplit=["unsplit"],
+    )
+    unsplit = Component("unsplit", (x,), (answer,), (Form(Unsplit(parts).eval()),))
+    return SplitModel(
         name="user",
         task="classification",
         inputs=(x,),
-        outputs=(Tensor(name="logits", dtype="float32", axes=["batch", CLASSES]),),
-        chains={"main": segments},
-        unsplit=Unsplit(parts).eval(),
+        components=[*components, unsplit],
+        chains={"main": chain},
+        steps=[Run(chain="main")],
         example=lambda rows: {"x": torch.randn(rows, WIDTH)},
     )
 

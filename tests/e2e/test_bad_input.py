@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgeexit.bundle.reader import Bundle
-from edgeexit.runtime import Policy, write_policy
+from edgeexit.runtime import Policy, Rule, write_policy
 from tests.e2e.conftest import Cli, Ran
 from tests.toys import make_inputs
 
@@ -101,7 +101,8 @@ def test_inputs_that_do_not_fit_are_named(
 def test_a_policy_of_another_bundle_is_refused(
     cli: Cli, toy_bundle: Bundle, toy_data: Path
 ) -> None:
-    write_policy(Policy(thresholds=0.5, bundle="0" * 64), cli.folder / "policy.json")
+    rules = {"forward": Rule(thresholds=0.5)}
+    write_policy(Policy(rules=rules, bundle="0" * 64), cli.folder / "policy.json")
     for verb in (["check"], ["run", "--data", toy_data]):
         ran = cli(verb[0], toy_bundle.path, *verb[1:], "--policy", "policy.json")
         assert_clear(ran, 1, "made for the bundle 000000000000", "Calibrate again")
@@ -110,12 +111,13 @@ def test_a_policy_of_another_bundle_is_refused(
 def test_thresholds_of_the_wrong_count_are_refused(
     cli: Cli, toy_bundle: Bundle, toy_data: Path
 ) -> None:
-    write_policy(Policy(thresholds=[0.5, 0.6]), cli.folder / "policy.json")
+    rules = {"forward": Rule(thresholds=[0.5, 0.6])}
+    write_policy(Policy(rules=rules), cli.folder / "policy.json")
     ran = cli("run", toy_bundle.path, "--data", toy_data, "--policy", "policy.json")
     assert_clear(ran, 1, "2 thresholds for 3 early exits")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": "9.0"}', '{"format": "1.0"}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "9.0"}', '{"format": "2.0"}'])
 def test_a_policy_that_is_none_is_refused(cli: Cli, toy_bundle: Bundle, content: str) -> None:
     (cli.folder / "policy.json").write_text(content)
     assert_clear(cli("check", toy_bundle.path, "--policy", "policy.json"), 1, "policy.json")
@@ -204,7 +206,7 @@ def test_a_trace_that_fails_leaves_nothing(cli: Cli, toy_bundle: Bundle) -> None
         (["--data", "d.npz"], 2, "--data is for ONNX"),
     ],
 )
-def test_export_refuses_what_cannot_be_meant(
+def test_export_refuses_invalid_arguments(
     bert_checkpoint: Path,
     arguments: list[str],
     code: int,
@@ -249,9 +251,9 @@ def test_a_bug_shows_its_traceback(cli: Cli, torch_model: str) -> None:
 
 def test_an_error_leaves_stdout_empty_when_json_is_asked_for(cli: Cli, toy_copy: Path) -> None:
     manifest = json.loads((toy_copy / "manifest.json").read_text())
-    manifest["format"] = "2.0"
+    manifest["format"] = "3.0"
     (toy_copy / "manifest.json").write_text(json.dumps(manifest))
-    assert_clear(cli("inspect", toy_copy, "--json"), 1, "the format is 2.0", "Install the edgeexit")
+    assert_clear(cli("inspect", toy_copy, "--json"), 1, "the format is 3.0", "Install the edgeexit")
 
 
 def test_a_prompt_for_a_model_of_one_pass_is_refused(cli: Cli, toy_bundle: Bundle) -> None:

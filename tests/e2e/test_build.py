@@ -78,10 +78,10 @@ def test_engines_are_built_signed_and_imported(
         (["--target", "sm86", "-o", "e", "--memory-limit", f"{'9' * 400}GiB"], 2, "512MiB"),
         (["--target", "sm86", "-o", "e", "--max-shapes", f"x:{'9' * 5000}x6"], 2, "digits"),
         (["--target", "sm\u00b2", "-o", "e"], 2, "not a compute capability"),
-        (["--target", "sm86", "-o", "e", "--engine-dir", "d"], 2, "name two places"),
+        (["--target", "sm86", "-o", "e", "--engine-dir", "d"], 2, "name two folders"),
         (["--import", "none", "--opt-level", "0"], 2, "--opt-level does not go with --import"),
-        (["--target", "sm86", "-o", "e", "--timing-cache", "t"], 2, "times nothing"),
-        (["--target", "sm86", "-o", "e", "--capacity", "9"], 2, "for language models"),
+        (["--target", "sm86", "-o", "e", "--timing-cache", "t"], 2, "TensorRT-RTX has none"),
+        (["--target", "sm86", "-o", "e", "--capacity", "9"], 2, "for models that write text"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_writes_nothing(

@@ -11,6 +11,8 @@ import pytest
 
 from edgeexit.bundle.reader import Bundle, open_bundle
 from tests.chats import TEMPLATES
+from tests.decoder_toys import make_decoder_toy, write_decoder_toy
+from tests.decoder_words import write_with_words
 from tests.e2e.conftest import Cli, Ran
 
 Here = Callable[..., Ran]
@@ -52,11 +54,11 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
     places = {one["where"] for one in checked.json["comparisons"]}
     assert places == {"exit_1", "exit_2", "exit_4", "exact", "unsplit"}
     shown = cli("inspect", writer, "--json").json
-    segments = shown["chains"]["main"]["segments"]
-    assert [one["cache_bytes_per_token"] for one in segments] == [256, 256, 512]
-    for one in segments:
-        assert [form["caches"] for form in one["graphs"]] == ["in-place", "fixed", "append"]
-    assert checked.json["engine"]["caches"] == "in-place"
+    components = shown["chains"]["main"]["components"]
+    assert [one["state_bytes_per_token"] for one in components] == [256, 256, 512]
+    for one in components:
+        assert [form["states"] for form in one["graphs"]] == ["in-place", "fixed", "append"]
+    assert checked.json["engine"]["states"] == "in-place"
     assert "512 B (in-place, fixed, append)" in cli("inspect", writer).out
 
 
@@ -75,10 +77,10 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     checked = cli("check", bundle, "--json")
     assert checked.code == 0 and checked.json["passed"]
     assert any("drafted by exit_2" in one["what"] for one in checked.json["comparisons"])
-    segments = cli("inspect", bundle, "--json").json["chains"]["main"]["segments"]
-    [one], [two], [last] = ([leave["adapter"] for leave in s["exits"]] for s in segments)
-    assert one is None and last is None
-    assert two["name"] == "adapter_2" and two["cache_bytes_per_token"] == 256
+    components = cli("inspect", bundle, "--json").json["chains"]["main"]["components"]
+    [one], [two], [last] = ([e["path"] for e in c["exits"]] for c in components)
+    assert len(one) == len(last) == 1
+    assert two[0]["name"] == "adapter_2" and two[0]["state_bytes_per_token"] == 256
     shown = cli("inspect", bundle)
     assert "exit_2 has an adapter" in shown.out and "256 B a token" in shown.out
     ran = cli(
@@ -169,16 +171,16 @@ def test_files_that_hold_no_conversation_are_named(
         (("--prompt", "x", "--messages", "x.json"), "one kind of input"),
         (("--prompt", "x", "--system-prompt", "y"), "--system-prompt is for conversations"),
         (("--messages", "x.json", "--system-prompt", "y"), "brings its own messages"),
-        (("--text", "x", "--chat"), "--chat is for text that is written"),
-        (("--text", "x", "--capacity", "50"), "--capacity is for text that is written"),
-        (("--prompt", "x", "--capacity", "100000"), "capacity 100000 cannot be had"),
-        (("--text", "x", "--chat-template", "y"), "--chat-template is for text"),
+        (("--text", "x", "--chat"), "--chat is for models that write text"),
+        (("--text", "x", "--capacity", "50"), "--capacity is for models that write text"),
+        (("--prompt", "x", "--capacity", "100000"), "capacity 100000 is out of range"),
+        (("--text", "x", "--chat-template", "y"), "--chat-template is for models that write text"),
         (("--prompt", "x", "--chat", "--chat-template", "rag"), "no chat template 'rag'"),
         (("--prompt", "x", "--chat", "--chat-template-kwargs", "[]"), "not a JSON object"),
         (("--prompt", "x", "--chat", "--chat-template-kwargs", "{"), "not a JSON object"),
     ],
 )
-def test_chats_that_cannot_be_meant_are_wrong_usage(
+def test_invalid_arguments_of_chats_are_wrong_usage(
     cli: Cli, chat_bundle: Bundle, arguments: tuple[str, ...], message: str
 ) -> None:
     ran = cli("run", chat_bundle.path, *arguments)
@@ -219,18 +221,12 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
         (("--text", "x"), "writes text. Give --prompt or --messages"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_invalid_arguments_are_refused(
     cli: Cli, writer: Path, arguments: tuple[str | bytes, ...], message: str
 ) -> None:
     ran = cli("run", writer, *map(os.fsdecode, arguments))
     assert ran.code in (1, 2) and message in ran.err
     assert "Traceback" not in ran.err and ran.out == ""
-
-
-def test_trace_takes_no_language_model_and_says_so(cli: Cli, writer: Path, tmp_path: Path) -> None:
-    ran = cli("trace", writer, "--data", "x.npz", "-o", tmp_path / "t.npz")
-    assert ran.code in (1, 2) and "Traceback" not in ran.err
-    assert "language model" in ran.err or "writes text" in ran.err
 
 
 def test_an_audit_is_told_as_json(cli: Cli, writer: Path) -> None:
@@ -251,3 +247,66 @@ def test_bench_tells_prefill_and_decode_of_every_mode(
     assert (tmp_path / "bench.json").is_file()
     refused = cli("bench", writer, *quick, "--mode", "throughput")
     assert refused.code == 2 and "language model" in refused.err
+
+
+def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> None:
+    texts = ["def f(x): return x", "import os", "for line in lines: print(line)"]
+    (cli.folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    traced = cli("trace", writer, "--data", "texts.jsonl", "-o", "trace.npz", "--json")
+    assert traced.code == 0, traced.err
+    assert (traced.json["chain"], traced.json["texts"]) == ("main", 3)
+    assert traced.json["rows"] == sum(map(len, texts))  # its tokens are bytes
+    shown = cli("trace", writer, "--data", "texts.jsonl", "--batch-size", 2, "-o", "trace.npz")
+    assert f"{traced.json['rows']} tokens of 3 texts, 3 exits" in shown.out
+    options = ("--max-risk", "60%", "-o", "policy.json")
+    calibrated = cli("calibrate", "trace.npz", *options, "--json")
+    assert calibrated.code == 0, calibrated.err
+    assert calibrated.json["calibration"]["texts"] == 3
+    assert calibrated.json["exits"][0]["accuracy"] is not None
+    assert "Of 3 texts, " in cli("calibrate", "trace.npz", *options, "--per-exit").out
+    checked = cli("check", writer, "--policy", "policy.json")
+    assert checked.code == 0, checked.err
+    fast = ("--mode", "fast", "--policy", "policy.json", "--max-new-tokens", "12", "--json")
+    ran = cli("run", writer, "--prompt", "def f(", *fast)
+    assert ran.code == 0, ran.err
+    assert set(ran.json["statistics"]["exits"]) <= {"exit_1", "exit_2", "exit_4"}
+
+
+def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Path) -> None:
+    bundle = write_with_words(make_decoder_toy(encoder=True), tmp_path / "bundle").path
+    ran = cli("run", bundle, "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 4, "--json")
+    assert ran.code == 0, ran.err
+    assert [text["prompt"] for text in ran.json["texts"]] == ["w5 w6", "w7"]
+    assert ran.json["statistics"]["earlier"] == {"encoder": ["encoder_3"] * 2}
+    shown = cli("run", bundle, "--prompt", "w5 w6", "--max-new-tokens", 4)
+    assert not shown.out.startswith("w5 w6") and "encoder: encoder_3" in shown.err
+    exact = cli("run", bundle, "--prompt", "w5 w6", "--max-new-tokens", 4, "--mode", "exact")
+    assert exact.out == shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("run", "--data", "x.npz"), "writes text. Give --prompt or --messages"),
+        (("run", "--prompt", b"\xff"), "cannot encode one of the texts"),
+        (("trace", "--data", "x.npz", "-o", "t.npz"), "x.npz does not exist"),
+        (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "side"), "no chain 'side'"),
+        (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "encoder"), "gives no logits"),
+        (("trace", "--data", "x.jsonl", "-o", "t.npz"), "line 1: there is no 'target'"),
+    ],
+)
+def test_invalid_arguments_for_an_encoder_and_a_decoder_are_refused(
+    cli: Cli, tmp_path: Path, arguments: tuple[str | bytes, ...], message: str
+) -> None:
+    bundle = write_with_words(make_decoder_toy(encoder=True), tmp_path / "bundle").path
+    target = {} if "target" in message else {"target": [5, 6]}
+    (cli.folder / "x.jsonl").write_text(json.dumps({"tokens": [5, 6]} | target))
+    ran = cli(arguments[0], bundle, *map(os.fsdecode, arguments[1:]))
+    assert ran.code in (1, 2) and message in ran.err
+    assert "Traceback" not in ran.err and ran.out == ""
+
+
+def test_a_prompt_needs_a_tokenizer(cli: Cli, tmp_path: Path) -> None:
+    bundle = write_decoder_toy(make_decoder_toy(), tmp_path / "bundle").path
+    ran = cli("run", bundle, "--prompt", "x")
+    assert ran.code == 1 and "no tokenizer" in ran.err and "Traceback" not in ran.err

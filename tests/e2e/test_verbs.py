@@ -56,7 +56,7 @@ def test_inspect_tells_what_is_in_a_bundle(cli: Cli, bert_bundle: Bundle) -> Non
     assert shown.err == ""
     found = cli("inspect", bert_bundle.path, "--axis", "seq=7", "--json").json
     assert found["digest"] == bert_bundle.digest
-    boundary = found["chains"]["main"]["segments"][0]["boundary"]
+    boundary = found["chains"]["main"]["components"][0]["boundary"]
     assert sum(tensor["bytes"] for tensor in boundary) == 7 * 33 * 4
 
 
@@ -109,7 +109,7 @@ def test_calibrate_shows_the_curve_and_marks_its_choice(
     assert any(line.split()[:2] == ["never", "0.00"] for line in lines)
     assert "Measured, not certified." in lines[-1]
     policy = json.loads((cli.folder / "policy.json").read_text())
-    assert list(policy["thresholds"]) == ["exit_1", "exit_2", "exit_3"]
+    assert list(policy["rules"]["forward"]["thresholds"]) == ["exit_1", "exit_2", "exit_3"]
 
 
 def test_run_answers_texts_with_their_labels(cli: Cli, bert_bundle: Bundle) -> None:
@@ -205,8 +205,9 @@ def test_export_reads_a_model_of_the_users_own(cli: Cli, torch_model: str) -> No
     ran = cli("export", "-m", torch_model, "-o", "bundle", "--dtype", "fp16")
     assert ran.code == 0, ran.err
     bundle = open_bundle(cli.folder / "bundle")
-    assert [leave.name for leave in bundle.exits()] == ["exit_0", "exit_1", "exit_2"]
-    assert bundle.manifest.unsplit[0].precision == "float16"
+    exits = bundle.manifest.chains["main"].exits
+    assert [exit_.name for exit_ in exits] == ["exit_0", "exit_1", "exit_2"]
+    assert bundle.manifest.components["unsplit"].variants[0].precision == "float16"
     again = cli("export", "-m", torch_model, "-o", "bundle")
     assert again.code == 2
     assert "bundle exists. Choose another -o, or add --overwrite." in again.err

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure.data import open_data
-from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+from edgeexit.runtime.build.build import build_engines
 from edgeexit.runtime.build.profiles import Asked
+from edgeexit.runtime.build.work_list import sample_sizes, work_of
 from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
-from edgeexit.runtime.executor.session import Form
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [86, 89, 120]
@@ -47,30 +48,17 @@ def examples(once: Callable[[str, Callable[[Path], object]], Path]) -> Examples:
 
 
 def _export(name: str, dtype: str, folder: Path) -> None:
-    from edgeexit.export import (
-        DecodeModel,
-        export_decoder,
-        export_int8,
-        export_int8_decoder,
-        export_model,
-    )
+    from edgeexit.export import export
     from edgeexit.export.pretrained import from_pretrained
 
-    model = from_pretrained(ROOT / "examples" / name / "checkpoint").exit_model()
-    if isinstance(model, DecodeModel):
-        if dtype == "int8":
-            export_int8_decoder(model, folder, calibration=lambda bundle: _texts())
-        else:
-            export_decoder(model, folder, dtype=dtype)
-    elif dtype == "int8":
+    def data(bundle: Bundle) -> Any:
+        if bundle.manifest.decoding is not None:
+            return ({"tokens": text[None]} for text in _texts())
         source = f"{ROOT}/examples/digits/data.py:validation"
+        return (batch.inputs for batch in open_data(source, bundle).batches(8))
 
-        def rows(bundle: Bundle) -> Any:
-            return (batch.inputs for batch in open_data(source, bundle).batches(8))
-
-        export_int8(model, folder, calibration=rows)
-    else:
-        export_model(model, folder, dtype=dtype)
+    model = from_pretrained(ROOT / "examples" / name / "checkpoint").split_model()
+    export(model, folder, dtype=dtype, calibration=data if dtype == "int8" else None)
 
 
 def _texts() -> list[np.ndarray]:
@@ -83,7 +71,7 @@ def _texts() -> list[np.ndarray]:
 
 
 def _build(
-    bundle: Bundle, rtx: Library, target: int, root: Path, form: Form | None = None
+    bundle: Bundle, rtx: Library, target: int, root: Path, form: StateForm | None = None
 ) -> EngineSet:
     """Builds everything that a bundle has: segments, heads and projections; for the first target
     unsplit, too."""
@@ -142,7 +130,7 @@ def test_digits(
 )
 def test_codelm(
     dtype: str,
-    form: Form,
+    form: StateForm,
     kind: str,
     target: int,
     examples: Examples,

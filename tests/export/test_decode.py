@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -17,15 +18,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from edgeexit.bundle.manifest import Call, Component, TokenState
 from edgeexit.bundle.onnx_wire import fix_axes
 from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
 from edgeexit.errors import BundleError, EdgeExitError, ExportError, UsageError
-from edgeexit.export import DecodeModel, export_decoder
-from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export import SplitModel, export
+from edgeexit.export.exits.decoder import POSITIONS, ExitDecoder
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.export.trace.attention import Heads, forms
-from edgeexit.export.trace.half import decoder_to_half
-from edgeexit.export.write_decode import graph_of_form
+from edgeexit.export.trace.component_graphs import graph_of_form
+from edgeexit.export.trace.half import to_half
 from tests.decoders import (
     ADAPTERS,
     EXITS,
@@ -39,6 +41,15 @@ from tests.decoders import (
 )
 
 Families = Callable[[str], Path]
+
+
+def segments(bundle: Bundle) -> list[Component]:
+    chain = bundle.manifest.chains["main"]
+    return [bundle.manifest.components[name] for name in chain.components]
+
+
+def states(component: Component) -> list[TokenState]:
+    return [state for state in component.states if isinstance(state, TokenState)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +74,8 @@ def test_every_weight_is_stored_once(
     parameters = 4 * sum(p.numel() for p in decoder.model.parameters())
     assert bundle.weights_bytes <= parameters + rotary + 4096 * (LAYERS * 4 + 8)
     opened = open_bundle(bundle.path, verify="full")
-    assert [leave.name for leave in opened.exits()] == ["exit_1", "exit_2", f"exit_{LAYERS}"]
+    exits = [exit_.name for exit_ in opened.manifest.chains["main"].exits]
+    assert exits == ["exit_1", "exit_2", f"exit_{LAYERS}"]
     assert opened.manifest.tokenizer is not None
 
 
@@ -73,15 +85,15 @@ def test_the_plain_form_takes_caches_of_any_length(
 ) -> None:
     """Tokens in two runs, rows with caches of unlike length, give what one run gives."""
     bundle = decoder_bundle(family)
-    (chain,) = bundle.manifest.chains.values()
-    segment = chain.segments[0]
+    segment = segments(bundle)[0]
+    own = states(segment)
     session = ort.InferenceSession(str(bundle.file(segment.variants[-1].graph)))
     rng = np.random.default_rng(0)
     width = segment.inputs[0].axes[-1]
     state = rng.normal(size=(2, 7, width)).astype(np.float32)  # type: ignore[arg-type]
     capacity = 12
-    shape = (2, segment.caches[0].axes[1], capacity, segment.caches[0].axes[3])
-    empty = {cache.past: np.full(shape, 7.0, np.float32) for cache in segment.caches}
+    shape = (2, own[0].axes[1], capacity, own[0].axes[3])
+    empty = {one.past: np.full(shape, 7.0, np.float32) for one in own}
 
     def run(x: np.ndarray, past: dict[str, np.ndarray], lengths: list[int]) -> list[np.ndarray]:
         places = np.array(lengths)[:, None] + np.arange(x.shape[1])
@@ -90,12 +102,12 @@ def test_the_plain_form_takes_caches_of_any_length(
 
     whole = run(state, empty, [0, 0])
     first = run(state[:, :4], empty, [0, 0])
-    caches = {name: value.copy() for name, value in empty.items()}
-    for cache, made in zip(segment.caches, first[1:], strict=True):
-        caches[cache.past][:, :, :4] = made
+    kept = {name: value.copy() for name, value in empty.items()}
+    for one, made in zip(own, first[1:], strict=True):
+        kept[one.past][:, :, :4] = made
     # Row 1 forgets its last token: it goes on from three, with the fourth token again.
     shifted = np.stack([state[0, 4:7], state[1, 3:6]])
-    second = run(shifted, caches, [4, 3])
+    second = run(shifted, kept, [4, 3])
     np.testing.assert_allclose(second[0][0], whole[0][0, 4:7], atol=1e-4)
     np.testing.assert_allclose(second[0][1], whole[0][1, 3:6], atol=1e-4)
 
@@ -108,15 +120,15 @@ def test_the_fixed_form_may_write_into_the_cache_it_reads(
     form gives but for rounding: several new tokens behind pasts of unlike length, and whatever lay
     beyond them."""
     bundle = decoder_bundle(family)
-    (chain,) = bundle.manifest.chains.values()
-    segment = chain.segments[-1]
+    segment = segments(bundle)[-1]
+    own = states(segment)
     fixed, plain = (
-        next(one for one in segment.variants if one.caches == form) for form in ("fixed", "append")
+        next(one for one in segment.variants if one.states == form) for form in ("fixed", "append")
     )
     opened = ort.InferenceSession(str(bundle.file(fixed.graph)))
     other = ort.InferenceSession(str(bundle.file(plain.graph)))
     rng = np.random.default_rng(0)
-    _, heads, _, size = segment.caches[0].axes
+    _, heads, _, size = own[0].axes
     width = segment.inputs[0].axes[-1]
     assert isinstance(width, int) and isinstance(heads, int) and isinstance(size, int)
     for rows, new, capacity, lengths in [
@@ -133,7 +145,7 @@ def test_the_fixed_form_may_write_into_the_cache_it_reads(
             "lengths/past": filled,
         }
         shape = (rows, heads, capacity, size)
-        past = {c.past: rng.normal(size=shape).astype(np.float32) for c in segment.caches}
+        past = {s.past: rng.normal(size=shape).astype(np.float32) for s in own}
         kept = {name: value.copy() for name, value in past.items()}
         expected = opened.run(None, feeds | past)
         for name, value in past.items():
@@ -143,23 +155,21 @@ def test_the_fixed_form_may_write_into_the_cache_it_reads(
         state = opened.get_outputs()[0].name
         for name, value in (feeds | past).items():
             binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-        for cache in segment.caches:
-            value = past[cache.past]
-            binding.bind_output(
-                cache.present, "cpu", 0, value.dtype, value.shape, value.ctypes.data
-            )
+        for one in own:
+            value = past[one.past]
+            binding.bind_output(one.present, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         binding.bind_output(state, "cpu", 0, made.dtype, made.shape, made.ctypes.data)
         opened.run_with_iobinding(binding)
         np.testing.assert_array_equal(made, expected[0])
-        for cache, present in zip(segment.caches, expected[1:], strict=True):
-            np.testing.assert_array_equal(past[cache.past], present)
+        for one, present in zip(own, expected[1:], strict=True):
+            np.testing.assert_array_equal(past[one.past], present)
         appended = other.run(None, feeds | kept)
         np.testing.assert_allclose(appended[0], made, atol=1e-4)
-        for cache, rest in zip(segment.caches, appended[1:], strict=True):
-            right = kept[cache.past]
+        for one, rest in zip(own, appended[1:], strict=True):
+            right = kept[one.past]
             for row, length in enumerate(lengths):
                 right[row, :, length : length + new] = rest[row]
-            np.testing.assert_allclose(past[cache.past], right, atol=1e-4)
+            np.testing.assert_allclose(past[one.past], right, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,17 +177,17 @@ def test_the_fixed_form_is_of_standard_operators_and_the_others_stay_at_opset_20
     family: str, decoder_bundle: Callable[[str], Bundle]
 ) -> None:
     manifest = decoder_bundle(family).manifest
-    (chain,) = manifest.chains.values()
-    for variants in [manifest.unsplit, *(segment.variants for segment in chain.segments)]:
-        assert [one.caches for one in variants] == ["in-place", "fixed", "append"]
+    names = ["unsplit", *manifest.chains["main"].components]
+    for variants in [manifest.components[name].variants for name in names]:
+        assert [one.states for one in variants] == ["in-place", "fixed", "append"]
         for one in variants:
             path = decoder_bundle(family).file(one.graph)
             model = onnx.load(path, load_external_data=False)
             opsets = {entry.domain: entry.version for entry in model.opset_import}
             domains = {node.domain for node in model.graph.node}
             assert model.ir_version == 10
-            assert opsets[""] == (24 if one.caches == "fixed" else 20)
-            assert domains == ({"", "com.microsoft"} if one.caches == "in-place" else {""})
+            assert opsets[""] == (24 if one.states == "fixed" else 20)
+            assert domains == ({"", "com.microsoft"} if one.states == "in-place" else {""})
             named = {a.dim_param for v in model.graph.input for a in v.type.tensor_type.shape.dim}
             assert {"batch", "new", "past"} <= named
         onnx.checker.check_model(str(decoder_bundle(family).file(variants[1].graph)))
@@ -188,7 +198,7 @@ def test_onnxruntimes_own_form_has_its_own_norms_and_one_matrix_before_attention
     family: str, decoder_bundle: Callable[[str], Bundle]
 ) -> None:
     bundle = decoder_bundle(family)
-    path = bundle.file(bundle.manifest.unsplit[0].graph)
+    path = bundle.file(bundle.manifest.components["unsplit"].variants[0].graph)
     nodes = onnx.load(path, load_external_data=False).graph.node
     makes = {name: node for node in nodes for name in node.output}
     kinds = Counter(node.op_type for node in nodes)
@@ -217,13 +227,11 @@ def test_tensorrt_builds_the_fixed_form_once_its_capacity_is_a_number(
     family: str, dtype: str, decoder_folder: Families
 ) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    model = from_pretrained(decoder_folder(family), exits=[2]).exit_model()
-    assert isinstance(model, DecodeModel)
-    half = decoder_to_half(model, getattr(torch, dtype))
-    part = half.segments[0]
-    form = next(one for one in part.forms if one.caches == "fixed")
+    model = from_pretrained(decoder_folder(family), exits=[2]).split_model()
+    segment = to_half(model, getattr(torch, dtype)).component("segment_0")
+    form = next(one for one in segment.forms if one.states == "fixed")
     assert set(form.requires) == {"opset-24", "cache-update"}
-    raw = ir.to_proto(graph_of_form(part, form, 20)).SerializeToString()
+    raw = ir.to_proto(graph_of_form(segment, form)).SerializeToString()
     assert _tensorrt_plan(trt, raw) is None, "an open capacity is not refused any more"
     assert _tensorrt_plan(trt, fix_axes(raw, {"past": 64})) is not None
 
@@ -346,10 +354,10 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "exits.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(ExportError, match=r"exits\.safetensors: does not hold the adapters"):
+    with pytest.raises(ExportError, match=r"exits\.safetensors: does not fit the model"):
         from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(ExportError, match=r"exits\.safetensors: does not hold the adapters"):
+    with pytest.raises(ExportError, match=r"exits\.safetensors: does not fit the model"):
         from_pretrained(tmp_path)
     config = tmp_path / "edgeexit.json"
     config.write_text('{"format": 1, "exits": [1, 2], "adapters": {"1": 0}}')
@@ -357,7 +365,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_a_bundle_with_adapters_stores_the_projection_once_and_says_what_it_needs(
+def test_a_bundle_with_adapters_stores_the_projection_once(
     adapted_bundle: Callable[[str], Bundle],
 ) -> None:
     decoder = make_adapted("llama")
@@ -366,51 +374,48 @@ def test_a_bundle_with_adapters_stores_the_projection_once_and_says_what_it_need
     parameters = 4 * sum(p.numel() for p in decoder.parameters())
     assert bundle.weights_bytes <= parameters + rotary + 4096 * ((LAYERS + 3) * 6 + 8)
     manifest = open_bundle(bundle.path, verify="full").manifest
-    assert manifest.requires == ["decode", "adapters"]
-    assert [leave.adapter for leave in bundle.exits()] == ["adapter_1", "adapter_2", None]
-    assert [len(manifest.heads[f"adapter_{n}"].caches) for n in ADAPTERS] == [2, 4]
-    for name in ("adapter_1", "adapter_2"):
-        assert [v.caches for v in manifest.heads[name].variants] == ["in-place", "fixed", "append"]
+    paths = [[call.component for call in e.path] for e in manifest.chains["main"].exits]
+    assert paths == [["adapter_1", "head"], ["adapter_2", "head"], ["head"]]
+    adapters = [manifest.components[f"adapter_{n}"] for n in ADAPTERS]
+    assert [len(one.states) for one in adapters] == [2, 4]
+    for one in adapters:
+        assert [v.states for v in one.variants] == ["in-place", "fixed", "append"]
 
 
-def test_a_bundle_without_adapters_can_be_read_by_who_does_not_know_them(
-    decoder_bundle: Callable[[str], Bundle],
-) -> None:
-    manifest = decoder_bundle("llama").manifest
-    assert manifest.requires == ["decode"]
-    assert list(manifest.heads) == ["head"]
+def _paths(raw: Any) -> list[Any]:
+    return [exit_["path"] for exit_ in raw["chains"]["main"]["exits"]]
 
 
 def _unknown(raw: Any) -> None:
-    raw["chains"]["main"]["segments"][0]["exits"][0]["adapter"] = "adapter_9"
+    _paths(raw)[0][0]["component"] = "adapter_9"
 
 
 def _of_another(raw: Any) -> None:
-    raw["chains"]["main"]["segments"][0]["exits"][0]["adapter"] = "adapter_2"
+    first, second, _ = _paths(raw)
+    first[0], second[0] = second[0], first[0]
 
 
 def _headless(raw: Any) -> None:
-    leave = raw["chains"]["main"]["segments"][0]["exits"][0]
-    del leave["head"]
-    leave |= {"action": "drop", "outputs": {}, "scores": {}}
+    del _paths(raw)[0][1]
 
 
 def _at_the_end(raw: Any) -> None:
-    raw["chains"]["main"]["segments"][-1]["exits"][0]["adapter"] = "adapter_1"
+    first, _, last = _paths(raw)
+    last[:] = [{"component": "adapter_1", "inputs": {"state_1": "state_4"}}, first[1]]
 
 
 def _of_another_width(raw: Any) -> None:
-    raw["heads"]["adapter_1"]["outputs"][0]["axes"][-1] = 32
+    raw["components"]["adapter_1"]["outputs"][0]["axes"][-1] = 32
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (_unknown, "adapter_9, which is not there"),
-        (_of_another, "adapter_2 does not map state_1"),
-        (_headless, "no head behind it"),
-        (_at_the_end, "exit_4 has an adapter, but it answers as the model"),
-        (_of_another_width, "adapter_1 does not map state_1"),
+        (_unknown, "there is no component adapter_9"),
+        (_of_another, "exit_1, adapter_2 takes state_2"),
+        (_headless, "exit_1 names logits, which is no output of adapter_1"),
+        (_at_the_end, "exit_4 has an adapter, but it answers as"),
+        (_of_another_width, "head takes state .* but adapted_1 float32"),
     ],
 )
 def test_a_manifest_whose_adapters_do_not_fit_is_refused(
@@ -429,15 +434,64 @@ def test_a_manifest_whose_adapters_do_not_fit_is_refused(
         open_bundle(copy)
 
 
-def test_a_contract_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    model = make_adapted("llama").exit_model()
-    first, second, last = model.segments
-    behind = dataclasses.replace(last, adapter=first.adapter)
-    twice = dataclasses.replace(second, adapter=first.adapter)
-    for segments, message in (
-        ([first, second, behind], "last segment has an adapter"),
-        ([first, twice, last], "two parts named adapter_1"),
-    ):
-        with pytest.raises(ExportError, match=message):
-            export_decoder(dataclasses.replace(model, segments=segments), tmp_path / "bundle")
+def _adapted_at_the_end(model: SplitModel) -> SplitModel:
+    chain = model.chains["main"]
+    last = msgspec.structs.replace(chain.exits[-1], path=chain.exits[0].path)
+    return _with(model, exits=[*chain.exits[:-1], last])
+
+
+def _one_name_for_two(model: SplitModel) -> SplitModel:
+    return dataclasses.replace(model, components=[*model.components, model.component("adapter_1")])
+
+
+def _nowhere(model: SplitModel) -> SplitModel:
+    chain = model.chains["main"]
+    lost = msgspec.structs.replace(chain.exits[0], path=[Call(component="adapter_3")])
+    return _with(model, exits=[lost, *chain.exits[1:]])
+
+
+def _without_exits(model: SplitModel) -> SplitModel:
+    return _with(model, exits=[])
+
+
+def _open_end(model: SplitModel) -> SplitModel:
+    return _with(model, exits=model.chains["main"].exits[:-1])
+
+
+def _unmade(model: SplitModel) -> SplitModel:
+    state = msgspec.structs.replace(model.component("segment_1").inputs[0], name="gone")
+    changed = dataclasses.replace(model.component("segment_1"), inputs=(state, POSITIONS))
+    others = [one for one in model.components if one.name != changed.name]
+    return dataclasses.replace(model, components=[*others, changed])
+
+
+def _of_an_unknown_axis(model: SplitModel) -> SplitModel:
+    state = msgspec.structs.replace(model.component("adapter_1").outputs[0], axes=["rows", 64])
+    changed = dataclasses.replace(model.component("adapter_1"), outputs=(state,))
+    others = [one for one in model.components if one.name != changed.name]
+    return dataclasses.replace(model, components=[*others, changed])
+
+
+def _with(model: SplitModel, **changes: Any) -> SplitModel:
+    chain = msgspec.structs.replace(model.chains["main"], **changes)
+    return dataclasses.replace(model, chains={"main": chain})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_adapted_at_the_end, "exit_4 has an adapter, but it answers as"),
+        (_one_name_for_two, "two components named adapter_1"),
+        (_nowhere, "there is no component adapter_3"),
+        (_without_exits, "the model has no exits"),
+        (_open_end, "chain main does not end with an exit"),
+        (_unmade, "segment_1 takes gone, which nothing before it makes"),
+        (_of_an_unknown_axis, "adapted_1 has the axis 'rows', which no input"),
+    ],
+)
+def test_a_contract_that_cannot_be_exported_is_refused(
+    tmp_path: Path, change: Callable[[SplitModel], SplitModel], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(change(make_adapted("llama").split_model()), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

@@ -23,7 +23,7 @@ from edgeexit.export.families.resnet import stage_ends
 from edgeexit.export.preprocessing import image_preprocessing
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.preprocess import TextSource, encode_texts, preprocess_images
-from edgeexit.runtime import Policy, load, load_unsplit
+from edgeexit.runtime import Rule, load
 from tests.checkpoints import (
     EXITS,
     FAMILIES,
@@ -86,7 +86,7 @@ def test_padding_does_not_change_answers_when_masked(
 
 def test_bundle_equals_torch_at_every_exit(exported: tuple[ExitClassifier, Bundle]) -> None:
     classifier, bundle = exported
-    with load(bundle) as model, load_unsplit(bundle) as unsplit:
+    with load(bundle) as model, load(bundle, unsplit=True) as unsplit:
         for inputs in (classifier.trunk.example(4), other_inputs(classifier, 1)):
             feeds = {name: value.numpy() for name, value in inputs.items()}
             expected = answers(classifier, inputs)
@@ -117,7 +117,7 @@ def test_bundle_rows_leave_at_the_exit_their_score_says(
     expected = answers(classifier, inputs)
     first = torch.from_numpy(expected[0]).softmax(-1).max(-1).values.numpy()
     threshold = float(np.sort(first)[2:4].mean())
-    policy = Policy(thresholds=[threshold] + [np.inf] * (len(expected) - 2))
+    policy = Rule(thresholds=[threshold] + [np.inf] * (len(expected) - 2))
     with load(bundle, policy=policy) as model:
         result = model({name: value.numpy() for name, value in inputs.items()})
     leaves = np.where(first >= threshold, 0, len(expected) - 1)

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.policy import OUT_OF_REACH
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.check import check
-from edgeexit.measure.check_decode import check_decoder
-from edgeexit.runtime import Policy, load, load_decoder
-from edgeexit.runtime.executor.session import Form
+from edgeexit.runtime import Rule, load
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -31,23 +30,22 @@ pytestmark = [
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The digits example."""
-    from edgeexit.export import export_model
+    from edgeexit.export import export
     from edgeexit.export.pretrained import from_pretrained
 
-    model = from_pretrained(ROOT / "examples/digits/checkpoint").exit_model()
-    return export_model(model, tmp_path_factory.mktemp("digits") / "bundle", dtype=request.param)
+    model = from_pretrained(ROOT / "examples/digits/checkpoint").split_model()
+    return export(model, tmp_path_factory.mktemp("digits") / "bundle", dtype=request.param)
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def codelm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The codelm example."""
-    from edgeexit.export import DecodeModel, export_decoder
+    from edgeexit.export import export
     from edgeexit.export.pretrained import from_pretrained
 
-    model = from_pretrained(ROOT / "examples/codelm/checkpoint").exit_model()
-    assert isinstance(model, DecodeModel)
+    model = from_pretrained(ROOT / "examples/codelm/checkpoint").split_model()
     folder = tmp_path_factory.mktemp("codelm") / "bundle"
-    return export_decoder(model, folder, dtype=request.param)
+    return export(model, folder, dtype=request.param)
 
 
 @pytest.fixture(scope="module", params=["cuda", "tensorrt"])
@@ -71,9 +69,10 @@ def _require_cuda_provider() -> None:
         pytest.skip("this onnxruntime has no CUDA provider")
 
 
-def _build(bundle: Bundle, root: Path, form: Form | None = None) -> None:
-    from edgeexit.runtime.build.build import build_engines, sample_sizes, work_of
+def _build(bundle: Bundle, root: Path, form: StateForm | None = None) -> None:
+    from edgeexit.runtime.build.build import build_engines
     from edgeexit.runtime.build.profiles import Asked
+    from edgeexit.runtime.build.work_list import sample_sizes, work_of
     from edgeexit.runtime.engines.cuda.driver import describe_device
     from edgeexit.runtime.engines.tensorrt.library import DESKTOP_TARGETS, find_library
 
@@ -98,7 +97,7 @@ def test_every_exit_of_digits_answers_as_torch(digits: Bundle, engine: str) -> N
 def test_rows_leave_one_by_one_and_keep_their_order(digits: Bundle, engine: str) -> None:
     inputs = {"pixel_values": np.random.default_rng(0).normal(size=(32, 1, 8, 8))}
     inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
-    policy = Policy(score="max_prob", thresholds=0.5)
+    policy = Rule(score="max_prob", thresholds=0.5)
     with load(digits, engine, policy=policy) as model, load(digits, "cpu", policy=policy) as host:
         ours, theirs = model(inputs), host(inputs)
     assert len(set(theirs.exits.tolist())) > 1
@@ -112,7 +111,7 @@ def test_a_warm_call_takes_no_memory_and_fetches_scores_and_answers_only(
     digits: Bundle, engine: str
 ) -> None:
     inputs = {"pixel_values": np.zeros((8, 1, 8, 8), np.float32)}
-    with load(digits, engine, policy=Policy(score="max_prob", thresholds=OUT_OF_REACH)) as model:
+    with load(digits, engine, policy=Rule(score="max_prob", thresholds=OUT_OF_REACH)) as model:
         model(inputs)
         assert model.device_counts is not None
         before = dataclasses.replace(model.device_counts)
@@ -125,17 +124,17 @@ def test_a_warm_call_takes_no_memory_and_fetches_scores_and_answers_only(
 
 def test_codelm_writes_as_torch_on_the_cuda_provider(codelm: Bundle) -> None:
     _require_cuda_provider()
-    with load_decoder(codelm, "cuda") as decoder:
-        check_decoder(decoder).require()
+    with load(codelm, "cuda") as decoder:
+        check(decoder).require()
 
 
 @pytest.mark.parametrize("form", ["fixed", "append"])
 def test_codelm_writes_as_torch_on_tensorrt(
-    codelm: Bundle, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codelm: Bundle, form: StateForm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if form == "fixed" and codelm.manifest.unsplit[-1].precision == "float32":
         pytest.skip("TensorRT writes caches in place in half precision only")
     monkeypatch.setenv("EDGEEXIT_ENGINE_DIR", str(tmp_path))
     _build(codelm, tmp_path, form)
-    with load_decoder(codelm, "tensorrt", caches=form) as decoder:
-        check_decoder(decoder).require()
+    with load(codelm, "tensorrt", states=form) as decoder:
+        check(decoder).require()

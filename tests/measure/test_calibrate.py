@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -20,8 +21,8 @@ from edgeexit.measure.calibrate import (
     losses,
     sweep,
 )
-from edgeexit.measure.trace import Trace, replay
-from edgeexit.runtime import Policy
+from edgeexit.measure.trace import NO_LABEL, Trace, replay
+from edgeexit.runtime import Rule
 
 
 def make_trace(
@@ -77,7 +78,7 @@ def test_sweep_equals_replay_at_every_distinct_score(trace: Trace, risk: str, na
     ms = np.cumsum(np.median(trace.times_ms, axis=0)) / 2
     early = trace.scores["max_prob"][:-1]
     for threshold in np.append(np.unique(early[np.isfinite(early)]), np.inf):
-        taken = replay(trace, Policy(thresholds=float(threshold)))
+        taken = replay(trace, Rule(thresholds=float(threshold)))
         # The curve is constant between its points: the strictest point not stricter than this one.
         point = int(np.flatnonzero(curve.thresholds >= threshold)[-1])
         share = np.bincount(taken, minlength=len(trace.exits)) / trace.rows
@@ -198,3 +199,41 @@ def test_default_score_is_refused_when_the_trace_has_no_such() -> None:
     assert default_score(trace, None) == "max_prob"
     with pytest.raises(UsageError, match="--score energy"):
         default_score(trace, "energy")
+
+
+def test_risks_of_texts_are_reported_when_rows_are_tokens() -> None:
+    trace = make_trace(rows=10, exits=2, labels=False)
+    trace.predictions[:] = 0
+    trace.predictions[0][[0, 1, 4]] = 1
+    trace.scores["max_prob"][:] = 0.5
+    groups = np.array([7, 7, 7, 7, 2, 2, 2, 2, 5, 5])
+    policy, _, _ = calibrate(
+        dataclasses.replace(trace, groups=groups), max_risk=0.3, score="max_prob"
+    )
+    assert policy.calibration["measured_risk"] == pytest.approx(0.3)
+    assert policy.calibration["texts"] == 3
+    assert policy.calibration["risk_of_texts"] == {
+        "mean": pytest.approx((0.5 + 0.25 + 0) / 3),
+        "largest": 0.5,
+        "share_without_loss": pytest.approx(1 / 3),
+    }
+
+
+def test_tokens_without_a_label_do_not_count_for_what_needs_labels() -> None:
+    trace = make_trace(rows=10, exits=2)
+    trace.labels[:] = [0, 0, 0, 0, NO_LABEL, 0, 0, 0, 0, NO_LABEL]
+    trace.predictions[1] = 0
+    trace.predictions[0] = [1, 1, 0, 0, 1, 0, 0, 0, 0, 1]
+    trace.scores["max_prob"][:] = 0.5
+    trace = dataclasses.replace(trace, groups=np.repeat([0, 1], 5))
+    policy, _, _ = calibrate(trace, max_risk=0.25, score="max_prob", risk="performance")
+    assert policy.calibration["n"] == 8
+    assert policy.calibration["measured_risk"] == 0.25
+    assert figures(trace, "max_prob")[0].accuracy == 0.75
+
+
+def test_other_chains_with_exits_get_a_rule_that_never_stops() -> None:
+    trace = dataclasses.replace(make_trace(), chain="decoder", other_chains=("encoder",))
+    policy, _, _ = calibrate(trace, max_risk=0.5, score="max_prob")
+    assert policy.rules["encoder"] == Rule()
+    assert policy.rules["decoder"].thresholds < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,30 +13,37 @@ import pytest
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import BundleError, CheckError, PolicyError
-from edgeexit.measure.check import check, describe, tolerances
-from edgeexit.runtime import Policy, load
+from edgeexit.measure.check import check
+from edgeexit.measure.judge import describe, tolerances
+from edgeexit.runtime import Policy, Rule, load
+from tests.decoder_toys import fill_decoder_toy, make_decoder_toy, write_decoder_toy
 from tests.toys import Toy, fill_toy, make_toy, write_toy
+from tests.two_chains import write_two_chains
 
 
 def spoilt_toy(toy: Toy, output: Path, *, sample: str, change: float | None) -> Bundle:
     """A bundle that is whole, with one reference changed, or taken out (None)."""
     with BundleWriter(output) as writer:
         manifest = fill_toy(toy, writer.folder)
-        path = writer.folder / "samples/reference.npz"
-        with np.load(path) as file:
-            arrays = dict(file)
-        if change is None:
-            del arrays[sample]
-        else:
-            arrays[sample] = arrays[sample] + np.float32(change)
-        np.savez(path, **arrays)
+        change_sample(writer.folder, sample, change)
         return writer.commit(manifest)
+
+
+def change_sample(folder: Path, sample: str, change: float | None) -> None:
+    path = folder / "samples/reference.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    if change is None:
+        del arrays[sample]
+    else:
+        arrays[sample] = arrays[sample] + np.asarray(change).astype(arrays[sample].dtype)
+    np.savez(path, **arrays)
 
 
 def test_check_passes_and_restores_the_policy_when_a_bundle_is_right(toy_bundle: Bundle) -> None:
     with load(toy_bundle) as model:
-        before = Policy(thresholds=0.5)
-        model.policy = before
+        model.policy = Rule(thresholds=0.5)
+        before = model.policy
         report = check(model)
         assert model.policy is before
     report.require()
@@ -116,12 +124,12 @@ def test_check_refuses_a_bundle_when_it_has_no_samples(toy: Toy, tmp_path: Path)
 @pytest.mark.parametrize(
     "policy",
     [
-        Policy(thresholds=0.7, score="margin", patience=1),
-        Policy(thresholds={"exit_2": -np.inf}, first="exit_2", last="exit_2"),
-        Policy(thresholds=[0.9, 0.8, 0.7], first="exit_2"),
+        Rule(thresholds=0.7, score="margin", patience=1),
+        Rule(thresholds={"exit_2": -np.inf}, first="exit_2", last="exit_2"),
+        Rule(thresholds=[0.9, 0.8, 0.7], first="exit_2"),
     ],
 )
-def test_check_compares_the_decisions_of_a_given_policy(policy: Policy, toy_bundle: Bundle) -> None:
+def test_check_compares_the_decisions_of_a_given_policy(policy: Rule, toy_bundle: Bundle) -> None:
     with load(toy_bundle) as model:
         report = check(model, policy=policy)
     report.require()
@@ -130,33 +138,30 @@ def test_check_compares_the_decisions_of_a_given_policy(policy: Policy, toy_bund
 
 def test_check_refuses_a_policy_when_it_is_of_another_bundle(toy_bundle: Bundle) -> None:
     with load(toy_bundle) as model, pytest.raises(PolicyError, match="made for the bundle"):
-        check(model, policy=Policy(bundle="0" * 64))
+        check(model, policy=Policy(rules={"forward": Rule()}, bundle="0" * 64))
 
 
 def test_check_notices_when_a_score_in_the_graph_is_wrong(toy: Toy, tmp_path: Path) -> None:
     """Exits swapped in the manifest: every tensor is right, and none is where it should be."""
     with BundleWriter(tmp_path / "bundle") as writer:
         manifest = fill_toy(toy, writer.folder)
-        (chain,) = manifest.chains.values()
-        segments = list(chain.segments)
-        leave = segments[1].exits[0]
-        swapped = leave.scores | {
-            "margin": leave.scores["entropy"],
-            "entropy": leave.scores["margin"],
-        }
-        wrong = msgspec.structs.replace(leave, scores=swapped)
-        segments[1] = msgspec.structs.replace(segments[1], exits=[wrong])
-        chains = {"forward": msgspec.structs.replace(chain, segments=segments)}
-        bundle = writer.commit(msgspec.structs.replace(manifest, chains=chains))
+        exits = manifest.last_chain.exits
+        scores = exits[1].scores
+        swapped = scores | {"margin": scores["entropy"], "entropy": scores["margin"]}
+        exits[1] = msgspec.structs.replace(exits[1], scores=swapped)
+        bundle = writer.commit(manifest)
     with load(bundle) as model, pytest.raises(CheckError, match=r"exit_2: (score|exit taken)"):
         check(model).require()
 
 
 def test_tolerances_follow_the_lowest_precision(toy_bundle: Bundle) -> None:
     assert tolerances(toy_bundle) == (1e-4, 1e-3)
-    (variant,) = toy_bundle.manifest.unsplit
+    components = toy_bundle.manifest.components
+    (variant,) = components["unsplit"].variants
     half = msgspec.structs.replace(variant, precision="float16")
-    manifest = msgspec.structs.replace(toy_bundle.manifest, unsplit=[half])
+    whole = msgspec.structs.replace(components["unsplit"], variants=[half])
+    changed = components | {"unsplit": whole}
+    manifest = msgspec.structs.replace(toy_bundle.manifest, components=changed)
     assert tolerances(Bundle(toy_bundle.path, manifest, toy_bundle.digest)) == (2e-2, 2e-2)
 
 
@@ -168,3 +173,104 @@ def test_check_compares_preprocessing_when_the_exporter_left_a_sample(
         report = check(model)
     report.require()
     assert "preprocessing" in {one.where for one in report.comparisons}
+
+
+@pytest.mark.parametrize(
+    "options,places",
+    [
+        ({}, set()),
+        ({"layers": (1, 2, 1), "adapter": 1}, set()),
+        ({"gate": True, "prefix": True, "stateless": True, "adapter": 1}, {"vision_1", "vision_2"}),
+        ({"encoder": True, "stateless": True}, {"encoder_1", "encoder_2", "encoder_3"}),
+        ({"encoder": True}, {"encoder_1", "encoder_2", "encoder_3"}),
+    ],
+)
+def test_check_passes_when_a_model_writes(options: dict, places: set[str], tmp_path: Path) -> None:
+    toy = make_decoder_toy(**options)
+    with load(write_decoder_toy(toy, tmp_path / "bundle")) as model:
+        report = check(model)
+    report.require()
+    assert {one.where for one in report.comparisons} == places | {*toy.stops, "exact", "unsplit"}
+    said = {one.what for one in report.comparisons}
+    assert "score entropy, whole texts" in said
+    # What a layer reads of a whole prompt is something else when the prompt comes in pieces.
+    assert ("greedy token, token by token" in said) != bool(options.get("stateless"))
+    drafts = [one.what for one in report.comparisons if one.where == "exact"]
+    assert len(drafts) == 1 + ("adapter" in options)
+
+
+@pytest.mark.parametrize(
+    "sample,change,where",
+    [
+        ("exit_2/logits", 0.25, "exit_2: logits, "),
+        ("exit_1/token", 1, "exit_1: greedy token, "),
+        ("exit_4/margin", 0.25, "exit_4: score margin, "),
+        ("encoder_2/encoder_state", 0.25, "encoder_2: encoder_state, "),
+        ("encoder_1/saturation", 0.25, "encoder_1: score saturation, "),
+        ("unsplit/logits", 0.25, "unsplit: logits, whole texts"),
+    ],
+)
+def test_check_names_what_differs_when_a_model_writes(
+    sample: str, change: float, where: str, tmp_path: Path
+) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        manifest = fill_decoder_toy(make_decoder_toy(encoder=True), writer.folder)
+        change_sample(writer.folder, sample, change)
+        bundle = writer.commit(manifest)
+    with load(bundle) as model, pytest.raises(CheckError, match=where):
+        check(model).require()
+
+
+def test_check_takes_a_token_that_is_as_likely_as_the_next(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        manifest = fill_decoder_toy(make_decoder_toy(), writer.folder)
+        change_sample(writer.folder, "exit_1/token", 1)
+        change_sample(writer.folder, "exit_1/gap", -1e6)
+        bundle = writer.commit(manifest)
+    with load(bundle) as model:
+        check(model).require()
+
+
+def test_check_compares_exits_and_decisions_of_earlier_chains(tmp_path: Path) -> None:
+    policy = Policy(rules={"front": Rule(thresholds=0.6), "back": Rule(thresholds=0.5)})
+    with load(write_two_chains(tmp_path / "bundle")) as model:
+        before = model.policy
+        report = check(model, policy=policy)
+        assert model.policy is before
+    report.require()
+    compared = [(one.where, one.what) for one in report.comparisons]
+    assert ("front_1", "h1, rows alone") in compared
+    assert ("front_2", "score entropy, batch of 4") in compared
+    assert ("unsplit", "h1, batch of 4") in compared
+    assert compared.count(("decisions", "exit taken (margin at its median, 3 rows)")) == 2
+    assert compared.count(("decisions", "exit taken (the given policy, 3 rows)")) == 2
+
+
+def test_check_names_an_earlier_exit_when_its_score_is_wrong(tmp_path: Path) -> None:
+    whole = write_two_chains(tmp_path / "whole")
+    with BundleWriter(tmp_path / "bundle") as writer:
+        shutil.copytree(whole.path, writer.folder, dirs_exist_ok=True)
+        (writer.folder / "manifest.json").unlink()
+        change_sample(writer.folder, "front_1/max_prob", -0.5)
+        bundle = writer.commit(whole.manifest)
+    with load(bundle) as model:
+        failed = {one.where for one in check(model).comparisons if not one.passed}
+    assert failed == {"front_1", "front_2"}  # rows that stayed by the changed score leave by it
+
+
+def test_check_notes_that_a_chain_has_no_unsplit_graph(toy: Toy, tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        manifest = fill_toy(toy, writer.folder)
+        (writer.folder / "graphs/unsplit.onnx").unlink()
+        chain = msgspec.structs.replace(manifest.chains["forward"], unsplit=[])
+        components = {k: v for k, v in manifest.components.items() if k != "unsplit"}
+        manifest = msgspec.structs.replace(
+            manifest, chains={"forward": chain}, components=components, files={}
+        )
+        bundle = writer.commit(manifest)
+    with load(bundle) as model:
+        report = check(model)
+    assert report.passed
+    assert report.notes == [
+        "the unsplit graphs were not compared: there are none of the chain forward"
+    ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.inspect import axis_sizes, describe, tensor_bytes
+from tests.decoder_toys import make_decoder_toy, write_decoder_toy
 
 
 def test_describe_counts_what_crosses_each_boundary(bert_bundle: Bundle) -> None:
     found = describe(bert_bundle, axis_sizes(bert_bundle, {"seq": 10}))
-    segments = found["chains"]["main"]["segments"]
+    segments = found["chains"]["main"]["components"]
     state, mask = 10 * 32 * 4, 10 * 4
     assert [part["boundary_bytes"] for part in segments] == [state + mask] * 3 + [0]
     assert found["axis_sizes"] == {"batch": 1, "seq": 10}
@@ -24,9 +27,9 @@ def test_describe_counts_what_crosses_each_boundary(bert_bundle: Bundle) -> None
 
 def test_describe_counts_weights_of_each_graph(toy_bundle: Bundle) -> None:
     found = describe(toy_bundle, axis_sizes(toy_bundle))
-    segments = found["chains"]["forward"]["segments"]
+    segments = found["chains"]["forward"]["components"]
     assert [part["graphs"][0]["weights_bytes"] for part in segments] == [(36 + 18) * 4] * 4
-    assert found["unsplit"][0]["weights_bytes"] == (4 * 36 + 18) * 4
+    assert found["chains"]["forward"]["unsplit"][0]["weights_bytes"] == (4 * 36 + 18) * 4
 
 
 def test_axis_sizes_are_those_of_the_samples_when_none_are_given(bert_bundle: Bundle) -> None:
@@ -39,3 +42,22 @@ def test_axis_sizes_are_those_of_the_samples_when_none_are_given(bert_bundle: Bu
 def test_tensor_bytes_are_unknown_when_an_axis_is(axes: list, expected: int | None) -> None:
     tensor = Tensor(name="t", dtype="float32", axes=axes)
     assert tensor_bytes(tensor, {"batch": 2}) == expected
+
+
+def test_describe_tells_states_exits_and_their_paths_of_every_chain(tmp_path: Path) -> None:
+    toy = make_decoder_toy(gate=True, prefix=True, stateless=True, adapter=1)
+    bundle = write_decoder_toy(toy, tmp_path / "bundle")
+    found = describe(bundle, axis_sizes(bundle, {"new": 1}))
+    assert found["writes"] and found["steps"][0] == "run vision (input)"
+    parts = found["chains"]["decoder"]["components"]
+    assert [part["state_bytes_per_token"] for part in parts] == [32, 32, 0, 32]
+    assert [part["boundary_bytes"] for part in parts] == [32, 32, 32, 0]
+    assert parts[2]["prompt_states"] == [{"name": "prompt_mean", "made_by": "mean"}]
+    gate, stop = parts[1]["exits"]
+    assert (gate["action"], gate["tokens"], stop["action"]) == ("drop", "image", "stop")
+    assert [part["name"] for part in gate["path"]] == ["gate"]
+    assert [part["name"] for part in stop["path"]] == ["adapter", "head"]
+    assert stop["path"][0]["state_bytes_per_token"] == 32
+    vision = found["chains"]["vision"]
+    assert [part["boundary_bytes"] for part in vision["components"]] == [40, 0]
+    assert [graph["graph"] for graph in vision["unsplit"]] == ["graphs/vision_unsplit.onnx"]

@@ -19,7 +19,7 @@ from edgeexit.bundle.policy import ALWAYS, NEVER
 from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
-from edgeexit.runtime import Policy, load, load_unsplit, write_policy
+from edgeexit.runtime import Policy, Rule, load, write_policy
 from edgeexit.runtime.load import check_capacity
 from tests.bundle.test_reader import edit_graph
 from tests.toys import Toy, fill_toy, make_inputs
@@ -39,9 +39,19 @@ def test_load_takes_a_path_a_string_and_an_opened_bundle(toy_bundle: Bundle) -> 
             assert [leave.name for leave in model.exits] == ["exit_1", "exit_2", "exit_3", "exit_4"]
 
 
+def of(**fields: object) -> Policy:
+    """A policy with one rule."""
+    return Policy(rules={"forward": Rule(**fields)})  # type: ignore[arg-type]
+
+
+def policy_of(engine: dict[str, str]) -> Policy:
+    """One that was calibrated on this engine."""
+    return Policy(rules={"forward": Rule(thresholds=0.5)}, engine=engine)
+
+
 def test_load_without_a_policy_sends_every_row_to_the_last_exit(toy_bundle: Bundle) -> None:
     with load(toy_bundle) as model:
-        assert model.policy == Policy()
+        assert model.policy == of()
         assert set(model(make_inputs(5)).exit_names) == {"exit_4"}
 
 
@@ -52,13 +62,13 @@ def test_load_uses_the_default_policy_of_the_bundle(
     toy: Toy, tmp_path: Path, threshold: str | float, expected: float
 ) -> None:
     default = DefaultPolicy(score="margin", threshold=threshold)  # type: ignore[arg-type]
-    bundle = write_changed(toy, tmp_path / "bundle", policy=default)
+    bundle = write_changed(toy, tmp_path / "bundle", policy={"forward": default})
     with load(bundle) as model:
-        assert model.policy == Policy(score="margin", thresholds=expected)
+        assert model.policy == of(score="margin", thresholds=expected)
 
 
 def test_load_takes_a_policy_or_its_path(toy_bundle: Bundle, tmp_path: Path) -> None:
-    policy = Policy(thresholds=[0.1, 0.2, 0.3], score="entropy")
+    policy = of(thresholds=[0.1, 0.2, 0.3], score="entropy")
     write_policy(policy, tmp_path / "policy.json")
     for given in (policy, tmp_path / "policy.json", str(tmp_path / "policy.json")):
         with load(toy_bundle, policy=given) as model:
@@ -98,29 +108,13 @@ def test_load_names_the_extra_when_onnxruntime_is_missing(toy_bundle: Bundle) ->
     assert 'pip install "edgeexit[cpu]"' in done.stdout
 
 
-@pytest.mark.parametrize("program", ["decode", "encode-decode"])
-def test_a_program_that_decodes_needs_its_section(toy: Toy, tmp_path: Path, program: str) -> None:
-    with pytest.raises(BundleError, match=f"program {program} and the decoding section"):
-        write_changed(toy, tmp_path / "bundle", program=program)
-
-
-def test_load_refuses_two_exits_behind_one_segment(toy: Toy, tmp_path: Path) -> None:
+def test_load_refuses_a_component_without_a_usable_variant(toy: Toy, tmp_path: Path) -> None:
     with BundleWriter(tmp_path / "bundle") as writer:
         manifest = fill_toy(toy, writer.folder)
-        exits = manifest.chains["forward"].segments[1].exits
-        exits.append(msgspec.structs.replace(exits[0], name="again"))
-        bundle = writer.commit(manifest)
-    with pytest.raises(BundleError, match="segment s1 has 2 exits"):
-        load(bundle)
-
-
-def test_load_refuses_a_segment_without_a_usable_variant(toy: Toy, tmp_path: Path) -> None:
-    with BundleWriter(tmp_path / "bundle") as writer:
-        manifest = fill_toy(toy, writer.folder)
-        variants = manifest.chains["forward"].segments[1].variants
+        variants = manifest.components["s1"].variants
         variants[:] = [msgspec.structs.replace(variants[0], requires=["abacus"])]
         bundle = writer.commit(manifest)
-    with pytest.raises(EngineError, match="segment s1 has no variant"):
+    with pytest.raises(EngineError, match="s1 has no form for this engine"):
         load(bundle)
 
 
@@ -146,9 +140,8 @@ def test_load_refuses_a_bundle_that_was_changed(toy_copy: Path) -> None:
     raw = json.loads((toy_copy / MANIFEST).read_text())
     raw["format"] = "3.0"
     (toy_copy / MANIFEST).write_text(json.dumps(raw))
-    for opener in (load, load_unsplit):
-        with pytest.raises(BundleError, match="format is 3.0"):
-            opener(toy_copy)
+    with pytest.raises(BundleError, match="format is 3.0"):
+        load(toy_copy)
 
 
 def test_model_describes_what_executes_it(toy_bundle: Bundle) -> None:
@@ -171,9 +164,9 @@ def test_answers_match_the_samples_of_the_bundle(toy_bundle: Bundle) -> None:
     (None, 64, True, None), (64, 64, True, None), (32, 64, False, None), (96, None, False, None),
     (97, None, False, "made for 2 to 96"), (1, None, False, "made for 2 to 96"),
     (65, 64, False, "built for 64 tokens. Leave .* --capacity 65"),
-    (32, 64, True, "no fewer, for their caches are of a fixed size"),
+    (32, 64, True, "no fewer, for their states are of a fixed size"),
 ])  # fmt: skip
-def test_a_capacity_that_cannot_be_had_is_refused(
+def test_a_capacity_out_of_range_is_refused(
     capacity: int | None, built: int | None, fixed: bool, message: str | None
 ) -> None:
     if message is None:
@@ -218,9 +211,9 @@ def test_a_policy_of_another_engine_is_used_with_a_warning(
 ) -> None:
     with load(toy_bundle) as model:
         here = model.describe_engine()
-    with load(toy_bundle, policy=Policy(thresholds=0.5, engine=here)):
+    with load(toy_bundle, policy=policy_of(here)):
         assert not caplog.records
     there = {"engine": "tensorrt", "engines": "ab12", "library": "tensorrt", "version": "10.3.0"}
-    with load(toy_bundle, policy=Policy(thresholds=0.5, engine=there)):
+    with load(toy_bundle, policy=policy_of(there)):
         (said,) = caplog.messages
     assert "calibrated on tensorrt ab12, this is cpu" in said

@@ -29,7 +29,7 @@ def test_answers_do_not_depend_on_the_thread_setting(
 
 @pytest.mark.parametrize("threads", [0, -1, True, "many", 1.5])
 def test_a_thread_setting_that_is_none_is_refused(toy_bundle: Bundle, threads: Any) -> None:
-    with pytest.raises(UsageError, match="is not a thread setting"):
+    with pytest.raises(UsageError, match="is invalid"):
         load(toy_bundle, threads=threads)
 
 
@@ -43,7 +43,7 @@ def test_the_process_pool_is_installed_when_asked_and_once(toy_bundle: Bundle) -
 
 def test_other_thread_settings_are_refused_after_the_process_pool(toy_bundle: Bundle) -> None:
     said = run(OTHER_SETTING, toy_bundle.path)
-    assert "threads='blocking' cannot be had" in said
+    assert "threads='blocking' is not possible" in said
     assert 'Load with threads="process" here too' in said
 
 

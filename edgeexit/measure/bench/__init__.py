@@ -1,2 +1,2 @@
-"""Time against the same model unsplit: `bench` measures the `cases` of a classifier, `decode_bench`
-the `decode_cases` of a language model, in `worker` processes that take turns (`paired`)."""
+"""Time against the same model unsplit: `bench` measures `cases`, of rows or of texts, in `worker`
+processes that take turns (`paired`)."""

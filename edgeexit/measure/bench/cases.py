@@ -1,7 +1,8 @@
-"""What `bench` measures: a bundle's chain, and the same model unsplit, as subjects of a worker.
+"""What `bench` measures: a bundle's chains, and the same model unsplit, as subjects of a worker.
 
-Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a
-user calls them: `Model.__call__` with numpy arrays, answers copied out.
+Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user
+calls them: `Model.__call__` with numpy arrays, answers copied out; `Model.generate` for models that
+write, where what counts is not the worker's clock but what the generation says of itself.
 """
 
 from __future__ import annotations
@@ -9,24 +10,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, forced
+from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
 from edgeexit.measure.bench.worker import Case, Subject
+from edgeexit.measure.probe import times_to_exits
+from edgeexit.runtime import Generation, Model, Result
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
 from edgeexit.runtime.load import Threads
-from edgeexit.runtime.programs.forward import Model, Result
+from edgeexit.runtime.programs.arguments import ModeName
 
 Inputs = Mapping[str, NDArray]
 
+NEW_TOKENS, SEARCH_TOKENS = 64, 32
+"""Tokens that continue a prompt where none are asked for, and in the search for thread settings."""
+
 
 def write_inputs(path: Path, inputs: Sequence[Inputs]) -> None:
-    """Writes inputs (each a whole batch, shapes may differ) where workers read them."""
+    """Writes inputs (each a whole batch, or a prompt; shapes may differ) where workers read
+    them."""
     arrays = {f"{number}/{name}": a for number, one in enumerate(inputs) for name, a in one.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
@@ -42,17 +49,32 @@ def read_inputs(path: str | Path) -> list[dict[str, NDArray]]:
 
 
 def unsplit(
-    bundle: str, inputs: str, engine: str = "cpu", threads: Threads = "blocking"
+    bundle: str,
+    inputs: str,
+    engine: str = "cpu",
+    threads: Threads = "blocking",
+    new_tokens: int = NEW_TOKENS,
+    capacity: int | None = None,
 ) -> Subject:
-    """The model as one graph without exits. Its one case is ``unsplit``."""
-    return subject_of_unsplit(runtime.load_unsplit(bundle, engine, threads=threads), inputs)
+    """The model as one graph per chain, without exits. Its case is ``unsplit``; of a model that
+    writes also ``search``, with few tokens.
+
+    Args:
+        new_tokens, capacity: Of a model that writes: how many tokens continue a prompt, and the
+            most of a text.
+    """
+    model = runtime.load(bundle, engine, threads=threads, capacity=capacity, unsplit=True)
+    return subject_of_unsplit(model, inputs, new_tokens)
 
 
-def subject_of_unsplit(model: Model, inputs: str) -> Subject:
-    """A subject with the one case ``unsplit`` from a loaded model."""
+def subject_of_unsplit(model: Model, inputs: str, new_tokens: int = NEW_TOKENS) -> Subject:
+    """The same from a loaded model."""
     rows = read_inputs(inputs)
-    case = Case(call=lambda number: model(rows[number]), read=read_answers)
-    return Subject({"unsplit": case}, len(rows), model.describe_engine(), model.close)
+    if model.writes:
+        cases = _text_cases(model, rows, new_tokens, {"unsplit": {}})
+    else:
+        cases = {"unsplit": Case(call=lambda number: model(rows[number]), read=read_answers)}
+    return Subject(cases, len(rows), model.describe_engine(), model.close)
 
 
 def chain(
@@ -63,13 +85,25 @@ def chain(
     policy: str | None = None,
     all_scores: bool = False,
     launch_ahead: LaunchAhead = "never",
+    new_tokens: int = NEW_TOKENS,
+    capacity: int | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> Subject:
-    """The chain of segments, opened with the policy's score or with every one.
+    """The model split at its exits, opened with the policy's scores or with every one.
 
-    Cases: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits before EXIT
-    consulted, EXIT fires, as a row on its way; ``forced:EXIT``: only EXIT consulted; ``natural``:
-    the policy decides; ``segments``: as ``all``, and the result is each segment's time; ``gpu``, on
-    one: as ``natural``, and the result is what the call asked of it (`gpu_facts`).
+    Cases of rows: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits
+    before EXIT consulted, EXIT fires; ``forced:EXIT``: only EXIT consulted;
+    ``natural``: the policy decides; ``segments``: as ``all``, and the result is each segment's
+    time; ``gpu``, on one: as ``natural``, and the result is what the call asked of it
+    (`gpu_facts`). All but ``natural`` and ``gpu`` are those of the chain that answers; earlier ones
+    go to their last exits.
+
+    Cases of texts: the modes by name; ``search``: as ``full``, with few tokens.
+
+    Args:
+        new_tokens, capacity: As for `unsplit`.
+        settings: Further cases of texts: name -> arguments of `Model.generate`, with ``thresholds``
+            in place of the policy's if they are given.
     """
     model = runtime.load(
         bundle,
@@ -78,23 +112,37 @@ def chain(
         policy=policy,
         all_scores=all_scores,
         launch_ahead=launch_ahead,
+        capacity=capacity,
     )
-    given = model.policy
     rows = read_inputs(inputs)
-    score = given.score
-    names = [leave.name for leave in model.exits]
+    facts = model.describe_engine()
+    if model.writes:
+        modes: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in get_args(ModeName)}
+        cases = _text_cases(model, rows, new_tokens, modes | (settings or {}))
+    else:
+        cases = _row_cases(model, rows)
+        rule = model.policy.rules.get(model.chain_name, Rule())
+        facts |= {"score": rule.score, "thresholds": str(rule.thresholds)}
+    return Subject(cases, len(rows), facts, model.close)
 
-    def case(policy: Policy) -> Case:
-        return policy_case(model, rows, policy)
 
-    cases = {"all": case(Policy(thresholds=OUT_OF_REACH, score=score)), "natural": case(given)}
-    for place, name in enumerate(names):
-        cases[f"path:{name}"] = case(msgspec.structs.replace(on_its_way(names, place), score=score))
-        alone = msgspec.structs.replace(forced(model.exits, name), score=score)
-        cases[f"forced:{name}"] = case(alone)
+def _row_cases(model: Model, rows: Sequence[Inputs]) -> dict[str, Case]:
+    given, name = model.policy, model.chain_name
+    score = given.rules.get(name, Rule()).score
+    names = [exit_.name for exit_ in model.exits]
+
+    def case(rule: Rule) -> Case:
+        rules = {chain: Rule() for chain in model.chains}
+        own = msgspec.structs.replace(rule, score=score)
+        return policy_case(model, rows, Policy(rules=rules | {name: own}))
+
+    cases = {"all": case(Rule(thresholds=OUT_OF_REACH)), "natural": policy_case(model, rows, given)}
+    for place, exit_ in enumerate(names):
+        cases[f"path:{exit_}"] = case(on_its_way(names, place))
+        cases[f"forced:{exit_}"] = case(forced(model.exits, exit_))
     cases["segments"] = Case(
         call=lambda number: model(rows[number], timed=True),
-        read=lambda result: result.times_ms,
+        read=lambda result: times_to_exits(model.chain, result.times_ms),
         enter=cases["all"].enter,
     )
     if model.device_counts is not None:
@@ -103,8 +151,34 @@ def chain(
             read=lambda found: found,
             enter=cases["natural"].enter,
         )
-    facts = {**model.describe_engine(), "score": score, "thresholds": str(given.thresholds)}
-    return Subject(cases, len(rows), facts, model.close)
+    return cases
+
+
+def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy | Rule) -> Case:
+    """A model called under a policy."""
+
+    def enter() -> None:
+        model.policy = policy
+
+    def call(number: int) -> Result:
+        return model(rows[number])
+
+    return Case(call=call, read=read_answers, enter=enter)
+
+
+def on_its_way(names: Sequence[str], place: int) -> Rule:
+    """The rule under which exits before `place` are asked and do not fire, and that one fires."""
+    if place == len(names) - 1:
+        return Rule(thresholds=OUT_OF_REACH)
+    stops = dict.fromkeys(names[:place], OUT_OF_REACH) | {names[place]: ALWAYS}
+    return Rule(thresholds=stops, last=names[place])
+
+
+def read_answers(result: Result) -> dict[str, list[int] | None]:
+    """Exit index and predicted label of every row of a result."""
+    logits = result.outputs.get("logits")
+    labels = None if logits is None else [int(label) for label in logits.argmax(-1)]
+    return {"exits": [int(number) for number in result.exits], "labels": labels}
 
 
 def gpu_facts(model: Model, inputs: Inputs) -> dict[str, Any]:
@@ -121,31 +195,53 @@ def gpu_facts(model: Model, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def on_its_way(names: Sequence[str], place: int) -> Policy:
-    """The policy under which every exit before `place` is consulted in vain, and that one fires."""
-    if place == len(names) - 1:
-        return Policy(thresholds=OUT_OF_REACH)
-    stops = dict.fromkeys(names[:place], OUT_OF_REACH) | {names[place]: ALWAYS}
-    return Policy(thresholds=stops, last=names[place])
+def _text_cases(
+    model: Model, rows: Sequence[Inputs], new_tokens: int, settings: dict[str, dict[str, Any]]
+) -> dict[str, Case]:
+    decoding = model.bundle.manifest.decoding
+    assert decoding is not None
+    prompts = [list(map(int, row[decoding.tokens].reshape(-1))) for row in rows]
+    others = [{k: v for k, v in row.items() if k != decoding.tokens} for row in rows]
+    given, chain = model.policy, model.chain_name
+
+    def case(arguments: dict[str, Any], count: int) -> Case:
+        arguments = dict(arguments)
+        thresholds = arguments.pop("thresholds", None)
+        policy = given
+        if thresholds is not None:
+            rule = msgspec.structs.replace(given.rules.get(chain, Rule()), thresholds=thresholds)
+            policy = msgspec.structs.replace(given, rules=given.rules | {chain: rule})
+
+        def enter() -> None:
+            if not model.unsplit:
+                model.policy = policy
+
+        def call(number: int) -> Generation:
+            options = {"max_new_tokens": count, "text": False, **arguments}
+            return model.generate([prompts[number]], inputs=others[number], **options).finish()
+
+        return Case(call, read_generation, enter)
+
+    cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
+    return cases | {"search": case({}, min(new_tokens, SEARCH_TOKENS))}
 
 
-def read_answers(result: Result) -> dict[str, list[int] | None]:
-    """Exit index and predicted label of every row of a result."""
-    logits = result.outputs.get("logits")
-    labels = None if logits is None else [int(label) for label in logits.argmax(-1)]
-    return {"exits": [int(number) for number in result.exits], "labels": labels}
-
-
-def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy) -> Case:
-    """A model called under a policy."""
-
-    def enter() -> None:
-        model.policy = policy
-
-    def call(number: int) -> Result:
-        return model(rows[number])
-
-    return Case(call=call, read=read_answers, enter=enter)
+def read_generation(generation: Generation) -> dict[str, Any]:
+    """What one prompt's continuation took: ``first_token_s``, ``decode_s`` for the tokens behind
+    the first, the ``tokens`` themselves, and the statistics."""
+    counts = generation.statistics
+    return {
+        "first_token_s": generation.first_token_s,
+        "decode_s": generation.decode_s,
+        "tokens": generation.tokens[0],
+        "exits": counts.exits,
+        "drafted": counts.drafted,
+        "accepted": counts.accepted,
+        "tested": counts.tested,
+        "catch_ups": counts.catch_ups,
+        "audited": counts.audited,
+        "agreed": counts.agreed,
+    }
 
 
 def settings(engine: str, cores: int) -> list[Any]:
@@ -161,11 +257,13 @@ def settings(engine: str, cores: int) -> list[Any]:
 
 
 __all__ = [
+    "NEW_TOKENS",
     "chain",
     "gpu_facts",
     "on_its_way",
     "policy_case",
     "read_answers",
+    "read_generation",
     "read_inputs",
     "settings",
     "subject_of_unsplit",

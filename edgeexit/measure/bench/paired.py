@@ -1,7 +1,7 @@
 """Two or more sides measured against each other: each in a process of its own, in alternating
 blocks.
 
-A machine's speed changes from second to second, so nothing here compares two times that lie far
+A machine's speed changes from second to second, so nothing here compares two times that are far
 apart. `alternate` runs a block of the baseline and a block of a candidate over the same inputs,
 back to back, the order turning every round; a figure is made of the ratios of such pairs. The side
 that waits sleeps (`edgeexit.measure.bench.worker`).
@@ -51,11 +51,9 @@ class Side:
         self.name = name or subject
         self.cpu_s = 0.0
         self.restless = 0
+        command, place = self._command()
         self._process = subprocess.Popen(
-            child_command("edgeexit.measure.bench.worker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place
         )
         try:
             started = self._ask(do="start", subject=subject, arguments=arguments, folder=folder)
@@ -99,6 +97,10 @@ class Side:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _command(self) -> tuple[list[str], str | None]:
+        """What starts the worker, and in which folder; None: this one."""
+        return child_command("edgeexit.measure.bench.worker"), None
 
     def _ask(self, **order: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -213,21 +215,25 @@ def alternate(
                 if not deck:
                     deck += order.sample(range(inputs), inputs)
                 numbers.append(deck.pop())
-            pair = [lane, baseline] if done % 2 else [baseline, lane]
-            found = {
-                one.name: one.side.run(one.case, numbers, lead=one.expected_ms < LEAD_MS)
-                for one in pair
-            }
-            lane.add(numbers, found[lane.name])
-            baseline.add(numbers, found[baseline.name])
-            ours, theirs = found[lane.name]["times_ms"], found[baseline.name]["times_ms"]
-            reference = statistics.median(theirs)
-            lane.ratios.append(statistics.median(ours) / reference)
-            lane.relative += [time_ms / reference for time_ms in ours]
-            lane.mean_ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
+            _run_pair(lane, baseline, numbers, first=lane if done % 2 else baseline)
         if tick is not None:
             tick((done + 1) / rounds)
     return rounds
+
+
+def _run_pair(lane: Lane, baseline: Lane, numbers: list[int], *, first: Lane) -> None:
+    """Runs a block of a lane and one of the baseline over the same inputs."""
+    found = {
+        one.name: one.side.run(one.case, numbers, lead=one.expected_ms < LEAD_MS)
+        for one in ([lane, baseline] if first is lane else [baseline, lane])
+    }
+    lane.add(numbers, found[lane.name])
+    baseline.add(numbers, found[baseline.name])
+    ours, theirs = found[lane.name]["times_ms"], found[baseline.name]["times_ms"]
+    reference = statistics.median(theirs)
+    lane.ratios.append(statistics.median(ours) / reference)
+    lane.relative += [time_ms / reference for time_ms in ours]
+    lane.mean_ratios.append(statistics.fmean(ours) / statistics.fmean(theirs))
 
 
 def best_setting(

@@ -1,2 +1,2 @@
-"""What engines on NVIDIA GPUs share: the driver, one stream, memory on both sides, and graphs whose
-tensors are copied only where they must cross."""
+"""What engines on NVIDIA GPUs share: the driver, one stream, memory on both sides, and copies of
+only those tensors that cross between host and device."""

@@ -1,6 +1,6 @@
-"""Arrays in the GPU's memory, indexed as numpy's are; what is assigned is copied on the stream.
+"""Arrays in GPU memory with numpy's indexing; assignments are copies on the stream.
 
-Nothing here waits, but for `DeviceArray.read`.
+Nothing here waits for the GPU except `DeviceArray.read`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 
 class DeviceArray:
-    """Part of a slot of the GPU's memory.
+    """Part of a slot of GPU memory.
 
-    Takes integers, slices and ``...`` as indices. ``a[key] = b`` copies an array of the same shape
-    and dtype: another `DeviceArray`, or one of the host whose elements lie one behind the other.
+    Indices are integers, slices and ``...``. ``a[key] = b`` copies an array of the same shape and
+    dtype: another `DeviceArray`, or an array on the host, which must not be changed until the
+    stream was waited for (`Device.settle`).
 
     Args:
         slot: The memory.
-        view: The same as numpy's array over addresses of the GPU, for its arithmetic alone: to read
-            an element of it ends the process.
+        view: A numpy array over addresses of the GPU. It only serves to compute addresses; reading
+            an element of it crashes the process.
     """
 
     device = "cuda"
@@ -42,7 +43,7 @@ class DeviceArray:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> DeviceArray:
-        """The beginning of a slot as an array of that form."""
+        """The beginning of a slot as an array."""
         return cls(slot, np.asarray(_Addresses(slot.pointer, dtype, shape, strides)))
 
     @property
@@ -52,7 +53,7 @@ class DeviceArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """What the elements are."""
+        """Type of the elements."""
         return self._view.dtype
 
     @property
@@ -79,25 +80,25 @@ class DeviceArray:
             for block in blocks:
                 device.copy(to, value.pointer, block)
             return
-        if not (target.flags.c_contiguous and source.flags.c_contiguous):
-            raise ValueError("from the host only what lies in one piece, into one piece")
-        device.to_device(to, source.ctypes.data, source.nbytes)
+        if not target.flags.c_contiguous:
+            raise ValueError("copies from the host need a contiguous target")
+        device.to_device(to, device.hold(source).ctypes.data, source.nbytes)
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same elements in another shape; raises `ValueError` if that takes a copy."""
+        """The same elements in another shape; raises `ValueError` if that needs a copy."""
         if not self._view.flags.c_contiguous:
-            raise ValueError("an array with gaps has only one shape")
+            raise ValueError("an array with gaps cannot be reshaped")
         return DeviceArray(self._slot, self._view.reshape(*shape))
 
     def read(self, *, beside: bool = False) -> NDArray[Any]:
-        """Copies it to the host and waits for it. The next call overwrites what this one gave.
+        """Copies it to the host and waits for the copy. The next call overwrites the values.
 
         Args:
-            beside: It is there already, so what the stream was given since is not waited for.
+            beside: The values are known to be complete: do not wait for later work on the stream.
         """
         view, device = self._view, self._slot.owner
         if not view.flags.c_contiguous:
-            raise ValueError("to the host only what lies in one piece")
+            raise ValueError("copies to the host need a contiguous array")
         if self._pinned is None:
             self._pinned = device.allocate_host(view.nbytes)
         if beside:
@@ -109,7 +110,7 @@ class DeviceArray:
 
 
 class _Addresses:
-    """Lets numpy make an array over addresses that are not the host's."""
+    """Lets numpy make an array over addresses that are not of the host."""
 
     def __init__(
         self,
@@ -128,8 +129,8 @@ class _Addresses:
 
 
 def _basic(key: Any) -> tuple[Any, ...]:
-    """An index that makes a view and never an element: anything else would read memory that the
-    host does not have."""
+    """The index, made to give a view and never an element: numpy would read that from memory which
+    the host cannot access."""
     keys = key if isinstance(key, tuple) else (key,)
     for one in keys:
         if not (one is Ellipsis or isinstance(one, (int, slice, np.integer))):
@@ -142,7 +143,7 @@ class Block:
     """One copy: `depth` layers of `height` lines of `width` bytes.
 
     Attributes:
-        target, source: Where it begins, in bytes behind the arrays' first elements.
+        target, source: Where it begins, in bytes from the arrays' first elements.
         target_pitch, source_pitch: Bytes from line to line.
         target_lines, source_lines: Lines from layer to layer.
     """
@@ -161,15 +162,15 @@ class Block:
 def plan_copy(
     shape: Sequence[int], target: Sequence[int], source: Sequence[int], item_bytes: int
 ) -> list[Block]:
-    """The fewest copies that the driver can do which move one array into another.
+    """The smallest number of copies by the driver that move one array into another.
 
     >>> [block] = plan_copy((2, 8, 4), (400, 40, 4), (128, 16, 4), 4)
     >>> block.width, block.height, block.depth, block.target_pitch, block.target_lines
     (16, 8, 2, 40, 10)
 
     Args:
-        shape: Of both; no axis is empty.
-        target, source: Bytes from one element to the next, per axis; not negative.
+        shape: Of both arrays; no axis is empty.
+        target, source: Strides in bytes; not negative.
         item_bytes: Size of an element.
     """
     axes: list[tuple[int, int, int]] = []  # size and the two strides, the innermost axis first

@@ -1,8 +1,8 @@
-"""The CUDA driver as engines use it: memory, one stream, and marks in it.
+"""The CUDA driver as engines use it: memory, one stream, and marks on it.
 
-A thin layer over cuda-bindings that counts what matters: bytes that cross between host and device,
-and allocations, so that tests and `bench` can show that a warm chain allocates nothing and that a
-boundary costs the host four bytes a row.
+A thin layer over cuda-bindings that counts allocations and bytes copied between host and device, so
+that tests and `bench` can show that a warm chain allocates nothing and that a boundary costs the
+host four bytes a row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Waiting = Literal["spin", "block"]
 
 @dataclass
 class Counts:
-    """What a device has been asked for so far: allocations on it and their bytes, pinned ones on
-    the host, and bytes copied."""
+    """Allocations on a device and their bytes, pinned allocations on the host, and bytes copied, so
+    far."""
 
     allocations: int = 0
     allocated_bytes: int = 0
@@ -38,7 +38,7 @@ class Counts:
 
 
 class DeviceMemoryError(EngineError, MemoryError):
-    """The GPU, or pinned memory, has no room for something."""
+    """Not enough memory on the GPU, or not enough pinned memory."""
 
 
 class Device:
@@ -46,13 +46,13 @@ class Device:
 
     Args:
         number: Which GPU.
-        waiting: How the host waits for the stream: ``spin`` answers sooner, ``block`` leaves the
-            processor to others.
+        waiting: How the host waits for the stream: ``spin`` returns sooner, ``block`` leaves the
+            processor to other threads.
 
     Attributes:
         stream: The stream's handle, as a number; `raw_stream` is the driver's own object.
-        busy: The stream was given copies between host and device since it was waited for.
-        shares_memory: The GPU uses the host's own memory (a Jetson): what lies there is not copied.
+        busy: Copies between host and device were put on the stream since the last wait.
+        shares_memory: The GPU uses the host's memory (a Jetson): pinned memory is not copied.
     """
 
     def __init__(self, number: int = 0, waiting: Waiting = "spin") -> None:
@@ -67,10 +67,11 @@ class Device:
         self._context, self.raw_stream = self._handles.context, self._handles.stream
         self.stream = int(self.raw_stream)
         self._end = self.mark()
+        self._held: list[NDArray[Any]] = []
         self._beside: Any = None
 
     def release_with(self, owner: object, how: str, what: Any) -> None:
-        """Gives something back by a call of the driver when its owner is no longer used."""
+        """Frees a resource with a call of the driver when its owner is garbage-collected."""
         weakref.finalize(owner, _release, self._handles, how, what)
 
     def _event(self, *, timed: bool) -> Any:
@@ -81,38 +82,39 @@ class Device:
         return ask(self.driver.cuEventCreate(flags))
 
     def mark(self, *, timed: bool = False) -> Mark:
-        """A mark for the stream; `timed`: it takes the time when the stream comes to it."""
+        """A mark for the stream; `timed`: it records the time when the stream reaches it."""
         event = self._event(timed=timed)
         mark = Mark(self, event)
         self.release_with(mark, "cuEventDestroy", event)
         return mark
 
     def enter(self) -> None:
-        """Lets the calling thread use the device: what the driver is asked for goes to the context
-        that is current in the thread, which another thread or library may have changed."""
+        """Makes the device's context current in the calling thread: calls of the driver go to the
+        current context, which other code may have changed."""
         ask(self.driver.cuCtxSetCurrent(self._context))
 
     def free_bytes(self) -> int:
-        """Device memory that is free now. Where it is the host's, what the system could give back
-        counts as free, which the driver does not know of."""
+        """Free device memory. Where it is the host's memory, what the system can reclaim counts as
+        free, which the driver does not include."""
         if self.shares_memory:
             return available_bytes()
         self.enter()
         return int(ask(self.driver.cuMemGetInfo())[0])
 
     def allocate(self, size_bytes: int) -> DeviceSlot:
-        """Device memory, zeroed: what was never written must be finite, for it is computed along
-        with what counts.
+        """Device memory, zeroed: padding that was never written takes part in computations, so it
+        must be finite.
 
         Raises:
-            DeviceMemoryError: There is not so much.
+            DeviceMemoryError: There is not enough.
         """
         self.enter()
         status, pointer = self.driver.cuMemAlloc(max(size_bytes, 1))
         if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
             raise DeviceMemoryError(
-                f"{size_bytes} bytes on the GPU cannot be had, {self.free_bytes()} are free",
-                fix="Close other programs; or fewer rows at a time, or a smaller capacity.",
+                f"not enough memory on the GPU: {size_bytes} bytes requested, {self.free_bytes()} "
+                "are free",
+                fix="Close other programs, or use fewer rows at a time or a smaller capacity.",
             )
         ask((status,))
         self.counts.allocations += 1
@@ -123,15 +125,16 @@ class Device:
         return slot
 
     def allocate_host(self, size_bytes: int) -> PinnedSlot:
-        """Host memory that the GPU reads and writes without a detour."""
+        """Pinned host memory, which the GPU reads and writes directly. It stays allocated while
+        arrays over it exist."""
         self.enter()
         status, pointer = self.driver.cuMemHostAlloc(
             max(size_bytes, 1), self.driver.CU_MEMHOSTALLOC_DEVICEMAP
         )
         if int(status) == 2:
             raise DeviceMemoryError(
-                f"{size_bytes} bytes of pinned memory cannot be had",
-                fix="Close other programs, or fewer rows at a time.",
+                f"not enough pinned memory: {size_bytes} bytes requested",
+                fix="Close other programs, or use fewer rows at a time.",
             )
         ask((status,))
         self.counts.pinned += 1
@@ -139,32 +142,38 @@ class Device:
         address = int(pointer)
         memory = (ctypes.c_uint8 * max(size_bytes, 1)).from_address(address)
         view = np.ctypeslib.as_array(memory)
-        slot = PinnedSlot(self, view[:size_bytes], address, mapped)
-        self.release_with(slot, "cuMemFreeHost", pointer)
-        return slot
+        self.release_with(memory, "cuMemFreeHost", pointer)
+        return PinnedSlot(self, view[:size_bytes], address, mapped)
+
+    def hold(self, source: NDArray[Any]) -> NDArray[Any]:
+        """A host array, made contiguous, that is about to be copied. It stays allocated until the
+        stream was waited for, for the copy may be executed late."""
+        source = np.ascontiguousarray(source)
+        self._held.append(source)
+        return source
 
     def to_device(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies from the host, when the stream comes to it."""
+        """Puts a copy from the host on the stream."""
         self.enter()
         ask(self.driver.cuMemcpyHtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_device_bytes += size_bytes
         self.busy = True
 
     def to_host(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies to the host, when the stream comes to it."""
+        """Puts a copy to the host on the stream."""
         self.enter()
         ask(self.driver.cuMemcpyDtoHAsync(target, source, size_bytes, self.raw_stream))
         self.counts.to_host_bytes += size_bytes
         self.busy = True
 
     def within(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies on the device, when the stream comes to it. The two must not overlap."""
+        """Puts a copy within the device on the stream. The two regions must not overlap."""
         self.enter()
         ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.within_bytes += size_bytes
 
     def copy(self, target: int, source: int, block: Block) -> None:
-        """Copies a block on the device, when the stream comes to it."""
+        """Puts a copy of a block within the device on the stream."""
         if block.height == 1:
             self.within(target + block.target, source + block.source, block.width)
             return
@@ -180,20 +189,20 @@ class Device:
         self.counts.within_bytes += block.width * block.height * block.depth
 
     def settle(self) -> None:
-        """Waits if the stream may still have to read memory of the host, which the caller is about
-        to write."""
+        """Waits if the stream may still read host memory. Call it before writing there."""
         if self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the stream has done all that it was given."""
+        """Waits until all work on the stream is done."""
         self.busy = False
         self._end.set()
         self._end.wait()
+        self._held.clear()
 
     def read_beside(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies to the host what the stream has already made, without waiting for what it was
-        given since."""
+        """Copies to the host what the stream has already computed, without waiting for later work
+        on it."""
         self.enter()
         if self._beside is None:
             flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -205,8 +214,8 @@ class Device:
 
 
 class Mark:
-    """A place in a device's stream: all that the stream was given before it. `Device.mark` makes
-    one."""
+    """A point on a device's stream, behind all work that is on it when `set` is called. Made by
+    `Device.mark`."""
 
     def __init__(self, device: Device, event: Any) -> None:
         self._driver, self._context = device.driver, device._context
@@ -214,12 +223,12 @@ class Mark:
         self._spins = device.waiting == "spin"
 
     def set(self) -> None:
-        """Sets it here."""
+        """Puts it at the current end of the stream."""
         ask(self._driver.cuCtxSetCurrent(self._context))
         ask(self._driver.cuEventRecord(self._event, self._raw_stream))
 
     def wait(self) -> None:
-        """Waits until the stream has come to it."""
+        """Waits until the stream has reached it."""
         if not self._spins:
             ask(self._driver.cuEventSynchronize(self._event))
             return
@@ -232,13 +241,13 @@ class Mark:
                 return
 
     def ms_since(self, other: Mark) -> float:
-        """Milliseconds from another mark to this one; both timed, and the stream is past both."""
+        """Milliseconds from another mark to this one. Both must be timed and reached."""
         return float(ask(self._driver.cuEventElapsedTime(other._event, self._event)))
 
 
 class _Handles:
-    """Context and stream of a device. Whatever is made with them holds them until it was given
-    back, in whichever order objects go."""
+    """Context and stream of a device. Every resource made with them holds a reference until it is
+    freed, so they are released last whatever the order of collection."""
 
     def __init__(self, driver: Any, device: Any) -> None:
         self.driver = driver
@@ -255,11 +264,10 @@ def _let_go(driver: Any, device: Any, stream: Any) -> None:
 
 
 def _release(handles: _Handles, how: str, what: Any) -> None:
-    """Gives something back when the stream has done with it, from whatever thread drops the last of
-    it."""
+    """Frees a resource when the stream no longer uses it, from any thread."""
     driver = handles.driver
     (status,) = driver.cuCtxPushCurrent(handles.context)
-    if int(status) != 0:  # the driver is shutting down, and takes everything with it
+    if int(status) != 0:  # the driver is shutting down and frees everything
         return
     driver.cuStreamSynchronize(handles.stream)
     getattr(driver, how)(what)
@@ -267,7 +275,7 @@ def _release(handles: _Handles, how: str, what: Any) -> None:
 
 
 class PinnedSlot(HostSlot):
-    """Host memory that the GPU reaches. `mapped` is its address as the GPU sees it."""
+    """Pinned host memory. `mapped` is its address on the GPU."""
 
     def __init__(self, owner: Device, view: NDArray[np.uint8], pointer: int, mapped: int) -> None:
         self.owner = owner
@@ -277,7 +285,7 @@ class PinnedSlot(HostSlot):
 
 
 class DeviceSlot:
-    """Memory of the GPU that tensors take turns in."""
+    """GPU memory that several tensors use in turn."""
 
     device = "cuda"
 
@@ -292,13 +300,13 @@ class DeviceSlot:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> DeviceArray:
-        """The beginning of the slot as an array of that form; no copy."""
+        """The beginning of the slot as an array, without a copy."""
         return DeviceArray.over(self, dtype, shape, strides)
 
     def keep_rows(
         self, dtype: np.dtype, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
     ) -> None:
-        """Moves the given rows (ascending) to the front."""
+        """Moves the given rows (ascending) along an axis to the front."""
         for source, target, size in row_moves(dtype.itemsize, shape, axis, rows):
             self.owner.within(self.pointer + target, self.pointer + source, size)
 
@@ -306,14 +314,14 @@ class DeviceSlot:
 def row_moves(
     item_bytes: int, shape: tuple[int, ...], axis: int, rows: NDArray[np.intp]
 ) -> list[tuple[int, int, int]]:
-    """Which bytes go where when only some rows (ascending) of a tensor stay.
+    """The copies that keep only some rows (ascending) of a tensor.
 
     >>> row_moves(4, (4, 2), 0, np.array([0, 2, 3]))
     [(16, 8, 8), (24, 16, 8)]
 
     Returns:
-        (from, to, bytes) to be copied in this order, in place: what is overwritten was moved before
-        or is dropped, and no copy overlaps itself.
+        ``(from, to, bytes)``, to be copied in this order, in place: overwritten bytes were moved
+        before or are dropped, and no copy overlaps itself.
     """
     inner = item_bytes * int(np.prod(shape[axis + 1 :], dtype=np.int64))
     outer = int(np.prod(shape[:axis], dtype=np.int64))
@@ -335,7 +343,7 @@ def row_moves(
 
 
 def require_room(device: Device, size_bytes: int, what: str) -> None:
-    """Raises `EngineError` if the device has less than so much free."""
+    """Raises `EngineError` if the device has less free memory."""
     free = device.free_bytes()
     if size_bytes > free:
         raise EngineError(

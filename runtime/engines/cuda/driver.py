@@ -1,4 +1,4 @@
-"""The GPU of this device: whether it can be used, and what tells it from another."""
+"""The GPU of this device: whether it can be used, and a description that identifies it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ L4T = Path("/etc/nv_tegra_release")
 
 
 def import_driver() -> Any:
-    """The CUDA driver's own interface (``cuda.bindings.driver``), initialised.
+    """The interface of the CUDA driver (``cuda.bindings.driver``), initialised.
 
     Raises:
-        EngineError: cuda-bindings, the driver or a GPU is missing, or they do not fit each other.
+        EngineError: cuda-bindings, the driver or a GPU is missing, or their versions do not match.
     """
     try:
         from cuda.bindings import driver
     except ImportError as error:
         raise EngineError(
-            f"cuda-bindings cannot be imported ({error}), which engines on GPUs need",
+            f"cuda-bindings cannot be imported ({error}); engines on GPUs need it",
             fix='TensorRT-RTX: pip install "edgeexit[rtx]"; ONNX Runtime: "edgeexit[cuda]"; '
             'JetPack 6: "edgeexit[jetson6]"; JetPack 7: "edgeexit[jetson7]".',
         ) from error
     try:
         (status,) = driver.cuInit(0)
-    except Exception as error:  # cuda-bindings raises kinds of its own where there is no library
+    except Exception as error:  # cuda-bindings has its own exceptions for a missing library
         raise EngineError(
             "there is no NVIDIA driver (libcuda is not found)",
             fix="Install the driver of your GPU, or use --engine cpu; to build for other machines: "
@@ -36,15 +36,18 @@ def import_driver() -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(
             f"the NVIDIA driver cannot be used ({status.name})",
-            fix="`nvidia-smi` (on a Jetson: tegrastats) tells what ails it.",
+            fix="`nvidia-smi` (on a Jetson: tegrastats) shows its state.",
         )
     require_fitting(importlib.metadata.version("cuda-bindings"), ask(driver.cuDriverGetVersion()))
     return driver
 
 
 def require_fitting(bindings: str, driver: int) -> None:
-    """Holds the version of cuda-bindings against that of CUDA which the driver speaks (12060 for
-    12.6).
+    """Checks that the driver supports a version of cuda-bindings.
+
+    Args:
+        bindings: Version of cuda-bindings.
+        driver: The driver's version of CUDA, as 12060 for 12.6.
 
     Raises:
         EngineError: The driver's major version is older.
@@ -52,26 +55,26 @@ def require_fitting(bindings: str, driver: int) -> None:
     major = driver // 1000
     if int(bindings.split(".")[0]) > major:
         raise EngineError(
-            f"cuda-bindings {bindings} is for a newer driver: this one speaks CUDA "
+            f"cuda-bindings {bindings} needs a newer driver: this one supports CUDA "
             f"{major}.{driver % 1000 // 10}",
             fix=f'pip install "cuda-bindings>={major},<{major + 1}", or install a newer driver.',
         )
 
 
 def ask(answer: tuple[Any, ...]) -> Any:
-    """The value in an answer of the driver; raises `EngineError` if it is an error."""
+    """The values that a call of the driver returned; raises `EngineError` if it failed."""
     status, *values = answer
     if int(status) != 0:
         raise EngineError(
-            f"the NVIDIA driver refused: {status.name}",
-            fix="Run again; if it stays so, `edgeexit doctor` shows the driver's version.",
+            f"the NVIDIA driver failed: {status.name}",
+            fix="Run again. If it fails again, `edgeexit doctor` shows the driver's version.",
         )
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def describe_device(number: int = 0) -> dict[str, Any]:
-    """What engines built here depend on: GPU, its multiprocessors and compute capability, driver,
-    and on a Jetson the release of L4T."""
+    """Everything that engines built here depend on: GPU, its multiprocessors and compute
+    capability, driver, and on a Jetson the release of L4T."""
     driver = import_driver()
     device = ask(driver.cuDeviceGet(number))
     attribute = driver.CUdevice_attribute

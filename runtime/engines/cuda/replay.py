@@ -1,7 +1,7 @@
-"""Runs recorded as CUDA graphs: what a run puts on the stream, copies included, goes there in one
-call the next time.
+"""Runs recorded as CUDA graphs: everything that a run puts on the stream, copies included, is
+launched by one call the next time.
 
-Worth it where a run is many small kernels, which is what one token of a language model is.
+This pays off where a run is many small kernels, as for one token of a language model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from edgeexit.runtime.engines.cuda.driver import ask
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 256 << 20
-"""Memory of the device that recordings may take in all."""
+"""Device memory that all recordings together may use."""
 
 
 class Replays:
     """The recordings of one stream.
 
-    A run is recorded behind its second time: sizes that are met once are not worth it. What the
-    engine cannot record, or what there is no room for, goes on as before.
+    A run is recorded after its second execution, because many sizes occur only once. Runs that the
+    engine cannot record, or that do not fit the limit, are executed as before.
 
     Args:
         device: Whose stream.
-        most_bytes: Memory that recordings may take in all; 0: none is made.
+        most_bytes: Device memory that all recordings together may use; 0: record nothing.
     """
 
     def __init__(self, device: Device, most_bytes: int = MOST_BYTES) -> None:
@@ -40,18 +40,18 @@ class Replays:
         self._epoch = 0
 
     def forget(self) -> None:
-        """To be called when memory moves that recordings point to: all are made anew."""
+        """Discards all recordings. Call it when memory that they use has moved."""
         self._epoch += 1
 
     def of(
         self, body: Callable[[], object], prepare: Callable[[], object] = lambda: None
     ) -> Callable[[], None]:
-        """The run `body`, which only puts work on the stream, or its recording.
+        """A call that executes the run `body` or, later, launches its recording.
 
         Args:
-            body: The run.
-            prepare: What must be done before the run that a recording follows: an engine settles in
-                that run what it would else do in the recording.
+            body: The run; it only puts work on the stream.
+            prepare: Called before the last run that precedes the recording. That run performs
+                one-time work, which must not be recorded.
         """
         recording: _Recording | None = None
         runs, epoch = 0, self._epoch
@@ -87,7 +87,7 @@ class Replays:
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         failure = None
         collecting = gc.isenabled()
-        gc.disable()  # memory that is given back meanwhile would end the recording
+        gc.disable()  # freeing memory would abort the recording
         try:
             ask(driver.cuStreamBeginCapture(device.raw_stream, mode))
             try:
@@ -116,7 +116,7 @@ class Replays:
 
 
 class _Recording:
-    """A recorded run, and what it counts."""
+    """A recorded run, and what it adds to the device's counts."""
 
     def __init__(self, device: Device, executable: Any, counted: dict[str, int]) -> None:
         self._device, self._executable, self._counted = device, executable, counted

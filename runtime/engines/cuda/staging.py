@@ -1,8 +1,8 @@
-"""What lies on the host is copied through memory of the GPU, around a graph that computes there.
+"""Copies between host and GPU around the runs of a graph that computes on the GPU.
 
-The same for every engine: only what the caller binds on the host crosses, and only a run that gives
-something to the host waits. Where the GPU shares the host's memory (a Jetson), pinned memory is
-read and written where it lies.
+The same for every engine: only tensors that the caller binds on the host are copied, and only runs
+with outputs on the host wait. Where the GPU shares the host's memory (a Jetson), pinned memory is
+used in place.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from edgeexit.runtime.engines.cuda.device import Device, DeviceSlot, PinnedSlot
 
 @dataclass
 class Layout:
-    """Where a graph finds its tensors for one set of shapes.
+    """Addresses of a graph's tensors for one set of shapes.
 
     Attributes:
-        addresses: Tensor -> where the graph reads or writes it, on the GPU.
-        held: Memory that must live as long as the layout is used, recordings of it included.
-        before, behind: Copies around a run: target, source, bytes.
-        reads: Something goes to the host, so a run waits for it.
-        writes: Something comes from the host, which must not change until the run has read it.
+        addresses: Tensor -> its address on the GPU.
+        held: Memory that must stay allocated while the layout, or a recording of it, is used.
+        before, behind: Copies before and after a run: target, source, bytes.
+        reads: An output goes to the host, so a run waits for it.
+        writes: An input comes from the host, where it must not change until the run has read it.
     """
 
     addresses: dict[str, int] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Layout:
 
 
 class Staging:
-    """Memory of the GPU for tensors of one graph that the caller binds on the host."""
+    """GPU memory for those tensors of a graph that the caller binds on the host."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._slots: dict[str, DeviceSlot] = {}
 
     def lay_out(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Layout:
-        """Finds an address for every tensor, and what is to be copied."""
+        """Assigns an address to every tensor, and lists the copies."""
         layout = Layout()
         for name, (place, dtype, shape) in inputs.items():
             size = size_of(dtype, shape)
@@ -66,12 +66,12 @@ class Staging:
         execute: Callable[[], object],
         record: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
     ) -> DeviceRun:
-        """A run: copies, what `execute` puts on the stream, copies; and waiting where it must.
+        """A run: copies, the graph, copies; and a wait if an output is on the host.
 
         Args:
-            layout: Where tensors lie.
-            execute: The graph itself.
-            record: What may be made of all that is put on the stream (`Replays.of`).
+            layout: Addresses and copies.
+            execute: Puts the graph on the stream.
+            record: Turns a function that only uses the stream into its recording (`Replays.of`).
         """
         device, before, behind = self._device, layout.before, layout.behind
 
@@ -90,21 +90,21 @@ class Staging:
         return place.device == "cpu" and not mapped
 
     def _address(self, layout: Layout, name: str, place: Place, size: int) -> int:
-        """Where the graph finds a tensor: where it lies, or in memory that it is copied to."""
+        """The address of a tensor for the graph: its own, or that of memory it is copied to."""
         if not self._crosses(place):
             address = place.mapped if isinstance(place, PinnedSlot) else place.pointer
         else:
             held = self._slots.get(name)
             if held is None or held.bytes < size:
                 held = self._slots[name] = self._device.allocate(size)
-            layout.held.append(held)  # a layout made before keeps the memory that it copies to
+            layout.held.append(held)  # earlier layouts keep the memory that they copy to
             address = held.pointer
         layout.addresses[name] = address
         return address
 
 
 class DeviceRun:
-    """A run of a graph on the GPU. Called, it returns when what goes to the host is there."""
+    """A run of a graph on the GPU. A call returns when all outputs on the host are written."""
 
     __slots__ = ("_device", "_layout", "_put")
 
@@ -112,7 +112,7 @@ class DeviceRun:
         self._device, self._layout, self._put = device, layout, put
 
     def put(self) -> None:
-        """Puts it on the stream and waits for nothing."""
+        """Puts it on the stream without waiting."""
         self._device.enter()
         self._put()
         if self._layout.writes:

@@ -1,3 +1,4 @@
-"""TensorRT engines: with what they are built (`library`, its interface in `api`) and in which types
-(`precision`), where they are kept (`engine_cache`), and how they run (`engine`, on a GPU that
-`edgeexit.runtime.engines.cuda` gives memory of). `edgeexit.runtime.build` builds them."""
+"""TensorRT engines: the libraries that build and run them (`library`, their interface in `api`),
+types that they compute in (`precision`), where they are stored (`engine_cache`), how they come in
+from other machines (`importing`, `signing`), which ones fit a device (`selection`), and how they
+run (`engine`, `graph`). `edgeexit.runtime.build` builds them."""

@@ -1,9 +1,9 @@
-"""What edgeexit uses of TensorRT's Python interface, spelled out for the type checker.
+"""The part of TensorRT's Python interface that edgeexit uses, declared for the type checker.
 
-The libraries ship no types of their own. Here stands every class, method and parameter that is
-called, under the library's own names; tests hold this against whichever libraries are installed
-(tests/runtime/engines/tensorrt/test_api.py), so a method that is renamed or goes is found without a
-GPU. Enumerations are `Any`: their members are held against the library by the same test.
+The libraries ship no types. This module declares every class, method and parameter that is used,
+under the library's own names; tests/runtime/engines/tensorrt/test_api.py compares it with the
+installed libraries, so that renamed or removed methods are found without a GPU. Enumerations are
+`Any`; the same test checks their members.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class IHostMemory(Protocol):
-    """Bytes of the library's, a buffer."""
+    """A buffer of the library."""
 
     nbytes: int
 
@@ -38,7 +38,7 @@ class ILayer(Protocol):
 
 
 class INetworkDefinition(Protocol):
-    """A network that was parsed."""
+    """A parsed network."""
 
     num_layers: int
 
@@ -55,7 +55,7 @@ class ParserError(Protocol):
 
 
 class OnnxParser(Protocol):
-    """From ONNX to a network."""
+    """Parses ONNX into a network."""
 
     num_errors: int
 
@@ -64,7 +64,7 @@ class OnnxParser(Protocol):
 
 
 class IOptimizationProfile(Protocol):
-    """Shapes that an engine takes."""
+    """Shapes that an engine accepts."""
 
     def set_shape(
         self, input: str, min: Sequence[int], opt: Sequence[int], max: Sequence[int]
@@ -72,7 +72,7 @@ class IOptimizationProfile(Protocol):
 
 
 class ITimingCache(Protocol):
-    """Times of kernels, kept from one build to the next."""
+    """Times of kernels, stored for the next build."""
 
     def serialize(self) -> IHostMemory: ...
 
@@ -95,7 +95,7 @@ class IBuilderConfig(Protocol):
 
 
 class Builder(Protocol):
-    """Makes engines."""
+    """Builds engines."""
 
     def create_network(self, flags: int) -> INetworkDefinition: ...
     def create_builder_config(self) -> IBuilderConfig: ...
@@ -123,7 +123,7 @@ class IRuntimeConfig(Protocol):
 
 
 class IExecutionContext(Protocol):
-    """An engine about to run."""
+    """The state of an engine's runs."""
 
     active_optimization_profile: int
 
@@ -136,13 +136,13 @@ class IExecutionContext(Protocol):
 
 
 class EngineInspector(Protocol):
-    """Tells what an engine consists of."""
+    """Reports an engine's layers."""
 
     def get_engine_information(self, format: Any) -> str: ...
 
 
 class ICudaEngine(Protocol):
-    """An engine that was loaded. A context takes a strategy or, from TensorRT-RTX, a config."""
+    """A loaded engine. Contexts are created with a strategy or, in TensorRT-RTX, a config."""
 
     num_io_tensors: int
     device_memory_size_v2: int
@@ -206,14 +206,14 @@ ENUMERATIONS = {
     "ProfilingVerbosity": ["DETAILED"],
     "TensorIOMode": ["INPUT"],
 }
-"""Members that are asked for, in every library."""
+"""Members that are used, in every library."""
 
 RTX_ENUMERATIONS = {
     "BuilderFlag": ["TF32"],
     "ComputeCapability": ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"],
     "CudaGraphStrategy": ["WHOLE_GRAPH_CAPTURE"],
 }
-"""Members that are asked for in TensorRT-RTX only."""
+"""Members that are used in TensorRT-RTX only."""
 
 RTX_CLASSES = ["IRuntimeCache", "IRuntimeConfig"]
-"""Classes of which TensorRT itself may lack something."""
+"""Classes that TensorRT itself may lack, or parts of them."""

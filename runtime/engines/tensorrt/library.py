@@ -1,7 +1,7 @@
-"""The two libraries of TensorRT, of one API: ``tensorrt`` (Jetson, servers) and ``tensorrt_rtx``
-(desktop GPUs, which also builds on machines without one).
+"""The two TensorRT libraries with one API: ``tensorrt`` (Jetson, servers) and ``tensorrt_rtx``
+(desktop GPUs; it also builds on machines without a GPU).
 
-What differs between them, and between their versions, is said here and nowhere else.
+All differences between them, and between their versions, are here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ SUPPORTED: dict[str, tuple[tuple[int, int], int]] = {
     "tensorrt": ((10, 3), 11),
     "tensorrt_rtx": ((1, 4), 1),
 }
-"""Library -> oldest version, and the newest major one. JetPack 6.1 and 6.2 have 10.3, 7.2 10.16."""
+"""Library -> oldest version, and newest major version. JetPack 6.1 and 6.2 have 10.3, 7.2 has
+10.16."""
 
 DESKTOP_TARGETS = {75: "Turing", 80: "A100", 86: "Ampere", 89: "Ada", 120: "Blackwell", 121: "GB10"}
 """Compute capabilities that TensorRT-RTX builds for ahead of time."""
@@ -27,11 +28,11 @@ JETSONS = {72: "Xavier", 87: "Orin", 101: "Thor", 110: "Thor"}
 
 @dataclass(frozen=True)
 class Library:
-    """An engine library that was found.
+    """An installed engine library.
 
     Attributes:
-        name: Its module.
-        module: The module itself.
+        name: Name of its module.
+        module: The module.
         version: Its full version.
     """
 
@@ -41,25 +42,25 @@ class Library:
 
     @property
     def rtx(self) -> bool:
-        """Whether it is TensorRT-RTX: no autotuning, so no timing cache; plans are compiled for the
-        GPU when they are loaded."""
+        """Whether it is TensorRT-RTX: it does not tune at build time, so there is no timing cache;
+        plans are compiled for the GPU when they are loaded."""
         return self.name == "tensorrt_rtx"
 
     @property
     def tunes(self) -> bool:
-        """Whether it times kernels for the usual shape of every profile when it builds;
-        TensorRT-RTX makes them for the shapes that come, while it runs."""
+        """Whether it times kernels for the usual shape of every profile when it builds.
+        TensorRT-RTX compiles them at run time, for the shapes that occur."""
         return not self.rtx
 
     @property
     def has_typing_flag(self) -> bool:
-        """Whether strong typing must be asked for. From 11 on there is nothing else."""
+        """Whether strong typing is an option. From 11 on networks are always strongly typed."""
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     @property
     def features(self) -> frozenset[str]:
-        """What graphs may use (`edgeexit.bundle.manifest.Variant`). Before 10.15 a pointer that is
-        input and output at once gives wrong results."""
+        """What graphs may use (`edgeexit.bundle.manifest.Variant`). Before 10.15, binding one
+        pointer as input and output gives wrong results."""
         if self.rtx or release(self.version) >= (10, 15):
             return frozenset({"opset-24", "cache-update"})
         return frozenset()
@@ -76,7 +77,7 @@ def release(version: str) -> tuple[int, int]:
 
 
 def supported_versions() -> str:
-    """The versions that this edgeexit takes, for messages."""
+    """The supported versions, for messages."""
     lines = []
     for name, (oldest, major) in SUPPORTED.items():
         lines.append(f"{name} {oldest[0]}.{oldest[1]} to {major}.x")
@@ -84,10 +85,10 @@ def supported_versions() -> str:
 
 
 def find_library(*, rtx: bool | None = None) -> Library:
-    """The library to use: TensorRT-RTX or TensorRT as asked, or whichever is installed.
+    """The library to use: TensorRT-RTX or TensorRT as `rtx` says, or whichever is installed.
 
     Raises:
-        EngineError: None is there, or its version is refused.
+        EngineError: It is not installed, or its version is not supported.
     """
     names = ["tensorrt", "tensorrt_rtx"]
     if rtx is not None:
@@ -96,17 +97,17 @@ def find_library(*, rtx: bool | None = None) -> Library:
         if importlib.util.find_spec(name) is not None:
             return import_library(name)
     raise EngineError(
-        f"{' and '.join(names)} cannot be found" if len(names) > 1 else f"{names[0]} is not there",
-        fix='Desktop GPUs: pip install "edgeexit[rtx]". Jetson: TensorRT comes with JetPack; make '
-        "the environment with --system-site-packages.",
+        f"{' or '.join(names)} is not installed",
+        fix='Desktop GPUs: pip install "edgeexit[rtx]". Jetson: TensorRT comes with JetPack; '
+        "create the environment with --system-site-packages.",
     )
 
 
 def import_library(name: str) -> Library:
-    """Imports a library and holds its version against `SUPPORTED`.
+    """Imports a library and checks its version against `SUPPORTED`.
 
     Raises:
-        EngineError: It cannot be imported, or its version is refused.
+        EngineError: It cannot be imported, or its version is not supported.
     """
     try:
         module: TensorRt = importlib.import_module(name)
@@ -114,25 +115,25 @@ def import_library(name: str) -> Library:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise EngineError(
             f"{name} cannot be imported ({error})",
-            fix="`edgeexit doctor` tells what is installed.",
+            fix="`edgeexit doctor` shows what is installed.",
         ) from error
     oldest, newest = SUPPORTED[name]
     if not (release(version) >= oldest and release(version)[0] <= newest):
         raise EngineError(
-            f"{name} {version} was not tried with this edgeexit",
+            f"{name} {version} is not supported by this edgeexit",
             fix=f"Use {supported_versions()}.",
         )
     return Library(name, module, version)
 
 
 def parse_targets(text: str) -> list[int]:
-    """Reads ``sm86,sm89`` (or ``8.6``): what to build for ahead of time.
+    """Reads ``sm86,sm89`` (or ``8.6``): targets of a build ahead of time.
 
     >>> parse_targets("sm86,12.0")
     [86, 120]
 
     Raises:
-        UsageError: It is no target, or one that can only be built for on the device.
+        UsageError: A name is not a target, or its engines can only be built on the device.
     """
     targets = []
     for one in text.split(","):
@@ -141,20 +142,20 @@ def parse_targets(text: str) -> list[int]:
         if not (digits.isascii() and digits.isdigit() and len(digits) < 6):
             raise UsageError(
                 f"--target {one[:40]}: not a compute capability",
-                fix=f"Give some of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
+                fix=f"Use one or more of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
             )
         number = int(digits)
         if number in JETSONS:
             raise UsageError(
                 f"--target {one}: engines for Jetson {JETSONS[number]} can only be built on it. "
-                "TensorRT-RTX, which builds without the GPU, is for desktops; JetPack's TensorRT "
-                "builds for the GPU that it runs on, for it times every kernel there",
+                "TensorRT-RTX, which builds without a GPU, is for desktops; JetPack's TensorRT "
+                "builds for the GPU it runs on, because it times every kernel there",
                 fix="Copy the bundle to the device and run edgeexit build there.",
             )
         if number not in DESKTOP_TARGETS:
             raise UsageError(
                 f"--target {one}: TensorRT-RTX does not build for it ahead of time",
-                fix=f"It builds for {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
+                fix=f"Use one or more of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
             )
         if number not in targets:
             targets.append(number)

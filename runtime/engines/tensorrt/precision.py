@@ -1,8 +1,8 @@
-"""What an engine computes in: what its network says, and what the library's inspector says of the
-engine that was built.
+"""Types that an engine computes in: those of its network, and those that the library's inspector
+reports of the built engine.
 
-Networks are strongly typed, so both should agree; where the engine multiplies in float32 although
-the graph does not, `built_otherwise` says so.
+Networks are strongly typed, so both should agree; `built_otherwise` detects engines that multiply
+in float32 although the graph does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Types = dict[str, dict[str, int]]
 """Kind of layer -> type that it computes in -> how many there are."""
 
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT", "EINSUM")
-"""Kinds of a network's layers that multiply: where time goes."""
+"""Kinds of a network's layers that multiply; they take most of the time."""
 
 # The inspector names kernels after what they do: sm80_xmma_gemm_..., __myl_Fc_..., /layer.0/MatMul.
 _MULTIPLIES = re.compile(
@@ -39,7 +39,7 @@ class _Information(msgspec.Struct):
 
 
 def of_network(trt: TensorRt, network: INetworkDefinition) -> Types:
-    """Types of a network's layers. What dequantises is fused into what comes behind it, so that
+    """Types of a network's layers. A dequantising layer is fused into the next one, which therefore
     counts as INT8."""
     found: Types = {}
     dequantised: set[str] = set()
@@ -65,25 +65,25 @@ def _last(member: Any) -> str:
 
 
 def of_engine(information: str) -> dict[str, int]:
-    """Types in which an engine multiplies, by what the inspector tells of it (its JSON): the type
-    of the first input of every layer that multiplies.
+    """Types in which an engine multiplies, from the inspector's report (JSON): the type of the
+    first input of every layer that multiplies.
 
     >>> of_engine('{"Layers": [{"Name": "/q/MatMul", "LayerType": "gemm", '
     ...           '"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP16"}]}]}')
     {'HALF': 1}
 
-    Nothing is found where layers have names only (engines built without detail) or where the
-    library shows a whole graph as one layer.
+    Empty where layers have names only (engines built without detail) or where the library reports a
+    whole graph as one layer.
 
     Raises:
-        ValueError: That is not what an inspector tells.
+        ValueError: The text is not an inspector's report.
     """
     try:
-        told = msgspec.json.decode(information, type=_Information)
+        report = msgspec.json.decode(information, type=_Information)
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from error
     found: dict[str, int] = {}
-    for layer in told.layers:
+    for layer in report.layers:
         if not isinstance(layer, Mapping):
             continue
         kernel = (
@@ -100,7 +100,7 @@ def of_engine(information: str) -> dict[str, int]:
 
 
 def products(types: Types) -> dict[str, int]:
-    """Of a network's layers those that multiply: type -> how many."""
+    """The layers of a network that multiply: type -> how many."""
     found: dict[str, int] = {}
     for kind in PRODUCTS:
         for dtype, count in types.get(kind, {}).items():
@@ -109,7 +109,7 @@ def products(types: Types) -> dict[str, int]:
 
 
 def built_otherwise(types: Types, inspected: Mapping[str, int]) -> bool:
-    """Whether an engine multiplies in float32 although no product of its network is."""
+    """Whether an engine multiplies in float32 although no product of its network does."""
     wanted = products(types)
     return bool(wanted) and "FLOAT" not in wanted and "FLOAT" in inspected
 

@@ -26,8 +26,8 @@ class Exact:
     more token of the last exit. Nothing of the first segments is computed twice.
 
     Args:
-        exit_number: Index of the exit that drafts; None: of every round the one that pays most by
-            what was measured so far (`Pace`), the earliest ones being tried first.
+        exit_number: Number of the component whose exit drafts; None: of every round the one that
+            pays most by what was measured so far (`Pace`), the earliest ones being tried first.
         drafts: The most tokens of a draft; None: as many as pay, none included.
         threshold: Drafting stops early when the drafting exit's score is below.
         paces: What earlier texts told of the exits, for batches of the same size; kept up.
@@ -48,21 +48,23 @@ class Exact:
         self.session, self.exits = session, exits
         self.sampler = sampler
         self.statistics = Statistics()
-        self._head = session.head([score] if threshold > 0 else [])
+        last = len(session.parts) - 1
+        self._head = session.head(last)
         self._fixed, self._threshold, self._score = drafts, threshold, score
-        layers = [len(part.segment.caches) for part in session.parts]
-        shares = [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers) - 1)]
+        shares = session.shares()
         # A seed shall give the same text again, so what is drawn must not depend on times.
         self._timed = sampler is None
         known = paces if paces is not None and self._timed else {}
-        for number, share in enumerate(shares):
-            known.setdefault(number, Pace(share)).next_text()
-        # An adapter must see every state that passes: exits with adapters do not take turns.
-        if exit_number is None and session.adapters:
-            exit_number = 0
-        chosen = list(range(len(shares))) if exit_number is None else [exit_number]
+        early = [number for number, exit_ in enumerate(session.exits[:-1]) if exit_ is not None]
+        for number in early:
+            known.setdefault(number, Pace(shares[number])).next_text()
+        # An adapter must see every token that passes: exits with adapters do not take turns.
+        if exit_number is None and any(session.adapter(number) for number in early):
+            exit_number = early[0]
+        chosen = early if exit_number is None else [exit_number]
+        scores = [score] if threshold > 0 else []
         self._paces = {number: known[number] for number in chosen}
-        self._drafters = {number: Drafter(session, number, self._head) for number in chosen}
+        self._drafters = {n: Drafter(session, n, session.head(n, scores)) for n in chosen}
         self._full = Full(session, exits, sampler, asked=chosen)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
@@ -79,7 +81,7 @@ class Exact:
             kept_rows = [session.capacity if on else 0 for on in active]
             session.crop(kept_rows)
             drafter.crop(kept_rows)
-        start = session.parts[0].caches.lengths
+        start = session.parts[0].states.positions
         room = session.capacity - max(start) - 1
         if most is not None:
             room = min(room, most - 1)  # a round gives one token more than it drafts

@@ -1,13 +1,12 @@
-"""How the next tokens come about, and the plainest way: ``full``. The others are
-`edgeexit.runtime.programs.modes.exact` and `edgeexit.runtime.programs.modes.early` (``fast``,
-``approximate``).
+"""What all modes share, and the plainest one: ``full``. The others are `exact` and `early`
+(``fast``, ``approximate``).
 
 Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
-token or several per row), on one set of engines. All of them keep to four rules. A state that
-passed a boundary without the segments behind it waits in that boundary's ring; running a segment
-drains its ring first; an exit that is asked now and then is given every state that passes it
-(`Session.adapt`), for its adapter's caches; and what a cache holds beyond its length does not
-count.
+token or several per row), on one set of engines. All of them keep to four rules. A token that
+passed a boundary without the components behind it waits in that boundary's ring; running a
+component drains its ring first; an exit that is asked is given every token that passes it
+(`Session.adapt`), for the states of its own components; and what states hold beyond their length
+does not count.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.runtime.engines.base import Array
+from edgeexit.runtime.executor.blocks import Block
 from edgeexit.runtime.executor.head import Answers
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.sampling import Sampler
@@ -41,6 +41,7 @@ class Statistics:
         catch_ups: Calls in which later segments caught up with states that waited (``fast``).
         audited: Tokens of early exits that the full model's answer was computed for, too.
         agreed: How many of those have the greedy token that the full model has.
+        earlier: Chain that ran before the text -> the exit that each of its rows took.
     """
 
     tokens: int = 0
@@ -51,6 +52,7 @@ class Statistics:
     catch_ups: int = 0
     audited: int = 0
     agreed: int = 0
+    earlier: dict[str, list[str]] = field(default_factory=dict)
 
     def count(self, exit_name: str, tokens: int) -> None:
         """Counts tokens answered at an exit."""
@@ -118,7 +120,8 @@ class Full:
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
         session.embed(self._current)
-        self._current[:, 0] = self._answer(session.run_all(0, len(session.parts), 1)[:, 0])
+        states = session.run_all(0, len(session.parts), 1)
+        self._current[:, 0] = self._answer(states if session.answers_itself else states[:, 0])
         self.statistics.count(self.exits[-1], sum(active))
         tokens = self._current[:, 0].tolist()
         return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
@@ -126,22 +129,22 @@ class Full:
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
 
-    def _pass(self, new: int, counts: Sequence[int]) -> Array:
-        """Runs every segment, and the adapters of exits that take the prompt."""
+    def _pass(self, block: Block) -> tuple[Array, Sequence[int]]:
+        """Runs every component, and the paths of exits that take the prompt."""
         session = self.session
-        if not session.adapters:
-            return session.run_all(0, len(session.parts), new, counts)
         for number in range(len(session.parts)):
-            states = session.run(number, new, counts)
+            block = session.run(number, block)
             if number in self._asked:
-                session.adapt(number, new, counts)
-        return states
+                session.adapt(number, block)
+        return session.boundary(len(session.parts), block.new), block.counts
 
     def _answer(self, states: Array) -> Ints:
         """Tokens for states ``[batch, width]``; the unsplit graph has answered already."""
         session = self.session
-        unsplit = session.opened.head is None
-        answers = session.parts[-1].answers if unsplit else session.head()(states)
+        last = len(session.parts) - 1
+        answers = (
+            session.parts[-1].answers if session.answers_itself else session.head(last)(states)
+        )
         return choose(answers, self.sampler)
 
 
@@ -162,28 +165,29 @@ def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
 def last_states(
     session: Session,
     prompts: Sequence[Ints],
-    take: Callable[[int, Sequence[int]], Array],
+    take: Callable[[Block], tuple[Array, Sequence[int]]],
 ) -> Array:
     """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``; the
     next call overwrites it.
 
     Args:
-        take: What to do with a chunk that lies embedded before the first segment, as
-            ``take(new, counts)``; it gives the states to look at, ``[batch, new, width]``.
+        take: What to do with a block that lies embedded before the first component; it gives the
+            states to look at, ``[batch, new, width]``, and how many of them count, per row.
     """
     found: Array | None = None
     lengths = [len(prompt) for prompt in prompts]
     for start in range(0, max(lengths), session.chunk):
         tokens, counts = chunk_of(prompts, start, session.chunk)
-        session.embed(tokens)
-        states = take(tokens.shape[1], counts)
+        session.embed(tokens, start)
+        states, left = take(Block(tokens.shape[1], counts))
+        if session.answers_itself:
+            continue
         if found is None:
             found = session.row_states("last of the prompts", states)
         for row, length in enumerate(lengths):
             if start < length <= start + session.chunk:
-                found[row] = states[row, counts[row] - 1]
-    assert found is not None
-    return found
+                found[row] = states[row, left[row] - 1]
+    return states if found is None else found
 
 
 def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:

@@ -13,11 +13,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from edgeexit.bundle.manifest import Chain, Component
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import EdgeExitError, ExportError, OutputExistsError, UsageError
 from edgeexit.export import export_onnx
-from edgeexit.export.cut.prove_rows import row_axis, run_graph
-from edgeexit.runtime import Policy, load, load_unsplit
+from edgeexit.export.cut.prove_rows import row_axis
+from edgeexit.export.evaluate import run_graph
+from edgeexit.runtime import Rule, load
 
 TEXT_EXITS = ["exit_1", "exit_2", "logits"]
 IMAGE_EXITS = ["early", "middle", "final"]
@@ -84,12 +86,12 @@ def check_bundle(
             np.testing.assert_allclose(made["logits"], wanted, rtol=1e-3, atol=atol)
         if threshold is None:
             threshold = float(np.median(trace.scores[0]["max_prob"]))
-        model.policy = Policy(score="max_prob", thresholds=threshold)
+        model.policy = Rule(score="max_prob", thresholds=threshold)
         result = model(feeds)
         for row, taken in enumerate(result.exits):
             wanted = expected[taken][row]
             np.testing.assert_allclose(result.outputs["logits"][row], wanted, rtol=1e-3, atol=atol)
-    with load_unsplit(bundle) as model:
+    with load(bundle, unsplit=True) as model:
         np.testing.assert_allclose(
             model(feeds).outputs["logits"], expected[-1], rtol=1e-3, atol=atol
         )
@@ -101,8 +103,20 @@ def crossing(bundle: Bundle) -> list[list[tuple[str, list[object], int | None]]]
     inputs = {tensor.name for tensor in bundle.manifest.inputs}
     return [
         [(t.dtype, list(t.axes), t.row_axis) for t in segment.inputs if t.name not in inputs]
-        for segment in bundle.manifest.chains["main"].segments[1:]
+        for segment in segments(bundle)[1:]
     ]
+
+
+def main(bundle: Bundle) -> Chain:
+    return bundle.manifest.chains["main"]
+
+
+def segments(bundle: Bundle) -> list[Component]:
+    return [bundle.manifest.components[name] for name in main(bundle).components]
+
+
+def exit_names(bundle: Bundle) -> list[str]:
+    return [exit_.name for exit_ in main(bundle).exits]
 
 
 def text_feeds(rows: int, tokens: int) -> dict[str, np.ndarray]:
@@ -125,7 +139,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_text_model_answers_like_its_file_when_cut(text_onnx: Path, tmp_path: Path) -> None:
     bundle = export_onnx(text_onnx, tmp_path / "bundle", exits=TEXT_EXITS, labels=["x", "y", "z"])
-    assert [leave.name for leave in bundle.exits()] == TEXT_EXITS
+    assert exit_names(bundle) == TEXT_EXITS
     assert bundle.manifest.labels == ["x", "y", "z"]
     for rows, tokens in ((4, 7), (1, 1), (1, 12), (5, 3)):
         taken = check_bundle(bundle, text_onnx, TEXT_EXITS, text_feeds(rows, tokens))
@@ -144,8 +158,8 @@ def test_only_the_state_crosses_when_masks_and_shapes_are_recomputed(
 ) -> None:
     bundle = export_onnx(text_onnx, tmp_path / "bundle", exits=TEXT_EXITS)
     assert crossing(bundle) == [[("float32", ["batch", "tokens", 32], 0)]] * 2
-    assert bundle.manifest.chains["main"].rows == "independent"
-    carried = [t.name for t in bundle.manifest.chains["main"].segments[2].inputs]
+    assert main(bundle).rows == "independent"
+    carried = [t.name for t in segments(bundle)[2].inputs]
     assert carried == ["attention_mask", carried[1]]
 
 
@@ -237,7 +251,7 @@ def test_names_are_made_valid_when_the_manifest_has_no_room_for_them(tmp_path: P
     exits = ["/head.0/Gemm", "a/max_prob", "out:0"]
     bundle = export_onnx(path, tmp_path / "bundle", exits=exits)
     assert [t.name for t in bundle.manifest.inputs] == ["in_put"]
-    assert [leave.name for leave in bundle.exits()] == ["head.0/Gemm", "a/max_prob", "out:0"]
+    assert exit_names(bundle) == ["head.0/Gemm", "a/max_prob", "out:0"]
     feeds = vector_feeds(name="in_put")
     with load(bundle) as model_:
         made = model_.trace(feeds)
@@ -252,7 +266,7 @@ def test_answers_are_float32_when_the_file_computes_in_float16(tmp_path: Path) -
     bundle = export_onnx(path, tmp_path / "bundle", exits=EXITS)
     assert [output.dtype for output in bundle.manifest.outputs] == ["float32"]
     assert crossing(bundle)[0] == [("float16", ["batch", 8], 0)]
-    assert bundle.manifest.unsplit[0].precision == "float16"
+    assert bundle.manifest.components["unsplit"].variants[0].precision == "float16"
     feeds = {"x": vector_feeds()["x"].astype(np.float16)}
     check_bundle(bundle, path, EXITS, feeds, atol=5e-3)
 
@@ -275,7 +289,7 @@ g (float[N, 8] x) => (float[N, 3] a, float[N, 3] b) {
     path = write(tmp_path / "qdq.onnx", text, arrays=extra)
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
     assert crossing(bundle) == [[("int8", ["batch", 8], 0)]]
-    assert bundle.manifest.unsplit[0].precision == "int8"
+    assert bundle.manifest.components["unsplit"].variants[0].precision == "int8"
     check_bundle(bundle, path, ["a", "b"], vector_feeds())
 
 
@@ -295,7 +309,7 @@ g (float[N, 8] x) => (float[N, 3] a, float[N, 3] b) {
     )
     path = write(tmp_path / "dynamic.onnx", text)
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
-    assert bundle.manifest.chains["main"].rows == "together"
+    assert main(bundle).rows == "together"
     assert check_bundle(bundle, path, ["a", "b"], vector_feeds(), threshold=0.0) == ["a"] * 4
 
 
@@ -325,7 +339,7 @@ g (float[N, 8] x) => (float[N, 3] a, float[N, 3] b) {
     }
     path = write(tmp_path / "counted.onnx", text, arrays=arrays)
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
-    assert [t.name for t in bundle.manifest.chains["main"].segments[1].inputs] == ["h1"]
+    assert [t.name for t in segments(bundle)[1].inputs] == ["h1"]
     assert len(set(check_bundle(bundle, path, ["a", "b"], vector_feeds(6)))) == 2
 
 
@@ -410,7 +424,7 @@ g (float[N, 8] x, bool flag) => (float[N, 3] a, float[N, 3] b) {
     )
     path = write(tmp_path / "branches.onnx", text)
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
-    taken = [tensor.name for tensor in bundle.manifest.chains["main"].segments[1].inputs]
+    taken = [tensor.name for tensor in segments(bundle)[1].inputs]
     assert taken == ["x", "flag", "h1"]
     for flag in (True, False):
         check_bundle(bundle, path, ["a", "b"], vector_feeds() | {"flag": np.array(flag)})
@@ -461,7 +475,7 @@ g (float[N, T, 8] x) => (float[N, 3] a, float[N, 3] b) {
     arrays = {"rows": np.array([-1, 8]), "one": np.array([1])}
     path = write(tmp_path / "flat.onnx", text, arrays=arrays)
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
-    assert bundle.manifest.chains["main"].rows == "together"
+    assert main(bundle).rows == "together"
     assert crossing(bundle) == [[("float32", [None, 8], None)]]
     assert "leave together" in caplog.text and "h1" in caplog.text
     x = np.random.default_rng(0).standard_normal((6, 5, 8)).astype(np.float32)
@@ -498,7 +512,7 @@ def test_opset_is_kept_or_raised_to_18_when_the_file_is_older(tmp_path: Path, op
     path = write(tmp_path / "old.onnx", STRAIGHT.replace(": 18]", f": {opset}]"))
     bundle = export_onnx(path, tmp_path / "bundle", exits=EXITS)
     assert bundle.manifest.provenance["opset"] == str(max(opset, 18))
-    for segment in bundle.manifest.chains["main"].segments:
+    for segment in segments(bundle):
         graph = onnx.load(bundle.file(segment.variants[0].graph), load_external_data=False)
         assert graph.ir_version == 10 and graph.opset_import[0].version == max(opset, 18)
     check_bundle(bundle, path, EXITS, vector_feeds())
@@ -678,7 +692,7 @@ def test_output_is_kept_when_it_exists(straight: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         export_onnx(straight, tmp_path / "bundle", exits=EXITS)
     again = export_onnx(straight, tmp_path / "bundle", exits=["a", "c"], overwrite=True)
-    assert [leave.name for leave in again.exits()] == ["a", "c"]
+    assert exit_names(again) == ["a", "c"]
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,21 @@ from tests.toys import Toy, make_inputs, reference
 
 def _segments(bundle: Bundle) -> list[ir.Model]:
     (chain,) = bundle.manifest.chains.values()
-    return [ir.load(bundle.path / part.variants[0].graph) for part in chain.segments]
+    parts = [bundle.manifest.components[name] for name in chain.components]
+    return [ir.load(bundle.path / part.variants[0].graph) for part in parts]
+
+
+def _answers(bundle: Bundle) -> list[str]:
+    """The tensor that holds each exit's logits."""
+    (chain,) = bundle.manifest.chains.values()
+    return [exit_.outputs["logits"] for exit_ in chain.exits]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_merge_answers_as_the_exit_does_when_exits_before_it_are_dropped(
     toy: Toy, toy_bundle: Bundle, tmp_path: Path, depth: int
 ) -> None:
-    answer = toy_bundle.exits()[depth - 1].outputs["logits"]
+    answer = _answers(toy_bundle)[depth - 1]
     merged = merge(_segments(toy_bundle)[:depth], [answer])
     shutil.copyfile(toy_bundle.path / WEIGHTS, tmp_path / "weights.bin")
     save_graph(merged, str(tmp_path / "merged.onnx"))
@@ -45,7 +52,7 @@ def test_merge_answers_as_the_exit_does_when_exits_before_it_are_dropped(
 
 
 def test_merge_keeps_shapes_of_boundaries_only(toy_bundle: Bundle) -> None:
-    answer = toy_bundle.exits()[-1].outputs["logits"]
+    answer = _answers(toy_bundle)[-1]
     boundaries = {value.name for model in _segments(toy_bundle) for value in model.graph.outputs}
     merged = merge(_segments(toy_bundle), [answer])
     assert [value.name for value in merged.graph.outputs] == [answer]

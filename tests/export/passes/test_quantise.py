@@ -12,15 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeexit.bundle.manifest import Tensor
+from edgeexit.bundle.manifest import Chain, Component, Exit, Run, Tensor
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import UsageError
-from edgeexit.export import Exit, ExitModel, Segment, export_int8, export_model
+from edgeexit.export import Component as Part
+from edgeexit.export import Form, SplitModel, export
 from edgeexit.measure.check import check
 from edgeexit.measure.quantisation_effect import count_flips, has_float32
-from edgeexit.runtime import Policy, load
-from edgeexit.runtime.build.build import build_engines, work_of
+from edgeexit.runtime import Rule, load
+from edgeexit.runtime.build.build import build_engines
 from edgeexit.runtime.build.profiles import Asked
+from edgeexit.runtime.build.work_list import work_of
 from edgeexit.runtime.engines.tensorrt.library import find_library
 
 WIDTH, CLASSES, DEPTH = 32, 4, 3
@@ -57,35 +59,45 @@ class Unsplit(nn.Module):
         return logits
 
 
-def make() -> ExitModel:
+def make() -> SplitModel:
     torch.manual_seed(0)
     blocks = [Block(number == DEPTH - 1).eval() for number in range(DEPTH)]
     x = Tensor(name="x", dtype="float32", axes=["batch", WIDTH])
-    segments, state = [], x
+    answer = Tensor(name="logits", dtype="float32", axes=["batch", CLASSES])
+    parts, exits, state = [], [], x
     for number, block in enumerate(blocks):
         logits = Tensor(name=f"logits_{number}", dtype="float32", axes=["batch", CLASSES])
         made = Tensor(name=f"state_{number}", dtype="float32", axes=["batch", WIDTH])
-        segments.append(
-            Segment(
-                name=f"block_{number}",
-                module=block,
-                inputs=(state,),
-                outputs=(logits,) if block.last else (made, logits),
-                exits=(Exit(name=f"exit_{number}", outputs={"logits": logits.name}),),
-            )
+        outputs = (logits,) if block.last else (made, logits)
+        parts.append(Part(f"block_{number}", (state,), outputs, (Form(block),)))
+        exits.append(
+            Exit(name=f"exit_{number}", behind=parts[-1].name, outputs={"logits": logits.name})
         )
         state = made
-    return ExitModel(
+    unsplit = Part("unsplit", (x,), (answer,), (Form(Unsplit(blocks).eval()),))
+    return SplitModel(
         name="residual",
         task="classification",
         inputs=(x,),
-        outputs=(Tensor(name="logits", dtype="float32", axes=["batch", CLASSES]),),
-        chains={"main": segments},
-        unsplit=Unsplit(blocks).eval(),
+        components=[*parts, unsplit],
+        chains={
+            "main": Chain(
+                components=[part.name for part in parts],
+                outputs=[answer],
+                exits=exits,
+                unsplit=["unsplit"],
+            )
+        },
+        steps=[Run(chain="main")],
         example=lambda rows: {"x": torch.randn(rows, WIDTH)},
         labels=("a", "b", "c", "d"),
         limits={"batch": 64},
     )
+
+
+def segments(bundle: Bundle) -> list[Component]:
+    [chain] = bundle.manifest.chains.values()
+    return [bundle.manifest.components[name] for name in chain.components]
 
 
 def rows(count: int, seed: int = 0) -> dict[str, NDArray]:
@@ -93,7 +105,7 @@ def rows(count: int, seed: int = 0) -> dict[str, NDArray]:
 
 
 def data(bundle: Bundle) -> Iterator[dict[str, NDArray]]:
-    assert bundle.manifest.unsplit[0].precision == "float32"
+    assert bundle.manifest.components["unsplit"].variants[0].precision == "float32"
     for seed in range(50):
         yield rows(8, seed)
 
@@ -102,8 +114,8 @@ def data(bundle: Bundle) -> Iterator[dict[str, NDArray]]:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
     """In float32 and in int8."""
     folder = tmp_path_factory.mktemp("quantised")
-    whole = export_model(make(), folder / "float32")
-    return whole, export_int8(make(), folder / "int8", calibration=data)
+    whole = export(make(), folder / "float32")
+    return whole, export(make(), folder / "int8", dtype="int8", calibration=data)
 
 
 def test_products_of_layers_are_quantised_and_those_of_heads_are_not(
@@ -111,9 +123,8 @@ def test_products_of_layers_are_quantised_and_those_of_heads_are_not(
 ) -> None:
     whole, small = bundles
     assert small.weights_bytes < 0.6 * whole.weights_bytes  # heads stay as they are
-    [chain] = small.manifest.chains.values()
-    assert {part.variants[0].precision for part in chain.segments} == {"int8"}
-    for number, part in enumerate(chain.segments):
+    assert {part.variants[0].precision for part in segments(small)} == {"int8"}
+    for number, part in enumerate(segments(small)):
         graph = ir.load(small.file(part.variants[0].graph)).graph
         products = [node for node in graph if node.op_type in ("Gemm", "MatMul")]
         assert len(products) == 4
@@ -133,7 +144,7 @@ def test_the_bundle_keeps_what_the_model_says_of_itself(bundles: tuple[Bundle, B
     whole, small = (bundle.manifest for bundle in bundles)
     for name in ("name", "task", "labels", "limits", "inputs", "preprocessing"):
         assert getattr(small, name) == getattr(whole, name)
-    assert [leave.name for leave in bundles[1].exits()] == ["exit_0", "exit_1", "exit_2"]
+    assert whole.chains == small.chains
     assert small.provenance["calibration_rows"] == "256"
 
 
@@ -153,8 +164,8 @@ def test_flips_are_counted_against_float32(bundles: tuple[Bundle, Bundle]) -> No
     assert has_float32(small) and not has_float32(whole)
     with load(small, all_scores=True) as model:
         flips = count_flips(model)
-        never = count_flips(model, Policy())
-        tight = count_flips(model, Policy(score="max_prob", thresholds=0.4))
+        never = count_flips(model, Rule())
+        tight = count_flips(model, Rule(score="max_prob", thresholds=0.4))
     assert [one.exit for one in flips] == ["exit_0", "exit_1", "exit_2"]
     assert {one.rows for one in flips} == {144}  # 400 less the 256 that set the ranges
     assert flips[-1].decisions is None and all(one.decisions is None for one in never)
@@ -171,8 +182,33 @@ def test_flips_are_counted_against_float32(bundles: tuple[Bundle, Bundle]) -> No
 
 def test_too_little_data_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two rows at least"):
-        export_int8(make(), tmp_path / "bundle", calibration=lambda bundle: iter([]))
+        export(make(), tmp_path / "bundle", dtype="int8", calibration=lambda bundle: iter([]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_needs_calibration_and_nothing_else_takes_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'int8' needs calibration"):
+        export(make(), tmp_path / "bundle", dtype="int8")
+    with pytest.raises(UsageError, match="'float16' takes no calibration"):
+        export(make(), tmp_path / "bundle", dtype="float16", calibration=data)
+
+
+def test_unsplit_has_the_scales_of_the_segments(bundles: tuple[Bundle, Bundle]) -> None:
+    _, small = bundles
+    ours = [scale for part in segments(small) for scale in scales(small, part)]
+    theirs = scales(small, small.manifest.components["unsplit"])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def scales(bundle: Bundle, component: Component) -> list[float]:
+    """Scales of the activations that a component quantises, in order."""
+    found = []
+    for node in ir.load(bundle.file(component.variants[0].graph)).graph:
+        if node.op_type == "QuantizeLinear":
+            scale = node.inputs[1]
+            assert scale is not None and scale.const_value is not None
+            found.append(float(scale.const_value.numpy().reshape(-1)[0]))
+    return found
 
 
 def test_tensorrt_builds_it_and_computes_in_int8(

@@ -11,10 +11,10 @@ import torch
 
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import UsageError
-from edgeexit.export import export_model
+from edgeexit.export import export
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families import bert, vit
-from edgeexit.runtime import Policy, load
+from edgeexit.runtime import Rule, load
 from tests.checkpoints import make_model
 
 ADAPTERS = {"bert": bert, "vit": vit}
@@ -28,7 +28,7 @@ def half(
     torch.manual_seed(1)
     classifier = ExitClassifier(model, ADAPTERS[request.param].trunk(model), [2]).eval()
     output = tmp_path_factory.mktemp("half") / request.param
-    return classifier, export_model(classifier.exit_model(), output, dtype="float16")
+    return classifier, export(classifier.split_model(), output, dtype="float16")
 
 
 def test_float16_bundle_computes_in_half_when_asked(half: tuple[ExitClassifier, Bundle]) -> None:
@@ -40,13 +40,14 @@ def test_float16_bundle_computes_in_half_when_asked(half: tuple[ExitClassifier, 
         if parameter.numel() >= 512
     )
     assert (bundle.path / WEIGHTS).stat().st_size <= 2 * weights * 1.1 + 4096
-    for segment in chain.segments:
+    segments = [bundle.manifest.components[name] for name in chain.components]
+    for segment in segments:
         assert segment.variants[0].precision == "float16"
         graph = onnx.load(bundle.file(segment.variants[0].graph), load_external_data=False).graph
         large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) >= 512]
         kinds = {tensor.data_type for tensor in large}
         assert kinds == {onnx.TensorProto.FLOAT16}
-    assert {t.dtype for t in chain.segments[0].outputs if t.name.startswith("state")} == {"float16"}
+    assert {t.dtype for t in segments[0].outputs if t.name.startswith("state")} == {"float16"}
 
 
 def test_float16_bundle_takes_and_answers_float32(half: tuple[ExitClassifier, Bundle]) -> None:
@@ -73,7 +74,7 @@ def test_float16_bundle_decides_as_float32_torch_when_scores_are_clear(
     gap = 3 + int(np.argmax(np.diff(ordered)[3:8]))
     assert ordered[gap + 1] - ordered[gap] > 4e-3, "the scores leave no clear threshold"
     threshold = float(ordered[gap : gap + 2].mean())
-    with load(bundle, policy=Policy(thresholds=threshold)) as model:
+    with load(bundle, policy=Rule(thresholds=threshold)) as model:
         result = model({name: value.numpy() for name, value in inputs.items()})
     leaves = np.where(first >= threshold, 0, 1)
     np.testing.assert_array_equal(result.exits, leaves)
@@ -91,5 +92,5 @@ def test_export_refuses_a_precision_when_no_graph_can_have_it(tmp_path: Path) ->
     model = make_model("vit")
     classifier = ExitClassifier(model, vit.trunk(model), [1])
     with pytest.raises(UsageError, match="'int4' is not known"):
-        export_model(classifier.exit_model(), tmp_path / "bundle", dtype="int4")
+        export(classifier.split_model(), tmp_path / "bundle", dtype="int4")
     assert not list(tmp_path.iterdir())

@@ -1,75 +1,31 @@
-"""Measuring: sides in processes of their own, honest percentiles, and a result that adds up."""
+"""A measurement of rows or of texts: what is compared, and a result that adds up."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edgeexit.bundle.reader import Bundle
 from edgeexit.cli.bench import command
 from edgeexit.errors import DataError, MeasurementError, UsageError
 from edgeexit.measure import environment
-from edgeexit.measure.bench.bench import (
-    bench,
-    doubts,
-    natural_ratio,
-    prepare_inputs,
-    share_of_ideal,
-)
+from edgeexit.measure.bench import cases
+from edgeexit.measure.bench.bench import Options, bench, doubts
 from edgeexit.measure.bench.cases import read_inputs, settings, write_inputs
-from edgeexit.measure.bench.paired import (
-    MIN_RUNS,
-    Lane,
-    Side,
-    alternate,
-    best_setting,
-    middle_mean,
-    percentiles,
-    spread,
-)
-from edgeexit.runtime import Policy, load, write_policy
+from edgeexit.measure.bench.inputs import prepare_rows
+from edgeexit.measure.bench.paired import Lane
+from edgeexit.measure.bench.rows import natural_ratio, share_of_ideal
+from edgeexit.runtime import Policy, Rule, load, write_policy
+from tests.decoder_toys import VOCABULARY, make_decoder_toy, write_decoder_toy
 from tests.toys import make_inputs
+from tests.two_chains import write_two_chains
 
 ROWS = 50
-
-CLOCKWORK = '''
-import os
-import time
-from edgeexit.errors import DataError
-from edgeexit.measure.bench.worker import Case, Subject
-
-def make(ms=1.0, words="", fail="", threads=None):
-    """Sleeps a known time per input number: 1, 2, 3 ... times ms."""
-    if fail == "start":
-        raise DataError("the clock is broken", fix="Wind it.")
-    print("chatter of a library" + words)
-    if threads is not None:
-        ms = float(threads)
-    def call(number):
-        time.sleep((number + 1) * ms / 1000)
-        if fail == "run":
-            os._exit(7)
-        if fail == "bug":
-            raise ZeroDivisionError("a bug")
-        return number
-    return Subject({"sleep": Case(call, read=lambda number: {"number": number})}, 4, {"ms": ms})
-'''
-
-
-@pytest.fixture(scope="module")
-def clockwork(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a module whose cases take known times."""
-    folder = tmp_path_factory.mktemp("clockwork")
-    (folder / "clockwork.py").write_text(CLOCKWORK)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +38,15 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def policy_file(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy") / "policy.json"
-    write_policy(Policy(thresholds=0.8), path)
+    write_policy(Policy(rules={"forward": Rule(thresholds=0.8)}), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def latency(toy_bundle: Bundle, data_file: Path, policy_file: Path) -> dict:
     """One short measurement in latency mode, shared by the tests that look at it."""
-    return bench(toy_bundle, data=data_file, policy=policy_file, seconds=0.5, threads="blocking")
-
-
-def test_percentiles_are_left_out_when_too_few_runs_support_them() -> None:
-    assert percentiles([1.0] * 19) == {}
-    assert list(percentiles([1.0] * 20)) == ["p50"]
-    assert list(percentiles([1.0] * 199)) == ["p50", "p90"]
-    assert list(percentiles([1.0] * 1000)) == ["p50", "p90", "p95", "p99"]
-    assert list(percentiles([1.0] * 10000))[-1] == "p99.9"
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=20, max_size=300))
-def test_percentiles_equal_numpys_when_given(times: list[float]) -> None:
-    for name, value in percentiles(times).items():
-        assert value == pytest.approx(np.percentile(times, float(name[1:])), abs=1e-4)
-
-
-def test_middle_mean_ignores_outliers_on_both_sides() -> None:
-    assert middle_mean([0.0, 1.0, 2.0, 1e9]) == 1.5
-    assert middle_mean([3.0]) == 3.0
-
-
-def test_spread_is_the_distance_of_quartiles_when_there_are_four() -> None:
-    assert spread([1.0, 1.0, 1.0]) == 0.0
-    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.0)
+    options = Options(data=data_file, policy=policy_file, seconds=0.5, threads="blocking")
+    return bench(toy_bundle, options)
 
 
 def test_settings_offer_one_when_a_gpu_computes() -> None:
@@ -128,75 +61,6 @@ def test_inputs_come_back_equal_and_in_order_when_shapes_differ(tmp_path: Path) 
     for one, other in zip(inputs, found, strict=True):
         for name, value in one.items():
             np.testing.assert_array_equal(other[name], value)
-
-
-def test_side_runs_the_inputs_asked_for_when_the_library_prints(clockwork: str) -> None:
-    with Side("clockwork:make", {"ms": 0.1}, folder=clockwork) as side:
-        block = side.run("sleep", [2, 0, 3])
-        assert [record["number"] for record in block["records"]] == [2, 0, 3]
-        assert all(
-            ms >= (number + 1) * 0.1
-            for ms, number in zip(block["times_ms"], (2, 0, 3), strict=True)
-        )
-        assert side.facts == {"ms": 0.1}
-
-
-def test_side_lives_in_a_process_of_its_own_and_ends_with_its_block(clockwork: str) -> None:
-    with Side("clockwork:make", {}, folder=clockwork) as side:
-        process = side._process
-        assert process.pid != os.getpid() and process.poll() is None
-    assert process.poll() is not None
-
-
-def test_side_reports_an_error_of_ours_as_one_line_when_it_cannot_start(clockwork: str) -> None:
-    with pytest.raises(MeasurementError, match="the clock is broken.*Wind it"):
-        Side("clockwork:make", {"fail": "start"}, folder=clockwork)
-
-
-def test_side_shows_the_traceback_when_the_subject_has_a_bug(clockwork: str) -> None:
-    with (
-        Side("clockwork:make", {"fail": "bug"}, folder=clockwork) as side,
-        pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"),
-    ):
-        side.run("sleep", [0])
-
-
-def test_side_says_so_when_its_process_dies(clockwork: str) -> None:
-    with (
-        Side("clockwork:make", {"fail": "run"}, folder=clockwork) as side,
-        pytest.raises(MeasurementError, match="ended with status 7"),
-    ):
-        side.run("sleep", [0])
-
-
-def test_side_is_refused_when_the_subject_does_not_exist(clockwork: str) -> None:
-    with pytest.raises(MeasurementError, match="clockwork:nothing"):
-        Side("clockwork:nothing", {}, folder=clockwork)
-
-
-def test_alternate_pairs_the_same_inputs_when_blocks_are_run(clockwork: str) -> None:
-    with (
-        Side("clockwork:make", {"ms": 0.05}, folder=clockwork) as one,
-        Side("clockwork:make", {"ms": 0.05}, folder=clockwork) as other,
-    ):
-        baseline = Lane("baseline", one, "sleep", expected_ms=1.0)
-        lane = Lane("lane", other, "sleep", expected_ms=1.0)
-        rounds = alternate(baseline, [lane], seconds=0.01, block_ms=4.0, whole=lane)
-    assert rounds >= 5 and len(lane.ratios) == rounds
-    assert len(lane.times_ms) >= MIN_RUNS
-    assert lane.numbers == baseline.numbers
-    assert [record["number"] for record in lane.records] == lane.numbers
-    assert sorted(lane.numbers[:4]) == [0, 1, 2, 3]  # every input once before any twice
-
-
-def test_best_setting_finds_the_fastest_when_they_differ_tenfold(clockwork: str) -> None:
-    def make(setting: float) -> Side:
-        return Side("clockwork:make", {"threads": setting}, folder=clockwork)
-
-    side, best, relative = best_setting(make, "sleep", [5.0, 0.5, 20.0], seconds=0.05)
-    with side:
-        assert best == 0.5 and side.facts == {"ms": 0.5}
-        assert list(relative) == ["5.0", "0.5", "20.0"]
 
 
 def test_natural_ratio_weights_the_median_of_each_exit_by_its_rate() -> None:
@@ -243,7 +107,7 @@ def test_watch_counts_this_process_as_other_load_when_it_is_not_declared() -> No
 def test_bench_gives_every_promised_figure_in_latency_mode(
     latency: dict, toy_bundle: Bundle
 ) -> None:
-    names = [leave.name for leave in toy_bundle.exits()]
+    names = [exit_.name for exit_ in toy_bundle.manifest.last_chain.stops]
     assert latency["mode"] == "latency"
     assert latency["unsplit"]["p50_ms"] > 0 and latency["split_tax"] > 0
     assert [leave["name"] for leave in latency["exits"]] == names
@@ -259,7 +123,7 @@ def test_bench_finds_the_rates_and_accuracies_of_the_model_when_run_on_real_data
     latency: dict, toy_bundle: Bundle
 ) -> None:
     inputs, labels = make_inputs(ROWS), np.arange(ROWS) % 3
-    with load(toy_bundle, policy=Policy(thresholds=0.8)) as model:
+    with load(toy_bundle, policy=Rule(thresholds=0.8)) as model:
         result = model(inputs)
     right = result.outputs["logits"].argmax(-1) == labels
     assert latency["natural"]["accuracy"] == pytest.approx(right.mean(), abs=1e-6)
@@ -280,8 +144,7 @@ def test_bench_finds_the_rates_and_accuracies_of_the_model_when_run_on_real_data
 def test_bench_measures_whole_batches_in_throughput_mode(
     toy_bundle: Bundle, data_file: Path, policy_file: Path
 ) -> None:
-    found = bench(
-        toy_bundle,
+    options = Options(
         mode="throughput",
         data=data_file,
         policy=policy_file,
@@ -289,6 +152,7 @@ def test_bench_measures_whole_batches_in_throughput_mode(
         seconds=0.2,
         threads="blocking",
     )
+    found = bench(toy_bundle, options)
     assert found["data"]["rows"] == 48  # the last two rows fill no batch
     assert found["natural"]["rows_per_s"] > 0 and found["unsplit"]["rows_per_s"] > 0
     assert sum(leave["rate"] for leave in found["exits"]) == pytest.approx(1.0, abs=1e-5)
@@ -296,7 +160,7 @@ def test_bench_measures_whole_batches_in_throughput_mode(
 
 
 def test_bench_promises_no_natural_figures_when_there_is_no_data(toy_bundle: Bundle) -> None:
-    found = bench(toy_bundle, seconds=0.1, threads="blocking")
+    found = bench(toy_bundle, Options(seconds=0.1, threads="blocking"))
     assert found["natural"] is None
     assert {leave["rate"] for leave in found["exits"]} == {None}
     assert found["data"]["name"] == "samples"
@@ -305,7 +169,7 @@ def test_bench_promises_no_natural_figures_when_there_is_no_data(toy_bundle: Bun
 def test_batches_hold_every_row_once_and_its_label_when_shuffled(
     toy_bundle: Bundle, data_file: Path, tmp_path: Path
 ) -> None:
-    found = prepare_inputs(toy_bundle, data_file, 10, str(tmp_path), seed=3)
+    found = prepare_rows(toy_bundle, data_file, 10, str(tmp_path), seed=3)
     whole = make_inputs(ROWS)
     batches = read_inputs(found.path)
     assert found.count == 5 and found.labels is not None
@@ -321,16 +185,14 @@ def test_batches_hold_every_row_once_and_its_label_when_shuffled(
 
 def test_bench_is_refused_when_no_batch_fills(toy_bundle: Bundle, data_file: Path) -> None:
     with pytest.raises(MeasurementError, match="fewer rows than one batch of 64"):
-        bench(toy_bundle, mode="throughput", data=data_file, batch=64, seconds=0.1)
+        bench(toy_bundle, Options(mode="throughput", data=data_file, batch=64, seconds=0.1))
 
 
-def test_bench_is_refused_when_arguments_cannot_be_meant(
-    toy_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_bench_is_refused_when_options_are_out_of_range(toy_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--time"):
-        bench(toy_bundle, seconds=0)
+        bench(toy_bundle, Options(seconds=0))
     with pytest.raises(DataError, match="does not exist"):
-        bench(toy_bundle, data=tmp_path / "nothing.npz", seconds=0.1)
+        bench(toy_bundle, Options(data=tmp_path / "nothing.npz", seconds=0.1))
 
 
 def test_command_prints_one_object_and_writes_the_same_when_asked_for_json(
@@ -369,17 +231,92 @@ def test_command_refuses_a_time_without_unit_or_sense(toy_bundle: Bundle, text: 
     assert ran.exit_code == 2 and "is not a time" in ran.stderr
 
 
-def test_ratios_are_those_of_the_medians_of_neighbouring_blocks(clockwork: str) -> None:
-    with (
-        Side("clockwork:make", {"ms": 0.2}, folder=clockwork) as one,
-        Side("clockwork:make", {"ms": 0.4}, folder=clockwork) as other,
-    ):
-        baseline = Lane("baseline", one, "sleep", expected_ms=1.0)
-        lane = Lane("lane", other, "sleep", expected_ms=1.0)
-        alternate(baseline, [lane], seconds=0.01, block_ms=4.0)
-    blocks = [slice(start, start + 4) for start in range(0, len(lane.times_ms), 4)]
-    expected = [
-        statistics.median(lane.times_ms[block]) / statistics.median(baseline.times_ms[block])
-        for block in blocks
-    ]
-    assert lane.ratios == pytest.approx(expected)
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_decoder_toy(make_decoder_toy(), tmp_path_factory.mktemp("writer") / "bundle")
+
+
+def test_bench_compares_every_mode_with_unsplit(writer: Bundle, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tokens": [5, 6, 7, 8, 9]}\n\n{"tokens": [5, 6, 7]}\n')
+    policy = tmp_path / "policy.json"
+    write_policy(Policy(rules={"decoder": Rule(thresholds=0.4)}), policy)
+    found = bench(
+        writer,
+        Options(data=prompts, policy=policy, new_tokens=6, seconds=0.01, threads="blocking"),
+    )
+    assert set(found["modes"]) == {"full", "exact", "fast"}
+    assert found["data"] == {"name": "prompts.jsonl", "prompts": 2, "tokens": [3, 5]}
+    assert found["turns"] >= 5 and found["unsplit"]["tokens"] == found["turns"] * 6
+    assert found["modes"]["full"]["tokens"] == found["unsplit"]["tokens"]
+    assert found["modes"]["exact"]["turns_with_other_tokens_than_full"] == 0
+    assert sum(found["modes"]["fast"]["exits"].values()) >= found["modes"]["fast"]["tokens"]
+    assert found["split_tax"] == pytest.approx(
+        1 / found["modes"]["full"]["against_unsplit"]["decode"], abs=2e-4
+    )
+    assert found["threads"] == {"unsplit": "blocking", "modes": "blocking"}
+    assert set(found["thread_search"]) == {"unsplit", "modes"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_bench_without_prompts_takes_random_ones_and_full_depth(writer: Bundle) -> None:
+    options = Options(prompt_tokens=5, new_tokens=4, seconds=0.01, threads=1)
+    found = bench(writer, options)
+    assert set(found["modes"]) == {"full"}
+    assert found["data"] == {"name": "8 random prompts", "prompts": 8, "tokens": [5, 5]}
+
+
+@pytest.mark.parametrize("toy", [{"encoder": True}, {"prefix": True}])
+def test_bench_takes_prompts_with_what_earlier_chains_take(toy: dict, tmp_path: Path) -> None:
+    bundle = write_decoder_toy(make_decoder_toy(**toy), tmp_path / "bundle")
+    samples = np.load(bundle.file("samples/reference.npz"))
+    inputs = {t.name: samples[f"input/{t.name}"] for t in bundle.manifest.inputs}
+    np.savez(tmp_path / "prompts.npz", **inputs)
+    options = Options(data=tmp_path / "prompts.npz", new_tokens=4, seconds=0.01, threads=1)
+    found = bench(bundle, options)
+    assert found["data"]["prompts"] == 3
+    assert found["modes"]["exact"]["turns_with_other_tokens_than_full"] == 0
+    with pytest.raises(MeasurementError, match="which random prompts have none for"):
+        bench(bundle, Options(new_tokens=4, seconds=0.01, threads=1))
+
+
+def test_bench_refuses_what_is_not_for_texts(writer: Bundle) -> None:
+    with pytest.raises(MeasurementError, match="made for"):
+        bench(writer, Options(prompt_tokens=40, new_tokens=9, threads=1))
+    with pytest.raises(UsageError, match="--mode throughput counts rows"):
+        bench(writer, Options(mode="throughput"))
+    with pytest.raises(UsageError, match="--launch-ahead"):
+        bench(writer, Options(launch_ahead="always", engine="cuda"))
+
+
+def test_cases_of_texts_are_the_modes_and_further_settings(writer: Bundle, tmp_path: Path) -> None:
+    write_inputs(tmp_path / "prompts.npz", [{"tokens": np.array([5, 6, 7])}])
+    arguments = {"bundle": str(writer.path), "inputs": str(tmp_path / "prompts.npz")}
+    settings = {"sure": {"mode": "fast", "thresholds": float("inf")}}
+    subject = cases.chain(**arguments, new_tokens=40, settings=settings)
+    assert set(subject.cases) == {"full", "exact", "fast", "approximate", "sure", "search"}
+    made = {}
+    for name in ("full", "sure", "search"):
+        case = subject.cases[name]
+        case.enter()
+        made[name] = case.read(case.call(0))
+    assert made["sure"]["tokens"] == made["full"]["tokens"]
+    assert made["sure"]["exits"] == {"exit_4": 40}
+    assert made["search"]["tokens"] == made["full"]["tokens"][:32]
+    assert all(0 <= token < VOCABULARY for token in made["full"]["tokens"])
+    subject.close()
+
+
+def test_bench_measures_the_chain_that_answers_when_there_are_several(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", **make_inputs(12))
+    policy = tmp_path / "policy.json"
+    rules = {"front": Rule(thresholds=0.6), "back": Rule(thresholds=0.5)}
+    write_policy(Policy(rules=rules), policy)
+    bundle = write_two_chains(tmp_path / "bundle")
+    options = Options(data=tmp_path / "rows.npz", policy=policy, seconds=0.1, threads="blocking")
+    found = bench(bundle, options)
+    assert [exit_["name"] for exit_ in found["exits"]] == ["exit_3", "exit_4"]
+    assert found["policy"] == {"score": "max_prob", "thresholds": "0.5"}
+    with load(bundle, policy=Policy(rules=rules)) as model:
+        taken = model(make_inputs(12)).exits
+    assert found["exits"][0]["rate"] == pytest.approx((taken == 0).mean(), abs=1e-6)

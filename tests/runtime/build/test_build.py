@@ -15,21 +15,20 @@ import pytest
 
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
-from edgeexit.errors import EngineError, UsageError
+from edgeexit.errors import EngineError
 from edgeexit.runtime.build.build import (
     Options,
-    Work,
     build_engines,
     estimate,
     made_from,
     missing_works,
-    sample_sizes,
-    work_of,
 )
 from edgeexit.runtime.build.profiles import Asked
+from edgeexit.runtime.build.work_list import Work, sample_sizes, work_of
 from edgeexit.runtime.engines.tensorrt import engine_cache
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
-from tests.toys import Toy, fill_toy, make_toy, write_toy
+from tests.decoder_toys import make_decoder_toy, write_decoder_toy
+from tests.toys import Toy, fill_toy, write_toy
 
 NOTHING = Asked({}, {}, {})
 SM86 = {"ahead_of_time": True, "compute_capability": 86}
@@ -42,7 +41,7 @@ def rtx() -> Library:
     return find_library(rtx=True)
 
 
-def test_every_segment_and_the_baseline_become_engines_once(
+def test_every_component_and_the_baseline_become_engines_once(
     toy_bundle: Bundle, rtx: Library, tmp_path: Path
 ) -> None:
     works = work_of(toy_bundle.manifest, rtx.features, NOTHING, sample_sizes(toy_bundle))
@@ -66,7 +65,7 @@ def test_every_segment_and_the_baseline_become_engines_once(
     assert build_engines(toy_bundle, works, rtx, SM86, tmp_path) == (folder, made)
     newer = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     index = folder / engine_cache.INDEX
-    assert newer.pop(index) > times.pop(index)  # asked for last
+    assert newer.pop(index) > times.pop(index)  # the set that was requested last
     assert newer == times
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".json", *[".plan"] * 5]
 
@@ -194,7 +193,7 @@ def test_one_changed_thing_makes_another_key(
     assert engine_cache.key_of(made_from(bundle, works, library, target, options)) != before
 
 
-def test_a_refused_node_is_named_with_its_segment_and_module(
+def test_a_refused_node_is_named_with_its_component_and_module(
     toy: Toy, rtx: Library, tmp_path: Path
 ) -> None:
     with BundleWriter(tmp_path / "odd") as writer:
@@ -215,17 +214,6 @@ def test_a_refused_node_is_named_with_its_segment_and_module(
     assert len(list((tmp_path / "engines").glob("*/*/*.plan"))) == 1  # s0 is kept
 
 
-def test_sizes_that_no_engine_can_have_are_refused(toy_bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="not in order"):
-        work_of(toy_bundle.manifest, PLAIN, Asked({"batch": 9}, {}, {"batch": 3}), {})
-
-
-def test_states_of_open_sizes_are_refused(tmp_path: Path) -> None:
-    bundle = write_toy(make_toy(open_axes=True), tmp_path / "open")
-    with pytest.raises(UsageError, match=r"s1: nothing says how large the axis \?"):
-        work_of(bundle.manifest, PLAIN, NOTHING, {})
-
-
 @pytest.fixture(scope="module")
 def decoder(decoder_bundle: Callable[[str], Bundle]) -> Bundle:
     return decoder_bundle("llama")
@@ -236,9 +224,9 @@ def test_a_decoder_in_float32_has_engines_for_steps_and_prefill(
 ) -> None:
     asked = Asked({}, {}, {"batch": 4}, capacity=64)
     works = work_of(decoder.manifest, rtx.features, asked, {}, chunk=32, unsplit=False)
-    assert {work.variant.caches for work in works} == {"append"}
+    assert {work.variant.states for work in works} == {"append"}
     wheres = [work.where for work in works]
-    assert "head head" in wheres and any(where.startswith("projection of") for where in wheres)
+    assert _head(decoder) in wheres and any(where.startswith("projection of") for where in wheres)
     first = works[0]
     assert [p["embedded"] for p in first.profiles] == [
         ((1, 1, 64), (1, 1, 64), (4, 16, 64)),
@@ -266,7 +254,7 @@ def test_libraries_that_tune_get_rows_in_buckets(
     asked = Asked({}, {}, {"batch": 4}, capacity=64)
     first, *others = work_of(decoder.manifest, PLAIN, asked, {}, chunk=32, tunes=True)
     assert rows(first, "embedded") == [(1, 1, 2), (3, 4, 4), (1, 1, 4)]
-    (head,) = (work for work in others if work.where == "head head")
+    (head,) = (work for work in others if work.where == _head(decoder))
     assert rows(head, next(iter(head.profiles[0]))) == [(1, 1, 2), (3, 64, 64)]
     projections = [one for one in others if one.where.startswith("projection of")]
     assert projections and all(len(work.profiles) == 1 for work in projections)
@@ -280,31 +268,31 @@ def test_a_decoder_in_float16_computes_in_it(
     works = work_of(
         half_decoder.manifest, rtx.features, asked, {}, chunk=32, unsplit=False, form=form
     )[:1]
-    assert works[0].variant.caches == form
+    assert works[0].variant.states == form
     assert works[0].fixed == ({"past": 64} if form == "fixed" else {})
     _, made = build_engines(half_decoder, works, rtx, SM86, tmp_path)
     [plan] = made.plans
     assert plan.precision["MATRIX_MULTIPLY"].get("HALF", 0) >= 7  # of its two layers' products
 
 
-def test_a_capacity_beyond_the_model_is_refused(decoder: Bundle) -> None:
-    limit = decoder.manifest.limits["positions"]
-    with pytest.raises(UsageError, match=f"was made for {limit} tokens"):
-        work_of(decoder.manifest, PLAIN, Asked({}, {}, {}, capacity=limit + 1), {})
-
-
-@pytest.mark.parametrize("asked, message", [
-    (Asked({}, {}, {"new": 80}, capacity=64), "80 new tokens, the caches hold 64"),
-    (Asked({}, {"new": 8}, {}), "tokens:4x1"),
-    (Asked({"new": 2}, {}, {}), "tokens:4x1"),
-])  # fmt: skip
-def test_numbers_of_new_tokens_that_cannot_be_had_are_refused(
-    asked: Asked, message: str, decoder: Bundle
+@pytest.mark.parametrize(
+    "options",
+    [{"encoder": True, "adapter": 1}, {"gate": True, "prefix": True, "stateless": True}],
+    ids=["encoder", "gate"],
+)
+def test_every_component_of_a_program_that_writes_becomes_an_engine(
+    options: dict[str, Any], rtx: Library, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=message):
-        work_of(decoder.manifest, PLAIN, asked, {})
+    bundle = write_decoder_toy(make_decoder_toy(**options), tmp_path / "bundle")
+    asked = Asked({}, {}, {"batch": 4})
+    works = work_of(bundle.manifest, rtx.features, asked, sample_sizes(bundle), unsplit=False)
+    chains = bundle.manifest.chains.values()
+    unsplit = {name for chain in chains for name in chain.unsplit}
+    assert {work.where for work in works} >= bundle.manifest.components.keys() - unsplit
+    _, made = build_engines(bundle, works, rtx, SM86, tmp_path / "engines")
+    assert len(made.plans) == len(works)
 
 
-def test_a_form_that_the_library_lacks_is_refused(decoder: Bundle) -> None:
-    with pytest.raises(EngineError, match=r"no form fixed that this TensorRT builds: .*append"):
-        work_of(decoder.manifest, PLAIN, NOTHING, {}, form="fixed")
+def _head(bundle: Bundle) -> str:
+    """The component that all exits of a decoder share."""
+    return bundle.manifest.last_chain.stops[0].path[-1].component

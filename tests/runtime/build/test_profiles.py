@@ -104,5 +104,7 @@ def test_inputs_of_one_shape_need_no_profile() -> None:
     ranges = {"batch": Range(1, 2, 4), "seq": Range(1, 8, 16)}
     found = shapes_of({"ids": ["batch", "seq"], "scale": [1]}, ranges, "segment_0")
     assert found == {"ids": ((1, 1), (2, 8), (4, 16))}
-    with pytest.raises(UsageError, match=r"segment_0: nothing says how large the axis \? of h"):
+    with pytest.raises(
+        UsageError, match=r"segment_0: the bundle gives no limit for the axis \? of h"
+    ):
         shapes_of({"h": ["batch", None]}, ranges, "segment_0")

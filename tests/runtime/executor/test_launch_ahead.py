@@ -46,7 +46,7 @@ def test_some_rows_wait_so_that_times_are_taken_anew() -> None:
     ahead = Ahead(2, "measured")
     for _ in range(SAMPLES):
         ahead.times[0].add(1.0, 0.1)
-    shares = ahead.shares([Decision(True, 0.9)] * 2, "margin")
+    shares = ahead.shares([Decision(True, 0.9)] * 2)
     launched = []
     for _ in range(3 * MEASURED_AGAIN):
         launched.append(ahead.launches(0, shares))
@@ -67,12 +67,13 @@ def test_shares_follow_the_data() -> None:
 def test_every_policy_has_shares_of_its_own_and_old_ones_are_forgotten() -> None:
     ahead = Ahead(3, "measured")
     strict, loose = [Decision(True, 0.9)] * 3, [Decision(True, 0.1)] * 3
-    ahead.shares(strict, "margin")[0].count(True)
-    assert ahead.shares(list(strict), "margin")[0].left == 1
-    assert ahead.shares(loose, "margin")[0].asked == ahead.shares(strict, "entropy")[0].asked == 0
+    ahead.shares(strict)[0].count(True)
+    assert ahead.shares(list(strict))[0].left == 1
+    other = [Decision(d.consult, d.threshold, "entropy") for d in strict]
+    assert ahead.shares(loose)[0].asked == ahead.shares(other)[0].asked == 0
     for number in range(POLICIES_KEPT):
-        ahead.shares([Decision(True, float(number))] * 3, "margin")
-    assert ahead.shares(strict, "margin")[0].left == 0
+        ahead.shares([Decision(True, float(number))] * 3)
+    assert ahead.shares(strict)[0].left == 0
 
 
 def test_a_host_has_nothing_to_launch_on(toy_bundle: Bundle) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeexit.bundle.manifest import Segment, Tensor, Variant
+from edgeexit.bundle.manifest import Tensor
 from edgeexit.runtime.engines.host import ALIGNMENT, HostSlot
-from edgeexit.runtime.executor.slots import assign_slots, shape_of
+from edgeexit.runtime.executor.slots import Stage, assign_slots, shape_of
 
 FORMS = [("float32", ["batch", 4]), ("float32", ["batch", None]), ("float16", ["batch", 4])]
 
@@ -21,44 +21,39 @@ def tensor(name: str, form: int = 0) -> Tensor:
     return Tensor(name=name, dtype=dtype, axes=axes)  # type: ignore[arg-type]
 
 
-def segment(number: int, inputs: list[Tensor], outputs: list[Tensor]) -> Segment:
-    variants = [Variant(graph=f"graphs/{number}.onnx")]
-    return Segment(name=f"s{number}", variants=variants, inputs=inputs, outputs=outputs)
-
-
 @st.composite
-def chains(draw: st.DrawFn) -> tuple[list[Tensor], list[Segment], set[str]]:
-    """A chain in which every segment takes any tensors that were made before it."""
+def chains(draw: st.DrawFn) -> tuple[list[Tensor], list[Stage], set[str]]:
+    """A chain in which every component takes any tensors that were made before it."""
     form = st.integers(0, len(FORMS) - 1)
     inputs = [tensor(f"in{n}", draw(form)) for n in range(draw(st.integers(1, 3)))]
-    known, segments = list(inputs), []
+    known, stages = list(inputs), []
     for number in range(draw(st.integers(1, 6))):
         taken = draw(st.lists(st.sampled_from(known), unique_by=lambda t: t.name, max_size=4))
         made = [tensor(f"t{number}_{n}", draw(form)) for n in range(draw(st.integers(1, 3)))]
-        segments.append(segment(number, taken, made))
+        stages.append(Stage([t.name for t in taken], made))
         known += made
     on_host = draw(st.sets(st.sampled_from([t.name for t in known])))
-    return inputs, segments, on_host
+    return inputs, stages, on_host
 
 
-def lives(inputs: list[Tensor], segments: list[Segment]) -> dict[str, tuple[int, int]]:
-    """First and last segment during which each tensor must be in memory; inputs come before all."""
+def lives(inputs: list[Tensor], stages: list[Stage]) -> dict[str, tuple[int, int]]:
+    """First and last stage during which each tensor must be in memory; inputs come before all."""
     found = {one.name: (-1, -1) for one in inputs}
-    for number, part in enumerate(segments):
-        found |= {one.name: (number, number) for one in part.outputs}
-        found |= {one.name: (found[one.name][0], number) for one in part.inputs}
+    for number, part in enumerate(stages):
+        found |= {one.name: (number, number) for one in part.makes}
+        found |= {name: (found[name][0], number) for name in part.takes}
     return found
 
 
 @given(chains())
 def test_tensors_in_one_slot_have_one_form_and_never_live_at_once(
-    chain: tuple[list[Tensor], list[Segment], set[str]],
+    chain: tuple[list[Tensor], list[Stage], set[str]],
 ) -> None:
-    inputs, segments, on_host = chain
-    slots = assign_slots(inputs, segments, on_host)
-    made = {one.name: one for part in segments for one in part.outputs}
+    inputs, stages, on_host = chain
+    slots = assign_slots(inputs, stages, on_host)
+    made = {one.name: one for part in stages for one in part.makes}
     made |= {one.name: one for one in inputs}
-    alive = lives(inputs, segments)
+    alive = lives(inputs, stages)
     assert slots.keys() == alive.keys()
     for one in made:
         for other in made:
@@ -71,35 +66,32 @@ def test_tensors_in_one_slot_have_one_form_and_never_live_at_once(
 
 
 @given(chains())
-def test_what_a_segment_makes_outlives_the_next_one_that_is_launched_ahead(
-    chain: tuple[list[Tensor], list[Segment], set[str]],
+def test_what_a_stage_makes_outlives_the_next_one_that_is_launched_ahead(
+    chain: tuple[list[Tensor], list[Stage], set[str]],
 ) -> None:
-    inputs, segments, on_host = chain
-    slots = assign_slots(inputs, segments, on_host, ahead=True)
-    for part, following in itertools.pairwise(segments):
-        made = {slots[one.name] for one in part.outputs}
-        assert not made & {slots[one.name] for one in following.outputs}
-    usual = assign_slots(inputs, segments, on_host)
+    inputs, stages, on_host = chain
+    slots = assign_slots(inputs, stages, on_host, ahead=True)
+    for part, following in itertools.pairwise(stages):
+        made = {slots[one.name] for one in part.makes}
+        assert not made & {slots[one.name] for one in following.makes}
+    usual = assign_slots(inputs, stages, on_host)
     assert len(set(usual.values())) <= len(set(slots.values()))
 
 
 def test_a_chain_of_any_length_needs_two_states() -> None:
-    parts = [segment(n, [tensor(f"h{n}")], [tensor(f"h{n + 1}")]) for n in range(20)]
+    parts = [Stage([f"h{n}"], [tensor(f"h{n + 1}")]) for n in range(20)]
     assert len(set(assign_slots([tensor("h0")], parts).values())) == 2
 
 
 def test_a_tensor_with_an_open_axis_shares_with_none() -> None:
     states = [tensor(f"t{number}", 1) for number in range(6)]
-    segments = [
-        segment(number, states[number : number + 1], states[number + 1 : number + 2])
-        for number in range(5)
-    ]
-    slots = assign_slots(states[:1], segments)
+    stages = [Stage([states[number].name], states[number + 1 : number + 2]) for number in range(5)]
+    slots = assign_slots(states[:1], stages)
     assert len(set(slots.values())) == len(states)
 
 
 def test_inputs_never_share_a_slot_even_if_unused() -> None:
-    slots = assign_slots([tensor("a"), tensor("b")], [segment(0, [tensor("a")], [tensor("c")])])
+    slots = assign_slots([tensor("a"), tensor("b")], [Stage(["a"], [tensor("c")])])
     assert slots["a"] != slots["b"]
     assert slots["c"] != slots["a"]
 

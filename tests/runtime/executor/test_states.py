@@ -1,4 +1,4 @@
-"""Caches against plain lists of what was appended, whatever they grow through."""
+"""Token states against plain lists of what was appended, whatever they grow through."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeexit.bundle.manifest import Cache
+from edgeexit.bundle.manifest import TokenState
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from edgeexit.runtime.executor.states import ALIGNMENT, NewCaches, SegmentCaches, extents
+from edgeexit.runtime.executor.states import ALIGNMENT, NewStates, TokenStates, extents
 
 ENGINE = OnnxRuntimeEngine()
 
@@ -25,14 +25,14 @@ def test_every_extent_is_twice_the_one_before_at_least_and_the_last_is_the_capac
 
 
 @st.composite
-def segments(draw: st.DrawFn) -> list[Cache]:
-    """Caches of one form or two."""
+def token_states(draw: st.DrawFn) -> list[TokenState]:
+    """Token states of one form or two."""
     found = []
     for number in range(draw(st.integers(1, 4))):
         heads, size = draw(st.sampled_from([(1, 3), (2, 4)]))
         axes = ["batch", heads, "past", size]
         found.append(
-            Cache(
+            TokenState(
                 name=f"c{number}",
                 dtype="float32",
                 axes=axes,
@@ -43,30 +43,30 @@ def segments(draw: st.DrawFn) -> list[Cache]:
     return found
 
 
-@given(st.data(), segments(), st.integers(1, 3), st.integers(40, 300))
+@given(st.data(), token_states(), st.integers(1, 3), st.integers(40, 300))
 def test_what_was_appended_is_there_after_growing(
-    data: st.DataObject, caches: list[Cache], batch: int, capacity: int
+    data: st.DataObject, states: list[TokenState], batch: int, capacity: int
 ) -> None:
-    held = SegmentCaches(caches, batch, capacity, ENGINE, grows=True)
+    held = TokenStates(states, batch, capacity, ENGINE, grows=True)
     random = np.random.default_rng(0)
     expected: dict[tuple[str, int], list[np.ndarray]] = {
-        (cache.name, row): [] for cache in caches for row in range(batch)
+        (state.name, row): [] for state in states for row in range(batch)
     }
     for _ in range(data.draw(st.integers(1, 8))):
         room = capacity - held.longest()
         if room < 1:
             break
         new = data.draw(st.integers(1, room))
-        made = NewCaches(caches, batch, new, ENGINE)
+        made = NewStates(states, batch, new, ENGINE)
         for array in made.arrays:
             array[...] = random.normal(size=array.shape).astype(np.float32)
         counts = [data.draw(st.integers(0, new)) for _ in range(batch)]
-        values = _by_name(made, caches)
+        values = _by_name(made, states)
         held.append(made)
-        for cache in caches:
+        for state in states:
             for row in range(batch):
-                grown = expected[cache.name, row]
-                grown += [values[cache.name][row, :, n] for n in range(counts[row])]
+                grown = expected[state.name, row]
+                grown += [values[state.name][row, :, n] for n in range(counts[row])]
         held.advance(counts)
         if data.draw(st.booleans()):
             lengths = [data.draw(st.integers(0, length)) for length in held.lengths]
@@ -80,27 +80,29 @@ def test_what_was_appended_is_there_after_growing(
                 np.testing.assert_array_equal(there, np.stack(grown, axis=1))
 
 
-def _by_name(made: NewCaches, caches: list[Cache]) -> dict[str, np.ndarray]:
+def _by_name(made: NewStates, states: list[TokenState]) -> dict[str, np.ndarray]:
     """What was made, read through the addresses that graphs are given."""
     found = {}
-    for cache in caches:
-        place, dtype, shape = made.bound[cache.present]
+    for state in states:
+        place, dtype, shape = made.bound[state.present]
         assert place.pointer % 64 == 0
         for array in made.arrays:
             start = np.asarray(array).ctypes.data
             number, left = divmod(place.pointer - start, array.strides[0])
             if left == 0 and 0 <= number < len(array) and array.shape[1:] == shape:
-                found[cache.name] = np.array(array[number], dtype)
+                found[state.name] = np.array(array[number], dtype)
     return found
 
 
-def test_caches_begin_where_tensorrt_takes_them() -> None:
+def test_states_begin_where_tensorrt_takes_them() -> None:
     """One behind the other, each at a multiple of 256 bytes behind the first."""
-    caches = [
-        Cache(name=n, dtype="float16", axes=["batch", 1, "past", 3], past=f"p{n}", present=f"n{n}")
+    states = [
+        TokenState(
+            name=n, dtype="float16", axes=["batch", 1, "past", 3], past=f"p{n}", present=f"n{n}"
+        )
         for n in "abc"
     ]
-    bound = SegmentCaches(caches, 1, 33, ENGINE).past()
-    places = [bound[cache.past][0].pointer for cache in caches]
+    bound = TokenStates(states, 1, 33, ENGINE).past()
+    places = [bound[state.past][0].pointer for state in states]
     assert all((place - places[0]) % ALIGNMENT == 0 for place in places)
     assert places == sorted(set(places))

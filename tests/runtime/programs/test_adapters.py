@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
+from edgeexit.bundle.policy import Decision
 from edgeexit.bundle.reader import Bundle
-from edgeexit.measure.check_decode import check_decoder
-from edgeexit.runtime import Decoder, Policy, Sampling, load_decoder
-from edgeexit.runtime.executor.session import Session
+from edgeexit.measure.check import check
+from edgeexit.runtime import Model, Rule, Sampling, load
+from edgeexit.runtime.executor.components import token_states
+from edgeexit.runtime.executor.session import Part, Session
 from edgeexit.runtime.programs.modes.early import Fast
 from tests.decoders import (
     ADAPTERS,
@@ -143,18 +145,22 @@ def answers(family: str) -> Answers:
 @pytest.fixture(params=["in-place", "append"])
 def decoder(
     request: pytest.FixtureRequest, family: str, adapted_bundle: Bundles
-) -> Iterator[Decoder]:
+) -> Iterator[Model]:
     """Two forms of the caches, on an engine that can run both."""
-    with load_decoder(adapted_bundle(family), caches=request.param) as loaded:
-        opened = loaded._opened
-        assert opened is not None
-        assert sorted(opened.adapters) == [NUMBERS[layer] for layer in ADAPTERS]
-        for part in [opened, *opened.adapters.values()]:
-            assert {variant.caches for variant in part.variants} == {request.param}
+    with load(adapted_bundle(family), states=request.param) as loaded:
+        session = loaded.session(1)
+        assert sorted(adapters_of(session)) == [NUMBERS[layer] for layer in ADAPTERS]
+        assert {part.variant.states for part in session.stateful} == {request.param}
         yield loaded
 
 
-def session_of(decoder: Decoder) -> Session:
+def adapters_of(session: Session) -> dict[int, Part]:
+    """Component -> what stands between it and the head of its exit."""
+    found = {number: session.adapter(number) for number in range(len(session.parts))}
+    return {number: part for number, part in found.items() if part is not None}
+
+
+def session_of(decoder: Model) -> Session:
     assert decoder._session is not None
     return decoder._session
 
@@ -162,7 +168,7 @@ def session_of(decoder: Decoder) -> Session:
 @pytest.mark.parametrize("drafts", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
-    decoder: Decoder, answers: Answers, drafts: int, batch: int
+    decoder: Model, answers: Answers, drafts: int, batch: int
 ) -> None:
     """A row missing from an adapter's caches, or one too many, would change what is drafted."""
 
@@ -190,7 +196,7 @@ def test_exact_decoding_drafts_what_the_adapter_says_of_the_whole_text(
 
 
 def test_drafts_adapted_to_acceptance_give_the_same_tokens(
-    decoder: Decoder, answers: Answers
+    decoder: Model, answers: Answers
 ) -> None:
     prompts = answers.prompts(answers.greedy)
     for layer in ADAPTERS:
@@ -202,7 +208,7 @@ def test_drafts_adapted_to_acceptance_give_the_same_tokens(
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_drafting_that_stops_early_leaves_no_hole(
-    decoder: Decoder, answers: Answers, batch: int
+    decoder: Model, answers: Answers, batch: int
 ) -> None:
     """At the median of the exit's scores about half of the drafts stop for want of certainty."""
     prompts = answers.prompts(answers.greedy, LENGTHS[:batch])
@@ -224,7 +230,7 @@ def test_drafting_that_stops_early_leaves_no_hole(
 
 
 def compare_caches(
-    decoder: Decoder,
+    decoder: Model,
     answers: Answers,
     prompts: list[list[int]],
     made: list[list[int]],
@@ -239,28 +245,28 @@ def compare_caches(
     for row, (prompt, tokens) in enumerate(zip(prompts, made, strict=True)):
         text = [*prompt, *tokens]
         expected = answers.reference.caches(text)
-        parts = [*session.parts, *(session.adapters[number] for number in asked)]
+        parts = [*session.parts, *(adapters_of(session)[number] for number in asked)]
         for part in parts:
-            length = part.caches.lengths[row]
-            waiting = session.parts[0].caches.lengths[row] - length
+            length = part.states.lengths[row]
+            waiting = session.parts[0].states.lengths[row] - length
             assert waiting in (0, 1, 2), "a last draft, and a last round without, may wait"
             if all_rows:
                 assert length == len(text) - 1
             compared += length
-            for cache in part.segment.caches:
-                found = part.caches.rows(cache.name)[row, :, :length]
+            for cache in token_states(part.component):
+                found = part.states.rows(cache.name)[row, :, :length]
                 known = min(length, len(text))
                 np.testing.assert_allclose(
                     found[:, :known], expected[cache.name][:, :known], atol=2e-4, rtol=2e-4
                 )
     assert compared, "rows that ended are emptied; one should be left"
-    for number, part in session.adapters.items():
-        assert number in asked or not any(part.caches.lengths)
+    for number, part in adapters_of(session).items():
+        assert number in asked or not any(part.states.lengths)
 
 
 @pytest.mark.parametrize("drafts", [1, 4])
 def test_caches_after_exact_decoding_are_those_of_the_whole_text(
-    decoder: Decoder, answers: Answers, drafts: int
+    decoder: Model, answers: Answers, drafts: int
 ) -> None:
     [prompt] = answers.prompts(answers.greedy, [9])
     for layer in ADAPTERS:
@@ -279,12 +285,12 @@ def median_score(answers: Answers, layers: Sequence[int]) -> float:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("asked", [[1, 2], [2]])
 def test_fast_decoding_leaves_where_the_adapters_score_says_and_leaves_no_hole(
-    decoder: Decoder, answers: Answers, batch: int, asked: list[int]
+    decoder: Model, answers: Answers, batch: int, asked: list[int]
 ) -> None:
     """Token for token; then all caches, those of adapters that were asked too, row for row."""
     threshold = median_score(answers, asked)
     prompts = answers.prompts(lambda p: answers.fast(p, threshold, asked), LENGTHS[:batch])
-    decoder.policy = Policy(
+    decoder.policy = Rule(
         thresholds=[threshold if layer in asked else float("inf") for layer in EXITS]
     )
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast", audit=True).finish()
@@ -298,12 +304,13 @@ def test_fast_decoding_leaves_where_the_adapters_score_says_and_leaves_no_hole(
 
 
 def test_states_that_wait_enter_adapters_when_a_full_ring_is_caught_up(
-    decoder: Decoder, answers: Answers
+    decoder: Model, answers: Answers
 ) -> None:
     """All leave at the first exit; a ring of few places makes the second adapter catch up often."""
     prompts = answers.prompts(answers.greedy)
     session = decoder.session(len(prompts))
-    mode = Fast(session, ["exit_1", "exit_2", "exit_4"], [-np.inf, 0.5], pending=3)
+    decisions = [Decision(True, -np.inf), Decision(True, 0.5), Decision(True, -np.inf)]
+    mode = Fast(session, ["exit_1", "exit_2", "exit_4"], decisions, pending=3)
     tokens = [[int(token)] for token in mode.prefill([np.array(prompt) for prompt in prompts])]
     for _ in range(NEW):
         for made, found in zip(tokens, mode.step([True] * len(prompts)), strict=True):
@@ -314,19 +321,19 @@ def test_states_that_wait_enter_adapters_when_a_full_ring_is_caught_up(
     compare_caches(decoder, answers, prompts, tokens, EXITS, all_rows=True)
 
 
-def test_full_decoding_asks_no_adapter(decoder: Decoder, answers: Answers) -> None:
+def test_full_decoding_asks_no_adapter(decoder: Model, answers: Answers) -> None:
     prompts = answers.prompts(answers.greedy, LENGTHS[:2])
     made = decoder.generate(prompts, max_new_tokens=NEW).finish()
     assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
     compare_caches(decoder, answers, prompts, made.tokens, [])
-    decoder.policy = Policy()  # nor does `fast` where no threshold is given
+    decoder.policy = Rule()  # nor does `fast` where no threshold is given
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast", audit=True).finish()
     assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
     compare_caches(decoder, answers, prompts, made.tokens, [])
 
 
 def test_a_prompt_longer_than_a_chunk_enters_adapters_in_pieces(
-    decoder: Decoder, answers: Answers, monkeypatch: pytest.MonkeyPatch
+    decoder: Model, answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeexit.runtime.programs.generate.CHUNK", 8)
     prompts = answers.prompts(answers.greedy, [29, 8])
@@ -336,7 +343,7 @@ def test_a_prompt_longer_than_a_chunk_enters_adapters_in_pieces(
         ).finish()
         assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
         compare_caches(decoder, answers, prompts, made.tokens, [layer])
-    decoder.policy = Policy(thresholds=2.0)  # asked always, never certain enough
+    decoder.policy = Rule(thresholds=2.0)  # asked always, never certain enough
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast", audit=True).finish()
     assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
     compare_caches(decoder, answers, prompts, made.tokens, EXITS)
@@ -346,7 +353,7 @@ def test_texts_may_fill_the_capacity_to_the_last_place(
     family: str, adapted_bundle: Bundles, answers: Answers
 ) -> None:
     prompts = answers.prompts(answers.greedy, [10, 9, 2])
-    with load_decoder(adapted_bundle(family), capacity=10 + NEW) as decoder:
+    with load(adapted_bundle(family), capacity=10 + NEW) as decoder:
         for layer in ADAPTERS:
             made = decoder.generate(
                 prompts, max_new_tokens=NEW, mode="exact", drafts=8, draft_exit=f"exit_{layer}"
@@ -355,7 +362,7 @@ def test_texts_may_fill_the_capacity_to_the_last_place(
 
 
 def test_drawn_tokens_are_those_of_the_greedy_mode_when_nothing_is_left_to_chance(
-    decoder: Decoder, answers: Answers
+    decoder: Model, answers: Answers
 ) -> None:
     prompts = answers.prompts(answers.greedy, LENGTHS[:2])
     made = decoder.generate(
@@ -369,8 +376,8 @@ def test_drawn_tokens_are_those_of_the_greedy_mode_when_nothing_is_left_to_chanc
     assert made.tokens == [answers.greedy(prompt) for prompt in prompts]
 
 
-def test_check_drafts_with_every_adapter_and_all_of_it_holds(decoder: Decoder) -> None:
-    report = check_decoder(decoder)
+def test_check_drafts_with_every_adapter_and_all_of_it_holds(decoder: Model) -> None:
+    report = check(decoder)
     report.require()
     drafting = [one.what for one in report.comparisons if one.where == "exact"]
     assert all(f"exit_{layer}" in what for layer, what in zip(ADAPTERS, drafting, strict=True))
@@ -381,6 +388,6 @@ def test_unsplit_is_the_model_without_adapters(
     family: str, adapted_bundle: Bundles, answers: Answers
 ) -> None:
     [prompt] = answers.prompts(answers.greedy, [9])
-    with load_decoder(adapted_bundle(family), unsplit=True) as whole:
+    with load(adapted_bundle(family), unsplit=True) as whole:
         made = whole.generate(prompt, max_new_tokens=NEW).finish()
     assert made.tokens == [answers.greedy(prompt)]

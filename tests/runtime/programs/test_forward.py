@@ -21,7 +21,7 @@ from edgeexit.bundle.policy import ALWAYS, NEVER, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import InputError, IntegrityError, PolicyError, StateError
-from edgeexit.runtime import Model, Policy, Result, load, load_unsplit
+from edgeexit.runtime import Model, Result, Rule, load
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.toys import SCORE_NAMES, Toy, fill_toy, make_inputs, make_toy, reference, write_toy
 
@@ -69,7 +69,7 @@ def model(toy_bundle: Bundle) -> Iterator[Model]:
 
 
 def expected_exits(
-    records: list[dict[str, NDArray]], policy: Policy, together: bool
+    records: list[dict[str, NDArray]], policy: Rule, together: bool
 ) -> NDArray[np.int64]:
     """Where each row leaves, in the plainest code: one row at a time, one exit at a time."""
     rows, early = len(records[0]["logits"]), EXITS[:-1]
@@ -115,7 +115,7 @@ def check(result: Result, records: list[dict[str, NDArray]], score: str) -> None
 
 thresholds = st.floats(0, 1) | st.sampled_from([NEVER, ALWAYS])
 policies = st.builds(
-    Policy,
+    Rule,
     thresholds=thresholds
     | st.lists(thresholds, min_size=3, max_size=3)
     | st.dictionaries(st.sampled_from(EXITS[:-1]), thresholds),
@@ -133,7 +133,7 @@ policies = st.builds(
     seed=st.integers(0, 50),
 )
 def test_rows_leave_where_the_reference_says_under_any_policy(
-    models: Loaded, kind: str, policy: Policy, rows: int, seed: int
+    models: Loaded, kind: str, policy: Rule, rows: int, seed: int
 ) -> None:
     toy, model = models[kind]
     inputs = make_inputs(rows, seed=seed)
@@ -151,7 +151,7 @@ def test_rows_leave_where_the_reference_says_under_any_policy(
     check(result, records, policy.score)
 
 
-def clear_cut(records: list[dict[str, NDArray]], policy: Policy) -> bool:
+def clear_cut(records: list[dict[str, NDArray]], policy: Rule) -> bool:
     """Whether float32 and float64 must agree: no score near a threshold, no two equal logits."""
     given_ = policy.thresholds
     levels = (
@@ -172,7 +172,7 @@ def test_answers_stay_right_when_batch_sizes_change_between_calls(
     models: Loaded, kind: str
 ) -> None:
     toy, model = models[kind]
-    model.policy = Policy(thresholds=0.75)
+    model.policy = Rule(thresholds=0.75)
     for rows in (3, 1, 7, 2, 16, 1, 33, 7, 3):
         inputs = make_inputs(rows, seed=rows)
         check(model(inputs), reference(toy, inputs), "max_prob")
@@ -193,26 +193,25 @@ def test_exits_that_the_policy_never_consults_are_not_computed_until_one_does(
 ) -> None:
     inputs = make_inputs(3)
     records = reference(toy, inputs)
-    only_third = Policy(thresholds={"exit_3": ALWAYS})
+    only_third = Rule(thresholds={"exit_3": ALWAYS})
     with load(toy_bundle, policy=only_third) as model:
         assert made_by_engine(model) == [0, 0, 2, 2]  # answers and scores
         check(model(inputs), records, "max_prob")
-        model.policy = Policy(thresholds=0.75, score="margin")
+        model.policy = Rule(thresholds=0.75, score="margin")
         result = model(inputs)
         assert made_by_engine(model) == [2, 2, 2, 2]
         check(result, records, "margin")
         model.policy = only_third
         check(model(inputs), records, "max_prob")
-        model.policy = Policy(thresholds=NEVER, patience=1)
+        model.policy = Rule(thresholds=NEVER, patience=1)
         check(model(inputs), records, "max_prob")
 
 
 def made_by_engine(model: Model) -> list[int]:
     """Per segment, how many answers and scores its opened graph makes."""
-    chain = model._chain
-    assert chain is not None
     found = []
-    for graph, leave in zip(chain._graphs, chain.exits, strict=True):
+    for leave in model.exits:
+        graph = model._check_usable().graph(leave.behind)
         own = {*leave.outputs.values(), *leave.scores.values()}
         found.append(len(own.intersection(graph._outputs)))  # type: ignore[union-attr]
     return found
@@ -222,9 +221,9 @@ def test_thresholds_equal_to_the_score_stop(models: Loaded) -> None:
     _, model = models["plain"]
     inputs = make_inputs(1)
     score = float(model.trace(inputs).scores[1]["max_prob"][0])
-    model.policy = Policy(thresholds={"exit_2": score})
+    model.policy = Rule(thresholds={"exit_2": score})
     assert model(inputs).exit_names == ["exit_2"]
-    model.policy = Policy(
+    model.policy = Rule(
         thresholds={"exit_2": float(np.nextafter(np.float32(score), np.float32(2)))}
     )
     assert model(inputs).exit_names == ["exit_4"]
@@ -248,7 +247,7 @@ def test_trace_gives_what_every_exit_says(models: Loaded, kind: str) -> None:
 
 def test_a_second_call_leaves_the_first_result_intact(models: Loaded) -> None:
     _, model = models["plain"]
-    for policy in (Policy(), Policy(thresholds=0.75), Policy(thresholds=ALWAYS)):
+    for policy in (Rule(), Rule(thresholds=0.75), Rule(thresholds=ALWAYS)):
         model.policy = policy
         first = model(make_inputs(4, seed=1))
         kept = copy.deepcopy(first)
@@ -265,7 +264,7 @@ def test_a_second_call_leaves_the_first_result_intact(models: Loaded) -> None:
 
 def test_inputs_are_left_as_they_were(models: Loaded) -> None:
     _, model = models["plain"]
-    model.policy = Policy(thresholds=0.75)
+    model.policy = Rule(thresholds=0.75)
     inputs = make_inputs(5)
     kept = copy.deepcopy(inputs)
     model(inputs)
@@ -278,7 +277,7 @@ def test_a_row_with_nan_goes_to_the_last_exit_and_others_do_not_mind(
     models: Loaded, threshold: float
 ) -> None:
     _, model = models["plain"]
-    model.policy = Policy(thresholds=threshold)
+    model.policy = Rule(thresholds=threshold)
     inputs = make_inputs(4)
     clean = model(inputs)
     spoilt = {name: value.copy() for name, value in inputs.items()}
@@ -302,7 +301,7 @@ def test_times_are_given_for_the_segments_that_ran_when_asked(models: Loaded) ->
 
 def test_strided_and_swapped_inputs_are_read_rightly(models: Loaded) -> None:
     toy, model = models["plain"]
-    model.policy = Policy(thresholds=0.75)
+    model.policy = Rule(thresholds=0.75)
     inputs = make_inputs(4)
     wide = np.repeat(inputs["x"], 2, axis=1)[:, ::2]
     swapped = inputs["shift"].astype(">f4")
@@ -362,10 +361,10 @@ def test_inputs_beyond_the_limits_are_refused(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_policy_that_does_not_fit_is_refused_and_the_old_one_stays(model: Model) -> None:
-    model.policy = Policy(thresholds=0.5)
+    model.policy = Rule(thresholds=0.5)
     with pytest.raises(PolicyError, match="2 thresholds for 3"):
-        model.policy = Policy(thresholds=[0.5, 0.5])
-    assert model.policy == Policy(thresholds=0.5)
+        model.policy = Rule(thresholds=[0.5, 0.5])
+    assert model.policy.rules["forward"] == Rule(thresholds=0.5)
 
 
 def test_a_closed_model_says_so(toy_bundle: Bundle) -> None:
@@ -435,7 +434,7 @@ def test_models_of_their_own_run_side_by_side(toy: Toy, toy_bundle: Bundle) -> N
 
     def work(seed: int) -> None:
         try:
-            with load(toy_bundle, policy=Policy(thresholds=0.75)) as model:
+            with load(toy_bundle, policy=Rule(thresholds=0.75)) as model:
                 for rows in range(1, 20):
                     inputs = make_inputs(rows, seed=seed)
                     check(model(inputs), reference(toy, inputs), "max_prob")
@@ -452,7 +451,7 @@ def test_models_of_their_own_run_side_by_side(toy: Toy, toy_bundle: Bundle) -> N
 
 def test_unsplit_answers_as_the_last_exit_does(toy: Toy, toy_bundle: Bundle) -> None:
     inputs = make_inputs(5)
-    with load_unsplit(toy_bundle) as unsplit, load(toy_bundle) as chain:
+    with load(toy_bundle, unsplit=True) as unsplit, load(toy_bundle) as chain:
         result = unsplit(inputs)
         assert result.exit_names == ["unsplit"] * 5
         assert np.isnan(result.scores).all()
@@ -476,16 +475,16 @@ def test_a_bundle_that_changed_after_loading_is_not_read_again(
         other = tmp_path / "weights.bin"
         other.write_bytes(weights.read_bytes()[::-1])
         os.replace(other, weights)
-        model.policy = Policy(thresholds=0.75)
+        model.policy = Rule(thresholds=0.75)
         with pytest.raises(IntegrityError, match=r"weights.bin: changed since .* Load .* again"):
             model(inputs)
-        model.policy = Policy()
+        model.policy = Rule()
         check(model(inputs), records, "max_prob")
         shutil.rmtree(toy_copy)
-        model.policy = Policy(thresholds=0.75)
+        model.policy = Rule(thresholds=0.75)
         with pytest.raises(IntegrityError, match="gone since"):
             model(inputs)
-        model.policy = Policy()
+        model.policy = Rule()
         check(model(inputs), records, "max_prob")
 
 
@@ -496,7 +495,7 @@ def test_a_model_loaded_from_a_relative_path_does_not_mind_another_directory(
     inputs = make_inputs(3)
     with load(toy_copy.name) as model:
         monkeypatch.chdir("/")
-        model.policy = Policy(thresholds=0.75)
+        model.policy = Rule(thresholds=0.75)
         check(model(inputs), reference(toy, inputs), "max_prob")
 
 
@@ -509,7 +508,7 @@ def test_unsplit_is_opened_once(toy_bundle: Bundle, monkeypatch: pytest.MonkeyPa
         return real(self, path, outputs)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "open", counting)
-    with load_unsplit(toy_bundle) as model:
+    with load(toy_bundle, unsplit=True) as model:
         model(make_inputs(2))
         model(make_inputs(1))
     assert len(opened) == 1
@@ -522,7 +521,7 @@ def test_one_row_decides_as_a_batch_does_when_a_threshold_lies_between_two_float
     inputs = make_inputs(1)
     score = model.trace(inputs).scores[0]["max_prob"][0]
     between = (float(score) + float(np.nextafter(score, np.float32(2)))) / 2
-    model.policy = Policy(thresholds={"exit_1": between})
+    model.policy = Rule(thresholds={"exit_1": between})
     pair = {k: v if k == "scale" else np.repeat(v, 2, axis=0) for k, v in inputs.items()}
     alone, timed, both = model(inputs), model(inputs, timed=True), model(pair)
     assert alone.exits[0] == timed.exits[0] == both.exits[0] == both.exits[1] != 0

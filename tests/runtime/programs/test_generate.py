@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from edgeexit.bundle.manifest import Cache
+from edgeexit.bundle.manifest import StateForm as Form
+from edgeexit.bundle.manifest import TokenState
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import (
     EdgeExitError,
@@ -17,10 +18,11 @@ from edgeexit.errors import (
     StateError,
     UsageError,
 )
-from edgeexit.runtime import Decoder, Piece, Policy, load, load_decoder
+from edgeexit.runtime import Model, Piece, Rule, load
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, features_of
-from edgeexit.runtime.executor.session import Form, choose_variant
-from edgeexit.runtime.executor.states import SegmentCaches
+from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.components import choose_variant, token_states
+from edgeexit.runtime.executor.states import TokenStates
 from edgeexit.runtime.programs.arguments import ModeName
 from edgeexit.runtime.text.tokenizer import Stream
 from tests.decoders import (
@@ -54,10 +56,10 @@ def reference(family: str) -> Reference:
 @pytest.fixture(params=FORMS)
 def decoder(
     request: pytest.FixtureRequest, family: str, decoder_bundle: Bundles
-) -> Iterator[Decoder]:
+) -> Iterator[Model]:
     """All forms of the caches, on the engine that can run all of them."""
-    with load_decoder(decoder_bundle(family), caches=request.param) as loaded:
-        assert loaded.describe_engine()["caches"] == request.param
+    with load(decoder_bundle(family), states=request.param) as loaded:
+        assert loaded.describe_engine()["states"] == request.param
         yield loaded
 
 
@@ -90,7 +92,7 @@ def check(
         assert wanted[len(tokens)] == 0, "ended without a stop token"
 
 
-def test_full_decoding_gives_the_reference_tokens(decoder: Decoder, expected: Expected) -> None:
+def test_full_decoding_gives_the_reference_tokens(decoder: Model, expected: Expected) -> None:
     for prompt in random_prompts(3, [1, 5, 17]):
         made = decoder.generate(prompt, max_new_tokens=NEW).finish()
         check(made.tokens[0], prompt, expected)
@@ -99,7 +101,7 @@ def test_full_decoding_gives_the_reference_tokens(decoder: Decoder, expected: Ex
 @pytest.mark.parametrize("drafts", [1, 3, 8, None])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_exact_decoding_gives_the_reference_tokens(
-    decoder: Decoder, expected: Expected, drafts: int | None, batch: int
+    decoder: Model, expected: Expected, drafts: int | None, batch: int
 ) -> None:
     prompts = random_prompts(batch, [6, 3, 11, 1])
     for draft_exit in ("exit_1", "exit_2"):
@@ -112,7 +114,7 @@ def test_exact_decoding_gives_the_reference_tokens(
         assert statistics.drafted >= statistics.tested >= statistics.accepted
 
 
-def test_exact_decoding_drafts_no_further_than_the_text_goes(decoder: Decoder) -> None:
+def test_exact_decoding_drafts_no_further_than_the_text_goes(decoder: Model) -> None:
     [prompt] = random_prompts(1, [6])
     for most in (1, 2, 3):
         made = decoder.generate(prompt, max_new_tokens=most, mode="exact", drafts=8).finish()
@@ -121,7 +123,7 @@ def test_exact_decoding_drafts_no_further_than_the_text_goes(decoder: Decoder) -
         assert made.statistics.drafted < most
 
 
-def test_exact_decoding_may_stop_drafting_early(decoder: Decoder, expected: Expected) -> None:
+def test_exact_decoding_may_stop_drafting_early(decoder: Model, expected: Expected) -> None:
     [prompt] = random_prompts(1, [6])
     always = decoder.generate(
         prompt, max_new_tokens=NEW, mode="exact", drafts=4, draft_threshold=2.0
@@ -133,10 +135,10 @@ def test_exact_decoding_may_stop_drafting_early(decoder: Decoder, expected: Expe
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fast_decoding_without_exits_gives_the_reference_tokens(
-    decoder: Decoder, expected: Expected, batch: int
+    decoder: Model, expected: Expected, batch: int
 ) -> None:
     prompts = random_prompts(batch, [6, 3, 11])
-    decoder.policy = Policy()
+    decoder.policy = Rule()
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast").finish()
     for tokens, prompt in zip(made.tokens, prompts, strict=True):
         check(tokens, prompt, expected)
@@ -147,18 +149,18 @@ def test_a_float16_decoder_keeps_states_and_caches_in_half_and_answers_in_float3
 ) -> None:
     whole = decoder_bundle("llama")
     assert half_decoder.weights_bytes < 0.52 * whole.weights_bytes
-    (chain,) = half_decoder.manifest.chains.values()
-    [head] = half_decoder.manifest.heads.values()
-    for segment in chain.segments:
-        states = [segment.inputs[0], *segment.outputs, *segment.caches]
+    components = half_decoder.manifest.components
+    for name in half_decoder.manifest.last_chain.components:
+        segment = components[name]
+        states = [segment.inputs[0], *segment.outputs, *token_states(segment)]
         assert {tensor.dtype for tensor in states} == {"float16"}
         assert {variant.precision for variant in segment.variants} == {"float16"}
-    answers = {tensor.dtype for tensor in head.outputs if tensor.name != "token"}
+    answers = {tensor.dtype for tensor in components["head"].outputs if tensor.name != "token"}
     assert answers == {"float32"}
-    fixed = next(one for one in chain.segments[0].variants if one.caches == "fixed")
+    fixed = next(one for one in components["segment_0"].variants if one.states == "fixed")
     assert fixed.requires == ["opset-24", "cache-update"]
-    (chain,) = whole.manifest.chains.values()
-    fixed = next(one for one in chain.segments[0].variants if one.caches == "fixed")
+    segment = whole.manifest.components["segment_0"]
+    fixed = next(one for one in segment.variants if one.states == "fixed")
     assert fixed.requires == ["opset-24", "cache-update", "float32-attention"]
 
 
@@ -168,20 +170,21 @@ def test_a_float16_decoder_writes_the_tokens_of_float64_where_they_are_clear(
 ) -> None:
     reference = Reference(make_decoder("llama"))
     prompts = random_prompts(3, [6, 3, 11])
-    with load_decoder(half_decoder, caches=form) as decoder:
+    with load(half_decoder, states=form) as decoder:
         for mode in ("full", "exact", "fast"):
             made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()
             for tokens, prompt in zip(made.tokens, prompts, strict=True):
                 check(tokens, prompt, lambda p: reference.greedy(p, NEW), HALF_ROUNDING)
-        decoder.policy = Policy(thresholds=0.0)  # everything leaves at the first exit
+        decoder.policy = Rule(thresholds=0.0)  # everything leaves at the first exit
         for prompt in prompts:
             made = decoder.generate(prompt, max_new_tokens=NEW, mode="approximate").finish()
             plain = approximate(reference.model, prompt, NEW, 0.0)
             check(
                 made.tokens[0], prompt, lambda _, plain=plain: (plain[0], plain[2]), HALF_ROUNDING
             )  # type: ignore[misc]
-        rows = [part.caches.rows(c.name) for part in decoder._session.parts  # type: ignore[union-attr]
-                for c in part.segment.caches]  # fmt: skip
+        assert decoder._session is not None
+        rows = [part.states.rows(s.name) for part in decoder._session.parts
+                for s in token_states(part.component)]  # fmt: skip
         assert {row.dtype for row in rows} == {np.dtype(np.float16)}
 
 
@@ -197,12 +200,12 @@ def middling(reference: Reference) -> float:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fast_decoding_leaves_where_the_score_says_and_keeps_caches_exact(
-    decoder: Decoder, reference: Reference, batch: int
+    decoder: Model, reference: Reference, batch: int
 ) -> None:
     """Token for token: the exit's own answer where its score, in float64, reaches the threshold."""
     prompts = random_prompts(batch, [6, 3, 11])
     threshold = middling(reference)
-    decoder.policy = Policy(thresholds=threshold)
+    decoder.policy = Rule(thresholds=threshold)
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast", audit=True).finish()
     exits: dict[str, int] = {}
     audited = agreed = 0
@@ -231,11 +234,11 @@ def test_fast_decoding_leaves_where_the_score_says_and_keeps_caches_exact(
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_approximate_decoding_projects_the_state_that_a_token_left_with(
-    decoder: Decoder, reference: Reference, batch: int
+    decoder: Model, reference: Reference, batch: int
 ) -> None:
     prompts = random_prompts(batch, [6, 3, 11])
     threshold = middling(reference)
-    decoder.policy = Policy(thresholds=threshold)
+    decoder.policy = Rule(thresholds=threshold)
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="approximate").finish()
     exits: dict[str, int] = {}
     for tokens, prompt in zip(made.tokens, prompts, strict=True):
@@ -250,47 +253,47 @@ def test_approximate_decoding_projects_the_state_that_a_token_left_with(
 
 
 def test_approximate_decoding_without_exits_gives_the_reference_tokens(
-    decoder: Decoder, expected: Expected
+    decoder: Model, expected: Expected
 ) -> None:
     prompts = random_prompts(3, [6, 3, 11])
-    decoder.policy = Policy()
+    decoder.policy = Rule()
     made = decoder.generate(prompts, max_new_tokens=NEW, mode="approximate").finish()
     for tokens, prompt in zip(made.tokens, prompts, strict=True):
         check(tokens, prompt, expected)
 
 
 def test_caches_after_catching_up_are_those_of_full_decoding(
-    decoder: Decoder, reference: Reference
+    decoder: Model, reference: Reference
 ) -> None:
     [prompt] = random_prompts(1, [9])
-    decoder.policy = Policy(thresholds=middling(reference))
+    decoder.policy = Rule(thresholds=middling(reference))
     made = decoder.generate(prompt, max_new_tokens=NEW, mode="fast", audit=True).finish()
     session = decoder._session
     assert session is not None
     text = [*prompt, *made.tokens[0]]
     kept = [
-        {c.name: part.caches.rows(c.name).copy() for c in part.segment.caches}
+        {s.name: part.states.rows(s.name).copy() for s in token_states(part.component)}
         for part in session.parts
     ]
-    lengths = [part.caches.lengths[0] for part in session.parts]
+    lengths = [part.states.lengths[0] for part in session.parts]
     assert lengths == [len(text) - 1] * len(session.parts)
     decoder.generate(text[:-1], max_new_tokens=1).finish()
     for part, before in zip(session.parts, kept, strict=True):
-        for cache in part.segment.caches:
-            now = part.caches.rows(cache.name)
+        for cache in token_states(part.component):
+            now = part.states.rows(cache.name)
             np.testing.assert_allclose(
                 now[:, :, : len(text) - 1], before[cache.name][:, :, : len(text) - 1], atol=2e-4
             )
 
 
 def test_a_prompt_longer_than_a_chunk_is_taken_in_pieces(
-    decoder: Decoder, expected: Expected, monkeypatch: pytest.MonkeyPatch
+    decoder: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeexit.runtime.programs.generate.CHUNK", 8)
     prompts = random_prompts(2, [29, 8])
     for mode in ("full", "exact", "fast"):
         decoder._session = None
-        decoder.policy = Policy()
+        decoder.policy = Rule()
         made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
         for tokens, prompt in zip(made.tokens, prompts, strict=True):
             check(tokens, prompt, expected)
@@ -302,8 +305,8 @@ def test_texts_may_fill_the_capacity_to_the_last_place(
     decoder_bundle: Bundles, family: str, reference: Reference, form: Form
 ) -> None:
     prompts = random_prompts(2, [12, 4])
-    with load_decoder(decoder_bundle(family), capacity=32, caches=form) as decoder:
-        decoder.policy = Policy(thresholds=middling(reference))
+    with load(decoder_bundle(family), capacity=32, states=form) as decoder:
+        decoder.policy = Rule(thresholds=middling(reference))
         for mode in ("full", "exact", "fast"):
             made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
             assert all(len(tokens) == NEW or 0 not in tokens for tokens in made.tokens)
@@ -316,45 +319,45 @@ def test_what_the_capacity_has_no_room_for_is_refused_before_anything_is_written
     decoder_bundle: Bundles, form: Form
 ) -> None:
     [fits, fills, over] = random_prompts(3, [11, 12, 13])
-    with load_decoder(decoder_bundle("llama"), capacity=12, caches=form) as decoder:
+    with load(decoder_bundle("llama"), capacity=12, states=form) as decoder:
         assert len(decoder.generate(fits).finish().tokens[0]) <= 1
         session = decoder.session(1)
         before = {
-            c.name: part.caches.rows(c.name).copy()
+            s.name: part.states.rows(s.name).copy()
             for part in session.parts
-            for c in part.segment.caches
+            for s in token_states(part.component)
         }
         for prompt in (fills, over):
             for prompts in (prompt, [fits, prompt]):
                 with pytest.raises(InputError, match="capacity is 12.*larger capacity"):
                     decoder.generate(prompts)
-        session.run(0, 10)
+        session.run(0, Block(10, [10]))
         with pytest.raises(InputError, match="segment_0: .* 10 tokens, and 3 more .* 12"):
-            session.run(0, 3)
-        assert session.parts[0].caches.lengths == [10]
-        session.run(0, 2)
+            session.run(0, Block(3, [3]))
+        assert session.parts[0].states.lengths == [10]
+        session.run(0, Block(2, [2]))
         for part in session.parts[1:]:
-            for cache in part.segment.caches:
-                np.testing.assert_array_equal(part.caches.rows(cache.name), before[cache.name])
+            for cache in token_states(part.component):
+                np.testing.assert_array_equal(part.states.rows(cache.name), before[cache.name])
 
 
 def test_caches_that_memory_has_no_room_for_are_refused() -> None:
-    cache = Cache(name="k", dtype="float16", axes=["batch", 2, "past", 16], past="i", present="o")
+    axes: list[str | int | None] = ["batch", 2, "past", 16]
+    state = TokenState(name="k", dtype="float16", axes=axes, past="i", present="o")
     with pytest.raises(EngineError, match=r"k: caches of 3 rows .* smaller capacity"):
-        SegmentCaches([cache], 3, 2**50, OnnxRuntimeEngine())
+        TokenStates([state], 3, 2**50, OnnxRuntimeEngine())
 
 
 def test_a_form_that_cannot_be_had_is_refused(decoder_bundle: Bundles) -> None:
     bundle = decoder_bundle("llama")
     with pytest.raises(UsageError, match=r"no form 'paged' .*in-place, fixed, append"):
-        load_decoder(bundle, caches="paged")  # type: ignore[arg-type]
+        load(bundle, states="paged")  # type: ignore[arg-type]
     engine = OnnxRuntimeEngine()
     engine.features = frozenset({"opset-24"})  # as of an engine that copies what it updates
-    (chain,) = bundle.manifest.chains.values()
-    [segment, *_] = chain.segments
-    assert choose_variant(segment, engine).caches == "append"
+    segment = bundle.manifest.components["segment_0"]
+    assert choose_variant("segment_0", segment, engine).states == "append"
     with pytest.raises(EngineError, match=r"segment_0 has no form .*cache-update"):
-        choose_variant(segment, engine, "fixed")
+        choose_variant("segment_0", segment, engine, "fixed")
 
 
 @pytest.mark.parametrize(
@@ -377,23 +380,23 @@ def test_the_fixed_form_is_for_versions_that_have_its_operators(
 
 
 @pytest.fixture(scope="module")
-def llama(decoder_bundle: Bundles) -> Iterator[Decoder]:
-    with load_decoder(decoder_bundle("llama")) as loaded:
+def llama(decoder_bundle: Bundles) -> Iterator[Model]:
+    with load(decoder_bundle("llama")) as loaded:
         yield loaded
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Decoder, form: Form) -> None:
+def test_unsplit_gives_the_same_tokens(decoder_bundle: Bundles, llama: Model, form: Form) -> None:
     [prompt] = random_prompts(1, [9])
     chained = llama.generate(prompt, max_new_tokens=NEW).finish()
-    with load_decoder(decoder_bundle("llama"), unsplit=True, caches=form) as whole:
+    with load(decoder_bundle("llama"), unsplit=True, states=form) as whole:
         assert whole.generate(prompt, max_new_tokens=NEW).finish().tokens == chained.tokens
         with pytest.raises(UsageError, match="no exits"):
             whole.generate(prompt, mode="exact")
 
 
 def test_unsplit_refuses_prompts_of_unlike_length_before_any_work(decoder_bundle: Bundles) -> None:
-    with load_decoder(decoder_bundle("llama"), unsplit=True) as whole:
+    with load(decoder_bundle("llama"), unsplit=True) as whole:
         with pytest.raises(UsageError, match=r"one length, these have from 4 to 9 tokens"):
             whole.generate(random_prompts(3, [9, 4, 9]), max_new_tokens=2)
         assert whole._session is None
@@ -403,7 +406,7 @@ def test_unsplit_refuses_prompts_of_unlike_length_before_any_work(decoder_bundle
         assert made.tokens == apart
 
 
-def test_pieces_come_as_they_are_made_and_say_what_the_result_says(llama: Decoder) -> None:
+def test_pieces_come_as_they_are_made_and_say_what_the_result_says(llama: Model) -> None:
     seen: list[Piece] = []
     [prompt] = random_prompts(1, [9])
     made = llama.generate(prompt, max_new_tokens=NEW, on_piece=seen.append)
@@ -414,7 +417,7 @@ def test_pieces_come_as_they_are_made_and_say_what_the_result_says(llama: Decode
     assert made.tokens_per_s is not None and made.first_token_s > 0
 
 
-def test_text_goes_in_and_comes_out(llama: Decoder) -> None:
+def test_text_goes_in_and_comes_out(llama: Model) -> None:
     made = llama.generate("def f(x):", max_new_tokens=8).finish()
     assert made.tokens[0] and isinstance(made.texts[0], str)
 
@@ -436,13 +439,13 @@ def test_text_goes_in_and_comes_out(llama: Decoder) -> None:
     ],
 )
 def test_prompts_that_cannot_be_meant_are_refused(
-    llama: Decoder, prompts: object, message: str
+    llama: Model, prompts: object, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         llama.generate(prompts, max_new_tokens=8)  # type: ignore[arg-type]
 
 
-def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle: Bundles) -> None:
+def test_options_that_cannot_be_meant_are_refused(llama: Model, decoder_bundle: Bundles) -> None:
     for wrong in (
         {"mode": "quick"},
         {"max_new_tokens": 0},
@@ -469,28 +472,33 @@ def test_options_that_cannot_be_meant_are_refused(llama: Decoder, decoder_bundle
         llama.generate([5], mode="exact", draft_exit="exit_9").finish()
     for capacity in (1000, 1, 0, -5, 12.5, "12"):
         with pytest.raises(UsageError, match=f"capacity {capacity} .* 2 to 96 tokens"):
-            load_decoder(decoder_bundle("llama"), capacity=capacity)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="load_decoder"):
-        load(decoder_bundle("llama"))
+            load(decoder_bundle("llama"), capacity=capacity)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="writes text"):
+        llama({"tokens": np.array([[5, 6]])})
 
 
-def test_a_score_that_the_head_does_not_have_spoils_no_later_text(llama: Decoder) -> None:
+def test_a_score_that_the_head_does_not_have_spoils_no_later_text(llama: Model) -> None:
     [prompt] = random_prompts(1, [5])
     expected = llama.generate(prompt, max_new_tokens=NEW).finish().tokens
     known = llama.policy
-    llama.policy = Policy(score="unheard-of")
     with pytest.raises(PolicyError, match="unheard-of"):
-        llama.generate(prompt, mode="exact", draft_threshold=0.5).finish()
-    llama.policy = known
+        llama.policy = Rule(score="unheard-of", thresholds=0.5)
+    with pytest.raises(PolicyError, match="patience"):
+        llama.policy = Rule(patience=1)
+    assert llama.policy == known
+    with pytest.raises(PolicyError, match="unheard-of"):
+        llama.session(1).head(0, ["unheard-of"])
     assert llama.generate(prompt, max_new_tokens=NEW).finish().tokens == expected
 
 
 def test_a_forward_bundle_is_no_decoder(toy_bundle: Bundle) -> None:
+    with load(toy_bundle) as model, pytest.raises(UsageError, match="does not write text"):
+        model.generate([5])
     with pytest.raises(UsageError, match="does not write text"):
-        load_decoder(toy_bundle)
+        load(toy_bundle, capacity=12)
 
 
-def test_one_text_at_a_time(llama: Decoder) -> None:
+def test_one_text_at_a_time(llama: Model) -> None:
     first = llama.generate([5, 6], max_new_tokens=4)
     next(iter(first))
     with pytest.raises(StateError, match="another text"):
@@ -501,9 +509,9 @@ def test_one_text_at_a_time(llama: Decoder) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "exact", "fast", "approximate"])
 def test_a_text_left_in_the_middle_changes_nothing_for_the_next(
-    llama: Decoder, mode: ModeName
+    llama: Model, mode: ModeName
 ) -> None:
-    llama.policy = Policy(thresholds=0.02)
+    llama.policy = Rule(thresholds=0.02)
     [prompt, other] = random_prompts(2, [9, 14])
     before = llama.generate(prompt, max_new_tokens=12, mode=mode).finish().tokens
     for done, _ in enumerate(llama.generate(other, max_new_tokens=12, mode=mode), start=1):
@@ -512,13 +520,13 @@ def test_a_text_left_in_the_middle_changes_nothing_for_the_next(
     assert llama.generate(prompt, max_new_tokens=12, mode=mode).finish().tokens == before
 
 
-def test_without_text_only_tokens_come(llama: Decoder) -> None:
+def test_without_text_only_tokens_come(llama: Model) -> None:
     silent = llama.generate("def f(x):", max_new_tokens=6, text=False).finish()
     spoken = llama.generate("def f(x):", max_new_tokens=6).finish()
     assert silent.tokens == spoken.tokens and silent.texts == [""] and spoken.texts != [""]
 
 
-def test_a_callback_that_raises_leaves_the_model_usable(llama: Decoder, expected: Expected) -> None:
+def test_a_callback_that_raises_leaves_the_model_usable(llama: Model, expected: Expected) -> None:
     def fail(piece: Piece) -> None:
         raise RuntimeError("mine")
 
@@ -533,14 +541,14 @@ def test_a_callback_that_raises_leaves_the_model_usable(llama: Decoder, expected
 
 
 def test_a_closed_decoder_says_so(decoder_bundle: Bundles) -> None:
-    decoder = load_decoder(decoder_bundle("llama"))
+    decoder = load(decoder_bundle("llama"))
     decoder.close()
     with pytest.raises(StateError, match="closed"):
         decoder.generate([5])
 
 
 def test_a_decoder_closed_while_it_writes_ends_the_text(decoder_bundle: Bundles) -> None:
-    decoder = load_decoder(decoder_bundle("llama"))
+    decoder = load(decoder_bundle("llama"))
     writing = decoder.generate([5], max_new_tokens=6)
     next(writing)
     decoder.close()
@@ -548,18 +556,18 @@ def test_a_decoder_closed_while_it_writes_ends_the_text(decoder_bundle: Bundles)
         next(writing)
 
 
-def tokens_of(decoder: Decoder, text: str) -> list[int]:
+def tokens_of(decoder: Model, text: str) -> list[int]:
     return decoder.encode(text)
 
 
-def test_characters_that_span_tokens_are_held_until_they_are_whole(llama: Decoder) -> None:
+def test_characters_that_span_tokens_are_held_until_they_are_whole(llama: Model) -> None:
     ids = tokens_of(llama, "aé🙂b")
     assert len(ids) == 1 + 2 + 4 + 1  # one token per byte
     stream = Stream(llama._tokenizers())
     assert [stream.add(token) for token in ids] == ["a", "", "é", "", "", "", "🙂", "b"]
 
 
-def test_bytes_that_are_no_text_come_out_broken_but_come_out(llama: Decoder) -> None:
+def test_bytes_that_are_no_text_come_out_broken_but_come_out(llama: Model) -> None:
     broken = tokens_of(llama, "🙂")[1:3]
     stream = Stream(llama._tokenizers())
     text = "".join(stream.add(token) for token in [*broken, *tokens_of(llama, "ab")])
@@ -567,20 +575,20 @@ def test_bytes_that_are_no_text_come_out_broken_but_come_out(llama: Decoder) -> 
     assert "\ufffd" in stream.text
 
 
-def test_a_stop_string_across_tokens_ends_the_text_before_it(llama: Decoder) -> None:
+def test_a_stop_string_across_tokens_ends_the_text_before_it(llama: Model) -> None:
     stream = Stream(llama._tokenizers(), ["END", "xy"])
     given = [stream.add(token) for token in tokens_of(llama, "aEbENDc")]
     assert given == ["a", "", "Eb", "", "", "", ""]
     assert stream.stopped and stream.text == "aEb" and stream.end() == ""
 
 
-def test_text_held_for_a_stop_string_comes_at_the_end(llama: Decoder) -> None:
+def test_text_held_for_a_stop_string_comes_at_the_end(llama: Model) -> None:
     stream = Stream(llama._tokenizers(), ["END"])
     assert [stream.add(token) for token in tokens_of(llama, "aEN")] == ["a", "", ""]
     assert stream.end() == "EN"
 
 
-def test_stop_strings_end_a_generation(llama: Decoder) -> None:
+def test_stop_strings_end_a_generation(llama: Model) -> None:
     [prompt] = random_prompts(1, [9], seed=4)
     free = llama.generate(prompt, max_new_tokens=NEW).finish()
     stop = free.texts[0][4:7]

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import UsageError
-from edgeexit.runtime import Decoder, Sampling, load_decoder
+from edgeexit.runtime import Model, Sampling, load
 from edgeexit.runtime.programs.sampling import Sampler, distribution
 from tests.decoders import Reference, make_decoder
 
@@ -90,15 +90,15 @@ def test_verified_drafts_are_distributed_as_the_full_model_draws() -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(decoder_bundle: Callable[[str], Bundle]) -> Iterator[Decoder]:
-    with load_decoder(decoder_bundle("llama"), capacity=24) as decoder:
+def llama(decoder_bundle: Callable[[str], Bundle]) -> Iterator[Model]:
+    with load(decoder_bundle("llama"), capacity=24) as decoder:
         yield decoder
 
 
 @pytest.mark.parametrize("draft_threshold", [0.0, 0.06])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_exact_sampling_is_distributed_as_the_reference(
-    llama: Decoder, draft_threshold: float, penalty: float
+    llama: Model, draft_threshold: float, penalty: float
 ) -> None:
     """Three tokens behind one prompt, with processors, and with drafts that stop early."""
     prompt, rows, rounds = [7, 8, 9, 9], 64, 40
@@ -142,7 +142,7 @@ def test_exact_sampling_is_distributed_as_the_reference(
     assert chisquare(counts, chances * counts.sum()).pvalue > CHANCE
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(llama: Decoder) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(llama: Model) -> None:
     def text(seed: int, mode: str) -> list[int]:
         sampling = Sampling(temperature=1.0, seed=seed)
         made = llama.generate([5, 6, 7], max_new_tokens=12, mode=mode, sampling=sampling)  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(llama: Decod
         assert text(3, mode) != text(4, mode)
 
 
-def test_temperature_zero_is_greedy(llama: Decoder) -> None:
+def test_temperature_zero_is_greedy(llama: Model) -> None:
     greedy = llama.generate([5, 6, 7], max_new_tokens=12).finish().tokens
     cold = llama.generate([5, 6, 7], max_new_tokens=12, sampling=Sampling(temperature=0.0))
     assert cold.finish().tokens == greedy

@@ -17,7 +17,7 @@ import transformers
 
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.errors import BundleError, EdgeExitError, InputError, IntegrityError, UsageError
-from edgeexit.runtime import Decoder, load_decoder
+from edgeexit.runtime import Model, load
 from edgeexit.runtime.programs.generate import Options
 from edgeexit.runtime.text.chat import ChatTemplates
 from tests.bundle.test_reader import relist, rewrite
@@ -57,8 +57,8 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def decoder(chat_bundle: Bundle) -> Iterator[Decoder]:
-    with load_decoder(chat_bundle) as loaded:
+def decoder(chat_bundle: Bundle) -> Iterator[Model]:
+    with load(chat_bundle) as loaded:
         yield loaded
 
 
@@ -69,7 +69,7 @@ def tokenizer(chat_folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_conversation_becomes_the_text_and_tokens_that_transformers_makes_of_it(
-    decoder: Decoder, tokenizer: transformers.PreTrainedTokenizerFast, case: str
+    decoder: Model, tokenizer: transformers.PreTrainedTokenizerFast, case: str
 ) -> None:
     messages, arguments = CASES[case]
     theirs: dict[str, Any] = dict(arguments)
@@ -82,14 +82,14 @@ def test_a_conversation_becomes_the_text_and_tokens_that_transformers_makes_of_i
     assert decoder.encode(found, special_tokens=False) == ids
 
 
-def test_a_text_gets_the_special_tokens_that_a_template_writes_itself(decoder: Decoder) -> None:
+def test_a_text_gets_the_special_tokens_that_a_template_writes_itself(decoder: Model) -> None:
     [begin] = decoder.encode(BEGIN, special_tokens=False)
     assert decoder.encode("a").count(begin) == 1
     prompt = decoder.chat_prompt([USER], template="llama")
     assert decoder.encode(prompt, special_tokens=False).count(begin) == 1
 
 
-def test_the_date_is_that_of_today(decoder: Decoder) -> None:
+def test_the_date_is_that_of_today(decoder: Model) -> None:
     before = datetime.date.today()
     prompt = decoder.chat_prompt([USER], template="llama")
     days = (before, datetime.date.today())
@@ -97,9 +97,7 @@ def test_the_date_is_that_of_today(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "exact"])
-def test_an_answer_is_what_the_prompt_gives_when_it_is_continued(
-    decoder: Decoder, mode: Any
-) -> None:
+def test_an_answer_is_what_the_prompt_gives_when_it_is_continued(decoder: Model, mode: Any) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     made = decoder.chat(messages, mode=mode, max_new_tokens=8).finish()
     prompt = decoder.encode(decoder.chat_prompt(messages), special_tokens=False)
@@ -108,7 +106,7 @@ def test_an_answer_is_what_the_prompt_gives_when_it_is_continued(
     assert sum(map(len, made.tokens)) > 1
 
 
-def test_several_conversations_are_answered_in_one_batch(decoder: Decoder) -> None:
+def test_several_conversations_are_answered_in_one_batch(decoder: Model) -> None:
     one = [{"role": "user", "content": "Hi"}]
     two = [*one, {"role": "assistant", "content": "a"}, {"role": "user", "content": "why"}]
     apart = [decoder.chat(m, max_new_tokens=6).finish().tokens[0] for m in (one, two)]
@@ -117,7 +115,7 @@ def test_several_conversations_are_answered_in_one_batch(decoder: Decoder) -> No
 
 
 def test_chat_takes_every_argument_that_generate_takes() -> None:
-    own = dict(inspect.signature(Decoder.generate).parameters)
+    own = dict(inspect.signature(Model.generate).parameters)
     assert set(Options.__annotations__) == set(own) - {"self", "prompts"}
 
 
@@ -125,7 +123,7 @@ class Kind(str, Enum):
     USER = "user"
 
 
-def test_a_template_sees_plain_texts_and_copies(decoder: Decoder) -> None:
+def test_a_template_sees_plain_texts_and_copies(decoder: Model) -> None:
     messages = [{"role": Kind.USER, "content": "Hi", "name": None}]
     plain = decoder.chat_prompt([{"role": "user", "content": "Hi"}])
     assert decoder.chat_prompt(messages) == plain
@@ -153,25 +151,25 @@ def test_a_template_sees_plain_texts_and_copies(decoder: Decoder) -> None:
     ],
 )
 def test_messages_that_cannot_be_meant_are_refused(
-    decoder: Decoder, messages: Any, message: str
+    decoder: Model, messages: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         decoder.chat(messages)
 
 
-def test_messages_within_messages_are_refused_when_they_have_no_end(decoder: Decoder) -> None:
+def test_messages_within_messages_are_refused_when_they_have_no_end(decoder: Model) -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(InputError, match="nested too deeply"):
         decoder.chat([{"role": "user", "content": "Hi", "more": endless}])
 
 
-def test_a_template_that_refuses_says_why(decoder: Decoder) -> None:
+def test_a_template_that_refuses_says_why(decoder: Model) -> None:
     with pytest.raises(InputError, match=r"template.strict.jinja: .*refuses.*Roles must alternate"):
         decoder.chat([USER, USER], template="strict")
 
 
-def test_arguments_that_cannot_be_meant_are_refused(decoder: Decoder) -> None:
+def test_arguments_that_cannot_be_meant_are_refused(decoder: Model) -> None:
     with pytest.raises(UsageError, match="'rag'; the bundle has default, llama, strict, tool_use"):
         decoder.chat([USER], template="rag")
     with pytest.raises(UsageError, match="variables names 'messages'"):
@@ -185,7 +183,7 @@ def test_arguments_that_cannot_be_meant_are_refused(decoder: Decoder) -> None:
 def test_a_bundle_without_templates_continues_texts_and_says_so(chat_copy: Path) -> None:
     """What a reader sees that does not know the field."""
     rewrite(chat_copy, lambda raw: raw.pop("chat"))
-    with load_decoder(chat_copy) as decoder:
+    with load(chat_copy) as decoder:
         assert decoder.generate("a", max_new_tokens=2).finish().tokens[0]
         with pytest.raises(InputError, match=r"no chat template.*generate"):
             decoder.chat([USER])
@@ -314,7 +312,7 @@ def test_a_jinja_with_a_leaky_sandbox_is_refused(chat_bundle: Bundle, tmp_path: 
 
 def test_a_damaged_tokenizer_is_named(chat_copy: Path) -> None:
     path = chat_copy / "tokenizer/tokenizer.json"
-    with load_decoder(chat_copy) as decoder:
+    with load(chat_copy) as decoder:
         whole = path.read_bytes()
         path.write_bytes(whole.replace(b"im_start", b"im_stark"))
         with pytest.raises(IntegrityError, match=r"tokenizer\.json: sha256 differs"):
@@ -328,7 +326,7 @@ def test_a_tokenizer_that_the_library_cannot_read_is_named(chat_copy: Path, cont
     (chat_copy / "tokenizer/tokenizer.json").write_bytes(content)
     relist(chat_copy, "tokenizer/tokenizer.json")
     with (
-        load_decoder(chat_copy) as decoder,
+        load(chat_copy) as decoder,
         pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"),
     ):
         decoder.generate("a")
@@ -343,12 +341,12 @@ def test_a_tokenizer_neither_cuts_nor_pads_whatever_its_file_says(chat_copy: Pat
     tokenizer.enable_padding(length=12)
     tokenizer.save(str(path))
     relist(chat_copy, "tokenizer/tokenizer.json")
-    with load_decoder(chat_copy) as decoder:
+    with load(chat_copy) as decoder:
         assert len(decoder.encode("abcdef", special_tokens=False)) == 6
 
 
 def test_every_error_of_a_chat_is_ours_when_the_model_is_closed(chat_bundle: Bundle) -> None:
-    decoder = load_decoder(chat_bundle)
+    decoder = load(chat_bundle)
     decoder.close()
     with pytest.raises(EdgeExitError, match="closed"):
         decoder.chat([USER])

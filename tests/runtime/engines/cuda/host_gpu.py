@@ -1,6 +1,6 @@
 """An engine that computes with ONNX Runtime on "device" memory of driver.c: what a GPU engine does
-around its graphs, on a machine without one. Whoever touches that memory from the host, as a program
-must not on a GPU, ends the process.
+around its graphs, on a machine without a GPU. Code that touches that memory from the host, as no
+program may on a GPU, ends the process.
 
 Run by test_device_memory.py in processes of its own:
 
@@ -19,8 +19,7 @@ import numpy as np
 
 from edgeexit.bundle.policy import OUT_OF_REACH
 from edgeexit.bundle.reader import Bundle, open_bundle
-from edgeexit.measure.bench.cases import gpu_facts
-from edgeexit.runtime import Decoder, Policy, load, load_decoder
+from edgeexit.runtime import Model, Rule, load
 from edgeexit.runtime.engines.base import Bound, Slot
 from edgeexit.runtime.engines.cuda.device import Counts, Device
 from edgeexit.runtime.engines.cuda.driver import ask
@@ -28,12 +27,9 @@ from edgeexit.runtime.engines.cuda.replay import Replays
 from edgeexit.runtime.engines.cuda.staging import Staging
 from edgeexit.runtime.engines.host import HostSlot, Window
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph
-from edgeexit.runtime.executor.bindings import EVERY_SCORE
-from edgeexit.runtime.executor.chain import Chain
-from edgeexit.runtime.executor.session import open_decoder
 from edgeexit.runtime.programs.arguments import ModeName
-from edgeexit.runtime.programs.forward import Model
 from edgeexit.runtime.programs.sampling import Sampling
+from tests.runtime.engines.cuda.on_engine import model_on
 from tests.toys import CLASSES, make_inputs
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -67,7 +63,7 @@ class HostGpu(OnnxRuntimeEngine):
 
 
 class HostGpuGraph:
-    """A session whose tensors all lie in device memory."""
+    """A session whose tensors are all in device memory."""
 
     def __init__(self, engine: HostGpu, graph: OnnxRuntimeGraph) -> None:
         self._engine, self._graph, self._staging = engine, graph, Staging(engine.device)
@@ -90,7 +86,7 @@ class HostGpuGraph:
 
         device, driver = self._engine.device, self._engine.device.driver
         callback = CALLBACK(work)
-        CALLBACKS.append(callback)  # streams may come to it when nobody holds the run any longer
+        CALLBACKS.append(callback)  # streams may reach it when the run is no longer referenced
         address = ctypes.cast(callback, ctypes.c_void_p).value
 
         def execute() -> None:
@@ -102,19 +98,17 @@ class HostGpuGraph:
         raise AssertionError("no shape of these bundles is open")
 
 
-def _on_device(bundle: Bundle, features: frozenset[str], policy: Policy) -> tuple[Decoder, Counts]:
+def _on_device(bundle: Bundle, features: frozenset[str], rule: Rule) -> tuple[Model, Counts]:
     engine = HostGpu(features)
-    opened = open_decoder(bundle, engine, scores=["max_prob"])
-    decoder = Decoder(bundle, opened, policy, bundle.manifest.limits["positions"])
-    return decoder, engine.device.counts
+    return model_on(bundle, engine, rule), engine.device.counts
 
 
 def _compare(bundle: Bundle, features: frozenset[str], mode: ModeName) -> None:
-    policy = Policy(score="max_prob", thresholds=0.05)
-    decoder, counts = _on_device(bundle, features, policy)
-    form = decoder.describe_engine()["caches"]
+    rule = Rule(thresholds=0.05)
+    decoder, counts = _on_device(bundle, features, rule)
+    form = decoder.describe_engine()["states"]
     assert form == ("fixed" if features else "append")
-    with decoder, load_decoder(bundle, policy=policy, caches=form) as host:  # type: ignore[arg-type]
+    with decoder, load(bundle, policy=rule, states=form) as host:  # type: ignore[arg-type]
         for prompts in ([PROMPTS[0]], PROMPTS):
             for sampling in (None, Sampling(temperature=1.0, top_k=20, seed=3)):
                 arguments: dict[str, Any] = {
@@ -127,7 +121,7 @@ def _compare(bundle: Bundle, features: frozenset[str], mode: ModeName) -> None:
                 theirs = host.generate(prompts, **arguments).finish()
                 assert ours.tokens == theirs.tokens
                 assert ours.statistics.exits == theirs.statistics.exits
-            # Once all sizes were met: the same text again takes no memory of the device.
+            # Once all sizes have occurred, the same text again allocates nothing on the device.
             warm = counts.allocations
             decoder.generate(prompts, **arguments).finish()
             assert counts.allocations == warm
@@ -157,14 +151,14 @@ def fast_with_caches_in_place(bundle: Bundle) -> None:
     _compare(bundle, frozenset({"opset-24", "cache-update", "float32-attention"}), "fast")
 
 
-def a_greedy_token_costs_the_host_a_token_and_a_score(bundle: Bundle) -> None:
-    """Logits stay on the device unless somebody draws from them."""
-    decoder, counts = _on_device(bundle, frozenset(), Policy())
+def a_greedy_token_costs_the_host_eight_bytes(bundle: Bundle) -> None:
+    """Logits stay on the device unless tokens are sampled."""
+    decoder, counts = _on_device(bundle, frozenset(), Rule())
     with decoder:
         decoder.generate([PROMPTS[0]], max_new_tokens=2).finish()
         before = counts.to_host_bytes
         decoder.generate([PROMPTS[0]], max_new_tokens=NEW).finish()
-        assert counts.to_host_bytes - before == NEW * (8 + 4)
+        assert counts.to_host_bytes - before == NEW * 8
         before = counts.to_host_bytes
         sampling = Sampling(temperature=1.0)
         decoder.generate([PROMPTS[0]], max_new_tokens=1, sampling=sampling).finish()
@@ -172,12 +166,10 @@ def a_greedy_token_costs_the_host_a_token_and_a_score(bundle: Bundle) -> None:
 
 
 def rows_of_one_pass_cost_the_host_four_bytes_a_boundary(bundle: Bundle) -> None:
-    engine = HostGpu()
-    (manifest,) = bundle.manifest.chains.values()
-    policy = Policy(score="max_prob", thresholds=0.8)
-    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, [EVERY_SCORE] * 4)
+    engine, rule = HostGpu(), Rule(thresholds=0.8)
     inputs = make_inputs(16)
-    with load(bundle, policy=policy) as host, Model(bundle, chain, engine, policy) as model:
+    model = model_on(bundle, engine, rule, all_scores=True)
+    with load(bundle, policy=rule) as host, model:
         theirs, ours = host(inputs), model(inputs)
         np.testing.assert_array_equal(ours.exits, theirs.exits)
         for name, value in theirs.outputs.items():
@@ -188,7 +180,7 @@ def rows_of_one_pass_cost_the_host_four_bytes_a_boundary(bundle: Bundle) -> None
         allocations, before = counts.allocations, counts.to_host_bytes
         model(inputs)
         assert counts.allocations == allocations
-        # A score of every row that comes to an exit, and answers only where some row leaves.
+        # A score of every row that reaches an exit, and answers only where some row leaves.
         rows = [sum(at >= number for at in taken) for number in range(4)]
         answers = sum(rows[number] * CLASSES * 4 for number in set(taken))
         assert counts.to_host_bytes - before == 4 * sum(rows) + answers
@@ -196,30 +188,28 @@ def rows_of_one_pass_cost_the_host_four_bytes_a_boundary(bundle: Bundle) -> None
 
 def a_row_leaves_where_it_should_though_segments_are_launched_ahead(bundle: Bundle) -> None:
     engine = HostGpu()
-    (manifest,) = bundle.manifest.chains.values()
-    policies = [
-        Policy(score="max_prob", thresholds=0.6),
-        Policy(score="max_prob", thresholds={"exit_2": 0.7}),
-        Policy(score="max_prob", thresholds={"exit_1": 0.8, "exit_3": 0.3}),
-        Policy(),
+    rules = [
+        Rule(thresholds=0.6),
+        Rule(thresholds={"exit_2": 0.7}),
+        Rule(thresholds={"exit_1": 0.8, "exit_3": 0.3}),
+        Rule(),
     ]
-    needs = [EVERY_SCORE] * 4
-    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, needs, "always")
+    model = model_on(bundle, engine, Rule(), launch_ahead="always", all_scores=True)
     rows = [make_inputs(1, seed=seed) for seed in range(24)]
     counts = engine.device.counts
-    with load(bundle) as host, Model(bundle, chain, engine, Policy()) as model:
-        for policy in policies:
-            host.policy = model.policy = policy
+    with load(bundle) as host, model:
+        for rule in rules:
+            host.policy = model.policy = rule  # type: ignore[assignment]
             for inputs in rows:
                 theirs, ours = host(inputs), model(inputs)
                 assert ours.exit_names == theirs.exit_names
                 np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-6)
                 for name, value in theirs.outputs.items():
                     np.testing.assert_allclose(ours.outputs[name], value, rtol=1e-5)
-        model.policy = policies[0]
+        model.policy = rules[0]  # type: ignore[assignment]
         allocations = counts.allocations
         for inputs in rows:
-            model(inputs)  # behind runs for nothing, whole batches and traces come out right too
+            model(inputs)  # after speculative runs, whole batches and traces are right too
         assert counts.allocations == allocations
         batch, traced = make_inputs(8), make_inputs(1)
         host.policy = model.policy
@@ -233,13 +223,12 @@ def a_row_leaves_where_it_should_though_segments_are_launched_ahead(bundle: Bund
 
 
 def segments_are_launched_ahead_where_that_pays(bundle: Bundle) -> None:
+    from edgeexit.measure.bench.cases import gpu_facts
+
     engine = HostGpu()
-    (manifest,) = bundle.manifest.chains.values()
-    policy = Policy(score="max_prob", thresholds={"exit_1": OUT_OF_REACH, "exit_3": -np.inf})
-    needs = [EVERY_SCORE] * 4
-    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, needs, "measured")
+    rule = Rule(thresholds={"exit_1": OUT_OF_REACH, "exit_3": -np.inf})
     inputs = make_inputs(1)
-    with Model(bundle, chain, engine, policy) as model:
+    with model_on(bundle, engine, rule, launch_ahead="measured", all_scores=True) as model:
         model(inputs)
         found = gpu_facts(model, inputs)
         assert not any(one["launched_ahead"] for one in found["boundaries"])
@@ -254,7 +243,7 @@ def segments_are_launched_ahead_where_that_pays(bundle: Bundle) -> None:
         assert first["launched_ahead"] and first["left"] == 0 and first["gap_ms"] > 0
         assert second["asked"] == 0 and not second["launched_ahead"]
         assert third["left"] == third["asked"] and not third["launched_ahead"]
-        model.policy = Policy(score="max_prob", thresholds={"exit_1": -np.inf})
+        model.policy = Rule(thresholds={"exit_1": -np.inf})  # type: ignore[assignment]
         assert model(inputs).exit_names == ["exit_1"]
         assert [one["asked"] for one in model.boundaries] == [1, 0, 0]
 

@@ -1,6 +1,6 @@
-"""What stands in for the TensorRT library where there is no GPU: its interface (api.py), computing
+"""A stand-in for the TensorRT library on machines without a GPU: its interface (api.py), computing
 with ONNX Runtime on the memory of driver.c. It refuses what TensorRT refuses: shapes outside the
-profile, a run without addresses or scratch memory, shapes told before the profile.
+profile, a run without addresses or scratch memory, shapes set before the profile.
 
 A plan is a line of JSON with the profiles, and an ONNX file with its weights.
 
@@ -25,9 +25,9 @@ import onnx
 from edgeexit.bundle.onnx_wire import fix_axes, keep_outputs
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.errors import EdgeExitError, EngineError, InputError
-from edgeexit.runtime import Decoder, Policy, load, load_decoder
-from edgeexit.runtime.build.build import sample_sizes, work_of
+from edgeexit.runtime import Rule, load
 from edgeexit.runtime.build.profiles import Asked
+from edgeexit.runtime.build.work_list import sample_sizes, work_of
 from edgeexit.runtime.engines.cuda.device import Device
 from edgeexit.runtime.engines.cuda.driver import ask, describe_device, import_driver
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -35,12 +35,9 @@ from edgeexit.runtime.engines.tensorrt import engine_cache
 from edgeexit.runtime.engines.tensorrt.engine import TensorRtEngine
 from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet, PlanFile
 from edgeexit.runtime.engines.tensorrt.library import Library
-from edgeexit.runtime.executor.bindings import EVERY_SCORE
-from edgeexit.runtime.executor.chain import Chain
-from edgeexit.runtime.executor.session import open_decoder
-from edgeexit.runtime.programs.forward import Model
 from edgeexit.runtime.programs.sampling import Sampling
 from tests.runtime.engines.cuda.host_gpu import CALLBACK, CALLBACKS, NEW, PROMPTS
+from tests.runtime.engines.cuda.on_engine import model_on
 from tests.toys import make_inputs
 
 DTYPES = {
@@ -69,7 +66,7 @@ class Context:
         if not 0 <= profile_index < max(1, len(self._engine.profiles)):
             return False
         self.active_optimization_profile = profile_index
-        self._shapes.clear()  # shapes are told for a profile
+        self._shapes.clear()  # shapes are set for a profile
         return True
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
@@ -239,17 +236,15 @@ def _refused(call: Any, kind: type[EdgeExitError], words: str) -> None:
     except kind as error:
         assert words in str(error), error
     else:
-        raise AssertionError("that was taken")
+        raise AssertionError("not refused")
 
 
 def one_pass_on_tensorrt(bundle: Bundle, root: Path) -> None:
     """All numbers of rows, again and again, so that runs are recorded and rows change profiles."""
-    engine = built(bundle, root, Asked({}, {}, {}))
-    (manifest,) = bundle.manifest.chains.values()
-    policy = Policy(score="max_prob", thresholds=0.7)
-    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, [EVERY_SCORE] * 4)
+    engine, rule = built(bundle, root, Asked({}, {}, {})), Rule(thresholds=0.7)
     counts = engine.device.counts
-    with load(bundle, policy=policy) as host, Model(bundle, chain, engine, policy) as model:
+    model = model_on(bundle, engine, rule, all_scores=True)
+    with load(bundle, policy=rule) as host, model:
         assert model.largest == {"batch": 8}
         for turn in range(5):
             if turn == 4:
@@ -271,12 +266,9 @@ def one_pass_on_tensorrt(bundle: Bundle, root: Path) -> None:
 
 
 def a_row_launched_ahead_on_tensorrt(bundle: Bundle, root: Path) -> None:
-    engine = built(bundle, root, Asked({}, {}, {}))
-    (manifest,) = bundle.manifest.chains.values()
-    policy = Policy(score="max_prob", thresholds=0.6)
-    needs = [EVERY_SCORE] * 4
-    chain = Chain(bundle, manifest, bundle.manifest.inputs, engine, needs, "always")
-    with load(bundle, policy=policy) as host, Model(bundle, chain, engine, policy) as model:
+    engine, rule = built(bundle, root, Asked({}, {}, {})), Rule(thresholds=0.6)
+    model = model_on(bundle, engine, rule, launch_ahead="always", all_scores=True)
+    with load(bundle, policy=rule) as host, model:
         for turn in range(40):
             inputs = make_inputs(1, seed=turn)
             theirs, ours = host(inputs), model(inputs)
@@ -292,22 +284,23 @@ def plans_that_are_not_as_built_are_not_loaded(bundle: Bundle, root: Path) -> No
     plan = next(root.glob("*/*/s0.plan"))
     raw = plan.read_bytes()
     plan.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    _refused(lambda: engine.open(first), EngineError, "not as it was built")
+    _refused(lambda: engine.open(first), EngineError, "was changed since it was built")
     plan.write_bytes(raw)
     engine.open(first)
-    _refused(lambda: engine.open(first, ["nothing"]), EngineError, "does not give nothing")
-    _refused(lambda: engine.open(first.with_name("s9.onnx")), EngineError, "no engine of it")
+    _refused(lambda: engine.open(first, ["nothing"]), EngineError, "has no output nothing")
+    _refused(
+        lambda: engine.open(first.with_name("s9.onnx")), EngineError, "no engine was built for it"
+    )
     assert engine.offers(first) and not engine.offers(first.with_name("s9.onnx"))
 
 
 def decoders_on_tensorrt(bundle: Bundle, root: Path) -> None:
     engine = built(bundle, root, Asked({}, {}, {"batch": 3}, capacity=96))
-    policy = Policy(score="max_prob", thresholds=0.05)
-    opened = open_decoder(bundle, engine, scores=["max_prob"])
-    decoder = Decoder(bundle, opened, policy, engine.largest["past"])
-    assert decoder.describe_engine()["caches"] == "append"
+    rule = Rule(thresholds=0.05)
+    decoder = model_on(bundle, engine, rule)
+    assert decoder.describe_engine()["states"] == "append"
     assert engine.largest == {"batch": 3, "new": 96, "past": 96}
-    with decoder, load_decoder(bundle, policy=policy, caches="append", capacity=96) as host:
+    with decoder, load(bundle, policy=rule, states="append", capacity=96) as host:
         first = decoder.exits[0].name
         for mode in ("full", "exact", "fast", "approximate"):
             for prompts in ([PROMPTS[0]], PROMPTS, PROMPTS[:2]):

@@ -55,6 +55,25 @@ def rows_move_to_the_front_and_nothing_is_allocated_twice() -> None:
         assert device.counts.allocations == 1
 
 
+def host_arrays_that_are_dropped_are_copied_as_they_were() -> None:
+    device = Device()
+    values = np.arange(4096, dtype=np.float32)
+    slot = device.allocate(values.nbytes)
+    slot.array(FLOAT, (64, 64))[...] = values.reshape(64, 64).T + 0  # strided, and then gone
+    for _ in range(8):
+        np.full(values.shape, np.nan, np.float32)
+    found = _read(device, slot, (64, 64))
+    np.testing.assert_array_equal(found, values.reshape(64, 64).T)
+
+
+def pinned_memory_stays_while_an_array_is_over_it() -> None:
+    device = Device()
+    arrays = [device.allocate_host(4 * 1024).array(FLOAT, (1024,)) for _ in range(16)]
+    for number, array in enumerate(arrays):
+        array[...] = number
+    assert all((array == number).all() for number, array in enumerate(arrays))
+
+
 def memory_comes_back_when_nobody_holds_it() -> None:
     device = Device()
     before = device.free_bytes()

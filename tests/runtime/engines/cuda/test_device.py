@@ -81,5 +81,5 @@ def test_bindings_for_a_newer_driver_are_refused(bindings: str, driver: int, fit
     if fits:
         require_fitting(bindings, driver)
         return
-    with pytest.raises(EngineError, match=r"speaks CUDA 12\.8.*cuda-bindings>=12,<13"):
+    with pytest.raises(EngineError, match=r"supports CUDA 12\.8.*cuda-bindings>=12,<13"):
         require_fitting(bindings, driver)

@@ -1,4 +1,4 @@
-"""Chains and decoders whose tensors stay on the device, on memory that the host cannot touch."""
+"""Models whose tensors stay on the device, in memory that the host cannot touch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgeexit.bundle.reader import Bundle
-from tests.runtime.engines.cuda import host_gpu, host_tensorrt
+from tests.runtime.engines.cuda import host_decoder_toys, host_gpu, host_tensorrt
 from tests.runtime.engines.cuda.conftest import RunOnDriver, cases_of
 
 ONE_PASS = [
@@ -34,7 +34,7 @@ def test_one_pass(
     toy_bundle: Bundle,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Streams that do what they are given as late as can be, or at once."""
+    """Streams that execute as late as possible, or at once."""
     if eager:
         monkeypatch.setenv("FAKE_EAGER", "1")
     run_on_driver(host_gpu.__name__, name, str(toy_bundle.path))
@@ -51,7 +51,7 @@ def test_one_pass(
 def test_the_tensorrt_engine(
     name: str, run_on_driver: RunOnDriver, toy_bundle: Bundle, tmp_path: Path
 ) -> None:
-    """On what stands in for the library: profiles, contexts, scratch memory, recordings."""
+    """On the stand-in for the library: profiles, contexts, scratch memory, recordings."""
     run_on_driver(host_tensorrt.__name__, name, str(toy_bundle.path), str(tmp_path / "engines"))
 
 
@@ -61,3 +61,10 @@ def test_decoders_on_the_tensorrt_engine(
     bundle = str(decoder_bundle("llama").path)
     folder = str(tmp_path / "engines")
     run_on_driver(host_tensorrt.__name__, "decoders_on_tensorrt", bundle, folder)
+
+
+@pytest.mark.parametrize("kind", host_decoder_toys.KINDS)
+def test_every_kind_of_text_program_on_the_tensorrt_engine(
+    kind: str, run_on_driver: RunOnDriver, tmp_path: Path
+) -> None:
+    run_on_driver(host_decoder_toys.__name__, kind, str(tmp_path))

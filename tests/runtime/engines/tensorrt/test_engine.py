@@ -13,7 +13,6 @@ import pytest
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EngineError
 from edgeexit.runtime import load
-from edgeexit.runtime.engines.tensorrt.engine import choose, misfit
 from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet, list_engines
 from edgeexit.runtime.engines.tensorrt.library import (
     Library,
@@ -21,7 +20,8 @@ from edgeexit.runtime.engines.tensorrt.library import (
     parse_targets,
     supported_versions,
 )
-from tests.runtime.engines.tensorrt.test_engine_cache import MADE_FROM, write_set
+from edgeexit.runtime.engines.tensorrt.selection import choose, misfit
+from tests.runtime.engines.tensorrt.engine_sets import MADE_FROM, write_set
 
 RTX = Library("tensorrt_rtx", None, "1.7.1")
 HERE = {

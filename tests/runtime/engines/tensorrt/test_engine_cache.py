@@ -1,12 +1,10 @@
-"""The engine cache: keys, whole sets only, and what may come in from elsewhere."""
+"""The engine cache: keys, complete sets only, and folders that are private."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,77 +13,16 @@ import msgspec
 import pytest
 
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import EngineError, IntegrityError, OutputBusyError, UsageError
+from edgeexit.errors import EngineError, IntegrityError, OutputBusyError
 from edgeexit.runtime.engines.tensorrt import engine_cache
 from edgeexit.runtime.engines.tensorrt.engine_cache import (
-    EngineSet,
-    PlanFile,
     building,
-    folder_of,
-    import_engines,
     key_of,
     list_engines,
     read_index,
-    sign,
     write_index,
 )
-
-MADE_FROM: dict[str, Any] = {
-    "builder": 1,
-    "library": "tensorrt_rtx",
-    "version": "1.7.1",
-    "target": {"ahead_of_time": True, "compute_capability": 86},
-    "weights": "0" * 64,
-    "options": {"opt_level": None},
-    "engines": [{"graph": "graphs/s0.onnx", "profiles": [{"x": [[1, 6], [1, 6], [8, 6]]}]}],
-}
-PLAN = b"not a plan, but the store does not look inside"
-
-
-def write_set(root: Path, digest: str, **changed: Any) -> Path:
-    """A set of one engine."""
-    source = MADE_FROM | changed
-    key = key_of(source)
-    plan = PlanFile(
-        graph="graphs/s0.onnx",
-        file="s0.plan",
-        sha256=hashlib.sha256(PLAN).hexdigest(),
-        bytes=len(PLAN),
-        outputs=["logits"],
-        profiles=[],
-        precision={},
-        largest={},
-        seconds=0.1,
-        peak_memory_bytes=1,
-    )
-    with building(folder_of(root, digest, key)) as folder:
-        (folder / plan.file).write_bytes(PLAN)
-        engines = EngineSet(format=1, bundle=digest, key=key, made_from=source, plans=[plan])
-        write_index(folder, engines)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """SSH keys by name."""
-    root = tmp_path_factory.mktemp("keys")
-
-    def get(name: str) -> Path:
-        if not (root / name).exists():
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", root / name]
-            subprocess.run(command, check=True)
-        return root / name
-
-    return get
-
-
-@pytest.fixture
-def signers(keys: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A file that allows the builder to sign."""
-    public = keys("builder").with_suffix(".pub").read_text()
-    path = tmp_path / "signers"
-    path.write_text(f'builder@example.org namespaces="{engine_cache.NAMESPACE}" {public}')
-    return path
+from tests.runtime.engines.tensorrt.engine_sets import MADE_FROM, PLAN, write_set
 
 
 @pytest.mark.parametrize(
@@ -118,7 +55,7 @@ def test_a_set_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     folder = write_set(tmp_path, "a" * 64)
     folder.chmod(0o777)
-    with pytest.raises(EngineError, match=r"others can write there.*chmod"):
+    with pytest.raises(EngineError, match=r"other users can write there.*chmod"):
         list_engines(tmp_path, "a" * 64)
 
 
@@ -181,100 +118,6 @@ def test_a_damaged_set_is_refused(damage: str, tmp_path: Path) -> None:
         read_index(folder)
 
 
-def test_signed_engines_come_in_and_are_whole(
-    toy_bundle: Bundle, keys: Callable[[str], Path], signers: Path, tmp_path: Path
-) -> None:
-    folder = write_set(tmp_path / "there", toy_bundle.digest)
-    sign(folder, keys("builder"))
-    [made] = import_engines(tmp_path / "there", tmp_path / "here", toy_bundle, signers=signers)
-    assert made == folder_of(tmp_path / "here", toy_bundle.digest, key_of(MADE_FROM))
-    assert read_index(made) == read_index(folder)
-    assert (made / "s0.plan").read_bytes() == PLAN
-    # The folder itself may be given too, and again.
-    again = import_engines(folder, tmp_path / "here", toy_bundle, signers=signers)
-    assert again == {made: "builder@example.org"}
-
-
-def test_unsigned_engines_come_in_only_by_trust(
-    toy_bundle: Bundle, signers: Path, tmp_path: Path
-) -> None:
-    folder, here = write_set(tmp_path / "there", toy_bundle.digest), tmp_path / "here"
-    with pytest.raises(IntegrityError, match=r"no signature.*--trust"):
-        import_engines(folder, here, toy_bundle, signers=signers)
-    assert not here.exists()
-    assert import_engines(folder, here, toy_bundle, trust="anything")
-
-
-def test_a_signature_by_another_key_or_for_another_purpose_does_not_count(
-    toy_bundle: Bundle, keys: Callable[[str], Path], signers: Path, tmp_path: Path
-) -> None:
-    folder = write_set(tmp_path / "there", toy_bundle.digest)
-    sign(folder, keys("stranger"))
-    with pytest.raises(IntegrityError, match="nobody in"):
-        import_engines(folder, tmp_path / "here", toy_bundle, signers=signers)
-    (folder / engine_cache.SIGNATURE).unlink()
-    command = ["ssh-keygen", "-Y", "sign", "-q", "-n", "file", "-f", keys("builder")]
-    subprocess.run([*command, folder / engine_cache.INDEX], check=True)
-    with pytest.raises(IntegrityError, match=r"nobody in|does not fit"):
-        import_engines(folder, tmp_path / "here", toy_bundle, signers=signers)
-    with pytest.raises(IntegrityError, match="no file of allowed signers"):
-        import_engines(folder, tmp_path / "here", toy_bundle, signers=tmp_path / "none")
-
-
-@pytest.mark.parametrize("what", ["plan", "index"])
-def test_what_was_changed_after_signing_stays_out(
-    what: str, toy_bundle: Bundle, keys: Callable[[str], Path], signers: Path, tmp_path: Path
-) -> None:
-    folder, here = write_set(tmp_path / "there", toy_bundle.digest), tmp_path / "here"
-    sign(folder, keys("builder"))
-    if what == "plan":
-        (folder / "s0.plan").write_bytes(PLAN[::-1])
-    else:
-        found = read_index(folder)
-        plan = msgspec.structs.replace(found.plans[0], seconds=9.0)
-        write_index(folder, msgspec.structs.replace(found, plans=[plan]))
-    with pytest.raises(IntegrityError, match=r"not as it was built|does not fit"):
-        import_engines(folder, here, toy_bundle, signers=signers)
-    assert not here.exists()
-
-
-def test_engines_of_another_bundle_stay_out(toy_bundle: Bundle, tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "there", "a" * 64)
-    with pytest.raises(IntegrityError, match="were built from the bundle aaaaaaaaaaaa"):
-        import_engines(folder, tmp_path / "here", toy_bundle, trust="anything")
-    shutil.rmtree(folder)
-    with pytest.raises(UsageError, match="there are no engines"):
-        import_engines(tmp_path / "there", tmp_path / "here", toy_bundle)
-    with pytest.raises(UsageError, match="there are no engines"):
-        import_engines(tmp_path / "nowhere", tmp_path / "here", toy_bundle)
-
-
-def test_what_changes_while_it_is_imported_does_not_come_in(
-    toy_bundle: Bundle,
-    keys: Callable[[str], Path],
-    signers: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Somebody else exchanges a plan between the check and the copy."""
-    folder = write_set(tmp_path / "there", toy_bundle.digest)
-    sign(folder, keys("builder"))
-    here = tmp_path / "here"
-    [made] = import_engines(folder, here, toy_bundle, signers=signers)
-    copy = shutil.copyfile
-
-    def exchanged(source: Path, target: Path) -> None:
-        source.write_bytes(PLAN[::-1])
-        copy(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", exchanged)
-    with pytest.raises(IntegrityError, match="changed while it was imported"):
-        import_engines(folder, here, toy_bundle, signers=signers)
-    [(_, engines)] = list_engines(here, toy_bundle.digest)
-    engine_cache.check_plans(made, engines)
-    assert not list(made.glob("*.partial"))
-
-
 def test_a_set_of_another_bundle_or_a_damaged_one_is_left_out(
     toy_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,26 +142,6 @@ def test_folders_are_private_whatever_the_umask(toy_bundle: Bundle, tmp_path: Pa
 def test_nothing_is_built_or_signed_where_others_write(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    with pytest.raises(EngineError, match="others can write there"):
+    with pytest.raises(EngineError, match="other users can write there"):
         write_set(tmp_path / "shared", "a" * 64)
     assert not list((tmp_path / "shared").iterdir())
-
-
-def test_only_whole_engines_are_signed_and_a_failure_keeps_the_signature(
-    toy_bundle: Bundle, keys: Callable[[str], Path], tmp_path: Path
-) -> None:
-    folder = write_set(tmp_path / "there", toy_bundle.digest)
-    sign(folder, keys("builder"))
-    signature = (folder / engine_cache.SIGNATURE).read_bytes()
-    (tmp_path / "rubbish").write_text("no key")
-    for failing in (
-        lambda: engine_cache.try_key(tmp_path / "rubbish"),
-        lambda: sign(folder, tmp_path / "rubbish"),
-    ):
-        with pytest.raises(UsageError, match="ssh-keygen refused it"):
-            failing()
-    engine_cache.try_key(keys("builder"))
-    (folder / "s0.plan").write_bytes(PLAN[::-1])
-    with pytest.raises(IntegrityError, match="not as it was built"):
-        sign(folder, keys("builder"))
-    assert (folder / engine_cache.SIGNATURE).read_bytes() == signature

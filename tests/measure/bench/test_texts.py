@@ -1,27 +1,13 @@
-"""Bench of decoders: what is compared, and prompts that cannot be used."""
+"""Figures of texts: what is compared between writers that took turns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, MeasurementError, UsageError
-from edgeexit.measure.bench.decode_bench import (
-    Writer,
-    bench_decoder,
-    compare,
-    differences,
-    read_prompts,
-    summary,
-)
-from edgeexit.runtime import Policy, write_policy
-from tests.decoders import VOCABULARY
-
-Bundles = Callable[[str], Bundle]
+from edgeexit.errors import MeasurementError
+from edgeexit.measure.bench.texts import Writer, compare, differences, summary
 
 
 def writer(*records: dict[str, Any]) -> Writer:
@@ -84,64 +70,3 @@ def test_a_summary_adds_up_what_the_turns_counted() -> None:
     assert found["tokens_per_s"] == pytest.approx(1.5)
     assert found["accepted_of_drafted"] == 0.75 and found["agreement"] == 0.75
     assert found["agreement_of_all_tokens"] == pytest.approx(7 / 8)
-
-
-def test_bench_compares_every_mode_with_unsplit(decoder_bundle: Bundles, tmp_path: Path) -> None:
-    bundle = decoder_bundle("llama")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "def f(x):"}\n\n{"tokens": [5, 6, 7]}\n')
-    policy = tmp_path / "policy.json"
-    write_policy(Policy(thresholds=0.5), policy)
-    found = bench_decoder(
-        bundle,
-        data=str(prompts),
-        policy=policy,
-        new_tokens=6,
-        seconds=0.01,
-        threads="blocking",
-    )
-    assert set(found["modes"]) == {"full", "exact", "fast"}
-    assert found["data"] == {"name": "prompts.jsonl", "prompts": 2, "tokens": [3, 9]}
-    assert found["turns"] == 5 and found["unsplit"]["tokens"] <= 5 * 6
-    assert found["modes"]["full"]["tokens"] == found["unsplit"]["tokens"]
-    assert found["modes"]["exact"]["turns_with_other_tokens_than_full"] == 0
-    assert sum(found["modes"]["fast"]["exits"].values()) >= found["modes"]["fast"]["tokens"]
-    assert found["split_tax"] == pytest.approx(
-        1 / found["modes"]["full"]["against_unsplit"]["decode"], abs=2e-4
-    )
-
-
-def test_bench_without_prompts_takes_random_ones_and_full_depth(decoder_bundle: Bundles) -> None:
-    found = bench_decoder(
-        decoder_bundle("llama"), prompt_tokens=5, new_tokens=4, seconds=0.01, threads=1
-    )
-    assert set(found["modes"]) == {"full"}
-    assert found["data"]["tokens"] == [5, 5]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no prompts"),
-        ("prompt\n", "line 1"),
-        ('{"prompt": "a"}\n{"words": "b"}\n', "line 2"),
-        ('{"tokens": [1, "x"]}\n', "line 1"),
-        ('{"tokens": []}\n', "prompt 1 is empty"),
-        (f'{{"tokens": [{VOCABULARY}]}}\n', "no token id"),
-        ('{"prompt": 5}\n', "prompt 1"),
-    ],
-)
-def test_prompts_that_cannot_be_used_name_file_and_line(
-    decoder_bundle: Bundles, tmp_path: Path, text: str, said: str
-) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError, match=said):
-        read_prompts(str(path), decoder_bundle("llama"))
-
-
-def test_prompts_longer_than_the_model_are_refused(decoder_bundle: Bundles) -> None:
-    with pytest.raises(MeasurementError, match="made for"):
-        bench_decoder(decoder_bundle("llama"), prompt_tokens=90, new_tokens=64, threads=1)
-    with pytest.raises(UsageError, match="--time"):
-        bench_decoder(decoder_bundle("llama"), seconds=0, threads=1)

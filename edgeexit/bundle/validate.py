@@ -1,0 +1,345 @@
+"""What a manifest says about itself, checked before anything is done with it.
+
+`check_structure` looks at names first: whatever is referred to exists, and whatever exists is used.
+Then `edgeexit.bundle.validate_steps` walks the program, and last come the rules of programs that
+write text. `graph_signatures` says what each graph file must take and give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from edgeexit.bundle.layout import (
+    EXPORT_AGAIN,
+    MANIFEST,
+    RECOPY,
+    check_relative,
+)
+from edgeexit.bundle.manifest import (
+    Chain,
+    Component,
+    Decoding,
+    Gather,
+    ImagePreprocessing,
+    Manifest,
+    PromptState,
+    Run,
+    Tensor,
+    TextPreprocessing,
+    TokenState,
+)
+from edgeexit.bundle.tensor_forms import check_rows
+from edgeexit.bundle.validate_steps import check_steps
+from edgeexit.errors import BundleError, IntegrityError
+
+
+def check_structure(manifest: Manifest) -> None:
+    """Checks everything that can be said of a manifest without its files.
+
+    Raises:
+        BundleError, IntegrityError: With what is wrong, and where.
+    """
+    _check_files(manifest)
+    _check_inputs(manifest)
+    _check_components(manifest)
+    _check_chains(manifest)
+    _check_policy(manifest)
+    if manifest.decoding is not None:
+        _check_feeds(manifest, manifest.decoding)
+    check_steps(manifest)
+    if manifest.decoding is not None:
+        _check_decoding(manifest, manifest.decoding)
+    elif late := [step.when for step in manifest.steps if step.when != "input"]:
+        raise BundleError(
+            f"{MANIFEST}: a step runs for every {late[0]}, but the program writes no text",
+            fix=EXPORT_AGAIN,
+        )
+
+
+def graph_signatures(manifest: Manifest) -> Iterable[tuple[str, set[str], set[str]]]:
+    """Every graph file with the names of the inputs and outputs that it must have."""
+    for component in manifest.components.values():
+        inputs = {tensor.name for tensor in component.inputs}
+        outputs = {tensor.name for tensor in component.outputs}
+        past, present, made = set(), set(), set()
+        for state in component.states:
+            if isinstance(state, TokenState):
+                past.add(state.past)
+                present.add(state.present)
+            else:
+                made.add(state.tensor.name)
+        for variant in component.variants:
+            lengths = {f"lengths/{kind}" for kind in variant.lengths}
+            yield variant.graph, inputs | lengths | past | made, outputs | present
+        if component.projection is not None:
+            yield component.projection.graph, inputs, present
+
+
+def _check_files(manifest: Manifest) -> None:
+    """File names stay inside the bundle, and files that are used are listed."""
+    for name in manifest.files:
+        check_relative(name)
+    wanted = [name for name, _, _ in graph_signatures(manifest)]
+    wanted += manifest.samples
+    wanted += [manifest.tokenizer] if manifest.tokenizer else []
+    wanted += manifest.chat.templates.values() if manifest.chat else []
+    for name in wanted:
+        if name not in manifest.files:
+            raise IntegrityError(f"{MANIFEST}: {name} is used but not listed in files", fix=RECOPY)
+    if isinstance(manifest.preprocessing, TextPreprocessing) and not manifest.tokenizer:
+        raise BundleError(f"{MANIFEST}: text preprocessing needs a tokenizer", fix=EXPORT_AGAIN)
+    if manifest.chat is not None and not manifest.tokenizer:
+        raise BundleError(f"{MANIFEST}: chat templates need a tokenizer", fix=EXPORT_AGAIN)
+
+
+def _check_inputs(manifest: Manifest) -> None:
+    """Something has rows, preprocessing makes inputs that exist, and limits are sizes."""
+    if not any("batch" in tensor.axes for tensor in manifest.inputs):
+        raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix=EXPORT_AGAIN)
+    made: list[str | None] = []
+    if isinstance(manifest.preprocessing, ImagePreprocessing):
+        made = [manifest.preprocessing.input]
+    elif manifest.preprocessing is not None:
+        text = manifest.preprocessing
+        made = [text.ids, text.mask, text.types]
+    inputs = {tensor.name for tensor in manifest.inputs}
+    for name in made:
+        if name is not None and name not in inputs:
+            raise BundleError(
+                f"{MANIFEST}: preprocessing makes {name}, which is no input", fix=EXPORT_AGAIN
+            )
+    for axis, size in manifest.limits.items():
+        if size < 1:
+            raise BundleError(f"{MANIFEST}: the limit of {axis} is {size}", fix=EXPORT_AGAIN)
+
+
+def _check_components(manifest: Manifest) -> None:
+    """Components that are named exist, the others are used, and each is sound by itself."""
+    used: set[str] = set()
+    for where, name in _named_components(manifest):
+        if name not in manifest.components:
+            raise BundleError(f"{where}: there is no component {name}", fix=EXPORT_AGAIN)
+        used.add(name)
+    if unused := sorted(manifest.components.keys() - used):
+        raise BundleError(f"{MANIFEST}: nothing uses the component {unused[0]}", fix=EXPORT_AGAIN)
+    for name, component in manifest.components.items():
+        _check_component(f"{MANIFEST}: component {name}", component)
+
+
+def _named_components(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    """Every component that chains, paths of exits and states name, and where."""
+    chained = []
+    for chain_name, chain in manifest.chains.items():
+        where = f"{MANIFEST}: chain {chain_name}"
+        chained += [(where, name) for name in [*chain.components, *chain.unsplit]]
+        for exit_ in chain.exits:
+            chained += [(f"{where}, exit {exit_.name}", call.component) for call in exit_.path]
+    yield from chained
+    for where, name in chained:
+        yield from ((f"{where}, component {name}", maker) for maker in _makers(manifest, [name]))
+
+
+def _makers(manifest: Manifest, names: Iterable[str]) -> set[str]:
+    """The components that make prompt states of others."""
+    components = [manifest.components[name] for name in names if name in manifest.components]
+    states = [state for component in components for state in component.states]
+    return {state.maker for state in states if isinstance(state, PromptState)}
+
+
+def _check_component(where: str, component: Component) -> None:
+    for tensor in [*component.inputs, *component.outputs]:
+        check_rows(f"{where}: {tensor.name}", tensor)
+    tokens = [state for state in component.states if isinstance(state, TokenState)]
+    prompts = [state for state in component.states if isinstance(state, PromptState)]
+    for state in tokens:
+        check_rows(f"{where}: the state {state.name}", state)
+        if sorted(str(axis) for axis in state.axes if not isinstance(axis, int)) != [
+            "batch",
+            "past",
+        ]:
+            raise BundleError(
+                f"{where}: the state {state.name} has the axes {state.axes}",
+                fix="One axis is batch, one is past, and all others are fixed. Export again.",
+            )
+    lengths = {f"lengths/{kind}" for variant in component.variants for kind in variant.lengths}
+    taken = [tensor.name for tensor in component.inputs] + [state.past for state in tokens]
+    taken += [*(state.tensor.name for state in prompts), *lengths]
+    given = [tensor.name for tensor in component.outputs] + [state.present for state in tokens]
+    for what, names in (
+        ("inputs", taken),
+        ("outputs", given),
+        ("states", [state.name for state in tokens]),
+    ):
+        _check_distinct(names, f"{where}: two {what} are named")
+    if component.projection is not None and not tokens:
+        raise BundleError(
+            f"{where} has a projection, but keeps nothing of tokens", fix=EXPORT_AGAIN
+        )
+
+
+def _check_chains(manifest: Manifest) -> None:
+    """Every chain is run by one step, and its exits are in order."""
+    names = [exit_.name for chain in manifest.chains.values() for exit_ in chain.exits]
+    _check_distinct(names, f"{MANIFEST}: two exits are named")
+    run = [step.chain for step in manifest.steps if isinstance(step, Run)]
+    for name in run:
+        if name not in manifest.chains:
+            raise BundleError(
+                f"{MANIFEST}: a step runs {name}, which is no chain", fix=EXPORT_AGAIN
+            )
+    for name, chain in manifest.chains.items():
+        if run.count(name) != 1:
+            raise BundleError(
+                f"{MANIFEST}: {run.count(name)} steps run the chain {name}, not one",
+                fix=EXPORT_AGAIN,
+            )
+        _check_roles(manifest, f"{MANIFEST}: chain {name}", chain)
+        _check_exit_order(f"{MANIFEST}: chain {name}", chain)
+
+
+def _check_roles(manifest: Manifest, where: str, chain: Chain) -> None:
+    """A component has one place in a chain, or is on paths of exits, or makes states."""
+    _check_distinct(chain.components, f"{where} names", " twice")
+    _check_distinct(chain.unsplit, f"{where}, unsplit names", " twice")
+    on_paths: set[str] = set()
+    for exit_ in chain.exits:
+        path = [call.component for call in exit_.path]
+        _check_distinct(path, f"{where}, exit {exit_.name} names", " twice")
+        on_paths |= set(path)
+    inside = set(chain.components)
+    makers = _makers(manifest, inside | on_paths)
+    others = (("is on the path of an exit", on_paths), ("makes states", makers))
+    for what, names in others:
+        if both := sorted(inside & names):
+            raise BundleError(
+                f"{where}: {both[0]} is a component of the chain and {what}", fix=EXPORT_AGAIN
+            )
+    if both := sorted(on_paths & makers) or sorted(
+        set(chain.unsplit) & _makers(manifest, chain.unsplit)
+    ):
+        raise BundleError(
+            f"{where}: {both[0]} makes states and has a place of its own", fix=EXPORT_AGAIN
+        )
+
+
+def _check_exit_order(where: str, chain: Chain) -> None:
+    """Exits are behind components of the chain, in order, and the last one always answers."""
+    places = {name: number for number, name in enumerate(chain.components)}
+    for exit_ in chain.exits:
+        if exit_.behind not in places:
+            raise BundleError(
+                f"{where}: exit {exit_.name} is behind {exit_.behind}, which is not in the chain",
+                fix=EXPORT_AGAIN,
+            )
+    order = [places[exit_.behind] for exit_ in chain.exits]
+    if order != sorted(order):
+        raise BundleError(
+            f"{where}: its exits are not in the order of components", fix=EXPORT_AGAIN
+        )
+    _check_distinct([e.behind for e in chain.stops], f"{where}: two exits answer behind")
+    last = chain.exits[-1]
+    if last.action != "stop" or last.behind != chain.components[-1]:
+        raise BundleError(
+            f"{where} does not end with an exit that answers",
+            fix="The last exit stops and is behind the last component. Export again.",
+        )
+    if len(last.path) > 1:
+        raise BundleError(
+            f"{where}: exit {last.name} has an adapter, but it answers as the whole model",
+            fix="The path of the last exit is at most its head. Export again.",
+        )
+
+
+def _check_policy(manifest: Manifest) -> None:
+    """Default rules are for chains that exist, by scores that their exits have."""
+    for name, default in manifest.policy.items():
+        chain = manifest.chains.get(name)
+        if chain is None:
+            raise BundleError(
+                f"{MANIFEST}: a policy is for {name}, which is no chain", fix=EXPORT_AGAIN
+            )
+        for exit_ in chain.stops[:-1]:
+            if default.score not in exit_.scores:
+                raise BundleError(
+                    f"{MANIFEST}: the policy of {name} goes by {default.score!r}, a score that the "
+                    f"exit {exit_.name} does not have",
+                    fix=EXPORT_AGAIN,
+                )
+
+
+def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
+    """The rules of a program that writes text."""
+    runs = [step for step in manifest.steps if isinstance(step, Run)]
+    if (runs[-1].chain, runs[-1].when) != (decoding.chain, "token"):
+        raise BundleError(
+            f"{MANIFEST}: decoding names the chain {decoding.chain}, but the last step that runs a "
+            f"chain runs {runs[-1].chain} (when: {runs[-1].when})",
+            fix="The last chain runs for every token and writes the text. Export again.",
+        )
+    outputs = {tensor.name: tensor for tensor in manifest.chains[decoding.chain].outputs}
+    token, logits = outputs.get("token"), outputs.get("logits")
+    if token is None or (token.dtype, token.axes) != ("int64", ["batch"]):
+        raise BundleError(
+            f"{MANIFEST}: the chain {decoding.chain} does not give token int64 [batch]",
+            fix=EXPORT_AGAIN,
+        )
+    if logits is None or len(logits.axes) != 2 or logits.row_axis != 0:
+        raise BundleError(
+            f"{MANIFEST}: the chain {decoding.chain} does not give logits [batch, vocabulary]",
+            fix=EXPORT_AGAIN,
+        )
+    _check_tokens(manifest, decoding)
+    if "positions" not in manifest.limits:
+        raise BundleError(
+            f"{MANIFEST}: limits do not say how many positions a text has", fix=EXPORT_AGAIN
+        )
+    if decoding.start_tokens and len(manifest.inputs) < 2:
+        raise BundleError(
+            f"{MANIFEST}: texts begin with start tokens, but no other input is the prompt",
+            fix=EXPORT_AGAIN,
+        )
+
+
+def _check_feeds(manifest: Manifest, decoding: Decoding) -> None:
+    """Token ids and positions are int64 ``[batch, new]``."""
+    given: list[tuple[str, Tensor]] = [("positions", decoding.positions)]
+    given += [("tokens", tensor) for tensor in manifest.inputs if tensor.name == decoding.tokens]
+    if len(given) < 2:
+        raise BundleError(f"{MANIFEST}: no input is named {decoding.tokens}", fix=EXPORT_AGAIN)
+    for what, tensor in given:
+        if (tensor.dtype, tensor.axes) != ("int64", ["batch", "new"]):
+            raise BundleError(
+                f"{MANIFEST}: {what} are {tensor.dtype}{tensor.axes}, not int64 [batch, new]",
+                fix=EXPORT_AGAIN,
+            )
+
+
+def _check_tokens(manifest: Manifest, decoding: Decoding) -> None:
+    """One table is looked up for every token, and it has every token that is named."""
+    tables = [s for s in manifest.steps if isinstance(s, Gather) and s.ids == decoding.tokens]
+    if [table.when for table in tables] != ["token"]:
+        raise BundleError(
+            f"{MANIFEST}: {len(tables)} steps look up {decoding.tokens}, not one for every token",
+            fix=EXPORT_AGAIN,
+        )
+    named = [("stop token", token) for token in decoding.stop_tokens]
+    named += [("start token", token) for token in decoding.start_tokens]
+    named += [(f"token of the group {n}", group.token) for n, group in decoding.groups.items()]
+    for what, token in named:
+        if not 0 <= token < tables[0].size:
+            raise BundleError(
+                f"{MANIFEST}: the {what} {token} is outside the vocabulary (0 to "
+                f"{tables[0].size - 1})",
+                fix=EXPORT_AGAIN,
+            )
+    tokens = [str(group.token) for group in decoding.groups.values()]
+    _check_distinct(tokens, f"{MANIFEST}: two token groups have the token")
+
+
+def _check_distinct(names: Sequence[str], before: str, after: str = "") -> None:
+    """Refuses a name that is there twice; the message has it between two texts."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BundleError(f"{before} {repeated[0]}{after}", fix=EXPORT_AGAIN)
+
+
+__all__ = ["check_relative", "check_structure", "graph_signatures"]

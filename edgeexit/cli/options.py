@@ -1,0 +1,85 @@
+"""Options that several verbs share, one by one and in groups."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENGINES = ["cpu", "cuda", "tensorrt-provider", "tensorrt"]  # of edgeexit.runtime.load
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="cpu",
+    show_default=True,
+    help="What computes.",
+)
+
+
+def read_threads(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | str | None:
+    """Reads ``--threads``."""
+    if value is None or value in ("blocking", "spinning", "process"):
+        return value
+    if value.isascii() and value.isdigit() and int(value) >= 1:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
+
+
+threads_option = click.option(
+    "--threads",
+    default="process",
+    show_default=True,
+    callback=read_threads,
+    metavar="N|blocking|spinning|process",
+    help="Threads of the engine: a number, or how its pools wait; with a GPU, how the host does.",
+)
+
+
+def engine_options(function: F) -> F:
+    """Adds --engine and --threads."""
+    return engine_option(threads_option(function))
+
+
+def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    """Sets up logging to stderr; libraries' own chatter only with -v."""
+    quiet = bool(context.params.get("quiet"))
+    level = (
+        logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
+    )
+    logging.basicConfig(
+        level=max(level, logging.WARNING),
+        format="%(levelname)s: %(message)s" if not value else "%(name)s: %(message)s",
+        force=True,
+    )
+    logging.getLogger("edgeexit").setLevel(level)
+    if not value:
+        warnings.simplefilter("ignore")
+    return value
+
+
+def verbosity_options(function: F) -> F:
+    """Adds -v and -q. The function gets `verbose` (a count) and `quiet`."""
+    function = click.option(
+        "-v", "--verbose", count=True, callback=_verbosity, help="Say more on stderr."
+    )(function)
+    return click.option(
+        "-q", "--quiet", is_flag=True, is_eager=True, help="Only errors on stderr, no progress."
+    )(function)
+
+
+def output_options(function: F) -> F:
+    """Adds --json, -v and -q."""
+    return json_option(verbosity_options(function))

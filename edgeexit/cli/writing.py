@@ -1,0 +1,258 @@
+"""``edgeexit run`` of a model that writes: prompts continued, conversations answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgeexit.cli.common import print_json
+from edgeexit.cli.conversations import Conversation, asked, read_conversations, template_variables
+from edgeexit.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.bundle.reader import Bundle
+    from edgeexit.runtime import Generation, Model
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        help="A text to continue (language models), or for the encoder to read; may be given "
+        "several times.",
+    ),
+    click.option("--chat", is_flag=True, help="Language models: --prompt is a message to answer."),
+    click.option("--system-prompt", metavar="TEXT", help="--chat: what the model is told first."),
+    click.option(
+        "--messages",
+        type=click.Path(path_type=Path),
+        help="Language models: a conversation to answer (.json), or one per line (.jsonl).",
+    ),
+    click.option("--chat-template", metavar="NAME", help="--chat, --messages: not the default."),
+    click.option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="--chat, --messages: more for the template, as in '{\"enable_thinking\": false}'.",
+    ),
+    click.option(
+        "--mode",
+        type=click.Choice(["full", "exact", "fast", "approximate"]),
+        help="Language models: every layer for every token (the default); the same tokens, drafted "
+        "by an early exit; or exits by score.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        help="Language models; default: 128 at most.",
+    ),
+    click.option(
+        "--capacity",
+        type=click.IntRange(min=2),
+        help="Language models: the most tokens of a text, prompt included; default: what the model "
+        "was made for.",
+    ),
+    click.option("--stream", is_flag=True, help="Language models: print the text while it comes."),
+    click.option(
+        "--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays most."
+    ),
+    click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft."),
+    click.option("--audit", is_flag=True, help="--mode fast: how often the last exit agrees."),
+    click.option(
+        "--stop",
+        "stops",
+        multiple=True,
+        help="Language models: a string that ends the text and is not printed.",
+    ),
+    click.option(
+        "--temperature", type=float, help="Language models: draw tokens; default: the likeliest."
+    ),
+    click.option("--top-k", type=int, help="Language models: draw among that many."),
+    click.option(
+        "--top-p", type=float, help="Language models: draw among the likeliest with that chance."
+    ),
+    click.option("--seed", type=int, help="Language models: of the draws."),
+)
+GENERATING = ("mode", "max_new_tokens", "draft_exit", "drafts", "audit")
+DRAWING = ("temperature", "top_k", "top_p", "seed")
+TALKING = ("system_prompt", "chat_template", "chat_template_kwargs")
+
+
+def writing_options(function: F) -> F:
+    """Adds the options of models that write. The function gets them by name; `writing_given`
+    reads them."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the options ask of a model that writes.
+
+    Attributes:
+        inputs: Prompts, or conversations.
+        templates: Arguments of `Model.chat_prompt`.
+        generating: Arguments of `Model.generate`.
+        drawing: Arguments of `Sampling`; empty: the likeliest token is taken.
+        stream: Whether the text is shown while it comes.
+    """
+
+    inputs: list[str] | list[Conversation]
+    templates: dict[str, Any] = field(default_factory=dict)
+    generating: dict[str, Any] = field(default_factory=dict)
+    drawing: dict[str, Any] = field(default_factory=dict)
+    stream: bool = False
+
+
+def writing_given(options: Mapping[str, Any]) -> list[str]:
+    """Options of models that write that were given, but prompts and messages."""
+    names = [*GENERATING, "stops", *DRAWING, *TALKING, "capacity", "stream", "chat"]
+    return [name for name in names if options[name] not in (None, False, ())]
+
+
+def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
+    """Reads the options. Raises `UsageError` for those that contradict each other, or that would do
+    nothing."""
+    given = set(writing_given(options))
+    generating = {name: options[name] for name in GENERATING if name in given}
+    drawing = {name: options[name] for name in DRAWING if name in given}
+    _check_mode(options["mode"] or "full", given, options["threshold"])
+    talks = options["chat"] or options["messages"] is not None
+    if (talking := [name for name in TALKING if name in given]) and not talks:
+        raise UsageError(
+            f"--{talking[0].replace('_', '-')} is for conversations", fix="Add --chat."
+        )
+    if options["messages"] is not None and "system_prompt" in given:
+        raise UsageError(
+            "--messages brings its own messages, --system-prompt is for --chat",
+            fix='Put {"role": "system", "content": "..."} first in the file.',
+        )
+    templates = {
+        "template": options["chat_template"],
+        "variables": template_variables(options["chat_template_kwargs"]),
+    }
+    inputs: list[str] | list[Conversation] = list(options["prompts"])
+    if options["messages"] is not None:
+        inputs = read_conversations(options["messages"])
+    elif options["chat"]:
+        inputs = asked(options["prompts"], options["system_prompt"])
+    if options["stream"] and (as_json or len(inputs) > 1):
+        raise UsageError("--stream shows one text as it comes", fix="Give one --prompt, no --json.")
+    if options["stops"]:
+        generating["stop"] = options["stops"]
+    return Writing(inputs, templates, generating, drawing, options["stream"])
+
+
+def _check_mode(mode: str, given: set[str], threshold: float | None) -> None:
+    """Refuses options that the mode would ignore."""
+    early = ("fast", "approximate")
+    of_modes = {
+        "threshold": (threshold is not None, early),
+        "audit": ("audit" in given, ("fast",)),
+        "draft-exit": ("draft_exit" in given, ("exact",)),
+        "drafts": ("drafts" in given, ("exact",)),
+    }
+    for option, (is_given, modes) in of_modes.items():
+        if is_given and mode not in modes:
+            raise UsageError(
+                f"--{option} does nothing in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
+            )
+    draws = [name for name in DRAWING if name in given]
+    if draws and "temperature" not in given:
+        raise UsageError(
+            f"--{draws[0].replace('_', '-')} does nothing where the likeliest token is taken",
+            fix="Add --temperature.",
+        )
+
+
+def write(
+    bundle: Bundle,
+    writing: Writing,
+    loading: dict[str, Any],
+    capacity: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Continues prompts or answers conversations, and tells where the tokens came from."""
+    from edgeexit.runtime import Sampling, load
+
+    with load(bundle, capacity=capacity, **loading) as model:
+        rows, prompts, before = _rows(model, writing)
+        sampling = Sampling(**writing.drawing) if writing.drawing else None
+        made = model.generate(rows, sampling=sampling, **writing.generating)
+        if writing.stream:
+            click.echo(before[0], nl=False)
+            for piece in made:
+                click.echo(piece.text, nl=False)
+            click.echo()
+        else:
+            made.finish()
+        about = model.describe_engine()
+    if as_json:
+        texts = [
+            {"prompt": prompt, "text": text, "tokens": tokens}
+            for prompt, text, tokens in zip(prompts, made.texts, made.tokens, strict=True)
+        ]
+        head = {"bundle": str(bundle.path), "engine": about}
+        print_json(head | {"texts": texts, "statistics": _statistics(made)})
+        return
+    if not writing.stream:
+        for number, (start, text) in enumerate(zip(before, made.texts, strict=True), start=1):
+            if len(before) > 1:
+                click.echo(f"== {number} of {len(before)}")
+            click.echo(start + text)
+    click.echo(_summary(made), err=True)
+
+
+def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[str]]:
+    """What the model is given, the prompts as texts, and what is shown before each answer."""
+    rows: list[str | list[int]] = []
+    prompts: list[str] = []
+    before: list[str] = []
+    decoding = model.bundle.manifest.decoding
+    for one in writing.inputs:
+        if isinstance(one, str):
+            prompts.append(one)
+            rows.append(one)
+            # What an encoder reads is not continued.
+            before.append("" if decoding is not None and decoding.start_tokens else one)
+        else:
+            prompts.append(model.chat_prompt(one.messages, tools=one.tools, **writing.templates))
+            rows.append(model.encode(prompts[-1], special_tokens=False))
+            before.append("")  # the prompt is the template's
+    return rows, prompts, before
+
+
+def _statistics(made: Generation) -> dict[str, Any]:
+    statistics = made.statistics
+    return {
+        "tokens": sum(map(len, made.tokens)),
+        "tokens_per_s": made.tokens_per_s,
+        "first_token_ms": made.first_token_s * 1000,
+        "exits": statistics.exits,
+        "earlier": statistics.earlier,
+        "acceptance": statistics.acceptance,
+        "alpha": statistics.alpha,
+        "catch_ups": statistics.catch_ups,
+        "agreement": statistics.agreement,
+    }
+
+
+def _summary(made: Generation) -> str:
+    statistics, count = made.statistics, sum(map(len, made.tokens))
+    said = [f"{count} tokens, first after {made.first_token_s * 1000:.0f} ms"]
+    if made.tokens_per_s is not None:
+        said.append(f"then {made.tokens_per_s:.1f} tokens/s")
+    said += [f"{chain}: {', '.join(exits)}" for chain, exits in statistics.earlier.items()]
+    said.append("exits " + ", ".join(f"{k} {v}" for k, v in sorted(statistics.exits.items())))
+    if statistics.acceptance is not None:
+        said.append(f"{statistics.acceptance:.0%} of drafts accepted")
+    if statistics.agreement is not None:
+        said.append(f"the last exit agrees with {statistics.agreement:.1%}")
+    return "; ".join(said)

@@ -1,0 +1,155 @@
+"""Rows that run together, and the labels that they may have.
+
+A `DataSet` gives batches, whatever it was read from: `edgeexit.measure.data` opens files and
+functions, `raw_data` images and texts, `texts` what a model that writes reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import DataError, UsageError
+
+LABEL = "label"
+Update = Callable[[bytes], None]
+"""Takes what was read, for the digest of a data set."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that run together.
+
+    Attributes:
+        inputs: By name.
+        labels: ``[batch]`` class indices, or None.
+        rows: How many rows they are.
+        numbers: The place of each row in the data set, where batches are not in its order.
+    """
+
+    inputs: dict[str, NDArray]
+    labels: NDArray[np.int64] | None
+    rows: int
+    numbers: NDArray[np.int64] | None = None
+
+
+@dataclass
+class DataSet:
+    """A data set opened for a bundle.
+
+    Attributes:
+        name: File, folder or function, without the folders it is in.
+        rows: How many there are; None where only reading tells.
+    """
+
+    name: str
+    rows: int | None
+    _batches: Callable[[int, Update], Iterator[Batch]] = field(repr=False)
+    _digest: Any = field(default_factory=hashlib.sha256, repr=False)
+    _read: bool = field(default=False, repr=False)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches of at most `batch_size` rows. A data set is read once."""
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is less than 1", fix="Use 1 or more.")
+        if self._read:
+            raise UsageError(f"{self.name} was read already", fix="Open the data again.")
+        self._read = True
+        count = 0
+        labelled: bool | None = None
+        for batch in self._batches(batch_size, self._digest.update):
+            has_labels = batch.labels is not None
+            if labelled is not None and has_labels != labelled:
+                raise DataError(
+                    f"{self.name}: row {count} has {'a' if has_labels else 'no'} label, rows "
+                    f"before it have {'none' if has_labels else 'one'}",
+                    fix="Give every row a label, or none.",
+                )
+            labelled = has_labels
+            count += batch.rows
+            yield batch
+        if not count:
+            raise DataError(f"{self.name}: it holds no rows", fix="Give at least one row.")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content that was read; complete after the last batch."""
+        return str(self._digest.hexdigest())
+
+
+def read_npz(path: Path) -> dict[str, NDArray]:
+    """Reads every array of a ``.npz``, refusing pickles. Raises `DataError`."""
+    fix = "Write it with numpy.savez(path, **arrays), one array per input."
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not an archive")
+            with archive:
+                return {name: archive[name] for name in archive.files}
+    except ValueError as error:
+        reason = "it holds pickled objects" if "pickle" in str(error) else str(error)
+        raise DataError(f"{path.name}: cannot be read as .npz ({reason})", fix=fix) from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path.name}: cannot be read as .npz ({error})", fix=fix) from error
+
+
+def take_rows(
+    bundle: Bundle, inputs: Mapping[str, NDArray], rows: NDArray[np.int64]
+) -> dict[str, NDArray]:
+    """Those rows of a program's inputs; all of an input that is the same for every row."""
+    axes = {tensor.name: tensor.row_axis for tensor in bundle.manifest.inputs}
+    return {
+        name: value
+        if (axis := axes[name]) is None
+        else np.ascontiguousarray(np.take(value, rows, axis=axis))
+        for name, value in inputs.items()
+    }
+
+
+def row_count(bundle: Bundle, inputs: Mapping[str, NDArray]) -> int:
+    """How many rows a program's inputs have; of a model that writes, how many texts they are."""
+    decoding = bundle.manifest.decoding
+    tensors = [t for t in bundle.manifest.inputs if t.row_axis is not None and t.name in inputs]
+    tensors.sort(key=lambda tensor: decoding is None or tensor.name != decoding.tokens)
+    return int(inputs[tensors[0].name].shape[tensors[0].row_axis or 0])
+
+
+def label_index(value: object, labels: Sequence[str], classes: int | None, where: str) -> int:
+    """Index of a label given by name or number. Raises `DataError` for one that is not a label."""
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    limit = len(labels) or classes
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if value >= 0 and (limit is None or value < limit):
+            return int(value)
+        raise DataError(
+            f"{where}: the label {value} is not a class from 0 to {(limit or 1) - 1}",
+            fix="Give the index or the name of one of the bundle's labels (`edgeexit inspect`).",
+        )
+    some = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+    raise DataError(
+        f"{where}: {str(value)[:60]!r} is not a label" + (f" (labels: {some})" if some else ""),
+        fix="Give the index or the name of one of the bundle's labels.",
+    )
+
+
+def class_count(bundle: Bundle) -> int | None:
+    """Number of classes that the logits have; None where the manifest leaves it open."""
+    for output in bundle.manifest.outputs:
+        if output.name == "logits" and len(output.axes) == 2 and isinstance(output.axes[1], int):
+            return output.axes[1]
+    return None
+
+
+def input_names(bundle: Bundle) -> str:
+    """The program's inputs, for messages."""
+    return ", ".join(tensor.name for tensor in bundle.manifest.inputs)

@@ -1,0 +1,91 @@
+"""What every exit says of inputs, for any program: of every row, or of every token of texts.
+
+All that compares or calibrates asks exits here. Arrays are named as in the samples that exporters
+leave in bundles: ``EXIT/NAME``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Chain, Run
+from edgeexit.errors import UsageError
+from edgeexit.measure.batches import row_count, take_rows
+from edgeexit.runtime import Model
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What every exit of a chain says of a batch.
+
+    Attributes:
+        arrays: ``EXIT/NAME`` -> outputs and scores ``[batch, ...]``; of texts ``token`` and scores
+            ``[batch, seq]``, and the ``logits`` of each row's last token ``[batch, vocabulary]``.
+        times_ms: Per exit, milliseconds of the components that lead to it from the exit before.
+    """
+
+    arrays: dict[str, NDArray]
+    times_ms: list[float]
+
+
+def ask(
+    model: Model,
+    inputs: Mapping[str, NDArray],
+    *,
+    chain: str | None = None,
+    step: int | None = None,
+) -> Answers:
+    """Asks every exit of a chain about a batch. Arguments as for `Model.trace`."""
+    trace = model.trace(inputs, chain=chain, step=step)
+    pairs = zip(trace.exits, trace.outputs, trace.scores, strict=True)
+    arrays = {f"{e}/{k}": v for e, outputs, scores in pairs for k, v in (outputs | scores).items()}
+    return Answers(arrays, times_to_exits(chain_named(model, chain), trace.times_ms))
+
+
+def times_to_exits(chain: Chain, times_ms: Sequence[float]) -> list[float]:
+    """Adds up the times of a chain's components from exit to exit."""
+    ends = [chain.components.index(exit_.behind) + 1 for exit_ in chain.stops]
+    starts = [0, *ends]
+    return [sum(times_ms[start:end]) for start, end in zip(starts, ends, strict=False)]
+
+
+def ask_in_batches(
+    model: Model,
+    inputs: Mapping[str, NDArray],
+    size: int,
+    *,
+    chain: str | None = None,
+) -> dict[str, NDArray]:
+    """Asks every exit of a chain about so many rows, or texts, at a time."""
+    parts = []
+    rows = row_count(model.bundle, inputs)
+    for start in range(0, rows, size):
+        part = take_rows(model.bundle, inputs, np.arange(start, min(start + size, rows)))
+        parts.append(ask(model, part, chain=chain).arrays)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def predictions(arrays: Mapping[str, NDArray], exit_: str) -> NDArray[np.int64]:
+    """The class, or token, that an exit predicts: ``[row]``, or ``[text, seq]``."""
+    token = arrays.get(f"{exit_}/token")
+    return arrays[f"{exit_}/logits"].argmax(-1) if token is None else token
+
+
+def chain_named(model: Model, name: str | None) -> Chain:
+    """A chain of a model; None: the one that answers. Raises `UsageError` for an unknown one."""
+    name = model.chain_name if name is None else name
+    if name not in model.chains:
+        raise UsageError(
+            f"there is no chain {name!r}", fix=f"Use one of {', '.join(model.chains)}."
+        )
+    return model.chains[name]
+
+
+def chains_before(model: Model) -> dict[str, Chain]:
+    """The chains that run before the one that answers, by name."""
+    runs = [step.chain for step in model.bundle.manifest.steps if isinstance(step, Run)]
+    return {name: model.chains[name] for name in runs if name != model.chain_name}

@@ -1,0 +1,207 @@
+"""Texts for models that write: prompts that they continue, and whole texts that a trace reads.
+
+``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; ``.npz`` keyed by the
+program's inputs; or ``module:function`` that gives a list of texts, of lists of ids, or of such
+objects. Where an encoder reads the prompt, ``target`` is the text that the decoder writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Gather, TextPreprocessing
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import DataError, InputError
+from edgeexit.measure.batches import LABEL, Batch, DataSet, Update, read_npz
+from edgeexit.measure.functions import load_function
+from edgeexit.measure.raw_data import json_object
+from edgeexit.runtime.programs.forward import check_inputs
+from edgeexit.runtime.text.tokenizer import encode, encode_batch, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text for a model that writes.
+
+    Attributes:
+        tokens: What the decoder reads of it.
+        inputs: What earlier chains take, with one row.
+    """
+
+    tokens: list[int]
+    inputs: dict[str, NDArray] = field(default_factory=dict)
+
+
+def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Text]:
+    """Reads texts.
+
+    Args:
+        source: A ``.jsonl`` or ``.npz`` file, or ``module:function``.
+        bundle: Of a model that writes.
+        targets: Where an encoder reads the prompt, also the text that the decoder writes; otherwise
+            that is only begun.
+
+    Raises:
+        DataError: The texts cannot be read or do not fit; names file and line.
+    """
+    if source.endswith(".npz"):
+        return _from_arrays(Path(source), bundle, targets=targets)
+    if source.endswith((".jsonl", ".ndjson")):
+        rows: list[tuple[str, Any]] = _lines(source)
+    else:
+        made = load_function(source, "--data")()
+        rows = [(f"{source}: prompt {n}", row) for n, row in enumerate(made, start=1)]
+    if not rows:
+        raise DataError(f"{source}: there are no prompts", fix="Give at least one.")
+    reader = _Reader(bundle, targets=targets)
+    return [
+        reader.text(row if isinstance(row, Mapping) else {"text": row}, where)
+        for where, row in rows
+    ]
+
+
+def open_texts(source: str, bundle: Bundle) -> DataSet:
+    """Texts as a data set: rows of a batch are texts of one length."""
+    texts = read_texts(source, bundle, targets=True)
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
+    rows = [{decoding.tokens: np.array([text.tokens])} | text.inputs for text in texts]
+
+    def batches(size: int, update: Update) -> Iterator[Batch]:
+        alike: dict[object, list[int]] = {}
+        for row in rows:
+            for name, value in sorted(row.items()):
+                update(f"{name} {value.dtype.str} {value.shape} ".encode() + value.tobytes())
+        for number, row in enumerate(rows):
+            same = alike.setdefault(tuple(value.shape for value in row.values()), [])
+            same.append(number)
+            if len(same) == size:
+                yield _together(rows, same)
+                same.clear()
+        for same in alike.values():
+            if same:
+                yield _together(rows, same)
+
+    return DataSet(name=Path(source).name, rows=len(rows), _batches=batches)
+
+
+def _together(rows: list[dict[str, NDArray]], numbers: list[int]) -> Batch:
+    inputs = {name: np.concatenate([rows[n][name] for n in numbers]) for name in rows[numbers[0]]}
+    return Batch(inputs, None, len(numbers), np.array(numbers))
+
+
+def vocabulary(bundle: Bundle, ids: str) -> int:
+    """How many token ids the table has that an input of ids is looked up in."""
+    steps = bundle.manifest.steps
+    return next((s.size for s in steps if isinstance(s, Gather) and s.ids == ids), 1 << 31)
+
+
+class _Reader:
+    """Makes token ids of texts, as a program takes them."""
+
+    def __init__(self, bundle: Bundle, *, targets: bool) -> None:
+        decoding = bundle.manifest.decoding
+        assert decoding is not None
+        self._bundle, self._targets, self._tokens = bundle, targets, decoding.tokens
+        self._start = decoding.start_tokens
+        self._tokenizer: Any = None
+
+    def text(self, row: Mapping[str, Any], where: str) -> Text:
+        """A text from the fields of a line."""
+        given = next((row[name] for name in ("prompt", "text", "tokens") if name in row), None)
+        if not self._start:
+            return Text(self._ids(given, self._tokens, where))
+        inputs = self._source(given, where)
+        if not self._targets:
+            return Text(list(self._start), inputs)
+        if "target" not in row:
+            raise DataError(
+                f"{where}: there is no 'target', the text that the decoder writes",
+                fix='Write lines like {"text": "...", "target": "..."}.',
+            )
+        written = self._ids(row["target"], self._tokens, where)
+        # A tokenizer may itself begin a text with what the start tokens end with.
+        shared = next(
+            n for n in range(len(self._start), -1, -1) if self._start[-n:] == written[:n] or not n
+        )
+        return Text([*self._start, *written[shared:]], inputs)
+
+    def _source(self, given: Any, where: str) -> dict[str, NDArray]:
+        """What an encoder takes of a text or of token ids."""
+        preprocessing = self._bundle.manifest.preprocessing
+        if not isinstance(preprocessing, TextPreprocessing):
+            raise DataError(
+                f"{where}: the bundle does not say how a prompt becomes inputs",
+                fix="Give the inputs themselves as .npz.",
+            )
+        if isinstance(given, str):
+            return encode_batch(self._bundle, [given])
+        ids = np.array([self._ids(given, preprocessing.ids, where)])
+        mask = {} if preprocessing.mask is None else {preprocessing.mask: np.ones_like(ids)}
+        return {preprocessing.ids: ids} | mask
+
+    def _ids(self, given: Any, name: str, where: str) -> list[int]:
+        if isinstance(given, str):
+            if self._tokenizer is None:
+                self._tokenizer = open_tokenizer(self._bundle)
+            given = encode(self._tokenizer, given)
+        limit = vocabulary(self._bundle, name)
+        if isinstance(given, np.ndarray):
+            given = given.tolist()
+        known = isinstance(given, (list, tuple)) and len(given) > 0
+        if not known or not all(isinstance(n, int) and 0 <= n < limit for n in given):
+            raise DataError(
+                f"{where} is empty or has something in it that is no token id",
+                fix=f"Give texts, or lists of ids from 0 to {limit - 1}.",
+            )
+        return list(given)
+
+
+def _lines(source: str) -> list[tuple[str, Any]]:
+    """The objects of a file's lines, with where each is."""
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read ({error})", fix="Check the path.") from error
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where, example = f"{source}: line {number}", '{"prompt": "def main("}'
+        row = json_object(line, where, example)
+        if not {"prompt", "text", "tokens"} & row.keys():
+            raise DataError(
+                f"{where}: there is no prompt, text or tokens",
+                fix=f"Write one object per line: {example}",
+            )
+        found.append((where, row))
+    return found
+
+
+def _from_arrays(path: Path, bundle: Bundle, *, targets: bool) -> list[Text]:
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
+    arrays = read_npz(path)
+    arrays.pop(LABEL, None)
+    expected = {tensor.name: tensor for tensor in bundle.manifest.inputs}
+    if decoding.start_tokens and not targets:
+        del expected[decoding.tokens]
+        arrays.pop(decoding.tokens, None)
+    try:
+        rows = check_inputs(expected, arrays, bundle.manifest.limits)["batch"]
+    except InputError as error:
+        raise DataError(f"{path.name}: {error.what}", fix=error.fix) from error
+    tokens = arrays.pop(decoding.tokens, None)
+    return [
+        Text(
+            decoding.start_tokens if tokens is None else tokens[row].tolist(),
+            {name: value[row : row + 1] for name, value in arrays.items()},
+        )
+        for row in range(rows)
+    ]

@@ -1,0 +1,101 @@
+"""Exits in a checkpoint's folder: where they stand in ``edgeexit.json``, their weights as
+safetensors beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgeexit.errors import ExportError, UsageError
+
+EXITS_CONFIG = "edgeexit.json"
+EXITS_WEIGHTS = "exits.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedExits:
+    """What a checkpoint says of its exits.
+
+    Attributes:
+        layers: Those that have an exit; None when it says nothing.
+        adapters: Exits of a decoder with layers of their own: layer -> how many.
+    """
+
+    layers: list[int] | None = None
+    adapters: dict[int, int] = field(default_factory=dict)
+
+
+def save_exits(folder: Path, exits: SavedExits, modules: nn.ModuleDict) -> None:
+    """Writes exits into a checkpoint's folder, with the weights of what they have for
+    themselves."""
+    config: dict[str, object] = {"format": 1, "exits": exits.layers}
+    if exits.adapters:
+        config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
+    (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    if len(modules):
+        weights = {k: v.detach().contiguous() for k, v in modules.state_dict().items()}
+        save_file(weights, folder / EXITS_WEIGHTS)
+
+
+def read_exits(folder: Path) -> SavedExits:
+    """Reads what a checkpoint says of its exits."""
+    config = folder / EXITS_CONFIG
+    if not config.is_file():
+        return SavedExits()
+    try:
+        found = json.loads(config.read_text())
+        layers, adapters = found["exits"], found.get("adapters", {})
+        if not all(isinstance(layer, int) for layer in layers):
+            raise ValueError("exits is not a list of layer numbers")
+        if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
+            raise ValueError("adapters does not map layer numbers to numbers of layers")
+        return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{config}: cannot be read ({error})", fix="Save the exits again with save_pretrained."
+        ) from error
+
+
+def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> None:
+    """Loads what the exits of some layers have for themselves; others that a checkpoint holds stay
+    unread."""
+    path = folder / EXITS_WEIGHTS
+    try:
+        weights = load_file(path)
+        for name in (f"exit_{layer}" for layer in layers):
+            modules[name].load_state_dict(_of(weights, f"{name}."))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ExportError(
+            f"{path}: does not fit the model: {str(error).splitlines()[-1].strip()}",
+            fix="Use exits saved with this very checkpoint.",
+        ) from error
+
+
+def _of(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def check_layers(exits: Iterable[int], depth: int) -> list[int]:
+    """Exit layers in order, without the last layer. Raises `UsageError` for ones that cannot be."""
+    layers = list(exits)
+    for layer in layers:
+        if not isinstance(layer, int) or not 1 <= layer <= depth:
+            raise UsageError(
+                f"exits: there is no layer {layer!r}; the model has layers 1 to {depth}",
+                fix=f"Give layer numbers from 1 to {depth - 1}; the last layer always has an exit.",
+            )
+    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
+        raise UsageError(f"exits: layer {repeated[0]} is given twice", fix="Name each layer once.")
+    if layers != sorted(layers):
+        raise UsageError(f"exits: {layers} are not in order", fix="Give them from shallow to deep.")
+    return [layer for layer in layers if layer != depth]
+
+
+__all__ = ["SavedExits", "check_layers", "load_exits", "read_exits", "save_exits"]

@@ -1,0 +1,112 @@
+"""Data for int8: what ranges of activations are measured on, and what answers are compared on.
+
+Rows of one-pass models stay in the batches they come in; a text of a model that writes is a batch
+of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Manifest
+from edgeexit.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_ROWS, CALIBRATION_TEXTS = 256, 64
+"""Rows, or texts, that set the ranges of activations."""
+COMPARED_ROWS, COMPARED_BYTES = 256, 4 << 20
+COMPARED_TEXTS, COMPARED_TOKENS = 16, 64
+"""Rows, or texts and tokens of each, behind those, whose float32 answers the bundle keeps."""
+
+Rows = Mapping[str, NDArray[Any]]
+
+
+def split(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
+    """Batches that set ranges, and batches to compare: others, where there are more.
+
+    Raises:
+        UsageError: There is too little data.
+    """
+    return (_rows if manifest.decoding is None else _texts)(batches, manifest)
+
+
+def _rows(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
+    first: list[Rows] = []
+    rest: list[Rows] = []
+    left = iter(batches)
+    for batch in left:
+        first.append(batch)
+        if count(first) >= CALIBRATION_ROWS:
+            break
+    held = 0
+    for batch in left:
+        rest.append(batch)
+        held += sum(value.nbytes for value in batch.values())
+        if count(rest) >= COMPARED_ROWS or held >= COMPARED_BYTES:
+            break
+    if count(first) < 2:
+        raise UsageError(
+            f"{manifest.name}: int8 needs data to measure the ranges of activations, two rows at "
+            "least",
+            fix=f"Give --calibration-data with some hundred rows ({CALIBRATION_ROWS} are used).",
+        )
+    return first, rest or first
+
+
+def _texts(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
+    """Texts that set ranges, none of them longer than the model takes; and texts to compare, all of
+    one length. Each is a batch of its own."""
+    assert manifest.decoding is not None
+    name, limit = manifest.decoding.tokens, manifest.limits.get("positions")
+    texts: list[Rows] = []
+    for batch in batches:
+        for row, tokens in enumerate(batch[name] if batch[name].size else ()):
+            text = {key: np.asarray(value[row : row + 1]) for key, value in batch.items()}
+            texts.append(_cropped(text, name, len(tokens) if limit is None else limit - 1))
+        if len(texts) >= CALIBRATION_TEXTS + COMPARED_TEXTS:
+            break
+    if not texts:
+        raise UsageError(
+            f"{manifest.name}: int8 needs texts to measure the ranges of activations",
+            fix=f"Give --calibration-data with some texts ({CALIBRATION_TEXTS} are used).",
+        )
+    if len(texts) < CALIBRATION_TEXTS:
+        logger.warning(
+            "ranges of activations are measured on %d texts; %d are better",
+            len(texts),
+            CALIBRATION_TEXTS,
+        )
+    first, others = texts[:CALIBRATION_TEXTS], texts[CALIBRATION_TEXTS:] or texts
+    lengths = [text[name].shape[1] for text in others]
+    length = min(COMPARED_TOKENS, int(np.median(lengths)))
+    long = [text for text, own in zip(others, lengths, strict=True) if own >= length]
+    return first, [_cropped(text, name, length) for text in long[:COMPARED_TEXTS]]
+
+
+def _cropped(text: Rows, name: str, length: int) -> Rows:
+    return {**text, name: np.asarray(text[name], np.int64)[:, :length]}
+
+
+def count(batches: Iterable[Rows]) -> int:
+    """Rows in batches."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Rows of all batches. Batches of texts differ in length: the shorter ones get more padding,
+    zeros, which their masks leave out."""
+    most = tuple(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))
+    padded = [
+        np.pad(part, [(0, 0), *((0, m - n) for m, n in zip(most, part.shape[1:], strict=True))])
+        for part in parts
+    ]
+    return np.concatenate(padded)
+
+
+__all__ = ["Rows", "count", "split", "stacked"]

@@ -1,0 +1,124 @@
+"""Samples of a bundle: inputs, and what the model gives for them before it became a bundle.
+
+`torch_reference` runs a model's modules one after the other, where it has no reference of its own;
+`reference_sample` says how the arrays are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Manifest, Run
+from edgeexit.errors import ExportError
+from edgeexit.export.contract import SplitModel, Values
+from edgeexit.export.trace.scores import reference_scores
+from edgeexit.export.trace.torch_graph import TORCH_DTYPES
+from edgeexit.export.walk import Walk
+
+Arrays = dict[str, NDArray[Any]]
+SAMPLE_ROWS = 4
+REFERENCE = "reference"
+
+
+def write_samples(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Writes one file of samples; returns its path in the bundle."""
+    (folder / "samples").mkdir(exist_ok=True)
+    path = f"samples/{name}.npz"
+    np.savez(folder / path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def reference_sample(
+    inputs: Mapping[str, NDArray[Any]],
+    answers: Mapping[str, Mapping[str, NDArray[Any]]],
+    *,
+    every_token: bool,
+) -> Arrays:
+    """The reference sample of a bundle.
+
+    Args:
+        inputs: What the program takes.
+        answers: Exit (or ``unsplit``) -> its outputs and its own scores.
+        every_token: Logits are those of every token of texts, ``[rows, seq, classes]``, of which
+            the last token's are kept; then there are, ``[rows, seq]``, the greedy ``token``, how
+            far its logit is above the next (``gap``), and scores.
+    """
+    found = {f"input/{name}": value for name, value in inputs.items()}
+    for exit_, own in answers.items():
+        logits = own.get("logits")
+        derived = {}
+        if logits is not None and every_token:
+            largest = np.partition(logits, -2, axis=-1)[..., -2:]
+            derived = {
+                "logits": logits[:, -1],
+                "token": logits.argmax(-1),
+                "gap": largest[..., 1] - largest[..., 0],
+            }
+        if logits is not None and exit_ != "unsplit":
+            derived |= reference_scores(logits)
+        found |= {f"{exit_}/{name}": value for name, value in {**own, **derived}.items()}
+    return found
+
+
+def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict[str, Values]]:
+    """The reference sample of a model, as torch computes it, and what its modules were given:
+    component -> values, none for a model that has a reference of its own."""
+    inputs = model.example(SAMPLE_ROWS)
+    _check_example(model, inputs)
+    given = {name: value.numpy() for name, value in inputs.items()}
+    if model.reference is not None:
+        logits = model.reference(inputs)
+        own = {exit_: {"logits": value.numpy()} for exit_, value in logits.items()}
+        return reference_sample(given, own, every_token=True), {}
+    examples: dict[str, Values] = {}
+
+    def evaluate(name: str, feeds: list[Values]) -> list[Values]:
+        examples.setdefault(name, feeds[0])
+        component = model.component(name)
+        made = component.forms[-1].body(*feeds[0].values())  # type: ignore[operator]
+        made = made if isinstance(made, tuple) else (made,)
+        return [{t.name: x for t, x in zip(component.outputs, made, strict=True)}]
+
+    walk = Walk(manifest, [inputs], evaluate)
+    answers: dict[str, Values] = {}
+    for chain in (model.chains[step.chain] for step in model.steps if isinstance(step, Run)):
+        alone = walk.branch()
+        for name in chain.unsplit:
+            alone.run(name)
+        for name in chain.components:
+            walk.run(name)
+            answers |= {e.name: walk.ask(e)[0] for e in chain.stops if e.behind == name}
+        if chain is not model.last_chain:
+            walk.hand_on(chain)
+    stops = [exit_.name for exit_ in model.last_chain.stops]
+    answers = {name: answers[name] for name in stops}
+    if model.last_chain.unsplit:
+        [known] = alone.known
+        answers["unsplit"] = {t.name: known[t.name] for t in model.last_chain.outputs}
+    arrays = {exit_: {k: v.numpy() for k, v in own.items()} for exit_, own in answers.items()}
+    return reference_sample(given, arrays, every_token=False), examples
+
+
+def _check_example(model: SplitModel, inputs: Values) -> None:
+    for tensor in model.inputs:
+        value = inputs.get(tensor.name)
+        if value is None:
+            raise ExportError(
+                f"{model.name}: example() gives no {tensor.name}",
+                fix="Give an example for every input.",
+            )
+        expected = TORCH_DTYPES.get(tensor.dtype)
+        if value.dtype != expected or value.ndim != len(tensor.axes):
+            raise ExportError(
+                f"{model.name}: example() gives {tensor.name} as {value.dtype} with {value.ndim} "
+                f"axes, the contract says {tensor.dtype}{tensor.axes}",
+                fix="Make the two agree.",
+            )
+
+
+__all__ = ["REFERENCE", "SAMPLE_ROWS", "reference_sample", "torch_reference", "write_samples"]

@@ -1,0 +1,159 @@
+"""A program taken step by step on the workstation, one component at a time, for every row and
+token: without policies, each text in one run from empty states.
+
+Torch modules give a model's reference that way, float32 graphs what ranges of activations are
+measured on, quantised ones the answers of an int8 bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import LENGTHS, Chain, Component, Exit, Gather, Manifest, TokenState
+from edgeexit.bundle.reader import WEIGHTS, Bundle
+from edgeexit.export.evaluate import run_graph
+
+Known = dict[str, Any]
+"""Tensor -> its value, an array of numpy's or torch's."""
+Evaluate = Callable[[str, list[Known]], list[Known]]
+"""``evaluate(component, feeds)`` gives what the component makes of each of them."""
+
+
+class Walk:
+    """Batches on their way through a program, each by itself.
+
+    Args:
+        manifest: The program; of components, the last form counts.
+        batches: Inputs of the program.
+        evaluate: Runs components.
+
+    Attributes:
+        known: Per batch, the tensors that were made and not yet forgotten.
+    """
+
+    def __init__(
+        self, manifest: Manifest, batches: Sequence[Mapping[str, Any]], evaluate: Evaluate
+    ) -> None:
+        self.manifest, self.evaluate = manifest, evaluate
+        self.known: list[Known] = [dict(batch) for batch in batches]
+        for known in self.known:
+            if manifest.decoding is not None:
+                shape = known[manifest.decoding.tokens].shape
+                places = np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape)
+                known[manifest.decoding.positions.name] = np.ascontiguousarray(places)
+
+    @classmethod
+    def of(cls, bundle: Bundle, batches: Sequence[Mapping[str, Any]]) -> Walk:
+        """A walk through a bundle's graphs."""
+
+        def evaluate(name: str, feeds: list[Known]) -> list[Known]:
+            variant = bundle.manifest.components[name].variants[-1]
+            return run_graph(bundle.file(variant.graph), feeds)
+
+        return cls(bundle.manifest, batches, evaluate)
+
+    def branch(self) -> Walk:
+        """Another walk from here, which leaves this one as it is."""
+        other = Walk(self.manifest, (), self.evaluate)
+        other.known = [dict(known) for known in self.known]
+        return other
+
+    def look_up(self, step: Gather, table: NDArray[Any]) -> None:
+        """Takes a step that looks ids up in a table."""
+        for known in self.known:
+            known[step.output.name] = table[known[step.ids]]
+
+    def feeds(self, name: str, names: Mapping[str, str] | None = None) -> list[Known]:
+        """What a component is given, lengths and states included.
+
+        Args:
+            name: The component.
+            names: Its input -> the tensor that it takes, where that has another name.
+        """
+        component = self.manifest.components[name]
+        return [_feed(component, known, names or {}) for known in self.known]
+
+    def run(
+        self, name: str, graph: Path | None = None, names: Mapping[str, str] | None = None
+    ) -> None:
+        """Runs a component, or another graph in its place. `names` as for `feeds`."""
+        component = self.manifest.components[name]
+        for state in component.states:
+            if not isinstance(state, TokenState) and state.tensor.name not in self.known[0]:
+                self.run(state.maker)
+        feeds = self.feeds(name, names)
+        made = self.evaluate(name, feeds) if graph is None else run_graph(graph, feeds)
+        first = component.inputs[0].name
+        for known, feed, answers in zip(self.known, feeds, made, strict=True):
+            # Tokens of texts, where a component takes rows, come back as they were.
+            given = known[(names or {}).get(first, first)]
+            shape = given.shape[:2] if given.ndim > feed[first].ndim else None
+            for tensor in component.outputs:
+                if (value := answers.get(tensor.name)) is not None:
+                    value = value if shape is None else value.reshape(*shape, *value.shape[1:])
+                    known[tensor.name] = value
+
+    def ask(self, exit_: Exit) -> list[Known]:
+        """What an exit answers: its scores and its outputs, a batch each."""
+        walk = self.branch()
+        for call in exit_.path:
+            walk.run(call.component, names=call.inputs)
+        named = {**exit_.scores, **exit_.outputs}
+        return [{n: known[t] for n, t in named.items() if t in known} for known in walk.known]
+
+    def hand_on(self, chain: Chain) -> None:
+        """Makes the answer of a chain's last exit known to later steps."""
+        for known, answers in zip(self.known, self.ask(chain.exits[-1]), strict=True):
+            known |= {tensor.name: answers[tensor.name] for tensor in chain.outputs}
+
+    def forget(self, chain: Chain, number: int) -> None:
+        """Drops tensors that nothing takes any more behind the component of this number."""
+        later = set(chain.components[number + 1 :])
+        exits = [exit_ for exit_ in chain.exits if exit_.behind in later]
+        later |= self.manifest.components.keys() - set(chain.components)
+        kept = {t.name for name in later for t in self.manifest.components[name].inputs}
+        kept |= {name for e in exits for call in e.path for name in call.inputs.values()}
+        kept |= set(chain.exits[-1].outputs.values())
+        for known in self.known:
+            for name in known.keys() - kept:
+                del known[name]
+
+
+def table_of(bundle: Bundle, step: Gather) -> NDArray[Any]:
+    """A step's table ``[size, width]``, mapped."""
+    width = step.output.axes[-1]
+    assert isinstance(width, int)
+    shape = (step.size, width)
+    return np.memmap(bundle.file(WEIGHTS), step.output.dtype, "r", step.offset, shape)
+
+
+def _feed(component: Component, known: Known, names: Mapping[str, str]) -> Known:
+    feed: Known = {}
+    for tensor in component.inputs:
+        value = known[names.get(tensor.name, tensor.name)]
+        flat = value.ndim > len(tensor.axes)
+        feed[tensor.name] = value.reshape(-1, *value.shape[2:]) if flat else value
+    rows = len(feed[component.inputs[0].name])
+    places = {t.name: t.axes.index("new") for t in component.inputs if "new" in t.axes}
+    new = max((feed[name].shape[place] for name, place in places.items()), default=0)
+    lengths = {"past": 0, "last": new - 1, "most": new, "prompt": new}
+    for kind in component.variants[-1].lengths:
+        dtype, axes = LENGTHS[kind]
+        feed[f"lengths/{kind}"] = np.full([rows] * len(axes), lengths[kind], dtype)
+    for state in component.states:
+        if isinstance(state, TokenState):
+            # One place, of which nothing counts.
+            sizes = {"batch": rows}
+            shape = [sizes.get(a, 1) if isinstance(a, str) else int(a or 1) for a in state.axes]
+            feed[state.past] = np.zeros(shape, state.dtype)
+        else:
+            feed[state.tensor.name] = known[state.tensor.name]
+    return feed
+
+
+__all__ = ["Walk", "table_of"]

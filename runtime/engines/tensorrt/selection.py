@@ -1,0 +1,57 @@
+"""Which engines of the cache fit this device, and why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeexit.errors import EngineError
+from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet
+from edgeexit.runtime.engines.tensorrt.library import Library
+
+
+def choose(
+    sets: Sequence[tuple[Path, EngineSet]],
+    library: Library,
+    here: Mapping[str, Any],
+    root: Path,
+) -> tuple[Path, EngineSet]:
+    """The newest of these sets of engines that fits a library and a device.
+
+    Raises:
+        EngineError: None fits; the message says why.
+    """
+    reasons = []
+    for folder, engines in reversed(sets):
+        reason = misfit(engines, library, here)
+        if reason is None:
+            return folder, engines
+        reasons.append(f"{folder.name[:8]} {reason}")
+    found = "; ".join(reasons[:4]) if reasons else "there are none"
+    raise EngineError(
+        f"{root}: no engines of this bundle for this device: {found}",
+        fix="Build them here: edgeexit build BUNDLE; or import engines that were built elsewhere: "
+        "edgeexit build BUNDLE --import DIR.",
+    )
+
+
+def misfit(engines: EngineSet, library: Library, here: Mapping[str, Any]) -> str | None:
+    """Why engines cannot run on a device; None if they can."""
+    source = engines.made_from
+    if (source["library"], source["version"]) != (library.name, library.version):
+        return (
+            f"was built by {source['library']} {source['version']}, here is {library.name} "
+            f"{library.version}"
+        )
+    target = source["target"]
+    if target.get("ahead_of_time"):
+        built, found = target["compute_capability"], here["compute_capability"]
+        return None if built == found else f"is for sm{built}, here is sm{found}"
+    names = [name for name in target if target[name] != here.get(name)]
+    if names:
+        return f"is for {names[0]} {target[names[0]]}, here is {here.get(names[0])}"
+    return None
+
+
+__all__ = ["choose", "misfit"]

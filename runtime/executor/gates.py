@@ -1,0 +1,183 @@
+"""What happens once for a prompt: states that are made of it, and token groups that leave.
+
+A component may read what was made of the prompt (`PromptState`): its maker runs before the
+component first does. Behind a component may stand a gate (an exit whose action is ``drop``): it
+looks at the prompt once, and where its score reaches the threshold, the tokens of its group go no
+further.
+Positions stay what they were, so from there on states are shorter than the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Chain, Exit, PromptState, Tensor
+from edgeexit.errors import InputError
+from edgeexit.runtime.engines.base import Array, Bound
+from edgeexit.runtime.executor.blocks import Block, keep_tokens
+from edgeexit.runtime.executor.components import prompt_states
+from edgeexit.runtime.executor.slots import dtype_of, shape_of
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.executor.session import Session
+
+
+class Gates:
+    """Makers and gates of a session's chain.
+
+    Attributes:
+        any: Whether tokens may leave before the end of the chain.
+        whole_prompts: Whether something looks at all states of a prompt, which must then pass in
+            one run.
+        pending: Whether something is still to happen for this prompt.
+        thresholds: Gate -> what its score must reach; missing: it never does.
+        dropped: Gate -> per row, whether the group left there.
+    """
+
+    def __init__(self, session: Session, chain: Chain) -> None:
+        self._session = session
+        components = session.components.bundle.manifest.components
+        numbers = {name: number for number, name in enumerate(chain.components)}
+        self._gates: dict[int, list[Exit]] = {}
+        for exit_ in chain.exits:
+            if exit_.action == "drop":
+                self._gates.setdefault(numbers[exit_.behind], []).append(exit_)
+        makers = {
+            state.maker for name in chain.components for state in prompt_states(components[name])
+        }
+        looks = [call.component for e in chain.exits if e.action == "drop" for call in e.path]
+        looks += makers
+        self.any = bool(self._gates)
+        self.whole_prompts = any(
+            "new" in tensor.axes for name in looks for tensor in components[name].inputs
+        )
+        self._makers = makers
+        self.pending = False
+        self.thresholds: dict[str, float] = {}
+        self.dropped: dict[str, list[bool]] = {}
+        self._made: set[str] = set()
+        self._groups: Mapping[str, Sequence[NDArray[np.bool_]]] = {}
+        self._scratch: Array | None = None
+
+    def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
+        """A new prompt comes."""
+        self._made.clear()
+        self.dropped.clear()
+        self._groups = groups
+        self.pending = self._open()
+
+    def _open(self) -> bool:
+        gates = [gate for behind in self._gates.values() for gate in behind]
+        asked = [gate.name for gate in gates if gate.name in self.thresholds]
+        return bool(set(asked) - self.dropped.keys()) or bool(self._makers - self._made)
+
+    def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
+        """Tells makers and gates which of a block's tokens are of the prompt and of its groups."""
+        session = self._session
+        session.places.write_prompt(block.new, positions, session.prompts, session.group_masks)
+
+    def make(self, maker: str, wanted: Sequence[PromptState], new: int) -> None:
+        """Runs a maker over the block that lies before the component that reads what it makes."""
+        if maker in self._made:
+            return
+        session = self._session
+        component = session.components.bundle.manifest.components[maker]
+        inputs = session.inputs_of(component.inputs, {}, new)
+        inputs |= session.places.lengths(session.components[maker].variant.lengths)
+        sizes = {"batch": session.batch, "new": new} | _sizes(component.inputs, inputs)
+        outputs: dict[str, Bound] = {}
+        for tensor in component.outputs:
+            shape = shape_of(tensor, sizes)
+            assert shape is not None
+            session.handed.room(tensor.name, dtype_of(tensor), shape, session.engine)
+            outputs[tensor.name] = session.handed.bound[tensor.name]
+        session.components.graph(maker).bind(inputs, outputs)()
+        self._made.add(maker)
+        self.pending = self._open()
+
+    def after(self, number: int, block: Block) -> Block:
+        """Asks the gates behind a component that has just run over a prompt. Returns what is left
+        of the block at the next boundary."""
+        for gate in self._gates.get(number, ()):
+            if gate.name in self.thresholds and gate.name not in self.dropped:
+                block = self._ask(number, gate, block)
+        return block
+
+    def _ask(self, number: int, gate: Exit, block: Block) -> Block:
+        session = self._session
+        positions = session.positions_of(number, block)
+        self.write(block, positions)
+        scores = self._scores(gate, block.new)
+        threshold = self.thresholds[gate.name]
+        fired = [bool(score >= threshold) for score in scores.tolist()]
+        own = self._groups.get(gate.tokens or "", [np.zeros(0, np.bool_)] * session.batch)
+        fired = [fires and bool(own[row].any()) for row, fires in enumerate(fired)]
+        self.dropped[gate.name] = fired
+        self.pending = self._open()
+        if not any(fired):
+            return block
+        kept = [
+            [n for n, place in enumerate(places) if not (fires and _within(own[row], place))]
+            for row, (places, fires) in enumerate(zip(positions, fired, strict=True))
+        ]
+        for row, (places, left) in enumerate(zip(positions, kept, strict=True)):
+            if fired[row] and (not left or _within(own[row], session.prompts[row] - 1)):
+                raise InputError(
+                    f"{gate.name}: the prompt of row {row} ends with tokens of the group "
+                    f"{gate.tokens}, which leave there: nothing is left that reads them",
+                    fix="Put text behind them, or use a policy in which that group stays.",
+                )
+            assert places or not left
+        counts = [len(left) for left in kept]
+        states = session.boundary(number + 1, block.new)
+        if self._scratch is None:
+            shape = (session.batch, session.chunk, states.shape[2])
+            size_bytes = int(np.prod(shape)) * states.dtype.itemsize
+            self._scratch = session.engine.allocate(size_bytes).array(states.dtype, shape)
+        new = max(counts)
+        keep_tokens(states, self._scratch, kept)
+        session.boundary(number + 1, new)[...] = self._scratch[:, :new]
+        standing = [[places[n] for n in left] for places, left in zip(positions, kept, strict=True)]
+        return Block(new, counts, standing)
+
+    def _scores(self, gate: Exit, new: int) -> NDArray[np.float32]:
+        """What a gate says of every row, ``[batch]``."""
+        session = self._session
+        [tensor] = gate.scores.values()
+        host = session.engine.allocate_host(session.batch * 4)
+        dtype, shape = np.dtype(np.float32), (session.batch,)
+        for call in gate.path:
+            component = session.components.bundle.manifest.components[call.component]
+            inputs = session.inputs_of(component.inputs, call.inputs, new)
+            inputs |= session.places.lengths(session.components[call.component].variant.lengths)
+            outputs: dict[str, Bound] = {
+                made.name: (host, dtype, shape)
+                if made.name == tensor
+                else session.bindings.bound(made.name, {"batch": session.batch, "new": new})
+                for made in component.outputs
+            }
+            session.components.graph(call.component).bind(inputs, outputs)()
+        found: NDArray[np.float32] = host.array(dtype, shape)
+        return found
+
+
+def _within(own: NDArray[np.bool_], place: int) -> bool:
+    """Whether the token at a place of the text belongs to a group."""
+    return place < len(own) and bool(own[place])
+
+
+def _sizes(inputs: Sequence[Tensor], bound: Mapping[str, Bound]) -> dict[str, int]:
+    """Sizes of named axes, as bound inputs have them."""
+    return {
+        axis: size
+        for tensor in inputs
+        for axis, size in zip(tensor.axes, bound[tensor.name][2], strict=True)
+        if isinstance(axis, str)
+    }
+
+
+__all__ = ["Gates"]

@@ -1,0 +1,57 @@
+"""Embeddings: rows gathered from tables in the mapped weight store; only those that are used are
+read."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Gather
+from edgeexit.bundle.reader import WEIGHTS, Bundle
+from edgeexit.errors import InputError
+from edgeexit.runtime.executor.slots import dtype_of
+
+
+class Tables:
+    """The tables of a bundle's weight store, mapped when the first is needed."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._mapped: mmap.mmap | None = None
+        self._known: dict[tuple[int, int], NDArray[Any]] = {}
+
+    def table(self, step: Gather) -> NDArray[Any]:
+        """A step's table ``[size, width]``."""
+        key = step.offset, step.size
+        if key not in self._known:
+            if self._mapped is None:
+                with self._bundle.file(WEIGHTS).open("rb") as file:
+                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            width = step.output.axes[-1]
+            assert isinstance(width, int)
+            flat = np.frombuffer(
+                self._mapped, dtype_of(step.output), count=step.size * width, offset=step.offset
+            )
+            self._known[key] = flat.reshape(step.size, width)
+        return self._known[key]
+
+    def look_up(self, step: Gather, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of a step's table for ids of any shape. Raises `InputError` for unknown ids."""
+        check_ids(step, ids)
+        return np.take(self.table(step), ids, axis=0)
+
+
+def check_ids(step: Gather, ids: NDArray[np.int64]) -> None:
+    """Refuses token ids outside the vocabulary."""
+    bad = ids[(ids < 0) | (ids >= step.size)]
+    if bad.size:
+        raise InputError(
+            f"token id {int(bad[0])} is outside the vocabulary (0 to {step.size - 1})",
+            fix="Use the bundle's own tokenizer.",
+        )
+
+
+__all__ = ["Tables", "check_ids"]

@@ -1,0 +1,252 @@
+"""The front door's `Model`: a loaded bundle that answers calls, continues texts and holds
+conversations, as far as its program goes.
+
+One model is used by one thread at a time; several models may run side by side.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Chain, Exit, StateForm
+from edgeexit.bundle.policy import Decision, Policy, Rule, decisions_of, policy_for, rule_of
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import InputError, StateError, UsageError
+from edgeexit.runtime.executor.components import (
+    EVERY_SCORE,
+    NO_SCORE,
+    Components,
+    outputs_asked,
+    unsplit_chain,
+)
+from edgeexit.runtime.executor.launch_ahead import LaunchAhead
+from edgeexit.runtime.executor.tables import Tables
+from edgeexit.runtime.loaded import Loaded
+from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Result, Trace
+from edgeexit.runtime.programs.generate import TextProgram
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.engines.cuda.device import Counts
+
+
+class Model(TextProgram, Loaded):
+    """A loaded bundle. Made by `edgeexit.runtime.load`.
+
+    Attributes:
+        bundle: The bundle it was loaded from.
+        chain: The chain that answers: its name in the bundle is `chain_name`.
+        exits: Its exits that stop, in order; the last one always answers.
+        capacity: Of a model that writes: the most tokens of a text, prompt included.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        components: Components,
+        policy: Policy,
+        *,
+        unsplit: bool = False,
+        all_scores: bool = False,
+        launch_ahead: LaunchAhead = "never",
+        capacity: int = 0,
+    ) -> None:
+        Loaded.__init__(self)
+        self.bundle, self.capacity, self.unsplit = bundle, capacity, unsplit
+        manifest = bundle.manifest
+        chains = manifest.chains
+        if unsplit:
+            chains = {name: unsplit_chain(chain) for name, chain in chains.items()}
+            policy = Policy(rules={})
+        self.chains: Mapping[str, Chain] = chains
+        self.chain_name = next(n for n, c in manifest.chains.items() if c is manifest.last_chain)
+        self.chain = chains[self.chain_name]
+        self.exits: list[Exit] = self.chain.stops
+        self._components: Components | None = components
+        self._engine = components.engine
+        self._lock = threading.Lock()
+        self._policy = policy
+        self._decisions: dict[str, list[Decision]] = {}
+        self._patience: dict[str, int] = {}
+        self._set_policy(policy)
+        asked = {
+            name: [EVERY_SCORE] * len(decisions)
+            if all_scores
+            else [d.score if d.consult else None for d in decisions]
+            for name, decisions in self._decisions.items()
+        }
+        tables = Tables(bundle)
+        if manifest.decoding is not None:
+            name = manifest.decoding.chain
+            heads = [ask or NO_SCORE for ask in asked.pop(name)]
+            components.open(outputs_asked(manifest, chains[name], heads))
+        self._steps = InputSteps(components, chains, tables, asked, launch_ahead)
+        self._checked = CheckedInputs(self._steps.takes, manifest.limits)
+        self._begin_texts(tables)
+
+    @property
+    def policy(self) -> Policy:
+        """When rows stop; assign another policy, or a rule for the one chain that has exits."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | Rule) -> None:
+        self._set_policy(Policy(rules={}) if self.unsplit else policy_for(policy, self.bundle))
+
+    def _set_policy(self, policy: Policy) -> None:
+        decisions = {n: decisions_of(policy, chain, n) for n, chain in self.chains.items()}
+        self._patience = {n: rule_of(policy, chain, n).patience for n, chain in self.chains.items()}
+        self._policy, self._decisions = policy, decisions
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What the policy says at each of `exits`."""
+        return self._decisions[self.chain_name]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text token by token."""
+        return self.bundle.manifest.decoding is not None
+
+    @property
+    def device_counts(self) -> Counts | None:
+        """What the GPU was asked for so far: allocations and bytes copied. None on the host."""
+        gpu = self._engine.gpu
+        return None if gpu is None else gpu.counts
+
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """The largest sizes of named axes that its engine takes; what is not there is not limited
+        by it."""
+        return self._engine.largest
+
+    @property
+    def boundaries(self) -> list[dict[str, float | int | bool]]:
+        """Per exit but the last, of rows that came alone: how many were asked and left there under
+        this policy, the milliseconds that the GPU stood still behind it and that the next component
+        took, and whether that is launched ahead. Empty unless loaded with `launch_ahead`."""
+        row_pass = self._steps.passes.get(self.chain_name)
+        if row_pass is None or row_pass.ahead is None:
+            return []
+        return row_pass.ahead.facts(row_pass.ahead.shares(self.decisions))
+
+    @property
+    def state_form(self) -> StateForm | None:
+        """The form of token states that was asked for; None: the fastest."""
+        return self._check_usable().form
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
+        """Answers a batch.
+
+        Args:
+            inputs: Input name -> array, as the manifest's `inputs` say: exact dtypes, at least one
+                row.
+            timed: Report the time of every component.
+
+        Raises:
+            InputError: An input is missing, unknown, or of the wrong type or shape.
+            UsageError: The model writes text.
+            StateError: The model is closed, in use by another thread, or was carried over a fork.
+        """
+        if self.bundle.manifest.decoding is not None:
+            raise UsageError(
+                f"{self.bundle.path} writes text: it is not run in one pass",
+                fix="Call model.generate(prompt) (edgeexit run --prompt).",
+            )
+        self._enter()
+        try:
+            sizes = self._checked.sizes(inputs)
+            _, answers = self._steps.run(
+                inputs, sizes, self._decisions, patience=self._patience, timed=timed
+            )
+        finally:
+            self._lock.release()
+        *earlier, (_, last) = answers.items()
+        return Result(
+            last.outputs,
+            last.exits,
+            [self.exits[number].name for number in last.exits.tolist()],
+            last.scores,
+            [time_ns / 1e6 for time_ns in last.times_ns],
+            {n: [self.chains[n].stops[k].name for k in a.exits.tolist()] for n, a in earlier},
+        )
+
+    def trace(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        chain: str | None = None,
+        step: int | None = None,
+    ) -> Trace:
+        """Runs every component for every row and returns what every exit says.
+
+        A model that was loaded without ``all_scores`` opens its components again for this, and
+        keeps them so: later calls compute every score, which costs small models some percent.
+
+        Args:
+            inputs: Every input; of a model that writes, token ids ``[batch, seq]`` too, of texts
+                of one length.
+            chain: Whose exits; None: those of the chain that answers. Chains before it answer at
+                their last exit.
+            step: Tokens that a run takes; None: as many as it can.
+        """
+        name = self.chain_name if chain is None else chain
+        if name not in self.chains:
+            raise UsageError(
+                f"there is no chain {name!r}", fix=f"Use one of {', '.join(self.chains)}."
+            )
+        self._enter()
+        try:
+            decoding = self.bundle.manifest.decoding
+            if decoding is None:
+                self._checked.sizes(inputs)
+                return self._steps.trace(inputs, name)
+            given = dict(inputs)
+            tokens = given.pop(decoding.tokens, None)
+            self._checked.sizes(given)
+            if name != decoding.chain:
+                return self._steps.trace(given, name)
+            if tokens is None:
+                raise InputError(
+                    f"input {decoding.tokens} is missing", fix="Give token ids [batch, seq]."
+                )
+            return self._trace_texts(tokens, given, step)
+        finally:
+            self._lock.release()
+
+    def _describe_engine(self) -> dict[str, str]:
+        about = self._engine.describe()
+        return about | self._describe_states() if self.writes else about
+
+    def close(self) -> None:
+        if self._forked:
+            return  # a thread of the parent may have held the lock at the fork, for ever
+        if not self.writes:
+            with self._lock:
+                self._components = None
+            return
+        self._components = self._session = None  # a text being written ends at its next token
+
+    def _check_usable(self) -> Components:
+        self._check_process()
+        if self._components is None:
+            raise self._closed()
+        return self._components
+
+    def _enter(self) -> None:
+        """Takes the model for one call; the caller releases the lock."""
+        self._check_process()
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                "the model is in use by another thread",
+                fix="Give each thread a model of its own, or put a lock around the calls.",
+            )
+        if self._components is None:
+            self._lock.release()
+            raise self._closed()
+
+
+__all__ = ["Model"]

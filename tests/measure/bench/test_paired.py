@@ -1,0 +1,163 @@
+"""Sides in processes of their own, blocks that alternate, and honest percentiles."""
+
+from __future__ import annotations
+
+import os
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeexit.errors import MeasurementError
+from edgeexit.measure.bench.paired import (
+    MIN_RUNS,
+    Lane,
+    Side,
+    alternate,
+    best_setting,
+    middle_mean,
+    percentiles,
+    spread,
+)
+
+CLOCKWORK = '''
+import os
+import time
+from edgeexit.errors import DataError
+from edgeexit.measure.bench.worker import Case, Subject
+
+def make(ms=1.0, words="", fail="", threads=None):
+    """Sleeps a known time per input number: 1, 2, 3 ... times ms."""
+    if fail == "start":
+        raise DataError("the clock is broken", fix="Wind it.")
+    print("chatter of a library" + words)
+    if threads is not None:
+        ms = float(threads)
+    def call(number):
+        time.sleep((number + 1) * ms / 1000)
+        if fail == "run":
+            os._exit(7)
+        if fail == "bug":
+            raise ZeroDivisionError("a bug")
+        return number
+    return Subject({"sleep": Case(call, read=lambda number: {"number": number})}, 4, {"ms": ms})
+'''
+
+
+@pytest.fixture(scope="module")
+def clockwork(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a module whose cases take known times."""
+    folder = tmp_path_factory.mktemp("clockwork")
+    (folder / "clockwork.py").write_text(CLOCKWORK)
+    return str(folder)
+
+
+def test_percentiles_are_left_out_when_too_few_runs_support_them() -> None:
+    assert percentiles([1.0] * 19) == {}
+    assert list(percentiles([1.0] * 20)) == ["p50"]
+    assert list(percentiles([1.0] * 199)) == ["p50", "p90"]
+    assert list(percentiles([1.0] * 1000)) == ["p50", "p90", "p95", "p99"]
+    assert list(percentiles([1.0] * 10000))[-1] == "p99.9"
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=20, max_size=300))
+def test_percentiles_equal_numpys_when_given(times: list[float]) -> None:
+    for name, value in percentiles(times).items():
+        assert value == pytest.approx(np.percentile(times, float(name[1:])), abs=1e-4)
+
+
+def test_middle_mean_ignores_outliers_on_both_sides() -> None:
+    assert middle_mean([0.0, 1.0, 2.0, 1e9]) == 1.5
+    assert middle_mean([3.0]) == 3.0
+
+
+def test_spread_is_the_distance_of_quartiles_when_there_are_four() -> None:
+    assert spread([1.0, 1.0, 1.0]) == 0.0
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1.0)
+
+
+def test_side_runs_the_inputs_asked_for_when_the_library_prints(clockwork: str) -> None:
+    with Side("clockwork:make", {"ms": 0.1}, folder=clockwork) as side:
+        block = side.run("sleep", [2, 0, 3])
+        assert [record["number"] for record in block["records"]] == [2, 0, 3]
+        assert all(
+            ms >= (number + 1) * 0.1
+            for ms, number in zip(block["times_ms"], (2, 0, 3), strict=True)
+        )
+        assert side.facts == {"ms": 0.1}
+
+
+def test_side_lives_in_a_process_of_its_own_and_ends_with_its_block(clockwork: str) -> None:
+    with Side("clockwork:make", {}, folder=clockwork) as side:
+        process = side._process
+        assert process.pid != os.getpid() and process.poll() is None
+    assert process.poll() is not None
+
+
+def test_side_reports_an_error_of_ours_as_one_line_when_it_cannot_start(clockwork: str) -> None:
+    with pytest.raises(MeasurementError, match="the clock is broken.*Wind it"):
+        Side("clockwork:make", {"fail": "start"}, folder=clockwork)
+
+
+def test_side_shows_the_traceback_when_the_subject_has_a_bug(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"fail": "bug"}, folder=clockwork) as side,
+        pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"),
+    ):
+        side.run("sleep", [0])
+
+
+def test_side_says_so_when_its_process_dies(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"fail": "run"}, folder=clockwork) as side,
+        pytest.raises(MeasurementError, match="ended with status 7"),
+    ):
+        side.run("sleep", [0])
+
+
+def test_side_is_refused_when_the_subject_does_not_exist(clockwork: str) -> None:
+    with pytest.raises(MeasurementError, match="clockwork:nothing"):
+        Side("clockwork:nothing", {}, folder=clockwork)
+
+
+def test_alternate_pairs_the_same_inputs_when_blocks_are_run(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"ms": 0.05}, folder=clockwork) as one,
+        Side("clockwork:make", {"ms": 0.05}, folder=clockwork) as other,
+    ):
+        baseline = Lane("baseline", one, "sleep", expected_ms=1.0)
+        lane = Lane("lane", other, "sleep", expected_ms=1.0)
+        rounds = alternate(baseline, [lane], seconds=0.01, block_ms=4.0, whole=lane)
+    assert rounds >= 5 and len(lane.ratios) == rounds
+    assert len(lane.times_ms) >= MIN_RUNS
+    assert lane.numbers == baseline.numbers
+    assert [record["number"] for record in lane.records] == lane.numbers
+    assert sorted(lane.numbers[:4]) == [0, 1, 2, 3]  # every input once before any twice
+
+
+def test_best_setting_finds_the_fastest_when_they_differ_tenfold(clockwork: str) -> None:
+    def make(setting: float) -> Side:
+        return Side("clockwork:make", {"threads": setting}, folder=clockwork)
+
+    side, best, relative = best_setting(make, "sleep", [5.0, 0.5, 20.0], seconds=0.05)
+    with side:
+        assert best == 0.5 and side.facts == {"ms": 0.5}
+        assert list(relative) == ["5.0", "0.5", "20.0"]
+
+
+def test_ratios_are_those_of_the_medians_of_neighbouring_blocks(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"ms": 0.2}, folder=clockwork) as one,
+        Side("clockwork:make", {"ms": 0.4}, folder=clockwork) as other,
+    ):
+        baseline = Lane("baseline", one, "sleep", expected_ms=1.0)
+        lane = Lane("lane", other, "sleep", expected_ms=1.0)
+        alternate(baseline, [lane], seconds=0.01, block_ms=4.0)
+    blocks = [slice(start, start + 4) for start in range(0, len(lane.times_ms), 4)]
+    expected = [
+        statistics.median(lane.times_ms[block]) / statistics.median(baseline.times_ms[block])
+        for block in blocks
+    ]
+    assert lane.ratios == pytest.approx(expected)
