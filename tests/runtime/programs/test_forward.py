@@ -217,16 +217,17 @@ def made_by_engine(model: Model) -> list[int]:
     return found
 
 
-def test_thresholds_equal_to_the_score_stop(models: Loaded) -> None:
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_threshold_that_equals_the_score_leaves(models: Loaded, rows: int) -> None:
     _, model = models["plain"]
-    inputs = make_inputs(1)
-    score = float(model.trace(inputs).scores[1]["max_prob"][0])
-    model.policy = Rule(thresholds={"exit_2": score})
-    assert model(inputs).exit_names == ["exit_2"]
-    model.policy = Rule(
-        thresholds={"exit_2": float(np.nextafter(np.float32(score), np.float32(2)))}
-    )
-    assert model(inputs).exit_names == ["exit_4"]
+    inputs = make_inputs(rows)
+    scores = model.trace(inputs).scores[1]["max_prob"]
+    for score in scores:
+        above = np.nextafter(score, np.float32(2))
+        for threshold, leaves in ((score, scores >= score), (above, scores > score)):
+            model.policy = Rule(thresholds={"exit_2": float(threshold)})
+            expected = ["exit_2" if one else "exit_4" for one in leaves]
+            assert model(inputs).exit_names == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
