@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -124,7 +125,9 @@ def check(model: SplitModel) -> None:
             fix="Give reference=..., which says what its exits answer.",
         )
     _check_axes(model)
-    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer_file else None
+    folder = model.tokenizer_folder
+    held = folder is not None and (Path(folder) / "tokenizer.json").is_file()
+    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer_file or held else None
     try:
         manifest = manifest_of(model, "float32")
         graphs = [v.graph for c in manifest.components.values() for v in c.variants]

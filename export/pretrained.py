@@ -20,6 +20,7 @@ import transformers
 from edgeexit.errors import ExportError, UsageError, first_line
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
 
@@ -34,6 +35,9 @@ FAMILIES = {
 
 DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
 """The same for causal language models: model type -> module of this package."""
+
+ENCODER_DECODERS = {"bart": ("bart", "BartForConditionalGeneration")}
+"""The same for encoder-decoders that write text: model type -> (module, class that reads it)."""
 
 
 def name_of(path: str | Path) -> str:
@@ -52,6 +56,7 @@ def from_pretrained(
     *,
     exits: Iterable[int] | None = None,
     adapters: Iterable[int] | Mapping[int, int] | None = None,
+    encoder_exits: Iterable[int] | None = None,
     untrained: bool = False,
 ) -> ExitClassifier | ExitDecoder:
     """Reads a checkpoint and gives it exits.
@@ -62,6 +67,8 @@ def from_pretrained(
             checkpoint. The last layer always answers with the model's own head.
         adapters: Decoders: those of these layers whose exit has an adapter before the shared head
             (see `ExitDecoder`). None: those saved with the checkpoint.
+        encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
+            with the checkpoint, or none.
         untrained: Attach new, random heads (new adapters) even where the checkpoint has none: to
             measure what exits would cost and save before training them, or to train them now.
 
@@ -79,6 +86,18 @@ def from_pretrained(
             f"{path}: not a transformers checkpoint ({first_line(error)})",
             fix="Give a directory with config.json, as save_pretrained writes it.",
         ) from error
+    if config.model_type in ENCODER_DECODERS:
+        if adapters is not None:
+            raise UsageError(
+                f"{path}: adapters are for models without an encoder, not {config.model_type}",
+                fix="Leave them out.",
+            )
+        return _encoder_decoder(path, folder, config, exits, encoder_exits)
+    if encoder_exits is not None:
+        raise UsageError(
+            f"{path}: a {config.model_type} has no encoder before a decoder",
+            fix="Leave encoder_exits out (--encoder-exits).",
+        )
     if config.model_type in DECODERS:
         return _decoder(path, folder, config, exits, adapters, untrained=untrained)
     if adapters is not None:
@@ -90,7 +109,7 @@ def from_pretrained(
     if family is None:
         raise ExportError(
             f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
-            f"(it has {', '.join(sorted({*FAMILIES, *DECODERS}))})",
+            f"(it has {', '.join(sorted({*FAMILIES, *DECODERS, *ENCODER_DECODERS}))})",
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
@@ -203,6 +222,45 @@ def _decoder(
     if sizes:
         decoder.provenance["adapters"] = "untrained" if missing else "trained"
     return decoder
+
+
+def _encoder_decoder(
+    path: str | Path,
+    folder: Path,
+    config: transformers.PretrainedConfig,
+    exits: Iterable[int] | None,
+    encoder_exits: Iterable[int] | None,
+) -> ExitEncoderDecoder:
+    """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
+    saved = read_exits(folder)
+    if exits is None and saved.layers is None:
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"Name layers of the decoder from 1 to {config.decoder_layers - 1}, as in "
+            "exits=[2, 4] (--exits 2,4), and of the encoder with encoder_exits (--encoder-exits).",
+        )
+    module_name, reader = ENCODER_DECODERS[config.model_type]
+    model, loading = _read(reader, path, folder)
+    if loading["missing_keys"]:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {sorted(loading['missing_keys'])[0]}",
+            fix="Give a whole model for conditional generation.",
+        )
+    family = importlib.import_module(f"edgeexit.export.families.{module_name}")
+    chosen = list(saved.layers or [] if exits is None else exits)
+    own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
+    encoder, decoder = family.trunk(model.eval())
+    split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
+    split.eval()
+    split.name = name_of(path)
+    split.tokenizer_folder = folder
+    known = set(chosen) <= set(saved.layers or []) and set(own) <= set(saved.encoder or [])
+    trained = "trained" if known else "untrained"
+    split.provenance = {"model_type": config.model_type, "exits": trained}
+    texts = text_preprocessing(folder, ["input_ids", "attention_mask"], split.encoder.positions)
+    if texts:
+        split.preprocessing, _, split.preprocessing_sample = texts
+    return split
 
 
 def _read(reader: str, path: str | Path, folder: Path) -> tuple[Any, dict[str, Any]]:

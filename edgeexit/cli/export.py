@@ -54,6 +54,12 @@ DTYPES = {
     'with the checkpoint, "none": without. Beside --untrained-exits: new ones too.',
 )
 @click.option(
+    "--encoder-exits",
+    metavar="LIST",
+    help="Encoder-decoders: layers of the encoder with an exit; default: those saved with the "
+    "checkpoint, or none.",
+)
+@click.option(
     "--opset",
     type=int,
     help="ONNX opset of the graphs; default: 20; ONNX files keep theirs from 18 up.",
@@ -153,6 +159,7 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
     """Cuts an ONNX file at its exits."""
     refused = {
         "adapters": ("adapters are for checkpoints of language models", "Leave it out."),
+        "encoder_exits": ("an ONNX file has no encoder apart from the rest", "Leave it out."),
         "untrained_exits": (
             "an ONNX file cannot be given new exits",
             "Add the exits before the model becomes ONNX, and name its outputs with --exits.",
@@ -228,12 +235,12 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    exits = [options[name] for name in ("exits", "untrained_exits", "adapters")]
+    exits = [options[name] for name in ("exits", "untrained_exits", "adapters", "encoder_exits")]
     if ":" in model and not Path(model).exists():
         if any(one is not None for one in exits):
             raise UsageError(
                 f"{model}: the function says itself where its exits are",
-                fix="Leave out --exits, --untrained-exits and --adapters.",
+                fix="Leave out --exits, --untrained-exits, --adapters and --encoder-exits.",
             )
         split = _from_function(model)
     else:
@@ -264,7 +271,11 @@ def _from_function(spec: str) -> SplitModel:
 
 
 def _from_checkpoint(
-    model: str, exits: str | None, untrained_exits: str | None, adapters: str | None
+    model: str,
+    exits: str | None,
+    untrained_exits: str | None,
+    adapters: str | None,
+    encoder_exits: str | None,
 ) -> SplitModel:
     from edgeexit.export.pretrained import from_pretrained
 
@@ -279,8 +290,14 @@ def _from_checkpoint(
     chosen: list[int] | None = None
     if adapters is not None:
         chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
-    untrained = untrained_exits is not None
-    return from_pretrained(model, exits=layers, adapters=chosen, untrained=untrained).split_model()
+    encoder = None if encoder_exits is None else _layers(encoder_exits, "--encoder-exits")
+    return from_pretrained(
+        model,
+        exits=layers,
+        adapters=chosen,
+        encoder_exits=encoder,
+        untrained=untrained_exits is not None,
+    ).split_model()
 
 
 def _layers(text: str, option: str, word: str = "all") -> list[int]:

@@ -25,7 +25,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgeexit.bundle.manifest import Call, Chain, Decoding, Exit, Run, Tensor, TokenState
+from edgeexit.bundle.manifest import (
+    Call,
+    Chain,
+    Decoding,
+    Exit,
+    PromptState,
+    Run,
+    Tensor,
+    TokenState,
+)
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
@@ -117,6 +126,7 @@ class ExitDecoder(nn.Module):
         *,
         exits: Sequence[int] | None = None,
         skipped: Sequence[int] = (),
+        source: Sequence[torch.Tensor] = (),
     ) -> dict[int, torch.Tensor]:
         """Logits of exits over whole sequences, for training and as a reference.
 
@@ -124,6 +134,8 @@ class ExitDecoder(nn.Module):
             input_ids: ``[batch, seq]``, no padding.
             exits: Layers whose logits to give; None: all exits and the last layer.
             skipped: Layers (1 = the first) left out of this pass (layer dropout).
+            source: What layers read besides, of an encoder
+                (`edgeexit.export.exits.encoder_decoder.ExitEncoderDecoder.encode`).
 
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
@@ -136,17 +148,21 @@ class ExitDecoder(nn.Module):
         found = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
             if number not in skipped:
-                state = self._layer(layer, state, positions)
+                state = self._layer(layer, state, positions, *source)
             if number in wanted:
                 seen = state
                 for own in self._adapter(number):
-                    seen = self._layer(own, seen, positions)
+                    seen = self._layer(own, seen, positions, *source)
                 flat = self._head(seen.reshape(-1, self.trunk.width))
                 found[number] = flat.unflatten(0, input_ids.shape)
         return found
 
     def _through_layer(
-        self, layer: CutLayer, state: torch.Tensor, positions: torch.Tensor
+        self,
+        layer: CutLayer,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        *source: torch.Tensor,
     ) -> torch.Tensor:
         q, k, v = layer.before(state)
         return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
@@ -181,14 +197,15 @@ class ExitDecoder(nn.Module):
         looked_at = Tensor(name="state", dtype="float32", axes=["batch", trunk.width])
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
         token = Tensor(name="token", dtype="int64", axes=["batch"])
-        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head)
+        also = self._also_read()
+        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head, reading=bool(also))
         segments, adapters, exits = self._segments(embedded, stacks)
         unsplit = Component(
             name="unsplit",
-            inputs=(embedded, POSITIONS),
+            inputs=(embedded, POSITIONS, *also),
             outputs=(logits,),
             forms=stacks.forms(trunk.layers, stem=True, head=True),
-            states=_token_states(trunk.heads, _layer_names(0, self.depth)),
+            states=self._held(0, self.depth),
         )
         head = Component("head", (looked_at,), (logits,), (Form(trunk.head),))
         chain = Chain(
@@ -223,6 +240,7 @@ class ExitDecoder(nn.Module):
     ) -> tuple[list[Component], list[Component], list[Exit]]:
         """Layers between exits, adapters, and the exits."""
         trunk = self.trunk
+        also = self._also_read()
         segments: list[Component] = []
         adapters, exits = [], []
         borders = [0, *self.exit_layers, self.depth]
@@ -231,10 +249,10 @@ class ExitDecoder(nn.Module):
             segments.append(
                 Component(
                     name=f"segment_{number}",
-                    inputs=(segments[-1].outputs[0] if segments else embedded, POSITIONS),
+                    inputs=(segments[-1].outputs[0] if segments else embedded, POSITIONS, *also),
                     outputs=(state,),
                     forms=stacks.forms(layers, stem=start == 0),
-                    states=_token_states(trunk.heads, _layer_names(start, stop)),
+                    states=self._held(start, stop),
                     projection=None if start == 0 else stacks.projection(layers),
                 )
             )
@@ -257,6 +275,14 @@ class ExitDecoder(nn.Module):
                 )
             )
         return segments, adapters, exits
+
+    def _also_read(self) -> tuple[Tensor, ...]:
+        """What layers take besides states and positions."""
+        return ()
+
+    def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
+        """What layers from `start` to before `stop` keep, layer by layer."""
+        return _token_states(self.trunk.heads, _layer_names(start, stop))
 
     def _reference(self, inputs: Values) -> Values:
         return {f"exit_{layer}": logits for layer, logits in self(inputs["tokens"]).items()}

@@ -26,10 +26,12 @@ class SavedExits:
     Attributes:
         layers: Those that have an exit; None when it says nothing.
         adapters: Exits of a decoder with layers of their own: layer -> how many.
+        encoder: Layers of an encoder before the decoder that have an exit.
     """
 
     layers: list[int] | None = None
     adapters: dict[int, int] = field(default_factory=dict)
+    encoder: list[int] | None = None
 
 
 def save_exits(folder: Path, exits: SavedExits, modules: nn.ModuleDict) -> None:
@@ -38,6 +40,8 @@ def save_exits(folder: Path, exits: SavedExits, modules: nn.ModuleDict) -> None:
     config: dict[str, object] = {"format": 1, "exits": exits.layers}
     if exits.adapters:
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
+    if exits.encoder is not None:
+        config["encoder_exits"] = exits.encoder
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     if len(modules):
         weights = {k: v.detach().contiguous() for k, v in modules.state_dict().items()}
@@ -56,7 +60,10 @@ def read_exits(folder: Path) -> SavedExits:
             raise ValueError("exits is not a list of layer numbers")
         if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
             raise ValueError("adapters does not map layer numbers to numbers of layers")
-        return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()})
+        encoder = found.get("encoder_exits")
+        if encoder is not None and not all(isinstance(layer, int) for layer in encoder):
+            raise ValueError("encoder_exits is not a list of layer numbers")
+        return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()}, encoder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
             f"{config}: cannot be read ({error})", fix="Save the exits again with save_pretrained."

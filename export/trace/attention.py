@@ -283,6 +283,26 @@ def causal_attention(
     return join_heads(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+def read_source(
+    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, unread: torch.Tensor
+) -> torch.Tensor:
+    """Attention over a source, every token of which sees all others.
+
+    Args:
+        q: ``[batch, new, heads * size]``.
+        key, value: ``[batch, heads, source, size]``.
+        unread: What is not seen, bool ``[batch, 1, 1, source]``.
+
+    Returns:
+        ``[batch, new, heads * size]``.
+    """
+    heads, size = key.shape[1], key.shape[3]
+    q = split_heads(q, heads, size) * size**-0.5
+    scores = (q @ key.transpose(-1, -2)).masked_fill(unread, torch.finfo(q.dtype).min)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return join_heads(shares @ value)
+
+
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:

@@ -20,6 +20,7 @@ from edgeexit.export.trace.attention import (
     Heads,
     angles,
     forms,
+    read_source,
     rotations,
     split_heads,
     turn,
@@ -34,6 +35,20 @@ class CutLayer(Protocol):
     def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor: ...
 
 
+class ReadingLayer(CutLayer, Protocol):
+    """A layer with a second attention, over what an encoder made: `before` and `between` stand
+    before the two, `after` behind both."""
+
+    def between(
+        self, state: torch.Tensor, attended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def cross(self, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+_UNREAD = Tensor(name="unread", dtype="bool", axes=["batch", 1, 1, "source"])
+
+
 class Stacks:
     """Makes stacks that have as many modules in common as can be, for each is traced once.
 
@@ -42,16 +57,29 @@ class Stacks:
         width: Size of a state.
         stem: ``(embedded, positions) -> state``, before the first layer, if there is any.
         head: ``state [rows, width] -> logits``, behind the last.
+        reading: Layers also attend over a source (`ReadingLayer`), whose mask comes in behind
+            positions.
     """
 
-    def __init__(self, heads: Heads, width: int, stem: nn.Module | None, head: nn.Module) -> None:
+    def __init__(
+        self,
+        heads: Heads,
+        width: int,
+        stem: nn.Module | None,
+        head: nn.Module,
+        *,
+        reading: bool = False,
+    ) -> None:
         self._heads = heads
         self._state = Tensor(name="state", dtype="float32", axes=["batch", "new", width])
         self._attentions = [form(heads) for form in forms(heads)]
-        self._entries = [_Entry(None, attention) for attention in self._attentions]
+        self._shared = (_UNREAD,) if reading else ()
+        self._entries = [_Entry(None, attention, reading) for attention in self._attentions]
         self._first_entries = self._entries
         if stem is not None:
-            self._first_entries = [_Entry(stem, attention) for attention in self._attentions]
+            self._first_entries = [
+                _Entry(stem, attention, reading) for attention in self._attentions
+            ]
         self._head = _LastToken(head)
         self._rotations = _Rotations(heads)
         self._kinds: list[_Kind] = []
@@ -67,7 +95,7 @@ class Stacks:
                 body=Stack(
                     entry=entries[number].eval(),
                     state=self._state,
-                    shared=attention.shared,
+                    shared=(*attention.shared, *self._shared),
                     layers=[
                         Layer(kind.cached[number], _weights(layer))
                         for kind, layer in zip(kinds, layers, strict=True)
@@ -112,18 +140,21 @@ class _Kind:
 class _Entry(nn.Module):
     """The first state, and what attention's layers share."""
 
-    def __init__(self, stem: nn.Module | None, attention: AnyForm) -> None:
+    def __init__(self, stem: nn.Module | None, attention: AnyForm, reading: bool) -> None:
         super().__init__()
         self.stem = stem
         self.attention = attention
+        self.reading = reading
 
     def forward(
         self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        source, rest = (rest[:1], rest[1:]) if self.reading else ((), rest)
         *lengths, past = rest
         if self.stem is not None:
             state = self.stem(state, positions)
-        return (state, *self.attention.prepare(positions, lengths, past.shape[2]))
+        shared = self.attention.prepare(positions, lengths, past.shape[2])
+        return (state, *shared, *(~mask.bool()[:, None, None] for mask in source))
 
 
 class _CachedLayer(nn.Module):
@@ -139,12 +170,17 @@ class _CachedLayer(nn.Module):
         state: torch.Tensor,
         past_key: torch.Tensor,
         past_value: torch.Tensor,
-        *shared: torch.Tensor,
+        *rest: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer = cast("CutLayer", self.layer)
+        layer, past = cast("CutLayer", self.layer), (past_key, past_value)
         q, k, v = layer.before(state)
-        attended, key, value = self.attention(q, k, v, (past_key, past_value), shared)
-        return layer.after(state, attended), key, value
+        if not hasattr(layer, "between"):
+            attended, key, value = self.attention(q, k, v, past, rest)
+            return layer.after(state, attended), key, value
+        cross_key, cross_value, *shared, unread = rest
+        attended, key, value = self.attention(q, k, v, past, shared)
+        state, q = cast("ReadingLayer", layer).between(state, attended)
+        return layer.after(state, read_source(q, cross_key, cross_value, unread)), key, value
 
 
 class _LastToken(nn.Module):
@@ -167,7 +203,9 @@ class _Rotations(nn.Module):
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
-    def forward(self, state: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, state: torch.Tensor, positions: torch.Tensor, *source: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return (state, *angles(self.cos, self.sin, positions)) if self.rotary else (state,)
 
 
@@ -196,7 +234,11 @@ class _WithoutAttention(nn.Module):
 
     def forward(self, state: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, ...]:
         layer = cast("CutLayer", self.layer)
-        return (*layer.before(state), layer.after(state, attended))
+        found = (*layer.before(state), layer.after(state, attended))
+        if not hasattr(layer, "between"):
+            return found
+        reading = cast("ReadingLayer", layer)
+        return (*found, *reading.between(state, attended), *reading.cross(state))
 
 
 def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -229,4 +271,4 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in _tensors(layer).items()}
 
 
-__all__ = ["CutLayer", "Stacks"]
+__all__ = ["CutLayer", "ReadingLayer", "Stacks"]

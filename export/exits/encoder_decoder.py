@@ -1,0 +1,313 @@
+"""An encoder-decoder that writes text, with exits in both.
+
+Its decoder is one of `edgeexit.export.exits.decoder` whose layers also read what the encoder made
+of the source.
+
+An exit of the encoder has no module: the state that stands there is handed to the decoder as it
+is. Its score says how little the last layer changed it (`saturation`; MuE, CVPR 2023, which has one
+decision for all rows: here each row has its own, and padding does not count). Keys and values of
+the decoder's cross attention are made of that state once per prompt, by one component for each
+segment of the decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgeexit.bundle.manifest import (
+    Chain,
+    Exit,
+    PromptState,
+    Run,
+    Tensor,
+    TextPreprocessing,
+    TokenState,
+)
+from edgeexit.export.contract import Component, Form, SplitModel, Values
+from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
+from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
+
+if TYPE_CHECKING:
+    from edgeexit.export.trace.layer_stacks import CutLayer, ReadingLayer
+
+SOURCE_IDS = Tensor(name="input_ids", dtype="int64", axes=["batch", "source"])
+SOURCE_MASK = Tensor(name="attention_mask", dtype="int64", axes=["batch", "source"])
+EXAMPLE_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class EncoderTrunk:
+    """What a family says of its encoder.
+
+    Attributes:
+        stem: ``input_ids [batch, source] -> state [batch, source, width]``.
+        layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding.
+        positions: The longest source.
+        start_tokens: What a decoder's text begins with.
+        pad_token: Token id that fills short sources.
+    """
+
+    stem: nn.Module
+    layers: Sequence[nn.Module]
+    positions: int
+    start_tokens: tuple[int, ...]
+    pad_token: int = 0
+
+
+class ExitEncoderDecoder(ExitDecoder):
+    """An encoder-decoder with exits behind some layers of each.
+
+    Args:
+        model: The transformers model that owns the weights.
+        encoder: Its encoder.
+        trunk: Its decoder, whose layers also have ``between`` and ``cross``
+            (`edgeexit.export.trace.layer_stacks.ReadingLayer`).
+        exits: Layers of the decoder with an exit (1 = behind the first).
+        encoder_exits: Those of the encoder.
+
+    Attributes:
+        preprocessing, preprocessing_sample: How a text becomes ids, and a sample of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: EncoderTrunk,
+        trunk: DecoderTrunk,
+        exits: Iterable[int],
+        encoder_exits: Iterable[int] = (),
+    ) -> None:
+        super().__init__(model, trunk, exits)
+        self.encoder = encoder
+        self.encoder_layers = nn.ModuleList(encoder.layers)
+        self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers))
+        self.preprocessing: TextPreprocessing | None = None
+        self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
+        self._borders = [0, *self.exit_layers, self.depth]
+
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, layers: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder reads of a source: `forward` takes it as `source`.
+
+        Args:
+            input_ids, attention_mask: ``[batch, source]``; ones and zeros (padding).
+            layers: After how many layers the state is handed over; None: all.
+        """
+        state, read = self.encoder.stem(input_ids), attention_mask.bool()
+        for layer in itertools.islice(self.encoder_layers, layers):
+            state = layer(state, read)
+        return state, read
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model as transformers does, and behind which layers it has exits."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        exits = SavedExits(self.exit_layers, encoder=self.encoder_exit_layers)
+        save_exits(folder, exits, self.adapters)
+
+    def split_model(self) -> SplitModel:
+        """The contract for export: the encoder in segments and unsplit, what makes cross keys and
+        values, and the decoder as any other.
+
+        Raises:
+            UsageError: The decoder has no early exit.
+        """
+        split = super().split_model()
+        assert split.decoding is not None
+        encoder, chain = self._encoder()
+        return dataclasses.replace(
+            split,
+            task="text2text-generation",
+            inputs=(SOURCE_IDS, SOURCE_MASK, *split.inputs),
+            components=[*encoder, *self._makers(), *split.components],
+            chains={"encoder": chain, **split.chains},
+            steps=[Run(chain="encoder"), *split.steps],
+            example=self._example,
+            decoding=msgspec.structs.replace(
+                split.decoding, start_tokens=list(self.encoder.start_tokens)
+            ),
+            limits={**split.limits, "source": self.encoder.positions},
+            preprocessing=self.preprocessing,
+            preprocessing_sample=self.preprocessing_sample,
+        )
+
+    def _encoder(self) -> tuple[list[Component], Chain]:
+        """The encoder's segments, and their chain."""
+        borders = [0, *self.encoder_exit_layers, len(self.encoder_layers)]
+        segments: list[Component] = []
+        exits = []
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
+            name, state = f"encoder_{number}", self._state(f"encoder_state_{stop}")
+            score = Tensor(name=f"{name}/saturation", dtype="float32", axes=["batch"])
+            body = _Segment(self.encoder.stem if start == 0 else None, self._between(start, stop))
+            takes = SOURCE_IDS if start == 0 else segments[-1].outputs[0]
+            forms = (Form(body.eval()),)
+            segments.append(Component(name, (takes, SOURCE_MASK), (state, score), forms))
+            exits.append(
+                Exit(
+                    name=f"encoder_exit_{stop}",
+                    behind=name,
+                    outputs={ENCODED: state.name},
+                    scores={"saturation": score.name},
+                )
+            )
+        whole = _Segment(self.encoder.stem, self._between(0, len(self.encoder_layers)), False)
+        given = self._state(ENCODED)
+        forms = (Form(whole.eval()),)
+        unsplit = Component("encoder_unsplit", (SOURCE_IDS, SOURCE_MASK), (given,), forms)
+        names = [segment.name for segment in segments]
+        chain = Chain(components=names, outputs=[given], exits=exits, unsplit=[unsplit.name])
+        return [*segments, unsplit], chain
+
+    def _between(self, start: int, stop: int) -> list[nn.Module]:
+        return [*self.encoder_layers][start:stop]
+
+    def _makers(self) -> Iterator[Component]:
+        """What makes the cross keys and values of each segment of the decoder."""
+        for number, (start, stop) in enumerate(itertools.pairwise(self._borders)):
+            made = [
+                state.tensor
+                for layer in range(start, stop)
+                for state in self._cross_states(layer + 1, number)
+            ]
+            body = _Cross([*self.layers][start:stop], self.trunk.heads)
+            taken = (self._state(ENCODED),)
+            yield Component(_maker(number), taken, tuple(made), (Form(body.eval()),))
+
+    def _cross_states(self, layer: int, segment: int) -> list[PromptState]:
+        heads = self.trunk.heads
+        return [
+            PromptState(
+                tensor=Tensor(
+                    name=f"layer_{layer}/cross_{kind}",
+                    dtype="float32",
+                    axes=["batch", heads.queries, "source", heads.size],
+                ),
+                maker=_maker(segment),
+            )
+            for kind in ("key", "value")
+        ]
+
+    def _state(self, name: str) -> Tensor:
+        return Tensor(name=name, dtype="float32", axes=["batch", "source", self.trunk.width])
+
+    def _also_read(self) -> tuple[Tensor, ...]:
+        return (SOURCE_MASK,)
+
+    def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
+        found: list[TokenState | PromptState] = []
+        for layer in range(start, stop):
+            segment = sum(border <= layer for border in self._borders[1:])
+            found += super()._held(layer, layer + 1)
+            found += self._cross_states(layer + 1, segment)
+        return tuple(found)
+
+    def _through_layer(
+        self,
+        layer: CutLayer,
+        state: torch.Tensor,
+        positions: torch.Tensor,
+        *source: torch.Tensor,
+    ) -> torch.Tensor:
+        encoded, read = source
+        own, heads = cast("ReadingLayer", layer), self.trunk.heads
+        q, k, v = own.before(state)
+        state, q = own.between(state, causal_attention(q, k, v, heads, positions))
+        k, v = (split_heads(x, heads.queries, heads.size) for x in own.cross(encoded))
+        return own.after(state, read_source(q, k, v, unread_of(read)))
+
+    def _example(self, rows: int) -> Values:
+        generator = torch.Generator().manual_seed(0)
+        shape, vocabulary = (rows, EXAMPLE_TOKENS), self.trunk.embedding.shape[0]
+        ids = torch.randint(0, vocabulary, shape, generator=generator)
+        lengths = torch.tensor([EXAMPLE_TOKENS - 3 * row % EXAMPLE_TOKENS for row in range(rows)])
+        mask = (torch.arange(EXAMPLE_TOKENS) < lengths[:, None]).to(torch.int64)
+        ids = torch.where(mask.bool(), ids, self.encoder.pad_token)
+        tokens = torch.randint(0, vocabulary, shape, generator=generator)
+        start = self.encoder.start_tokens
+        tokens[:, : len(start)] = torch.tensor(start)
+        return {SOURCE_IDS.name: ids, SOURCE_MASK.name: mask, "tokens": tokens}
+
+    def _reference(self, inputs: Values) -> Values:
+        source = self.encode(inputs[SOURCE_IDS.name], inputs[SOURCE_MASK.name])
+        found = self(inputs["tokens"], source=source)
+        return {f"exit_{layer}": logits for layer, logits in found.items()}
+
+
+ENCODED = "encoder_state"
+
+
+def _maker(segment: int) -> str:
+    return f"cross_{segment}"
+
+
+def unread_of(read: torch.Tensor) -> torch.Tensor:
+    """What attention does not see of a source: ``[batch, source]`` to ``[batch, 1, 1, source]``."""
+    return ~read.bool()[:, None, None]
+
+
+def saturation(before: torch.Tensor, after: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """How alike the states are that come into a layer and leave it: the cosine of the two, all
+    tokens of a row in one vector, without padding (MuE, CVPR 2023).
+
+    Args:
+        before, after: ``[batch, source, width]``.
+        read: ``[batch, source]``, 0 at padding.
+
+    Returns:
+        ``[batch]``, float32.
+    """
+    kept = read.unsqueeze(-1).to(torch.float32)
+    before, after = ((state.float() * kept).flatten(1) for state in (before, after))
+    return functional.cosine_similarity(before, after, dim=1)
+
+
+class _Segment(nn.Module):
+    """Layers of the encoder, and how little the last of them changes."""
+
+    def __init__(
+        self, stem: nn.Module | None, layers: Sequence[nn.Module], scored: bool = True
+    ) -> None:
+        super().__init__()
+        self.stem, self.scored = stem, scored
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self, given: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        state = before = given if self.stem is None else self.stem(given)
+        for layer in self.layers:
+            before, state = state, layer(state, mask.bool())
+        return (state, saturation(before, state, mask)) if self.scored else state
+
+
+class _Cross(nn.Module):
+    """Cross keys and values of some layers, ``[batch, heads, source, size]``."""
+
+    def __init__(self, layers: Sequence[nn.Module], heads: Heads) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads = heads
+
+    def forward(self, encoded: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            split_heads(x, self.heads.queries, self.heads.size)
+            for layer in self.layers
+            for x in cast("ReadingLayer", layer).cross(encoded)
+        )
+
+
+__all__ = ["EncoderTrunk", "ExitEncoderDecoder", "saturation", "unread_of"]

@@ -1,0 +1,141 @@
+"""BART for conditional generation: learned positions, LayerNorm behind every part, an encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import BartForConditionalGeneration
+
+from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.encoder_decoder import EncoderTrunk, unread_of
+from edgeexit.export.families.llama import stop_tokens
+from edgeexit.export.trace.attention import Heads, read_source, split_heads
+
+
+def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTrunk]:
+    """Describes a BART model: its encoder and its decoder."""
+    config, own = model.config, model.model
+    size = config.d_model // config.encoder_attention_heads
+    encoder = EncoderTrunk(
+        stem=_Source(own.encoder),
+        layers=[_EncoderLayer(layer, size) for layer in own.encoder.layers],
+        positions=config.max_position_embeddings,
+        start_tokens=_start_tokens(model),
+        pad_token=config.pad_token_id or 0,
+    )
+    words = own.decoder.embed_tokens
+    heads = config.decoder_attention_heads
+    decoder = DecoderTrunk(
+        embedding=words.weight * words.embed_scale,
+        stem=_Stem(own.decoder),
+        layers=[_Layer(layer) for layer in own.decoder.layers],
+        head=_Head(model),
+        heads=Heads(queries=heads, keys=heads, size=config.d_model // heads),
+        width=config.d_model,
+        positions=config.max_position_embeddings,
+        stop_tokens=stop_tokens(model),
+    )
+    return encoder, decoder
+
+
+def _start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
+    """What a text begins with: the decoder's start, and a first token where one is forced."""
+    generation, config = model.generation_config, model.config
+    start = generation.decoder_start_token_id
+    start = config.decoder_start_token_id if start is None else start
+    forced = generation.forced_bos_token_id
+    return (start,) if forced is None else (start, forced)
+
+
+class _Places(nn.Module):
+    """Adds the position's own embedding, whose table starts two rows late, and normalises."""
+
+    def __init__(self, half: nn.Module) -> None:
+        super().__init__()
+        self.table = half.embed_positions.weight  # type: ignore[union-attr]
+        self.offset = int(half.embed_positions.offset)  # type: ignore[union-attr,arg-type]
+        self.norm = half.layernorm_embedding
+
+    def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        own = nn.functional.embedding(positions + self.offset, self.table)  # type: ignore[arg-type]
+        return self.norm(embedded + own)  # type: ignore[operator]
+
+
+class _Stem(_Places):
+    """A token's embedding, which comes scaled, to the decoder's first state."""
+
+
+class _Source(_Places):
+    """Ids of a source to the encoder's first state."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder)
+        self.words = encoder.embed_tokens
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return super().forward(self.words(input_ids), positions.unsqueeze(0))  # type: ignore[operator]
+
+
+class _EncoderLayer(nn.Module):
+    """A layer that sees all of the source but its padding."""
+
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.size = size
+
+    def forward(self, state: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        layer, attention = self.layer, self.layer.self_attn
+        k, v = (
+            split_heads(x, -1, self.size)
+            for x in (attention.k_proj(state), attention.v_proj(state))  # type: ignore[union-attr,operator]
+        )
+        attended = read_source(attention.q_proj(state), k, v, unread_of(read))  # type: ignore[union-attr,operator]
+        state = layer.self_attn_layer_norm(state + attention.out_proj(attended))  # type: ignore[operator,union-attr]
+        return _feed_forward(layer, state)
+
+
+class _Layer(nn.Module):
+    """A decoder layer, cut open around both of its attentions."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        attention = self.layer.self_attn
+        return attention.q_proj(state), attention.k_proj(state), attention.v_proj(state)  # type: ignore[operator,union-attr]
+
+    def between(
+        self, state: torch.Tensor, attended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layer
+        state = layer.self_attn_layer_norm(state + layer.self_attn.out_proj(attended))  # type: ignore[operator,union-attr]
+        return state, layer.encoder_attn.q_proj(state)  # type: ignore[operator,union-attr]
+
+    def cross(self, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = self.layer.encoder_attn
+        return attention.k_proj(encoded), attention.v_proj(encoded)  # type: ignore[operator,union-attr]
+
+    def after(self, state: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        state = state + layer.encoder_attn.out_proj(attended)  # type: ignore[operator,union-attr]
+        return _feed_forward(layer, layer.encoder_attn_layer_norm(state))  # type: ignore[operator]
+
+
+def _feed_forward(layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
+    made = layer.fc2(layer.activation_fn(layer.fc1(state)))  # type: ignore[operator]
+    return layer.final_layer_norm(state + made)  # type: ignore[operator]
+
+
+class _Head(nn.Module):
+    """Vocabulary projection and the bias beside it."""
+
+    def __init__(self, model: BartForConditionalGeneration) -> None:
+        super().__init__()
+        self.projection = model.lm_head
+        self.bias = nn.Buffer(model.final_logits_bias[0])
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.projection(state) + self.bias

@@ -1,0 +1,231 @@
+"""BART: encoder and decoder with exits, held against transformers' own generation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import InputError, PolicyError, UsageError
+from edgeexit.export import export
+from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.pretrained import from_pretrained
+from edgeexit.measure.check import check
+from edgeexit.runtime import Model, Policy, Rule, load
+from edgeexit.runtime.programs.generate import ModeName
+from tests.encoder_decoders import LAYERS, make_bart, save_bart, trained_bart
+
+KINDS: dict[str, Callable[[], transformers.BartForConditionalGeneration]] = {
+    "random": make_bart,
+    "trained": trained_bart,
+}
+ONE, SEVERAL = ["abcj"], ["abc", "jihgfed", "c"]
+NEW = 12
+ALWAYS, NEVER = float("-inf"), float("inf")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bart(KINDS[kind](), tmp_path_factory.mktemp(kind) / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def split(folder: Path) -> ExitEncoderDecoder:
+    split = from_pretrained(folder, exits=[1, 2], encoder_exits=[1, 2])
+    assert isinstance(split, ExitEncoderDecoder)
+    return split
+
+
+@pytest.fixture(scope="module")
+def bundle(split: ExitEncoderDecoder, folder: Path) -> Bundle:
+    return export(split.split_model(), folder.parent / "bundle")
+
+
+@pytest.fixture
+def model(bundle: Bundle) -> Iterator[Model]:
+    with load(bundle) as model:
+        yield model
+
+
+def expected(
+    folder: Path, texts: Sequence[str], *, encoder: int = LAYERS, decoder: int = LAYERS
+) -> list[list[int]]:
+    """What transformers writes greedily with so many layers of each, ends left out."""
+    model = transformers.BartForConditionalGeneration.from_pretrained(folder).eval()
+    model.model.encoder.layers = model.model.encoder.layers[:encoder]
+    model.model.decoder.layers = model.model.decoder.layers[:decoder]
+    made = transformers.AutoTokenizer.from_pretrained(folder)(
+        list(texts), return_tensors="pt", padding=True
+    )
+    found = model.generate(
+        input_ids=made.input_ids,
+        attention_mask=made.attention_mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        num_beams=1,
+    )
+    end = model.config.eos_token_id
+    rows = [row[1:] for row in found.tolist()]
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def policy(encoder: float | dict[str, float] = NEVER, decoder: float = NEVER) -> Policy:
+    rules = {
+        "encoder": Rule(score="saturation", thresholds=encoder),
+        "main": Rule(thresholds=decoder),
+    }
+    return Policy(rules=rules)
+
+
+@pytest.mark.parametrize("texts", [ONE, SEVERAL])
+@pytest.mark.parametrize("mode", ["full", "exact", "fast", "approximate"])
+def test_every_mode_writes_what_transformers_writes_where_no_exit_is_taken(
+    model: Model, folder: Path, texts: list[str], mode: ModeName
+) -> None:
+    model.policy = policy()
+    found = model.generate(texts, max_new_tokens=NEW, mode=mode).finish()
+    assert found.tokens == expected(folder, texts)
+
+
+def test_the_trained_one_has_learnt_its_task(tmp_path: Path) -> None:
+    folder = save_bart(trained_bart(), tmp_path / "checkpoint")
+    letters = [[4, 5, 6], [13, 12, 11, 10, 9, 8, 7], [6]]
+    assert expected(folder, SEVERAL) == [row[::-1] for row in letters]
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_an_exit_of_the_encoder_hands_its_state_on(
+    model: Model, folder: Path, layer: int, mode: ModeName
+) -> None:
+    model.policy = policy({f"encoder_exit_{layer}": ALWAYS})
+    for texts in (ONE, SEVERAL):
+        found = model.generate(texts, max_new_tokens=NEW, mode=mode).finish()
+        assert found.tokens == expected(folder, texts, encoder=layer)
+        assert found.statistics.earlier == {"encoder": [f"encoder_exit_{layer}"] * len(texts)}
+
+
+def test_rows_leave_the_encoder_where_their_own_score_says(
+    model: Model, folder: Path, split: ExitEncoderDecoder
+) -> None:
+    scores = saturations(folder, SEVERAL)[:, 0]
+    threshold = float(np.sort(scores)[1:].mean())  # one of the three is above
+    model.policy = policy({"encoder_exit_1": threshold})
+    found = model.generate(SEVERAL, max_new_tokens=NEW).finish()
+    for row, (text, score) in enumerate(zip(SEVERAL, scores, strict=True)):
+        layers = 1 if score >= threshold else LAYERS
+        assert found.statistics.earlier["encoder"][row] == f"encoder_exit_{layers}"
+        assert found.tokens[row] == expected(folder, [text], encoder=layers)[0]
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_leaving_at_an_exit_of_the_decoder_is_the_decoder_cut_there(
+    model: Model, folder: Path, layer: int
+) -> None:
+    rules = {
+        "encoder": Rule(score="saturation"),
+        "main": Rule(thresholds={f"exit_{layer}": ALWAYS}),
+    }
+    model.policy = Policy(rules=rules)
+    found = model.generate(SEVERAL, max_new_tokens=NEW, mode="fast").finish()
+    assert found.tokens == expected(folder, SEVERAL, decoder=layer)
+
+
+def saturations(folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Cosines ``[rows, layers]`` of consecutive states of transformers' encoder, one row at a time,
+    in float64."""
+    model = transformers.BartForConditionalGeneration.from_pretrained(folder).double().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            states = model.model.encoder(ids, output_hidden_states=True).hidden_states
+            flat = [state.flatten().numpy() for state in states]
+            pairs = itertools.pairwise(flat)
+            found.append([a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs])
+    return np.array(found)
+
+
+def test_saturation_is_the_cosine_of_consecutive_states_without_padding(
+    model: Model, folder: Path, split: ExitEncoderDecoder
+) -> None:
+    made = transformers.AutoTokenizer.from_pretrained(folder)(
+        SEVERAL, return_tensors="np", padding=True
+    )
+    inputs = {name: made[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    inputs["tokens"] = np.full((len(SEVERAL), 1), 2, np.int64)
+    trace = model.trace(inputs, chain="encoder")
+    found = np.stack([scores["saturation"] for scores in trace.scores], axis=1)
+    np.testing.assert_allclose(found, saturations(folder, SEVERAL), atol=1e-5)
+
+
+def test_torch_and_transformers_agree_on_every_exit(
+    split: ExitEncoderDecoder, folder: Path
+) -> None:
+    inputs = split.split_model().example(3)
+    model = transformers.BartForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found = split._reference(inputs)
+        for layer in range(1, LAYERS + 1):
+            cut = copy.deepcopy(model)
+            cut.model.decoder.layers = cut.model.decoder.layers[:layer]
+            logits = cut(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                decoder_input_ids=inputs["tokens"],
+            ).logits
+            torch.testing.assert_close(found[f"exit_{layer}"], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bundle_says_what_the_model_says(bundle: Bundle) -> None:
+    with load(bundle) as model:
+        check(model).require()
+    with load(bundle, unsplit=True) as model:
+        model.policy = None
+        assert model.generate(SEVERAL, max_new_tokens=4).finish().tokens
+
+
+def test_unsplit_writes_the_same(bundle: Bundle, folder: Path) -> None:
+    with load(bundle, unsplit=True) as model:
+        for texts in (ONE, SEVERAL):
+            found = model.generate(texts, max_new_tokens=NEW).finish().tokens
+            assert found == expected(folder, texts)
+
+
+def test_half_precision_holds(split: ExitEncoderDecoder, tmp_path: Path) -> None:
+    with load(export(split.split_model(), tmp_path / "half", dtype="float16")) as model:
+        check(model).require()
+
+
+def test_exits_are_saved_and_read_again(split: ExitEncoderDecoder, tmp_path: Path) -> None:
+    split.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert isinstance(again, ExitEncoderDecoder)
+    assert (again.exit_layers, again.encoder_exit_layers) == ([1, 2], [1, 2])
+    assert again.provenance["exits"] == "trained"
+
+
+def test_what_cannot_be_had_is_refused(folder: Path, model: Model) -> None:
+    with pytest.raises(UsageError, match="adapters are for models without an encoder"):
+        from_pretrained(folder, exits=[1], adapters=[1])
+    with pytest.raises(UsageError, match="there is no layer 9"):
+        from_pretrained(folder, exits=[1], encoder_exits=[9])
+    with pytest.raises(PolicyError, match="no rule for the chain encoder"):
+        model.policy = Policy(rules={"main": Rule(thresholds=0.5)})
+    with pytest.raises(PolicyError):
+        model.policy = Rule(thresholds=0.5)
+    with pytest.raises(InputError):
+        model.generate([[5] * 200], max_new_tokens=NEW).finish()
