@@ -58,7 +58,7 @@ MUTATIONS = [
     ),
     Mutation(
         "compaction: the first rows are kept, not those that stay",
-        ROWS,
+        "runtime/executor/plans.py",
         "keep_rows(name, plan.sizes, stays)",
         "keep_rows(name, plan.sizes, np.arange(len(stays)))",
     ),

@@ -52,4 +52,15 @@ def runs(places: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-__all__ = ["Block", "keep_tokens", "runs"]
+def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
+    """Where a block's tokens stand, per row, if those without positions begin at `starts`."""
+    found = []
+    places = starts if block.positions is None else block.positions
+    for place, count in zip(places, block.counts, strict=True):
+        found.append(
+            list(range(place, place + count)) if isinstance(place, int) else list(place[:count])
+        )
+    return found
+
+
+__all__ = ["Block", "keep_tokens", "runs", "standing"]

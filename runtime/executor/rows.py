@@ -8,7 +8,7 @@ leave are read from the buffers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +17,17 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Exit, Tensor
 from edgeexit.bundle.policy import Decision
-from edgeexit.errors import EdgeExitError
-from edgeexit.runtime.engines.base import Array
 from edgeexit.runtime.engines.host import fetch
-from edgeexit.runtime.executor.bindings import Bindings, failure, size_key
 from edgeexit.runtime.executor.components import (
     EVERY_SCORE,
     Components,
-    exit_calls,
-    outputs_asked,
-    scores_asked,
 )
 from edgeexit.runtime.executor.exits import Streak
-from edgeexit.runtime.executor.launch_ahead import Ahead, LaunchAhead, Share
+from edgeexit.runtime.executor.launch_ahead import Ahead, LaunchAhead
+from edgeexit.runtime.executor.plans import Plan, Plans, Step
 
 if TYPE_CHECKING:
-    from edgeexit.runtime.engines.cuda.device import Mark
-
-PLANS_KEPT = 256
-"""Sizes for which a chain keeps bindings. Each takes some KiB a component: buffers are shared."""
+    pass
 
 ALL = np.empty(0, np.intp)
 """Says that every row stays. Compared by identity."""
@@ -49,50 +41,6 @@ class Answers:
     exits: NDArray[np.int64]
     scores: NDArray[np.float32]
     times_ns: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Step:
-    """A component and the exit behind it, bound for one set of sizes.
-
-    Attributes:
-        run: Runs it.
-        views: The answers it makes, as arrays over the bound buffers; on a GPU, they are there
-            (`edgeexit.runtime.engines.host.fetch`).
-        score: View of the score asked for ``[batch]``; None when the exit is not asked.
-    """
-
-    run: Callable[[], object]
-    views: dict[str, Array]
-    score: NDArray[Any] | None
-
-    @property
-    def first_score(self) -> memoryview | None:
-        """The score's memory: reading a number through it touches less code than numpy does."""
-        return None if self.score is None else self.score.data
-
-
-@dataclass
-class Route:
-    """The steps of a plan laid out for one policy: what a single row walks. Where components
-    are launched ahead, `marks` are set before and behind each, and `shares` counts rows."""
-
-    decisions: Sequence[Decision]
-    full: list[Step]
-    steps: list[tuple[Callable[[], object], memoryview | None, float]]
-    marks: list[tuple[Mark, Mark]] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
-
-
-@dataclass
-class Plan:
-    """What a chain keeps for one set of axis sizes: places of its feeds, and steps by what is
-    asked."""
-
-    sizes: dict[str, int]
-    feeds: list[tuple[str, NDArray[Any]]]
-    steps: dict[tuple[int, str | None], Step] = field(default_factory=dict)
-    route: Route | None = None
 
 
 class RowPass:
@@ -119,19 +67,12 @@ class RowPass:
         asked: Sequence[str | None],
         launch_ahead: LaunchAhead = "never",
     ) -> None:
-        self._components, self._chain, self._feeds = components, chain, list(feeds)
-        self.exits = chain.stops
         self.independent = chain.rows == "independent"
         self._engine = components.engine
-        self.ahead = None if launch_ahead == "never" else Ahead(len(self.exits), launch_ahead)
-        self._names = chain.components
-        stops = {exit_.behind: (n, exit_) for n, exit_ in enumerate(self.exits)}
-        self._exit_behind = [stops.get(name) for name in self._names]
-        self._alive_after = self._carried()
+        self.ahead = None if launch_ahead == "never" else Ahead(len(chain.stops), launch_ahead)
+        self._plans = Plans(components, chain, feeds, asked, self.ahead)
+        self.exits, self._exit_behind = self._plans.exits, self._plans.exit_behind
         self._ready_for: Sequence[Decision] | None = None
-        self._bindings: Bindings
-        self._plans: dict[tuple[tuple[str, int], ...], Plan] = {}
-        self._open(asked)
 
     def run(
         self,
@@ -152,9 +93,9 @@ class RowPass:
             timed: Record the time of every component, its exit and compaction included.
         """
         if self._ready_for is not decisions:
-            self._open([d.score if d.consult else None for d in decisions])
+            self._plans.open([d.score if d.consult else None for d in decisions])
             self._ready_for = decisions
-        plan = self._plan(sizes)
+        plan = self._plans.plan(sizes)
         self._feed(plan, feeds)
         rows = plan.sizes["batch"]
         if rows == 1 and not patience and not timed:
@@ -168,12 +109,12 @@ class RowPass:
     ) -> tuple[list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]], list[int]]:
         """Runs every component for every row. Returns, per exit, copies of all outputs and all
         scores, and the time of each component with its exit, in ns."""
-        self._open([EVERY_SCORE] * len(self.exits))
-        plan = self._plan(sizes)
+        self._plans.open([EVERY_SCORE] * len(self.exits))
+        plan = self._plans.plan(sizes)
         self._feed(plan, feeds)
         found, times_ns = [], []
         for number, behind in enumerate(self._exit_behind):
-            step = self._step(plan, number, EVERY_SCORE)
+            step = self._plans.step(plan, number, EVERY_SCORE)
             started = time.perf_counter_ns()
             self._run_step(step, number)
             times_ns.append(time.perf_counter_ns() - started)
@@ -185,29 +126,6 @@ class RowPass:
                 )
                 found.append((outputs, scores))
         return found, times_ns
-
-    def _open(self, asked: Sequence[str | None]) -> None:
-        """Opens what does not yet give what is asked; if that fails, all stays as it was."""
-        manifest = self._components.bundle.manifest
-        opened = self._components.open(outputs_asked(manifest, self._chain, asked))
-        if not opened and self._plans is not None and hasattr(self, "_bindings"):
-            return
-        # Scores are looked at every time, and the last exit's answers are wanted when it is come
-        # to; those of the others only if a row leaves there.
-        on_host = {*self.exits[-1].outputs.values()}
-        for exit_ in self.exits:
-            on_host |= {*exit_.scores.values()}
-        self._plans.clear()
-        self._ready_for = None
-        self._bindings = Bindings(
-            self._chain,
-            manifest.components,
-            self._feeds,
-            on_host,
-            self._engine,
-            ahead=self.ahead is not None,
-            on_growth=self._plans.clear,
-        )
 
     def _feed(self, plan: Plan, feeds: Mapping[str, NDArray[Any]]) -> None:
         if self.ahead is not None:
@@ -222,12 +140,12 @@ class RowPass:
         answers = Answers({}, np.full(rows, -1, np.int64), np.full(rows, np.nan, np.float32))
         alive: NDArray[np.intp] | None = None  # None: all rows, in order
         streak = Streak(rows, patience) if patience else None
-        last = len(self._names) - 1
+        last = len(self._exit_behind) - 1
         started = time.perf_counter_ns() if timed else 0
         for number, behind in enumerate(self._exit_behind):
             decision = None if behind is None else decisions[behind[0]]
             asks = decision is not None and decision.consult
-            step = self._step(plan, number, decision.score if asks and decision else None)
+            step = self._plans.step(plan, number, decision.score if asks and decision else None)
             self._run_step(step, number)
             stays: NDArray[np.intp] | None = ALL
             if number == last:
@@ -241,7 +159,7 @@ class RowPass:
                 if fires.any():
                     stays = self._leave(answers, number, step, alive, fires)
             if stays is not None and stays is not ALL:
-                plan = self._compact(plan, number, stays)
+                plan = self._plans.compact(plan, number, stays)
                 alive = stays if alive is None else alive[stays]
             if timed:
                 now = time.perf_counter_ns()
@@ -257,7 +175,7 @@ class RowPass:
         A component's weights push Python's own code and data out of the caches, so every object
         touched between two of them is a cache miss (benchmarks/README.md, "between segments").
         """
-        route = self._route(plan, decisions)
+        route = self._plans.route(plan, decisions)
         number = 0
         try:
             for run, first_score, threshold in route.steps:
@@ -266,14 +184,14 @@ class RowPass:
                     break
                 number += 1
         except Exception as error:
-            raise self._failure(error, number) from error
+            raise self._plans.failure(error, number) from error
         number = min(number, len(route.steps) - 1)
         return self._answer_row(route.full[number], number)
 
     def _run_row_ahead(self, plan: Plan, decisions: Sequence[Decision], ahead: Ahead) -> Answers:
         """One row on a GPU, where the next component may be on the stream before the score of this
         one is there."""
-        route = self._route(plan, decisions)
+        route = self._plans.route(plan, decisions)
         last = len(route.steps) - 1
         number, launched = 0, False
         untimed: int | None = None  # a boundary whose times can be read at the next wait
@@ -311,7 +229,7 @@ class RowPass:
                     untimed = number
                 number += 1
         except Exception as error:
-            raise self._failure(error, number) from error
+            raise self._plans.failure(error, number) from error
         return self._answer_row(route.full[number], number, beside=launched)
 
     def _answer_row(self, step: Step, number: int, *, beside: bool = False) -> Answers:
@@ -328,7 +246,7 @@ class RowPass:
         try:
             step.run()
         except Exception as error:
-            raise self._failure(error, number) from error
+            raise self._plans.failure(error, number) from error
 
     def _leave(
         self,
@@ -378,137 +296,6 @@ class RowPass:
         behind = self._exit_behind[number]
         assert behind is not None
         return behind
-
-    def _plan(self, sizes: Mapping[str, int]) -> Plan:
-        """The plan for these sizes; the least recently made go when there are too many."""
-        key = size_key(sizes)
-        plan = self._plans.get(key)
-        if plan is None:
-            for tensor in self._feeds:
-                # Grows slots, which drops every plan, before views exist.
-                self._bindings.bound(tensor.name, sizes)
-            places: list[tuple[str, NDArray[Any]]] = []
-            for tensor in self._feeds:
-                place = self._bindings.view(tensor.name, sizes)
-                assert isinstance(place, np.ndarray)
-                places.append((tensor.name, place))
-            plan = self._plans[key] = Plan(dict(sizes), places)
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-        return plan
-
-    def _step(self, plan: Plan, number: int, ask: str | None) -> Step:
-        """A component and its exit bound for the plan's sizes, made to give what is asked."""
-        step = plan.steps.get((number, ask))
-        if step is not None:
-            return step
-        name, behind = self._names[number], self._exit_behind[number]
-        try:
-            if behind is None or (ask is None and number < len(self._names) - 1):
-                step = Step(self._bind(plan, name, {}, self._alive_after[number]), {}, None)
-            else:
-                step = self._exit_step(plan, number, behind[1], ask)
-        except Exception as error:
-            raise self._failure(error, number) from error
-        plan.steps[number, ask] = step
-        return step
-
-    def _exit_step(self, plan: Plan, number: int, exit_: Exit, ask: str | None) -> Step:
-        scores = {n: exit_.scores[n] for n in scores_asked(exit_, ask or "")}
-        answers = {*exit_.outputs.values(), *scores.values()}
-        alive = self._alive_after[number]
-        path_takes: set[str] = set()
-        for call in exit_.path:
-            own = self._components.bundle.manifest.components[call.component]
-            path_takes |= {call.inputs.get(t.name, t.name) for t in own.inputs}
-        runs = [self._bind(plan, self._names[number], {}, {*alive, *answers, *path_takes})]
-        for call in exit_.path:
-            runs.append(self._bind(plan, call.component, call.inputs, answers | path_takes))
-        views = {name: self._bindings.view(name, plan.sizes) for name in sorted(answers)}
-        seen = views[scores[ask]] if ask in scores else None
-        assert seen is None or isinstance(seen, np.ndarray)
-        return Step(runs[0] if len(runs) == 1 else _Sequence(runs), views, seen)
-
-    def _bind(
-        self, plan: Plan, name: str, renamed: Mapping[str, str], wanted: set[str]
-    ) -> Callable[[], object]:
-        """A component bound by name; of its outputs those that are wanted."""
-        component = self._components.bundle.manifest.components[name]
-        bindings, graph = self._bindings, self._components.graph(name)
-        inputs = {
-            tensor.name: bindings.bound(renamed.get(tensor.name, tensor.name), plan.sizes)
-            for tensor in component.inputs
-        }
-        given = self._components[name].outputs
-        makes = [tensor for tensor in component.outputs if tensor.name in given]
-        bindings.learn(graph, makes, inputs, plan.sizes)
-        outputs = {t.name: bindings.bound(t.name, plan.sizes) for t in makes if t.name in wanted}
-        return graph.bind(inputs, outputs)
-
-    def _route(self, plan: Plan, decisions: Sequence[Decision]) -> Route:
-        """The plan's steps laid out for these decisions; made once while they stay the same."""
-        route = plan.route
-        if route is None or route.decisions is not decisions:
-            full, steps = [], []
-            for number, behind in enumerate(self._exit_behind):
-                decision = None if behind is None else decisions[behind[0]]
-                ask = decision.score if decision is not None and decision.consult else None
-                step = self._step(plan, number, ask)
-                full.append(step)
-                steps.append((step.run, step.first_score, decision.threshold if decision else 0.0))
-            route = plan.route = Route(decisions, full, steps)
-            if self.ahead is not None and (gpu := self._engine.gpu) is not None:
-                route.shares = self.ahead.shares(decisions)
-                route.marks = [(gpu.mark(timed=True), gpu.mark(timed=True)) for _ in steps]
-        return route
-
-    def _compact(self, plan: Plan, number: int, stays: NDArray[np.intp]) -> Plan:
-        """Moves the rows that stay to the front of every tensor still needed."""
-        for name in self._alive_after[number]:
-            self._bindings.keep_rows(name, plan.sizes, stays)
-        return self._plan({**plan.sizes, "batch": len(stays)})
-
-    def _carried(self) -> list[set[str]]:
-        """Per component, the tensors that later ones, and the paths of their exits, still take."""
-        known = self._components.bundle.manifest.components
-        behind = exit_calls(self._chain)
-        later: set[str] = set()
-        found: list[set[str]] = []
-        for name in reversed(self._names):
-            found.append(set(later))
-            later -= {tensor.name for tensor in known[name].outputs}
-            later |= {tensor.name for tensor in known[name].inputs}
-            made = {tensor.name for tensor in known[name].outputs}
-            for exit_ in behind[name]:
-                for call in exit_.path:
-                    own = known[call.component]
-                    later |= {call.inputs.get(t.name, t.name) for t in own.inputs} - made
-                    made |= {tensor.name for tensor in own.outputs}
-        return found[::-1]
-
-    def _failure(self, error: Exception, number: int) -> EdgeExitError:
-        return failure(
-            error,
-            self._names[number],
-            self._engine,
-            "Check the sizes of the inputs against `edgeexit inspect`.",
-        )
-
-
-class _Sequence:
-    """A component and its exit's path, as one run."""
-
-    def __init__(self, runs: Sequence[Callable[[], object]]) -> None:
-        self._runs = runs
-
-    def __call__(self) -> None:
-        for run in self._runs:
-            run()
-
-    def put(self) -> None:
-        """Puts all of them on a GPU's stream; scores are there once somebody has waited."""
-        for run in self._runs:
-            run.put()  # type: ignore[attr-defined]
 
 
 __all__ = ["Answers", "RowPass"]

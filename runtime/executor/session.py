@@ -7,18 +7,15 @@ components, what an earlier step handed on. What is run when, the modes decide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Call, Chain, Decoding, Exit, Gather, Manifest, Tensor
-from edgeexit.errors import EdgeExitError
-from edgeexit.runtime.engines.base import Array, Bound, Engine, Slot
-from edgeexit.runtime.engines.host import row_of
-from edgeexit.runtime.executor.bindings import Bindings, failure
-from edgeexit.runtime.executor.blocks import Block
+from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Manifest, Tensor
+from edgeexit.runtime.engines.base import Array, Bound
+from edgeexit.runtime.executor.bindings import Bindings
+from edgeexit.runtime.executor.blocks import Block, standing
 from edgeexit.runtime.executor.components import (
     NO_SCORE,
     Components,
@@ -27,45 +24,14 @@ from edgeexit.runtime.executor.components import (
     token_states,
 )
 from edgeexit.runtime.executor.gates import Gates
-from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, Floats, Head, Made
+from edgeexit.runtime.executor.handed import Handed
+from edgeexit.runtime.executor.head import Floats, Head
+from edgeexit.runtime.executor.parts import Part
 from edgeexit.runtime.executor.places import Places
-from edgeexit.runtime.executor.states import NewStates, Ring, TokenStates
-
-_REPORT = (
-    "`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, with the output "
-    "of `edgeexit inspect`."
-)
-
+from edgeexit.runtime.executor.states import Ring
 
 CHUNK = 256
 """Prompt tokens that one run takes."""
-
-
-@dataclass
-class Handed:
-    """What an earlier step handed on: tensors that are the same for all tokens of a text."""
-
-    bound: dict[str, Bound] = field(default_factory=dict)
-    slots: dict[str, Slot] = field(default_factory=dict)
-    epoch: int = 0
-
-    def put(self, name: str, value: NDArray, engine: Engine) -> None:
-        """Takes an array."""
-        place = self.room(name, value.dtype, value.shape, engine)
-        place[...] = value
-
-    def room(self, name: str, dtype: np.dtype, shape: tuple[int, ...], engine: Engine) -> Array:
-        """Memory for a tensor of that form; bindings of earlier epochs do not know it."""
-        size_bytes = int(np.prod(shape)) * dtype.itemsize
-        slot = self.slots.get(name)
-        if slot is None or slot.bytes < size_bytes:
-            slot = self.slots[name] = engine.allocate(size_bytes)
-            self.epoch += 1
-        if name not in self.bound or self.bound[name][2] != shape:
-            self.epoch += 1
-        self.bound[name] = (slot, dtype, shape)
-        array: Array = slot.array(dtype, shape)
-        return array
 
 
 class Session:
@@ -85,6 +51,8 @@ class Session:
         exits: Per component, the exit behind it that stops; None where there is none.
         rings: ``rings[k]`` holds what waits for `parts[k]`; the first one stays empty.
         takes: Tensors of earlier steps that components and makers read.
+        prompts: Tokens of every row's prompt.
+        group_masks: Mask -> per row, which tokens of the prompt belong to the group.
     """
 
     def __init__(
@@ -126,9 +94,9 @@ class Session:
         self._late: dict[int, Ring] = {}
         self._paths = [self._path_parts(exit_) for exit_ in self.exits]
         self.takes = self._taken(manifest)
-        self._prompts: list[int] = [0] * batch
+        self.prompts: list[int] = [0] * batch
         self._prefix: list[tuple[NDArray[np.int64], NDArray]] = []
-        self._groups: dict[str, list[NDArray[np.bool_]]] = {}
+        self.group_masks: dict[str, list[NDArray[np.bool_]]] = {}
 
     @property
     def stateful(self) -> list[Part]:
@@ -211,8 +179,8 @@ class Session:
             handed: What earlier steps hand on, by name.
         """
         self.empty()
-        self._prompts, self._prefix = list(prompts), list(prefix)
-        self._groups = {
+        self.prompts, self._prefix = list(prompts), list(prefix)
+        self.group_masks = {
             group.mask: list((groups or {})[name])
             for name, group in self.decoding.groups.items()
             if group.mask is not None
@@ -352,18 +320,8 @@ class Session:
             part.states.clear()
         for ring in self.rings:
             ring.clear()
-        self._prompts, self._prefix = [0] * self.batch, []
+        self.prompts, self._prefix = [0] * self.batch, []
         self.gates.begin({})
-
-    @property
-    def prompts(self) -> list[int]:
-        """Tokens of every row's prompt."""
-        return self._prompts
-
-    @property
-    def group_masks(self) -> dict[str, list[NDArray[np.bool_]]]:
-        """Mask -> per row, which tokens of the prompt belong to the group."""
-        return self._groups
 
     def portions(
         self, ring: Ring, part: Part, boundary: str
@@ -437,151 +395,4 @@ class Session:
         return parts
 
 
-class Part:
-    """One component in a session: its states, and bindings per number of new tokens."""
-
-    def __init__(self, session: Session, name: str, call: Call | None = None) -> None:
-        opened = session.components[name]
-        self.name, self.component, self.variant = name, opened.component, opened.variant
-        self._session, self._engine, self._batch = session, session.engine, session.batch
-        self._renamed: Mapping[str, str] = {} if call is None else call.inputs
-        own = token_states(self.component)
-        self._in_place = self.variant.states != "append"
-        self.states = TokenStates(
-            own, session.batch, session.capacity, self._engine, grows=not self._in_place
-        )
-        self._appends = bool(own) and not self._in_place
-        self._token_states = own
-        self._prompt_states = prompt_states(self.component)
-        self._projection: tuple[Callable[[], object], NewStates] | None = None
-        self._bindings: dict[tuple[int, int | None, int, int], _Run] = {}
-        self._new: dict[int, NewStates] = {}
-        self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
-        answers = [tensor for tensor in self.component.outputs if "new" not in tensor.axes]
-        self._made = Made(answers, session.batch, self._engine)
-        self.answers: Answers = {}
-
-    @property
-    def state(self) -> str:
-        """The tensor that it hands on."""
-        tensor = self._state[0] if self._state else self.component.outputs[0]
-        return tensor.name
-
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether it reads what is made once for a prompt."""
-        return bool(self._prompt_states)
-
-    def make_prompt_states(self, new: int) -> None:
-        """Lets the makers of its prompt states run, where they have not yet for this prompt."""
-        for maker in dict.fromkeys(state.maker for state in self._prompt_states):
-            self._session.gates.make(maker, self._prompt_states, new)
-
-    def run(self, new: int) -> None:
-        """Runs over the boundary; lengths are those before it."""
-        if self._row_by_row(new):
-            for row, length in enumerate(self.states.lengths):
-                self._session.places.write_most(length + new)
-                self._call(new, row)
-            return
-        made = self._call(new, None)
-        if made is not None:
-            self.states.append(made)
-
-    def _row_by_row(self, new: int) -> bool:
-        """ONNX Runtime's operator takes several new tokens behind a past for one row only."""
-        several = self._batch > 1 and new > 1
-        return several and "most" in self.variant.lengths and self.states.longest() > 0
-
-    def _key(self, new: int, row: int | None) -> tuple[int, int | None, int, int]:
-        return new, row, self.states.extent, self._session.handed.epoch
-
-    def _call(self, new: int, row: int | None) -> NewStates | None:
-        key = self._key(new, row)
-        run, made = self._bindings.get(key) or self._bind(key)
-        try:
-            run()
-        except Exception as error:
-            raise self.failure(error) from error
-        return made
-
-    def only_call(self, new: int) -> Callable[[], object] | None:
-        """The call that is all of `run`; None where there is more to do."""
-        if self._appends or self._row_by_row(new):
-            return None
-        key = self._key(new, None)
-        run, _ = self._bindings.get(key) or self._bind(key)
-        return run
-
-    def failure(self, error: Exception) -> EdgeExitError:
-        """What to raise when the engine fails."""
-        return failure(error, self.name, self._engine, _REPORT)
-
-    def _bind(self, key: tuple[int, int | None, int, int]) -> _Run:
-        """Binds all rows, or one of them alone."""
-        new, row, _, _ = key
-        session = self._session
-        sizes = {"batch": self._batch, "new": new}
-        inputs = session.inputs_of(self.component.inputs, self._renamed, new)
-        inputs |= {s.tensor.name: session.handed.bound[s.tensor.name] for s in self._prompt_states}
-        inputs |= self.states.past() | session.places.lengths(self.variant.lengths)
-        outputs: dict[str, Bound] = dict(self._made.bound)
-        for tensor in self.component.outputs:
-            if "new" in tensor.axes:
-                outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
-        made = None
-        if self._appends:
-            made = self._new_states(new)
-            outputs |= made.bound
-        else:
-            outputs |= self.states.present()
-        if row is not None:
-            inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
-            outputs = {k: row_of(v, row) for k, v in outputs.items()}
-        run = session.components.graph(self.name).bind(inputs, outputs)
-        if self._made.bound:
-            run, self.answers = self._made.around(run)
-        while len(self._bindings) >= BINDINGS_KEPT:
-            self._bindings.pop(next(iter(self._bindings)))
-        bound = self._bindings[key] = run, made
-        return bound
-
-    def _new_states(self, new: int) -> NewStates:
-        """Where what that many new tokens per row add goes."""
-        made = self._new.get(new)
-        if made is None:
-            made = self._new[new] = NewStates(self._token_states, self._batch, new, self._engine)
-        return made
-
-    def project(self) -> NewStates | None:
-        """What the boundary's states, one per row, leave if they skip the component; None where it
-        keeps nothing of tokens."""
-        if not self._token_states:
-            return None
-        if self._projection is None:
-            own = self._new_states(1)
-            session = self._session
-            inputs = session.inputs_of(self.component.inputs, self._renamed, 1)
-            graph = session.components.projection(self.name)
-            self._projection = graph.bind(inputs, own.bound), own
-        run, made = self._projection
-        run()
-        return made
-
-
-def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
-    """Where a block's tokens stand, per row, if those without positions begin at `starts`."""
-    found = []
-    places = starts if block.positions is None else block.positions
-    for place, count in zip(places, block.counts, strict=True):
-        found.append(
-            list(range(place, place + count)) if isinstance(place, int) else list(place[:count])
-        )
-    return found
-
-
-_Run = tuple[Callable[[], object], NewStates | None]
-"""What runs a graph, and what new tokens add, which is then to be appended."""
-
-
-__all__ = ["Handed", "Part", "Session", "standing"]
+__all__ = ["CHUNK", "Session"]

@@ -5,17 +5,34 @@ Everything is looked at before any work begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import InputError, UsageError
+from edgeexit.runtime.programs.generation import Piece
 from edgeexit.runtime.programs.sampling import Sampling
 
 ModeName = Literal["full", "exact", "fast", "approximate"]
 Prompt = str | Sequence[int]
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `Model.generate` besides the prompts, which `Model.chat` takes too."""
+
+    inputs: Mapping[str, NDArray[Any]] | None
+    max_new_tokens: int | None
+    mode: ModeName
+    draft_exit: str | None
+    drafts: int | None
+    draft_threshold: float
+    sampling: Sampling | None
+    stop: str | Sequence[str]
+    audit: bool
+    text: bool
+    on_piece: Callable[[Piece], object] | None
 
 
 def check_options(
@@ -120,4 +137,4 @@ def _are_ids(prompts: Any) -> bool:
     return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))
 
 
-__all__ = ["ModeName", "Prompt", "check_options", "stop_strings", "token_rows"]
+__all__ = ["ModeName", "Options", "Prompt", "check_options", "stop_strings", "token_rows"]

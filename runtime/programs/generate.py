@@ -13,8 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,19 +27,21 @@ from edgeexit.runtime.executor.session import CHUNK, Session
 from edgeexit.runtime.executor.tables import Tables, check_ids
 from edgeexit.runtime.programs.arguments import (
     ModeName,
+    Options,
     Prompt,
     check_options,
     stop_strings,
 )
 from edgeexit.runtime.programs.every_exit import trace_texts
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace
-from edgeexit.runtime.programs.generation import Generation, Piece
-from edgeexit.runtime.programs.modes.early import Approximate, Fast
-from edgeexit.runtime.programs.modes.exact import Exact, Pace
-from edgeexit.runtime.programs.modes.full import Full, Mode, Statistics
-from edgeexit.runtime.programs.prompts import Prompts, read_prompts
+from edgeexit.runtime.programs.generation import Generation, Piece, Rounds
+from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
+from edgeexit.runtime.programs.modes.early import Fast
+from edgeexit.runtime.programs.modes.exact import Pace
+from edgeexit.runtime.programs.modes.full import Mode, Statistics
+from edgeexit.runtime.programs.prompts import Prompts, check_alike, read_prompts
 from edgeexit.runtime.programs.sampling import Sampler, Sampling
-from edgeexit.runtime.text.chat import ChatTemplates, Message
+from edgeexit.runtime.text.chat import ChatTemplates, Message, conversations
 from edgeexit.runtime.text.tokenizer import Stream, encode, open_tokenizer
 
 if TYPE_CHECKING:
@@ -50,31 +51,6 @@ logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 128
 """Tokens made where the caller names no number."""
-
-
-class Options(TypedDict, total=False):
-    """The arguments of `Model.generate` besides the prompts, which `Model.chat` takes too."""
-
-    inputs: Mapping[str, NDArray[Any]] | None
-    max_new_tokens: int | None
-    mode: ModeName
-    draft_exit: str | None
-    drafts: int | None
-    draft_threshold: float
-    sampling: Sampling | None
-    stop: str | Sequence[str]
-    audit: bool
-    text: bool
-    on_piece: Callable[[Piece], object] | None
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """Options of mode ``exact``, as `Model.generate` takes them."""
-
-    exit: str | None = None
-    length: int | None = None
-    threshold: float = 0.0
 
 
 class TextProgram:
@@ -170,13 +146,8 @@ class TextProgram:
         for row in given.tokens:
             check_ids(self._text_table(), row)
             self._check_room(len(row), max_new_tokens)
-        # It answers for the last place of a run, which rows of unlike length do not share.
-        if self.unsplit and len(lengths := {len(row) for row in given.tokens}) > 1:
-            raise UsageError(
-                "the unsplit graph takes prompts of one length, these have from "
-                f"{min(lengths)} to {longest} tokens",
-                fix="Give them one at a time, or load without unsplit.",
-            )
+        if self.unsplit:
+            check_alike(given.tokens)
         if given.asks_earlier:
             self._checked.sizes(given.inputs)
         generation = Generation(
@@ -220,12 +191,9 @@ class TextProgram:
         Raises:
             EdgeExitError: What `chat_prompt` and `generate` raise.
         """
-        several = isinstance(messages, Sequence) and bool(messages)
-        several = several and all(isinstance(one, (list, tuple)) for one in messages)
-        conversations: Any = messages if several else [messages]
         prompts = [
             self.chat_prompt(one, tools=tools, template=template, variables=variables)
-            for one in conversations
+            for one in conversations(messages)
         ]
         # The template has written the special tokens already.
         return self.generate([self.encode(p, special_tokens=False) for p in prompts], **options)
@@ -297,42 +265,8 @@ class TextProgram:
             mode = make_mode(session)
             generation.statistics = mode.statistics
             self._hand_on(session, prompts, generation)
-            active = [True] * len(prompts.tokens)
-            new = [[int(token)] for token in mode.prefill(prompts.tokens)]
-            first = time.perf_counter()
-            generation.first_token_s = first - started
-            while True:
-                for row, tokens in enumerate(new):
-                    if not active[row] or not tokens:
-                        continue
-                    kept, written = [], ""
-                    for token in tokens:
-                        if token in ends:
-                            active[row] = False
-                            break
-                        kept.append(token)
-                        generation.tokens[row].append(token)
-                        if mode.sampler is not None:
-                            mode.sampler.histories[row].append(token)
-                        if streams is not None:
-                            written += streams[row].add(token)
-                        full = len(generation.tokens[row]) == most
-                        if full or (streams is not None and streams[row].stopped):
-                            active[row] = False
-                            break
-                    if not active[row] and streams is not None:
-                        written += streams[row].end()
-                    generation.texts[row] += written
-                    generation.decode_s = time.perf_counter() - first
-                    piece = Piece(row, kept, written)
-                    if on_piece is not None:
-                        on_piece(piece)
-                    yield piece
-                if not any(active):
-                    break
-                self._check_usable()  # it may have been closed since the last piece
-                done = [len(t) for t, on in zip(generation.tokens, active, strict=True) if on]
-                new = mode.step(active, most - min(done))
+            rounds = Rounds(generation, mode, streams, ends, most, on_piece)
+            yield from rounds.run(prompts.tokens, started, self._check_usable)
             if isinstance(mode, Fast) and mode.audit:
                 mode.flush()
         finally:
@@ -347,62 +281,15 @@ class TextProgram:
         *,
         audit: bool,
     ) -> Mode:
-        names = ["" if exit_ is None else exit_.name for exit_ in session.exits]
-        if mode == "full":
-            return Full(session, names, sampler)
-        if mode == "exact":
-            return Exact(
-                session,
-                names,
-                None if drafting.exit is None else names.index(drafting.exit),
-                drafts=drafting.length,
-                threshold=drafting.threshold,
-                score=self._decisions[self.chain_name][-1].score,
-                sampler=sampler,
-                paces=self._paces.setdefault(session.batch, {}),
-            )
-        if not any(decision.consult for decision in self._decisions[self.chain_name][:-1]):
-            logger.warning(
-                "mode %s: the policy takes no early exit, so every token passes all layers; give "
-                "one that does (--policy, --threshold)",
-                mode,
-            )
-        behind = dict(
-            zip((e.name for e in self.exits), self._decisions[self.chain_name], strict=True)
-        )
-        never = Decision(consult=False, threshold=float("inf"))
-        decisions = [behind.get(name, never) for name in names]
-        if mode == "approximate":
-            return Approximate(session, names, decisions, sampler=sampler)
-        return Fast(session, names, decisions, audit=audit, sampler=sampler)
+        decisions = self._decisions[self.chain_name]
+        paces = self._paces.setdefault(session.batch, {})
+        return make_mode(session, mode, decisions, drafting, sampler, paces, audit=audit)
 
     def _check_mode(self, mode: ModeName, drafting: Drafting) -> None:
         """Refuses modes and options that the bundle has nothing for."""
-        early = [exit_.name for exit_ in self.exits[:-1]]
-        if drafting.exit is not None and drafting.exit not in early:
-            raise UsageError(
-                f"draft_exit names {drafting.exit!r}; the early exits are {', '.join(early)}",
-                fix="Use one of those names.",
-            )
         if mode != "full" and self.unsplit:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
-        if mode == "exact" and not early:
-            raise UsageError("the bundle has no early exit to draft", fix='Use mode="full".')
-        if mode == "approximate" and (reason := self._unskippable()):
-            raise UsageError(
-                f"{self.bundle.path} cannot be run in mode approximate: {reason}",
-                fix="Use another mode.",
-            )
-
-    def _unskippable(self) -> str:
-        """Why tokens cannot skip components; empty where they can."""
-        components = self.bundle.manifest.components
-        if any(len(exit_.path) > 1 for exit_ in self.exits):
-            return "its exits have adapters, whose states would miss the tokens that left"
-        for name in self.chain.components[1:]:
-            if token_states(components[name]) and components[name].projection is None:
-                return "it has no projections for tokens that skip a component"
-        return ""
+        check_mode(self.bundle, self.chain, mode, drafting)
 
     def _check_room(self, prompt: int, new: int) -> None:
         if prompt + new <= self.capacity:
@@ -511,4 +398,4 @@ class TextProgram:
         return {"states": ", ".join(forms)}
 
 
-__all__ = ["Options", "TextProgram"]
+__all__ = ["TextProgram"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeexit.errors import StateError
-from edgeexit.runtime.programs.modes.full import Statistics
+from edgeexit.runtime.programs.modes.full import Mode, Statistics
+from edgeexit.runtime.text.tokenizer import Stream
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,87 @@ class Generation:
         self._pieces.close()
 
 
+class Rounds:
+    """A mode's rounds, as pieces.
+
+    Args:
+        generation: What is filled.
+        mode: What makes tokens.
+        streams: Per row, what makes text of them; None: no text is wanted.
+        ends: Tokens that end a row, and are not given out.
+        most: The most tokens of a row.
+        on_piece: Called with every piece before it is yielded.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        mode: Mode,
+        streams: Sequence[Stream] | None,
+        ends: Collection[int],
+        most: int,
+        on_piece: Callable[[Piece], object] | None,
+    ) -> None:
+        self._generation, self._mode, self._streams = generation, mode, streams
+        self._ends, self._most, self._on_piece = ends, most, on_piece
+        self._active = [True] * len(generation.tokens)
+
+    def run(
+        self, prompts: Sequence[NDArray[np.int64]], started: float, check: Callable[[], object]
+    ) -> Generator[Piece, None, None]:
+        """Takes the prompts, then makes rounds until every row has ended.
+
+        Args:
+            started: When the text began, by `time.perf_counter`.
+            check: Called before each round; raises if there must be no more.
+        """
+        generation, mode = self._generation, self._mode
+        new = [[int(token)] for token in mode.prefill(prompts)]
+        first = time.perf_counter()
+        generation.first_token_s = first - started
+        while True:
+            for row, tokens in enumerate(new):
+                if not self._active[row] or not tokens:
+                    continue
+                kept, written = self._take(row, tokens)
+                generation.texts[row] += written
+                generation.decode_s = time.perf_counter() - first
+                piece = Piece(row, kept, written)
+                if self._on_piece is not None:
+                    self._on_piece(piece)
+                yield piece
+            if not any(self._active):
+                break
+            check()
+            lengths = zip(generation.tokens, self._active, strict=True)
+            done = [len(tokens) for tokens, on in lengths if on]
+            new = mode.step(self._active, self._most - min(done))
+
+    def _take(self, row: int, tokens: Sequence[int]) -> tuple[list[int], str]:
+        """Adds a round's tokens to a row, up to its end. Returns those, and the text they make."""
+        kept, written = [], ""
+        own, sampler = self._generation.tokens[row], self._mode.sampler
+        stream = None if self._streams is None else self._streams[row]
+        for token in tokens:
+            if token in self._ends:
+                self._active[row] = False
+                break
+            kept.append(token)
+            own.append(token)
+            if sampler is not None:
+                sampler.histories[row].append(token)
+            if stream is not None:
+                written += stream.add(token)
+            if len(own) == self._most or (stream is not None and stream.stopped):
+                self._active[row] = False
+                break
+        if not self._active[row] and stream is not None:
+            written += stream.end()
+        return kept, written
+
+
 def _no_pieces() -> Generator[Piece, None, None]:
     yield from ()
 
 
-__all__ = ["Generation", "Piece"]
+__all__ = ["Generation", "Piece", "Rounds"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Place, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError
+from edgeexit.errors import InputError, UsageError
 from edgeexit.runtime.programs.arguments import Prompt, token_rows
 from edgeexit.runtime.text.tokenizer import encode_batch
 
@@ -116,6 +116,18 @@ def read_prompts(
     return Prompts(rows, given, groups, places)
 
 
+def check_alike(tokens: Sequence[NDArray[np.int64]]) -> None:
+    """Raises `UsageError` for prompts of unlike length, which the unsplit graph cannot take: it
+    answers for the last place of a run."""
+    lengths = {len(row) for row in tokens}
+    if len(lengths) > 1:
+        raise UsageError(
+            "the unsplit graph takes prompts of one length, these have from "
+            f"{min(lengths)} to {max(lengths)} tokens",
+            fix="Give them one at a time, or load without unsplit.",
+        )
+
+
 def _source_texts(
     bundle: Bundle,
     prompts: Prompt | Sequence[Prompt],
@@ -155,4 +167,4 @@ def _padded(
     return found if preprocessing.mask is None else found | {preprocessing.mask: mask}
 
 
-__all__ = ["Prompts", "read_prompts"]
+__all__ = ["Prompts", "check_alike", "read_prompts"]

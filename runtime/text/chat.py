@@ -32,6 +32,15 @@ _FORM = 'Give a list of {"role": "user", "content": "..."}.'
 _INSTALL = 'Install it: pip install "edgeexit[text]".'
 
 
+def conversations(
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+) -> Sequence[Sequence[Message]]:
+    """One conversation, or several, as several."""
+    several = isinstance(messages, Sequence) and bool(messages)
+    several = several and all(isinstance(one, (list, tuple)) for one in messages)
+    return messages if several else [messages]  # type: ignore[return-value,list-item]
+
+
 class ChatTemplates:
     """A bundle's chat templates; each is compiled when it is first used."""
 

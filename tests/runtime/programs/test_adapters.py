@@ -15,7 +15,8 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.check import check
 from edgeexit.runtime import Model, Rule, Sampling, load
 from edgeexit.runtime.executor.components import token_states
-from edgeexit.runtime.executor.session import Part, Session
+from edgeexit.runtime.executor.parts import Part
+from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.early import Fast
 from tests.decoders import (
     ADAPTERS,

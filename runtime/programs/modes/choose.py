@@ -1,0 +1,105 @@
+"""Which mode writes a text: what a bundle can do, and the mode made for a session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeexit.bundle.manifest import Chain
+from edgeexit.bundle.policy import Decision
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import UsageError
+from edgeexit.runtime.executor.components import token_states
+from edgeexit.runtime.executor.session import Session
+from edgeexit.runtime.programs.arguments import ModeName
+from edgeexit.runtime.programs.modes.early import Approximate, Fast
+from edgeexit.runtime.programs.modes.exact import Exact, Pace
+from edgeexit.runtime.programs.modes.full import Full, Mode
+from edgeexit.runtime.programs.sampling import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Options of mode ``exact``, as `Model.generate` takes them."""
+
+    exit: str | None = None
+    length: int | None = None
+    threshold: float = 0.0
+
+
+def make_mode(
+    session: Session,
+    mode: ModeName,
+    decisions: Sequence[Decision],
+    drafting: Drafting,
+    sampler: Sampler | None,
+    paces: dict[int, Pace],
+    *,
+    audit: bool,
+) -> Mode:
+    """A mode for new texts.
+
+    Args:
+        decisions: What the policy says at the exits that stop, in order.
+        paces: What drafting has paid so far, for this number of texts.
+    """
+    names = ["" if exit_ is None else exit_.name for exit_ in session.exits]
+    if mode == "full":
+        return Full(session, names, sampler)
+    if mode == "exact":
+        return Exact(
+            session,
+            names,
+            None if drafting.exit is None else names.index(drafting.exit),
+            drafts=drafting.length,
+            threshold=drafting.threshold,
+            score=decisions[-1].score,
+            sampler=sampler,
+            paces=paces,
+        )
+    if not any(decision.consult for decision in decisions[:-1]):
+        logger.warning(
+            "mode %s: the policy takes no early exit, so every token passes all layers; give "
+            "one that does (--policy, --threshold)",
+            mode,
+        )
+    behind = dict(zip((name for name in names if name), decisions, strict=True))
+    never = Decision(consult=False, threshold=float("inf"))
+    own = [behind.get(name, never) for name in names]
+    if mode == "approximate":
+        return Approximate(session, names, own, sampler=sampler)
+    return Fast(session, names, own, audit=audit, sampler=sampler)
+
+
+def check_mode(bundle: Bundle, chain: Chain, mode: ModeName, drafting: Drafting) -> None:
+    """Raises `UsageError` for modes and options that a bundle has nothing for."""
+    early = [exit_.name for exit_ in chain.stops[:-1]]
+    if drafting.exit is not None and drafting.exit not in early:
+        raise UsageError(
+            f"draft_exit names {drafting.exit!r}; the early exits are {', '.join(early)}",
+            fix="Use one of those names.",
+        )
+    if mode == "exact" and not early:
+        raise UsageError("the bundle has no early exit to draft", fix='Use mode="full".')
+    if mode == "approximate" and (reason := _unskippable(bundle, chain)):
+        raise UsageError(
+            f"{bundle.path} cannot be run in mode approximate: {reason}",
+            fix="Use another mode.",
+        )
+
+
+def _unskippable(bundle: Bundle, chain: Chain) -> str:
+    """Why tokens cannot skip components; empty where they can."""
+    components = bundle.manifest.components
+    if any(len(exit_.path) > 1 for exit_ in chain.stops):
+        return "its exits have adapters, whose states would miss the tokens that left"
+    for name in chain.components[1:]:
+        if token_states(components[name]) and components[name].projection is None:
+            return "it has no projections for tokens that skip a component"
+    return ""
+
+
+__all__ = ["Drafting", "check_mode", "make_mode"]
