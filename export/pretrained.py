@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "bert": ("bert", "AutoModelForSequenceClassification", "text-classification"),
@@ -249,6 +252,12 @@ def _encoder_decoder(
     family = importlib.import_module(f"edgeexit.export.families.{module_name}")
     chosen = list(saved.layers or [] if exits is None else exits)
     own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
+    if settings := family.unheeded(model):
+        logger.warning(
+            "%s: generation goes by the model's own logits; not heeded of its settings: %s",
+            path,
+            ", ".join(settings),
+        )
     encoder, decoder = family.trunk(model.eval())
     split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
     split.eval()

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import LENGTHS, Chain, Component, Exit, Gather, Manifest, TokenState
+from edgeexit.bundle.manifest import (
+    LENGTHS,
+    Chain,
+    Component,
+    Exit,
+    Gather,
+    Manifest,
+    Place,
+    TokenState,
+)
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.export.evaluate import run_graph
 
@@ -76,6 +85,9 @@ class Walk:
             names: Its input -> the tensor that it takes, where that has another name.
         """
         component = self.manifest.components[name]
+        for state in component.states:
+            if not isinstance(state, TokenState) and state.tensor.name not in self.known[0]:
+                self.run(state.maker)
         return [_feed(component, known, names or {}) for known in self.known]
 
     def run(
@@ -83,9 +95,6 @@ class Walk:
     ) -> None:
         """Runs a component, or another graph in its place. `names` as for `feeds`."""
         component = self.manifest.components[name]
-        for state in component.states:
-            if not isinstance(state, TokenState) and state.tensor.name not in self.known[0]:
-                self.run(state.maker)
         feeds = self.feeds(name, names)
         made = self.evaluate(name, feeds) if graph is None else run_graph(graph, feeds)
         first = component.inputs[0].name
@@ -119,6 +128,9 @@ class Walk:
         kept = {t.name for name in later for t in self.manifest.components[name].inputs}
         kept |= {name for e in exits for call in e.path for name in call.inputs.values()}
         kept |= set(chain.exits[-1].outputs.values())
+        for step in self.manifest.steps:
+            kept |= {step.ids} if isinstance(step, Gather) else set()
+            kept |= {step.source, step.target} if isinstance(step, Place) else set()
         for known in self.known:
             for name in known.keys() - kept:
                 del known[name]

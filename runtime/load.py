@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import numpy as np
+
 from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.policy import Policy, Rule, policy_for, read_policy
 from edgeexit.bundle.reader import Bundle, open_bundle
@@ -116,7 +118,7 @@ def load(
             unsplit=unsplit,
             all_scores=all_scores,
             launch_ahead=when,
-            capacity=capacity or built or limit,
+            capacity=int(capacity or built or limit),
         )
 
     model = _first_usable(open_on, engine, fallback)
@@ -140,10 +142,11 @@ def check_capacity(
     """
     if capacity is None:
         return
-    if not (isinstance(capacity, int) and 2 <= capacity <= limit):
+    whole = isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool)
+    if not whole or not 2 <= capacity <= limit:
         raise UsageError(
             f"capacity {capacity} is out of range: the model was made for 2 to {limit} tokens",
-            fix=f"Use at most {limit}.",
+            fix=f"Use a whole number, at most {limit}.",
         )
     if built is not None and (capacity > built or (fixed and capacity < built)):
         exactly = ", no fewer, for their states are of a fixed size" if fixed else ""

@@ -176,6 +176,15 @@ def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
             f"policy is a {type(given).__name__}",
             fix="Give a Policy, a Rule, or the path of a policy.json.",
         )
+    if not isinstance(given.rules, dict) or not all(
+        isinstance(rule, Rule) for rule in given.rules.values()
+    ):
+        raise PolicyError(
+            f"the rules of the policy are {given.rules!r}",
+            fix='Give a Rule for each chain: rules={"main": Rule(thresholds=...)}.',
+        )
+    if not isinstance(given.engine, dict):
+        raise PolicyError(f"engine is {given.engine!r}, not a mapping", fix="Leave it out.")
     if not isinstance(given.bundle, (str, type(None))):
         raise PolicyError(f"bundle is {given.bundle!r}, not a text", fix="Give a digest.")
     if given.bundle is not None and given.bundle != bundle.digest:
@@ -341,11 +350,6 @@ def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
         raise PolicyError(
             f"{path}: cannot be written ({error.strerror})", fix="Choose another -o."
         ) from error
-
-
-def bound_to(policy: Policy, bundle: Bundle) -> Policy:
-    """The same policy, valid for this bundle only."""
-    return msgspec.structs.replace(policy, bundle=bundle.digest)
 
 
 def _to_json(value: Any) -> Any:

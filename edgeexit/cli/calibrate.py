@@ -69,7 +69,7 @@ def command(
     from edgeexit.runtime import write_policy
 
     limit = fraction(max_risk, "--max-risk")
-    check_output(output)
+    check_output(output, trace)
     recorded = read_trace(trace)
     if bundle is not None:
         _require_bundle(recorded, trace, bundle)

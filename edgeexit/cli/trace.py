@@ -61,7 +61,7 @@ def command(
     from edgeexit.measure.trace_file import write_trace
     from edgeexit.runtime import load
 
-    check_output(output)
+    check_output(output, data)
     add_current_directory()
     with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)

@@ -39,8 +39,14 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             partial.unlink()
 
 
-def check_output(path: Path) -> None:
-    """Refuses an output before work is spent on it."""
+def check_output(path: Path, *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuses an output before work is spent on it, among others one that is an input."""
+    for given in inputs:
+        there = given is not None and os.path.exists(given) and path.exists()
+        if given is not None and there and os.path.samefile(given, path):
+            raise UsageError(
+                f"{path} is what is read, and would be replaced", fix="Give another name with -o."
+            )
     if path.is_dir():
         raise UsageError(f"{path} is a directory", fix="Give the name of a file with -o.")
     if path.exists() and not path.is_file():

@@ -186,7 +186,8 @@ def _traceable(name: str, chain: Chain) -> tuple[list[str], list[str]]:
     if missing := [exit_.name for exit_ in exits if "logits" not in exit_.outputs]:
         raise MeasurementError(
             f"exit {missing[0]} of the chain {name} gives no logits, so it predicts no class",
-            fix="Trace a chain whose exits answer with logits.",
+            fix="Its thresholds are yours to choose: try some, and look at what the last chain "
+            "then answers (bench, run). Trace a chain whose exits answer with logits.",
         )
     scores = sorted(set.intersection(*(set(exit_.scores) for exit_ in exits)))
     if not scores:

@@ -34,7 +34,7 @@ from edgeexit.bundle.manifest import (
     TextPreprocessing,
     TokenState,
 )
-from edgeexit.export.contract import Component, Form, SplitModel, Values
+from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
@@ -52,13 +52,15 @@ class EncoderTrunk:
     """What a family says of its encoder.
 
     Attributes:
-        stem: ``input_ids [batch, source] -> state [batch, source, width]``.
+        embedding: ``[vocabulary, width]``; a token's row of it is what the stem gets.
+        stem: ``embedded [batch, source, width] -> state``, alike.
         layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding.
         positions: The longest source.
         start_tokens: What a decoder's text begins with.
         pad_token: Token id that fills short sources.
     """
 
+    embedding: torch.Tensor
     stem: nn.Module
     layers: Sequence[nn.Module]
     positions: int
@@ -106,7 +108,8 @@ class ExitEncoderDecoder(ExitDecoder):
             input_ids, attention_mask: ``[batch, source]``; ones and zeros (padding).
             layers: After how many layers the state is handed over; None: all.
         """
-        state, read = self.encoder.stem(input_ids), attention_mask.bool()
+        embedded = functional.embedding(input_ids, self.encoder.embedding)
+        state, read = self.encoder.stem(embedded), attention_mask.bool()
         for layer in itertools.islice(self.encoder_layers, layers):
             state = layer(state, read)
         return state, read
@@ -134,7 +137,11 @@ class ExitEncoderDecoder(ExitDecoder):
             inputs=(SOURCE_IDS, SOURCE_MASK, *split.inputs),
             components=[*encoder, *self._makers(), *split.components],
             chains={"encoder": chain, **split.chains},
-            steps=[Run(chain="encoder"), *split.steps],
+            steps=[
+                Table(SOURCE_IDS.name, self._source, self.encoder.embedding.detach(), "input"),
+                Run(chain="encoder"),
+                *split.steps,
+            ],
             example=self._example,
             decoding=msgspec.structs.replace(
                 split.decoding, start_tokens=list(self.encoder.start_tokens)
@@ -153,7 +160,7 @@ class ExitEncoderDecoder(ExitDecoder):
             name, state = f"encoder_{number}", self._state(f"encoder_state_{stop}")
             score = Tensor(name=f"{name}/saturation", dtype="float32", axes=["batch"])
             body = _Segment(self.encoder.stem if start == 0 else None, self._between(start, stop))
-            takes = SOURCE_IDS if start == 0 else segments[-1].outputs[0]
+            takes = self._source if start == 0 else segments[-1].outputs[0]
             forms = (Form(body.eval()),)
             segments.append(Component(name, (takes, SOURCE_MASK), (state, score), forms))
             exits.append(
@@ -167,10 +174,15 @@ class ExitEncoderDecoder(ExitDecoder):
         whole = _Segment(self.encoder.stem, self._between(0, len(self.encoder_layers)), False)
         given = self._state(ENCODED)
         forms = (Form(whole.eval()),)
-        unsplit = Component("encoder_unsplit", (SOURCE_IDS, SOURCE_MASK), (given,), forms)
+        unsplit = Component("encoder_unsplit", (self._source, SOURCE_MASK), (given,), forms)
         names = [segment.name for segment in segments]
         chain = Chain(components=names, outputs=[given], exits=exits, unsplit=[unsplit.name])
         return [*segments, unsplit], chain
+
+    @property
+    def _source(self) -> Tensor:
+        width = self.encoder.embedding.shape[1]
+        return Tensor(name="source", dtype="float32", axes=["batch", "source", width])
 
     def _between(self, start: int, stop: int) -> list[nn.Module]:
         return [*self.encoder_layers][start:stop]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import BartForConditionalGeneration
 
+from edgeexit.errors import ExportError
 from edgeexit.export.exits.decoder import DecoderTrunk
 from edgeexit.export.exits.encoder_decoder import EncoderTrunk, unread_of
 from edgeexit.export.families.llama import stop_tokens
@@ -16,7 +17,9 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     """Describes a BART model: its encoder and its decoder."""
     config, own = model.config, model.model
     size = config.d_model // config.encoder_attention_heads
+    words = own.encoder.embed_tokens
     encoder = EncoderTrunk(
+        embedding=words.weight * words.embed_scale,
         stem=_Source(own.encoder),
         layers=[_EncoderLayer(layer, size) for layer in own.encoder.layers],
         positions=config.max_position_embeddings,
@@ -38,11 +41,43 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     return encoder, decoder
 
 
+IGNORED = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "repetition_penalty": 1.0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "forced_decoder_ids": None,
+    "num_beams": 1,
+}
+"""Settings that change what transformers writes, and their values without effect."""
+
+
+def unheeded(model: BartForConditionalGeneration) -> list[str]:
+    """Settings of a checkpoint for generation that this runtime does not heed: it writes greedily,
+    or draws, by logits alone."""
+    found = {name: getattr(model.generation_config, name, None) for name in IGNORED}
+    return [
+        f"{name}={value}"
+        for name, value in found.items()
+        if value is not None and value != IGNORED[name] and value != []
+    ]
+
+
 def _start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
     """What a text begins with: the decoder's start, and a first token where one is forced."""
     generation, config = model.generation_config, model.config
     start = generation.decoder_start_token_id
     start = config.decoder_start_token_id if start is None else start
+    start = config.bos_token_id if start is None else start
+    if start is None:
+        raise ExportError(
+            "the model does not say what a text begins with",
+            fix="Set decoder_start_token_id in its config.json.",
+        )
     forced = generation.forced_bos_token_id
     return (start,) if forced is None else (start, forced)
 
@@ -66,15 +101,11 @@ class _Stem(_Places):
 
 
 class _Source(_Places):
-    """Ids of a source to the encoder's first state."""
+    """A source's embeddings, which come scaled, to the encoder's first state."""
 
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__(encoder)
-        self.words = encoder.embed_tokens
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return super().forward(self.words(input_ids), positions.unsqueeze(0))  # type: ignore[operator]
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        positions = torch.arange(embedded.shape[1], device=embedded.device)
+        return super().forward(embedded, positions.unsqueeze(0))
 
 
 class _EncoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Whether a row leaves at an exit: written once, for rows of a batch and for tokens of a text."""
+"""Which tokens of texts leave at an exit, and how long rows were told the same (patience)."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ def check_options(
     draft_threshold: float,
     sampling: Sampling | None,
     audit: bool,
+    on_piece: object = None,
 ) -> int | None:
     """Raises `UsageError` for invalid options. Returns `max_new_tokens` as an int."""
     if mode not in get_args(ModeName):
@@ -73,6 +74,10 @@ def check_options(
             raise UsageError(
                 f"{name} means nothing in mode {mode}", fix=f'Leave it out, or use mode="{suits}".'
             )
+    if on_piece is not None and not callable(on_piece):
+        raise UsageError(
+            f"on_piece is a {type(on_piece).__name__}", fix="Give a function that takes a Piece."
+        )
     if sampling is not None and not isinstance(sampling, Sampling):
         raise UsageError(
             f"sampling is a {type(sampling).__name__}",
@@ -111,6 +116,8 @@ def token_rows(
             f"the prompts are a {type(prompts).__name__}",
             fix="Give a text, a list of token ids, or a list of either.",
         )
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
+        raise InputError("the prompts are a number", fix="Give a list of token ids.")
     one = isinstance(prompts, str) or _are_ids(prompts)
     many: Sequence[Any] = [prompts] if one else prompts
     found = []
@@ -120,7 +127,8 @@ def token_rows(
             row = np.asarray(ids)
         except ValueError:  # lists of unlike length
             row = np.asarray(ids, dtype=object)
-        if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
+        whole = row.dtype.kind in "iu" and row.dtype != np.uint64
+        if row.ndim != 1 or row.size == 0 or not whole:
             raise InputError(
                 "a prompt is empty"
                 if row.size == 0

@@ -7,16 +7,29 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.errors import UsageError
 from edgeexit.runtime.executor.blocks import Block
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.forward import Trace
 
 
-def trace_texts(session: Session, tokens: NDArray[np.int64], step: int) -> Trace:
-    """Runs every component over texts ``[batch, seq]`` that begin anew, so many tokens at a time,
-    and asks every exit about every token."""
+def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -> Trace:
+    """Runs every component over texts ``[batch, seq]`` that begin anew, so many tokens at a time
+    (None: as many as it can), and asks every exit about every token.
+
+    Raises:
+        UsageError: `step` is no number of tokens, or something reads whole prompts.
+    """
     rows, length = tokens.shape
+    if step is not None and (not isinstance(step, int) or step < 1):
+        raise UsageError(f"step is {step!r}", fix="Use a whole number from 1 up.")
+    if session.gates.whole_prompts and step is not None and step < length:
+        raise UsageError(
+            f"step is {step}, and this model reads a text's {length} tokens in one run",
+            fix="Leave step out.",
+        )
+    step = step or session.chunk
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
     heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
     found: dict[int, dict[str, list[NDArray]]] = {

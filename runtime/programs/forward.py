@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Chain, Gather, Manifest, Run, Tensor
+from edgeexit.bundle.manifest import Call, Chain, Gather, Manifest, Run, Tensor
 from edgeexit.bundle.policy import Decision
 from edgeexit.errors import InputError
-from edgeexit.runtime.executor.components import Components
+from edgeexit.runtime.executor.components import Components, exit_calls
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
 from edgeexit.runtime.executor.rows import Answers, RowPass
 from edgeexit.runtime.executor.tables import Tables
@@ -158,10 +159,18 @@ def chain_feeds(manifest: Manifest, chain: Chain) -> list[Tensor]:
     """What the components of a chain, and the paths of its exits, take from outside."""
     found: dict[str, Tensor] = {}
     made: set[str] = set()
+    behind = exit_calls(chain)
     for name in chain.components:
-        component = manifest.components[name]
-        found |= {t.name: t for t in component.inputs if t.name not in made and t.name not in found}
-        made |= {tensor.name for tensor in component.outputs}
+        calls = [Call(component=name), *(c for e in behind[name] for c in e.path)]
+        for call in calls:
+            component = manifest.components[call.component]
+            taken = {call.inputs.get(t.name, t.name): t for t in component.inputs}
+            found |= {
+                key: msgspec.structs.replace(t, name=key)
+                for key, t in taken.items()
+                if key not in made and key not in found
+            }
+            made |= {tensor.name for tensor in component.outputs}
     return list(found.values())
 
 
@@ -214,7 +223,8 @@ def check_inputs(
         missing = sorted(expected.keys() - inputs.keys())
         unknown = sorted(str(name) for name in inputs.keys() - expected.keys())
         what = f"input {missing[0]} is missing" if missing else f"there is no input {unknown[0]}"
-        raise InputError(what, fix=f"The model takes {', '.join(expected)}.")
+        takes = f"The model takes {', '.join(expected)}." if expected else "Leave inputs out."
+        raise InputError(what, fix=takes)
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
         value = inputs[name]

@@ -33,7 +33,7 @@ from edgeexit.runtime.programs.arguments import (
     stop_strings,
 )
 from edgeexit.runtime.programs.every_exit import trace_texts
-from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace
+from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation, Piece, Rounds
 from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
 from edgeexit.runtime.programs.modes.early import Fast
@@ -133,6 +133,7 @@ class TextProgram:
             draft_threshold=draft_threshold,
             sampling=sampling,
             audit=audit,
+            on_piece=on_piece,
         )
         self._check_usable()
         self._decoding()
@@ -364,11 +365,17 @@ class TextProgram:
                 self._decisions,
                 patience=self._patience,
             )
-            handed = prompts.handed(known)
+            handed = known
             generation.statistics.earlier = {
                 name: [self._steps.passes[name].exits[k].name for k in found.exits.tolist()]
                 for name, found in answers.items()
             }
+        for key in session.takes & handed.keys():
+            if len(handed[key]) != len(prompts.tokens):
+                raise InputError(
+                    f"{key} has {len(handed[key])} rows for {len(prompts.tokens)} texts",
+                    fix="Give one row of inputs for each text.",
+                )
         name = self._decoding().chain
         rule = self.policy.rules.get(name, Rule())
         session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
@@ -382,11 +389,14 @@ class TextProgram:
     def _trace_texts(
         self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None
     ) -> Trace:
+        [tensor] = [t for t in self.bundle.manifest.inputs if t.name == self._decoding().tokens]
+        check_inputs({tensor.name: tensor}, {tensor.name: tokens}, {})
+        check_ids(self._text_table(), tokens)
         given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
         session = self.session(len(tokens))
         session.gates.thresholds = {}
         self._hand_on(session, given, Generation([], [], Statistics()))
-        return trace_texts(session, tokens, step or session.chunk)
+        return trace_texts(session, tokens, step)
 
     def _describe_states(self) -> dict[str, str]:
         components = self._check_usable()

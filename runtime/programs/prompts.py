@@ -39,10 +39,6 @@ class Prompts:
         placeholders, and the prompts have none."""
         return bool(self.inputs) or not self.places
 
-    def handed(self, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """What earlier steps made, without what is only theirs."""
-        return dict(known)
-
     def prefix(
         self, handed: Mapping[str, NDArray[Any]]
     ) -> list[tuple[NDArray[np.int64], NDArray[Any]]]:
@@ -97,6 +93,11 @@ def read_prompts(
     """
     decoding = bundle.manifest.decoding
     assert decoding is not None
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise InputError(
+            f"inputs are a {type(inputs).__name__}, not a mapping",
+            fix="Give arrays by name: inputs={...}; `edgeexit inspect` names them.",
+        )
     given = dict(inputs or {})
     if decoding.start_tokens and encode is not None:
         rows, more = _source_texts(bundle, prompts, given, decoding.start_tokens)
@@ -134,24 +135,42 @@ def _source_texts(
     inputs: Mapping[str, NDArray[Any]],
     start: Sequence[int],
 ) -> tuple[list[NDArray[np.int64]], dict[str, NDArray[Any]]]:
-    """Prompts that an encoder reads: texts, or rows of token ids. The text itself begins with the
-    start tokens."""
+    """Prompts that an encoder reads: texts, or rows of token ids; the written text then begins with
+    the start tokens. Where the encoder's inputs are given, what the text begins with."""
     preprocessing = bundle.manifest.preprocessing
     if inputs:
-        count = len(next(iter(inputs.values())))
-        return [np.array(start, np.int64)] * count, {}
+        if isinstance(prompts, (list, tuple)) and not prompts:
+            first = next(iter(inputs.values()))
+            count = len(first) if isinstance(first, np.ndarray) and first.ndim else 1
+            return [np.array(start, np.int64)] * max(count, 1), {}
+        if isinstance(prompts, str) or _texts(prompts):
+            raise InputError(
+                "a text and inputs are both given, and an encoder reads one of them",
+                fix="Leave inputs out, or give no text: generate([], inputs={...}). Token ids "
+                "beside inputs are what the written text begins with.",
+            )
+        return token_rows(prompts, lambda text: []), {}
     if not isinstance(preprocessing, TextPreprocessing):
         raise InputError(
             f"{bundle.path}: the bundle does not say how a prompt becomes inputs",
             fix="Give them: generate([], inputs={...}).",
         )
-    many = [prompts] if isinstance(prompts, str) else list(prompts)
-    texts = [text for text in many if isinstance(text, str)]
-    if texts and len(texts) == len(many):
-        found: dict[str, NDArray[Any]] = dict(encode_batch(bundle, texts))
+    texts = [prompts] if isinstance(prompts, str) else _texts(prompts)
+    if texts and (isinstance(prompts, str) or len(texts) == len(prompts)):
+        found: dict[str, NDArray[Any]] = dict(encode_batch(bundle, texts, truncate=False))
+    elif texts:
+        raise InputError(
+            "some prompts are texts, others token ids", fix="Give all of them in one form."
+        )
     else:
         found = _padded(preprocessing, token_rows(prompts, lambda text: []))
     return [np.array(start, np.int64)] * len(next(iter(found.values()))), found
+
+
+def _texts(prompts: object) -> list[str]:
+    """Those of several prompts that are texts."""
+    several = isinstance(prompts, (list, tuple))
+    return [one for one in prompts if isinstance(one, str)] if several else []  # type: ignore[attr-defined]
 
 
 def _padded(

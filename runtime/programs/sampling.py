@@ -40,6 +40,18 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises `UsageError` for invalid settings."""
+        for name, kind in (
+            ("temperature", float),
+            ("top_k", int),
+            ("top_p", float),
+            ("repetition_penalty", float),
+            ("seed", int),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)):
+                raise UsageError(
+                    f"{name} is {value!r}", fix=f"Use a {'whole ' * (kind is int)}number."
+                )
         for name, value, holds, range_ in (
             ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),

@@ -73,12 +73,18 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
     return ids
 
 
-def encode_batch(bundle: Bundle, texts: Sequence[str | tuple[str, str]]) -> dict[str, NDArray[Any]]:
+def encode_batch(
+    bundle: Bundle, texts: Sequence[str | tuple[str, str]], *, truncate: bool = True
+) -> dict[str, NDArray[Any]]:
     """Texts, or pairs of them, to what the bundle's text preprocessing makes of them: token ids
     ``[batch, seq]`` padded to the longest, masks, types.
 
+    Args:
+        truncate: Cut what is longer than the model takes, as a classifier's own preprocessing does.
+
     Raises:
-        InputError: The bundle has no text preprocessing, or a text is not Unicode.
+        InputError: The bundle has no text preprocessing, a text is not Unicode, or it is longer
+            than the model takes and not to be cut.
     """
     preprocessing = bundle.manifest.preprocessing
     if not isinstance(preprocessing, TextPreprocessing):
@@ -94,6 +100,8 @@ def encode_batch(bundle: Bundle, texts: Sequence[str | tuple[str, str]]) -> dict
             f"the tokenizer cannot encode one of the texts {str(list(texts))[:60]!a} ({error})",
             fix="Give texts that are valid Unicode.",
         ) from error
+    if not truncate:
+        _check_whole(encodings, preprocessing.max_length)
     columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
     columns[preprocessing.types] = "type_ids"
     dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
@@ -102,6 +110,16 @@ def encode_batch(bundle: Bundle, texts: Sequence[str | tuple[str, str]]) -> dict
         for name, column in columns.items()
         if name is not None
     }
+
+
+def _check_whole(encodings: Sequence[Any], most: int) -> None:
+    for row, encoding in enumerate(encodings):
+        if over := sum(len(rest.ids) for rest in encoding.overflowing):
+            raise InputError(
+                f"the text of row {row} has about {len(encoding.ids) + over} tokens, the model "
+                f"reads at most {most}",
+                fix="Shorten it.",
+            )
 
 
 def _padding_tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:

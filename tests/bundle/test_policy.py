@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from edgeexit.bundle.manifest import Exit
-from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, bound_to, decide, forced
+from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, decide, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, PolicyError
 from edgeexit.runtime import Policy, Rule, load, read_policy, write_policy
@@ -236,7 +236,7 @@ def test_any_file_and_any_policy_in_it_is_used_or_refused(data: bytes, tmp_path:
 def test_a_policy_bound_to_one_bundle_is_refused_by_another(
     toy_bundle: Bundle, tmp_path: Path
 ) -> None:
-    policy = bound_to(of(thresholds=0.5), toy_bundle)
+    policy = msgspec.structs.replace(of(thresholds=0.5), bundle=toy_bundle.digest)
     write_policy(policy, tmp_path / "policy.json")
     with load(toy_bundle, policy=tmp_path / "policy.json") as model:
         assert model.policy == policy

@@ -176,6 +176,16 @@ def test_calibrate_needs_labels_for_the_performance_risk(cli: Cli, toy_bundle: B
     assert_clear(ran, 1, "no labels", "--risk consistency")
 
 
+def test_an_output_is_never_an_input(cli: Cli, toy_bundle: Bundle, toy_data: Path) -> None:
+    before = toy_data.read_bytes()
+    ran = cli("trace", toy_bundle.path, "--data", toy_data, "-o", toy_data)
+    assert_clear(ran, 2, "is what is read", "another name")
+    assert toy_data.read_bytes() == before
+    assert cli("trace", toy_bundle.path, "--data", toy_data, "-o", "t.npz").code == 0
+    ran = cli("calibrate", "t.npz", "--max-risk", "50%", "-o", "t.npz")
+    assert_clear(ran, 2, "is what is read", "another name")
+
+
 def test_a_trace_never_goes_into_a_bundle(cli: Cli, toy_copy: Path, toy_data: Path) -> None:
     ran = cli("trace", toy_copy, "--data", toy_data, "-o", toy_copy / "trace.npz")
     assert_clear(ran, 2, "inside the bundle")

@@ -193,9 +193,6 @@ def test_torch_and_transformers_agree_on_every_exit(
 def test_the_bundle_says_what_the_model_says(bundle: Bundle) -> None:
     with load(bundle) as model:
         check(model).require()
-    with load(bundle, unsplit=True) as model:
-        model.policy = None
-        assert model.generate(SEVERAL, max_new_tokens=4).finish().tokens
 
 
 def test_unsplit_writes_the_same(bundle: Bundle, folder: Path) -> None:
@@ -225,7 +222,63 @@ def test_what_cannot_be_had_is_refused(folder: Path, model: Model) -> None:
         from_pretrained(folder, exits=[1], encoder_exits=[9])
     with pytest.raises(PolicyError, match="no rule for the chain encoder"):
         model.policy = Policy(rules={"main": Rule(thresholds=0.5)})
-    with pytest.raises(PolicyError):
+    with pytest.raises(PolicyError, match="chains"):
         model.policy = Rule(thresholds=0.5)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="source is 200, the model takes at most 64"):
         model.generate([[5] * 200], max_new_tokens=NEW).finish()
+    with pytest.raises(InputError, match="tokens, the model reads at most 64"):
+        model.generate("a" * 200, max_new_tokens=NEW)
+    for wrong in (-1, 64):
+        with pytest.raises(InputError, match=f"token id {wrong} is outside the vocabulary"):
+            model.generate([[wrong]], max_new_tokens=NEW).finish()
+    with pytest.raises(InputError, match="some prompts are texts, others token ids"):
+        model.generate(["a", [4, 5]], max_new_tokens=NEW)
+
+
+def inputs_of(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    ids = np.array(rows, np.int64)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def test_inputs_may_be_given_and_what_the_text_begins_with(model: Model) -> None:
+    inputs = inputs_of([[0, 4, 5, 2], [0, 6, 7, 2]])
+    made = model.generate([], inputs=inputs, max_new_tokens=NEW).finish().tokens
+    assert made == model.generate(["ab", "cd"], max_new_tokens=NEW).finish().tokens
+    begun = [[2, *row[:1]] for row in made]
+    again = model.generate(begun, inputs=inputs, max_new_tokens=NEW - 1).finish().tokens
+    assert again == [row[1:NEW] for row in made]
+
+
+def test_inputs_and_texts_must_be_as_many(model: Model) -> None:
+    inputs = inputs_of([[0, 4, 5, 2]])
+    with pytest.raises(InputError, match="a text and inputs are both given"):
+        model.generate("ab", inputs=inputs)
+    with pytest.raises(InputError, match="has 1 rows for 2 texts"):
+        model.generate([[2], [2]], inputs=inputs).finish()
+    tokens = np.array([[2, 5], [2, 6]], np.int64)
+    with pytest.raises(InputError, match="has 1 rows for 2 texts"):
+        model.trace({"tokens": tokens, **inputs})
+    with pytest.raises(InputError, match="token id 99 is outside"):
+        model.trace({"tokens": np.array([[2, 99]], np.int64), **inputs})
+
+
+def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = transformers.BartForConditionalGeneration.from_pretrained(folder)
+    model.generation_config.no_repeat_ngram_size = 3
+    model.save_pretrained(tmp_path)
+    from_pretrained(tmp_path, exits=[1])
+    assert "not heeded of its settings: no_repeat_ngram_size=3" in caplog.text
+
+
+def test_int8_is_exported_and_checked(split: ExitEncoderDecoder, tmp_path: Path) -> None:
+    def calibration(_: Bundle) -> Iterator[dict[str, np.ndarray]]:
+        for seed in range(24):
+            random = np.random.default_rng(seed)
+            ids = random.integers(4, 14, (2, 8))
+            yield {**inputs_of(ids.tolist()), "tokens": random.integers(4, 14, (2, 6))}
+
+    made = export(split.split_model(), tmp_path / "int8", dtype="int8", calibration=calibration)
+    with load(made) as model:
+        check(model).require()
