@@ -84,13 +84,10 @@ def _build(
         form=form,
         unsplit=target == TARGETS[0],
     )
-    known = {variant.graph for variant in bundle.manifest.unsplit} | {
+    known = {
         variant.graph
-        for part in [
-            *(segment for chain in bundle.manifest.chains.values() for segment in chain.segments),
-            *bundle.manifest.heads.values(),
-        ]
-        for variant in part.variants
+        for component in bundle.manifest.components.values()
+        for variant in component.variants
     }
     assert {work.variant.graph for work in works if "projection" not in work.where} <= known
     device = {"ahead_of_time": True, "compute_capability": target}
@@ -139,11 +136,11 @@ def test_codelm(
 ) -> None:
     bundle = examples("codelm", dtype)
     made = _build(bundle, rtx, target, tmp_path, form)
-    [chain] = bundle.manifest.chains.values()
-    layers = {
-        variant.graph: len(segment.caches) // 2
-        for segment in chain.segments
-        for variant in segment.variants
+    layers = {  # a layer keeps keys and values
+        variant.graph: len(component.states) // 2
+        for component in bundle.manifest.components.values()
+        for variant in component.variants
+        if component.states
     }
     for graph, types in _products(made).items():
         if graph in layers:  # per layer: queries, keys, values, output, gate, up, down
