@@ -45,7 +45,7 @@ tokens are of its prompt (prompt)."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
 Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-When = Literal["input", "prompt", "token"]
+When = Literal["input", "token"]
 StateForm = Literal["append", "in-place", "fixed"]
 
 
@@ -96,8 +96,8 @@ class Variant(Struct, frozen=True, kw_only=True):
 class TokenState(Struct, frozen=True, kw_only=True, tag="token"):
     """What a component keeps of every token: keys or values of a layer.
 
-    It grows by what each run adds and has a length per row. `axes` names the axis that grows
-    (``past``); `past` and `present` are the graph's input and output.
+    It grows by what each run adds and has a length per row. `axes` are ``[batch, heads, past,
+    size]``, of which ``past`` grows; `past` and `present` are the graph's input and output.
     """
 
     name: Name
@@ -125,8 +125,8 @@ class Component(Struct, frozen=True, kw_only=True):
 
     Its inputs are tensors that come before it by name; a component whose inputs have no axis
     ``new``, given a tensor that has one, takes chosen tokens as its rows. `projection` is a graph
-    that takes the same inputs and gives only what the token states keep of the new tokens: for
-    tokens that skip the component.
+    that takes the same inputs, no lengths, and gives only what the token states keep of the new
+    tokens: for tokens that skip the component.
     """
 
     variants: Annotated[list[Variant], Meta(min_length=1)]
@@ -185,8 +185,8 @@ class Chain(Struct, frozen=True, kw_only=True):
 
 
 class Run(Struct, frozen=True, kw_only=True, tag="run"):
-    """A step that runs a chain: once per request (``input``), once for a prompt, or for the prompt
-    and every token after it."""
+    """A step that runs a chain: once per request (``input``), or for a prompt and every token after
+    it (``token``; only the chain that writes the text)."""
 
     chain: Name
     when: When = "input"
@@ -213,7 +213,6 @@ class Place(Struct, frozen=True, kw_only=True, tag="place"):
     source: Name
     target: Name
     group: Name
-    when: When = "prompt"
 
 
 Step = Run | Gather | Place

@@ -16,6 +16,7 @@ from edgeexit.bundle.layout import (
     check_relative,
 )
 from edgeexit.bundle.manifest import (
+    Axis,
     Chain,
     Component,
     Decoding,
@@ -30,6 +31,7 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.bundle.tensor_forms import check_rows
 from edgeexit.bundle.validate_steps import check_steps
+from edgeexit.bundle.validate_texts import check_text_chain
 from edgeexit.errors import BundleError, IntegrityError
 
 
@@ -49,9 +51,9 @@ def check_structure(manifest: Manifest) -> None:
     check_steps(manifest)
     if manifest.decoding is not None:
         _check_decoding(manifest, manifest.decoding)
-    elif late := [step.when for step in manifest.steps if step.when != "input"]:
+    elif any(isinstance(step, Run | Gather) and step.when != "input" for step in manifest.steps):
         raise BundleError(
-            f"{MANIFEST}: a step runs for every {late[0]}, but the program writes no text",
+            f"{MANIFEST}: a step runs for every token, but the program writes no text",
             fix=EXPORT_AGAIN,
         )
 
@@ -153,13 +155,12 @@ def _check_component(where: str, component: Component) -> None:
     prompts = [state for state in component.states if isinstance(state, PromptState)]
     for state in tokens:
         check_rows(f"{where}: the state {state.name}", state)
-        if sorted(str(axis) for axis in state.axes if not isinstance(axis, int)) != [
-            "batch",
-            "past",
-        ]:
+        form = ["batch", int, "past", int]
+        if [int if isinstance(axis, int) else axis for axis in state.axes] != form:
             raise BundleError(
                 f"{where}: the state {state.name} has the axes {state.axes}",
-                fix="One axis is batch, one is past, and all others are fixed. Export again.",
+                fix="They are [batch, heads, past, size] with numbers for heads and size. Export "
+                "again.",
             )
     lengths = {f"lengths/{kind}" for variant in component.variants for kind in variant.lengths}
     taken = [tensor.name for tensor in component.inputs] + [state.past for state in tokens]
@@ -171,6 +172,8 @@ def _check_component(where: str, component: Component) -> None:
         ("states", [state.name for state in tokens]),
     ):
         _check_distinct(names, f"{where}: two {what} are named")
+    if component.projection is not None and component.projection.lengths:
+        raise BundleError(f"{where} has a projection that takes lengths", fix=EXPORT_AGAIN)
     if component.projection is not None and not tokens:
         raise BundleError(
             f"{where} has a projection, but keeps nothing of tokens", fix=EXPORT_AGAIN
@@ -276,6 +279,12 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"chain runs {runs[-1].chain} (when: {runs[-1].when})",
             fix="The last chain runs for every token and writes the text. Export again.",
         )
+    if others := [run.chain for run in runs[:-1] if run.when == "token"]:
+        raise BundleError(
+            f"{MANIFEST}: the chain {others[0]} runs for every token, and writes no text",
+            fix="Chains before the one that writes run once per request. Export again.",
+        )
+    check_text_chain(manifest, decoding)
     outputs = {tensor.name: tensor for tensor in manifest.chains[decoding.chain].outputs}
     token, logits = outputs.get("token"), outputs.get("logits")
     if token is None or (token.dtype, token.axes) != ("int64", ["batch"]):
@@ -283,7 +292,7 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"{MANIFEST}: the chain {decoding.chain} does not give token int64 [batch]",
             fix=EXPORT_AGAIN,
         )
-    if logits is None or len(logits.axes) != 2 or logits.row_axis != 0:
+    if logits is None or logits.axes[:1] != ["batch"] or not _fixed(logits.axes[1:]):
         raise BundleError(
             f"{MANIFEST}: the chain {decoding.chain} does not give logits [batch, vocabulary]",
             fix=EXPORT_AGAIN,
@@ -298,6 +307,11 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"{MANIFEST}: texts begin with start tokens, but no other input is the prompt",
             fix=EXPORT_AGAIN,
         )
+
+
+def _fixed(axes: Sequence[Axis]) -> bool:
+    """Whether these are the axes of one number per word."""
+    return len(axes) == 1 and isinstance(axes[0], int)
 
 
 def _check_feeds(manifest: Manifest, decoding: Decoding) -> None:

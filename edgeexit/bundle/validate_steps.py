@@ -31,9 +31,7 @@ from edgeexit.bundle.manifest import (
 from edgeexit.bundle.tensor_forms import Tensors, check_answer, check_rows, describe
 from edgeexit.errors import BundleError, IntegrityError
 
-_FREQUENCY: dict[When, str] = {
-    "input": "once per request", "prompt": "once per prompt", "token": "for every token",
-}  # fmt: skip
+_FREQUENCY: dict[When, str] = {"input": "once per request", "token": "for every token"}
 
 
 def check_steps(manifest: Manifest) -> None:
@@ -136,15 +134,15 @@ class _Walk:
             raise BundleError(
                 f"{where}: {step.target} is not the output of a table before it", fix=EXPORT_AGAIN
             )
-        if step.when == "input":
+        if self._made_when[step.target] == "input":
             raise BundleError(
-                f"{where} runs once per request; tokens are replaced in a prompt", fix=EXPORT_AGAIN
+                f"{where}: {step.target} is made once per request; tokens are replaced in a prompt",
+                fix=EXPORT_AGAIN,
             )
         if step.target in self.taken:
             raise BundleError(
                 f"{where} changes {step.target} after a chain has taken it", fix=EXPORT_AGAIN
             )
-        self._check_time(where, source, step.when)
         same = source.dtype == target.dtype and source.axes[-1:] == target.axes[-1:]
         if not same or len(source.axes) != 3 or source.axes[0] != "batch":
             raise BundleError(
@@ -208,7 +206,7 @@ class _Walk:
         for state in component.states:
             if isinstance(state, PromptState):
                 made |= self._prompt_state(scope, where, state, taken)
-            elif scope.when != "token":
+            elif scope.when == "input":
                 raise BundleError(
                     f"{where}: the state {state.name} grows with every token, but the chain runs "
                     f"{_FREQUENCY[scope.when]}",
@@ -342,9 +340,7 @@ class _Walk:
     def _check_time(self, where: str, tensor: Tensor, when: When) -> None:
         """Refuses a tensor that is not there whenever a step runs."""
         made = self._made_when[tensor.name]
-        late = when == "input" and made != "input"
-        gone = when == "token" and made == "prompt" and "new" in tensor.axes
-        if late or gone:
+        if when == "input" and made == "token":
             raise BundleError(
                 f"{where} runs {_FREQUENCY[when]}, but {tensor.name} is made {_FREQUENCY[made]}",
                 fix=EXPORT_AGAIN,

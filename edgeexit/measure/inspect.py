@@ -75,7 +75,7 @@ def _step(step: Step) -> str:
         return f"run {step.chain} ({step.when})"
     if isinstance(step, Gather):
         return f"gather {step.output.name} for {step.ids} ({step.when})"
-    return f"place {step.source} at {step.group} of {step.target} ({step.when})"
+    return f"place {step.source} at {step.group} of {step.target} (prompt)"
 
 
 def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Call, Chain, Gather, Manifest, Run, Tensor
+from edgeexit.bundle.manifest import Call, Chain, Gather, Manifest, Place, Run, Tensor
 from edgeexit.bundle.policy import Decision
 from edgeexit.errors import InputError
 from edgeexit.runtime.executor.components import Components, exit_calls
@@ -89,7 +89,9 @@ class InputSteps:
         launch_ahead: LaunchAhead,
     ) -> None:
         manifest = components.bundle.manifest
-        self._steps = [step for step in manifest.steps if step.when == "input"]
+        self._steps = [
+            step for step in manifest.steps if not isinstance(step, Place) and step.when == "input"
+        ]
         self._tables = tables
         self.passes: dict[str, RowPass] = {}
         self._feeds: dict[str, list[Tensor]] = {}

@@ -434,21 +434,25 @@ def cross_head(raw: Raw) -> None:
     component(raw, "head")["inputs"].append(tensor("h0", "batch", "new", 8))
 
 
-def prompt_chain(raw: Raw) -> None:
-    """A chain that runs for the prompt alone, and whose tokens the decoder takes."""
+def second_text_chain(raw: Raw) -> None:
+    """A chain before the decoder that runs for every token, too."""
     state = tensor("embedded", "batch", "new", 8)
     raw["components"]["p"] = {
         "variants": component(raw, "gate")["variants"],
         "inputs": [state],
         "outputs": [tensor("p/state", "batch", "new", 8)],
     }
-    raw["chains"]["prefix"] = {
+    raw["chains"]["front"] = {
         "components": ["p"],
         "outputs": [tensor("seen", "batch", "new", 8)],
-        "exits": [{"name": "prefix_1", "behind": "p", "outputs": {"seen": "p/state"}}],
+        "exits": [{"name": "front_1", "behind": "p", "outputs": {"seen": "p/state"}}],
     }
-    raw["steps"].insert(-1, {"type": "run", "chain": "prefix", "when": "prompt"})
-    component(raw, "s0")["inputs"].append(tensor("seen", "batch", "new", 8))
+    raw["steps"].insert(-1, {"type": "run", "chain": "front", "when": "token"})
+
+
+def second_state(raw: Raw, name: str) -> None:
+    """A component that makes one more tensor of each token."""
+    component(raw, name)["outputs"].append(tensor("more", "batch", "new", 8))
 
 
 TEXTS: Cases = {
@@ -462,7 +466,7 @@ TEXTS: Cases = {
     ),
     "state of an open size": (
         lambda raw: component(raw, "s1")["states"][0].update(axes=["batch", 1, "past", "size"]),
-        "all others are fixed",
+        "They are [batch, heads, past, size] with numbers for heads and size",
     ),
     "state with rows along another axis": (
         lambda raw: component(raw, "s1")["states"][0].update(row_axis=1),
@@ -522,10 +526,6 @@ TEXTS: Cases = {
             )
         ],
         "is kept for a whole text and has the axis new",
-    ),
-    "chain with states that runs for the prompt": (
-        lambda raw: run_of(raw, "decoder").update(when="prompt"),
-        "grows with every token, but the chain runs once per prompt",
     ),
     "head with states that runs for a request": (
         lambda raw: component(raw, "projector").update(states=[token_state()]),
@@ -633,10 +633,6 @@ TEXTS: Cases = {
         lambda raw: step(raw, "gather")["output"].update(name="features"),
         "step 2: features is made twice",
     ),
-    "table for the prompt alone": (
-        lambda raw: step(raw, "gather").update(when="prompt"),
-        "runs for every token, but embedded is made once per prompt",
-    ),
     "two tables for tokens": (
         lambda raw: raw["steps"].append(
             gather(ids="tokens", output=tensor("more", "batch", "new", 8))
@@ -664,8 +660,13 @@ TEXTS: Cases = {
         "changes embedded after a chain has taken it",
     ),
     "rows placed once per request": (
-        lambda raw: step(raw, "place").update(when="input"),
-        "tokens are replaced in a prompt",
+        lambda raw: raw["steps"].insert(
+            0,
+            gather(ids="words", output=tensor("word_rows", "batch", 5, 8), when="input"),
+        )
+        or raw["inputs"].append(tensor("words", "batch", 5, dtype="int64"))
+        or step(raw, "place").update(target="word_rows"),
+        "word_rows is made once per request; tokens are replaced in a prompt",
     ),
     "placed rows of another width": (
         lambda raw: [
@@ -760,9 +761,52 @@ TEXTS: Cases = {
         lambda raw: raw.pop("decoding"),
         "step 3: there is no token group image",
     ),
-    "tokens of a prompt taken for every token": (
-        prompt_chain,
-        "runs for every token, but seen is made once per prompt",
+    "step for the prompt alone": (
+        lambda raw: run_of(raw, "decoder").update(when="prompt"),
+        "Invalid enum value 'prompt'",
+    ),
+    "two chains for every token": (
+        second_text_chain,
+        "the chain front runs for every token, and writes no text",
+    ),
+    "two states of each token": (
+        lambda raw: second_state(raw, "s0"),
+        "component s0 hands on h0, more of each token, not one state",
+    ),
+    "two states of each token, unsplit": (
+        lambda raw: second_state(raw, "unsplit_front"),
+        "unsplit, component unsplit_front hands on h1, more of each token, not one state",
+    ),
+    "two states of each token, adapted": (
+        lambda raw: second_state(raw, "adapter"),
+        "exit exit_1, adapter hands on adapted, more of each token, not one state",
+    ),
+    "state from farther back": (
+        lambda raw: component(raw, "s2")["inputs"].append(tensor("h0", "batch", "new", 8)),
+        "component s2 takes h0 of each token, which does not come from the component before",
+    ),
+    "state from farther back, adapted": (
+        lambda raw: component(raw, "adapter")["inputs"].append(
+            tensor("embedded", "batch", "new", 8)
+        ),
+        "adapter takes embedded of each token, which does not come from the component before",
+    ),
+    "head that takes a whole prompt's tensor": (
+        lambda raw: component(raw, "head")["inputs"].append(tensor("pixel_values", "batch", 3)),
+        "head takes adapted, pixel_values",
+    ),
+    "logits of an open vocabulary": (
+        lambda raw: [
+            one["outputs"][1].update(axes=["batch", None])
+            for one in (
+                chain(raw, "decoder"), component(raw, "head"), component(raw, "unsplit")
+            )
+        ],
+        "the chain decoder does not give logits [batch, vocabulary]",
+    ),
+    "projection with lengths": (
+        lambda raw: component(raw, "s1")["projection"].update(lengths=["past"]),
+        "component s1 has a projection that takes lengths",
     ),
     "positions before there are tokens": (
         lambda raw: component(raw, "v0")["inputs"].append(
