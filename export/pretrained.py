@@ -82,13 +82,7 @@ def from_pretrained(
     folder = _local(path)
     if (folder / "manifest.json").is_file():
         raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(
-            f"{path}: not a transformers checkpoint ({first_line(error)})",
-            fix="Give a directory with config.json, as save_pretrained writes it.",
-        ) from error
+    config = _config(path, folder)
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:
             raise UsageError(
@@ -117,6 +111,16 @@ def from_pretrained(
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
     return _classifier(path, folder, config, exits, *family, untrained=untrained)
+
+
+def _config(path: str | Path, folder: Path) -> transformers.PretrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"{path}: not a transformers checkpoint ({first_line(error)})",
+            fix="Give a directory with config.json, as save_pretrained writes it.",
+        ) from error
 
 
 def _classifier(

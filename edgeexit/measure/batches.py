@@ -85,9 +85,10 @@ class DataSet:
         return str(self._digest.hexdigest())
 
 
-def read_npz(path: Path) -> dict[str, NDArray]:
+def read_npz(
+    path: Path, fix: str = "Write it with numpy.savez(path, **arrays), one array per input."
+) -> dict[str, NDArray]:
     """Reads every array of a ``.npz``, refusing pickles. Raises `DataError`."""
-    fix = "Write it with numpy.savez(path, **arrays), one array per input."
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)

@@ -43,7 +43,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
         raise DataError(f"{path} {kind}", fix=_FIX)
-    arrays = read_npz(path)
+    arrays = read_npz(path, _FIX)
     try:
         about = json.loads(str(_take(arrays, "about", np.str_, 0)))
         version = str(about["format"])

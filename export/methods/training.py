@@ -4,10 +4,11 @@ from which an interrupted training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,13 +66,7 @@ def train(
     if path is not None and path.exists():
         start = _resume(path, model, optimizer, fingerprint)
     losses = []
-    model.eval()
-    part.train()
-    moved = set(map(id, parameters))
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with _moved(part, model):
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps, warmup)
@@ -90,11 +85,25 @@ def train(
                 _save(path, model, optimizer, step + 1, fingerprint)
             if progress is not None:
                 progress(step + 1, steps, losses[-1])
+    return losses
+
+
+@contextlib.contextmanager
+def _moved(part: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Only the part is in train mode and takes gradients; afterwards all is as it was, in eval
+    mode."""
+    parameters = set(map(id, part.parameters()))
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
+    model.eval()
+    part.train()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
     finally:
         model.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return losses
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import functional_call
 
 from edgeexit.bundle.manifest import Tensor
-from edgeexit.export.contract import Stack
+from edgeexit.export.contract import Layer, Stack
 from edgeexit.export.trace import torch_graph
 
 
@@ -70,16 +70,8 @@ class Pieces:
         for number, layer in enumerate(stack.layers):
             name = f"layer_{number + 1}"
             takes, gives = (_share(part, number, len(stack.layers)) for part in (own, made))
-            weights = [_described(key, value) for key, value in layer.weights.items()]
-            known |= {t.name: x for t, x in zip(weights, layer.weights.values(), strict=True)}
-            piece = self._trace(
-                layer.module,
-                [stack.state, *takes, *stack.shared, *weights],
-                [msgspec.structs.replace(stack.state, name="state_after"), *gives],
-                known,
-                weights=list(layer.weights),
-                opset=opset,
-                what=f"{what}, {name}",
+            piece = self._trace_layer(
+                stack, layer, takes, gives, known, opset=opset, what=f"{what}, {name}"
             )
             carried, *more = join.add(
                 piece,
@@ -95,6 +87,29 @@ class Pieces:
             )
             leaving = join.add(head, "head", [carried])
         return join.finish([*leaving, *found], [*outputs, *made], opset)
+
+    def _trace_layer(
+        self,
+        stack: Stack,
+        layer: Layer,
+        takes: Sequence[Tensor],
+        gives: Sequence[Tensor],
+        known: Mapping[str, torch.Tensor],
+        *,
+        opset: int,
+        what: str,
+    ) -> ir.Model:
+        weights = [_described(key, value) for key, value in layer.weights.items()]
+        own = {t.name: x for t, x in zip(weights, layer.weights.values(), strict=True)}
+        return self._trace(
+            layer.module,
+            [stack.state, *takes, *stack.shared, *weights],
+            [msgspec.structs.replace(stack.state, name="state_after"), *gives],
+            {**known, **own},
+            weights=list(layer.weights),
+            opset=opset,
+            what=what,
+        )
 
     def _trace(
         self,

@@ -30,6 +30,7 @@ from edgeexit.runtime.programs.arguments import (
     Options,
     Prompt,
     check_options,
+    check_room,
     stop_strings,
 )
 from edgeexit.runtime.programs.every_exit import trace_texts
@@ -144,9 +145,10 @@ class TextProgram:
         longest = max(len(row) for row in given.tokens)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
+        limit = self.bundle.manifest.limits["positions"]
         for row in given.tokens:
             check_ids(self._text_table(), row)
-            self._check_room(len(row), max_new_tokens)
+            check_room(len(row), max_new_tokens, self.capacity, limit)
         if self.unsplit:
             check_alike(given.tokens)
         if given.asks_earlier:
@@ -292,21 +294,6 @@ class TextProgram:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
         check_mode(self.bundle, self.chain, mode, drafting)
 
-    def _check_room(self, prompt: int, new: int) -> None:
-        if prompt + new <= self.capacity:
-            return
-        limit = self.bundle.manifest.limits["positions"]
-        larger = (
-            f", or load with a larger capacity (up to {limit})"
-            if self.capacity < limit
-            else " (the model was made for no more)"
-        )
-        raise InputError(
-            f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
-            f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {self.capacity}",
-            fix=f"Shorten the prompt or lower max_new_tokens{larger}.",
-        )
-
     def _decoding(self) -> Decoding:
         decoding = self.bundle.manifest.decoding
         if decoding is None:
@@ -328,7 +315,8 @@ class TextProgram:
         return self._tokenizer
 
     def session(self, batch: int) -> Session:
-        """The state of a batch of so many texts, emptied; kept while the number stays the same."""
+        """The state of a batch of so many texts, emptied, under the policy that holds now; kept while
+        the number stays the same."""
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch:
@@ -353,6 +341,8 @@ class TextProgram:
             )
             self._session = session
         session.empty()
+        rule = self.policy.rules.get(self.chain_name, Rule())
+        session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
         return session
 
     def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
@@ -376,9 +366,6 @@ class TextProgram:
                     f"{key} has {len(handed[key])} rows for {len(prompts.tokens)} texts",
                     fix="Give one row of inputs for each text.",
                 )
-        name = self._decoding().chain
-        rule = self.policy.rules.get(name, Rule())
-        session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
         session.begin(
             [len(row) for row in prompts.tokens],
             prompts.prefix(handed),
@@ -394,7 +381,6 @@ class TextProgram:
         check_ids(self._text_table(), tokens)
         given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
         session = self.session(len(tokens))
-        session.gates.thresholds = {}
         self._hand_on(session, given, Generation([], [], Statistics()))
         return trace_texts(session, tokens, step)
 

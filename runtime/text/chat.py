@@ -8,9 +8,7 @@ conversation. jinja2 is imported when a template is first used.
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -171,15 +169,10 @@ def _key(key: Any, where: str) -> str:
 
 
 def _environment(path: str) -> jinja2.Environment:
-    """What templates run in: the sandbox, and the names that transformers gives them."""
+    """What templates run in, where there is a Jinja that is safe."""
     try:
-        import jinja2.ext
-        import jinja2.nodes
-        import jinja2.parser
-        import jinja2.sandbox
-        import jinja2.utils
-
         version = importlib.metadata.version("jinja2")
+        from edgeexit.runtime.text.chat_environment import make_environment
     except ImportError as error:
         raise EngineError(
             f"chat templates need jinja2, which cannot be imported ({error})", fix=_INSTALL
@@ -190,66 +183,4 @@ def _environment(path: str) -> jinja2.Environment:
             f"sandbox; {version} is installed",
             fix=_INSTALL,
         )
-
-    class Generation(jinja2.ext.Extension):
-        """``{% generation %}`` marks what the model wrote, for training: here it says nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Without underscored names, which Jinja itself looks up and calls unchecked."""
-
-        def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-            super().__init__()
-            for name, value in dict(*args, **kwargs).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
-            super().__setitem__(name, value)
-
-    def raise_exception(message: object) -> None:
-        raise InputError(
-            f"{path}: the chat template refuses the messages: {message}",
-            fix="Give them in the form that the model was trained with.",
-        )
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)  # the type itself has methods that would change a dictionary
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes what HTML reserves.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(
-        namespace=Namespace,
-        dict=make_dict,
-        raise_exception=raise_exception,
-        strftime_now=strftime_now,
-    )
-    return environment
+    return make_environment(path)

@@ -33,7 +33,8 @@ def open_tokenizer(bundle: Bundle) -> Any:
     if name is None:
         raise InputError(
             f"{bundle.path}: the bundle has no tokenizer",
-            fix="Give token ids, or export a checkpoint that has tokenizer.json.",
+            fix="Export a checkpoint that has tokenizer.json, or give token ids from Python: "
+            "generate([[1, 2, 3]]).",
         )
     try:
         import tokenizers

@@ -60,7 +60,7 @@ def make_mode(
             sampler=sampler,
             paces=paces,
         )
-    if not any(decision.consult for decision in decisions[:-1]):
+    if not session.gates.thresholds and not any(one.consult for one in decisions[:-1]):
         logger.warning(
             "mode %s: the policy takes no early exit, so every token passes all layers; give "
             "one that does (--policy, --threshold)",

@@ -82,10 +82,7 @@ class Exact:
             session.crop(kept_rows)
             drafter.crop(kept_rows)
         start = session.parts[0].states.positions
-        room = session.capacity - max(start) - 1
-        if most is not None:
-            room = min(room, most - 1)  # a round gives one token more than it drafts
-        wanted = max(0, min(drafts_wanted, room, session.chunk - 1))
+        wanted = self._room(drafts_wanted, max(start), most)
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)
         chances: list[list[Floats64]] = [[] for _ in range(batch)]
@@ -135,6 +132,13 @@ class Exact:
         times = (drafted - started, verified - drafted) if self._timed else None
         self._paces[exit_number].tell(made, tested, accepted, times)
         return found
+
+    def _room(self, wanted: int, longest: int, most: int | None) -> int:
+        """How many of the drafts wanted there is room for; a round gives one token more."""
+        room = self.session.capacity - longest - 1
+        if most is not None:
+            room = min(room, most - 1)
+        return max(0, min(wanted, room, self.session.chunk - 1))
 
     def force(self, tokens: Ints) -> None:
         self._current = tokens.copy()

@@ -270,3 +270,15 @@ def test_a_threshold_that_equals_the_score_leaves_alone_and_in_batches(tmp_path:
                     )
                     assert at_first == expected
                     assert len(batch) == 3 or bool(at_first) is leaves
+
+
+def test_fast_warns_where_nothing_may_leave(toys: Toys, caplog: pytest.LogCaptureFixture) -> None:
+    toy, bundle = toys("gate")
+    rows = make_rows(toy, LENGTHS[:1], seed=0)
+    with load(bundle) as model:
+        model.policy = toy_policy(toy, {"gate": 0.0})
+        generate(model, rows, mode="fast")
+        assert not caplog.messages
+        model.policy = toy_policy(toy, {})
+        generate(model, rows, mode="fast")
+    assert "every token passes all layers" in caplog.text

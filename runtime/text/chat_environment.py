@@ -1,0 +1,94 @@
+"""What chat templates run in: Jinja's sandbox, and the names that transformers gives templates.
+
+Imports jinja2, so it is imported when a template is first used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+from edgeexit.errors import InputError
+
+
+class Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks what the model wrote, for training: here it says nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """Without underscored names, which Jinja itself looks up and calls unchecked."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
+        super().__setitem__(name, value)
+
+
+def make_environment(path: str) -> jinja2.Environment:
+    """The sandbox for the template in the bundle's file `path`, which its refusals name."""
+
+    def raise_exception(message: object) -> None:
+        raise InputError(
+            f"{path}: the chat template refuses the messages: {message}",
+            fix="Give them in the form that the model was trained with.",
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        namespace=Namespace,
+        dict=_make_dict,
+        raise_exception=raise_exception,
+        strftime_now=_strftime_now,
+    )
+    return environment
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)  # the type itself has methods that would change a dictionary
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter also escapes what HTML reserves."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+__all__ = ["make_environment"]
