@@ -315,8 +315,8 @@ class TextProgram:
         return self._tokenizer
 
     def session(self, batch: int) -> Session:
-        """The state of a batch of so many texts, emptied, under the policy that holds now; kept while
-        the number stays the same."""
+        """The state of a batch of so many texts, emptied, under the policy that holds now; kept
+        while their number stays the same."""
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch:

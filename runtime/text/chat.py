@@ -8,8 +8,6 @@ conversation. jinja2 is imported when a template is first used.
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +21,8 @@ Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}``; further keys (``tool_calls``) are the template's."""
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-OLDEST_JINJA = (3, 1, 6)
-"""Templates could leave the sandbox of those before (CVE-2025-27516)."""
 
 _FORM = 'Give a list of {"role": "user", "content": "..."}.'
-_INSTALL = 'Install it: pip install "edgeexit[text]".'
 
 
 def conversations(
@@ -169,18 +164,12 @@ def _key(key: Any, where: str) -> str:
 
 
 def _environment(path: str) -> jinja2.Environment:
-    """What templates run in, where there is a Jinja that is safe."""
+    """What a template runs in."""
     try:
-        version = importlib.metadata.version("jinja2")
         from edgeexit.runtime.text.chat_environment import make_environment
     except ImportError as error:
         raise EngineError(
-            f"chat templates need jinja2, which cannot be imported ({error})", fix=_INSTALL
+            f"chat templates need jinja2, which cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[text]".',
         ) from error
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_JINJA:
-        raise EngineError(
-            f"chat templates need jinja2 {'.'.join(map(str, OLDEST_JINJA))} or newer for its "
-            f"sandbox; {version} is installed",
-            fix=_INSTALL,
-        )
     return make_environment(path)

@@ -6,7 +6,9 @@ Imports jinja2, so it is imported when a template is first used.
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
+import re
 from typing import Any
 
 import jinja2
@@ -16,7 +18,10 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from edgeexit.errors import InputError
+from edgeexit.errors import EngineError, InputError
+
+OLDEST_JINJA = (3, 1, 6)
+"""Templates could leave the sandbox of those before (CVE-2025-27516)."""
 
 
 class Generation(jinja2.ext.Extension):
@@ -45,7 +50,18 @@ class Namespace(jinja2.utils.Namespace):
 
 
 def make_environment(path: str) -> jinja2.Environment:
-    """The sandbox for the template in the bundle's file `path`, which its refusals name."""
+    """The sandbox for the template in the bundle's file `path`, which its refusals name.
+
+    Raises:
+        EngineError: jinja2 is too old to be safe.
+    """
+    version = importlib.metadata.version("jinja2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_JINJA:
+        raise EngineError(
+            f"chat templates need jinja2 {'.'.join(map(str, OLDEST_JINJA))} or newer for its "
+            f"sandbox; {version} is installed",
+            fix='Install it: pip install "edgeexit[text]".',
+        )
 
     def raise_exception(message: object) -> None:
         raise InputError(
