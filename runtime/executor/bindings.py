@@ -6,6 +6,7 @@ chain does not make (positions, states, what an earlier chain handed on) is boun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
@@ -58,7 +59,7 @@ class Bindings:
     def bound(self, name: str, sizes: Sizes) -> Bound:
         """Where a tensor lies, for these axis sizes. Makes room for it."""
         shape, dtype = self.shape(name, sizes), self._dtypes[name]
-        return self._slot(name, int(np.prod(shape)) * dtype.itemsize), dtype, shape
+        return self._slot(name, math.prod(shape) * dtype.itemsize), dtype, shape
 
     def view(self, name: str, sizes: Sizes) -> Array:
         """A tensor as an array over its memory."""

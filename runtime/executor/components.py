@@ -230,8 +230,18 @@ def choose_variant(
     )
 
 
+def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
+    """What a chain's components, the makers of their states and the paths of its exits take."""
+    names = [*chain.components]
+    for name in chain.components:
+        names += [state.maker for state in prompt_states(manifest.components[name])]
+    for exit_ in chain.exits:
+        names += [call.component for call in exit_.path]
+    return {tensor.name for name in names for tensor in manifest.components[name].inputs}
+
+
 __all__ = [
     "EVERY_SCORE", "NO_SCORE", "Components", "Opened", "choose_variant", "exit_calls",
-    "graph_outputs", "outputs_asked", "prompt_states", "scores_asked", "token_states",
-    "unsplit_chain",
+    "graph_outputs", "inputs_taken", "outputs_asked", "prompt_states", "scores_asked",
+    "token_states", "unsplit_chain",
 ]  # fmt: skip

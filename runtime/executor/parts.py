@@ -85,11 +85,8 @@ class Part:
         several = self._batch > 1 and new > 1
         return several and "most" in self.variant.lengths and self.states.longest() > 0
 
-    def _key(self, new: int, row: int | None) -> tuple[int, int | None, int, int]:
-        return new, row, self.states.extent, self._session.handed.epoch
-
     def _call(self, new: int, row: int | None) -> NewStates | None:
-        key = self._key(new, row)
+        key = new, row, self.states.extent, self._session.handed.epoch
         run, made = self._bindings.get(key) or self._bind(key)
         try:
             run()
@@ -99,9 +96,9 @@ class Part:
 
     def only_call(self, new: int) -> Callable[[], object] | None:
         """The call that is all of `run`; None where there is more to do."""
-        if self._appends or self._row_by_row(new):
+        if self._appends or (new > 1 and self._row_by_row(new)):
             return None
-        key = self._key(new, None)
+        key = new, None, self.states.extent, self._session.handed.epoch
         run, _ = self._bindings.get(key) or self._bind(key)
         return run
 

@@ -7,20 +7,20 @@ components, what an earlier step handed on. What is run when, the modes decide
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Manifest, Tensor
+from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Tensor
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.bindings import Bindings
 from edgeexit.runtime.executor.blocks import Block, standing
 from edgeexit.runtime.executor.components import (
     NO_SCORE,
     Components,
+    inputs_taken,
     outputs_asked,
-    prompt_states,
     token_states,
 )
 from edgeexit.runtime.executor.gates import Gates
@@ -93,7 +93,7 @@ class Session:
         self._heads: dict[tuple[object, ...], Head] = {}
         self._late: dict[int, Ring] = {}
         self._paths = [self._path_parts(exit_) for exit_ in self.exits]
-        self.takes = self._taken(manifest)
+        self.takes = inputs_taken(manifest, chain)
         self.prompts: list[int] = [0] * batch
         self._prefix: list[tuple[NDArray[np.int64], NDArray]] = []
         self.group_masks: dict[str, list[NDArray[np.bool_]]] = {}
@@ -197,7 +197,7 @@ class Session:
         """
         self.engine.settle()
         first = self.boundary(0, tokens.shape[1])
-        np.take(self._table, tokens, axis=0, out=first)  # type: ignore[call-overload]
+        self._table.take(tokens, axis=0, out=first)  # type: ignore[call-overload]
         if start is None:
             return
         for row, (places, rows) in enumerate(self._prefix):
@@ -239,19 +239,14 @@ class Session:
             Boundary `last`, ``[batch, new, width]``.
         """
         parts = self.parts[first:last]
-        states = parts[0].states
-        calls = [call for part in parts if (call := part.only_call(new)) is not None]
-        alike = all(
-            part.states.lengths == states.lengths and part.states.gaps == states.gaps
-            for part in parts
-        )
         added = [new] * self.batch if counts is None else counts
-        if len(calls) < len(parts) or not alike or self.gates.pending:
+        calls = None if self.gates.pending else self._calls_alike(parts, new)
+        if calls is None:
             self.run_through(first, last, Block(new, added))
             return self.boundary(last, new)
-        for part in parts:
-            part.states.check_room(new, part.name)
-        self.places.write(new, states.lengths, states.positions if any(states.gaps) else None)
+        states = parts[0].states
+        states.check_room(new, parts[0].name)
+        self.places.write(new, states.lengths, states.positions if self.ragged else None)
         done = 0
         try:
             for call in calls:
@@ -259,9 +254,23 @@ class Session:
                 done += 1
         except Exception as error:
             raise parts[done].failure(error) from error
+        states.advance(added)
+        lengths = states.lengths  # a new list, which no part changes
         for part in parts:
-            part.states.advance(added)
+            part.states.lengths = lengths
         return self.boundary(last, new)
+
+    def _calls_alike(self, parts: Sequence[Part], new: int) -> list[Callable[[], object]] | None:
+        """The calls that are all there is to run; None where there is more to do, or where the
+        parts do not stand at the same places."""
+        lengths, gaps = parts[0].states.lengths, parts[0].states.gaps
+        calls = []
+        for part in parts:
+            call, own = part.only_call(new), part.states
+            if call is None or own.lengths != lengths or (self.ragged and own.gaps != gaps):
+                return None
+            calls.append(call)
+        return calls
 
     def adapt(self, number: int, block: Block) -> Array:
         """Lets the exit behind a component take what the component's run has just made. Call it for
@@ -376,14 +385,6 @@ class Session:
         _, dtype, shape = self.bindings.bound(boundary, self._sizes)
         assert "new" in tensor.axes
         return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine, positions=self.ragged)
-
-    def _taken(self, manifest: Manifest) -> set[str]:
-        names = [*self.chain.components]
-        for name in self.chain.components:
-            names += [state.maker for state in prompt_states(manifest.components[name])]
-        for exit_ in self.chain.exits:
-            names += [call.component for call in exit_.path]
-        return {tensor.name for name in names for tensor in manifest.components[name].inputs}
 
     def _path_parts(self, exit_: Exit | None) -> list[Part]:
         """What stands between a component and the head of its exit, run for every token."""

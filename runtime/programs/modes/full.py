@@ -110,6 +110,8 @@ class Full:
         self.session, self.exits, self.sampler, self._asked = session, exits, sampler, asked
         self.statistics = Statistics()
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
+        self._own = session.answers_itself
+        self._head = None if self._own else session.head(len(session.parts) - 1)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         last = last_states(self.session, prompts, self._pass)
@@ -121,7 +123,7 @@ class Full:
         session = self.session
         session.embed(self._current)
         states = session.run_all(0, len(session.parts), 1)
-        self._current[:, 0] = self._answer(states if session.answers_itself else states[:, 0])
+        self._current[:, 0] = self._answer(states if self._own else states[:, 0])
         self.statistics.count(self.exits[-1], sum(active))
         tokens = self._current[:, 0].tolist()
         return [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
@@ -132,6 +134,8 @@ class Full:
     def _pass(self, block: Block) -> tuple[Array, Sequence[int]]:
         """Runs every component, and the paths of exits that take the prompt."""
         session = self.session
+        if not self._asked and not session.gates.any:
+            return session.run_all(0, len(session.parts), block.new, block.counts), block.counts
         for number in range(len(session.parts)):
             block = session.run(number, block)
             if number in self._asked:
@@ -140,11 +144,8 @@ class Full:
 
     def _answer(self, states: Array) -> Ints:
         """Tokens for states ``[batch, width]``; the unsplit graph has answered already."""
-        session = self.session
-        last = len(session.parts) - 1
-        answers = (
-            session.parts[-1].answers if session.answers_itself else session.head(last)(states)
-        )
+        head = self._head
+        answers = self.session.parts[-1].answers if head is None else head(states)
         return choose(answers, self.sampler)
 
 
