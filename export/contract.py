@@ -189,8 +189,8 @@ class SplitModel:
             token of an example. None: the modules are run one after the other.
         decoding: How it writes text, if it does; the tokenizer's own stop token is added.
         limits: Symbolic axis (or ``positions``) -> the largest size that the model was made for.
-        tokenizer_file: A tokenizer's file, for text preprocessing.
-        tokenizer_folder: Where ``tokenizer.json`` and chat templates are, if there are any.
+        tokenizer: What stands in a ``tokenizer.json``, for text preprocessing.
+        tokenizer_folder: Where a tokenizer's files and chat templates are, if there are any.
         preprocessing_sample: Raw data and what the model's own preprocessing makes of it, so that a
             device can check that it does the same: ``image`` uint8 ``[height, width(, 3)]``, or
             ``text`` strings ``[n]``; and ``expected/<input>`` for every input.
@@ -208,7 +208,7 @@ class SplitModel:
     limits: Mapping[str, int] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
-    tokenizer_file: str | None = None
+    tokenizer: bytes | None = None
     tokenizer_folder: str | None = None
     preprocessing_sample: Mapping[str, np.ndarray] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from edgeexit.bundle.reader import WEIGHTS, decode_manifest
 from edgeexit.bundle.validate import check_structure
 from edgeexit.errors import BundleError, ExportError
 from edgeexit.export.contract import Component, SplitModel, Table, exit_giver
+from edgeexit.export.device_tokenizer import has_tokenizer
 
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 LOGITS, TOKEN = "logits", "token"
@@ -126,8 +127,8 @@ def check(model: SplitModel) -> None:
         )
     _check_axes(model)
     folder = model.tokenizer_folder
-    held = folder is not None and (Path(folder) / "tokenizer.json").is_file()
-    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer_file or held else None
+    held = folder is not None and has_tokenizer(Path(folder))
+    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer or held else None
     try:
         manifest = manifest_of(model, "float32")
         graphs = [v.graph for c in manifest.components.values() for v in c.variants]

@@ -59,9 +59,7 @@ def run_graph(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        session = _session(path, options)
         names = [output.name for output in session.get_outputs()]
         return [dict(zip(names, session.run(None, dict(batch)), strict=True)) for batch in batches]
     except Exception as error:
@@ -69,6 +67,21 @@ def run_graph(
         raise ExportError(
             f"{path.name}: {name} cannot run it: {first_line(error)}", fix=fix
         ) from error
+
+
+def _session(path: Path, options: Any) -> Any:
+    """A session on the host, also in a process that has installed ONNX Runtime's global pool: no
+    session may have a pool of its own beside that."""
+    import onnxruntime
+
+    provider = ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=provider)
+    except RuntimeError as error:
+        if "thread" not in str(error):
+            raise
+        options.use_per_session_threads = False
+        return onnxruntime.InferenceSession(str(path), options, providers=provider)
 
 
 def tolerance_of(graph: ir.Graph, precision: str) -> float:

@@ -16,6 +16,7 @@ import transformers
 
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.errors import ExportError, first_line
+from edgeexit.export.device_tokenizer import make_tokenizer
 
 _RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -54,9 +55,17 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
     pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        config = processor.to_dict()
+    except Exception as error:  # whatever a damaged or foreign file makes it raise
         raise _refused(path, f"transformers cannot read it ({first_line(error)})") from error
-    schema = _image_schema(path, processor.to_dict(), type(processor).__name__, channels)
+    name = type(processor).__name__
+    try:
+        schema = _image_schema(path, config, name, channels)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _refused(path, f"what {name} does cannot be expressed ({error!r})") from error
+    from edgeexit.export.pictures import compare_pictures  # needs Pillow, as the processor does
+
+    compare_pictures(path, schema, processor)
     image = _sample_image(schema)
     last = image if image.ndim == 3 else image[..., None]
     made = processor(last, input_data_format="channels_last", return_tensors="np")["pixel_values"]
@@ -129,8 +138,8 @@ def _sample_image(schema: ImagePreprocessing) -> np.ndarray:
 
 def text_preprocessing(
     folder: Path, inputs: Sequence[str], positions: int
-) -> tuple[TextPreprocessing, str, Sample] | None:
-    """From ``tokenizer.json`` and its config; None when the checkpoint has no tokenizer.
+) -> tuple[TextPreprocessing, bytes, Sample] | None:
+    """From a tokenizer's files; None when the checkpoint has no tokenizer.
 
     Args:
         folder: The checkpoint.
@@ -138,19 +147,20 @@ def text_preprocessing(
         positions: The longest sequence that the model takes.
 
     Returns:
-        The schema, the tokenizer's file, and a sample ``{"text", "expected/<input>"}`` with padding
-        and truncation.
+        The schema, what stands in ``tokenizer.json``, and a sample ``{"text", "expected/<input>"}``
+        with padding and truncation.
 
     Raises:
-        ExportError: transformers cannot read it, or it pads on the left.
+        ExportError: transformers cannot read it, it pads on the left, or the device would make
+            other ids of some text.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    made = make_tokenizer(folder)
+    if made is None:
         return None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _refused(path, f"transformers cannot read it ({first_line(error)})") from error
+    raw, tokenizer = made
+    path = folder / "tokenizer.json"
+    if tokenizer is None:
+        raise _refused(path, "how it pads and cuts cannot be told without transformers' tokenizer")
     if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
         raise _refused(path, "padding or truncation on the left cannot be expressed")
     if tokenizer.pad_token_id is None:
@@ -164,7 +174,7 @@ def text_preprocessing(
         pad_token=str(tokenizer.pad_token),
     )
     texts = [*_SAMPLE_TEXTS, " ".join([_SAMPLE_TEXTS[0]] * (schema.max_length // 12 + 1))]
-    made = tokenizer(
+    encoded = tokenizer(
         texts,
         padding=True,
         truncation=True,
@@ -172,8 +182,8 @@ def text_preprocessing(
         return_token_type_ids=schema.types is not None,
         return_tensors="np",
     )
-    expected = {f"expected/{name}": np.asarray(made[name], np.int64) for name in inputs}
-    return schema, str(path), {"text": np.array(texts), **expected}
+    expected = {f"expected/{name}": np.asarray(encoded[name], np.int64) for name in inputs}
+    return schema, raw, {"text": np.array(texts), **expected}
 
 
 def _refused(path: Path, why: str) -> ExportError:

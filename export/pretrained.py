@@ -8,24 +8,25 @@ some of them have.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 import transformers
 
-from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.checkpoint import (
+    find_checkpoint,
+    read_config,
+    read_labels,
+    read_model,
+)
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
+from edgeexit.export.generation import generation_of
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
-
-logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "bert": ("bert", "AutoModelForSequenceClassification", "text-classification"),
@@ -79,10 +80,8 @@ def from_pretrained(
         ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
             no exits for the layers asked for.
     """
-    folder = _local(path)
-    if (folder / "manifest.json").is_file():
-        raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
-    config = _config(path, folder)
+    folder = find_checkpoint(path)
+    config = read_config(path, folder)
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:
             raise UsageError(
@@ -113,16 +112,6 @@ def from_pretrained(
     return _classifier(path, folder, config, exits, *family, untrained=untrained)
 
 
-def _config(path: str | Path, folder: Path) -> transformers.PretrainedConfig:
-    try:
-        return transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(
-            f"{path}: not a transformers checkpoint ({first_line(error)})",
-            fix="Give a directory with config.json, as save_pretrained writes it.",
-        ) from error
-
-
 def _classifier(
     path: str | Path,
     folder: Path,
@@ -135,6 +124,7 @@ def _classifier(
     untrained: bool,
 ) -> ExitClassifier:
     """A classifier; its exits have heads of their own."""
+    labels = read_labels(path, config)
     saved = read_exits(folder).layers
     if exits is None and saved is None:
         raise ExportError(
@@ -142,10 +132,10 @@ def _classifier(
             fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
             "--untrained-exits 3,6,9 to measure latency before training.",
         )
-    model, found = _read(reader, path, folder)
-    if found["missing_keys"] and not untrained:
+    model, missing_weights = read_model(reader, path, folder)
+    if missing_weights and not untrained:
         raise ExportError(
-            f"{path}: the checkpoint has no weights for {sorted(found['missing_keys'])[0]}, "
+            f"{path}: the checkpoint has no weights for {missing_weights[0]}, "
             "which its classifier needs",
             fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
             "measure latency with random weights.",
@@ -168,8 +158,7 @@ def _classifier(
         classifier.trained = True
     classifier.eval()
     classifier.name, classifier.task = name_of(path), task
-    labels = config.id2label or {}
-    classifier.labels = tuple(str(labels[i]) for i in sorted(labels))
+    classifier.labels = labels
     trained = "trained" if classifier.trained else "untrained"
     classifier.provenance = {"model_type": config.model_type, "exits": trained}
     if images:
@@ -177,7 +166,7 @@ def _classifier(
     elif task == "text-classification":
         names = [tensor.name for tensor in trunk.inputs]
         if texts := text_preprocessing(folder, names, trunk.limits["seq"]):
-            classifier.preprocessing, classifier.tokenizer_file, sample = texts
+            classifier.preprocessing, classifier.tokenizer, sample = texts
             classifier.preprocessing_sample = sample
     return classifier
 
@@ -200,10 +189,10 @@ def _decoder(
             fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
             "(--exits 2,4).",
         )
-    model, loading = _read("AutoModelForCausalLM", path, folder)
-    if loading["missing_keys"]:
+    model, missing_weights = read_model("AutoModelForCausalLM", path, folder)
+    if missing_weights:
         raise ExportError(
-            f"{path}: the checkpoint has no weights for {sorted(loading['missing_keys'])[0]}",
+            f"{path}: the checkpoint has no weights for {missing_weights[0]}",
             fix="Give a whole causal language model.",
         )
     adapter = importlib.import_module(f"edgeexit.export.families.{DECODERS[config.model_type]}")
@@ -224,6 +213,7 @@ def _decoder(
     decoder.eval()
     decoder.name = name_of(path)
     decoder.tokenizer_folder = folder
+    decoder.generation = generation_of(model, path)
     trained = "trained" if set(decoder.exit_layers) <= set(saved or []) else "untrained"
     decoder.provenance = {"model_type": config.model_type, "exits": trained}
     if sizes:
@@ -247,26 +237,21 @@ def _encoder_decoder(
             "exits=[2, 4] (--exits 2,4), and of the encoder with encoder_exits (--encoder-exits).",
         )
     module_name, reader = ENCODER_DECODERS[config.model_type]
-    model, loading = _read(reader, path, folder)
-    if loading["missing_keys"]:
+    model, missing_weights = read_model(reader, path, folder)
+    if missing_weights:
         raise ExportError(
-            f"{path}: the checkpoint has no weights for {sorted(loading['missing_keys'])[0]}",
+            f"{path}: the checkpoint has no weights for {missing_weights[0]}",
             fix="Give a whole model for conditional generation.",
         )
     family = importlib.import_module(f"edgeexit.export.families.{module_name}")
     chosen = list(saved.layers or [] if exits is None else exits)
     own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
-    if settings := family.unheeded(model):
-        logger.warning(
-            "%s: generation goes by the model's own logits; not heeded of its settings: %s",
-            path,
-            ", ".join(settings),
-        )
     encoder, decoder = family.trunk(model.eval())
     split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
     split.eval()
     split.name = name_of(path)
     split.tokenizer_folder = folder
+    split.generation = generation_of(model, path)
     known = set(chosen) <= set(saved.layers or []) and set(own) <= set(saved.encoder or [])
     trained = "trained" if known else "untrained"
     split.provenance = {"model_type": config.model_type, "exits": trained}
@@ -274,60 +259,3 @@ def _encoder_decoder(
     if texts:
         split.preprocessing, _, split.preprocessing_sample = texts
     return split
-
-
-def _read(reader: str, path: str | Path, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Reads a model with one of transformers' classes. Returns it, and what was found."""
-    try:
-        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
-        with _without_bars():
-            model, found = getattr(transformers, reader).from_pretrained(
-                folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(
-            f"{path}: transformers cannot read it ({first_line(error)})",
-            fix="Check the checkpoint with transformers' from_pretrained.",
-        ) from error
-    return model, found
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keeps transformers' own progress bars off stderr, which is the command line's."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _local(path: str | Path) -> Path:
-    """The checkpoint's directory; a hub id's is fetched into (or found in) the hub's cache."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ExportError(f"{path} is a file", fix="Give a checkpoint directory or a hub id.")
-    absent = ExportError(f"{path} does not exist", fix="Give a checkpoint directory or a hub id.")
-    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise absent
-    import huggingface_hub
-
-    try:
-        for weights in ("*.safetensors", "*.bin"):
-            found = huggingface_hub.snapshot_download(
-                str(path),
-                allow_patterns=["*.json", "*.txt", "*.jinja", weights],
-                ignore_patterns=["*/*", "training_args.bin"],
-            )
-            if any(Path(found).glob(weights)):
-                break
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{path}: neither a directory nor to be had from the hub ({first_line(error)})",
-            fix="Check the name and the network, or fetch it elsewhere and give the directory.",
-        ) from error
-    return Path(found)

@@ -38,6 +38,7 @@ def reference_sample(
     answers: Mapping[str, Mapping[str, NDArray[Any]]],
     *,
     every_token: bool,
+    probabilities: bool = False,
 ) -> Arrays:
     """The reference sample of a bundle.
 
@@ -47,6 +48,7 @@ def reference_sample(
         every_token: Logits are those of every token of texts, ``[rows, seq, classes]``, of which
             the last token's are kept; then there are, ``[rows, seq]``, the greedy ``token``, how
             far its logit is above the next (``gap``), and scores.
+        probabilities: What is called logits are probabilities already.
     """
     found = {f"input/{name}": value for name, value in inputs.items()}
     for exit_, own in answers.items():
@@ -60,7 +62,7 @@ def reference_sample(
                 "gap": largest[..., 1] - largest[..., 0],
             }
         if logits is not None and exit_ != "unsplit":
-            derived |= reference_scores(logits)
+            derived |= reference_scores(logits, probabilities=probabilities)
         found |= {f"{exit_}/{name}": value for name, value in {**own, **derived}.items()}
     return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 from edgeexit.bundle.manifest import Chat
 from edgeexit.bundle.reader import CHAT_TEMPLATE_LIMIT_BYTES
 from edgeexit.errors import ExportError
+from edgeexit.export.device_tokenizer import TOKENIZER, make_tokenizer
 
 DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -42,25 +42,19 @@ class TextFiles:
 
 
 def write_text_files(checkpoint: Path, bundle: Path) -> TextFiles:
-    """Copies tokenizer and chat templates of a checkpoint into a bundle's folder.
+    """Writes tokenizer and chat templates of a checkpoint into a bundle's folder.
 
     Raises:
         ExportError: A file cannot be read; what it is about is named.
     """
-    source = checkpoint / "tokenizer.json"
-    if not source.is_file():
+    made = make_tokenizer(checkpoint)
+    if made is None:
         return TextFiles()
-    try:
-        tokenizer = Tokenizer.from_file(str(source))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ExportError(
-            f"{source}: tokenizers cannot read it ({error})",
-            fix="Mend it, or move it away: the bundle then takes and gives token ids.",
-        ) from error
+    tokenizer = Tokenizer.from_buffer(made[0])
     templates, tokens = read_templates(checkpoint), read_special_tokens(checkpoint)
     folder = bundle / "tokenizer"
     folder.mkdir()
-    shutil.copyfile(source, folder / source.name)
+    (folder / TOKENIZER).write_bytes(made[0])
     written = {}
     for name, text in templates.items():
         file = "chat_template.jinja" if name == DEFAULT else f"chat_template.{name}.jinja"
@@ -69,7 +63,7 @@ def write_text_files(checkpoint: Path, bundle: Path) -> TextFiles:
     # Where a base model was tuned to chat, often only the tokenizer was told what ends a turn.
     end = tokenizer.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
     return TextFiles(
-        tokenizer=f"tokenizer/{source.name}",
+        tokenizer=f"tokenizer/{TOKENIZER}",
         chat=Chat(templates=written, tokens=tokens) if written else None,
         stop_tokens=() if end is None else (end,),
     )

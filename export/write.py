@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -172,10 +171,10 @@ def _graphs(
 def _text_files(model: SplitModel, folder: Path) -> TextFiles:
     if model.tokenizer_folder is not None:
         return write_text_files(Path(model.tokenizer_folder), folder)
-    if model.tokenizer_file is None:
+    if model.tokenizer is None:
         return TextFiles()
     (folder / "tokenizer").mkdir()
-    shutil.copyfile(model.tokenizer_file, folder / "tokenizer/tokenizer.json")
+    (folder / "tokenizer/tokenizer.json").write_bytes(model.tokenizer)
     return TextFiles(tokenizer="tokenizer/tokenizer.json")
 
 

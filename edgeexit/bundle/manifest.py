@@ -229,6 +229,22 @@ class TokenGroup(Struct, frozen=True, kw_only=True):
     mask: Name | None = None
 
 
+class GenerationDefaults(Struct, frozen=True, kw_only=True):
+    """How tokens are chosen where the caller does not say: what a checkpoint's
+    ``generation_config.json`` asks for.
+
+    `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave none out. Tokens that
+    occurred before have positive logits divided and negative ones multiplied by
+    `repetition_penalty`; those in `suppressed` are never made.
+    """
+
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    suppressed: list[int] = []
+
+
 class Decoding(Struct, frozen=True, kw_only=True):
     """How a program writes text token by token.
 
@@ -244,6 +260,7 @@ class Decoding(Struct, frozen=True, kw_only=True):
     start_tokens: list[int] = []
     stop_tokens: list[int] = []
     groups: dict[Name, TokenGroup] = {}
+    generation: GenerationDefaults | None = None
 
 
 class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):

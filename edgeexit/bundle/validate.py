@@ -339,6 +339,8 @@ def _check_tokens(manifest: Manifest, decoding: Decoding) -> None:
     named = [("stop token", token) for token in decoding.stop_tokens]
     named += [("start token", token) for token in decoding.start_tokens]
     named += [(f"token of the group {n}", group.token) for n, group in decoding.groups.items()]
+    if decoding.generation is not None:
+        named += [("suppressed token", token) for token in decoding.generation.suppressed]
     for what, token in named:
         if not 0 <= token < tables[0].size:
             raise BundleError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,11 @@ DTYPES = {
     "--labels",
     type=click.Path(path_type=Path),
     help="ONNX: a text file with one class name per line; checkpoints bring theirs.",
+)
+@click.option(
+    "--outputs",
+    type=click.Choice(["logits", "probabilities"]),
+    help="ONNX: what the exits give; default: probabilities where a Softmax makes them.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
 @output_options
@@ -180,7 +186,8 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
     from edgeexit.export import export_onnx
     from edgeexit.measure.batches import read_npz
 
-    extra = {name: options[name] for name in ("task", "name") if options[name] is not None}
+    own = ("task", "name", "outputs")
+    extra = {name: options[name] for name in own if options[name] is not None}
     data, labels = options["data"], options["labels"]
     if data is not None:
         if not data.is_file():
@@ -195,13 +202,18 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
             raise DataError(
                 f"{labels}: cannot be read ({error})", fix="Give a text file, one label per line."
             ) from error
-    exits = [part.strip() for part in options["exits"].split(",") if part.strip()]
-    return export_onnx(model, output, exits=exits, **extra, **writing)
+    return export_onnx(model, output, exits=_names(options["exits"]), **extra, **writing)
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas; one that holds a comma itself stands in double quotes."""
+    [row] = csv.reader([text], skipinitialspace=True)
+    return [name.strip() for name in row if name.strip()]
 
 
 def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
     """Splits a checkpoint, or what a function returns."""
-    for name in ("data", "labels"):
+    for name in ("data", "labels", "outputs"):
         if options[name] is not None:
             raise UsageError(
                 f"--{name} is for ONNX files; this model brings its own", fix="Leave it out."

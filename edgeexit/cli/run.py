@@ -199,7 +199,8 @@ def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
     from edgeexit.bundle.manifest import ImagePreprocessing
     from edgeexit.measure.batches import Batch
     from edgeexit.measure.data import open_data
-    from edgeexit.measure.preprocess import TextSource, encode_texts, open_image, preprocess_images
+    from edgeexit.preprocessing.images import open_image, preprocess_images
+    from edgeexit.runtime.text.tokenizer import encode_batch
 
     size, images, texts = options["batch_size"], options["images"], options["texts"]
     if options["data"] is not None:
@@ -215,8 +216,8 @@ def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
         pixels = preprocess_images(preprocessing, opened)
         yield Batch({preprocessing.input: pixels}, None, len(opened))
     for start in range(0, len(texts), size):
-        sources = [TextSource(text) for text in texts[start : start + size]]
-        yield Batch(encode_texts(bundle, sources), None, len(sources))
+        part = texts[start : start + size]
+        yield Batch(encode_batch(bundle, part), None, len(part))
 
 
 def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle.reader import Bundle
-    from edgeexit.runtime import Generation, Model
+    from edgeexit.runtime import Generation, Model, Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,12 +163,6 @@ def _check_mode(mode: str, given: set[str], threshold: float | None) -> None:
             raise UsageError(
                 f"--{option} does nothing in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
             )
-    draws = [name for name in DRAWING if name in given]
-    if draws and "temperature" not in given:
-        raise UsageError(
-            f"--{draws[0].replace('_', '-')} does nothing where the likeliest token is taken",
-            fix="Add --temperature.",
-        )
 
 
 def write(
@@ -178,13 +172,19 @@ def write(
     capacity: int | None,
     *,
     as_json: bool,
+    quiet: bool = False,
 ) -> None:
     """Continues prompts or answers conversations, and tells where the tokens came from."""
-    from edgeexit.runtime import Sampling, load
+    import msgspec
+
+    from edgeexit.runtime import load
 
     with load(bundle, capacity=capacity, **loading) as model:
         rows, prompts, before = _rows(model, writing)
-        sampling = Sampling(**writing.drawing) if writing.drawing else None
+        sampling = msgspec.structs.replace(model.default_sampling, **writing.drawing)
+        _check_drawing(writing.drawing, sampling)
+        if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
+            click.echo(said, err=True)
         made = model.generate(rows, sampling=sampling, **writing.generating)
         if writing.stream:
             click.echo(before[0], nl=False)
@@ -208,6 +208,27 @@ def write(
                 click.echo(f"== {number} of {len(before)}")
             click.echo(start + text)
     click.echo(_summary(made), err=True)
+
+
+def _check_drawing(given: Mapping[str, Any], sampling: Sampling) -> None:
+    """Refuses options that do nothing."""
+    draws = [name for name in given if name != "temperature"]
+    if draws and sampling.temperature == 0:
+        raise UsageError(
+            f"--{draws[0].replace('_', '-')} does nothing where the likeliest token is taken",
+            fix="Add --temperature.",
+        )
+
+
+def _own_settings(own: Sampling, given: Mapping[str, Any]) -> str:
+    """What the checkpoint says of how tokens are chosen, where the options do not."""
+    plain = type(own)()
+    found = [
+        f"{name} {value if not isinstance(value, tuple) else f'{len(value)} tokens'}"
+        for name in own.__struct_fields__
+        if (value := getattr(own, name)) != getattr(plain, name) and name not in given
+    ]
+    return f"as the checkpoint says: {', '.join(found)}" if found else ""
 
 
 def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[str]]:

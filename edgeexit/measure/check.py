@@ -23,14 +23,10 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, EngineError, InputError
 from edgeexit.measure.batches import read_npz, row_count, take_rows
 from edgeexit.measure.judge import Judge, Report, tolerances
-from edgeexit.measure.preprocess import (
-    TextSource,
-    encode_texts,
-    image_from_array,
-    preprocess_images,
-)
 from edgeexit.measure.probe import ask, ask_in_batches, chains_before
-from edgeexit.runtime import Model, load
+from edgeexit.preprocessing.images import image_from_array, preprocess_images
+from edgeexit.runtime import Model, Sampling, load
+from edgeexit.runtime.text.tokenizer import encode_batch
 
 REFERENCE = "samples/reference.npz"
 PREPROCESSING = "samples/preprocessing.npz"
@@ -292,6 +288,7 @@ def _check_drafting(one: _Checked) -> None:
     prompts = [decoding.start_tokens or row.tolist() for row in tokens]
     count = max(1, min(NEW_TOKENS, model.capacity - max(map(len, prompts))))
     options: dict[str, Any] = {"inputs": others, "max_new_tokens": count, "text": False}
+    options["sampling"] = Sampling()  # whatever the checkpoint says of how tokens are chosen
     full = model.generate(prompts, **options).finish().tokens
     # The states of an adapter are kept by drafting alone, so each drafts once.
     early = model.exits[:-1]
@@ -375,8 +372,8 @@ def _check_preprocessing(bundle: Bundle, judge: Judge) -> None:
     else:
         if "text" not in arrays:
             raise BundleError(f"{PREPROCESSING}: no text in it", fix="Export again.")
-        texts = [TextSource(str(text)) for text in np.atleast_1d(arrays["text"])]
-        made, atol = encode_texts(bundle, texts), 0.0
+        texts = [str(text) for text in np.atleast_1d(arrays["text"])]
+        made, atol = encode_batch(bundle, texts), 0.0
     for name, value in expected.items():
         found = made.get(name, np.empty(0))
         if value.ndim == found.ndim - 1:

@@ -26,7 +26,9 @@ from edgeexit.measure.batches import (
     input_names,
     label_index,
 )
-from edgeexit.measure.preprocess import TextSource, encode_texts, open_image, preprocess_images
+from edgeexit.preprocessing.images import open_image, preprocess_images
+from edgeexit.preprocessing.texts import Text
+from edgeexit.runtime.text.tokenizer import encode_batch
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -179,10 +181,12 @@ def _batch(
             for where, row in part
         ]
         return _image_batch(preprocessing, preprocess_images(preprocessing, images), indices)
-    texts = [TextSource(row[key], row.get("text_pair")) for _, row in part]
-    for (where, _), source in zip(part, texts, strict=True):
-        if source.pair is not None and not isinstance(source.pair, str):
+    texts: list[Text] = []
+    for where, row in part:
+        pair = row.get("text_pair")
+        if pair is not None and not isinstance(pair, str):
             raise DataError(
                 f"{where}: 'text_pair' is not a string", fix="Give a string or leave it out."
             )
-    return Batch(encode_texts(bundle, texts), _labels(indices), len(texts))
+        texts.append(row[key] if pair is None else (row[key], pair))
+    return Batch(encode_batch(bundle, texts), _labels(indices), len(texts))

@@ -68,12 +68,13 @@ class Cut:
     tensors: dict[str, Tensor]
 
 
-def cut(model: ir.Model, what: str) -> Cut:
+def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
     """Cuts a normalised model.
 
     Args:
         model: Normalised, with resolved shapes and float32 outputs; only names are changed.
         what: The file, for messages.
+        probabilities: What exits give are probabilities already, not logits.
 
     Raises:
         ExportError: The exits are not ordered, or a tensor that crosses cannot be carried.
@@ -114,7 +115,15 @@ def cut(model: ir.Model, what: str) -> Cut:
         for value in [*graph.inputs, *exits, *ordered(later)]
     }
     pieces = [
-        _piece(model, f"segment_{number}", taken, [v for v in made if v is not exit_], exit_)
+        _piece(
+            _extract(
+                model,
+                taken,
+                [*(value for value in made if value is not exit_), exit_],
+                f"segment_{number}",
+            ),
+            probabilities=probabilities,
+        )
         for number, ((taken, made), exit_) in enumerate(zip(plan, exits, strict=True), start=1)
     ]
     unsplit = _extract(model, list(graph.inputs), [exits[-1]], "unsplit")
@@ -124,14 +133,13 @@ def cut(model: ir.Model, what: str) -> Cut:
     return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
 
 
-def _piece(
-    model: ir.Model, name: str, taken: list[ir.Value], made: list[ir.Value], exit_: ir.Value
-) -> Piece:
-    part = _extract(model, taken, [*made, exit_], name)
+def _piece(part: ir.Model, *, probabilities: bool) -> Piece:
+    """A segment's graph, whose last output is the exit's, with scores."""
     drop_shape_inputs(part)
     _drop_inner_shapes(part.graph)
     logits = part.graph.outputs[-1]
-    scores = append_scores(part.graph, logits, logits.name or "")
+    name = part.graph.name or ""
+    scores = append_scores(part.graph, logits, logits.name or "", probabilities=probabilities)
     part.graph.outputs.extend(scores.values())
     return Piece(
         name=name,

@@ -18,6 +18,7 @@ from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.axis_names import resolve_shapes
 from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
+from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
 from edgeexit.export.cut.prove_rows import Proof, prove_rows, sample_inputs
 from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of, read_onnx
 from edgeexit.export.describe import FORMAT, Precision
@@ -41,6 +42,7 @@ def export_onnx(
     overwrite: bool = False,
     samples: Mapping[str, np.ndarray] | None = None,
     labels: Sequence[str] = (),
+    outputs: Outputs | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Cuts an ONNX file at its exits and writes the bundle.
@@ -58,6 +60,8 @@ def export_onnx(
         samples: Input name -> array with two rows or more, to compute the reference from; inputs
             are made up if left out.
         labels: Names of the classes.
+        outputs: What exits give: ``logits``, or ``probabilities`` that a softmax made. None: what
+            the operators before them say.
 
     Raises:
         UsageError: `path`, `exits` or `samples` cannot be meant.
@@ -73,13 +77,19 @@ def export_onnx(
         inputs = sample_inputs(source.model.graph, SAMPLE_ROWS, samples, source.inputs)
         tell("running the file on samples")
         answers = _answers(source, writer.folder, inputs, labels)
-        pieces = cut(source.model, source.what)
+        probabilities = gives_probabilities(source.model.graph, outputs, source.what)
+        pieces = cut(source.model, source.what, probabilities=probabilities)
         precision = precision_of(source.model)
         proof = _write_segments(source, pieces, writer.folder, inputs, answers, precision, tell)
         tell("samples and manifest")
         last = answers[pieces.pieces[-1].exit]
         named = {exit_: {ANSWER: logits} for exit_, logits in answers.items()}
-        sample = reference_sample(inputs, named | {UNSPLIT: {ANSWER: last}}, every_token=False)
+        sample = reference_sample(
+            inputs,
+            named | {UNSPLIT: {ANSWER: last}},
+            every_token=False,
+            probabilities=probabilities,
+        )
         described = _manifest(source, pieces, proof, precision)
         return writer.commit(
             msgspec.structs.replace(
@@ -247,7 +257,11 @@ def check_exits(exits: Sequence[str]) -> None:
         if not isinstance(exit_, str) or not exit_:
             raise UsageError(f"exits: {exit_!r} is not a name", fix="Give names of outputs.")
         if list(exits).count(exit_) > 1:
-            raise UsageError(f"exits: {exit_} is given twice", fix="Name each exit once.")
+            raise UsageError(
+                f"exits: {exit_} is given twice",
+                fix="Name each exit once; in --exits a name that holds a comma stands in double "
+                "quotes.",
+            )
     if len(exits) < 2:
         raise UsageError(
             f"exits: there is no early exit ({', '.join(exits) or 'none'} given)",

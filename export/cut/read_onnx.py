@@ -7,6 +7,7 @@ opset that bundles may have. `axis_names` and `cut` take it from there.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -78,6 +79,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
             fix="Give the .onnx file that an exporter wrote.",
         )
     _check_wiring(model.graph, path)
+    _open_sizes(model.graph)
     _check_external(model.graph, path)
     return model
 
@@ -102,7 +104,7 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
     model = _convert(model, what)
     with quiet():
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.IdentityEliminationPass()(model)
+        _drop_identities(model)
         passes.ClearMetadataAndDocStringPass()(model)
     _check_deterministic(model.graph, what)
     model.ir_version = IR_VERSION
@@ -111,6 +113,19 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
     _name_values(model.graph, what)
     model.graph.sort()
     return model
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """Takes out Identity nodes. Inside a branch or a loop one may be what hands an outer value on,
+    which a graph cannot give directly: those stay."""
+    if not any(subgraphs(node) for node in model.graph):
+        passes.IdentityEliminationPass()(model)
+        return
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Identity" and node.domain == "" else None
+        if source is not None and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
 
 
 def float_outputs(graph: ir.Graph, what: str) -> None:
@@ -167,6 +182,14 @@ def subgraphs(node: ir.Node) -> list[ir.Graph]:
     return found
 
 
+def _open_sizes(graph: ir.Graph) -> None:
+    """Sizes of -1 of inputs and outputs are any size, as ONNX Runtime reads them (0 is none)."""
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+            value.shape = ir.Shape(dims)
+
+
 def _check_wiring(graph: ir.Graph, path: Path) -> None:
     for value in [*(v for node in graph for v in node.inputs), *graph.outputs]:
         if value is None or value.is_graph_input() or value.is_initializer():
@@ -184,7 +207,7 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            file = Path(tensor.path)
+            file = _weight_file(tensor, value.name or "", path)
             if not file.is_file():
                 raise ExportError(
                     f"{path}: {value.name!r} belongs into {file.name}, which is not there",
@@ -197,6 +220,30 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
                     f"{file.stat().st_size}",
                     fix="Copy the weight file again; it is not whole.",
                 )
+            if file.resolve() != Path(tensor.path).absolute():  # a link, as the hub's cache has
+                real = file.resolve()
+                value.const_value = ir.ExternalTensor(
+                    real.name,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name or "",
+                    base_dir=str(real.parent),
+                )
+
+
+def _weight_file(tensor: ir.ExternalTensor, name: str, path: Path) -> Path:
+    """Where a weight lies. Refuses places outside of the folder, which a file from elsewhere must
+    not name; what lies in it may be a link."""
+    location = Path(tensor.location)
+    if location.is_absolute() or ".." in location.parts:
+        raise ExportError(
+            f"{path}: {name!r} is said to lie at {location}, outside of the file's folder",
+            fix="Move the weights beside the .onnx file and save it again with that place "
+            "(onnx.save_model(..., save_as_external_data=True, location=...)).",
+        )
+    return Path(tensor.path)
 
 
 def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
@@ -208,9 +255,12 @@ def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
     outputs = [value.name for value in graph.outputs]
     for name in exits:
         if name not in values:
+            close = difflib.get_close_matches(name, [str(v) for v in values], 1, 0.8)
+            guess = f"Did you mean {close[0]!r}? " if close else ""
             raise ExportError(
                 f"{what}: there is no output {name!r}",
-                fix=f"Its outputs are {', '.join(map(str, outputs))}; inner tensors will do too.",
+                fix=f"{guess}Its outputs are {', '.join(map(str, outputs))}; inner tensors will do "
+                "too.",
             )
         if values[name].producer() is None:
             raise ExportError(

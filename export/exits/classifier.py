@@ -120,7 +120,7 @@ class ExitClassifier(nn.Module):
         self.task = "classification"
         self.labels: tuple[str, ...] = ()
         self.preprocessing: Preprocessing | None = None
-        self.tokenizer_file: str | None = None
+        self.tokenizer: bytes | None = None
         self.preprocessing_sample: dict[str, np.ndarray] | None = None
         self.provenance: dict[str, str] = {}
 
@@ -194,7 +194,7 @@ class ExitClassifier(nn.Module):
             limits=trunk.limits,
             labels=self.labels,
             preprocessing=self.preprocessing,
-            tokenizer_file=self.tokenizer_file,
+            tokenizer=self.tokenizer,
             preprocessing_sample=self.preprocessing_sample,
             provenance=self.provenance,
         )

@@ -30,6 +30,7 @@ from edgeexit.bundle.manifest import (
     Chain,
     Decoding,
     Exit,
+    GenerationDefaults,
     PromptState,
     Run,
     Tensor,
@@ -102,6 +103,7 @@ class ExitDecoder(nn.Module):
             self.adapters[f"exit_{layer}"] = nn.ModuleList(copies)
         self.name = type(model).__name__
         self.tokenizer_folder: Path | None = None
+        self.generation: GenerationDefaults | None = None
         self.provenance: dict[str, str] = {}
         self._layer = self._through_layer
         self._head = trunk.head.__call__
@@ -228,7 +230,11 @@ class ExitDecoder(nn.Module):
             example=functools.partial(_random_tokens, vocabulary),
             reference=self._reference,
             decoding=Decoding(
-                chain="main", tokens="tokens", positions=POSITIONS, stop_tokens=stops
+                chain="main",
+                tokens="tokens",
+                positions=POSITIONS,
+                stop_tokens=stops,
+                generation=self.generation,
             ),
             limits={"positions": trunk.positions},
             tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),

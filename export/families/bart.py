@@ -41,32 +41,6 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     return encoder, decoder
 
 
-IGNORED = {
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "repetition_penalty": 1.0,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "bad_words_ids": None,
-    "forced_decoder_ids": None,
-    "num_beams": 1,
-}
-"""Settings that change what transformers writes, and their values without effect."""
-
-
-def unheeded(model: BartForConditionalGeneration) -> list[str]:
-    """Settings of a checkpoint for generation that this runtime does not heed: it writes greedily,
-    or draws, by logits alone."""
-    found = {name: getattr(model.generation_config, name, None) for name in IGNORED}
-    return [
-        f"{name}={value}"
-        for name, value in found.items()
-        if value is not None and value != IGNORED[name] and value != []
-    ]
-
-
 def _start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
     """What a text begins with: the decoder's start, and a first token where one is forced."""
     generation, config = model.generation_config, model.config

@@ -21,12 +21,20 @@ import onnx_ir as ir
 from edgeexit.bundle.manifest import SCORES
 from edgeexit.errors import ExportError
 
+TINY = 1e-30
+"""What a probability of 0 counts as where its logarithm is taken."""
 
-def append_scores(graph: ir.Graph, logits: ir.Value, prefix: str) -> dict[str, ir.Value]:
+
+def append_scores(
+    graph: ir.Graph, logits: ir.Value, prefix: str, *, probabilities: bool = False
+) -> dict[str, ir.Value]:
     """Adds the nodes for every score of `SCORES` behind `logits` ``[batch, classes]``.
 
     Each score hangs on nodes of its own where it can, so that an engine that is asked for one of
     them runs the fewest nodes (two for ``max_prob``). The new values are not made graph outputs.
+
+    Args:
+        probabilities: `logits` are probabilities already.
     """
     classes = logits.shape[-1] if logits.shape is not None and len(logits.shape) == 2 else None
     if not isinstance(classes, int) or classes < 2:
@@ -40,12 +48,16 @@ def append_scores(graph: ir.Graph, logits: ir.Value, prefix: str) -> dict[str, i
     if z.dtype != ir.DataType.FLOAT:
         z = build("Cast", [z], to=int(ir.DataType.FLOAT))
     last = build.constant("last_axis", np.array([-1], np.int64))
-    p = build("Softmax", [z], axis=-1)
+    p = z if probabilities else build("Softmax", [z], axis=-1)
     scores = {"max_prob": build("ReduceMax", [p, last], keepdims=0, name="max_prob")}
     top = build("TopK", [p, build.constant("two", np.array([2], np.int64))], outputs=2, axis=-1)
     signed = build("Mul", [top, build.constant("signs", np.array([[1, -1]], np.float32))])
     scores["margin"] = build("ReduceSum", [signed, last], keepdims=0, name="margin")
-    weighted = build("Mul", [p, build("LogSoftmax", [z], axis=-1)])
+    if probabilities:
+        log = build("Log", [build("Max", [z, build.constant("tiny", np.float32(TINY))])])
+    else:
+        log = build("LogSoftmax", [z], axis=-1)
+    weighted = build("Mul", [p, log])
     negative = build("ReduceSum", [weighted, last], keepdims=0)
     scaled = build("Mul", [negative, build.constant("scale", np.float32(1 / math.log(classes)))])
     one = build.constant("one", np.float32(1))
@@ -69,13 +81,18 @@ def append_token(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
     return token
 
 
-def reference_scores(logits: np.ndarray) -> Mapping[str, np.ndarray]:
-    """The scores of `logits` ``[batch, classes]`` in float64, rounded once to float32.
+def reference_scores(
+    logits: np.ndarray, *, probabilities: bool = False
+) -> Mapping[str, np.ndarray]:
+    """The scores of `logits` ``[batch, classes]``, or of what are probabilities already, in
+    float64, rounded once to float32.
 
     >>> {name: float(score[0]) for name, score in reference_scores(np.zeros((1, 4))).items()}
     {'max_prob': 0.25, 'margin': 0.0, 'entropy': 0.0}
     """
     z = np.asarray(logits, np.float64)
+    if probabilities:
+        z = np.log(np.maximum(z, TINY))
     log_p = z - z.max(-1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
     p = np.exp(log_p)

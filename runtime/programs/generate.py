@@ -41,7 +41,7 @@ from edgeexit.runtime.programs.modes.early import Fast
 from edgeexit.runtime.programs.modes.exact import Pace
 from edgeexit.runtime.programs.modes.full import Mode, Statistics
 from edgeexit.runtime.programs.prompts import Prompts, check_alike, read_prompts
-from edgeexit.runtime.programs.sampling import Sampler, Sampling
+from edgeexit.runtime.programs.sampling import Sampler, Sampling, own_sampling, sampler_of
 from edgeexit.runtime.text.chat import ChatTemplates, Message, conversations
 from edgeexit.runtime.text.tokenizer import Stream, encode, open_tokenizer
 
@@ -112,7 +112,8 @@ class TextProgram:
             draft_exit: The exit that drafts (``exact``); None: the one that pays most.
             drafts: Tokens of a draft (``exact``); None: adapted to what is accepted.
             draft_threshold: Stop drafting when the drafting exit's score is below.
-            sampling: How tokens are drawn; None: the likeliest one is taken.
+            sampling: How tokens are chosen; None: as the checkpoint said (`default_sampling`).
+                ``Sampling()`` takes the likeliest one.
             stop: Strings that end a row; they are not given out.
             audit: Compute what the last exit says to tokens of early exits (``fast``).
             text: Give out text as well as tokens, where the bundle has a tokenizer; False saves
@@ -156,9 +157,7 @@ class TextProgram:
         generation = Generation(
             [[] for _ in given.tokens], ["" for _ in given.tokens], Statistics()
         )
-        sampler = None
-        if sampling is not None and sampling.temperature > 0:
-            sampler = Sampler(sampling, [row.tolist() for row in given.tokens])
+        sampler = sampler_of(self.default_sampling if sampling is None else sampling, given.tokens)
         # Weak, or the text and its rounds would hold each other: one that is dropped in the middle
         # shall free the model at once.
         generation._pieces = self._write(
@@ -262,7 +261,7 @@ class TextProgram:
             streams = None
             if (text and self.bundle.manifest.tokenizer is not None) or stops:
                 tokenizer = self._tokenizers()
-                streams = [Stream(tokenizer, stops) for _ in prompts.tokens]
+                streams = [Stream(tokenizer, stops, row.tolist()) for row in prompts.tokens]
             started = time.perf_counter()
             session = self.session(len(prompts.tokens))
             mode = make_mode(session)
@@ -295,19 +294,23 @@ class TextProgram:
         check_mode(self.bundle, self.chain, mode, drafting)
 
     def _decoding(self) -> Decoding:
-        decoding = self.bundle.manifest.decoding
-        if decoding is None:
+        manifest = self.bundle.manifest
+        if manifest.decoding is None:
             raise UsageError(
-                f"{self.bundle.path} does not write text: its task is {self.bundle.manifest.task}",
+                f"{self.bundle.path} does not write text: its task is {manifest.task}",
                 fix="Call the model with its inputs: model({...}) (edgeexit run --data).",
             )
-        return decoding
+        return manifest.decoding
 
     def _text_table(self) -> Gather:
         """The step that looks up the embeddings of a text's tokens."""
-        tokens = self._decoding().tokens
-        steps = self.bundle.manifest.steps
+        tokens, steps = self._decoding().tokens, self.bundle.manifest.steps
         return next(step for step in steps if isinstance(step, Gather) and step.ids == tokens)
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """How tokens are chosen where a call does not say: as the checkpoint did."""
+        return own_sampling(self._decoding())
 
     def _tokenizers(self) -> Any:
         if self._tokenizer is None:

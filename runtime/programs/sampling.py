@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.manifest import Decoding
 from edgeexit.errors import UsageError
 
 _LARGEST = float(np.finfo(np.float64).max)
@@ -21,14 +22,15 @@ Floats64 = NDArray[np.float64]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are drawn.
+    """How tokens are chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 = greedy, and all else is ignored.
+        temperature: Divides the logits; 0 = the likeliest token, whatever `top_k` and `top_p` say.
         top_k: Draw among that many tokens at most; 0 = all.
         top_p: Draw among the likeliest tokens that together have this chance.
         repetition_penalty: Divides positive logits of tokens that occurred before, multiplies
             negative ones (CTRL, arXiv:1909.05858); 1 = none.
+        suppressed: Tokens that are never made.
         seed: Of the draws; row r of a batch draws from a stream of its own.
     """
 
@@ -36,7 +38,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    suppressed: tuple[int, ...] = ()
     seed: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken, as the logits are."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0 and not self.suppressed
 
     def check(self) -> None:
         """Raises `UsageError` for invalid settings."""
@@ -66,10 +74,23 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if not math.isfinite(value) or not holds:
                 raise UsageError(f"{name} {value} is out of range", fix=f"Use {range_}.")
+        for token in self.suppressed:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise UsageError(f"suppressed holds {token!r}", fix="Use token ids.")
+
+
+def own_sampling(decoding: Decoding) -> Sampling:
+    """What a bundle says of how tokens are chosen; the likeliest one where it says nothing."""
+    given = decoding.generation
+    if given is None:
+        return Sampling()
+    settings = {name: getattr(given, name) for name in given.__struct_fields__}
+    return Sampling(**settings | {"suppressed": tuple(given.suppressed)})
 
 
 def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) -> Floats64:
-    """Chances ``[vocabulary]`` of the next token, after every processor.
+    """Chances ``[vocabulary]`` of the next token, after every processor, in the order in which
+    transformers has them. With temperature 0 one token has them all.
 
     Args:
         logits: ``[vocabulary]``.
@@ -84,6 +105,12 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
                 z[seen] / sampling.repetition_penalty,
                 z[seen] * sampling.repetition_penalty,
             )
+    if sampling.suppressed:
+        z[[token for token in sampling.suppressed if token < len(z)]] = -np.inf
+    if sampling.temperature == 0:
+        only = np.zeros_like(z)
+        only[z.argmax()] = 1.0
+        return only
     with np.errstate(over="ignore"):  # the largest becomes 0, whatever divides it
         z = np.minimum(z, _LARGEST)
         z = (z - z.max()) / sampling.temperature
@@ -151,4 +178,9 @@ class Sampler:
         return len(drafts), self.draw(row, p[len(drafts)])
 
 
-__all__ = ["Sampler", "Sampling", "distribution"]
+def sampler_of(sampling: Sampling, rows: Sequence[NDArray[np.int64]]) -> Sampler | None:
+    """What chooses tokens behind these prompts; None where the graph's own choice will do."""
+    return None if sampling.plain else Sampler(sampling, [row.tolist() for row in rows])
+
+
+__all__ = ["Sampler", "Sampling", "distribution", "own_sampling", "sampler_of"]

@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import TextPreprocessing
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import BundleError, EngineError, InputError
+from edgeexit.errors import InputError, UsageError
+from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, read_tokenizer
 
 HELD_TOKENS = 8
 """Tokens that may wait for the rest of a character; then what they give is given out, broken."""
+
+PROMPT_TOKENS = 8
+"""Tokens of a prompt behind which the first new one is made text of: a space between them shows
+there only."""
 
 TOKENIZER_LIMIT_BYTES = 1 << 30
 
@@ -36,25 +40,7 @@ def open_tokenizer(bundle: Bundle) -> Any:
             fix="Export a checkpoint that has tokenizer.json, or give token ids from Python: "
             "generate([[1, 2, 3]]).",
         )
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise EngineError(
-            f"texts need tokenizers, which cannot be imported ({error})",
-            fix='Install it: pip install "edgeexit[text]".',
-        ) from error
-    raw = bundle.read(name, limit_bytes=TOKENIZER_LIMIT_BYTES)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-    except Exception as error:  # tokenizers raises bare Exception, too
-        raise BundleError(
-            f"{name}: tokenizers {tokenizers.__version__} cannot read it ({error})",
-            fix="Install a newer tokenizers, or export again from a checkpoint that it can read.",
-        ) from error
-    # A checkpoint's file may carry what its training cut and padded to.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return read_tokenizer(bundle.read(name, limit_bytes=TOKENIZER_LIMIT_BYTES), name)
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -75,7 +61,7 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
 
 
 def encode_batch(
-    bundle: Bundle, texts: Sequence[str | tuple[str, str]], *, truncate: bool = True
+    bundle: Bundle, texts: Sequence[Text], *, truncate: bool = True
 ) -> dict[str, NDArray[Any]]:
     """Texts, or pairs of them, to what the bundle's text preprocessing makes of them: token ids
     ``[batch, seq]`` padded to the longest, masks, types.
@@ -91,82 +77,91 @@ def encode_batch(
     if not isinstance(preprocessing, TextPreprocessing):
         raise InputError(
             "the bundle has no text preprocessing",
-            fix="Give the inputs as .npz, or export from a checkpoint with tokenizer.json.",
+            fix="Give the inputs as .npz, or export a checkpoint that has a tokenizer.",
         )
-    tokenizer = _padding_tokenizer(bundle, preprocessing)
-    try:
-        encodings = tokenizer.encode_batch(list(texts))
-    except Exception as error:  # bare here, too
-        raise InputError(
-            f"the tokenizer cannot encode one of the texts {str(list(texts))[:60]!a} ({error})",
-            fix="Give texts that are valid Unicode.",
-        ) from error
-    if not truncate:
-        _check_whole(encodings, preprocessing.max_length)
-    columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
-    columns[preprocessing.types] = "type_ids"
-    dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
-    return {
-        name: np.asarray([getattr(encoding, column) for encoding in encodings], dtypes[name])
-        for name, column in columns.items()
-        if name is not None
-    }
-
-
-def _check_whole(encodings: Sequence[Any], most: int) -> None:
-    for row, encoding in enumerate(encodings):
-        if over := sum(len(rest.ids) for rest in encoding.overflowing):
-            raise InputError(
-                f"the text of row {row} has about {len(encoding.ids) + over} tokens, the model "
-                f"reads at most {most}",
-                fix="Shorten it.",
-            )
-
-
-def _padding_tokenizer(bundle: Bundle, preprocessing: TextPreprocessing) -> Any:
     # Its own files are the cache key: a bundle never changes, a path may come to hold another.
-    key = (bundle.digest, preprocessing.max_length)
-    if key not in _padding:
-        tokenizer = open_tokenizer(bundle)
-        tokenizer.enable_truncation(preprocessing.max_length)
-        tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
+    if bundle.digest not in _padding:
         _padding.clear()
-        _padding[key] = tokenizer
-    return _padding[key]
+        _padding[bundle.digest] = cut_and_pad(open_tokenizer(bundle), preprocessing)
+    dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
+    made = encode_texts(_padding[bundle.digest], preprocessing, texts, cut=truncate)
+    return {name: value.astype(dtypes[name], copy=False) for name, value in made.items()}
 
 
-_padding: dict[tuple[str, int], Any] = {}
+_padding: dict[str, Any] = {}
+
+
+def special_stops(tokenizer: Any, stops: Sequence[str]) -> dict[str, int]:
+    """Those stop strings that are special tokens, which texts are given out without -> their ids.
+
+    Raises:
+        UsageError: One holds a special token and more: that never comes.
+    """
+    special = {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+    found = {stop: special[stop] for stop in stops if stop in special}
+    for stop in stops:
+        if inside := [one for one in special if one in stop and stop not in found]:
+            raise UsageError(
+                f"the stop string {stop!r} holds the special token {inside[0]!r}, which is no part "
+                "of texts",
+                fix=f"Stop at {inside[0]!r} alone, or at what stands around it.",
+            )
+    return found
 
 
 class Stream:
     """Turns one row's tokens into text as they come.
 
     Text is held back while its last character is incomplete, or while it could be the beginning of
-    a stop string.
+    a stop string. The prompt's text and what is given out are together the text of all tokens.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        stops: Strings that end the text; one may be a special token, which is no part of texts.
+        prompt: The tokens before.
 
     Attributes:
         text: All that was given out so far.
         stopped: Whether a stop string came; nothing from it on is given out.
+
+    Raises:
+        UsageError: A stop string holds a special token and more.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._stops = [stop for stop in stops if stop]
-        self._tokens: list[int] = []
-        self._start = self._read = 0
+        ends = special_stops(tokenizer, stops)
+        self._ends = set(ends.values())
+        self._stops = [stop for stop in stops if stop and stop not in ends]
+        self._tokens = [int(token) for token in prompt[-PROMPT_TOKENS:]]
+        self._start, self._read = 0, len(self._tokens)
+        while self._read and self._decode(0, self._read).endswith("\ufffd"):
+            self._read -= 1  # the prompt ends within a character
         self._held = ""
         self.text = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Takes a token. Returns the text that is certain by now."""
+        if token in self._ends:
+            given = self.end()
+            self.stopped = True
+            return given
         self._tokens.append(token)
         known = self._decode(self._start, self._read)
         now = self._decode(self._start, len(self._tokens))
         if now.endswith("\ufffd") and len(self._tokens) - self._read < HELD_TOKENS:
             return ""
-        self._held += now[len(known) :]
-        self._start, self._read = self._read, len(self._tokens)
+        if now != known:  # behind a token without text the next one stands as behind those before
+            self._held += now[len(known) :]
+            self._start = self._read
+        self._read = len(self._tokens)
         return self._release(final=False)
 
     def end(self) -> str:

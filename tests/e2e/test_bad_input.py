@@ -68,7 +68,6 @@ def test_a_path_that_does_not_exist_is_named(cli: Cli, arguments: list[str]) -> 
         (["bench", "b", "--launch-ahead", "sometimes"], "sometimes"),
         (["bench", "b", "--launch-ahead", "measured"], "--launch-ahead is for GPUs"),
         (["run", "b", "--prompt", "a", "--drafts", "2", "--mode", "fast"], "--mode exact"),
-        (["run", "b", "--prompt", "a", "--top-k", "5"], "--temperature"),
         (["run", "b", "--prompt", "a", "--rows", "5"], "--rows is for --data"),
         (["export", "-m", "m.onnx", "-o", "b"], "which outputs are exits?"),
         (["export", "-m", "m.onnx", "--exits", "a", "--dtype", "fp16", "-o", "b"], "--dtype"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
         assert [form["states"] for form in one["graphs"]] == ["in-place", "fixed", "append"]
     assert checked.json["engine"]["states"] == "in-place"
     assert "512 B (in-place, fixed, append)" in cli("inspect", writer).out
+
+
+def test_what_only_draws_are_for_is_refused_where_none_are(cli: Cli, writer: Path) -> None:
+    refused = cli("run", writer, "--prompt", "a", "--top-k", "5")
+    assert refused.code == 2 and "Add --temperature" in refused.err and not refused.out
+
+
+def test_what_the_checkpoint_says_of_sampling_is_done_and_said(
+    cli: Cli, run_here: Here, decoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(decoder_folder("llama"), tmp_path / "checkpoint"))
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    made = run_here("export", "-m", folder, "--exits", "2", "-o", tmp_path / "bundle")
+    assert made.code == 0
+    run = ("run", tmp_path / "bundle", "--prompt", "a", "--max-new-tokens", "12", "--json")
+    own = cli(*run, "--seed", "3")
+    assert "as the checkpoint says: temperature 0.7, top_k 50, top_p 0.9" in own.err
+    again = cli(*run, "--seed", "3", "--temperature", "0.7")
+    assert again.json["texts"] == own.json["texts"] and "temperature" not in again.err
+    greedy = cli(*run, "--temperature", "0")
+    assert greedy.code == 0 and greedy.json["texts"] != own.json["texts"]
 
 
 def test_exits_with_adapters_are_exported_checked_and_shown(

@@ -269,7 +269,7 @@ def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
     model.generation_config.no_repeat_ngram_size = 3
     model.save_pretrained(tmp_path)
     from_pretrained(tmp_path, exits=[1])
-    assert "not heeded of its settings: no_repeat_ngram_size=3" in caplog.text
+    assert "not heeded: no_repeat_ngram_size=3" in caplog.text
 
 
 def test_int8_is_exported_and_checked(split: ExitEncoderDecoder, tmp_path: Path) -> None:

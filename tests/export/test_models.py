@@ -22,8 +22,9 @@ from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families.resnet import stage_ends
 from edgeexit.export.preprocessing import image_preprocessing
 from edgeexit.export.pretrained import from_pretrained
-from edgeexit.measure.preprocess import TextSource, encode_texts, preprocess_images
+from edgeexit.preprocessing.images import preprocess_images
 from edgeexit.runtime import Rule, load
+from edgeexit.runtime.text.tokenizer import encode_batch
 from tests.checkpoints import (
     EXITS,
     FAMILIES,
@@ -138,7 +139,7 @@ def test_bundle_preprocessing_equals_transformers_on_the_device(
         made = preprocess_images(schema, [Image.fromarray(sample["image"])])
         np.testing.assert_allclose(made, sample["expected/pixel_values"], atol=1e-5, rtol=0)
         return
-    encoded = encode_texts(bundle, [TextSource(str(text)) for text in sample["text"]])
+    encoded = encode_batch(bundle, [str(text) for text in sample["text"]])
     assert encoded.keys() == {tensor.name for tensor in bundle.manifest.inputs}
     for name, value in encoded.items():
         np.testing.assert_array_equal(value, sample[f"expected/{name}"])

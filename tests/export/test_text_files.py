@@ -138,7 +138,7 @@ def test_a_checkpoint_without_tokenizer_gives_nothing(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"tokenizer.json": b"{}"}, r"tokenizer\.json: tokenizers cannot read it"),
+        ({"tokenizer.json": b"{}"}, r"tokenizer\.json: tokenizers .* cannot read it"),
         ({"tokenizer_config.json": b"{"}, r"tokenizer_config\.json: not JSON"),
         ({"tokenizer_config.json": b"[]"}, r"tokenizer_config\.json: not a JSON object"),
         ({"tokenizer_config.json": b'{"chat_template": 5}'}, "neither a text nor a list"),

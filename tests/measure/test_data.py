@@ -14,7 +14,7 @@ from edgeexit.bundle.manifest import ImagePreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, UsageError
 from edgeexit.measure.data import Batch, open_data
-from edgeexit.measure.preprocess import preprocess_images
+from edgeexit.preprocessing.images import preprocess_images
 from tests.toys import make_inputs
 
 TEXTS = ["w1 w2 w3", "w4", "w5 w6 nothing", "w7 w8 w9 w10 w11"]

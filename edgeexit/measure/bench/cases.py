@@ -20,7 +20,7 @@ from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.measure.probe import times_to_exits
-from edgeexit.runtime import Generation, Model, Result
+from edgeexit.runtime import Generation, Model, Result, Sampling
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
 from edgeexit.runtime.load import Threads
 from edgeexit.runtime.programs.arguments import ModeName
@@ -218,6 +218,7 @@ def _text_cases(
 
         def call(number: int) -> Generation:
             options = {"max_new_tokens": count, "text": False, **arguments}
+            options.setdefault("sampling", Sampling())  # texts of both sides shall be the same
             return model.generate([prompts[number]], inputs=others[number], **options).finish()
 
         return Case(call, read_generation, enter)

@@ -1,7 +1,8 @@
-"""The bundle's declared preprocessing on the device: images with Pillow, texts with tokenizers.
+"""Pictures as a model takes them, by Pillow, which is imported when the first one comes.
 
-Neither library is imported before it is needed. `edgeexit check` compares the result with the
-sample that the exporter made with the checkpoint's own preprocessing.
+A file is read as transformers' own loader reads it: turned as its EXIF orientation says. The
+exporter holds all of this against the checkpoint's processor, on files and arrays; `edgeexit check`
+does so again on the device, on the sample that the exporter made.
 """
 
 from __future__ import annotations
@@ -10,29 +11,18 @@ import io
 import stat
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
-from edgeexit.bundle.reader import Bundle
+from edgeexit.bundle.manifest import ImagePreprocessing
 from edgeexit.errors import DataError, EngineError
-from edgeexit.runtime.text.tokenizer import encode_batch
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any
 """A ``PIL.Image.Image``; Pillow is not imported here for its types."""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """A text, or a pair of texts."""
-
-    text: str
-    pair: str | None = None
 
 
 def import_pillow() -> Any:
@@ -50,8 +40,20 @@ def import_pillow() -> Any:
 def open_image(
     path: Path, where: str, update: Callable[[bytes], None] | None = None
 ) -> ImageSource:
-    """Reads an image file whole; `update` gets its bytes. Raises `DataError` naming `where`."""
+    """Reads an image file whole, turned as its EXIF orientation says.
+
+    Args:
+        path: The file.
+        where: What to call it in messages.
+        update: Is given the file's bytes.
+
+    Raises:
+        DataError: It is no image that Pillow reads.
+        EngineError: Pillow is not installed.
+    """
     pillow = import_pillow()
+    from PIL.ImageOps import exif_transpose as transpose
+
     fix = "Give a readable image file, or take it out of the data."
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -70,6 +72,7 @@ def open_image(
             if image.width * image.height > IMAGE_LIMIT_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
+            image = transpose(image)
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         reason = str(error).split("<_io")[0].strip()
         raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
@@ -108,12 +111,4 @@ def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> 
     return np.ascontiguousarray((scaled - mean) / std, np.float32)
 
 
-def encode_texts(bundle: Bundle, texts: Sequence[TextSource]) -> dict[str, NDArray]:
-    """Texts to token ids ``[batch, seq]``, padded to the longest of the batch."""
-    if not isinstance(bundle.manifest.preprocessing, TextPreprocessing):
-        raise DataError(
-            "the bundle has no text preprocessing",
-            fix="Give the inputs as .npz, or export from a checkpoint with tokenizer.json.",
-        )
-    pairs = [source.text if source.pair is None else (source.text, source.pair) for source in texts]
-    return encode_batch(bundle, pairs)
+__all__ = ["ImageSource", "image_from_array", "import_pillow", "open_image", "preprocess_images"]

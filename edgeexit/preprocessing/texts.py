@@ -1,0 +1,97 @@
+"""Texts as a model takes them, by tokenizers, which is imported when the first one comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import TextPreprocessing
+from edgeexit.errors import BundleError, EngineError, InputError
+
+Text = str | tuple[str, str]
+"""A text, or a pair of texts."""
+
+
+def read_tokenizer(raw: bytes, name: str) -> Any:
+    """A ``tokenizers.Tokenizer`` that neither cuts nor pads, out of ``tokenizer.json``.
+
+    Args:
+        raw: The file.
+        name: What to call it in messages.
+
+    Raises:
+        EngineError: tokenizers cannot be imported.
+        BundleError: It cannot read the file.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise EngineError(
+            f"texts need tokenizers, which cannot be imported ({error})",
+            fix='Install it: pip install "edgeexit[text]".',
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:  # tokenizers raises bare Exception, too
+        raise BundleError(
+            f"{name}: tokenizers {tokenizers.__version__} cannot read it ({error})",
+            fix="Install a newer tokenizers, or export again from a checkpoint that it can read.",
+        ) from error
+    # A checkpoint's file may carry what its training cut and padded to.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def cut_and_pad(tokenizer: Any, preprocessing: TextPreprocessing) -> Any:
+    """The tokenizer, cutting at the most tokens that the model takes and padding to the longest
+    text of a batch."""
+    tokenizer.enable_truncation(preprocessing.max_length)
+    tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
+    return tokenizer
+
+
+def encode_texts(
+    tokenizer: Any, preprocessing: TextPreprocessing, texts: Sequence[Text], *, cut: bool = True
+) -> dict[str, NDArray[np.int64]]:
+    """Texts to the inputs ``[batch, seq]`` that `TextPreprocessing` names.
+
+    Args:
+        tokenizer: From `cut_and_pad`.
+        cut: Cut what is longer than the model takes, as a classifier's own preprocessing does.
+
+    Raises:
+        InputError: A text is not Unicode, or longer than the model takes and not to be cut.
+    """
+    try:
+        encodings = tokenizer.encode_batch(list(texts))
+    except Exception as error:  # bare here, too
+        raise InputError(
+            f"the tokenizer cannot encode one of the texts {str(list(texts))[:60]!a} ({error})",
+            fix="Give texts that are valid Unicode.",
+        ) from error
+    if not cut:
+        _check_whole(encodings, preprocessing.max_length)
+    columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
+    columns[preprocessing.types] = "type_ids"
+    return {
+        name: np.asarray([getattr(encoding, column) for encoding in encodings], np.int64)
+        for name, column in columns.items()
+        if name is not None
+    }
+
+
+def _check_whole(encodings: Sequence[Any], most: int) -> None:
+    for row, encoding in enumerate(encodings):
+        if over := sum(len(rest.ids) for rest in encoding.overflowing):
+            raise InputError(
+                f"the text of row {row} has about {len(encoding.ids) + over} tokens, the model "
+                f"reads at most {most}",
+                fix="Shorten it.",
+            )
+
+
+__all__ = ["Text", "cut_and_pad", "encode_texts", "read_tokenizer"]

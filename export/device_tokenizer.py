@@ -1,0 +1,104 @@
+"""A checkpoint's tokenizer as the device has it: one file for the library tokenizers.
+
+What a checkpoint's files say is not what its tokenizer does: transformers makes one out of them,
+turns older files into it, and changes what ``tokenizer.json`` says by ``tokenizer_config.json``. So
+the bundle gets what transformers made, and both are held side by side on texts of many scripts.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from edgeexit.errors import BundleError, ExportError, InputError, first_line
+from edgeexit.preprocessing.texts import read_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer.json"
+FILES = (
+    *(TOKENIZER, "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "spm.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+"""Files that a tokenizer is made of, of which a checkpoint that has one has at least one."""
+
+TEXTS = (
+    "The film was better than anyone had hoped, and I would watch it again tomorrow.",
+    "NO!!  Two  spaces,\ttabs\nand\r\nlines … “quotes” — dashes; isn't  it?   ",
+    " leading and trailing ",
+    "Größe, naïveté, ŒUVRE, İstanbul, e\u0301 and \u00e9, \ufb01ne, \u1e9e, Ǆ",
+    "東京は夜の七時。 서울의 밤 北京市 你好",
+    "Привет, мир! Ёлка Γειά σου Κόσμε",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    "🙂👍🏽👩‍👩‍👧 1,234.56 3½ m² a_b camelCase snake_case https://example.org/a?b=c&d",
+    "for i in range(10):\n    print(f'{i:>4}')  # 4 spaces\n",
+    "zero\u200bwidth soft\u00adhyphen no\u00a0break \ufeffmark \u0000\u0007\ufffd",
+)
+"""What both tokenizers must make the same of."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint brings a tokenizer of any generation."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def make_tokenizer(folder: Path) -> tuple[bytes, Any] | None:
+    """The text of ``tokenizer.json`` for the device, and transformers' own tokenizer; None where
+    the checkpoint has none.
+
+    A class that cannot be made here keeps no bundle from being made where ``tokenizer.json`` is
+    there: that is then taken as it is, and said; transformers' own is None.
+
+    Raises:
+        ExportError: The files are damaged, or the two do not make the same ids of a text.
+    """
+    if not has_tokenizer(folder):
+        return None
+    file = folder / TOKENIZER
+    try:
+        own = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged or foreign file makes it raise
+        reason = f"transformers cannot make its tokenizer ({first_line(error)})"
+        if not file.is_file():
+            raise _refused(folder, reason) from error
+        raw = file.read_bytes()
+        _read(folder, raw)
+        logger.warning("%s: %s; the file is taken as it is", file, reason)
+        return raw, None
+    if getattr(own, "backend_tokenizer", None) is None:
+        raise _refused(
+            folder, f"{type(own).__name__} runs in Python only, and has no form for a device"
+        )
+    raw = own.backend_tokenizer.to_str().encode()
+    device = _read(folder, raw)
+    for text in TEXTS:
+        expected = own(text)["input_ids"]
+        found = device.encode(text).ids
+        if list(expected) != list(found):
+            raise _refused(
+                folder,
+                f"the device would make other ids of {text[:24]!r} than {type(own).__name__}: "
+                f"{found[:8]}, not {list(expected)[:8]}",
+            )
+    return raw, own
+
+
+def _read(folder: Path, raw: bytes) -> Any:
+    try:
+        return read_tokenizer(raw, TOKENIZER)
+    except (BundleError, InputError) as error:
+        raise _refused(folder, error.what) from error
+
+
+def _refused(folder: Path, why: str) -> ExportError:
+    return ExportError(
+        f"{folder}: {why}",
+        fix="Mend the tokenizer's files, or move them away: the bundle then takes and gives token "
+        "ids.",
+    )
+
+
+__all__ = ["TOKENIZER", "has_tokenizer", "make_tokenizer"]

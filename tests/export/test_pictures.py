@@ -1,0 +1,152 @@
+"""Processors of every kind: the device makes the same pixels, or the checkpoint is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+from transformers.image_utils import load_image
+
+from edgeexit.errors import ExportError
+from edgeexit.export.preprocessing import image_preprocessing
+from edgeexit.preprocessing.images import open_image, preprocess_images
+from tests.checkpoints import save_preprocessor
+
+EDGE, CROP = {"shortest_edge": 40}, {"height": 32, "width": 32}
+EXPRESSED: dict[str, dict[str, Any]] = {
+    "ViT": {"image_processor_type": "ViTImageProcessor"},
+    "ViT, bicubic": {"image_processor_type": "ViTImageProcessor", "resample": 3},
+    "ViT, no rescaling": {"image_processor_type": "ViTImageProcessor", "do_rescale": False},
+    "CLIP": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 32},
+        "crop_size": CROP,
+        "do_center_crop": True,
+        "resample": 3,
+    },
+    "CLIP, crop larger than the edge": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 24},
+        "crop_size": CROP,
+        "do_center_crop": True,
+    },
+    "BiT": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 37},
+        "crop_size": CROP,
+        "do_center_crop": True,
+        "resample": 3,
+    },
+    "ConvNeXt": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
+    "SigLIP": {"image_processor_type": "SiglipImageProcessor", "resample": 3},
+}
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "EfficientNet, offset": (
+        {
+            "image_processor_type": "EfficientNetImageProcessor",
+            "rescale_offset": True,
+            "include_top": False,
+        },
+        "rescale_offset=True",
+    ),
+    "EfficientNet, top": (
+        {"image_processor_type": "EfficientNetImageProcessor", "include_top": True},
+        "include_top=True",
+    ),
+    "LeViT": (
+        {
+            "image_processor_type": "LevitImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": CROP,
+            "do_center_crop": True,
+        },
+        "other pixels",
+    ),
+    "PoolFormer": (
+        {
+            "image_processor_type": "PoolFormerImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": CROP,
+            "do_center_crop": True,
+            "crop_pct": 0.9,
+        },
+        "other pixels",
+    ),
+    "Donut": (
+        {
+            "image_processor_type": "DonutImageProcessor",
+            "do_thumbnail": True,
+            "do_align_long_axis": True,
+            "do_pad": False,
+        },
+        "do_align_long_axis=True",
+    ),
+    "MobileViT": (
+        {
+            "image_processor_type": "MobileViTImageProcessor",
+            "size": EDGE,
+            "crop_size": CROP,
+            "do_center_crop": True,
+            "do_flip_channel_order": True,
+        },
+        "do_flip_channel_order",
+    ),
+}
+BASE: dict[str, Any] = {
+    "size": {"height": 32, "width": 32},
+    "resample": 2,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.25],
+    "do_normalize": True,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Of other sizes than the exporter tries."""
+    random = np.random.RandomState(3)
+    sizes = [(41, 37), (64, 19), (30, 77), (32, 32), (11, 200)]
+    return [
+        Image.fromarray(random.randint(0, 256, (high, wide, 3)).astype(np.uint8))
+        for wide, high in sizes
+    ]
+
+
+@pytest.mark.parametrize("kind", EXPRESSED)
+def test_the_device_makes_the_pixels_of_the_processor(
+    kind: str, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    save_preprocessor(tmp_path, **BASE | EXPRESSED[kind])
+    made = image_preprocessing(tmp_path, 3)
+    assert made is not None
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    for picture in pictures:
+        expected = np.asarray(processor(picture, return_tensors="np")["pixel_values"])
+        found = preprocess_images(made[0], [picture])
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_what_cannot_be_expressed_is_refused_by_its_name(kind: str, tmp_path: Path) -> None:
+    config, message = OTHER[kind]
+    save_preprocessor(tmp_path, **BASE | config)
+    with pytest.raises(ExportError) as caught:
+        image_preprocessing(tmp_path, 3)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_file_is_turned_as_its_orientation_says(
+    turn: int, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pictures[0].save(tmp_path / "photo.png", exif=exif)
+    found = open_image(tmp_path / "photo.png", "photo.png")
+    assert np.array_equal(np.asarray(found), np.asarray(load_image(str(tmp_path / "photo.png"))))
+    same = np.array_equal(np.asarray(found), np.asarray(pictures[0]))
+    assert same == (turn == 1)
