@@ -25,6 +25,7 @@ UNHEEDED = {
     "bad_words_ids": None,
     "sequence_bias": None,
     "forced_decoder_ids": None,
+    "forced_eos_token_id": None,
     "num_beams": 1,
     "num_beam_groups": 1,
     "penalty_alpha": None,

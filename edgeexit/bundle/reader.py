@@ -135,6 +135,11 @@ def open_bundle(
             f"{root} is a checkpoint, not a bundle",
             fix=f"Make a bundle of it: edgeexit export -m {root} -o BUNDLE.",
         )
+    if not (root / MANIFEST).exists() and not (root / "graphs").exists():
+        raise BundleError(
+            f"{root} is not a bundle: there is no {MANIFEST} in it",
+            fix="Give the directory that `edgeexit export -o` made.",
+        )
     raw = read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
     manifest = decode_manifest(raw)
     bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())

@@ -168,7 +168,7 @@ def calibrate(
         thresholds = _greedy(
             trace, score, losses(trace, risk), max_risk, float(curve.thresholds[chosen])
         )
-    rules = {name: Rule() for name in trace.other_chains}  # these never stop
+    rules = {name: Rule(score=one) for name, one in trace.other_chains.items()}  # never stop
     rules[trace.chain] = Rule(thresholds=thresholds, score=score)
     taken = replay(trace, rules[trace.chain])
     calibration = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Trace:
         batch_size: Rows per batch that were asked for; the last batch may have fewer.
         independent: Whether rows of a batch may leave at different exits.
         chain: The chain whose exits they are.
-        other_chains: Other chains of the bundle with exits.
+        other_chains: Other chains of the bundle with exits -> a score that they have.
         groups: ``[row]``, the text that a token is of, by its place in the data; None: rows are no
             tokens.
         timed_rows: ``[run]``, rows of each run of `times_ms`; None: those of the batches.
@@ -66,7 +66,7 @@ class Trace:
     batch_size: int
     independent: bool = True
     chain: str = "main"
-    other_chains: tuple[str, ...] = ()
+    other_chains: Mapping[str, str] = field(default_factory=dict)
     groups: NDArray[np.int64] | None = None
     timed_rows: NDArray[np.int64] | None = None
 
@@ -236,9 +236,11 @@ def _joined(
         labels=found.get("labels"),
         batch_rows=np.array([one["predictions"].shape[1] for one in batches]),
         chain=chain,
-        other_chains=tuple(
-            name for name, one in model.chains.items() if name != chain and len(one.exits) > 1
-        ),
+        other_chains={
+            name: next(iter(one.stops[0].scores), "max_prob")
+            for name, one in model.chains.items()
+            if name != chain and len(one.exits) > 1
+        },
         groups=found.get("groups"),
         **run,
     )

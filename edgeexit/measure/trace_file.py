@@ -67,7 +67,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             batch_size=int(about["batch_size"]),
             independent=about["independent"] is True,
             chain=str(about["chain"]),
-            other_chains=tuple(_strings(about["other_chains"])),
+            other_chains={str(k): str(v) for k, v in about["other_chains"].items()},
             **required,
             **optional,
         )

@@ -94,7 +94,7 @@ class ExitEncoderDecoder(ExitDecoder):
         super().__init__(model, trunk, exits)
         self.encoder = encoder
         self.encoder_layers = nn.ModuleList(encoder.layers)
-        self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers))
+        self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder_exits")
         self.preprocessing: TextPreprocessing | None = None
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]

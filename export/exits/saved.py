@@ -89,19 +89,25 @@ def _of(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def check_layers(exits: Iterable[int], depth: int) -> list[int]:
-    """Exit layers in order, without the last layer. Raises `UsageError` for ones that cannot be."""
+def check_layers(exits: Iterable[int], depth: int, name: str = "exits") -> list[int]:
+    """Exit layers in order, without the last layer. Raises `UsageError` for ones that cannot be.
+
+    Args:
+        name: What to call them in messages.
+    """
     layers = list(exits)
     for layer in layers:
         if not isinstance(layer, int) or not 1 <= layer <= depth:
             raise UsageError(
-                f"exits: there is no layer {layer!r}; the model has layers 1 to {depth}",
+                f"{name}: there is no layer {layer!r}; the model has layers 1 to {depth}",
                 fix=f"Give layer numbers from 1 to {depth - 1}; the last layer always has an exit.",
             )
     if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
-        raise UsageError(f"exits: layer {repeated[0]} is given twice", fix="Name each layer once.")
+        raise UsageError(f"{name}: layer {repeated[0]} is given twice", fix="Name each layer once.")
     if layers != sorted(layers):
-        raise UsageError(f"exits: {layers} are not in order", fix="Give them from shallow to deep.")
+        raise UsageError(
+            f"{name}: {layers} are not in order", fix="Give them from shallow to deep."
+        )
     return [layer for layer in layers if layer != depth]
 
 

@@ -154,9 +154,8 @@ class TextProgram:
             check_alike(given.tokens)
         if given.asks_earlier:
             self._checked.sizes(given.inputs)
-        generation = Generation(
-            [[] for _ in given.tokens], ["" for _ in given.tokens], Statistics()
-        )
+        rows = len(given.tokens)
+        generation = Generation([[] for _ in range(rows)], [""] * rows, Statistics())
         sampler = sampler_of(self.default_sampling if sampling is None else sampling, given.tokens)
         # Weak, or the text and its rounds would hold each other: one that is dropped in the middle
         # shall free the model at once.
@@ -193,6 +192,7 @@ class TextProgram:
         Raises:
             EdgeExitError: What `chat_prompt` and `generate` raise.
         """
+        self._decoding()
         prompts = [
             self.chat_prompt(one, tools=tools, template=template, variables=variables)
             for one in conversations(messages)

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import TextPreprocessing
+from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
 from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, read_tokenizer
@@ -75,9 +75,10 @@ def encode_batch(
     """
     preprocessing = bundle.manifest.preprocessing
     if not isinstance(preprocessing, TextPreprocessing):
+        takes = "images" if isinstance(preprocessing, ImagePreprocessing) else "finished inputs"
         raise InputError(
-            "the bundle has no text preprocessing",
-            fix="Give the inputs as .npz, or export a checkpoint that has a tokenizer.",
+            f"the bundle has no text preprocessing, it takes {takes}",
+            fix="Give those; for texts, export a checkpoint that has a tokenizer.",
         )
     # Its own files are the cache key: a bundle never changes, a path may come to hold another.
     if bundle.digest not in _padding:

@@ -84,6 +84,9 @@ def test_open_refuses_a_path_that_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleError, match="is a file"):
         open_bundle(tmp_path / "file")
+    with pytest.raises(BundleError, match=r"is not a bundle: there is no manifest\.json"):
+        open_bundle(tmp_path)
+    (tmp_path / "graphs").mkdir()
     with pytest.raises(IntegrityError, match=r"manifest\.json: missing"):
         open_bundle(tmp_path)
 

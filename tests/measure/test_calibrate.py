@@ -233,7 +233,9 @@ def test_tokens_without_a_label_do_not_count_for_what_needs_labels() -> None:
 
 
 def test_other_chains_with_exits_get_a_rule_that_never_stops() -> None:
-    trace = dataclasses.replace(make_trace(), chain="decoder", other_chains=("encoder",))
+    trace = dataclasses.replace(
+        make_trace(), chain="decoder", other_chains={"encoder": "saturation"}
+    )
     policy, _, _ = calibrate(trace, max_risk=0.5, score="max_prob")
-    assert policy.rules["encoder"] == Rule()
+    assert policy.rules["encoder"] == Rule(score="saturation")
     assert policy.rules["decoder"].thresholds < 1

@@ -241,7 +241,7 @@ def test_trace_of_texts_holds_what_every_exit_says_of_every_token(
     writer: Model, text_file: Path, batch_size: int
 ) -> None:
     trace = record(writer, open_data(text_file, writer.bundle), batch_size)
-    assert (trace.chain, trace.other_chains, trace.texts) == ("decoder", (), len(TEXTS))
+    assert (trace.chain, trace.other_chains, trace.texts) == ("decoder", {}, len(TEXTS))
     assert trace.groups is not None and trace.labels is not None
     reference = Reference(make_decoder_toy())
     for number, text in enumerate(TEXTS):
@@ -295,7 +295,7 @@ def test_a_trace_of_one_chain_names_the_others_and_its_policy_has_a_rule_for_the
 ) -> None:
     with load(write_two_chains(tmp_path / "bundle")) as model:
         trace = record(model, open_data(data_file, model.bundle), 5)
-        assert (trace.chain, trace.other_chains) == ("back", ("front",))
+        assert (trace.chain, trace.other_chains) == ("back", {"front": "max_prob"})
         policy, _, _ = calibrate(trace, max_risk=0.5, score="max_prob")
         assert policy.rules["front"] == Rule()
         model.policy = policy
