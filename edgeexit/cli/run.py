@@ -73,7 +73,7 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     loading = {name: options[name] for name in ("engine", "fallback", "threads")}
     loading["policy"] = _policy(opened, options["policy"], options["threshold"])
     if kind in OF_TEXT:
-        write(opened, writing, loading, options["capacity"], as_json=as_json)
+        write(opened, writing, loading, options["capacity"], as_json=as_json, quiet=quiet)
     else:
         _answer(opened, loading, options, as_json=as_json, verbose=bool(verbose), quiet=quiet)
 

@@ -62,7 +62,11 @@ _OPTIONS = (
         "--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays most."
     ),
     click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft."),
-    click.option("--audit", is_flag=True, help="--mode fast: how often the last exit agrees."),
+    click.option(
+        "--audit",
+        is_flag=True,
+        help="--mode fast: how often the last exit agrees, given the text so far.",
+    ),
     click.option(
         "--stop",
         "stops",
@@ -275,5 +279,5 @@ def _summary(made: Generation) -> str:
     if statistics.acceptance is not None:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")
     if statistics.agreement is not None:
-        said.append(f"the last exit agrees with {statistics.agreement:.1%}")
+        said.append(f"given the text so far, the last exit agrees with {statistics.agreement:.1%}")
     return "; ".join(said)

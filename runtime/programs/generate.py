@@ -115,7 +115,7 @@ class TextProgram:
             sampling: How tokens are chosen; None: as the checkpoint said (`default_sampling`).
                 ``Sampling()`` takes the likeliest one.
             stop: Strings that end a row; they are not given out.
-            audit: Compute what the last exit says to tokens of early exits (``fast``).
+            audit: Compute what the last exit says to early exits' tokens, given the text so far.
             text: Give out text as well as tokens, where the bundle has a tokenizer; False saves
                 the time that takes.
             on_piece: Called with every piece before it is yielded.

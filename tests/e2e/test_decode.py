@@ -96,7 +96,7 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     made = run_here(
         "export", "-m", folder, "--untrained-exits", "1,2", "--adapters", "2", "-o", bundle
     )
-    assert made.code == 0
+    assert made.code == 0 and "its exits are untrained" in made.err
     checked = cli("check", bundle, "--json")
     assert checked.code == 0 and checked.json["passed"]
     assert any("drafted by exit_2" in one["what"] for one in checked.json["comparisons"])
@@ -111,6 +111,9 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     )
     full = cli("run", bundle, "--prompt", "def f(", "--json")
     assert ran.code == 0 and ran.json["texts"] == full.json["texts"]
+    assert "untrained" not in full.err
+    fast = cli("run", bundle, "--prompt", "def f(", "--mode", "fast", "--threshold", "0")
+    assert "the exits of this bundle are untrained" in fast.err
 
 
 def test_the_modes_write_text_and_say_where_it_came_from(cli: Cli, writer: Path) -> None:

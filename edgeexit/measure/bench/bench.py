@@ -77,6 +77,10 @@ def bench(
         "machine": machine,
     }
     result["warnings"] += doubts(machine, restless)
+    if opened.manifest.provenance.get("exits") == "untrained":
+        result["warnings"].append(
+            "the exits are untrained: this says what leaving would save, and nothing about answers"
+        )
     return result
 
 
