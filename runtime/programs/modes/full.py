@@ -107,7 +107,8 @@ class Full:
         *,
         asked: Collection[int] = (),
     ) -> None:
-        self.session, self.exits, self.sampler, self._asked = session, exits, sampler, asked
+        self.session, self.exits, self.sampler = session, exits, sampler
+        self._asked = [number for number in asked if session.adapter(number) is not None]
         self.statistics = Statistics()
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         self._own = session.answers_itself
