@@ -159,19 +159,22 @@ class Model(TextProgram, Loaded):
         self._enter()
         try:
             sizes = self._checked.sizes(inputs)
-            _, answers = self._steps.run(
+            answers = self._steps.answer(
                 inputs, sizes, self._decisions, patience=self._patience, timed=timed
             )
         finally:
             self._lock.release()
-        *earlier, (_, last) = answers.items()
+        last = answers.pop(self.chain_name)
         return Result(
             last.outputs,
             last.exits,
             [self.exits[number].name for number in last.exits.tolist()],
             last.scores,
             [time_ns / 1e6 for time_ns in last.times_ns],
-            {n: [self.chains[n].stops[k].name for k in a.exits.tolist()] for n, a in earlier},
+            {
+                name: [self.chains[name].stops[number].name for number in one.exits.tolist()]
+                for name, one in answers.items()
+            },
         )
 
     def trace(

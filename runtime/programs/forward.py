@@ -105,12 +105,28 @@ class InputSteps:
         taken = {t.name for feeds in self._feeds.values() for t in feeds}
         taken |= {step.ids for step in self._steps if isinstance(step, Gather)}
         self.takes = {t.name: t for t in manifest.inputs if t.name in taken}
-        self._single = len(self._steps) == 1
+        self._single = next(iter(self.passes)) if len(self._steps) == len(self.passes) == 1 else ""
+
+    def answer(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        sizes: Mapping[str, int],
+        decisions: Mapping[str, Sequence[Decision]],
+        *,
+        patience: Mapping[str, int],
+        timed: bool = False,
+    ) -> dict[str, Answers]:
+        """Runs them. Returns every chain's answers."""
+        if name := self._single:  # nothing stands around the one chain that there is
+            one = self.passes[name]
+            return {
+                name: one.run(inputs, sizes, decisions[name], patience=patience[name], timed=timed)
+            }
+        return self.run(inputs, decisions, patience=patience, timed=timed)[1]
 
     def run(
         self,
         inputs: Mapping[str, NDArray[Any]],
-        sizes: Mapping[str, int],
         decisions: Mapping[str, Sequence[Decision]],
         *,
         patience: Mapping[str, int],
@@ -126,7 +142,7 @@ class InputSteps:
                 feeds = self._feeds[name]
                 found = self.passes[name].run(
                     known,
-                    sizes if self._single else sizes_of(feeds, known),
+                    sizes_of(feeds, known),
                     decisions[name],
                     patience=patience[name],
                     timed=timed,

@@ -352,13 +352,10 @@ class TextProgram:
         """Runs the steps that come before the text, and begins it with what they make."""
         handed: dict[str, NDArray[Any]] = {}
         if prompts.asks_earlier and self._steps.passes:
-            known, answers = self._steps.run(
-                prompts.inputs,
-                self._checked.sizes(prompts.inputs),
-                self._decisions,
-                patience=self._patience,
+            self._checked.sizes(prompts.inputs)
+            handed, answers = self._steps.run(
+                prompts.inputs, self._decisions, patience=self._patience
             )
-            handed = known
             generation.statistics.earlier = {
                 name: [self._steps.passes[name].exits[k].name for k in found.exits.tolist()]
                 for name, found in answers.items()
