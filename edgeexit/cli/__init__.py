@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -69,13 +70,35 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Libraries may turn it into an error of theirs, and log that.
+        interrupted.append(number)
+        logging.disable(logging.CRITICAL)
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        code = _run(arguments)
+    except Exception:
+        if not interrupted:
+            raise
+        code = INTERRUPTED
+    if interrupted and code:  # where something swallowed it, the verb has come to its end
+        _say("interrupted")
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Runs the command line. Returns its exit code, having said what went wrong."""
     try:
         code = cli.main(args=arguments, prog_name="edgeexit", standalone_mode=False)
         if sys.stdout is not None:  # None: it was closed before Python started
             sys.stdout.flush()
     except click.Abort:
-        _say("interrupted")
         code = INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -96,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             raise
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _say(line: str) -> None:
