@@ -54,7 +54,7 @@ def find_checkpoint(path: str | Path) -> Path:
                 break
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{path}: neither a directory nor to be had from the hub ({first_line(error)})",
+            f"{path}: neither a directory nor found on the hub ({first_line(error)})",
             fix="Check the name and the network, or fetch it elsewhere and give the directory.",
         ) from error
     return Path(found)
@@ -186,8 +186,8 @@ def _adapter(path: str | Path, folder: Path) -> ExportError:
         other = ""
     return ExportError(
         what,
-        fix="Merge it first: peft.AutoPeftModel...from_pretrained(folder).merge_and_unload()"
-        f".save_pretrained(merged){other}.",
+        fix="Merge it first with peft (AutoPeftModelForCausalLM or the like): from_pretrained("
+        f"folder).merge_and_unload().save_pretrained(merged){other}.",
     )
 
 

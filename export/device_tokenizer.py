@@ -96,8 +96,7 @@ def _read(folder: Path, raw: bytes) -> Any:
 def _refused(folder: Path, why: str) -> ExportError:
     return ExportError(
         f"{folder}: {why}",
-        fix="Mend the tokenizer's files, or move them away: the bundle then takes and gives token "
-        "ids.",
+        fix="Mend the tokenizer's files, or move them away: the bundle then works with token ids.",
     )
 
 

@@ -2,7 +2,7 @@
 
 What a manifest can say of a processor is less than processors can do, and a file is more than an
 array: it has a mode, perhaps a palette, and an orientation. So the very code that runs on the
-device is run here, and what comes out otherwise than transformers' processor makes it is refused.
+device is run here, and a result that differs from the processor's is refused.
 """
 
 from __future__ import annotations

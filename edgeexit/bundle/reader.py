@@ -75,6 +75,11 @@ class Bundle:
         found = self.manifest.files.get(WEIGHTS)
         return found.bytes if found else 0
 
+    @property
+    def exits_untrained(self) -> bool:
+        """Whether its exits were never trained: they show what leaving saves, and no answers."""
+        return self.manifest.provenance.get("exits") == "untrained"
+
 
 class Unchanged:
     """Knows how a bundle's files were when it was opened, for those who read them again later.

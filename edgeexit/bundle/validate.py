@@ -16,7 +16,6 @@ from edgeexit.bundle.layout import (
     check_relative,
 )
 from edgeexit.bundle.manifest import (
-    Axis,
     Chain,
     Component,
     Decoding,
@@ -292,7 +291,8 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"{MANIFEST}: the chain {decoding.chain} does not give token int64 [batch]",
             fix=EXPORT_AGAIN,
         )
-    if logits is None or logits.axes[:1] != ["batch"] or not _fixed(logits.axes[1:]):
+    axes = [] if logits is None else [int if isinstance(a, int) else a for a in logits.axes]
+    if axes != ["batch", int]:
         raise BundleError(
             f"{MANIFEST}: the chain {decoding.chain} does not give logits [batch, vocabulary]",
             fix=EXPORT_AGAIN,
@@ -307,11 +307,6 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"{MANIFEST}: texts begin with start tokens, but no other input is the prompt",
             fix=EXPORT_AGAIN,
         )
-
-
-def _fixed(axes: Sequence[Axis]) -> bool:
-    """Whether these are the axes of one number per word."""
-    return len(axes) == 1 and isinstance(axes[0], int)
 
 
 def _check_feeds(manifest: Manifest, decoding: Decoding) -> None:

@@ -149,7 +149,7 @@ def command(
             f"{output}: {len(exits)} exits ({', '.join(exits)}), {size(made)}, "
             f"weights {size(bundle.weights_bytes)}"
         )
-        if bundle.manifest.provenance.get("exits") == "untrained":
+        if bundle.exits_untrained:
             click.echo(
                 "its exits are untrained: they show what leaving would save, and what they say is "
                 "no answer; thresholds are found by `edgeexit calibrate`",

@@ -189,6 +189,13 @@ def write(
         _check_drawing(writing.drawing, sampling)
         if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
             click.echo(said, err=True)
+        mode = writing.generating.get("mode")
+        if mode in ("fast", "approximate") and bundle.exits_untrained:
+            click.echo(
+                f"mode {mode}: the exits of this bundle are untrained, so what they say is no "
+                "answer: this shows speed alone",
+                err=True,
+            )
         made = model.generate(rows, sampling=sampling, **writing.generating)
         if writing.stream:
             click.echo(before[0], nl=False)

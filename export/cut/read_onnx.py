@@ -116,8 +116,8 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
 
 
 def _drop_identities(model: ir.Model) -> None:
-    """Takes out Identity nodes. Inside a branch or a loop one may be what hands an outer value on,
-    which a graph cannot give directly: those stay."""
+    """Takes out Identity nodes. Inside a branch or a loop one may return a value from outside,
+    which a graph cannot return directly: those stay."""
     if not any(subgraphs(node) for node in model.graph):
         passes.IdentityEliminationPass()(model)
         return

@@ -77,7 +77,7 @@ def bench(
         "machine": machine,
     }
     result["warnings"] += doubts(machine, restless)
-    if opened.manifest.provenance.get("exits") == "untrained":
+    if opened.exits_untrained:
         result["warnings"].append(
             "the exits are untrained: this says what leaving would save, and nothing about answers"
         )

@@ -66,12 +66,6 @@ def make_mode(
             "one that does (--policy, --threshold)",
             mode,
         )
-    if session.components.bundle.manifest.provenance.get("exits") == "untrained":
-        logger.warning(
-            "mode %s: the exits of this bundle are untrained, so what they say is no answer: this "
-            "shows speed alone",
-            mode,
-        )
     behind = dict(zip((name for name in names if name), decisions, strict=True))
     never = Decision(consult=False, threshold=float("inf"))
     own = [behind.get(name, never) for name in names]
