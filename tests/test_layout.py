@@ -13,7 +13,7 @@ import pytest
 import edgeexit
 
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "scipy", "PIL"}
-HEAVY |= {"jinja2", "tokenizers"}
+HEAVY |= {"jinja2", "matplotlib", "tokenizers"}
 ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
@@ -31,6 +31,7 @@ ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
         "edgeexit.runtime.build.worker",
         "edgeexit.runtime.engines.cuda.driver",
         "edgeexit.measure",
+        "edgeexit.measure.plots",
         "edgeexit.cli",
     ],
 )

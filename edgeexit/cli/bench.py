@@ -80,10 +80,22 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
 )
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also draw the result here (.png or .svg; needs matplotlib).",
+)
 @engine_option
 @output_options
 def command(
-    bundle: Path, output: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any
+    bundle: Path,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Measure BUNDLE against the same model unsplit.
 
@@ -94,6 +106,7 @@ def command(
 
     from edgeexit.measure.bench.bench import Options, bench
     from edgeexit.measure.files import check_output, write_atomic
+    from edgeexit.measure.plots import check_plot, plot_bench
 
     if options["engine"] == "cpu" and options["launch_ahead"] != "never":
         raise UsageError(
@@ -103,11 +116,15 @@ def command(
     add_current_directory()
     if output is not None:
         check_output(output)
+    if plot is not None:
+        check_plot(plot, output, options["data"], options["policy"])
     with progress_bar(quiet) as progress:
         result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomic(output, lambda file: file.write(text.encode()))
+    if plot is not None:
+        plot_bench(plot, result)
     if as_json:
         print_json(result)
     elif "modes" in result:

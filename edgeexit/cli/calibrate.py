@@ -42,6 +42,12 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The policy (.json)."
 )
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also draw the trade-off here (.png or .svg; needs matplotlib).",
+)
 @output_options
 def command(
     trace: Path,
@@ -51,6 +57,7 @@ def command(
     per_exit: bool,
     bundle: Path | None,
     output: Path,
+    plot: Path | None,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -65,11 +72,14 @@ def command(
     """
     from edgeexit.measure.calibrate import calibrate, default_score, figures
     from edgeexit.measure.files import check_output
+    from edgeexit.measure.plots import check_plot, plot_calibration
     from edgeexit.measure.trace_file import read_trace
     from edgeexit.runtime import write_policy
 
     limit = fraction(max_risk, "--max-risk")
     check_output(output, trace)
+    if plot is not None:
+        check_plot(plot, trace, output)
     recorded = read_trace(trace)
     if bundle is not None:
         _require_bundle(recorded, trace, bundle)
@@ -79,6 +89,8 @@ def command(
     )
     write_policy(policy, output)
     exits = figures(recorded, score)
+    if plot is not None:
+        plot_calibration(plot, curve, chosen, exits, policy.calibration, score=score)
     if as_json:
         points = _points(curve, recorded.exits, _some(curve, chosen, POINTS_PRINTED), chosen)
         print_json({"policy": str(output)} | _facts(policy, recorded, exits, curve, points))

@@ -32,6 +32,7 @@ PACKAGES = (
     "tokenizers",
     "jinja2",
     "pillow",
+    "matplotlib",
     "torch",
     "transformers",
     "onnx",
@@ -49,6 +50,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tensorrt": ("TensorRT engines on servers", ("tensorrt", "cuda-bindings")),
     "text": ("texts as data and as prompts", ("tokenizers", "jinja2")),
     "images": ("images as data", ("pillow",)),
+    "plot": ("pictures of calibrate and bench", ("matplotlib",)),
     "export": (
         "make bundles",
         ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors"),
