@@ -27,10 +27,10 @@ VERBS = {
     "check": "Verify a bundle on this device against its reference samples.",
     "build": "Build TensorRT engines of a bundle, for this device or ahead of time.",
     "trace": "Record every exit's scores and predictions for a data set.",
-    "calibrate": "Choose thresholds from a trace for a risk that is acceptable.",
-    "run": "Answer inputs, and tell which exit answered.",
+    "calibrate": "Choose thresholds from a trace, for the largest risk that you accept.",
+    "run": "Answer inputs, and show which exit answered.",
     "bench": "Measure latency and throughput against the same model unsplit.",
-    "doctor": "Show what this machine has, what is missing, and the command that helps.",
+    "doctor": "Show what this machine has, and the command that installs what is missing.",
 }
 """Every verb and its one-line help, in the order in which a user meets them."""
 

@@ -31,7 +31,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.Choice(["latency", "throughput"]),
     default="latency",
     show_default=True,
-    help="One row at a time, or full batches.",
+    help="One row at a time, or full batches; language models have no throughput.",
 )
 @click.option("--data", metavar="DATA", help="Real inputs (and labels), or prompts.")
 @click.option(
@@ -47,36 +47,38 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     show_default=True,
     callback=_seconds,
     metavar="TIME",
-    help="How long the timed part takes; warm-up and the search for thread settings are extra.",
+    help="Length of the timed part: a number and ms, s, m or h. Warm-up and the search for thread "
+    "settings come on top.",
 )
 @click.option(
     "--threads",
     callback=read_threads,
     metavar="N|blocking|spinning|process",
-    help="A setting for both sides; default: the best one for each, found by a short search.",
+    help="Thread setting of both sides; default: the fastest for each, found by a short search.",
 )
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Language models without --data: length of random prompts.",
+    help="Language models without --data: length of the random prompts, in tokens.",
 )
 @click.option(
     "--new-tokens",
     type=click.IntRange(2),
     default=64,
     show_default=True,
-    help="Language models: tokens that continue each prompt.",
+    help="Language models: new tokens for each prompt.",
 )
 @click.option(
     "--launch-ahead",
     type=click.Choice(["never", "measured", "always"]),
     default="never",
     show_default=True,
-    help="On a GPU: launch the next segment while a score is read back. Not for language models.",
+    help="On a GPU: launch the next segment while a score is read back; measured: where that "
+    "saves time. Not for language models.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random order of rows.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random order of rows.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
 )
@@ -101,6 +103,13 @@ def command(
 
     Each side runs in a process of its own, in the thread setting in which it is fastest; they take
     turns, and ratios are made of what ran side by side.
+
+    Examples:
+
+    \b
+    edgeexit bench bundle --data test.npz --policy policy.json
+    edgeexit bench bundle --data test.npz --mode throughput --batch 32 --time 2m -o bench.json
+    edgeexit bench writer --data prompts.jsonl --new-tokens 64 --plot bench.svg
     """
     import json
 

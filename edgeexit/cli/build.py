@@ -29,22 +29,23 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @click.option("--min-shapes", metavar=SHAPES, help="Smallest shapes of the bundle's inputs.")
 @click.option("--opt-shapes", metavar=SHAPES, help="Shapes that engines are tuned for.")
 @click.option(
-    "--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits, 8 rows."
+    "--max-shapes", metavar=SHAPES, help="Largest shapes; default: the model's limits and 8 rows."
 )
 @click.option(
     "--capacity",
     type=click.IntRange(min=2),
-    help="Most tokens of a text, prompt included; models that write text only.",
+    help="Language models: most tokens of a text, prompt included; default: the model's limit.",
 )
 @click.option(
     "--states",
     type=click.Choice(["fixed", "append"]),
-    help="Form of the KV caches; models that write text only. Default: fixed where possible.",
+    help="Language models: form of the KV caches; default: fixed where possible.",
 )
 @click.option(
     "--target",
     metavar="SM86,...",
-    help="Build ahead of time, without a GPU, for these desktop GPUs (TensorRT-RTX); with -o.",
+    help="Build ahead of time, without a GPU, for these desktop GPUs (TensorRT-RTX); needs -o. "
+    "Default: build for the GPU of this device.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for engines of --target."
@@ -52,19 +53,25 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @click.option(
     "--engine-dir",
     type=click.Path(path_type=Path),
-    help="Engine cache to use instead of the user's.",
+    help="Engine cache; default: EDGEEXIT_ENGINE_DIR, or ~/.cache/edgeexit.",
 )
 @click.option(
-    "--memory-limit", metavar="SIZE", help="Scratch memory that an engine may use, as 512MiB."
+    "--memory-limit",
+    metavar="SIZE",
+    help="Largest scratch memory of an engine, as in 512MiB or 2GiB.",
 )
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Optimisation level, 0 to 5.")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path), help="File for timings of kernels."
+    "--opt-level", type=click.IntRange(0, 5), help="Optimisation level; default: the library's."
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="File that keeps kernel timings (TensorRT only).",
 )
 @click.option(
     "--without-unsplit",
     is_flag=True,
-    help="Leave out the unsplit model, which bench compares with.",
+    help="Build no engine of the unsplit model, which bench compares with.",
 )
 @click.option("--sign", type=click.Path(path_type=Path), help="Sign engines with this SSH key.")
 @click.option(
@@ -76,7 +83,7 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @click.option(
     "--allowed-signers",
     type=click.Path(path_type=Path),
-    help="File of allowed signers, as for ssh-keygen.",
+    help="File of allowed signers, as for ssh-keygen; default: ~/.config/edgeexit/allowed_signers.",
 )
 @click.option("--trust", is_flag=True, help="Import without checking signatures.")
 @json_option
@@ -88,6 +95,8 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     them. Engines that are there already are not built again unless they are damaged. Of several
     sets that fit a device, the one that was built or requested last is used. Shapes are written as
     for trtexec (ids:1x128) or Polygraphy (ids:[1,128]).
+
+    Examples:
 
     \b
     edgeexit build bundle --max-shapes pixel_values:8x3x224x224

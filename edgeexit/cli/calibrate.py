@@ -27,18 +27,23 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
     "--max-risk",
     required=True,
     metavar="SHARE",
-    help="Largest mean loss against the last exit, as in 0.5% or 0.005.",
+    help="Largest mean loss against the last exit, as a share: 0.5% or 0.005.",
 )
-@click.option("--score", help="Which score; default: max_prob.")
+@click.option("--score", help="The score that is compared; default: max_prob.")
 @click.option(
     "--risk",
     type=click.Choice(["consistency", "performance"]),
     default="consistency",
     show_default=True,
-    help="Loss: another prediction than the last exit's, or a mistake that it does not make.",
+    help="What counts as a loss. consistency: a prediction that differs from the last exit's; "
+    "performance: a wrong one where the last exit is right (needs labels).",
 )
-@click.option("--per-exit", is_flag=True, help="A threshold for each exit, found greedily.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Refuse a trace of another bundle.")
+@click.option("--per-exit", is_flag=True, help="One threshold per exit, found greedily.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Refuse a trace that was not made with this bundle.",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The policy (.json)."
 )
@@ -62,13 +67,17 @@ def command(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Choose thresholds from a trace for a risk that is acceptable.
+    """Choose thresholds from a trace, for the largest risk that you accept.
 
     Takes the loosest threshold whose measured risk, and that of every stricter one, stays within
     --max-risk. Exit code 3 if none does. The figures are measured on this data, not certified.
 
+    Examples:
+
     \b
     edgeexit calibrate trace.npz --max-risk 0.5% -o policy.json
+    edgeexit calibrate trace.npz --max-risk 1% --risk performance --per-exit -o policy.json
+    edgeexit calibrate trace.npz --max-risk 0.5% -o policy.json --plot trade-off.png
     """
     from edgeexit.measure.calibrate import calibrate, default_score, figures
     from edgeexit.measure.files import check_output

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @engine_options
 @click.option(
-    "--policy", type=click.Path(path_type=Path), help="Check the decisions of this policy too."
+    "--policy", type=click.Path(path_type=Path), help="Check the decisions of this policy, too."
 )
 @click.option(
     "--atol", type=click.FloatRange(min=0), help="Absolute tolerance; default: by precision."
@@ -45,6 +45,8 @@ def command(
     Hashes every file, then compares every exit's outputs and scores, decisions or texts, the
     unsplit graphs and the preprocessing. Exit code 3 if something differs. For int8 bundles it also
     counts the decisions that differ from float32.
+
+    Examples:
 
     \b
     edgeexit check bundle

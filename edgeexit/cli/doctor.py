@@ -12,9 +12,15 @@ from edgeexit.cli.options import json_option, verbosity_options
 @json_option
 @verbosity_options
 def command(as_json: bool, verbose: int, quiet: bool) -> None:
-    """Show what this machine has, what is missing, and the command that helps.
+    """Show what this machine has, and the command that installs what is missing.
 
     Exit code 1 if something that is installed cannot work.
+
+    Examples:
+
+    \b
+    edgeexit doctor
+    edgeexit doctor --json
     """
     from edgeexit.measure.doctor import diagnose
 

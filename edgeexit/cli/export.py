@@ -68,13 +68,13 @@ DTYPES = {
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    help="What the graphs compute in; default: float32, ONNX files keep theirs.",
+    help="Precision of the graphs; default: float32; ONNX files keep theirs.",
 )
 @click.option(
     "--calibration-data",
     metavar="DATA",
-    help="With --dtype int8: what to measure the ranges of activations on; any form that `trace "
-    "--data` takes.",
+    help="--dtype int8: data to measure the ranges of activations on; any form that `trace --data` "
+    "takes.",
 )
 @click.option("--name", help="Name of the bundle; default: that of the model.")
 @click.option(
@@ -92,7 +92,7 @@ DTYPES = {
     type=click.Choice(["logits", "probabilities"]),
     help="ONNX: what the exits give; default: probabilities where a Softmax makes them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @output_options
 def command(
     model: str,
@@ -106,6 +106,8 @@ def command(
     **options: Any,
 ) -> None:
     """Split a model at its exits into a bundle.
+
+    Examples:
 
     \b
     edgeexit export -m checkpoint -o bundle

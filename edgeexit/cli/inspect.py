@@ -23,8 +23,11 @@ from edgeexit.errors import EngineError, UsageError
 )
 @output_options
 def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, quiet: bool) -> None:
-    """Show what is in a bundle, the bytes that cross each boundary, and the TensorRT engines that
-    the cache holds of it (of those that fit a device, the last one is used).
+    """Show what is in a bundle: its parts, the bytes that cross each boundary, its engines.
+
+    The engines are TensorRT's, in the cache; of several that fit a device, the last one is used.
+
+    Examples:
 
     \b
     edgeexit inspect bundle

@@ -23,7 +23,7 @@ engine_option = click.option(
     type=click.Choice(ENGINES),
     default="cpu",
     show_default=True,
-    help="What computes.",
+    help="Engine that computes.",
 )
 
 
@@ -44,7 +44,8 @@ threads_option = click.option(
     show_default=True,
     callback=read_threads,
     metavar="N|blocking|spinning|process",
-    help="Threads of the engine: a number, or how its pools wait; with a GPU, how the host does.",
+    help="Threads of the engine: a number, a pool per graph that blocks or spins when idle, or one "
+    "pool for the process; with a GPU: how the host waits.",
 )
 
 
@@ -73,10 +74,18 @@ def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -
 def verbosity_options(function: F) -> F:
     """Adds -v and -q. The function gets `verbose` (a count) and `quiet`."""
     function = click.option(
-        "-v", "--verbose", count=True, callback=_verbosity, help="Say more on stderr."
+        "-v",
+        "--verbose",
+        count=True,
+        callback=_verbosity,
+        help="Log more on stderr; -vv: everything.",
     )(function)
     return click.option(
-        "-q", "--quiet", is_flag=True, is_eager=True, help="Only errors on stderr, no progress."
+        "-q",
+        "--quiet",
+        is_flag=True,
+        is_eager=True,
+        help="Show only errors on stderr, no progress.",
     )(function)
 
 

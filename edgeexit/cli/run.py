@@ -29,26 +29,42 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     "--data", metavar="DATA", help=".npz, .jsonl, a folder of images, or module:function."
 )
 @click.option(
-    "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file."
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An image file; may be given several times.",
 )
-@click.option("--text", "texts", multiple=True, help="A text.")
-@click.option("--policy", type=click.Path(path_type=Path), help="When to stop; from calibrate.")
+@click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
 @click.option(
-    "--threshold", type=float, help="Stop where max_prob is at least this, without a policy."
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="When to stop: a file from calibrate; default: no early exits.",
+)
+@click.option(
+    "--threshold", type=float, help="Stop where max_prob (0 to 1) is at least this; no policy."
 )
 @click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
-@click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of the data.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), help="Use only so many rows of the data.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Rows that run together.",
+)
 @writing_options
 @engine_options
 @click.option(
     "--fallback",
     type=click.Choice(ENGINES),
-    help="What computes if the engine cannot be used here, with a warning. Default: an error.",
+    help="Engine to fall back to, with a warning, if --engine cannot be used; default: an error.",
 )
 @output_options
 def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
-    """Answer inputs, and tell which exit answered.
+    """Answer inputs, and show which exit answered.
+
+    Examples:
 
     \b
     edgeexit run bundle --image digit.png --policy policy.json

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The trace (.npz)."
 )
-@click.option("--chain", metavar="NAME", help="Whose exits; default: of the chain that answers.")
+@click.option("--chain", metavar="NAME", help="The chain to trace; default: the one that answers.")
 @engine_options
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Rows, or texts, that run together; times are per batch of this size.",
+    help="Rows, or texts, that run together; times are in ms per batch of this size.",
 )
 @output_options
 def command(
@@ -49,7 +49,9 @@ def command(
 ) -> None:
     """Record every exit's scores and predictions for a data set.
 
-    Of a language model, rows are the tokens of the given texts.
+    For a language model, rows are the tokens of the given texts.
+
+    Examples:
 
     \b
     edgeexit trace bundle --data validation.npz -o trace.npz

@@ -24,44 +24,49 @@ _OPTIONS = (
         "--prompt",
         "prompts",
         multiple=True,
-        help="A text to continue (language models), or for the encoder to read; may be given "
+        help="A text to continue, or for the encoder to read (language models); may be given "
         "several times.",
     ),
     click.option("--chat", is_flag=True, help="Language models: --prompt is a message to answer."),
-    click.option("--system-prompt", metavar="TEXT", help="--chat: what the model is told first."),
+    click.option("--system-prompt", metavar="TEXT", help="--chat: the system message."),
     click.option(
         "--messages",
         type=click.Path(path_type=Path),
         help="Language models: a conversation to answer (.json), or one per line (.jsonl).",
     ),
-    click.option("--chat-template", metavar="NAME", help="--chat, --messages: not the default."),
+    click.option("--chat-template", metavar="NAME", help="--chat, --messages: a named template."),
     click.option(
         "--chat-template-kwargs",
         metavar="JSON",
-        help="--chat, --messages: more for the template, as in '{\"enable_thinking\": false}'.",
+        help="--chat, --messages: variables of the template, as in '{\"enable_thinking\": false}'.",
     ),
     click.option(
         "--mode",
         type=click.Choice(["full", "exact", "fast", "approximate"]),
-        help="Language models: every layer for every token (the default); the same tokens, drafted "
-        "by an early exit; or exits by score.",
+        help="Language models. full: every layer for every token (the default); exact: the same "
+        "tokens, drafted by an early exit; fast, approximate: early exits by score.",
     ),
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
-        help="Language models; default: 128 at most.",
+        help="Language models: most new tokens of a text; default: 128.",
     ),
     click.option(
         "--capacity",
         type=click.IntRange(min=2),
-        help="Language models: the most tokens of a text, prompt included; default: what the model "
-        "was made for.",
+        help="Language models: most tokens of a text, prompt included; default: the model's limit.",
     ),
-    click.option("--stream", is_flag=True, help="Language models: print the text while it comes."),
+    click.option("--stream", is_flag=True, help="Language models: print text as it comes."),
     click.option(
-        "--draft-exit", metavar="NAME", help="--mode exact: who drafts; default: what pays most."
+        "--draft-exit",
+        metavar="NAME",
+        help="--mode exact: the exit that drafts; default: adaptive.",
     ),
-    click.option("--drafts", type=click.IntRange(min=1), help="--mode exact: tokens of a draft."),
+    click.option(
+        "--drafts",
+        type=click.IntRange(min=1),
+        help="--mode exact: tokens per draft; default: adaptive.",
+    ),
     click.option(
         "--audit",
         is_flag=True,
@@ -74,13 +79,17 @@ _OPTIONS = (
         help="Language models: a string that ends the text and is not printed.",
     ),
     click.option(
-        "--temperature", type=float, help="Language models: draw tokens; default: the likeliest."
+        "--temperature",
+        type=float,
+        help="Language models: draw tokens; 0: the likeliest; default: as the checkpoint says.",
     ),
-    click.option("--top-k", type=int, help="Language models: draw among that many."),
+    click.option("--top-k", type=int, help="Language models: draw among so many tokens."),
     click.option(
-        "--top-p", type=float, help="Language models: draw among the likeliest with that chance."
+        "--top-p",
+        type=float,
+        help="Language models: draw among the likeliest tokens of this total probability (0 to 1).",
     ),
-    click.option("--seed", type=int, help="Language models: of the draws."),
+    click.option("--seed", type=int, help="Language models: seed of the draws."),
 )
 GENERATING = ("mode", "max_new_tokens", "draft_exit", "drafts", "audit")
 DRAWING = ("temperature", "top_k", "top_p", "seed")
