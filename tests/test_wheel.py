@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,8 @@ from tests.checkpoints import FAMILIES
 
 pytestmark = pytest.mark.slow
 ROOT = Path(edgeexit.__file__).parent.parent
-SOURCES = ["edgeexit", "export", "runtime", "pyproject.toml", "README.md", "LICENSE"]
+SOURCES = ["edgeexit", "export", "runtime", "pyproject.toml", "setup.py", "README.md", "LICENSE"]
+SOURCES += ["MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "benchmarks", "examples"]
 LINKS = ["edgeexit/export", "edgeexit/runtime"]
 ONNX_RUNTIME_OF_JETPACK_6 = "1.23.2"
 
@@ -132,6 +135,25 @@ def test_wheel_holds_every_module_once_and_the_licence(wheel: Path) -> None:
     licence = next(name for name in found if name.endswith("licenses/LICENSE"))
     assert found[licence] == (ROOT / "LICENSE").read_bytes()
     assert b"Apache License" in found[licence]
+
+
+def test_description_has_no_link_to_a_file_that_is_not_there(wheel: Path) -> None:
+    name = next(name for name in contents(wheel) if name.endswith("/METADATA"))
+    _, _, description = contents(wheel)[name].decode().partition("\n\n")
+    assert description.startswith("# edgeexit")
+    assert "docs/decoding.md: " in description  # the text of a link that the README has
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert [one for one in links if not one.startswith(("https://", "#"))] == []
+
+
+def test_source_distribution_holds_what_the_readme_links_to(dist: Path) -> None:
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    linked = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert linked
+    assert set(linked) - held == set()
+    assert not [name for name in held if name.endswith((".safetensors", ".npz"))]
 
 
 def test_wheel_is_the_same_from_a_tree_in_which_git_made_no_links(
