@@ -195,7 +195,7 @@ def _draw_risk(
             markersize=9,
             label=f"chosen: {what} {x[chosen]:.4g} (risk {risks[chosen]:.2f} %)",
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.35 * (max(limit, risks.max()) or 1))  # room for the legend
     if calibration["method"] != "sweep":
         depth, risk = calibration["mean_depth"], 100 * calibration["measured_risk"]
         name = f"threshold per exit: depth {depth:.4g} (risk {risk:.2f} %)"
@@ -234,9 +234,16 @@ def _percent(value: float) -> str:
 
 
 def _name(axes: Axes, names: Sequence[str]) -> None:
-    """Writes names under an axis, at an angle where they are long together."""
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if sum(map(len, names)) > 40 else {}
-    axes.set_xticks(np.arange(len(names)), names, **turned)
+    """Writes names under an axis, turned where they have no room side by side."""
+    turned: dict[str, Any] = {}
+    if sum(map(len, names)) > 40:
+        turned = {"rotation": 45, "ha": "right"} if len(names) <= 12 else {"rotation": 90}
+    axes.set_xticks(np.arange(len(names)), _short(names), **turned)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names that leave room for what they name."""
+    return [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
 
 
 def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
@@ -259,7 +266,7 @@ def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
         ratio = found.get("ratio_to_unsplit")
         _label(axes, f"{median:.3f} ms" + (f", {ratio:.2f} x unsplit" if ratio else ""), end, place)
     axes.axvline(result["unsplit"]["p50_ms"], color=DARK, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(lanes)), [name for name, _ in lanes])
+    axes.set_yticks(range(len(lanes)), _short([name for name, _ in lanes]))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
     axes.set_xlabel("time per row (ms); dot: median, line: to the 90th percentile")
@@ -326,7 +333,7 @@ def _lying_bars(
     for place, ((_, value, half, colour), label) in enumerate(zip(bars, labels, strict=True)):
         axes.barh(place, value, color=colour, xerr=half or None, ecolor=DARK)
         _label(axes, label, value + half, place)
-    axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    axes.set_yticks(range(len(bars)), _short([name for name, *_ in bars]))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(value + half for _, value, half, _ in bars))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -61,6 +62,27 @@ def test_calibration_with_a_threshold_per_exit_shows_that_point_too(tmp_path: Pa
     about, _ = draw_calibration(tmp_path / "plot.svg", per_exit=True, risk="performance")
     [point] = [said for said in words(tmp_path / "plot.svg") if said.startswith("threshold per")]
     assert f"depth {about['mean_depth']:.4g}" in point
+
+
+@pytest.mark.filterwarnings("error")
+def test_calibration_without_any_risk_is_drawn(tmp_path: Path) -> None:
+    trace = make_trace(rows=20, exits=2)
+    trace = dataclasses.replace(trace, predictions=trace.predictions[[1, 1]], labels=None)
+    policy, curve, chosen = calibrate(trace, max_risk=0.0, score="max_prob")
+    exits = figures(trace, "max_prob")
+    plot = tmp_path / "plot.svg"
+    plot_calibration(plot, curve, chosen, exits, policy.calibration, score="max_prob")
+    assert "right prediction" not in words(plot)  # there are no labels
+
+
+def test_names_are_shown_as_they_are_unless_they_are_long(tmp_path: Path) -> None:
+    trace = make_trace(rows=200, exits=3)
+    trace = dataclasses.replace(trace, exits=["$a$ and $b$", "x" * 40, "last"])
+    policy, curve, chosen = calibrate(trace, max_risk=0.1, score="max_prob")
+    exits = figures(trace, "max_prob")
+    plot = tmp_path / "plot.svg"
+    plot_calibration(plot, curve, chosen, exits, policy.calibration, score="max_prob")
+    assert {"$a$ and $b$", "x" * 19 + "…", "last"} <= set(words(plot))
 
 
 def test_png_is_an_image_with_something_on_it(tmp_path: Path) -> None:
