@@ -36,7 +36,9 @@ DTYPES = {
     metavar="MODEL",
     help="Checkpoint directory, hub id, module:function, or file.onnx.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write."
+)
 @click.option("--task", help="Refuse a checkpoint made for another task.")
 @click.option(
     "--exits",

@@ -78,7 +78,7 @@ def verbosity_options(function: F) -> F:
         "--verbose",
         count=True,
         callback=_verbosity,
-        help="Log more on stderr; -vv: everything.",
+        help="Log more on stderr and show more in tables; -vv: log everything.",
     )(function)
     return click.option(
         "-q",
