@@ -94,7 +94,7 @@ DTYPES = {
     type=click.Choice(["logits", "probabilities"]),
     help="ONNX: what the exits give; default: probabilities where a Softmax makes them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
 @output_options
 def command(
     model: str,
