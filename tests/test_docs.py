@@ -6,6 +6,7 @@ that the documents use.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -178,6 +179,63 @@ def test_python_runs(
     assert said or "print(" not in "".join(blocks(name, "python"))
     if name == "README.md":
         assert "['exit_12']" in said  # as the sentence behind the block says
+
+
+BENCHMARKS, FRONT = "benchmarks/README.md", "README.md"
+FIGURES = [
+    (BENCHMARKS, "split tax: every", "split-small", "small/split_tax", "1.061"),
+    (BENCHMARKS, "split tax: every", "split-large", "large/split_tax", "1.021"),
+    (BENCHMARKS, "bundle on disk", "split-small", "small/export/bundle_of_weights", "1.003"),
+    (BENCHMARKS, "batch 32, natural", "split-small", "small/batch_32/of_ideal", "0.90"),
+    (BENCHMARKS, "batch 32, natural", "split-large", "large/batch_32/of_ideal", "1.10"),
+    (BENCHMARKS, "loading all segments", "loading", "small/loading/ratio", "1.11"),
+    (BENCHMARKS, "loading all segments", "loading", "large/loading/ratio", "0.67"),
+    (BENCHMARKS, "peak memory ÷", "loading", "small/peak_memory/ratio", "0.97"),
+    (BENCHMARKS, "peak memory ÷", "loading", "large/peak_memory/ratio", "0.92"),
+    (BENCHMARKS, "natural exits, mean", "digits", "summary/accuracy/mean", "97.1 %"),
+    (BENCHMARKS, "natural exits, mean", "digits", "summary/mean_ratio_to_unsplit/mean", "0.17"),
+    (BENCHMARKS, "the same exit rates", "digits", "summary/random_exits_accuracy/mean", "95.5 %"),
+    (BENCHMARKS, "oracle: the", "digits", "summary/oracle_ratio_to_unsplit/mean", "0.12"),
+    (BENCHMARKS, "decode: tokens", "decode", "prompts/64/chain/against_genai/decode", "0.92"),
+    (BENCHMARKS, "split tax in", "decode", "prompts/64/chain/split_tax", "1.06"),
+    (BENCHMARKS, "split tax in", "decode", "prompts/600/chain/split_tax", "1.03"),
+    (BENCHMARKS, "`exact` | ", "codelm", "speeds/modes/exact/of_full", "1.42"),
+    (BENCHMARKS, "prompt lookup", "codelm", "speeds/modes/lookup/of_full", "1.64"),
+    (BENCHMARKS, "`fast`, 96 % of early", "codelm", "speeds/modes/fast/of_full", "1.44"),
+    (BENCHMARKS, "`fast`, 96 % of early", "codelm", "speeds/modes/audit/agreement", "95.3 %"),
+    (BENCHMARKS, "`fast`, 96 % of all", "codelm", "speeds/modes/fast_loose/of_full", "1.54"),
+    (BENCHMARKS, "`approximate`", "codelm", "speeds/modes/approximate/of_full", "1.20"),
+    (BENCHMARKS, "`approximate`", "codelm", "quality/fast/as_last_exit", "96.1 %"),
+    (BENCHMARKS, "a model of 7", "codelm", "smaller/modes/truncated_7/of_full", "1.82"),
+    (BENCHMARKS, "a model of 7", "codelm", "quality/truncated_7/right", "36.9 %"),
+    (FRONT, "What does splitting", "split-large", "large/split_tax", "1.02 x"),
+    (FRONT, "What does splitting", "split-small", "small/split_tax", "1.06 x"),
+    (FRONT, "Do exits pay on", "digits", "summary/mean_ratio_to_unsplit/mean", "0.17 x"),
+    (FRONT, "Do exits pay on", "digits", "summary/accuracy/mean", "97.1 %"),
+    (FRONT, "Do exits pay for", "codelm", "speeds/modes/exact/of_full", "1.42 x"),
+    (FRONT, "Do exits pay for", "codelm", "speeds/modes/fast/of_full", "1.44 x"),
+    (FRONT, "Do exits pay for", "codelm", "speeds/modes/audit/agreement", "95.3 %"),
+    (FRONT, "Do exits pay for", "codelm", "speeds/modes/lookup/of_full", "1.64 x"),
+    (FRONT, "Do exits pay for", "codelm", "smaller/modes/truncated_7/of_full", "1.82 x"),
+    (FRONT, "Do exits pay for", "codelm", "smaller/modes/exact/of_full", "1.62 x"),
+    (FRONT, "How fast is", "decode", "prompts/64/chain/against_genai/decode", "0.92"),
+    (FRONT, "How fast is", "decode", "memory/ratio", "1.02 x"),
+]
+"""Document, beginning of a table's row, result, where in it, and the figure as it is written."""
+
+
+@pytest.mark.parametrize("name, row, result, place, figure", FIGURES)
+def test_figures_are_those_of_the_results(
+    name: str, row: str, result: str, place: str, figure: str
+) -> None:
+    value = json.loads((ROOT / f"benchmarks/results/{result}.json").read_text())
+    for key in place.split("/"):
+        value = value[key]
+    number, _, unit = figure.partition(" ")
+    digits = len(number.partition(".")[2])
+    assert f"{value * (100 if unit == '%' else 1):.{digits}f}" == number
+    [line] = [line for line in read(name).splitlines() if line.startswith(f"| {row}")]
+    assert figure in line
 
 
 def test_tests_that_a_document_names_exist() -> None:
