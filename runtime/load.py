@@ -45,8 +45,7 @@ def load(
         engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's), or ``tensorrt``:
             engines that ``edgeexit build`` made, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
         policy: When to stop: a `Policy`, a `Rule` for the one chain that has exits, or the path of
-            a policy's file. None: the bundle's default, and without one everything goes to the last
-            exit.
+            a policy's file. None: everything goes to the last exit.
         threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
             threads, or ``process``: ONNX Runtime's global pool, which
             makes other default sessions in this process fail. On a GPU: how the host waits for it,

@@ -309,14 +309,6 @@ class Chat(Struct, frozen=True, kw_only=True):
     tokens: dict[Name, str] = {}
 
 
-class DefaultPolicy(Struct, frozen=True, kw_only=True):
-    """The rule used for a chain when the user gives none. It carries no promise: nobody calibrated
-    it."""
-
-    score: str
-    threshold: float | Literal["never", "always"]
-
-
 class File(Struct, frozen=True, kw_only=True):
     """A file of the bundle as it was when exported."""
 
@@ -329,7 +321,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     `inputs` is what a caller gives, `outputs` what the program's last chain answers with. `limits`
     gives the largest size of a symbolic axis that the model was made for (positions of a text
-    model, say); `policy` a default per chain; `files` lists every other file of the bundle.
+    model, say); `files` lists every other file of the bundle. There is no policy in it: thresholds
+    are calibrated on the bundle as it is, so they cannot be a part of it.
     """
 
     format: Annotated[str, Meta(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
@@ -347,7 +340,6 @@ class Manifest(Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     tokenizer: str | None = None
     chat: Chat | None = None
-    policy: dict[Name, DefaultPolicy] = {}
     samples: list[str] = []
     provenance: dict[str, str] = {}
 

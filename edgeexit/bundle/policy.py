@@ -12,7 +12,7 @@ import contextlib
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,14 +161,14 @@ def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
     """A policy that fits a bundle: a rule alone is for the one chain that has exits.
 
     Args:
-        given: None: the bundle's defaults, and without one never.
+        given: None: no row stops early. A bundle has no thresholds of its own.
 
     Raises:
         PolicyError: It was made for another bundle, or does not fit its chains.
     """
     chains = bundle.manifest.chains
     if given is None:
-        given = Policy(rules={name: _default(bundle, name) for name in chains})
+        given = Policy(rules={name: Rule() for name in chains})
     elif isinstance(given, Rule):
         given = Policy(rules={_only_chain(chains): given})
     elif not isinstance(given, Policy):
@@ -211,6 +211,37 @@ def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
     return given
 
 
+def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None) -> list[str]:
+    """Why early answers under a policy should not be trusted: exits that were never trained,
+    thresholds that nobody calibrated. Empty if it never stops early, or for none of these reasons.
+
+    Args:
+        policy: One that fits the bundle.
+        chains: Those whose exits count; None: all.
+    """
+    names = bundle.manifest.chains if chains is None else chains
+    early = [
+        name
+        for name in names
+        if any(d.consult for d in decisions_of(policy, bundle.manifest.chains[name], name)[:-1])
+    ]
+    if not early:
+        return []
+    found = []
+    if bundle.exits_untrained:
+        found.append(
+            "the early exits of this bundle were never trained: times are real, answers mean "
+            "nothing"
+        )
+    if not policy.calibration:
+        found.append(
+            "the thresholds are not calibrated: how many early answers differ from those of the "
+            "last exit is not known; edgeexit trace and edgeexit calibrate find thresholds for a "
+            "risk that you accept"
+        )
+    return found
+
+
 def _only_chain(chains: Mapping[str, Chain]) -> str:
     """The chain that a rule without a name is for."""
     with_exits = [name for name, chain in chains.items() if len(chain.exits) > 1]
@@ -220,18 +251,6 @@ def _only_chain(chains: Mapping[str, Chain]) -> str:
             fix="Give a rule for each: Policy(rules={...}).",
         )
     return (with_exits or list(chains))[-1]
-
-
-def _default(bundle: Bundle, chain: str) -> Rule:
-    default = bundle.manifest.policy.get(chain)
-    if default is None:
-        return Rule()
-    named = {"never": NEVER, "always": ALWAYS}
-    threshold = default.threshold
-    return Rule(
-        score=default.score,
-        thresholds=named[threshold] if isinstance(threshold, str) else threshold,
-    )
 
 
 def _float32_above(threshold: float) -> float:

@@ -44,7 +44,6 @@ def check_structure(manifest: Manifest) -> None:
     _check_inputs(manifest)
     _check_components(manifest)
     _check_chains(manifest)
-    _check_policy(manifest)
     if manifest.decoding is not None:
         _check_feeds(manifest, manifest.decoding)
     check_steps(manifest)
@@ -250,23 +249,6 @@ def _check_exit_order(where: str, chain: Chain) -> None:
             f"{where}: exit {last.name} has an adapter, but it answers as the whole model",
             fix="The path of the last exit is at most its head. Export again.",
         )
-
-
-def _check_policy(manifest: Manifest) -> None:
-    """Default rules are for chains that exist, by scores that their exits have."""
-    for name, default in manifest.policy.items():
-        chain = manifest.chains.get(name)
-        if chain is None:
-            raise BundleError(
-                f"{MANIFEST}: a policy is for {name}, which is no chain", fix=EXPORT_AGAIN
-            )
-        for exit_ in chain.stops[:-1]:
-            if default.score not in exit_.scores:
-                raise BundleError(
-                    f"{MANIFEST}: the policy of {name} goes by {default.score!r}, a score that the "
-                    f"exit {exit_.name} does not have",
-                    fix=EXPORT_AGAIN,
-                )
 
 
 def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:

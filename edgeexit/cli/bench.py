@@ -35,7 +35,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @click.option("--data", metavar="DATA", help="Real inputs (and labels), or prompts.")
 @click.option(
-    "--policy", type=click.Path(path_type=Path), help="policy.json; default: the bundle's own."
+    "--policy", type=click.Path(path_type=Path), help="policy.json; default: no early exits."
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=32, show_default=True, help="Rows, for throughput."
@@ -173,9 +173,16 @@ def _print_texts(result: dict[str, Any]) -> None:
             f"{machine['processor']}, {machine['cores']} cores, "
             f"{machine['engine']['library']} {machine['engine']['version']}",
             *([] if len(result["modes"]) > 1 else ["other modes: give real prompts with --data"]),
+            *_given_text(result["fast_on_given_text"]),
             *(f"warning: {text}" for text in result["warnings"]),
         ],
     )
+
+
+def _given_text(found: dict[str, Any] | None) -> list[str]:
+    from edgeexit.measure.given_text import GivenText
+
+    return [] if found is None else [f"fast {GivenText(**found).describe()}"]
 
 
 def _remark(name: str, found: dict[str, Any]) -> str:

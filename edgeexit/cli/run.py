@@ -12,7 +12,7 @@ import click
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import add_current_directory, print_json, print_table
 from edgeexit.cli.options import ENGINES, bundle_argument, engine_options, output_options
-from edgeexit.cli.writing import read_writing, write, writing_given, writing_options
+from edgeexit.cli.writing import EARLY, read_writing, write, writing_given, writing_options
 from edgeexit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     add_current_directory()
     opened = _open_for(kind, bundle)
     loading = {name: options[name] for name in ("engine", "fallback", "threads")}
-    loading["policy"] = _policy(opened, options["policy"], options["threshold"])
+    policy = loading["policy"] = _policy(opened, options["policy"], options["threshold"])
+    if not quiet:
+        _say_cautions(opened, policy, options)
     if kind in OF_TEXT:
         write(opened, writing, loading, options["capacity"], as_json=as_json, quiet=quiet)
     else:
@@ -148,10 +150,29 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
     return opened
 
 
-def _policy(bundle: Bundle, path: Path | None, threshold: float | None) -> Path | Policy | None:
-    from edgeexit.bundle.policy import Rule
+def _policy(bundle: Bundle, path: Path | None, threshold: float | None) -> Policy | None:
+    from edgeexit.bundle.policy import Rule, policy_for, read_policy
 
-    return path if threshold is None else _of_last_chain(bundle, Rule(thresholds=threshold))
+    if path is not None:
+        return policy_for(read_policy(path), bundle)
+    return None if threshold is None else _of_last_chain(bundle, Rule(thresholds=threshold))
+
+
+def _say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
+    """Says on stderr why early answers should not be trusted, if they should not."""
+    from edgeexit.bundle.policy import cautions
+
+    manifest, found = bundle.manifest, []
+    last = manifest.last_chain.stops[-1].name
+    chains = set(manifest.chains)
+    if manifest.decoding is not None and options["mode"] not in EARLY:
+        chains.remove(manifest.decoding.chain)  # there the policy is not asked
+    if policy is not None:
+        found = cautions(policy, bundle, chains)
+    elif bundle.exits_untrained and options["exit_name"] not in (None, last):
+        found = [f"the exit {options['exit_name']} was never trained: its answers mean nothing"]
+    for caution in found:
+        click.echo(f"warning: {caution}", err=True)
 
 
 def _of_last_chain(bundle: Bundle, rule: Rule) -> Policy:

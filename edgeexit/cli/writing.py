@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle.reader import Bundle
+    from edgeexit.measure.given_text import GivenText
     from edgeexit.runtime import Generation, Model, Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,7 +71,8 @@ _OPTIONS = (
     click.option(
         "--audit",
         is_flag=True,
-        help="--mode fast: how often the last exit agrees, given the text so far.",
+        help="--mode fast: how often the last exit agrees with early tokens, given what was "
+        "written so far; and on the prompts as given text, where no exit reads its own mistakes.",
     ),
     click.option(
         "--stop",
@@ -91,6 +93,8 @@ _OPTIONS = (
     ),
     click.option("--seed", type=int, help="Language models: seed of the draws."),
 )
+EARLY = ("fast", "approximate")
+"""Modes in which tokens are answered by early exits."""
 GENERATING = ("mode", "max_new_tokens", "draft_exit", "drafts", "audit")
 DRAWING = ("temperature", "top_k", "top_p", "seed")
 TALKING = ("system_prompt", "chat_template", "chat_template_kwargs")
@@ -135,7 +139,7 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
     given = set(writing_given(options))
     generating = {name: options[name] for name in GENERATING if name in given}
     drawing = {name: options[name] for name in DRAWING if name in given}
-    _check_mode(options["mode"] or "full", given, options["threshold"])
+    _check_mode(options["mode"] or "full", given, options["threshold"], options["policy"])
     talks = options["chat"] or options["messages"] is not None
     if (talking := [name for name in TALKING if name in given]) and not talks:
         raise UsageError(
@@ -162,11 +166,16 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
     return Writing(inputs, templates, generating, drawing, options["stream"])
 
 
-def _check_mode(mode: str, given: set[str], threshold: float | None) -> None:
-    """Refuses options that the mode would ignore."""
-    early = ("fast", "approximate")
+def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Path | None) -> None:
+    """Refuses options that the mode would ignore, and a mode without what it needs."""
+    if mode in EARLY and threshold is None and policy is None:
+        raise UsageError(
+            f"--mode {mode} needs thresholds, and a bundle has none of its own",
+            fix="Calibrate some: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
+            "calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
+        )
     of_modes = {
-        "threshold": (threshold is not None, early),
+        "threshold": (threshold is not None, EARLY),
         "audit": ("audit" in given, ("fast",)),
         "draft-exit": ("draft_exit" in given, ("exact",)),
         "drafts": ("drafts" in given, ("exact",)),
@@ -198,13 +207,6 @@ def write(
         _check_drawing(writing.drawing, sampling)
         if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
             click.echo(said, err=True)
-        mode = writing.generating.get("mode")
-        if mode in ("fast", "approximate") and bundle.exits_untrained:
-            click.echo(
-                f"mode {mode}: the exits of this bundle are untrained, so what they say is no "
-                "answer: this shows speed alone",
-                err=True,
-            )
         made = model.generate(rows, sampling=sampling, **writing.generating)
         if writing.stream:
             click.echo(before[0], nl=False)
@@ -214,13 +216,15 @@ def write(
         else:
             made.finish()
         about = model.describe_engine()
+        given = _on_prompts(model, rows) if writing.generating.get("audit") else None
     if as_json:
         texts = [
             {"prompt": prompt, "text": text, "tokens": tokens}
             for prompt, text, tokens in zip(prompts, made.texts, made.tokens, strict=True)
         ]
         head = {"bundle": str(bundle.path), "engine": about}
-        print_json(head | {"texts": texts, "statistics": _statistics(made)})
+        statistics = _statistics(made) | {"on_given_text": given and given.to_dict()}
+        print_json(head | {"texts": texts, "statistics": statistics})
         return
     if not writing.stream:
         for number, (start, text) in enumerate(zip(before, made.texts, strict=True), start=1):
@@ -228,6 +232,20 @@ def write(
                 click.echo(f"== {number} of {len(before)}")
             click.echo(start + text)
     click.echo(_summary(made), err=True)
+    if given is not None:
+        click.echo(f"{given.describe()} (the prompts; trace and calibrate take more)", err=True)
+
+
+def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | None:
+    """The policy on the prompts, as given texts. None where an encoder reads those, or each is a
+    single token."""
+    from edgeexit.measure.given_text import on_given_texts
+
+    decoding = model.bundle.manifest.decoding
+    if decoding is None or decoding.start_tokens:
+        return None
+    texts = [model.encode(row) if isinstance(row, str) else row for row in rows]
+    return on_given_texts(model, texts)
 
 
 def _check_drawing(given: Mapping[str, Any], sampling: Sampling) -> None:
@@ -295,5 +313,8 @@ def _summary(made: Generation) -> str:
     if statistics.acceptance is not None:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")
     if statistics.agreement is not None:
-        said.append(f"given the text so far, the last exit agrees with {statistics.agreement:.1%}")
+        said.append(
+            f"given what was written so far, the last exit agrees with {statistics.agreement:.1%} "
+            "of early tokens"
+        )
     return "; ".join(said)

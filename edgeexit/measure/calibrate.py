@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.policy import NEVER, Policy, Rule
 from edgeexit.errors import CheckError, UsageError
+from edgeexit.measure.given_text import of_exits
 from edgeexit.measure.trace import NO_LABEL, Trace, replay
 
 Risk = Literal["consistency", "performance"]
@@ -57,6 +58,7 @@ class ExitFigures:
         auroc: How well the score ranks rows that agree above rows that do not; NaN if all or none
             do.
         cumulative_ms: Time per row up to this exit.
+        perplexity: Of the texts, if rows are tokens and it predicts all of them; otherwise NaN.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ExitFigures:
     agreement: float
     auroc: float
     cumulative_ms: float
+    perplexity: float = math.nan
 
 
 def losses(trace: Trace, risk: Risk) -> NDArray[np.float64]:
@@ -197,6 +200,8 @@ def _measured(trace: Trace, risk: Risk, taken: NDArray[np.int64]) -> dict[str, A
         "expected_ms": float(per_row_ms[taken].mean()),
         "full_ms": float(per_row_ms[-1]),
     }
+    if trace.next_log_probs is not None and (given := of_exits(trace, taken)) is not None:
+        measured |= {"perplexity": given.perplexity, "perplexity_full": given.perplexity_full}
     if trace.groups is not None:
         _, text = np.unique(trace.groups, return_inverse=True)
         of_texts = np.bincount(text, weights=loss) / np.bincount(text)
@@ -222,9 +227,17 @@ def figures(trace: Trace, score: str) -> list[ExitFigures]:
             agreement=float(agrees[number].mean()),
             auroc=auroc(trace.scores[score][number], agrees[number]),
             cumulative_ms=float(per_row_ms[number]),
+            perplexity=_perplexity(trace, number),
         )
         for number, name in enumerate(trace.exits)
     ]
+
+
+def _perplexity(trace: Trace, number: int) -> float:
+    found = None
+    if trace.next_log_probs is not None:
+        found = of_exits(trace, np.full(trace.rows, number))
+    return math.nan if found is None else found.perplexity
 
 
 def _accuracy(trace: Trace, number: int) -> float:

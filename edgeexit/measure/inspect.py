@@ -64,7 +64,6 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "preprocessing": msgspec.to_builtins(manifest.preprocessing),
         "tokenizer": manifest.tokenizer,
         "chat": msgspec.to_builtins(manifest.chat),
-        "policy": msgspec.to_builtins(manifest.policy),
         "provenance": manifest.provenance,
     }
 

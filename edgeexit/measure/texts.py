@@ -7,7 +7,7 @@ objects. Where an encoder reads the prompt, ``target`` is the text that the deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
 
 def open_texts(source: str, bundle: Bundle) -> DataSet:
     """Texts as a data set: rows of a batch are texts of one length."""
-    texts = read_texts(source, bundle, targets=True)
+    return as_data(read_texts(source, bundle, targets=True), bundle, Path(source).name)
+
+
+def as_data(texts: Sequence[Text], bundle: Bundle, name: str) -> DataSet:
+    """Texts as a data set of this name: rows of a batch are texts of one length."""
     decoding = bundle.manifest.decoding
     assert decoding is not None
     rows = [{decoding.tokens: np.array([text.tokens])} | text.inputs for text in texts]
@@ -88,7 +92,7 @@ def open_texts(source: str, bundle: Bundle) -> DataSet:
             if same:
                 yield _together(rows, same)
 
-    return DataSet(name=Path(source).name, rows=len(rows), _batches=batches)
+    return DataSet(name=name, rows=len(rows), _batches=batches)
 
 
 def _together(rows: list[dict[str, NDArray]], numbers: list[int]) -> Batch:

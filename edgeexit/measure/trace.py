@@ -24,6 +24,7 @@ from edgeexit.errors import DataError, MeasurementError, PolicyError
 from edgeexit.measure.batches import Batch, DataSet
 from edgeexit.measure.probe import Answers, ask, chain_named, predictions
 from edgeexit.runtime import Model
+from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
 
 NO_LABEL = -1
 """Label of a token that none follows."""
@@ -52,6 +53,8 @@ class Trace:
         groups: ``[row]``, the text that a token is of, by its place in the data; None: rows are no
             tokens.
         timed_rows: ``[run]``, rows of each run of `times_ms`; None: those of the batches.
+        next_log_probs: ``[exit, row]``, log-probability that an exit gives to the token that
+            follows (NaN where none does); None: rows are no tokens.
     """
 
     bundle: str
@@ -69,6 +72,7 @@ class Trace:
     other_chains: Mapping[str, str] = field(default_factory=dict)
     groups: NDArray[np.int64] | None = None
     timed_rows: NDArray[np.int64] | None = None
+    next_log_probs: NDArray[np.float32] | None = None
 
     @property
     def rows(self) -> int:
@@ -117,6 +121,7 @@ class Trace:
             batch_rows=np.array([kept.sum()]),
             timed_rows=self._timed_rows,
             groups=None if self.groups is None else self.groups[kept],
+            next_log_probs=None if self.next_log_probs is None else self.next_log_probs[:, kept],
         )
 
 
@@ -126,6 +131,7 @@ def record(
     batch_size: int,
     *,
     chain: str | None = None,
+    token_times: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Trace:
     """Runs every component for every row of a data set.
@@ -138,6 +144,8 @@ def record(
         data: From `edgeexit.measure.data.open_data`.
         batch_size: Rows, or texts, that run together.
         chain: Whose exits; None: those of the chain that answers.
+        token_times: Of a model that writes, also run some texts token by token for the times;
+            without, `times_ms` are those of whole texts.
 
     Raises:
         MeasurementError: An exit predicts nothing, or the exits share no score.
@@ -165,7 +173,7 @@ def record(
         if progress is not None:
             progress("rows" if tokens is None else "texts", count, data.rows or 0)
     timed_rows = None
-    if tokens is not None:
+    if tokens is not None and token_times:
         times, timed_rows = _token_times(model, first, tokens)
     return _joined(
         model,
@@ -197,13 +205,15 @@ def _traceable(name: str, chain: Chain) -> tuple[list[str], list[str]]:
 
 def _said(answers: Answers, exits: list[str], scores: list[str]) -> dict[str, NDArray]:
     """Predictions and scores of a batch, ``[exit, row]``."""
-    predicted = [predictions(answers.arrays, exit_).reshape(-1) for exit_ in exits]
-    return {"predictions": np.stack(predicted)} | {
-        f"score/{score}": np.stack(
-            [answers.arrays[f"{exit_}/{score}"].reshape(-1) for exit_ in exits]
-        )
-        for score in scores
-    }
+    arrays = answers.arrays
+
+    def stacked(name: str) -> NDArray:
+        return np.stack([arrays[f"{exit_}/{name}"].reshape(-1) for exit_ in exits])
+
+    said = {"predictions": np.stack([predictions(arrays, exit_).reshape(-1) for exit_ in exits])}
+    if f"{exits[-1]}/{NEXT_LOG_PROB}" in arrays:
+        said["next_log_probs"] = stacked(NEXT_LOG_PROB)
+    return said | {f"score/{score}": stacked(score) for score in scores}
 
 
 def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
@@ -242,6 +252,7 @@ def _joined(
             if name != chain and len(one.exits) > 1
         },
         groups=found.get("groups"),
+        next_log_probs=found.get("next_log_probs"),
         **run,
     )
 

@@ -23,7 +23,10 @@ _ABOUT = (
     *("chain", "other_chains"),
 )
 _ARRAYS = {"predictions": (np.int64, 2), "batch_rows": (np.int64, 1), "times_ms": (np.float64, 2)}
-_OPTIONAL = ("labels", "groups", "timed_rows")
+_OPTIONAL = {
+    **dict.fromkeys(("labels", "groups", "timed_rows"), (np.int64, 1)),
+    "next_log_probs": (np.float32, 2),
+}
 
 
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -53,7 +56,8 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             name: _take(arrays, name, *form) for name, form in _ARRAYS.items()
         }
         optional: dict[str, Any] = {
-            name: _take(arrays, name, np.int64, 1) if name in arrays else None for name in _OPTIONAL
+            name: _take(arrays, name, *form) if name in arrays else None
+            for name, form in _OPTIONAL.items()
         }
         trace = Trace(
             bundle=str(about["bundle"]),
@@ -96,11 +100,14 @@ def _check(trace: Trace) -> None:
         "times_ms": (trace.times_ms, (runs, exits)),
         "labels": (trace.labels, (rows,)),
         "groups": (trace.groups, (rows,)),
+        "next_log_probs": (trace.next_log_probs, (exits, rows)),
     }
     shapes |= {f"score/{name}": (value, (exits, rows)) for name, value in trace.scores.items()}
     for name, (found, expected) in shapes.items():
         if found is not None and found.shape != expected:
             raise ValueError(f"{name} has the shape {list(found.shape)}, expected {list(expected)}")
+    if trace.next_log_probs is not None and (trace.next_log_probs > 0).any():
+        raise ValueError("a probability is above 1")
     if any(np.isinf(value).any() for value in trace.scores.values()):
         raise ValueError("a score is infinite")
     if batch_rows.size and batch_rows.max() > rows:

@@ -252,14 +252,6 @@ NAMES: Cases = {
         lambda raw: raw["steps"].append(raw["steps"][0]),
         "2 steps run the chain forward",
     ),
-    "policy for no chain": (
-        lambda raw: raw.update(policy={"other": {"score": "margin", "threshold": 1}}),
-        "a policy is for other, which is no chain",
-    ),
-    "policy by a score that is not there": (
-        lambda raw: raw.update(policy={"forward": {"score": "luck", "threshold": 1}}),
-        "the policy of forward goes by 'luck'",
-    ),
     "text without tokenizer": (
         lambda raw: raw.update(preprocessing={"type": "text", "max_length": 8, "ids": "x"}),
         "needs a tokenizer",

@@ -113,7 +113,8 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     assert ran.code == 0 and ran.json["texts"] == full.json["texts"]
     assert "untrained" not in full.err
     fast = cli("run", bundle, "--prompt", "def f(", "--mode", "fast", "--threshold", "0")
-    assert "the exits of this bundle are untrained" in fast.err
+    assert "the early exits of this bundle were never trained" in fast.err
+    assert "the thresholds are not calibrated" in fast.err
 
 
 def test_the_modes_write_text_and_say_where_it_came_from(cli: Cli, writer: Path) -> None:
@@ -259,6 +260,16 @@ def test_an_audit_is_told_as_json(cli: Cli, writer: Path) -> None:
     fast = ("--mode", "fast", "--threshold", "0.01", "--audit", "--max-new-tokens", "6")
     ran = cli("run", writer, "--prompt", "def f(x):", *fast, "--json")
     assert ran.code == 0 and 0 <= ran.json["statistics"]["agreement"] <= 1
+    given = ran.json["statistics"]["on_given_text"]
+    assert given["tokens"] == len("def f(x):") - 1  # its tokens are bytes
+    assert given["perplexity"] > 1 and given["perplexity_full"] > 1
+    shown = cli("run", writer, "--prompt", "def f(x):", *fast)
+    assert "on given text (only 8 tokens: a hint)" in shown.err
+
+
+def test_fast_without_thresholds_names_the_way_to_them(cli: Cli, writer: Path) -> None:
+    ran = cli("run", writer, "--prompt", "x", "--mode", "fast")
+    assert ran.code == 2 and "edgeexit calibrate" in ran.err and ran.out == ""
 
 
 def test_bench_tells_prefill_and_decode_of_every_mode(
@@ -288,6 +299,7 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     calibrated = cli("calibrate", "trace.npz", *options, "--json")
     assert calibrated.code == 0, calibrated.err
     assert calibrated.json["calibration"]["texts"] == 3
+    assert calibrated.json["calibration"]["perplexity_full"] > 1
     assert calibrated.json["exits"][0]["accuracy"] is not None
     assert "Of 3 texts, " in cli("calibrate", "trace.npz", *options, "--per-exit").out
     checked = cli("check", writer, "--policy", "policy.json")
@@ -296,6 +308,11 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     ran = cli("run", writer, "--prompt", "def f(", *fast)
     assert ran.code == 0, ran.err
     assert set(ran.json["statistics"]["exits"]) <= {"exit_1", "exit_2", "exit_4"}
+    assert "not calibrated" not in ran.err
+    (cli.folder / "one.jsonl").write_text('{"prompt": "def f(x): return"}')
+    quick = ("--data", "one.jsonl", "--new-tokens", "4", "--time", "10ms", "--threads", "1")
+    measured = cli("bench", writer, *quick, "--policy", "policy.json")
+    assert measured.code == 0 and "fast on given text" in measured.out
 
 
 def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgeexit.bundle.manifest import DefaultPolicy, Manifest
-from edgeexit.bundle.policy import ALWAYS, NEVER
+from edgeexit.bundle.manifest import Manifest
 from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
@@ -53,18 +52,6 @@ def test_load_without_a_policy_sends_every_row_to_the_last_exit(toy_bundle: Bund
     with load(toy_bundle) as model:
         assert model.policy == of()
         assert set(model(make_inputs(5)).exit_names) == {"exit_4"}
-
-
-@pytest.mark.parametrize(
-    "threshold, expected", [("never", NEVER), ("always", ALWAYS), (0.25, 0.25)]
-)
-def test_load_uses_the_default_policy_of_the_bundle(
-    toy: Toy, tmp_path: Path, threshold: str | float, expected: float
-) -> None:
-    default = DefaultPolicy(score="margin", threshold=threshold)  # type: ignore[arg-type]
-    bundle = write_changed(toy, tmp_path / "bundle", policy={"forward": default})
-    with load(bundle) as model:
-        assert model.policy == of(score="margin", thresholds=expected)
 
 
 def test_load_takes_a_policy_or_its_path(toy_bundle: Bundle, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from edgeexit.bundle.policy import cautions, policy_for, read_policy
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench import rows, texts
@@ -54,6 +55,7 @@ def bench(
     options = options or Options()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     options.check(opened)
+    warnings = _cautions(opened, options)
     tell = progress or (lambda what, done, of: None)
     watch = environment.Watch()
     with ExitStack() as stack:
@@ -77,11 +79,17 @@ def bench(
         "machine": machine,
     }
     result["warnings"] += doubts(machine, restless)
-    if opened.exits_untrained:
-        result["warnings"].append(
-            "the exits are untrained: this says what leaving would save, and nothing about answers"
-        )
+    result["warnings"] += warnings
     return result
+
+
+def _cautions(bundle: Bundle, options: Options) -> list[str]:
+    """Why the answers behind the figures should not be trusted."""
+    if options.policy is not None:
+        return cautions(policy_for(read_policy(options.policy), bundle), bundle)
+    if bundle.exits_untrained:
+        return ["the early exits were never trained: this is what leaving there would save"]
+    return []
 
 
 def _prepare(bundle: Bundle, options: Options, folder: str) -> Inputs:

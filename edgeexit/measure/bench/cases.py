@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
 from edgeexit.measure.bench.worker import Case, Subject
+from edgeexit.measure.given_text import GivenText, on_given_texts
 from edgeexit.measure.probe import times_to_exits
 from edgeexit.runtime import Generation, Model, Result, Sampling
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
@@ -98,7 +99,8 @@ def chain(
     (`gpu_facts`). All but ``natural`` and ``gpu`` are those of the chain that answers; earlier ones
     go to their last exits.
 
-    Cases of texts: the modes by name; ``search``: as ``full``, with few tokens.
+    Cases of texts: the modes by name; ``search``: as ``full``, with few tokens; ``given text``: the
+    policy on all prompts, as given texts. That opens every score, so it comes after what is timed.
 
     Args:
         new_tokens, capacity: As for `unsplit`.
@@ -223,8 +225,15 @@ def _text_cases(
 
         return Case(call, read_generation, enter)
 
+    def on_prompts(_: int) -> GivenText | None:
+        return on_given_texts(model, prompts, others)
+
     cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
-    return cases | {"search": case({}, min(new_tokens, SEARCH_TOKENS))}
+    cases["search"] = case({}, min(new_tokens, SEARCH_TOKENS))
+    cases["given text"] = Case(
+        on_prompts, lambda given: given and given.to_dict(), case({}, 1).enter
+    )
+    return cases
 
 
 def read_generation(generation: Generation) -> dict[str, Any]:

@@ -84,6 +84,9 @@ def measure(contest: Contest) -> dict[str, Any]:
     writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes)]
     turns = _write(contest, writers)
     full = writers[1]
+    given = None
+    if "fast" in modes:
+        [given] = contest.chain.run("given text", [0], lead=False)["records"]
     return {
         "mode": "decode",
         "data": {
@@ -105,6 +108,7 @@ def measure(contest: Contest) -> dict[str, Any]:
             }
             for writer in writers[1:]
         },
+        "fast_on_given_text": given,
         "split_tax": round(1 / compare(full, baseline)["decode"], 4),
         "warnings": [],
     }

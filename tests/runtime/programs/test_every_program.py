@@ -15,6 +15,7 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError
 from edgeexit.runtime import Model, load
 from edgeexit.runtime.executor.components import token_states
+from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
 from tests.decoder_reference import Reference, Row, Written
 from tests.decoder_toys import (
     DecoderToy,
@@ -183,6 +184,13 @@ def test_a_trace_says_what_every_exit_says_of_every_token(toys: Toys, kind: str)
             for name, outputs, scores in zip(trace.exits, trace.outputs, trace.scores, strict=True):
                 said = [reference.trace(row)[name] for row in rows]
                 np.testing.assert_array_equal(outputs["token"], [one["token"] for one in said])
+                following = inputs["tokens"][:, 1:, None]
+                logits = np.array([one["logits"][:-1] for one in said])
+                expected = np.take_along_axis(logits, following, 2)[..., 0]
+                expected -= np.log(np.exp(logits).sum(-1))
+                found = outputs[NEXT_LOG_PROB]
+                np.testing.assert_allclose(found[:, :-1], expected, atol=1e-4)
+                assert np.isnan(found[:, -1]).all()
                 for score, values in scores.items():
                     expected = [one[score] for one in said]
                     np.testing.assert_allclose(values, expected, atol=1e-4)
