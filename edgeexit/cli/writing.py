@@ -168,12 +168,6 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
 
 def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Path | None) -> None:
     """Refuses options that the mode would ignore, and a mode without what it needs."""
-    if mode in EARLY and threshold is None and policy is None:
-        raise UsageError(
-            f"--mode {mode} needs thresholds, and a bundle has none of its own",
-            fix="Calibrate some: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
-            "calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
-        )
     of_modes = {
         "threshold": (threshold is not None, EARLY),
         "audit": ("audit" in given, ("fast",)),
@@ -185,6 +179,12 @@ def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Pat
             raise UsageError(
                 f"--{option} does nothing in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
             )
+    if mode in EARLY and threshold is None and policy is None:
+        raise UsageError(
+            f"--mode {mode} needs thresholds, and a bundle has none of its own",
+            fix="Calibrate some: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
+            "calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
+        )
 
 
 def write(
