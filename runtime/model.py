@@ -24,6 +24,7 @@ from edgeexit.runtime.executor.components import (
     unsplit_chain,
 )
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
+from edgeexit.runtime.executor.parts import release
 from edgeexit.runtime.executor.tables import Tables
 from edgeexit.runtime.loaded import Loaded
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Result, Trace
@@ -227,11 +228,18 @@ class Model(TextProgram, Loaded):
     def close(self) -> None:
         if self._forked:
             return  # a thread of the parent may have held the lock at the fork, for ever
-        if not self.writes:
+        if self._components is None:
+            return
+        if self.writes:
+            session, self._components, self._session = self._session, None, None
+            if self._lock.acquire(blocking=False):
+                release(session)
+                self._lock.release()
+            # Otherwise a text is being written: it ends at its next token.
+        else:
             with self._lock:
                 self._components = None
-            return
-        self._components = self._session = None  # a text being written ends at its next token
+        self._steps.passes.clear()
 
     def _check_usable(self) -> Components:
         self._check_process()

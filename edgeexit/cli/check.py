@@ -64,11 +64,11 @@ def command(
     flips: list[Flips] = []
     with load(opened, engine, policy=policy, threads=threads, all_scores=True) as model:
         chosen = None if policy is None else model.policy
-        report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads)
         about = model.describe_engine()
         score = quantisation_effect.SCORE if chosen is None else model.decisions[-1].score
         if quantisation_effect.has_float32(opened):
             flips = quantisation_effect.count_flips(model, chosen)
+        report = check(model, policy=chosen, atol=atol, rtol=rtol, threads=threads, closing=True)
     if as_json:
         head = {"bundle": str(bundle), "digest": opened.digest, "engine": about}
         tail = {"flips_against_float32": quantisation_effect.describe(flips)} if flips else {}

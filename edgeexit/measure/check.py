@@ -64,7 +64,8 @@ def check(
     policy: Policy | Rule | None = None,
     atol: float | None = None,
     rtol: float | None = None,
-    threads: Threads = "blocking",
+    threads: Threads | None = None,
+    closing: bool = False,
 ) -> Report:
     """Compares a loaded bundle with its samples.
 
@@ -75,7 +76,9 @@ def check(
             write.
         atol: Absolute tolerance; None = by precision.
         rtol: Relative tolerance; None = by precision.
-        threads: Threads of the unsplit graphs.
+        threads: Threads of the unsplit graphs; None: as `load` chooses.
+        closing: Close the model before the unsplit graphs are opened, so that weights are not in
+            memory twice.
 
     Raises:
         BundleError: There are no samples, or they do not fit the manifest.
@@ -99,7 +102,7 @@ def check(
             _check_decisions(one, given)
     finally:
         model.policy = before
-    notes = _check_unsplit(one, threads)
+    notes = _check_unsplit(one, threads, closing=closing)
     if PREPROCESSING in bundle.manifest.samples:
         try:
             _check_preprocessing(bundle, judge)
@@ -331,7 +334,7 @@ def _written_apart(
     return bool(abs(likely - other) > one.judge.atol + one.judge.rtol * abs(likely))
 
 
-def _check_unsplit(one: _Checked, threads: Threads) -> list[str]:
+def _check_unsplit(one: _Checked, threads: Threads | None, *, closing: bool) -> list[str]:
     """Compares the graphs without exits with the last exits; returns what could not be."""
     model = one.model
     if without := [name for name, chain in model.chains.items() if not chain.unsplit]:
@@ -340,6 +343,8 @@ def _check_unsplit(one: _Checked, threads: Threads) -> list[str]:
     texts: dict[str, Any] = {}
     if model.writes:
         texts = {"capacity": model.capacity, "states": model.state_form}
+    if closing:
+        model.close()
     with load(model.bundle, engine, threads=threads, unsplit=True, **texts) as unsplit:
         for name, chain in {**chains_before(model), model.chain_name: model.chain}.items():
             [made] = unsplit.trace(one.inputs, chain=name).outputs

@@ -105,8 +105,14 @@ class Engine(Protocol):
     def open_all(self, graphs: Sequence[tuple[Path, Collection[str] | None]]) -> Sequence[Graph]:
         """Opens several graphs, side by side where that is faster."""
 
-    def allocate(self, size_bytes: int) -> Slot:
-        """Memory for tensors that pass from component to component."""
+    def allocate(self, size_bytes: int, *, sparse: bool = False) -> Slot:
+        """Memory for tensors that pass from component to component.
+
+        Args:
+            size_bytes: How much of it.
+            sparse: It may be used in part only, as caches are: on the host, what is not used takes
+                no memory.
+        """
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
         """Host memory for tensors that the caller reads or writes."""

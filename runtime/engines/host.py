@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +42,25 @@ def row_of(bound: Bound, row: int) -> Bound:
 
 
 class HostSlot:
-    """Host memory that several tensors use in turn."""
+    """Host memory that several tensors use in turn.
+
+    Args:
+        size_bytes: How much of it.
+        sparse: It may be used in part only: pages get memory when they are first written, and are
+            small. numpy asks for huge ones, of which a token's keys and values would take a whole
+            one per head.
+
+    Raises:
+        MemoryError, ValueError, OverflowError: There is not so much.
+    """
 
     device = "cpu"
 
-    def __init__(self, size_bytes: int) -> None:
-        raw = np.zeros(size_bytes + ALIGNMENT, np.uint8)
+    def __init__(self, size_bytes: int, *, sparse: bool = False) -> None:
+        if sparse and size_bytes:
+            raw = _small_pages(size_bytes + ALIGNMENT)
+        else:
+            raw = np.zeros(size_bytes + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         self._bytes: NDArray[np.uint8] = raw[start : start + size_bytes]
         self.pointer: int = self._bytes.ctypes.data
@@ -73,3 +88,14 @@ class HostSlot:
         """Moves the given rows (ascending) along an axis to the front; the others are lost."""
         kept = np.take(self.array(dtype, shape), rows, axis=axis)
         self.array(dtype, kept.shape)[...] = kept
+
+
+def _small_pages(size_bytes: int) -> NDArray[np.uint8]:
+    """Zeros in memory that the kernel gives page by page, no page a huge one."""
+    try:
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages knows no such advice
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -216,9 +216,11 @@ class OnnxRuntimeEngine:
         with ThreadPoolExecutor(min(len(graphs), available_cores())) as pool:
             return list(pool.map(lambda graph: self.open(*graph), graphs))
 
-    def allocate(self, size_bytes: int) -> Slot:
+    def allocate(self, size_bytes: int, *, sparse: bool = False) -> Slot:
         """Host memory for the CPU provider, device memory for the others."""
-        return HostSlot(size_bytes) if self.gpu is None else self.gpu.allocate(size_bytes)
+        if self.gpu is None:
+            return HostSlot(size_bytes, sparse=sparse)
+        return self.gpu.allocate(size_bytes)
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
         """Ordinary memory, pinned where there is a GPU."""

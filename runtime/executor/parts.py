@@ -158,4 +158,11 @@ class Part:
         return made
 
 
-__all__ = ["Part"]
+def release(session: Session | None) -> None:
+    """Frees a session and its states now: its parts refer back to it, so it would otherwise live
+    until the garbage collector comes. It cannot be used again."""
+    if session is not None:
+        vars(session).clear()
+
+
+__all__ = ["Part", "release"]

@@ -247,7 +247,7 @@ def _group(states: Sequence[TokenState], batch: int, places: int, engine: Engine
         region = -(-batch * heads * places * size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         size_bytes = len(same) * region
         try:
-            slot = engine.allocate(size_bytes)
+            slot = engine.allocate(size_bytes, sparse=True)
         except (MemoryError, ValueError, OverflowError) as error:
             raise EngineError(
                 f"{same[0].name}: caches of {batch} rows and {places} tokens need {size_bytes} "

@@ -23,6 +23,7 @@ from edgeexit.bundle.policy import Decision, Policy, Rule, drop_thresholds
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, StateError, UsageError
 from edgeexit.runtime.executor.components import Components, token_states
+from edgeexit.runtime.executor.parts import release
 from edgeexit.runtime.executor.session import CHUNK, Session
 from edgeexit.runtime.executor.tables import Tables, check_ids
 from edgeexit.runtime.programs.arguments import (
@@ -323,6 +324,7 @@ class TextProgram:
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch:
+            release(session)
             self._session = None
             largest = components.engine.largest
             if batch > largest.get("batch", batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from edgeexit.errors import BundleError, EngineError, PolicyError, UsageError
 from edgeexit.runtime import Policy, Rule, load, write_policy
 from edgeexit.runtime.load import check_capacity
 from tests.bundle.test_reader import edit_graph
+from tests.decoder_toys import batch_inputs, make_decoder_toy, make_rows, write_decoder_toy
 from tests.toys import Toy, fill_toy, make_inputs
 
 
@@ -204,3 +206,33 @@ def test_a_policy_of_another_engine_is_used_with_a_warning(
     with load(toy_bundle, policy=policy_of(there)):
         (said,) = caplog.messages
     assert "calibrated on tensorrt ab12, this is cpu" in said
+
+
+def live_sessions() -> int:
+    return sum(isinstance(one, onnxruntime.InferenceSession) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("unsplit", [False, True])
+def test_closing_frees_the_engines_at_once(
+    toy_bundle: Bundle, tmp_path: Path, unsplit: bool
+) -> None:
+    writer = write_decoder_toy(make_decoder_toy(encoder=True), tmp_path / "writer")
+    rows = make_rows(make_decoder_toy(encoder=True), [4, 4])
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_sessions()
+        with load(toy_bundle, unsplit=unsplit) as model:
+            model(make_inputs(3))
+            assert live_sessions() > before
+        assert live_sessions() == before
+        with load(writer, unsplit=unsplit) as model:
+            for count in (1, 2):  # a number of texts has a session of its own
+                prompts = [row.prompt for row in rows[:count]]
+                model.generate(
+                    prompts, inputs=batch_inputs(rows[:count]), max_new_tokens=2
+                ).finish()
+            assert live_sessions() > before
+        assert live_sessions() == before
+    finally:
+        gc.enable()

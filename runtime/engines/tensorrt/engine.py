@@ -136,7 +136,7 @@ class TensorRtEngine:
             self._cache.save()
         return opened
 
-    def allocate(self, size_bytes: int) -> Slot:
+    def allocate(self, size_bytes: int, *, sparse: bool = False) -> Slot:
         """Memory on the GPU."""
         return self.device.allocate(size_bytes)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given
@@ -106,3 +108,19 @@ def test_states_begin_where_tensorrt_takes_them() -> None:
     places = [bound[state.past][0].pointer for state in states]
     assert all((place - places[0]) % ALIGNMENT == 0 for place in places)
     assert places == sorted(set(places))
+
+
+def test_places_that_no_token_takes_take_no_memory() -> None:
+    heads, size, capacity = 4, 64, 8192
+    axes = ["batch", heads, "past", size]
+    state = TokenState(name="keys", dtype="float32", axes=axes, past="p", present="n")
+    states = TokenStates([state], 8, capacity, ENGINE)
+    whole = 8 * heads * size * capacity * 4
+    rows = np.asarray(states.rows("keys"))  # [batch, heads, capacity, size]
+    before = resident_bytes()
+    rows[:, :, :16] = 1
+    assert whole == 1 << 26 and 0 < resident_bytes() - before < whole / 16
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -52,7 +52,7 @@ class HostGpu(OnnxRuntimeEngine):
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Any:
         return HostGpuGraph(self, self._host.open(path, outputs))
 
-    def allocate(self, size_bytes: int) -> Slot:
+    def allocate(self, size_bytes: int, *, sparse: bool = False) -> Slot:
         return self.device.allocate(size_bytes)
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
