@@ -147,9 +147,11 @@ def _facts(
 
 def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str) -> None:
     rows = "rows" if trace.texts is None else f"tokens of {trace.texts} texts"
+    texts = trace.next_log_probs is not None
     print_table(
         f"{trace.data.get('name', path)}: {trace.rows} {rows}; every exit on its own",
-        ("exit", "accuracy", "agrees with last", f"AUROC {score}", "ms up to it"),
+        ("exit", "accuracy", "agrees with last", f"AUROC {score}", "ms up to it")
+        + (("perplexity",) if texts else ()),
         [
             (
                 one.name,
@@ -157,6 +159,7 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
                 share(one.agreement),
                 "-" if one.auroc != one.auroc else f"{one.auroc:.3f}",
                 f"{one.cumulative_ms:.3f}",
+                *([f"{one.perplexity:.4g}"] if texts else []),
             )
             for one in exits
         ],
@@ -188,6 +191,10 @@ def _summary(about: dict[str, Any], trace: Trace) -> str:
         f"{share(about['max_risk'])}), {about['expected_ms']:.3f} ms expected against "
         f"{about['full_ms']:.3f} ms at full depth. "
     )
+    if "perplexity" in about:
+        text += (
+            f"Perplexity {about['perplexity']:.4g}, at full depth {about['perplexity_full']:.4g}. "
+        )
     if "risk_of_texts" in about:
         texts = about["risk_of_texts"]
         text += (
