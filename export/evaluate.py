@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeexit.errors import ExportError, first_line
+from edgeexit.errors import ExportError
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2}
 """Per precision: how far a row may move with the size of its batch, per largest value."""
+REAL_INPUTS = (
+    "If the inputs made up for the model do not suit it, give real ones (--data, an .npz with two "
+    "rows or more); else check the file with the tool that wrote it."
+)
+_FUNCTION = re.compile(
+    r"^[^()]*\w+::[^()]*\([^()]*(\([^()]*\)[^()]*)*\)( const)?( \[with [^]]*\])? "
+)
+"""A C++ function with its arguments, where ONNX Runtime says that it stopped."""
 
 
 def run_graph(
@@ -25,63 +34,126 @@ def run_graph(
     batches: Sequence[Mapping[str, NDArray]],
     *,
     reference: bool | None = None,
-    fix: str = "If the inputs made up for the model do not suit it, give real ones (--data, an "
-    ".npz with two rows or more); else check the file with the tool that wrote it.",
+    fix: str = REAL_INPUTS,
 ) -> list[dict[str, NDArray]]:
     """Runs a graph file on several batches. Returns every output, by name.
+
+    Raises:
+        ExportError: It does not run, with the evaluator's reason.
+    """
+    run = open_graph(path, reference=reference, fix=fix)
+    return [run(batch) for batch in batches]
+
+
+def open_graph(
+    path: str | os.PathLike[str],
+    *,
+    content: bytes | None = None,
+    optimised: bool = False,
+    reference: bool | None = None,
+    fix: str = REAL_INPUTS,
+) -> Callable[[Mapping[str, NDArray]], dict[str, NDArray]]:
+    """Opens a graph file to run it. Returns what gives every output, by name.
 
     Operators run one by one, unfused, so that a graph and its pieces round alike.
 
     Args:
+        optimised: Run it as ONNX Runtime does when nobody says otherwise.
+        content: What to take in the place of the file's own content; its weights are found as the
+            file's are.
         reference: Use onnx's reference evaluator; None: only if ONNX Runtime is not installed.
         fix: What to tell the user to do if it does not run.
 
     Raises:
-        ExportError: It does not run, with the evaluator's reason.
+        ExportError: It cannot be opened or run, with the evaluator's reason.
     """
     if reference is None:
         reference = importlib.util.find_spec("onnxruntime") is None
     path = Path(path)
     name = "onnx's reference evaluator" if reference else "ONNX Runtime"
+
+    def refusal(error: Exception) -> ExportError:
+        return ExportError(f"{path.name}: {name} cannot run it: {engine_reason(error)}", fix=fix)
+
+    # Evaluators raise whatever their operators do; all of it means that the graph does not run.
     try:
-        if reference:
-            from onnx.reference import ReferenceEvaluator
-
-            evaluator: Any = ReferenceEvaluator(str(path))
-            names = list(evaluator.output_names)
-            return [
-                dict(zip(names, map(np.asarray, evaluator.run(None, dict(batch))), strict=True))
-                for batch in batches
-            ]
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        session = _session(path, options)
-        names = [output.name for output in session.get_outputs()]
-        return [dict(zip(names, session.run(None, dict(batch)), strict=True)) for batch in batches]
+        outputs, run = (
+            _reference(path, content) if reference else _onnxruntime(path, content, optimised)
+        )
     except Exception as error:
-        # Evaluators raise whatever their operators do; all of it means that the graph does not run.
-        raise ExportError(
-            f"{path.name}: {name} cannot run it: {first_line(error)}", fix=fix
-        ) from error
+        raise refusal(error) from error
+
+    def run_once(batch: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        try:
+            return dict(zip(outputs, map(np.asarray, run(None, dict(batch))), strict=True))
+        except Exception as error:
+            raise refusal(error) from error
+
+    return run_once
 
 
-def _session(path: Path, options: Any) -> Any:
+def _reference(path: Path, content: bytes | None) -> tuple[list[str], Any]:
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+    from onnx.reference import ReferenceEvaluator
+
+    if content is None:
+        evaluator: Any = ReferenceEvaluator(str(path))
+    else:
+        model = onnx.load_from_string(content)
+        load_external_data_for_model(model, str(path.parent))
+        evaluator = ReferenceEvaluator(model)
+    return list(evaluator.output_names), evaluator.run
+
+
+def _onnxruntime(path: Path, content: bytes | None, optimised: bool) -> tuple[list[str], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    folder = "session.model_external_initializers_file_folder_path"
+    if content is not None:
+        options.add_session_config_entry(folder, str(path.parent.resolve()))
+    session = _session(str(path) if content is None else content, options)
+    return [output.name for output in session.get_outputs()], session.run
+
+
+def _session(source: str | bytes, options: Any) -> Any:
     """A session on the host, also in a process that has installed ONNX Runtime's global pool: no
     session may have a pool of its own beside that."""
     import onnxruntime
 
     provider = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=provider)
+        return onnxruntime.InferenceSession(source, options, providers=provider)
     except RuntimeError as error:
         if "thread" not in str(error):
             raise
         options.use_per_session_threads = False
-        return onnxruntime.InferenceSession(str(path), options, providers=provider)
+        return onnxruntime.InferenceSession(source, options, providers=provider)
+
+
+def engine_reason(error: BaseException) -> str:
+    """What ONNX Runtime says went wrong, without what it puts before it: the kind of error, places
+    in its own sources, names of templates.
+
+    >>> engine_reason(RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status "
+    ...     "code returned while running Add node. Name:'a' Status Message: /src/math.cc:12 void "
+    ...     "ort::Check(const T&) [with T = float] axis == 1 was false. Sizes 3 and 4 differ\\n"))
+    "Add node 'a': axis == 1 was false. Sizes 3 and 4 differ"
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    node = re.match(r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' ", text)
+    said = text.split("Status Message: ", 1)[-1]
+    said = re.sub(r"^(\S+/)?[\w.]+\.(cc|h|cpp|hpp):\d+ ", "", said)
+    said = _FUNCTION.sub("", said)
+    if node is not None:
+        said = f"{node[1]} node {node[2]!r}: {said}"
+    return said if len(said) <= 400 else f"{said[:200]} ... {said[-200:]}"
 
 
 def tolerance_of(graph: ir.Graph, precision: str) -> float:
@@ -107,4 +179,4 @@ def close(found: NDArray, expected: NDArray, tolerance: float) -> bool:
     return bool(np.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True))
 
 
-__all__ = ["TOLERANCES", "close", "run_graph", "tolerance_of"]
+__all__ = ["TOLERANCES", "close", "engine_reason", "open_graph", "run_graph", "tolerance_of"]

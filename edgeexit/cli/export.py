@@ -94,6 +94,13 @@ DTYPES = {
     type=click.Choice(["logits", "probabilities"]),
     help="ONNX: what the exits give; default: probabilities where a Softmax makes them.",
 )
+@click.option(
+    "--rows",
+    multiple=True,
+    metavar="NAME:AXIS",
+    help="ONNX: the axis of an input or exit that counts rows, as in images:0; default: found by "
+    "running the file. A fixed axis is opened. May be given several times.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
 @output_options
 def command(
@@ -199,6 +206,8 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
     own = ("task", "name", "outputs")
     extra = {name: options[name] for name in own if options[name] is not None}
     data, labels = options["data"], options["labels"]
+    if options["rows"]:
+        extra["rows"] = dict(map(_row_axis, options["rows"]))
     if data is not None:
         if not data.is_file():
             raise DataError(
@@ -206,13 +215,41 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
             )
         extra["samples"] = read_npz(data)
     if labels is not None:
-        try:
-            extra["labels"] = labels.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{labels}: cannot be read ({error})", fix="Give a text file, one label per line."
-            ) from error
+        extra["labels"] = _labels(labels)
     return export_onnx(model, output, exits=_names(options["exits"]), **extra, **writing)
+
+
+def _row_axis(text: str) -> tuple[str, int]:
+    """An input's name and the number of its row axis; names may hold colons themselves."""
+    name, _, axis = text.rpartition(":")
+    if not name or not (axis.isascii() and axis.isdigit()):
+        raise UsageError(
+            f"--rows {text}: not NAME:AXIS", fix="Give an input and an axis: --rows images:0."
+        )
+    return name, int(axis)
+
+
+def _labels(path: Path) -> list[str]:
+    """Class names, one a line; editors put marks before the first and blank lines behind the
+    last."""
+    try:
+        names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error})", fix="Give a text file, one label per line."
+        ) from error
+    names = [name.strip() for name in names]
+    if "" in names:
+        raise DataError(
+            f"{path}: line {names.index('') + 1} is blank", fix="Give one label per line."
+        )
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(
+            f"{path}: two classes are called {repeated[0]!r} (lines "
+            f"{', '.join(str(n) for n, name in enumerate(names, 1) if name == repeated[0])})",
+            fix="Give every class a name of its own.",
+        )
+    return names
 
 
 def _names(text: str) -> list[str]:
@@ -223,8 +260,8 @@ def _names(text: str) -> list[str]:
 
 def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
     """Splits a checkpoint, or what a function returns."""
-    for name in ("data", "labels", "outputs"):
-        if options[name] is not None:
+    for name in ("data", "labels", "outputs", "rows"):
+        if options[name] not in (None, ()):
             raise UsageError(
                 f"--{name} is for ONNX files; this model brings its own", fix="Leave it out."
             )

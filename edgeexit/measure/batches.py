@@ -48,6 +48,7 @@ class DataSet:
     Attributes:
         name: File, folder or function, without the folders it is in.
         rows: How many there are; None where only reading tells.
+        most_rows: The most rows that the bundle takes at once; None: any number.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DataSet:
     _batches: Callable[[int, Update], Iterator[Batch]] = field(repr=False)
     _digest: Any = field(default_factory=hashlib.sha256, repr=False)
     _read: bool = field(default=False, repr=False)
+    most_rows: int | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yields batches of at most `batch_size` rows. A data set is read once."""
@@ -63,6 +65,7 @@ class DataSet:
         if self._read:
             raise UsageError(f"{self.name} was read already", fix="Open the data again.")
         self._read = True
+        batch_size = min(batch_size, self.most_rows or batch_size)
         count = 0
         labelled: bool | None = None
         for batch in self._batches(batch_size, self._digest.update):

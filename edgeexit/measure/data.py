@@ -8,6 +8,7 @@ file and the row.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,11 @@ def open_data(source: str | os.PathLike[str], bundle: Bundle) -> DataSet:
     Raises:
         DataError: It cannot be read or does not fit, naming file and row; also when iterated.
     """
-    text = os.fspath(source)
+    opened = _open(os.fspath(source), bundle)
+    return dataclasses.replace(opened, most_rows=bundle.manifest.limits.get("batch"))
+
+
+def _open(text: str, bundle: Bundle) -> DataSet:
     path = Path(text)
     lines = path.is_file() and path.suffix in (".jsonl", ".ndjson")
     arrays = path.is_file() and path.suffix == ".npz"
@@ -84,8 +89,10 @@ def _checked(
     """The inputs in the manifest's order, and how many rows they have."""
     manifest = bundle.manifest
     expected = {tensor.name: tensor for tensor in manifest.inputs}
+    # How many rows a graph takes at once says nothing of how many a data set has.
+    limits = {axis: size for axis, size in manifest.limits.items() if axis != "batch"}
     try:
-        sizes = check_inputs(expected, arrays, manifest.limits)
+        sizes = check_inputs(expected, arrays, limits)
     except InputError as error:
         raise DataError(f"{where}: {error.what}", fix=error.fix) from error
     return {name: arrays[name] for name in expected}, sizes["batch"]

@@ -10,6 +10,7 @@ holds rows.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from edgeexit.export.cut.axis_names import drop_shape_inputs
 from edgeexit.export.cut.read_onnx import DTYPES, subgraphs, valid_name
 from edgeexit.export.trace.scores import append_scores
 from edgeexit.export.trace.torch_graph import IR_VERSION
+
+logger = logging.getLogger(__name__)
 
 ANSWER = "logits"
 """The program's output: what every exit and the unsplit model give."""
@@ -127,10 +130,21 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
         for number, ((taken, made), exit_) in enumerate(zip(plan, exits, strict=True), start=1)
     ]
     unsplit = _extract(model, list(graph.inputs), [exits[-1]], "unsplit")
+    drop_shape_inputs(unsplit)
     _drop_inner_shapes(unsplit.graph)
     _rename_answer(unsplit.graph, what)
-    names = tuple(value.name or "" for value in graph.inputs)
+    names = _used_inputs(pieces, unsplit.graph, what)
     return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
+
+
+def _used_inputs(pieces: Sequence[Piece], unsplit: ir.Graph, what: str) -> tuple[str, ...]:
+    """The program's inputs: those that a segment takes. No other is an input of the bundle."""
+    taken = {name for piece in pieces for name in piece.inputs}
+    for value in list(unsplit.inputs):
+        if value.name not in taken:
+            logger.warning("%s: no exit needs the input %s; the bundle has none", what, value.name)
+            unsplit.inputs.remove(value)
+    return tuple(value.name or "" for value in unsplit.inputs)
 
 
 def _piece(part: ir.Model, *, probabilities: bool) -> Piece:

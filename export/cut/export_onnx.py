@@ -19,10 +19,12 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.axis_names import resolve_shapes
 from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
 from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
-from edgeexit.export.cut.prove_rows import Proof, prove_rows, sample_inputs
+from edgeexit.export.cut.find_rows import BATCH, Rows, find_rows, name_axes, set_rows, told_rows
+from edgeexit.export.cut.prove_rows import Proof, prove_rows
 from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of, read_onnx
+from edgeexit.export.cut.run_file import OnnxFile, file_answers, open_file
 from edgeexit.export.describe import FORMAT, Precision
-from edgeexit.export.evaluate import close, run_graph, tolerance_of
+from edgeexit.export.evaluate import close, tolerance_of
 from edgeexit.export.samples import REFERENCE, SAMPLE_ROWS, reference_sample, write_samples
 from edgeexit.export.trace import torch_graph
 from edgeexit.export.weights import WeightStore
@@ -43,6 +45,7 @@ def export_onnx(
     samples: Mapping[str, np.ndarray] | None = None,
     labels: Sequence[str] = (),
     outputs: Outputs | None = None,
+    rows: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Cuts an ONNX file at its exits and writes the bundle.
@@ -62,9 +65,11 @@ def export_onnx(
         labels: Names of the classes.
         outputs: What exits give: ``logits``, or ``probabilities`` that a softmax made. None: what
             the operators before them say.
+        rows: Input or exit -> the axis that counts its rows, where running the file cannot tell; a
+            fixed axis of an input is opened, if the file's answers stay the same.
 
     Raises:
-        UsageError: `path`, `exits` or `samples` cannot be meant.
+        UsageError: `path`, `exits`, `rows` or `samples` are invalid.
         ExportError: The file cannot be cut there; nothing is left behind.
         OutputExistsError: `output` exists.
     """
@@ -72,18 +77,22 @@ def export_onnx(
     tell = counter(progress, len(exits) + 4)
     with BundleWriter(output, overwrite=overwrite) as writer:
         tell("reading")
-        source = _read(path, exits)
+        source = _read(path, exits, rows or {}, samples, writer.folder)
+        inputs = source.rows.inputs
         WeightStore(writer.folder).externalize(source.model.graph)
-        inputs = sample_inputs(source.model.graph, SAMPLE_ROWS, samples, source.inputs)
         tell("running the file on samples")
-        answers = _answers(source, writer.folder, inputs, labels)
-        probabilities = gives_probabilities(source.model.graph, outputs, source.what)
+        answers = _answers(source, labels)
+        probabilities = gives_probabilities(
+            source.model.graph, answers, outputs, source.what
+        )
         pieces = cut(source.model, source.what, probabilities=probabilities)
         precision = precision_of(source.model)
+        inputs = {name: inputs[name] for name in pieces.inputs}
         proof = _write_segments(source, pieces, writer.folder, inputs, answers, precision, tell)
         tell("samples and manifest")
-        last = answers[pieces.pieces[-1].exit]
-        named = {exit_: {ANSWER: logits} for exit_, logits in answers.items()}
+        reference = {name: a.astype(np.float32, copy=False) for name, a in source.reference.items()}
+        last = reference[pieces.pieces[-1].exit]
+        named = {exit_: {ANSWER: logits} for exit_, logits in reference.items()}
         sample = reference_sample(
             inputs,
             named | {UNSPLIT: {ANSWER: last}},
@@ -110,53 +119,52 @@ class _Source:
         path: The file.
         what: Its name, for messages.
         model: Normalised, with resolved shapes and float32 exits.
-        inputs: Name of an input in the file -> its name in the model.
-        exits: The same for exits.
-        whole: Whether the file itself has all exits as outputs.
+        rows: The axis that counts rows; inputs, and what the file answers at every exit when its
+            operators run one by one.
+        reference: What it answers as ONNX Runtime runs it by default.
     """
 
     path: Path
     what: str
     model: ir.Model
-    inputs: dict[str, str]
-    exits: dict[str, str]
-    whole: bool
+    rows: Rows
+    reference: Arrays
 
 
-def _read(path: str | os.PathLike[str], exits: Sequence[str]) -> _Source:
+def _read(
+    path: str | os.PathLike[str],
+    exits: Sequence[str],
+    told: Mapping[str, int],
+    samples: Mapping[str, NDArray] | None,
+    folder: Path,
+) -> _Source:
     what = Path(path).name
     model = read_onnx(path)
     own_inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
-    own_outputs = {value.name for value in model.graph.outputs}
-    model = normalise(model, exits, what)
+    model = normalise(model, exits, what, turned={n: told[n] for n in exits if n in told})
+    name_axes(model.graph, what)
+    inputs = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
+    named = {inputs.get(name, name): axis for name, axis in told.items()}
+    opened = told_rows(model.graph, named, exits, what)
+    file = OnnxFile(
+        path=Path(path),
+        inputs=inputs,
+        exits={old: v.name or "" for old, v in zip(exits, model.graph.outputs, strict=True)},
+        told=told,
+    )
+    run = open_file(file, model, folder)
+    rows = find_rows(model.graph, run, SAMPLE_ROWS, samples, inputs, what, told=named)
+    reference = file_answers(file, model, folder, rows, opened)
+    set_rows(model.graph, rows)
     resolve_shapes(model)
     float_outputs(model.graph, what)
-    return _Source(
-        path=Path(path),
-        what=what,
-        model=model,
-        inputs={old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)},
-        exits={old: v.name or "" for old, v in zip(exits, model.graph.outputs, strict=True)},
-        whole=own_outputs.issuperset(exits),
-    )
+    return _Source(path=Path(path), what=what, model=model, rows=rows, reference=reference)
 
 
-def _answers(
-    source: _Source, folder: Path, inputs: Mapping[str, NDArray], labels: Sequence[str]
-) -> Arrays:
+def _answers(source: _Source, labels: Sequence[str]) -> Arrays:
     """What the file answers at every exit; completes the shapes of the exits."""
-    graph = source.model.graph
-    if source.whole:
-        feeds = {old: inputs[new] for old, new in source.inputs.items()}
-        [made] = run_graph(source.path, [feeds])
-        answers = {new: made[old] for old, new in source.exits.items()}
-    else:
-        whole = folder / "graphs/whole.onnx"
-        torch_graph.save_graph(source.model, str(whole))
-        [answers] = run_graph(whole, [inputs])
-        whole.unlink()
-    rows = len(next(inputs[value.name or ""] for value in graph.inputs if _has_rows(value)))
-    for value in graph.outputs:
+    answers, rows = dict(source.rows.exits), source.rows.count
+    for value in source.model.graph.outputs:
         name = value.name or ""
         answers[name] = _check_logits(value, answers[name], rows, source.what)
     _check_classes(answers, source.what)
@@ -244,6 +252,7 @@ def _manifest(source: _Source, pieces: Cut, proof: Proof, precision: Precision) 
         chains={"main": chain},
         steps=[Run(chain="main")],
         files={},
+        limits={BATCH: 1} if source.rows.one else {},
         provenance=provenance()
         | {"source": source.what, "opset": str(source.model.graph.opset_imports[""])},
     )
@@ -270,10 +279,6 @@ def check_exits(exits: Sequence[str]) -> None:
         )
 
 
-def _has_rows(value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) > 0 and value.shape[0] == "batch"
-
-
 def _check_logits(value: ir.Value, found: np.ndarray, rows: int, what: str) -> np.ndarray:
     """Completes the shape of an exit from what it gave; refuses what is not logits by row."""
     if found.ndim != 2 or found.shape[0] != rows or found.shape[1] < 2:
@@ -298,8 +303,11 @@ def _check_classes(answers: Mapping[str, np.ndarray], what: str) -> None:
 
 
 def _differs(exit_: str, found: np.ndarray, expected: np.ndarray, what: str) -> ExportError:
-    off = float(np.nanmax(np.abs(found.astype(np.float64) - expected)))
+    if found.shape == expected.shape:
+        off = f"by up to {np.nanmax(np.abs(found.astype(np.float64) - expected)):.3g}"
+    else:
+        off = f"shape {list(found.shape)}, not {list(expected.shape)}"
     return ExportError(
-        f"{what}: at exit {exit_} the segments answer otherwise than the file (by up to {off:.3g})",
+        f"{what}: exit {exit_} of the segments differs from the original model ({off})",
         fix="This is a bug in edgeexit; please report it with the tool that wrote the file.",
     )

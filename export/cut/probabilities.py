@@ -6,9 +6,12 @@ Scores are computed of either; a softmax of probabilities would make everything 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgeexit.errors import ExportError, UsageError
 
@@ -19,10 +22,14 @@ Outputs = Literal["logits", "probabilities"]
 _CARRIES = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
-def gives_probabilities(graph: ir.Graph, outputs: Outputs | None, what: str) -> bool:
-    """Says whether the outputs of a graph are probabilities.
+def gives_probabilities(
+    graph: ir.Graph, answers: Mapping[str, NDArray], outputs: Outputs | None, what: str
+) -> bool:
+    """Says whether the outputs of a graph are probabilities: a Softmax makes them, or whatever
+    makes them, they are none below 0 and every row adds up to 1.
 
     Args:
+        answers: Output -> what it gave for the samples.
         outputs: What the user says; None: what the operators say.
         what: The file, for messages.
 
@@ -42,19 +49,27 @@ def gives_probabilities(graph: ir.Graph, outputs: Outputs | None, what: str) -> 
             "and scores here are those of models that choose one class",
             fix="Name the tensor of class logits; --outputs logits takes it as it is.",
         )
-    soft = [name for name, kind in made.items() if kind == "Softmax"]
+    soft = [
+        name for name, kind in made.items() if kind == "Softmax" or _adds_up(answers[name or ""])
+    ]
     if not soft:
         return False
     if other := [name for name in made if name not in soft]:
         raise ExportError(
-            f"{what}: exit {soft[0]} gives probabilities (a Softmax), {other[0]} does not",
+            f"{what}: exit {soft[0]} gives probabilities, {other[0]} does not",
             fix="Name the tensors before the Softmax, or say what they are: --outputs.",
         )
     logger.warning(
-        "%s: a Softmax makes what the exits give: taken as probabilities (--outputs logits: not)",
+        "%s: %s what the exits give: taken as probabilities (--outputs logits: not)",
         what,
+        "a Softmax makes" if "Softmax" in made.values() else "rows add up to 1 in",
     )
     return True
+
+
+def _adds_up(answers: NDArray) -> bool:
+    rows = answers.astype(np.float64)
+    return bool(np.all(rows >= 0) and np.allclose(rows.sum(-1), 1, atol=1e-3))
 
 
 def _maker(value: ir.Value) -> str:

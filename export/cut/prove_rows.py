@@ -1,4 +1,4 @@
-"""Runs what was cut: inputs to run it with, and the proof of which axis holds the rows.
+"""Runs what was cut, and proves which axis of every tensor holds the rows.
 
 A graph does not say which axis of an inner tensor belongs to the batch. So the segments run once
 with all rows and again with some of them: an axis that loses exactly the rows left out, with the
@@ -14,54 +14,14 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Tensor
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError
 from edgeexit.export.cut.cut import Cut
-from edgeexit.export.cut.read_onnx import DTYPES
 from edgeexit.export.evaluate import TOLERANCES, close, run_graph
 
 logger = logging.getLogger(__name__)
-
-MOST_ROWS = 16
-"""Rows of a user's samples that are used; a few are enough for a reference."""
-_SAME_VALUES = frozenset(
-    {"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"}
-)
-_TABLES = {"EmbedLayerNormalization": {0: 2, 1: 4}}
-"""Operators of other domains that look ids up: input of ids -> input of the table."""
-
-
-def sample_inputs(
-    graph: ir.Graph, rows: int, samples: Mapping[str, NDArray] | None, names: Mapping[str, str]
-) -> dict[str, NDArray]:
-    """Inputs to run a graph with.
-
-    Args:
-        graph: A normalised graph.
-        rows: How many rows to make up.
-        samples: The user's inputs, at least two rows; None: inputs are made up.
-        names: Name of an input in the user's file -> its name in the graph.
-    """
-    if samples is not None:
-        return _given_inputs(graph, samples, names)
-    seed = np.random.default_rng(0)
-    sizes = {"batch": rows}
-    for value in graph.inputs:
-        for size in value.shape or ():
-            if isinstance(size, ir.SymbolicDim) and size.value and size.value not in sizes:
-                # Images shrink by strides, so their sides start large; no two sizes are equal.
-                step = 32 if len(value.shape or ()) >= 4 else 1
-                start = 64 if step == 32 else 6
-                sizes[size.value] = start + step * len(sizes)
-    found = {}
-    for value in graph.inputs:
-        shape = [d if isinstance(d, int) else sizes[d.value or ""] for d in value.shape or ()]
-        found[value.name or ""] = _made_up(value, shape, seed)
-    return found
-
 
 @dataclass(frozen=True)
 class Proof:
@@ -95,12 +55,12 @@ def prove_rows(
         tolerance: See `edgeexit.export.evaluate.close`.
     """
     tensors = dict(pieces.tensors)
-    by_row = {name: _first_axis(tensors[name]) for name in pieces.inputs}
-    rows = next(inputs[name].shape[0] for name, axis in by_row.items() if axis == 0)
-    subsets = [np.arange(rows)[1::2], np.arange(rows)[-1:]]
+    by_row = {name: _batch_axis(tensors[name]) for name in pieces.inputs}
+    rows = next(inputs[name].shape[axis] for name, axis in by_row.items() if axis is not None)
+    subsets = [np.arange(rows)[1::2], np.arange(rows)[-1:]] if rows > 1 else []
     runs: list[dict[str, NDArray]] = [dict(inputs)]
     for subset in subsets:
-        runs.append({k: v[subset] if by_row[k] == 0 else v for k, v in inputs.items()})
+        runs.append({k: _take(v, subset, by_row[k]) for k, v in inputs.items()})
     failed = _run_pieces(pieces, paths, runs)
     for name, tensor in tensors.items():
         if runs[0][name].dtype.name != tensor.dtype:
@@ -108,7 +68,7 @@ def prove_rows(
                 f"{what}: {name} was taken to be {tensor.dtype} and is {runs[0][name].dtype.name}",
                 fix="Cut elsewhere, or give the file without an optimiser's own operators.",
             )
-    reasons = [f"with fewer rows, {failed}"] if failed else []
+    reasons = [f"it does not run with fewer rows ({failed})"] if failed else []
     sizes = [_axis_sizes(tensors, pieces.inputs, run) for run in runs]
     exits = {piece.exit for piece in pieces.pieces}
     for name, tensor in tensors.items():
@@ -118,20 +78,20 @@ def prove_rows(
         found = [run[name] for run in runs if name in run]
         axis: int | None = None
         try:
-            if len(found) == len(runs):
+            if len(runs) > 1 and len(found) == len(runs):
                 parts = list(zip(subsets, found[1:], strict=True))
                 axis = row_axis(found[0], parts, rows, tolerance)
-            if name in exits and axis != 0 and not failed:
+            if name in exits and axis != 0 and subsets and not failed:
                 raise ValueError("its first axis does not hold them")
         except ValueError as error:
-            reasons.append(f"{name}: {error}")
+            reasons.append(f"no row axis found in {name} ({error})")
         if name in exits:
             axis = 0
         axes = _axes(tensor, axis, found, sizes)
         tensors[name] = msgspec.structs.replace(tensor, axes=axes, row_axis=axis)
     if reasons:
         logger.warning(
-            "%s: rows of a batch leave together, because they cannot be told apart (%s)",
+            "%s: exits apply to the whole batch: %s",
             what,
             reasons[0],
         )
@@ -193,84 +153,12 @@ def row_axis(
     return axis
 
 
-def _given_inputs(
-    graph: ir.Graph, samples: Mapping[str, NDArray], names: Mapping[str, str]
-) -> dict[str, NDArray]:
-    given = {names.get(name, name): np.asarray(array) for name, array in samples.items()}
-    if "label" not in {value.name for value in graph.inputs}:
-        given.pop("label", None)  # data sets have it; the model does not take it
-    wanted = [value.name or "" for value in graph.inputs]
-    for name in [*sorted(set(wanted) - given.keys()), *sorted(given.keys() - set(wanted))]:
-        kind = "is missing" if name in wanted else "is not an input"
-        raise UsageError(f"samples: {name} {kind}", fix=f"The model takes {', '.join(wanted)}.")
-    sizes: dict[str, int] = {}
-    found = {}
-    for value in graph.inputs:
-        name, array = value.name or "", given[value.name or ""]
-        expected = DTYPES.get(value.dtype) if value.dtype is not None else None
-        dims = [d if isinstance(d, int) else d.value for d in value.shape or ()]
-        fits = array.dtype.name == expected and array.ndim == len(dims)
-        for dim, size in zip(dims, array.shape, strict=False):
-            fits = fits and size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
-        if not fits:
-            raise UsageError(
-                f"samples: {name} is {array.dtype.name}{list(array.shape)}, the model takes "
-                f"{expected}{dims}",
-                fix="Axes of the same name have the same size in all inputs.",
-            )
-        found[name] = array[:MOST_ROWS] if dims and dims[0] == "batch" else array
-    if sizes["batch"] < 2:
-        raise UsageError(
-            "samples: there is only one row",
-            fix="Give two or more, to see how rows are told apart.",
-        )
-    return found
+def _batch_axis(tensor: Tensor) -> int | None:
+    return tensor.axes.index("batch") if "batch" in tensor.axes else None
 
 
-def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> NDArray:
-    kind = DTYPES.get(value.dtype) if value.dtype is not None else None
-    if kind is None or kind == "bfloat16":
-        raise ExportError(
-            f"input {value.name} has a type for which no values can be made up ({value.dtype})",
-            fix="Put the conversion outside the model: engines take numbers.",
-        )
-    dtype = np.dtype(kind)
-    bound = _bound(value)
-    if bound is not None and dtype.kind in "iu":
-        return seed.integers(0, bound, shape).astype(dtype)
-    if dtype.kind in "biu" or "mask" in (value.name or "").lower():
-        # A mask, most likely: ones, with padding behind every row but the first.
-        ones = np.ones(shape, dtype)
-        if len(shape) >= 2 and shape[-1] > 2:
-            for row in range(1, shape[0]):
-                ones[row, ..., shape[-1] - 1 - row % (shape[-1] // 2) :] = 0
-        return ones
-    return seed.standard_normal(shape).astype(dtype)
-
-
-def _bound(value: ir.Value) -> int | None:
-    """Entries of the smallest table that an input of ids is looked up in; None if there is none."""
-    bounds = []
-    stack, seen = [value], {value}
-    while stack:
-        for node, position in stack.pop().uses():
-            table = None
-            if node.op_type == "Gather" and position == 1:
-                axis = node.attributes.get_int("axis", 0)
-                table = node.inputs[0]
-            elif position in _TABLES.get(node.op_type, {}):
-                axis = 0
-                table = node.inputs[_TABLES[node.op_type][position]]
-            if table is not None and table.shape is not None and isinstance(table.shape[axis], int):
-                bounds.append(int(table.shape[axis]))  # type: ignore[arg-type]
-            if node.op_type in _SAME_VALUES and position == 0 and node.outputs[0] not in seen:
-                seen.add(node.outputs[0])
-                stack.append(node.outputs[0])
-    return min(bounds, default=None)
-
-
-def _first_axis(tensor: Tensor) -> int | None:
-    return 0 if tensor.axes and tensor.axes[0] == "batch" else None
+def _take(value: NDArray, rows: NDArray[np.intp], axis: int | None) -> NDArray:
+    return value if axis is None else np.ascontiguousarray(np.take(value, rows, axis))
 
 
 def _axis_sizes(

@@ -1,8 +1,8 @@
 """An ONNX file from anywhere: read, checked, and brought into one form.
 
 `read_onnx` refuses what is not a whole ONNX model; `normalise` leaves a graph whose outputs are the
-exits, whose rows lie along an axis named ``batch``, without functions and constant nodes, in an
-opset that bundles may have. `axis_names` and `cut` take it from there.
+exits, without functions and constant nodes, in an opset that bundles may have. `find_rows` finds
+the axis that counts rows; `axis_names` and `cut` take it from there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -46,10 +46,6 @@ _RANDOM = frozenset({
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",
     "Multinomial",
 })  # fmt: skip
-_RE_EXPORT = (
-    "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
-    'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}.'
-)
 
 
 def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
@@ -84,13 +80,16 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
-def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
+def normalise(
+    model: ir.Model, exits: Sequence[str], what: str, *, turned: Mapping[str, int] | None = None
+) -> ir.Model:
     """Brings a model into one form, whatever wrote it.
 
     Args:
         model: As `read_onnx` gives it; it is changed.
         exits: Names of the exits' logits, from shallow to deep.
         what: The file, for messages.
+        turned: Exit -> the axis of its rows, where that is not the first; it becomes the first.
 
     Returns:
         A model whose outputs are the exits in their order, under valid names.
@@ -107,12 +106,35 @@ def normalise(model: ir.Model, exits: Sequence[str], what: str) -> ir.Model:
         _drop_identities(model)
         passes.ClearMetadataAndDocStringPass()(model)
     _check_deterministic(model.graph, what)
+    _forget_shapes(model.graph)
+    for name, axis in (turned or {}).items():
+        _turn(model.graph, list(exits).index(name), axis)
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
-    _name_axes(model.graph, what)
     _name_values(model.graph, what)
     model.graph.sort()
     return model
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Shapes that a file declares inside may be wrong, and engines do not heed them: they are
+    inferred anew."""
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+
+
+def _turn(graph: ir.Graph, position: int, axis: int) -> None:
+    """Transposes an exit ``[classes, rows]``."""
+    value = graph.outputs[position]
+    if axis != 1:
+        return
+    node = ir.node("Transpose", [value], {"perm": [1, 0]})
+    turned = node.outputs[0]
+    turned.name, turned.dtype = value.name, value.dtype
+    value.name = f"{value.name}_by_class"
+    graph.append(node)
+    graph.outputs[position] = turned
 
 
 def _drop_identities(model: ir.Model) -> None:
@@ -183,11 +205,14 @@ def subgraphs(node: ir.Node) -> list[ir.Graph]:
 
 
 def _open_sizes(graph: ir.Graph) -> None:
-    """Sizes of -1 of inputs and outputs are any size, as ONNX Runtime reads them (0 is none)."""
+    """Sizes of -1 of inputs and outputs are any size, as ONNX Runtime reads them (0 is none). So
+    are those named ``?``, which is no name: two of them need not be equal."""
     for value in [*graph.inputs, *graph.outputs]:
-        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
-            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
-            value.shape = ir.Shape(dims)
+        if value.shape is None:
+            continue
+        dims = [d if isinstance(d, int) else d.value for d in value.shape]
+        is_open = [d == "?" or (isinstance(d, int) and d < 0) for d in dims]
+        value.shape = ir.Shape([None if o else d for d, o in zip(dims, is_open, strict=True)])
 
 
 def _check_wiring(graph: ir.Graph, path: Path) -> None:
@@ -255,6 +280,14 @@ def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
     outputs = [value.name for value in graph.outputs]
     for name in exits:
         if name not in values:
+            inside = next((n for n in graph if name in _inner_names(n)), None)
+            if inside is not None:
+                raise ExportError(
+                    f"{what}: {name!r} is inside of {inside.op_type} {inside.name}, in a branch or "
+                    "loop body, which runs as one operator",
+                    fix="Cut outside of it, or take the branch out as a file of its own: export "
+                    "the model again with that choice made.",
+                )
             close = difflib.get_close_matches(name, [str(v) for v in values], 1, 0.8)
             guess = f"Did you mean {close[0]!r}? " if close else ""
             raise ExportError(
@@ -271,6 +304,15 @@ def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
             logger.info("%s: %s is not an output; taken from inside the graph", what, name)
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in exits)
+
+
+def _inner_names(node: ir.Node) -> set[str | None]:
+    """Names of what is computed inside of a node's branches and bodies."""
+    found: set[str | None] = set()
+    for graph in subgraphs(node):
+        for inner in graph:
+            found |= {value.name for value in inner.outputs} | _inner_names(inner)
+    return found
 
 
 def _check_deterministic(graph: ir.Graph, what: str) -> None:
@@ -311,62 +353,6 @@ def _not_convertible(what: str, opset: int, why: str) -> ExportError:
         f"{what}: it has opset {opset} and cannot be converted to {OPSETS[0]} ({why})",
         fix="Export it again with opset_version=20.",
     )
-
-
-def _name_axes(graph: ir.Graph, what: str) -> None:
-    """Gives every symbolic axis of the inputs a name; the one along which rows lie is ``batch``.
-
-    Rows lie along the symbolic first axes, unless a name also stands elsewhere (positions ``[seq]``
-    beside ids ``[batch, seq]`` are the same for all rows).
-    """
-    inner: set[str] = set()
-    for value in graph.inputs:
-        if value.shape is None:
-            raise ExportError(
-                f"{what}: input {value.name} has no shape",
-                fix="Export it again with the shapes of its inputs.",
-            )
-        inner |= {
-            d.value for d in list(value.shape)[1:] if isinstance(d, ir.SymbolicDim) and d.value
-        }
-    renamed: dict[str, str] = {}
-    rows = []
-    for value in graph.inputs:
-        assert value.shape is not None
-        dims: list[int | str] = []
-        for axis, size in enumerate(value.shape):
-            if isinstance(size, int):
-                dims.append(size)
-            elif axis == 0 and size.value not in inner:
-                dims.append("batch")
-                rows.append(value)
-                if size.value:
-                    renamed[size.value] = "batch"
-            else:
-                name = size.value or f"{value.name}_axis_{axis}"
-                dims.append("batch_axis" if name == "batch" else name)
-                if name == "batch":
-                    renamed[name] = "batch_axis"
-        value.shape = ir.Shape(dims)
-    if not rows:
-        first = graph.inputs[0] if graph.inputs else None
-        if first is None:
-            raise ExportError(f"{what}: it has no inputs", fix="Give a model that takes some.")
-        raise ExportError(
-            f"{what}: the number of rows is fixed (input {first.name} is "
-            f"{list(first.shape or [])}), so no row can leave before another",
-            fix=_RE_EXPORT.format(first.name),
-        )
-    inputs = set(graph.inputs)
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            if value not in inputs and value.shape is not None:
-                value.shape = ir.Shape(
-                    [
-                        d if isinstance(d, int) else renamed.get(d.value or "", d)
-                        for d in value.shape
-                    ]
-                )
 
 
 def _name_values(graph: ir.Graph, what: str) -> None:

@@ -277,6 +277,6 @@ def check_inputs(
             if isinstance(axis, str) and size > limits.get(axis, size):
                 raise InputError(
                     f"input {name}: {axis} is {size}, the model takes at most {limits[axis]}",
-                    fix="Truncate the input.",
+                    fix="Give fewer rows at a time." if axis == "batch" else "Truncate the input.",
                 )
     return sizes

@@ -477,7 +477,7 @@ g (float[N, T, 8] x) => (float[N, 3] a, float[N, 3] b) {
     bundle = export_onnx(path, tmp_path / "bundle", exits=["a", "b"])
     assert main(bundle).rows == "together"
     assert crossing(bundle) == [[("float32", [None, 8], None)]]
-    assert "leave together" in caplog.text and "h1" in caplog.text
+    assert "whole batch" in caplog.text and "h1" in caplog.text
     x = np.random.default_rng(0).standard_normal((6, 5, 8)).astype(np.float32)
     assert check_bundle(bundle, path, ["a", "b"], {"x": x}) == ["b"] * 6
 
@@ -609,7 +609,7 @@ RANDOM = STRAIGHT.replace("r1 = Relu(h1)", "noise = RandomNormalLike(h1)\n    r1
         (SIDE_BRANCH, EXITS, ExportError, ["a and b", "not ordered"]),
         (SAME_PLACE, EXITS, ExportError, ["a and b", "the same place"]),
         (NOTHING_SHARED, ["a", "c"], ExportError, ["exit a", "shares no computation"]),
-        (STRAIGHT.replace("N, 8", "1, 8"), EXITS, ExportError, ["fixed", "x", "dynamic_axes"]),
+        (STRAIGHT.replace("N, 8", "2, 8"), EXITS, ExportError, ["fixed to 2", "x", "dynamic_axes", "--rows x:0"]),
         (STRAIGHT.replace(": 18]", ": 25]"), EXITS, ExportError, ["opset 25", "opset_version=20"]),
         (STRAIGHT, ["r1", "b", "c"], ExportError, ["exit r1 has 8 classes", "c", "3"]),
         (RANDOM, EXITS, ExportError, ["random numbers", "RandomNormalLike", "model.eval()"]),

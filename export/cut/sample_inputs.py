@@ -1,0 +1,138 @@
+"""Inputs to run an ONNX file with: the user's, or made up to suit what the graph does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.cut.read_onnx import DTYPES
+
+MOST_ROWS = 16
+"""Rows of a user's samples that are used; a few are enough for a reference."""
+_SAME_VALUES = frozenset(
+    {"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"}
+)
+_TABLES = {"EmbedLayerNormalization": {0: 2, 1: 4}}
+"""Operators of other domains that look ids up: input of ids -> input of the table."""
+
+
+def sample_inputs(
+    graph: ir.Graph,
+    rows: Mapping[str, int],
+    samples: Mapping[str, NDArray] | None,
+    names: Mapping[str, str],
+) -> dict[str, NDArray]:
+    """Inputs to run a graph with.
+
+    Args:
+        graph: A normalised graph.
+        rows: Axes that are thought to count rows -> how many to make up.
+        samples: The user's inputs; None: inputs are made up.
+        names: Name of an input in the user's file -> its name in the graph.
+    """
+    if samples is not None:
+        return _given_inputs(graph, rows, samples, names)
+    seed = np.random.default_rng(0)
+    sizes = dict(rows)
+    for value in graph.inputs:
+        for size in value.shape or ():
+            if isinstance(size, ir.SymbolicDim) and size.value and size.value not in sizes:
+                # Images shrink by strides, so their sides start large; no two sizes are equal.
+                step = 32 if len(value.shape or ()) >= 4 else 1
+                start = 64 if step == 32 else 6
+                sizes[size.value] = start + step * len(sizes)
+    found = {}
+    for value in graph.inputs:
+        shape = [d if isinstance(d, int) else sizes[d.value or ""] for d in value.shape or ()]
+        found[value.name or ""] = _made_up(value, shape, seed)
+    return found
+
+
+def _given_inputs(
+    graph: ir.Graph,
+    rows: Mapping[str, int],
+    samples: Mapping[str, NDArray],
+    names: Mapping[str, str],
+) -> dict[str, NDArray]:
+    given = {names.get(name, name): np.asarray(array) for name, array in samples.items()}
+    if "label" not in {value.name for value in graph.inputs}:
+        given.pop("label", None)  # data sets have it; the model does not take it
+    wanted = [value.name or "" for value in graph.inputs]
+    for name in [*sorted(set(wanted) - given.keys()), *sorted(given.keys() - set(wanted))]:
+        kind = "is missing" if name in wanted else "is not an input"
+        raise UsageError(f"samples: {name} {kind}", fix=f"The model takes {', '.join(wanted)}.")
+    sizes: dict[str, int] = {}
+    found = {}
+    for value in graph.inputs:
+        name, array = value.name or "", given[value.name or ""]
+        expected = DTYPES.get(value.dtype) if value.dtype is not None else None
+        dims = [d if isinstance(d, int) else d.value for d in value.shape or ()]
+        fits = array.dtype.name == expected and array.ndim == len(dims)
+        for dim, size in zip(dims, array.shape, strict=False):
+            fits = fits and size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+        if not fits:
+            raise UsageError(
+                f"samples: {name} is {array.dtype.name}{list(array.shape)}, the model takes "
+                f"{expected}{dims}",
+                fix="Axes of the same name have the same size in all inputs.",
+            )
+        for axis, dim in enumerate(dims):
+            if dim in rows:
+                array = np.take(array, range(min(MOST_ROWS, array.shape[axis])), axis)
+        found[name] = array
+    return found
+
+
+def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> NDArray:
+    kind = DTYPES.get(value.dtype) if value.dtype is not None else None
+    if kind is None or kind == "bfloat16":
+        raise ExportError(
+            f"input {value.name} has a type for which no values can be made up ({value.dtype})",
+            fix="Put the conversion outside the model: engines take numbers.",
+        )
+    dtype = np.dtype(kind)
+    bound = _bound(value)
+    if bound is not None and dtype.kind in "iu":
+        return seed.integers(0, bound, shape).astype(dtype)
+    is_mask = dtype.kind == "b" or "mask" in (value.name or "").lower()
+    if dtype.kind in "iu" and not is_mask and len(shape) >= 2:
+        # Codes of some kind: the same one everywhere would hide what a model does with them.
+        codes = seed.integers(0, 2, shape).astype(dtype)
+        codes[..., 0] = 1
+        return codes
+    if dtype.kind in "biu" or is_mask:
+        # A mask, most likely: ones, with padding behind every row but the first.
+        ones = np.ones(shape, dtype)
+        if len(shape) >= 2 and shape[-1] > 2:
+            for row in range(1, shape[0]):
+                ones[row, ..., shape[-1] - 1 - row % (shape[-1] // 2) :] = 0
+        return ones
+    return seed.standard_normal(shape).astype(dtype)
+
+
+def _bound(value: ir.Value) -> int | None:
+    """Entries of the smallest table that an input of ids is looked up in; None if there is none."""
+    bounds = []
+    stack, seen = [value], {value}
+    while stack:
+        for node, position in stack.pop().uses():
+            table = None
+            if node.op_type == "Gather" and position == 1:
+                axis = node.attributes.get_int("axis", 0)
+                table = node.inputs[0]
+            elif position in _TABLES.get(node.op_type, {}):
+                axis = 0
+                table = node.inputs[_TABLES[node.op_type][position]]
+            if table is not None and table.shape is not None and isinstance(table.shape[axis], int):
+                bounds.append(int(table.shape[axis]))  # type: ignore[arg-type]
+            if node.op_type in _SAME_VALUES and position == 0 and node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                stack.append(node.outputs[0])
+    return min(bounds, default=None)
+
+
+__all__ = ["MOST_ROWS", "sample_inputs"]
