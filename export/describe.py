@@ -33,7 +33,7 @@ from edgeexit.export.device_tokenizer import has_tokenizer
 
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 LOGITS, TOKEN = "logits", "token"
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True)

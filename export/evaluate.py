@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import ExportError
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2, "int4": 2e-2}
 """Per precision: how far a row may move with the size of its batch, per largest value."""
 REAL_INPUTS = (
     "If the inputs made up for the model do not suit it, give real ones (--data, an .npz with two "

@@ -84,11 +84,14 @@ class Variant(Struct, frozen=True, kw_only=True):
     Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
     standard ones up to that opset), ``cache-update`` (TensorScatter may write into the buffer it
     reads), ``float32-attention`` (fused attention takes float32).
+
+    `precision` is what the graph computes in; of a graph whose weights alone have 4 bits ``int4``,
+    for engines choose what they multiply them in.
     """
 
     graph: str
     requires: list[str] = []
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    precision: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "float32"
     states: StateForm = "append"
     lengths: list[Literal["past", "last", "most", "prompt"]] = []
 

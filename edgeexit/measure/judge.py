@@ -16,6 +16,9 @@ TOLERANCES = {
     "float16": (2e-2, 2e-2),
     "bfloat16": (1e-1, 1e-1),
     "int8": (5e-1, 1e-1),
+    # ONNX Runtime multiplies 4-bit weights in float32 or in int8, as the operators around allow:
+    # up to 1.4 % of the largest logit apart.
+    "int4": (1e-1, 5e-2),
 }
 """Precision -> absolute and relative tolerance, where the user gives none."""
 

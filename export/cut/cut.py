@@ -20,7 +20,8 @@ import onnx_ir.passes.common as passes
 from edgeexit.bundle.manifest import SCORES, Tensor
 from edgeexit.errors import ExportError
 from edgeexit.export.cut.axis_names import drop_shape_inputs
-from edgeexit.export.cut.read_onnx import DTYPES, subgraphs, valid_name
+from edgeexit.export.cut.nature import Nature
+from edgeexit.export.cut.read_onnx import DTYPES, valid_name
 from edgeexit.export.trace.scores import append_scores
 from edgeexit.export.trace.torch_graph import IR_VERSION
 
@@ -28,17 +29,6 @@ logger = logging.getLogger(__name__)
 
 ANSWER = "logits"
 """The program's output: what every exit and the unsplit model give."""
-
-_SMALL_BYTES = 1 << 20
-_HEAVY = frozenset({
-    "MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "Conv", "ConvTranspose",
-    "ConvInteger", "QLinearConv", "DeformConv", "LSTM", "GRU", "RNN", "Attention",
-    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization",
-    "RMSNormalization", "LpNormalization", "LRN", "AveragePool", "MaxPool", "GlobalAveragePool",
-    "GlobalMaxPool", "LpPool", "GlobalLpPool", "Resize", "GridSample", "RoiAlign",
-    "NonMaxSuppression", "TopK", "STFT", "DFT",
-})  # fmt: skip
-_OWN_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
     """
     graph = model.graph
     exits = list(graph.outputs)
-    nature = _Nature(graph)
+    nature = Nature(graph)
     needs = [_ancestors(value, nature) for value in exits]
     _check_order(exits, needs, nature, what)
     home: dict[ir.Node, int] = {}
@@ -133,18 +123,23 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
     drop_shape_inputs(unsplit)
     _drop_inner_shapes(unsplit.graph)
     _rename_answer(unsplit.graph, what)
-    names = _used_inputs(pieces, unsplit.graph, what)
+    names = _used_inputs(graph.inputs, pieces, unsplit.graph, what)
+    for value in graph.inputs:
+        if value.name not in names:
+            del tensors[value.name or ""]
     return Cut(inputs=names, pieces=tuple(pieces), unsplit=unsplit, tensors=tensors)
 
 
-def _used_inputs(pieces: Sequence[Piece], unsplit: ir.Graph, what: str) -> tuple[str, ...]:
+def _used_inputs(
+    inputs: Sequence[ir.Value], pieces: Sequence[Piece], unsplit: ir.Graph, what: str
+) -> tuple[str, ...]:
     """The program's inputs: those that a segment takes. No other is an input of the bundle."""
     taken = {name for piece in pieces for name in piece.inputs}
-    for value in list(unsplit.inputs):
-        if value.name not in taken:
-            logger.warning("%s: no exit needs the input %s; the bundle has none", what, value.name)
-            unsplit.inputs.remove(value)
-    return tuple(value.name or "" for value in unsplit.inputs)
+    for name in [value.name for value in inputs if value.name not in taken]:
+        logger.warning("%s: no exit needs the input %s; the bundle has none", what, name)
+    for value in [value for value in unsplit.inputs if value.name not in taken]:
+        unsplit.inputs.remove(value)
+    return tuple(value.name or "" for value in inputs if value.name in taken)
 
 
 def _piece(part: ir.Model, *, probabilities: bool) -> Piece:
@@ -171,76 +166,6 @@ def annotate(model: ir.Model, tensors: dict[str, Tensor]) -> None:
             value.shape = ir.Shape(tensors[value.name].axes)
 
 
-class _Nature:
-    """What the nodes of a graph are like: which ones cost, and which may be computed twice."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.inputs: dict[ir.Node, list[ir.Value]] = {}
-        self.constant: set[ir.Node] = set()
-        self.heavy: set[ir.Node] = set()
-        self.cheap: set[ir.Node] = set()
-        self._dequantise: set[ir.Node] = set()
-        for node in graph:
-            taken = self.inputs[node] = _inputs(node)
-            own = node.domain in _OWN_DOMAINS
-            makers = [value.producer() for value in taken]
-            if all(
-                v.is_initializer() or m in self.constant for v, m in zip(taken, makers, strict=True)
-            ):
-                self.constant.add(node)
-                continue
-            if own and node.op_type in ("Shape", "Size"):
-                self.cheap.add(node)
-                continue
-            big = any(_bytes(value) > _SMALL_BYTES for value in self._weights(taken))
-            if not own or big or subgraphs(node) or node.op_type in _HEAVY:
-                self.heavy.add(node)
-            elif all(maker is None or maker in self.cheap | self.constant for maker in makers):
-                self.cheap.add(node)
-            elif node.op_type == "DequantizeLinear":
-                self._dequantise.add(node)
-
-    def again(self, node: ir.Node) -> bool:
-        """Whether a later segment computes this anew rather than being given it."""
-        return node in self.cheap or node in self.constant or node in self._dequantise
-
-    def _weights(self, values: Iterable[ir.Value]) -> list[ir.Value]:
-        """The initializers among values, and those that constant values are made from."""
-        found, stack, seen = [], list(values), set()
-        while stack:
-            value = stack.pop()
-            if value.is_initializer():
-                found.append(value)
-            maker = value.producer()
-            if maker in self.constant and maker not in seen:
-                seen.add(maker)
-                stack += self.inputs[maker]
-        return found
-
-
-def _inputs(node: ir.Node) -> list[ir.Value]:
-    """Inputs of a node, and what its subgraphs use of the graph around it."""
-    found = [value for value in node.inputs if value is not None]
-    inner_graphs = subgraphs(node)
-    if not inner_graphs:
-        return found
-    owned: set[ir.Value] = set()
-    used: list[ir.Value] = []
-    while inner_graphs:
-        graph = inner_graphs.pop()
-        owned |= {*graph.inputs, *graph.initializers.values()}
-        used.extend(graph.outputs)
-        for inner in graph:
-            owned |= set(inner.outputs)
-            used += [value for value in inner.inputs if value is not None]
-            inner_graphs += subgraphs(inner)
-    return found + [value for value in dict.fromkeys(used) if value not in owned]
-
-
-def _bytes(value: ir.Value) -> int:
-    return value.const_value.nbytes if value.const_value is not None else 0
-
-
 def _maker(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None
@@ -248,7 +173,7 @@ def _maker(value: ir.Value) -> ir.Node:
 
 
 def _walk(
-    values: Iterable[ir.Value], nature: _Nature, enter: Callable[[ir.Node], bool]
+    values: Iterable[ir.Value], nature: Nature, enter: Callable[[ir.Node], bool]
 ) -> tuple[set[ir.Node], set[ir.Value], set[ir.Value]]:
     """Goes back from values. Returns the nodes entered, the values of nodes that were not, and the
     values without a node (graph inputs and weights)."""
@@ -271,12 +196,12 @@ def _walk(
     return entered, outside, roots
 
 
-def _ancestors(value: ir.Value, nature: _Nature) -> set[ir.Node]:
+def _ancestors(value: ir.Value, nature: Nature) -> set[ir.Node]:
     return _walk([value], nature, lambda node: True)[0]
 
 
 def _frontier(
-    targets: Sequence[ir.Value], number: int, home: dict[ir.Node, int], nature: _Nature
+    targets: Sequence[ir.Value], number: int, home: dict[ir.Node, int], nature: Nature
 ) -> tuple[set[ir.Value], set[ir.Value]]:
     """What segment `number` takes to make its targets: graph inputs, and what crosses into it."""
     _, crossing, roots = _walk(
@@ -286,7 +211,7 @@ def _frontier(
 
 
 def _check_order(
-    exits: list[ir.Value], needs: list[set[ir.Node]], nature: _Nature, what: str
+    exits: list[ir.Value], needs: list[set[ir.Node]], nature: Nature, what: str
 ) -> None:
     """Exits are ordered if what they share with the last one grows strictly and nests."""
     last = needs[-1] & nature.heavy

@@ -18,8 +18,8 @@ from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.axis_names import resolve_shapes
 from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
-from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
 from edgeexit.export.cut.find_rows import BATCH, Rows, find_rows, name_axes, set_rows, told_rows
+from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
 from edgeexit.export.cut.prove_rows import Proof, prove_rows
 from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of, read_onnx
 from edgeexit.export.cut.run_file import OnnxFile, file_answers, open_file
@@ -82,9 +82,7 @@ def export_onnx(
         WeightStore(writer.folder).externalize(source.model.graph)
         tell("running the file on samples")
         answers = _answers(source, labels)
-        probabilities = gives_probabilities(
-            source.model.graph, answers, outputs, source.what
-        )
+        probabilities = gives_probabilities(source.model.graph, answers, outputs, source.what)
         pieces = cut(source.model, source.what, probabilities=probabilities)
         precision = precision_of(source.model)
         inputs = {name: inputs[name] for name in pieces.inputs}

@@ -100,7 +100,7 @@ def find_rows(
     Raises:
         ExportError: No axis counts rows, or their number is fixed and not one.
     """
-    by_user = [_dims(v)[told[v.name]] for v in graph.inputs if v.name in (told or {})]  # type: ignore
+    by_user = [_dims(v)[told[v.name or ""]] for v in graph.inputs if told and v.name in told]
     inner = {d for value in graph.inputs for d in _symbols(value)[1:] if d}
     first = [d for v in graph.inputs if (dims := _symbols(v)) and (d := dims[0]) and d not in inner]
     likely: list[str] = [str(d) for d in by_user] or first
@@ -168,7 +168,7 @@ def told_rows(
                 f"--rows {name}:{axis}: {what} has no input and no exit {name}",
                 fix=f"Its inputs are {', '.join(inputs)}.",
             )
-        dims = list(inputs[name].shape or ())
+        dims = _dims(inputs[name])
         if not 0 <= axis < len(dims):
             raise UsageError(
                 f"--rows {name}:{axis}: {name} has {len(dims)} axes, {dims}",
@@ -192,8 +192,8 @@ def set_rows(graph: ir.Graph, found: Rows) -> None:
     renamed |= dict.fromkeys(found.names, BATCH) | dict(found.sizes)
     for value in graph.inputs:
         dims = [d if d is None else renamed.get(str(d), d) for d in _dims(value)]
-        if value.name in found.axes:
-            dims[found.axes[value.name]] = BATCH
+        if (axis := found.axes.get(value.name or "")) is not None:
+            dims[axis] = BATCH
         value.shape = ir.Shape(dims)
     inputs = set(graph.inputs)
     for node in graph.all_nodes():
@@ -237,9 +237,7 @@ def _size(graph: ir.Graph, inputs: Mapping[str, NDArray], name: str) -> int:
     )
 
 
-def _fixed(
-    graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str
-) -> Rows:
+def _fixed(graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str) -> Rows:
     """A file that takes a number of rows that nothing changes: one, or it is refused."""
     last = list(exits)[-1]
     if count == 1:
@@ -302,9 +300,7 @@ def _classes(
     return found
 
 
-def _rows_without(
-    graph: ir.Graph, run: Run, inputs: Arrays, names: Sequence[str]
-) -> int | None:
+def _rows_without(graph: ir.Graph, run: Run, inputs: Arrays, names: Sequence[str]) -> int | None:
     """How many rows the last exit gives when these axes lose their last entry; None: it does not
     run then."""
     try:

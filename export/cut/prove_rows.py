@@ -23,6 +23,7 @@ from edgeexit.export.evaluate import TOLERANCES, close, run_graph
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class Proof:
     """What running the segments showed.

@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import version_converter
 
 from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.export.describe import Precision
 from edgeexit.export.quiet import quiet
 from edgeexit.export.trace.torch_graph import IR_VERSION
 
@@ -131,7 +131,7 @@ def _turn(graph: ir.Graph, position: int, axis: int) -> None:
         return
     node = ir.node("Transpose", [value], {"perm": [1, 0]})
     turned = node.outputs[0]
-    turned.name, turned.dtype = value.name, value.dtype
+    turned.name, turned.type = value.name, value.type
     value.name = f"{value.name}_by_class"
     graph.append(node)
     graph.outputs[position] = turned
@@ -170,14 +170,23 @@ def float_outputs(graph: ir.Graph, what: str) -> None:
         graph.outputs[position] = made
 
 
-def precision_of(model: ir.Model) -> Literal["float32", "float16", "bfloat16", "int8"]:
+def precision_of(model: ir.Model) -> Precision:
     """What a graph computes in: the smallest type among its weights and quantised operators."""
     if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph):
         return "int8"
+    if any(_has_small_weights(node) for node in model.graph.all_nodes()):
+        return "int4"
     kinds = {value.dtype for value in model.graph.initializers.values()}
     if ir.DataType.FLOAT16 in kinds:
         return "float16"
     return "bfloat16" if ir.DataType.BFLOAT16 in kinds else "float32"
+
+
+def _has_small_weights(node: ir.Node) -> bool:
+    """Whether a node takes weights in blocks that share a scale."""
+    if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        return True
+    return node.op_type == "DequantizeLinear" and node.attributes.get_int("block_size", 0) > 0
 
 
 def valid_name(name: str, taken: set[str]) -> str:

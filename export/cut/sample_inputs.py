@@ -115,12 +115,15 @@ def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> ND
 
 
 def _bound(value: ir.Value) -> int | None:
-    """Entries of the smallest table that an input of ids is looked up in; None if there is none."""
+    """Entries of the smallest table that an input of ids is looked up in, or how many ids a one-hot
+    code tells apart; None if nothing says so."""
     bounds = []
     stack, seen = [value], {value}
     while stack:
         for node, position in stack.pop().uses():
             table = None
+            if node.op_type == "Equal" or (node.op_type == "OneHot" and position == 0):
+                bounds += _codes(node.inputs[1 - position], one_hot=node.op_type == "OneHot")
             if node.op_type == "Gather" and position == 1:
                 axis = node.attributes.get_int("axis", 0)
                 table = node.inputs[0]
@@ -133,6 +136,21 @@ def _bound(value: ir.Value) -> int | None:
                 seen.add(node.outputs[0])
                 stack.append(node.outputs[0])
     return min(bounds, default=None)
+
+
+def _codes(value: ir.Value | None, *, one_hot: bool) -> list[int]:
+    """The bound that a constant gives: a depth, or all the ids that something is compared with."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in _SAME_VALUES:
+            break
+        value = node.inputs[0]
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    known = None if tensor is None else tensor.numpy()
+    if known is None or known.dtype.kind not in "iu" or known.size == 0:
+        return []
+    if one_hot:
+        return [int(known.max())] if known.max() > 0 else []
+    return [int(known.max()) + 1] if known.size > 2 and known.min() >= 0 else []
 
 
 __all__ = ["MOST_ROWS", "sample_inputs"]

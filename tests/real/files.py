@@ -170,6 +170,17 @@ FILES = [
         rows=(1, 1),
     ),
     RealFile(
+        "openwakeword-timer-opened",
+        *("openwakeword", "0.5.1", f"{_WAKE}/timer_v0.1.onnx"),
+        early=["onnx::Gemm_9"],
+        output='{"1": "1_minute_timer", "2": "5_minute_timer", "3": "10_minute_timer", '
+        '"4": "20_minute_timer", "5": "30_minute_timer", "6": "1_hour_timer"}',
+        soft=True,
+        how="as it is",
+        inputs={"onnx::Flatten_0": (ROWS, 34, 96)},
+        rows_option=["onnx::Flatten_0:0"],
+    ),
+    RealFile(
         "openwakeword-jarvis",
         *("openwakeword", "0.5.1", f"{_WAKE}/hey_jarvis_v0.1.onnx"),
         early=["onnx::Add_32"],

@@ -29,7 +29,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from edgeexit.bundle.manifest import Manifest
 from edgeexit.bundle.reader import open_bundle
+from edgeexit.export.cut.read_onnx import valid_name
 from edgeexit.runtime import Rule, load
 from tests.real.files import FILES, RealFile
 from tests.real.graft import graft, rearranged
@@ -93,7 +95,7 @@ def _try(file: RealFile) -> tuple[str, str]:
         return f"exits {', '.join(file.early)}", f"refused: {words}"
     feeds = [file.feeds(rows, seed) for seed, rows in enumerate(file.rows)]
     session = onnxruntime.InferenceSession(str(place), providers=["CPUExecutionProvider"])
-    given = [rearranged(session.run([file.output], feed)[0], file.how) for feed in feeds]
+    given = [rearranged(_run(session, [file.output], f, file)[0], file.how) for f in feeds]
     shapes = _shapes(model, file, feeds[0])
     exits = graft(
         model, file.early, shapes, file.output, file.how, given[0].shape[1], soft=file.soft
@@ -132,10 +134,10 @@ def _compare(
     most, left = 0.0, set()
     with load(str(bundle)) as model:
         for feed, answer in zip(feeds, given, strict=True):
-            own = dict(zip([t.name for t in manifest.inputs], feed.values(), strict=True))
+            own = _named_as(manifest, feed)
             trace = model.trace(own)
             most = max(most, _off(trace.outputs[-1]["logits"], answer))
-            expected = dict(zip(outputs, session.run(None, feed), strict=True))
+            expected = dict(zip(outputs, _run(session, None, feed, file), strict=True))
             by_exit = [expected[name] for name in [*_early(exits), *_last(file, outputs)]]
             model.policy = Rule(
                 score="max_prob", thresholds=float(np.median(trace.scores[0]["max_prob"]))
@@ -145,7 +147,7 @@ def _compare(
             most = max(most, _off(result.outputs["logits"], wanted))
             left |= set(result.exit_names)
     with load(str(bundle), unsplit=True) as model:
-        own = dict(zip([t.name for t in manifest.inputs], feeds[-1].values(), strict=True))
+        own = _named_as(manifest, feeds[-1])
         most = max(most, _off(model(own).outputs["logits"], given[-1]))
     if not most <= TOLERANCE:
         raise _Wrong(f"off by {most:.2g}")
@@ -159,6 +161,28 @@ def _compare(
     sizes = ", ".join(map(str, sorted(set(file.rows))))
     done = f"{exits} exits, batches of {sizes}; the file's output {file.how}"
     return done, f"check holds; off by {most:.1g}; {rows}; {len(names)} segments"
+
+
+def _run(
+    session: onnxruntime.InferenceSession,
+    outputs: list[str] | None,
+    feed: dict[str, np.ndarray],
+    file: RealFile,
+) -> list[np.ndarray]:
+    """What ONNX Runtime gives; row by row for a file that takes no more and was opened."""
+    if not file.rows_option:
+        return session.run(outputs, feed)
+    count = len(next(iter(feed.values())))
+    rows = [{name: value[row : row + 1] for name, value in feed.items()} for row in range(count)]
+    made = [session.run(outputs, row) for row in rows]
+    return [np.concatenate(parts) for parts in zip(*made, strict=True)]
+
+
+def _named_as(manifest: Manifest, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs under the bundle's names; those that no exit needs left out."""
+    taken: set[str] = set()
+    named = {valid_name(name, taken): value for name, value in feed.items()}
+    return {tensor.name: named[tensor.name] for tensor in manifest.inputs}
 
 
 def _early(exits: int) -> list[str]:
@@ -189,7 +213,7 @@ def _shapes(
     session = onnxruntime.InferenceSession(
         shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return [value.shape for value in session.run(None, feed)]
+    return [value.shape for value in _run(session, None, feed, file)]
 
 
 def _fetch(file: RealFile) -> Path:

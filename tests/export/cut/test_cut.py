@@ -609,7 +609,12 @@ RANDOM = STRAIGHT.replace("r1 = Relu(h1)", "noise = RandomNormalLike(h1)\n    r1
         (SIDE_BRANCH, EXITS, ExportError, ["a and b", "not ordered"]),
         (SAME_PLACE, EXITS, ExportError, ["a and b", "the same place"]),
         (NOTHING_SHARED, ["a", "c"], ExportError, ["exit a", "shares no computation"]),
-        (STRAIGHT.replace("N, 8", "2, 8"), EXITS, ExportError, ["fixed to 2", "x", "dynamic_axes", "--rows x:0"]),
+        (
+            STRAIGHT.replace("N, 8", "2, 8"),
+            EXITS,
+            ExportError,
+            ["fixed to 2", "x", "dynamic_axes", "--rows x:0"],
+        ),
         (STRAIGHT.replace(": 18]", ": 25]"), EXITS, ExportError, ["opset 25", "opset_version=20"]),
         (STRAIGHT, ["r1", "b", "c"], ExportError, ["exit r1 has 8 classes", "c", "3"]),
         (RANDOM, EXITS, ExportError, ["random numbers", "RandomNormalLike", "model.eval()"]),
