@@ -72,8 +72,8 @@ def open_graph(
     path = Path(path)
     name = "onnx's reference evaluator" if reference else "ONNX Runtime"
 
-    def refusal(error: Exception) -> ExportError:
-        return ExportError(f"{path.name}: {name} cannot run it: {engine_reason(error)}", fix=fix)
+    def refusal(error: Exception, does: str, fix: str) -> ExportError:
+        return ExportError(f"{path.name}: {name} cannot {does} it: {engine_reason(error)}", fix=fix)
 
     # Evaluators raise whatever their operators do; all of it means that the graph does not run.
     try:
@@ -81,13 +81,14 @@ def open_graph(
             _reference(path, content) if reference else _onnxruntime(path, content, optimised)
         )
     except Exception as error:
-        raise refusal(error) from error
+        own = "Check the file with the tool that wrote it; it must run on this machine's CPU."
+        raise refusal(error, "load", own if fix == REAL_INPUTS else fix) from error
 
     def run_once(batch: Mapping[str, NDArray]) -> dict[str, NDArray]:
         try:
             return dict(zip(outputs, map(np.asarray, run(None, dict(batch))), strict=True))
         except Exception as error:
-            raise refusal(error) from error
+            raise refusal(error, "run", fix) from error
 
     return run_once
 
@@ -117,23 +118,24 @@ def _onnxruntime(path: Path, content: bytes | None, optimised: bool) -> tuple[li
     folder = "session.model_external_initializers_file_folder_path"
     if content is not None:
         options.add_session_config_entry(folder, str(path.parent.resolve()))
-    session = _session(str(path) if content is None else content, options)
+    session = host_session(str(path) if content is None else content, options)
     return [output.name for output in session.get_outputs()], session.run
 
 
-def _session(source: str | bytes, options: Any) -> Any:
+def host_session(source: str | bytes, options: Any) -> Any:
     """A session on the host, also in a process that has installed ONNX Runtime's global pool: no
     session may have a pool of its own beside that."""
     import onnxruntime
 
-    provider = ["CPUExecutionProvider"]
+    # With its own fallback, ONNX Runtime prints what failed to standard output.
+    settings: Any = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
     try:
-        return onnxruntime.InferenceSession(source, options, providers=provider)
+        return onnxruntime.InferenceSession(source, options, **settings)
     except RuntimeError as error:
         if "thread" not in str(error):
             raise
         options.use_per_session_threads = False
-        return onnxruntime.InferenceSession(source, options, providers=provider)
+        return onnxruntime.InferenceSession(source, options, **settings)
 
 
 def engine_reason(error: BaseException) -> str:
@@ -147,6 +149,7 @@ def engine_reason(error: BaseException) -> str:
     """
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .+? failed: ?", "", text)
     node = re.match(r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' ", text)
     said = text.split("Status Message: ", 1)[-1]
     said = re.sub(r"^(\S+/)?[\w.]+\.(cc|h|cpp|hpp):\d+ ", "", said)
@@ -179,4 +182,12 @@ def close(found: NDArray, expected: NDArray, tolerance: float) -> bool:
     return bool(np.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True))
 
 
-__all__ = ["TOLERANCES", "close", "engine_reason", "open_graph", "run_graph", "tolerance_of"]
+__all__ = [
+    "TOLERANCES",
+    "close",
+    "engine_reason",
+    "host_session",
+    "open_graph",
+    "run_graph",
+    "tolerance_of",
+]

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnxscript import version_converter
 
 from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.export.cut.opsets import convert, inline
+from edgeexit.export.cut.parse_onnx import made_of, parse_onnx
 from edgeexit.export.describe import Precision
 from edgeexit.export.quiet import quiet
 from edgeexit.export.trace.torch_graph import IR_VERSION
 
 logger = logging.getLogger(__name__)
 
-OPSETS = range(18, 24)
-"""Opsets that graphs of a bundle may have; older files are converted up to the first."""
 DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -61,7 +60,7 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
         raise UsageError(f"{path} {kind}", fix="Give the path of an .onnx file.")
     try:
         # Parsing fails with protobuf's DecodeError, reading the parsed message with many others.
-        model = ir.load(path, format="protobuf")
+        model = parse_onnx(path)
     except MemoryError:
         raise
     except Exception as error:
@@ -70,8 +69,9 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
             fix="Copy the file again, or export it again; only ONNX is read.",
         ) from error
     if not model.opset_imports or not len(model.graph):
+        lacks = "operators" if model.opset_imports else "opset"
         raise ExportError(
-            f"{path}: not an ONNX model (no operators in it)",
+            f"{path}: not an ONNX model (no {lacks} in it)",
             fix="Give the .onnx file that an exporter wrote.",
         )
     _check_wiring(model.graph, path)
@@ -95,12 +95,12 @@ def normalise(
         A model whose outputs are the exits in their order, under valid names.
     """
     with quiet():
-        passes.InlinePass()(model)
+        model = inline(model, what)
         passes.RemoveInitializersFromInputsPass()(model)
-    _choose_outputs(model.graph, exits, what)
+    _choose_outputs(model, exits, what)
     with quiet():
         passes.RemoveUnusedNodesPass()(model)
-    model = _convert(model, what)
+    model = convert(model, what)
     with quiet():
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _drop_identities(model)
@@ -280,8 +280,9 @@ def _weight_file(tensor: ir.ExternalTensor, name: str, path: Path) -> Path:
     return Path(tensor.path)
 
 
-def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
+def _choose_outputs(model: ir.Model, exits: Sequence[str], what: str) -> None:
     """Makes the exits, and only they, the outputs of the graph; inner tensors are promoted."""
+    graph = model.graph
     values = {value.name: value for value in [*graph.inputs, *graph.initializers.values()]}
     values |= {value.name: value for value in graph.outputs}
     for node in graph:
@@ -296,6 +297,11 @@ def _choose_outputs(graph: ir.Graph, exits: Sequence[str], what: str) -> None:
                     "loop body, which runs as one operator",
                     fix="Cut outside of it, or take the branch out as a file of its own: export "
                     "the model again with that choice made.",
+                )
+            if (source := made_of(model, name)) is not None:
+                raise ExportError(
+                    f"{what}: {name!r} is no tensor, but a list of maps that is made of {source}",
+                    fix=f"Name {source} in its place.",
                 )
             close = difflib.get_close_matches(name, [str(v) for v in values], 1, 0.8)
             guess = f"Did you mean {close[0]!r}? " if close else ""
@@ -334,34 +340,6 @@ def _check_deterministic(graph: ir.Graph, what: str) -> None:
                 "can be compared",
                 fix="Export the model in evaluation mode: model.eval() before torch.onnx.export.",
             )
-
-
-def _convert(model: ir.Model, what: str) -> ir.Model:
-    """Converts opsets below the first of `OPSETS`; refuses those above the last."""
-    opset = model.graph.opset_imports.setdefault("", model.graph.opset_imports.pop("ai.onnx", 1))
-    if opset in OPSETS:
-        return model
-    if opset > OPSETS[-1]:
-        raise ExportError(
-            f"{what}: it has opset {opset}; bundles hold opset {OPSETS[0]} to {OPSETS[-1]}",
-            fix="Export it again with opset_version=20, which every supported engine reads.",
-        )
-    try:
-        with quiet():
-            made = version_converter.ConvertVersionPass(OPSETS[0], fallback=True)(model).model
-    except Exception as error:
-        raise _not_convertible(what, opset, first_line(error)) from error
-    if made.graph.opset_imports.get("") != OPSETS[0]:
-        raise _not_convertible(what, opset, "an operator has no rule for it")
-    logger.info("%s: converted from opset %d to %d", what, opset, OPSETS[0])
-    return made
-
-
-def _not_convertible(what: str, opset: int, why: str) -> ExportError:
-    return ExportError(
-        f"{what}: it has opset {opset} and cannot be converted to {OPSETS[0]} ({why})",
-        fix="Export it again with opset_version=20.",
-    )
 
 
 def _name_values(graph: ir.Graph, what: str) -> None:

@@ -31,6 +31,7 @@ from edgeexit.bundle.manifest import Chain, Component, Exit, Gather, Manifest, P
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import ExportError, first_line
 from edgeexit.export.describe import LOGITS, Precision
+from edgeexit.export.evaluate import host_session
 from edgeexit.export.passes.calibration import Rows, count, split, stacked
 from edgeexit.export.samples import REFERENCE, reference_sample, write_samples
 from edgeexit.export.trace.torch_graph import save_graph
@@ -269,7 +270,7 @@ def quantise(
             return None if batch is None else dict(batch)
 
     try:
-        with _hushed():
+        with _hushed(), _any_pool():
             quantize_static(
                 str(source),
                 str(target),
@@ -304,6 +305,26 @@ def _of_activations(source: Path) -> list[str]:
         if node.op_type in QUANTISED
         and not any(value is not None and value.is_initializer() for value in node.inputs[:2])
     ]
+
+
+@contextlib.contextmanager
+def _any_pool() -> Iterator[None]:
+    """Lets the quantiser measure in a process that has installed ONNX Runtime's global pool: its
+    sessions ask for a pool of their own, which none may have beside that."""
+    import onnxruntime
+    from onnxruntime.quantization.calibrate import CalibraterBase
+
+    def create(self: Any) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.infer_session = host_session(self.augmented_model_path, options)
+
+    own = CalibraterBase.create_inference_session
+    CalibraterBase.create_inference_session = create
+    try:
+        yield
+    finally:
+        CalibraterBase.create_inference_session = own
 
 
 @contextlib.contextmanager

@@ -615,7 +615,12 @@ RANDOM = STRAIGHT.replace("r1 = Relu(h1)", "noise = RandomNormalLike(h1)\n    r1
             ExportError,
             ["fixed to 2", "x", "dynamic_axes", "--rows x:0"],
         ),
-        (STRAIGHT.replace(": 18]", ": 25]"), EXITS, ExportError, ["opset 25", "opset_version=20"]),
+        (
+            STRAIGHT.replace(": 18]", ": 25]").replace("Relu(h1)", "Transpose(h1)"),
+            EXITS,
+            ExportError,
+            ["opset 25", "Transpose", "opset_version=20"],
+        ),
         (STRAIGHT, ["r1", "b", "c"], ExportError, ["exit r1 has 8 classes", "c", "3"]),
         (RANDOM, EXITS, ExportError, ["random numbers", "RandomNormalLike", "model.eval()"]),
         (
@@ -636,7 +641,13 @@ RANDOM = STRAIGHT.replace("r1 = Relu(h1)", "noise = RandomNormalLike(h1)\n    r1
             ["exit a", "[4, 1, 3]", "[rows, classes]"],
         ),
         (STRAIGHT.replace("r1 = Relu(h1)", "r1 = Relu(gone)"), EXITS, ExportError, ["'gone'"]),
-        (STRAIGHT.replace("x, w1", "x, va"), EXITS, ExportError, ["cannot run", "--data"]),
+        (STRAIGHT.replace("x, w1", "x, va"), EXITS, ExportError, ["cannot load", "MatMul"]),
+        (
+            STRAIGHT.replace("r1 = Relu(h1)", "s = Shape(h1)\n    r1 = Reshape(va, s)"),
+            EXITS,
+            ExportError,
+            ["cannot run it: Reshape node ''", "{8,3}", "{4,8}", "--data"],
+        ),
     ],
 )
 def test_export_says_what_is_wrong_when_the_graph_cannot_be_cut(

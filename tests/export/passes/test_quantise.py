@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,3 +227,22 @@ def test_tensorrt_builds_it_and_computes_in_int8(
             for dtype, count in plan.precision["MATRIX_MULTIPLY"].items():
                 types[dtype] = types.get(dtype, 0) + count
         assert types == {"INT8": 7, "FLOAT": 5}
+
+
+def test_int8_is_measured_beside_the_pool_of_the_process(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tests.export.passes.test_quantise import data, make, rows\n"
+        "from edgeexit.export import export\n"
+        "from edgeexit.runtime import load\n"
+        "folder = sys.argv[1]\n"
+        "with load(export(make(), f'{folder}/whole'), threads='process') as model:\n"
+        "    model(rows(2))\n"
+        "export(make(), f'{folder}/small', dtype='int8', calibration=data)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small/manifest.json").is_file()
+    assert done.stdout == ""  # ONNX Runtime prints there when its own fallback has to help

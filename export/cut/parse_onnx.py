@@ -1,0 +1,62 @@
+"""An ONNX file's bytes as a graph, with what `onnx_ir` has no form for brought into one.
+
+Classifiers of other libraries end in maps (``ZipMap``), which are not tensors: no exit is one, and
+they leave. Sparse weights become dense ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+
+_MADE_OF = "edgeexit.made_of/"
+"""Metadata of a model: what an output that is no tensor was made of."""
+
+
+def parse_onnx(path: Path) -> ir.Model:
+    """Reads a model; weights outside of the file stay there."""
+    proto = onnx.load(path, load_external_data=False)
+    made_of = _drop_maps(proto.graph)
+    for sparse in proto.graph.sparse_initializer:
+        proto.graph.initializer.append(_dense(sparse))
+    del proto.graph.sparse_initializer[:]
+    model = ir.from_proto(proto)
+    model.metadata_props.update({_MADE_OF + name: source for name, source in made_of.items()})
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def made_of(model: ir.Model, name: str) -> str | None:
+    """The tensor that an output was made of which is no tensor itself."""
+    return model.metadata_props.get(_MADE_OF + name)
+
+
+def _drop_maps(graph: onnx.GraphProto) -> dict[str, str]:
+    """Takes out nodes that make maps. Returns what each was made of."""
+    found: dict[str, str] = {}
+    for node in list(graph.node):
+        if node.op_type == "ZipMap" and node.domain == "ai.onnx.ml":
+            found |= dict.fromkeys(node.output, node.input[0])
+            graph.node.remove(node)
+    for values in (graph.output, graph.value_info):
+        kept = [value for value in values if value.name not in found]
+        del values[:]
+        values.extend(kept)
+    return found
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return numpy_helper.from_array(dense, sparse.values.name)
+
+
+__all__ = ["made_of", "parse_onnx"]
