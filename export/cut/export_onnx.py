@@ -140,8 +140,8 @@ def _read(
     model = read_onnx(path)
     own_inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
     model = normalise(model, exits, what, turned={n: told[n] for n in exits if n in told})
-    name_axes(model.graph, what)
     inputs = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
+    name_axes(model.graph, what, samples, inputs)
     named = {inputs.get(name, name): axis for name, axis in told.items()}
     opened = told_rows(model.graph, named, exits, what)
     file = OnnxFile(
@@ -151,7 +151,16 @@ def _read(
         told=told,
     )
     run = open_file(file, model, folder)
-    rows = find_rows(model.graph, run, SAMPLE_ROWS, samples, inputs, what, told=named)
+    rows = find_rows(
+        model.graph,
+        run,
+        SAMPLE_ROWS,
+        samples,
+        inputs,
+        what,
+        told=named,
+        step=max(opened.values(), default=1),
+    )
     reference = file_answers(file, model, folder, rows, opened)
     set_rows(model.graph, rows)
     resolve_shapes(model)

@@ -58,8 +58,20 @@ class Rows:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-def name_axes(graph: ir.Graph, what: str) -> None:
-    """Gives every axis of the inputs whose size is open a name; nameless ones one of their own."""
+def name_axes(
+    graph: ir.Graph,
+    what: str,
+    samples: Mapping[str, NDArray] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Gives every axis of the inputs whose size is open a name. Those that have none get one of
+    their own, and so do those that have the name of an axis of another size in the samples.
+
+    Args:
+        samples, names: As for `find_rows`.
+    """
+    given = {(names or {}).get(name, name): np.shape(a) for name, a in (samples or {}).items()}
+    sizes: dict[str, int] = {}
     if not graph.inputs:
         raise ExportError(f"{what}: it has no inputs", fix="Give a model that takes some.")
     for value in graph.inputs:
@@ -68,12 +80,15 @@ def name_axes(graph: ir.Graph, what: str) -> None:
                 f"{what}: input {value.name} has no shape",
                 fix="Export it again with the shapes of its inputs.",
             )
-        dims = list(value.shape)
-        named = [
-            d if isinstance(d, int) else d.value or f"{value.name}_axis_{axis}"
-            for axis, d in enumerate(dims)
-        ]
-        value.shape = ir.Shape(named)
+        shape = given.get(value.name or "", ())
+        dims: list[int | str] = []
+        for axis, size in enumerate(value.shape):
+            own = f"{value.name}_axis_{axis}"
+            name = size if isinstance(size, int) else size.value or own
+            if isinstance(name, str) and axis < len(shape):
+                name = own if sizes.setdefault(name, shape[axis]) != shape[axis] else name
+            dims.append(name)
+        value.shape = ir.Shape(dims)
 
 
 def find_rows(
@@ -85,6 +100,7 @@ def find_rows(
     what: str,
     *,
     told: Mapping[str, int] | None = None,
+    step: int = 1,
 ) -> Rows:
     """Finds the axes that count rows, by running the file.
 
@@ -96,6 +112,7 @@ def find_rows(
         names: Name of an input in the user's file -> its name in the graph.
         what: The file, for messages.
         told: Input or exit -> its row axis, where the user tells it (`told_rows` checked them).
+        step: How many rows the file takes at a time, where the user opened a fixed axis.
 
     Raises:
         ExportError: No axis counts rows, or their number is fixed and not one.
@@ -104,7 +121,10 @@ def find_rows(
     inner = {d for value in graph.inputs for d in _symbols(value)[1:] if d}
     first = [d for v in graph.inputs if (dims := _symbols(v)) and (d := dims[0]) and d not in inner]
     likely: list[str] = [str(d) for d in by_user] or first
+    rows = -(-rows // step) * step
     inputs = sample_inputs(graph, dict.fromkeys(likely, rows), samples, names)
+    if step > 1:
+        inputs = _whole_steps(graph, inputs, likely, step)
     exits = run(inputs)
     count = _count(exits, what)
     open_axes = list(dict.fromkeys(d for v in graph.inputs for d in _symbols(v) if d))
@@ -143,6 +163,20 @@ def find_rows(
             size,
         )
     return Rows(inputs, exits, count, frozenset(chosen), sizes=classes)
+
+
+def _whole_steps(graph: ir.Graph, inputs: Arrays, likely: Sequence[str], step: int) -> Arrays:
+    """As many rows as the file takes in whole runs."""
+    count = _size(graph, inputs, likely[0])
+    if count < step:
+        raise UsageError(
+            f"samples: there are {count} rows, the file takes {step} at a time",
+            fix=f"Give {step} or more.",
+        )
+    spare = count % step
+    for _ in range(spare):
+        inputs = _without(graph, inputs, likely)
+    return inputs
 
 
 def told_rows(

@@ -71,6 +71,8 @@ def _given_inputs(
         name, array = value.name or "", given[value.name or ""]
         expected = DTYPES.get(value.dtype) if value.dtype is not None else None
         dims = [d if isinstance(d, int) else d.value for d in value.shape or ()]
+        if dims and dims[0] == 1 and array.ndim == len(dims):  # it takes one row at a time
+            array = array[:1]
         fits = array.dtype.name == expected and array.ndim == len(dims)
         for dim, size in zip(dims, array.shape, strict=False):
             fits = fits and size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)

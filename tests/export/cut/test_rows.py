@@ -130,7 +130,7 @@ def test_a_name_that_is_a_question_mark_is_none(tmp_path: Path) -> None:
 
 def test_a_file_that_takes_one_row_gives_a_bundle_that_does(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", STRAIGHT.replace("N, 8", "1, 8"))
-    bundle = export_onnx(path, tmp_path / "b", exits=EXITS)
+    bundle = export_onnx(path, tmp_path / "b", exits=EXITS, samples={"x": numbers(4, 8)})
     assert bundle.manifest.limits == {"batch": 1}
     check_bundle(bundle, path, EXITS, {"x": numbers(1, 8)}, threshold=0.0)
     with load(bundle, all_scores=True) as model:
@@ -148,6 +148,26 @@ def test_a_fixed_axis_is_opened_when_the_user_says_that_it_counts_rows(tmp_path:
     assert not bundle.manifest.limits and main(bundle).rows == "independent"
     many = write(tmp_path / "many.onnx", STRAIGHT)
     assert len(set(check_bundle(bundle, many, EXITS, {"x": numbers(6, 8)}))) > 1
+
+
+def test_a_fixed_number_of_rows_is_opened_in_whole_runs_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", STRAIGHT.replace("N, 8", "3, 8"))
+    bundle = export_onnx(
+        path, tmp_path / "b", exits=EXITS, rows={"x": 0}, samples={"x": numbers(7, 8)}
+    )
+    with np.load(bundle.file(bundle.manifest.samples[0])) as file:
+        assert file["input/x"].shape == (6, 8)
+    with pytest.raises(UsageError, match="there are 2 rows, the file takes 3 at a time"):
+        export_onnx(path, tmp_path / "c", exits=EXITS, rows={"x": 0}, samples={"x": numbers(2, 8)})
+
+
+def test_samples_tell_axes_apart_that_have_one_name(tmp_path: Path) -> None:
+    text = POOLED.replace("images", "N").replace("texts", "N")
+    path = write(tmp_path / "m.onnx", text, arrays=ZERO)
+    feeds = {"pixels": numbers(3, 8), "words": numbers(7, 8)}
+    bundle = export_onnx(path, tmp_path / "b", exits=["a", "b"], samples=feeds)
+    assert [t.row_axis for t in bundle.manifest.inputs] == [0, None]
+    check_bundle(bundle, path, ["a", "b"], feeds)
 
 
 def test_a_fixed_axis_stays_when_the_graph_is_made_for_its_size(tmp_path: Path) -> None:
