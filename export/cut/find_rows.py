@@ -80,6 +80,12 @@ def name_axes(
                 f"{what}: input {value.name} has no shape",
                 fix="Export it again with the shapes of its inputs.",
             )
+        if 0 in value.shape:
+            raise ExportError(
+                f"{what}: input {value.name} has an axis of size 0 ({_dims(value)}), and ONNX "
+                "Runtime takes nothing of another size",
+                fix="Give the axis a name: onnx.load, set dim_param of its shape, onnx.save.",
+            )
         shape = given.get(value.name or "", ())
         dims: list[int | str] = []
         for axis, size in enumerate(value.shape):

@@ -317,6 +317,8 @@ def _choose_outputs(model: ir.Model, exits: Sequence[str], what: str) -> None:
             )
         if name not in outputs:
             logger.info("%s: %s is not an output; taken from inside the graph", what, name)
+    if left_out := [str(name) for name in outputs if name not in exits]:
+        logger.warning("%s: a bundle gives exits only; left out: %s", what, ", ".join(left_out))
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in exits)
 

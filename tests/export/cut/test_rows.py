@@ -128,6 +128,23 @@ def test_a_name_that_is_a_question_mark_is_none(tmp_path: Path) -> None:
     check_bundle(bundle, path, ["a", "b"], {"x": numbers(5, 6, 8)})
 
 
+def test_an_axis_of_size_0_is_refused_as_onnxruntime_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", STRAIGHT)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"x has an axis of size 0 \(\[0, 8\]\)"):
+        export_onnx(path, tmp_path / "b", exits=EXITS, rows={"x": 0})
+
+
+def test_outputs_that_are_no_exits_are_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        export_onnx(write(tmp_path / "m.onnx", STRAIGHT), tmp_path / "b", exits=["a", "c"])
+    assert "a bundle gives exits only; left out: b" in caplog.text
+
+
 def test_a_file_that_takes_one_row_gives_a_bundle_that_does(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", STRAIGHT.replace("N, 8", "1, 8"))
     bundle = export_onnx(path, tmp_path / "b", exits=EXITS, samples={"x": numbers(4, 8)})
