@@ -9,7 +9,7 @@ module for training (`forward` gives the logits of every exit), and offers the c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,13 @@ from torch import nn
 
 from edgeexit.bundle.manifest import Axis, Chain, Exit, Preprocessing, Run, Tensor
 from edgeexit.export.contract import Component, Form, SplitModel
-from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
+from edgeexit.export.exits.saved import (
+    SavedExits,
+    check_layers,
+    save_exits,
+    save_model,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,19 @@ class ExitClassifier(nn.Module):
                 logits.append(self.heads[name](state))
         return [*logits, self.trunk.head(state)]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model as transformers does, and the exits beside it as safetensors."""
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes the model as transformers does, and the exits beside it as safetensors.
+
+        Args:
+            state_dict: Weights to write in place of this module's own, which in a training on
+                several devices may be spread over them.
+        """
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        save_exits(folder, SavedExits(self.exit_layers), self.heads)
+        save_model(self.model, folder, state_dict)
+        own = None if state_dict is None else weights_of(state_dict, "heads.")
+        save_exits(folder, SavedExits(self.exit_layers), self.heads, own)
 
     def split_model(self) -> SplitModel:
         """The contract for export: a component per exit, from the boundary before it to its own."""

@@ -38,7 +38,13 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
-from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
+from edgeexit.export.exits.saved import (
+    SavedExits,
+    check_layers,
+    save_exits,
+    save_model,
+    weights_of,
+)
 from edgeexit.export.trace.attention import Heads, causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
@@ -94,7 +100,8 @@ class ExitDecoder(nn.Module):
         super().__init__()
         self.model = model
         self.trunk = trunk
-        self.layers = nn.ModuleList(trunk.layers)
+        # No modules of this one: their weights are in the model, and would be saved twice.
+        self.layers = list(trunk.layers)
         self.depth = len(trunk.layers)
         self.exit_layers = check_layers(exits, self.depth)
         self.adapters = nn.ModuleDict()
@@ -107,6 +114,17 @@ class ExitDecoder(nn.Module):
         self.provenance: dict[str, str] = {}
         self._layer = self._through_layer
         self._head = trunk.head.__call__
+        self._heads = trunk.heads
+        # Where the embedding is held: FSDP puts other parameters in the place of a module's own.
+        self._embedding = next(
+            (
+                (module, name)
+                for module in model.modules()
+                for name, weight in module.named_parameters(recurse=False)
+                if weight is trunk.embedding
+            ),
+            None,
+        )
 
     def compile(self, **options: Any) -> None:
         """Compiles one layer and the head rather than the whole pass (`torch.compile` with these
@@ -145,7 +163,10 @@ class ExitDecoder(nn.Module):
         wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
-        embedded = functional.embedding(input_ids, self.trunk.embedding)
+        self._heads = self._heads.on(input_ids.device)
+        held = self._embedding
+        embedding = self.trunk.embedding if held is None else getattr(*held)
+        embedded = functional.embedding(input_ids, embedding)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
         found = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
@@ -167,19 +188,27 @@ class ExitDecoder(nn.Module):
         *source: torch.Tensor,
     ) -> torch.Tensor:
         q, k, v = layer.before(state)
-        return layer.after(state, causal_attention(q, k, v, self.trunk.heads, positions))
+        return layer.after(state, causal_attention(q, k, v, self._heads, positions))
 
     def _adapter(self, layer: int) -> list[CutLayer]:
         """The adapter's layers of the exit behind a layer; none where it has no adapter."""
         name = f"exit_{layer}"
         return list(_typed(self.adapters[name])) if name in self.adapters else []  # type: ignore[arg-type]
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Writes the model as transformers does, behind which layers it has exits, and the adapters
-        beside it as safetensors."""
+        beside it as safetensors.
+
+        Args:
+            state_dict: Weights to write in place of this module's own, which in a training on
+                several devices may be spread over them.
+        """
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        save_exits(folder, SavedExits(self.exit_layers, self.adapter_sizes), self.adapters)
+        save_model(self.model, folder, state_dict)
+        own = None if state_dict is None else weights_of(state_dict, "adapters.")
+        save_exits(folder, SavedExits(self.exit_layers, self.adapter_sizes), self.adapters, own)
 
     def split_model(self) -> SplitModel:
         """The contract for export: layers between exits with their states, adapters with theirs,
@@ -299,7 +328,7 @@ def _random_tokens(vocabulary: int, rows: int) -> Values:
     return {"tokens": torch.randint(0, vocabulary, (rows, 12), generator=generator)}
 
 
-def _typed(layers: nn.ModuleList) -> Iterator[CutLayer]:
+def _typed(layers: Iterable[nn.Module]) -> Iterator[CutLayer]:
     return (cast("CutLayer", layer) for layer in layers)
 
 

@@ -36,7 +36,7 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
-from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ExitEncoderDecoder(ExitDecoder):
     ) -> None:
         super().__init__(model, trunk, exits)
         self.encoder = encoder
-        self.encoder_layers = nn.ModuleList(encoder.layers)
+        self.encoder_layers = list(encoder.layers)
         self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder_exits")
         self.preprocessing: TextPreprocessing | None = None
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
@@ -114,10 +114,13 @@ class ExitEncoderDecoder(ExitDecoder):
             state = layer(state, read)
         return state, read
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model as transformers does, and behind which layers it has exits."""
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes the model as transformers does, and behind which layers it has exits; the weights
+        are those of `state_dict` where it is given."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        save_model(self.model, folder, state_dict)
         exits = SavedExits(self.exit_layers, encoder=self.encoder_exit_layers)
         save_exits(folder, exits, self.adapters)
 

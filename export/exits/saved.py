@@ -4,7 +4,7 @@ safetensors beside it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +34,30 @@ class SavedExits:
     encoder: list[int] | None = None
 
 
-def save_exits(folder: Path, exits: SavedExits, modules: nn.ModuleDict) -> None:
+def save_model(
+    model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes a model with exits' own model as transformers does.
+
+    Args:
+        state_dict: Weights of the whole in place of what the model holds.
+    """
+    weights = None if state_dict is None else weights_of(state_dict, "model.")
+    model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+
+
+def save_exits(
+    folder: Path,
+    exits: SavedExits,
+    modules: nn.ModuleDict,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Writes exits into a checkpoint's folder, with the weights of what they have for
-    themselves."""
+    themselves.
+
+    Args:
+        weights: Of these modules, in place of what the modules hold.
+    """
     config: dict[str, object] = {"format": 1, "exits": exits.layers}
     if exits.adapters:
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
@@ -44,8 +65,8 @@ def save_exits(folder: Path, exits: SavedExits, modules: nn.ModuleDict) -> None:
         config["encoder_exits"] = exits.encoder
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     if len(modules):
-        weights = {k: v.detach().contiguous() for k, v in modules.state_dict().items()}
-        save_file(weights, folder / EXITS_WEIGHTS)
+        held = modules.state_dict() if weights is None else weights
+        save_file({k: v.detach().contiguous() for k, v in held.items()}, folder / EXITS_WEIGHTS)
 
 
 def read_exits(folder: Path) -> SavedExits:
@@ -77,7 +98,7 @@ def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> N
     try:
         weights = load_file(path)
         for name in (f"exit_{layer}" for layer in layers):
-            modules[name].load_state_dict(_of(weights, f"{name}."))
+            modules[name].load_state_dict(weights_of(weights, f"{name}."))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ExportError(
             f"{path}: does not fit the model: {str(error).splitlines()[-1].strip()}",
@@ -85,7 +106,8 @@ def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> N
         ) from error
 
 
-def _of(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def weights_of(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those of one module of a state dict, by their names in the module."""
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
@@ -111,4 +133,12 @@ def check_layers(exits: Iterable[int], depth: int, name: str = "exits") -> list[
     return [layer for layer in layers if layer != depth]
 
 
-__all__ = ["SavedExits", "check_layers", "load_exits", "read_exits", "save_exits"]
+__all__ = [
+    "SavedExits",
+    "check_layers",
+    "load_exits",
+    "read_exits",
+    "save_exits",
+    "save_model",
+    "weights_of",
+]

@@ -9,6 +9,7 @@ filled comes in as lengths, whose kinds are `edgeexit.bundle.manifest.LENGTHS`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,13 @@ class Heads:
     keys: int
     size: int
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def on(self, device: torch.device) -> Heads:
+        """The same with its tables on a device."""
+        if self.rotary is None or self.rotary[0].device == device:
+            return self
+        cos, sin = self.rotary
+        return dataclasses.replace(self, rotary=(cos.to(device), sin.to(device)))
 
 
 class InPlace(nn.Module):
@@ -276,7 +284,8 @@ def causal_attention(
         for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
     )
     if heads.rotary is not None:
-        q, k = (rotate(x, *heads.rotary, positions) for x in (q, k))
+        # The tables are float32, whatever the model is trained in.
+        q, k = (rotate(x, *heads.rotary, positions).to(v.dtype) for x in (q, k))
     shared = heads.queries // heads.keys
     if shared > 1:
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
