@@ -8,27 +8,31 @@
 LayerSkip is followed by a second, shorter phase in which the exits learn to say what the last layer
 says, for that is what `exact` and `fast` ask of them.
 
-Needs ``edgeexit[export]``; ``--compiled`` halves the time where there is a C++ compiler. An
-interrupted training goes on where it was saved (``--state``, by default below local/codelm). Test
-files are only read for perplexities, which nothing is chosen by.
+Needs ``edgeexit[export]``; ``--compiled`` halves the time where there is a C++ compiler. Training
+writes checkpoints below local/codelm (``--checkpoints``); ``--resume`` goes on from the last of
+them. Test files are only read for perplexities, which nothing is chosen by.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.families.llama import trunk
-from edgeexit.export.methods.layerskip import TokenBatches, next_token_loss, train_layerskip
+from edgeexit.export.methods.layerskip import LayerSkip, token_loss
+from edgeexit.export.methods.training import ExitTrainer, last_checkpoint
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -40,6 +44,7 @@ POSITIONS = 1024
 SEQUENCE, TOKENS = 512, 2048
 """Longest passage, and how many tokens a step sees."""
 
+PASSAGES = TOKENS // SEQUENCE
 SHORT_STEPS = 4
 """All but one in so many steps take passages of half that length: attention costs less."""
 
@@ -73,17 +78,29 @@ def make_model(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_batches(tokens: np.ndarray, seed: int) -> TokenBatches:
-    """Random passages ``[TOKENS / seq, seq + 1]`` of the training text, fixed by the step."""
+class Passages(IterableDataset):
+    """Random passages of the training text, ``SEQUENCE`` tokens and one more at a time: one long
+    passage, or two short ones.
 
-    def batches(step: int) -> torch.Tensor:
-        length = SEQUENCE if step % SHORT_STEPS == 0 else SEQUENCE // 2
-        rng = np.random.default_rng((seed, step))
-        starts = rng.integers(len(tokens) - length - 1, size=TOKENS // length)
-        rows = [tokens[start : start + length + 1].astype(np.int64) for start in starts]
-        return torch.from_numpy(np.stack(rows))
+    `PASSAGES` of these make a batch, which depends on its number alone: a resumed training sees
+    those that an uninterrupted one would have seen.
+    """
 
-    return batches
+    def __init__(self, tokens: np.ndarray, seed: int) -> None:
+        self.tokens, self.seed = tokens, seed
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number in itertools.count():
+            length = SEQUENCE if number % SHORT_STEPS == 0 else SEQUENCE // 2
+            rng = np.random.default_rng((self.seed, number))
+            starts = rng.integers(len(self.tokens) - length - 1, size=TOKENS // length)
+            rows = [self.tokens[start : start + length + 1].astype(np.int64) for start in starts]
+            yield from torch.from_numpy(np.stack(rows)).chunk(PASSAGES)
+
+
+def together(passages: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of passages."""
+    return {"input_ids": torch.cat(passages)}
 
 
 @torch.no_grad()
@@ -94,8 +111,42 @@ def perplexities(decoder: ExitDecoder, tokens: np.ndarray, limit: int = 200) -> 
         row = tokens[start : start + SEQUENCE + 1].astype(np.int64)
         ids = torch.from_numpy(row)[None]
         for layer, logits in decoder(ids[:, :-1]).items():
-            totals.setdefault(layer, []).append(next_token_loss(logits, ids).item())
+            totals.setdefault(layer, []).append(token_loss(logits, ids[:, 1:]).item())
     return {f"exit_{k}": round(math.exp(float(np.mean(v))), 3) for k, v in totals.items()}
+
+
+def train(
+    decoder: ExitDecoder,
+    method: LayerSkip,
+    passages: Passages,
+    checkpoints: Path,
+    resume: bool,
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup: int,
+) -> None:
+    """One phase of the training."""
+    arguments = TrainingArguments(
+        str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=PASSAGES,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(warmup, steps // 2),
+        weight_decay=WEIGHT_DECAY,
+        bf16=True,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = ExitTrainer(
+        decoder, method, arguments, train_dataset=passages, data_collator=together
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
 
 
 def main() -> None:
@@ -105,7 +156,8 @@ def main() -> None:
     parser.add_argument("--truncated", type=int, metavar="N", help="a plain model of N layers")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps; needs -o")
-    parser.add_argument("--state", type=Path, help="file to save the training in and resume from")
+    parser.add_argument("--checkpoints", type=Path, help="folder of the training's checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     given = parser.parse_args()
@@ -119,8 +171,9 @@ def main() -> None:
     work = HERE.parent.parent / "local/codelm"
     default = HERE / "checkpoint" if kind == "layerskip" else work / kind
     output = given.output or default
-    state = given.state or (None if given.smoke else work / f"{kind}.state")
-    work.mkdir(parents=True, exist_ok=True)
+    checkpoints = given.checkpoints or (output if given.smoke else work) / "checkpoints" / kind
+    if last_checkpoint(checkpoints) and not given.resume:
+        parser.error(f"{checkpoints} holds a training: --resume it, or delete it to start anew")
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = output / "tokenizer.json"
     data.train_tokenizer(tokenizer)
@@ -132,28 +185,19 @@ def main() -> None:
     decoder = ExitDecoder(model, trunk(model), [] if plain else EXITS)
     steps = SMOKE_STEPS if given.smoke else given.steps
 
-    def progress(done: int, of: int, loss: float) -> None:
-        if done % 20 == 0 or done == of:
-            print(f"step {done}/{of}  loss {loss:.4f}", file=sys.stderr, flush=True)
-
     if given.compiled:
         decoder.compile()
-    common: dict[str, Any] = {
-        "weight_decay": WEIGHT_DECAY,
-        "autocast": torch.bfloat16,
-        "save_every": 100,
-        "progress": progress,
-    }
-    train_layerskip(
+    train(
         decoder,
-        make_batches(text, seed=1),
+        LayerSkip(dropout=0.0, weights={})
+        if plain
+        else LayerSkip(dropout=DROPOUT, weights=EXIT_WEIGHTS),
+        Passages(text, seed=1),
+        checkpoints,
+        given.resume,
         steps=steps,
         learning_rate=LEARNING_RATE,
-        warmup=min(WARMUP, steps // 2),
-        dropout=0.0 if plain else DROPOUT,
-        weights=None if plain else EXIT_WEIGHTS,
-        state_file=state,
-        **common,
+        warmup=WARMUP,
     )
     facts: dict[str, Any] = {
         "kind": kind,
@@ -165,17 +209,15 @@ def main() -> None:
     if not plain:
         facts["first_phase_test_perplexity"] = perplexities(decoder, test)
         facts["agreeing_steps"] = SMOKE_STEPS if given.smoke else AGREEING_STEPS
-        train_layerskip(
+        train(
             decoder,
-            make_batches(text, seed=2),
+            LayerSkip(dropout=0.0, weights=AGREEING_WEIGHTS, distillation=DISTILLATION),
+            Passages(text, seed=2),
+            checkpoints / "agreeing",
+            given.resume,
             steps=facts["agreeing_steps"],
             learning_rate=AGREEING_RATE,
-            warmup=min(AGREEING_WARMUP, facts["agreeing_steps"] // 2),
-            dropout=0.0,
-            weights=AGREEING_WEIGHTS,
-            distillation=DISTILLATION,
-            state_file=state and state.with_stem(f"{state.stem}-agreeing"),
-            **common,
+            warmup=AGREEING_WARMUP,
         )
     # Measured as it is stored: in float16.
     model.half().float()

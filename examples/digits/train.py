@@ -5,25 +5,30 @@
     python examples/digits/train.py --smoke -o DIR   # a few steps, to see that it works
 
 Needs ``edgeexit[export]`` and scikit-learn. The training set is all that is ever trained on;
-validation accuracy is printed, the test split is not looked at.
+validation accuracy is printed, the test split is not looked at. Training writes checkpoints below
+local/digits (``--checkpoints``); ``--resume`` goes on from the last of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import ViTConfig, ViTForImageClassification
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families.vit import trunk
-from edgeexit.export.methods.joint import Batches, train_joint
+from edgeexit.export.methods.joint import Joint
+from edgeexit.export.methods.training import ExitTrainer, last_checkpoint
 from edgeexit.export.pretrained import from_pretrained
 
 HERE = Path(__file__).resolve().parent
@@ -57,17 +62,28 @@ def make_model(layers: int) -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-def make_batches(seed: int) -> Batches:
-    """Random batches of the training split, each image turned, shifted and zoomed a little."""
-    inputs, labels = data.inputs("train")
-    images, targets = torch.from_numpy(inputs["pixel_values"]), torch.from_numpy(labels)
+class Batches(IterableDataset):
+    """Rows of random batches of the training split, each image turned, shifted and zoomed a little.
 
-    def batches(step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(0, len(images), (BATCH,), generator=generator)
-        return {"pixel_values": augment(images[rows], generator)}, targets[rows]
+    A batch depends on its number alone, so a resumed training sees those that an uninterrupted one
+    would have seen.
+    """
 
-    return batches
+    def __init__(self, seed: int) -> None:
+        inputs, labels = data.inputs("train")
+        self.seed = seed
+        self.images, self.labels = (
+            torch.from_numpy(inputs["pixel_values"]),
+            torch.from_numpy(labels),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for number in itertools.count():
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            rows = torch.randint(0, len(self.images), (BATCH,), generator=generator)
+            images, labels = augment(self.images[rows], generator), self.labels[rows]
+            for image, label in zip(images, labels, strict=True):
+                yield {"pixel_values": image, "labels": label}
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -86,29 +102,30 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return functional.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-def train(layers: int, exits: list[int], steps: int, state: Path | None) -> ExitClassifier:
+def train(
+    layers: int, exits: list[int], steps: int, checkpoints: Path, resume: bool
+) -> ExitClassifier:
     """Makes a model and trains it, with fixed seeds."""
     torch.manual_seed(layers)
     model = make_model(layers)
     classifier = ExitClassifier(model, trunk(model), exits)
-    show = sys.stderr.isatty()
-
-    def progress(done: int, of: int, loss: float) -> None:
-        if show or done % 100 == 0 or done == of:
-            print(f"\rstep {done}/{of}  loss {loss:.4f}", end="" if show else "\n", file=sys.stderr)
-
-    train_joint(
-        classifier,
-        make_batches(seed=1),
-        steps=steps,
+    arguments = TrainingArguments(
+        str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(WARMUP, steps // 2),
         weight_decay=WEIGHT_DECAY,
-        warmup=min(WARMUP, steps // 2),
-        distillation=DISTILLATION if exits else 0.0,
-        temperature=TEMPERATURE,
-        state_file=state,
-        progress=progress,
+        logging_steps=100,
+        save_steps=200,
+        save_total_limit=1,
+        use_cpu=True,
+        report_to="none",
     )
+    method = Joint(distillation=DISTILLATION if exits else 0.0, temperature=TEMPERATURE)
+    trainer = ExitTrainer(classifier, method, arguments, train_dataset=Batches(seed=1))
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints) if resume else None)
     return classifier
 
 
@@ -145,9 +162,8 @@ def main() -> None:
     parser.add_argument("--truncated", type=int, metavar="N", help="a model of N layers, no exits")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps; needs -o")
-    parser.add_argument(
-        "--state", type=Path, help="file to save the training in and to resume from"
-    )
+    parser.add_argument("--checkpoints", type=Path, help="folder of the training's checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
     if options.smoke and options.output is None:
@@ -161,7 +177,12 @@ def main() -> None:
     steps = SMOKE_STEPS if options.smoke else options.steps
     layers = options.truncated or LAYERS
     exits = [] if options.truncated else list(range(1, LAYERS))
-    save(train(layers, exits, steps, options.state), output)
+    kind = f"truncated-{options.truncated}" if options.truncated else "exits"
+    work = output if options.smoke else HERE.parent.parent / "local/digits"
+    checkpoints = options.checkpoints or work / "checkpoints" / kind
+    if last_checkpoint(checkpoints) and not options.resume:
+        parser.error(f"{checkpoints} holds a training: --resume it, or delete it to start anew")
+    save(train(layers, exits, steps, checkpoints, options.resume), output)
     classifier = from_pretrained(output)
     if options.truncated:
         arrays = {split: logits(classifier, split)[-1] for split in ("validation", "test")}

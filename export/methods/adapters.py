@@ -8,65 +8,60 @@ is trained, `edgeexit.export.methods.layerskip` trains adapters with it.
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.methods.layerskip import TokenBatches, agreement_loss
-from edgeexit.export.methods.training import Progress, train
+from edgeexit.export.methods.layerskip import (
+    IGNORED,
+    agreement_loss,
+    check_decoder,
+    tokens_and_targets,
+)
+from edgeexit.export.methods.method import Batch, Forward, Loss, Method
 
 
-def train_adapters(
-    decoder: ExitDecoder,
-    batches: TokenBatches,
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    warmup: int = 0,
-    state_file: str | os.PathLike[str] | None = None,
-    save_every: int = 200,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Trains every adapter of a decoder behind its frozen layers.
+@dataclass(frozen=True)
+class AdapterDistillation(Method):
+    """Trains every adapter of an `ExitDecoder` behind its frozen layers.
 
     The loss is the mean, over adapters and tokens, of the cross-entropy of the exit's answer
-    against the probabilities that the last layer gives, in nats.
-
-    Args:
-        decoder: Its adapters are trained in place.
-        batches: ``batches(step) -> [batch, seq + 1]`` token ids, as for `train_layerskip`; the last
-            of each row is not used.
-
-    The other arguments and the result are those of `train_joint`.
+    against the probabilities that the last layer gives, in nats. Batches are those of
+    `edgeexit.export.methods.layerskip.LayerSkip`.
     """
-    layers = list(decoder.adapter_sizes)
-    if not layers:
-        raise UsageError(
-            "train_adapters: the decoder has no adapters",
-            fix="Read it with exits=[2, 4], adapters=[2], untrained=True.",
-        )
 
-    def loss_at(step: int) -> torch.Tensor:
-        logits = decoder(batches(step)[:, :-1], exits=[*layers, decoder.depth])
-        last = logits[decoder.depth]
-        return torch.stack([agreement_loss(logits[layer], last) for layer in layers]).mean()
+    def check(self, model: Any) -> None:
+        check_decoder("AdapterDistillation", model)
+        if not len(model.adapters):
+            raise UsageError(
+                "AdapterDistillation: the decoder has no adapters",
+                fix="Read it with exits=[2, 4], adapters=[2], untrained=True.",
+            )
 
-    return train(
-        decoder,
-        decoder.adapters,
-        loss_at,
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        settings=f"adapters {decoder.adapter_sizes}",
-        state_file=state_file,
-        save_every=save_every,
-        progress=progress,
-    )
+    def part(self, model: ExitDecoder) -> nn.Module:
+        return model.adapters
+
+    def inputs(self, model: ExitDecoder) -> list[str]:
+        return ["input_ids", "attention_mask"]
+
+    def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
+        tokens, targets = tokens_and_targets(inputs)
+        logits = forward(tokens, exits=[*model.adapter_sizes, model.depth])
+        last = logits[model.depth]
+        losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]
+        return torch.stack(losses).mean(), {f"exit_{n}": one for n, one in logits.items()}
+
+    def count(self, inputs: Batch) -> torch.Tensor:
+        return (tokens_and_targets(inputs)[1] != IGNORED).sum()
+
+    def mark(self, model: ExitDecoder) -> None:
+        model.provenance["adapters"] = "trained"
+        if set(model.adapter_sizes) == set(model.exit_layers):
+            model.provenance["exits"] = "trained"
 
 
-__all__ = ["train_adapters"]
+__all__ = ["AdapterDistillation"]

@@ -1,18 +1,15 @@
-"""Training of exits: all of the model together, or the exit heads alone on a frozen backbone.
+"""Training of a classifier's exits: all of the model together, or the exit heads alone on a frozen
+backbone.
 
-`train_joint` minimises a weighted sum of the exits' cross-entropies (BranchyNet, arXiv:1709.01686),
-`train_heads` the same over the heads only. With distillation each early exit also learns from the
-last one's softened answers (arXiv:1905.08094). Both are functions that a script calls: it brings
-the batches, they bring optimizer, schedule and a state file from which an interrupted training goes
-on.
+The loss is a weighted mean of the exits' cross-entropies (BranchyNet, arXiv:1709.01686). With
+distillation each early exit also learns from the last one's softened answers (arXiv:1905.08094).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,109 +18,94 @@ from torch.nn import functional
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
-from edgeexit.export.methods.training import Progress, train
-
-Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
-Batches = Callable[[int], Batch]
-"""``batches(step)`` gives that step's inputs and labels ``[batch]``. A function of the step, not an
-iterator: a resumed training asks for the very batches that an uninterrupted one would have seen."""
+from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
 
 
-def train_joint(
-    classifier: ExitClassifier,
-    batches: Batches,
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.05,
-    warmup: int = 0,
-    weights: Sequence[float] | None = None,
-    distillation: float = 0.0,
-    temperature: float = 2.0,
-    state_file: str | os.PathLike[str] | None = None,
-    save_every: int = 200,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Trains backbone and exits together with AdamW, linear warm-up and cosine decay.
+@dataclass(frozen=True)
+class Joint(Method):
+    """Trains backbone and exits of an `ExitClassifier` together.
 
-    Args:
-        classifier: What to train, in place; left in eval mode with `trained` set.
-        batches: ``batches(step) -> (inputs, labels)``.
-        steps: Optimizer steps in all, those of earlier runs included.
-        learning_rate: Peak, reached after `warmup` steps.
-        weight_decay: For matrices; biases, norms and embeddings of one row have none.
-        warmup: Steps of linear warm-up.
-        weights: One per exit, shallow to deep, the last exit included. None: equal.
-        distillation: Share of the early exits' loss that comes from the last exit's answers,
-            from 0 to 1.
+    Batches hold the model's inputs and ``labels`` ``[batch]``, class numbers.
+
+    Attributes:
+        weights: One per exit that is trained, shallow to deep: the last exit is one of them unless
+            the backbone is frozen. None: equal.
+        distillation: Share of the early exits' loss that comes from the last exit's answers, from
+            0 to 1.
         temperature: Softens both sides of the distillation.
-        state_file: Where training is saved every `save_every` steps and resumed from. Delete it to
-            start anew.
-        progress: Told of every step.
-
-    Returns:
-        The loss of each step made by this call.
-
-    Raises:
-        UsageError: An argument that cannot be meant.
-        ExportError: `state_file` is not of this training, or the loss is not finite.
+        freeze_backbone: Train the exit heads only. Backbone and last head stay bit for bit as they
+            are, and run as they will on the device: without dropout and with their batch statistics
+            fixed.
     """
-    return _train(
-        classifier,
-        classifier,
-        batches,
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weights=weights,
-        distillation=distillation,
-        temperature=temperature,
-        state_file=state_file,
-        save_every=save_every,
-        progress=progress,
-    )
 
+    weights: Sequence[float] | None = None
+    distillation: float = 0.0
+    temperature: float = 2.0
+    freeze_backbone: bool = False
 
-def train_heads(
-    classifier: ExitClassifier,
-    batches: Batches,
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    warmup: int = 0,
-    weights: Sequence[float] | None = None,
-    distillation: float = 0.0,
-    temperature: float = 2.0,
-    state_file: str | os.PathLike[str] | None = None,
-    save_every: int = 200,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Trains the exit heads alone; backbone and last head stay bit for bit as they are.
+    def check(self, model: Any) -> None:
+        if not isinstance(model, ExitClassifier):
+            raise UsageError(
+                f"Joint trains classifiers, not {type(model).__name__}",
+                fix="Use LayerSkip or AdapterDistillation for a language model.",
+            )
+        if self.freeze_backbone and not len(model.heads):
+            raise UsageError(
+                "Joint: there are no exit heads to train, and the backbone is frozen",
+                fix="Read the checkpoint with exits=[...].",
+            )
+        weights = self._weights(model)
+        if not all(math.isfinite(one) and one >= 0 for one in weights) or not sum(weights):
+            raise UsageError(
+                f"Joint: weights {weights} are invalid", fix="Give numbers >= 0, not all of them 0."
+            )
+        if not 0 <= self.distillation <= 1:
+            raise UsageError(
+                f"Joint: distillation {self.distillation} is out of range (0 to 1)",
+                fix="Give the share of the loss that the last exit's answers make up.",
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UsageError(
+                f"Joint: temperature {self.temperature} is invalid", fix="Give a number above 0."
+            )
 
-    The backbone runs as it will on the device, without dropout and with its batch statistics fixed.
-    The arguments are those of `train_joint`; `weights` has one entry per early exit.
-    """
-    if not len(classifier.heads):
-        raise UsageError(
-            "train_heads: the classifier has no exit heads", fix="Read it with exits=[...]."
+    def part(self, model: ExitClassifier) -> nn.Module:
+        return model.heads if self.freeze_backbone else model
+
+    def inputs(self, model: ExitClassifier) -> list[str]:
+        return [tensor.name for tensor in model.trunk.inputs]
+
+    def loss(
+        self, model: ExitClassifier, forward: Forward, inputs: Batch, step: int | None
+    ) -> Loss:
+        names = self.inputs(model)
+        fix = f"The data set must have {', '.join(names)} and labels."
+        labels = column(inputs, "labels", fix)
+        logits = forward(**{name: column(inputs, name, fix) for name in names})
+        loss = exit_loss(
+            logits,
+            labels,
+            weights=[*self._weights(model), *([0.0] if self.freeze_backbone else [])],
+            distillation=self.distillation,
+            temperature=self.temperature,
         )
-    return _train(
-        classifier,
-        classifier.heads,
-        batches,
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weights=weights,
-        distillation=distillation,
-        temperature=temperature,
-        state_file=state_file,
-        save_every=save_every,
-        progress=progress,
-    )
+        return loss, dict(zip(model.exit_names, logits, strict=True))
+
+    def mark(self, model: ExitClassifier) -> None:
+        model.trained = True
+        model.provenance["exits"] = "trained"
+
+    def _weights(self, model: ExitClassifier) -> list[float]:
+        """One per exit that is trained."""
+        count = len(model.heads) + (not self.freeze_backbone)
+        if self.weights is None:
+            return [1.0] * count
+        if len(self.weights) != count:
+            raise UsageError(
+                f"Joint: {len(self.weights)} weights for {count} exits",
+                fix="Give one per exit that is trained, shallow to deep.",
+            )
+        return [float(weight) for weight in self.weights]
 
 
 def exit_loss(
@@ -161,49 +143,4 @@ def exit_loss(
     return total / sum(weights)
 
 
-def _train(
-    classifier: ExitClassifier,
-    part: nn.Module,
-    batches: Batches,
-    *,
-    weights: Sequence[float] | None,
-    distillation: float,
-    temperature: float,
-    **how: Any,
-) -> list[float]:
-    """Trains the classifier, or its heads, once the arguments were found to make sense."""
-    joint, early = part is classifier, len(classifier.heads)
-    count = early + 1 if joint else early
-    chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != count:
-        raise UsageError(
-            f"weights: {len(chosen)} for {count} exits", fix="Give one per exit, shallow to deep."
-        )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in chosen) or not sum(chosen):
-        raise UsageError(
-            f"weights: {chosen} cannot weigh losses", fix="Give numbers >= 0, not all of them 0."
-        )
-    if not 0 <= distillation <= 1 or not temperature > 0:
-        raise UsageError(
-            f"distillation {distillation}, temperature {temperature} cannot be meant",
-            fix="distillation lies between 0 and 1, temperature above 0.",
-        )
-    loss_of = functools.partial(
-        exit_loss,
-        weights=chosen if joint else [*chosen, 0.0],
-        distillation=distillation,
-        temperature=temperature,
-    )
-
-    def loss_at(step: int) -> torch.Tensor:
-        inputs, labels = batches(step)
-        return loss_of(classifier(**inputs), labels)
-
-    settings = f"{'joint' if joint else 'heads'} {weights} {distillation} {temperature}"
-    losses = train(classifier, part, loss_at, settings=settings, **how)
-    classifier.trained = True
-    classifier.provenance["exits"] = "trained"
-    return losses
-
-
-__all__ = ["Batch", "Batches", "exit_loss", "train_heads", "train_joint"]
+__all__ = ["Joint", "exit_loss"]

@@ -9,122 +9,120 @@ first layers worth while (``exact`` decoding).
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.methods.training import Progress, train
+from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
 
-TokenBatches = Callable[[int], torch.Tensor]
-"""``batches(step)`` gives that step's token ids ``[batch, seq + 1]``; each predicts the next."""
+IGNORED = -100
+"""The label of a token that is not learned, as everywhere in transformers."""
 
 
-def train_layerskip(
-    decoder: ExitDecoder,
-    batches: TokenBatches,
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.1,
-    warmup: int = 0,
-    dropout: float = 0.1,
-    exit_scale: float = 1.0,
-    weights: Mapping[int, float] | None = None,
-    distillation: float = 0.0,
-    autocast: torch.dtype | None = None,
-    state_file: str | os.PathLike[str] | None = None,
-    save_every: int = 200,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Trains all weights, those of adapters too, with layer dropout and early-exit losses.
+@dataclass(frozen=True)
+class LayerSkip(Method):
+    """Trains all weights of an `ExitDecoder`, those of adapters too, with layer dropout and
+    early-exit losses.
 
     Every step trains the last layer's answer and that of one exit, taking turns (the rotational
-    curriculum; one head more a step whatever the number of exits).
+    curriculum; one head more a step whatever the number of exits). An evaluation asks all of them
+    and drops no layer.
 
-    Args:
-        decoder: What to train, in place. Its exits are the layers that get losses.
-        batches: ``batches(step) -> [batch, seq + 1]`` token ids.
-        dropout: p_max, the chance that the last layer is dropped from a step; see
-            `dropout_rates`. A layer is dropped for the whole batch, which saves its time (the paper
-            draws per sample).
+    Batches hold ``input_ids`` ``[batch, seq]`` and, where not every token is to be learned,
+    ``labels``: the same ids, -100 where there is nothing to learn, as transformers' data collators
+    make them. Padding is on the right.
+
+    Attributes:
+        dropout: p_max, the chance that the last layer is dropped from a step; see `dropout_rates`.
+            A layer is dropped for the whole batch, which saves its time (the paper draws per
+            sample).
         exit_scale: e_scale of the paper, see `exit_weights`.
         weights: Exit layer -> weight of its loss beside 1 for the last layer, in place of the
             paper's. 0 for all of them and no dropout is plain language modelling.
         distillation: Share of an exit's loss that comes from the last layer's answers instead of
             the text. `exact` and `fast` ask exits to agree with the last layer, not to be right.
-        autocast: Type in which matrices are multiplied, as `torch.autocast` does; weights and the
-            optimizer stay as they are.
-
-    The other arguments and the result are those of `train_joint`.
     """
-    chosen = weights
-    if chosen is None:
-        chosen = exit_weights(decoder.exit_layers, decoder.depth, exit_scale)
-    return train(
-        decoder,
-        decoder,
-        _loss(decoder, batches, dropout, chosen, distillation, autocast),
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        settings=f"layerskip {dropout} {sorted(chosen.items())} {autocast}"
-        + (f" distillation {distillation}" if distillation else ""),
-        state_file=state_file,
-        save_every=save_every,
-        progress=progress,
-    )
+
+    dropout: float = 0.1
+    exit_scale: float = 1.0
+    weights: Mapping[int, float] | None = None
+    distillation: float = 0.0
+
+    def check(self, model: Any) -> None:
+        check_decoder("LayerSkip", model)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(
+                f"LayerSkip: dropout {self.dropout} is out of range",
+                fix="Give a number from 0 to less than 1.",
+            )
+        if not 0 <= self.distillation <= 1:
+            raise UsageError(
+                f"LayerSkip: distillation {self.distillation} is out of range (0 to 1)",
+                fix="Give the share of an exit's loss that the last layer's answers make up.",
+            )
+        if unknown := sorted(set(self.weights or {}) - set(model.exit_layers)):
+            raise UsageError(
+                f"LayerSkip: weights: layer {unknown[0]} has no exit (exits: {model.exit_layers})",
+                fix="Give weights to exits only.",
+            )
+        weights = self._weights(model)
+        if not all(math.isfinite(one) and one >= 0 for one in weights.values()):
+            raise UsageError(f"LayerSkip: weights {weights} are invalid", fix="Give numbers >= 0.")
+
+    def inputs(self, model: ExitDecoder) -> list[str]:
+        return ["input_ids", "attention_mask"]
+
+    def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
+        depth, weights = model.depth, self._weights(model)
+        early = [layer for layer in model.exit_layers if weights.get(layer, 0.0) > 0]
+        skipped: list[int] = []
+        if step is not None:
+            early = early[step % len(early) :][:1] if early else []
+            # From the step alone: alike in every process, and after a resumption.
+            draws = torch.rand(depth, generator=torch.Generator().manual_seed(step)).tolist()
+            rates = dropout_rates(depth, self.dropout)
+            skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
+        tokens, targets = tokens_and_targets(inputs)
+        logits = forward(tokens, exits=[*early, depth], skipped=skipped)
+        loss = token_loss(logits[depth], targets)
+        for layer in early:
+            of_exit = token_loss(logits[layer], targets)
+            if self.distillation:
+                agreeing = agreement_loss(logits[layer], logits[depth], targets)
+                of_exit = (1 - self.distillation) * of_exit + self.distillation * agreeing
+            loss = loss + weights[layer] * of_exit
+        total = 1 + sum(weights[layer] for layer in early)
+        return loss / total, {f"exit_{layer}": one for layer, one in logits.items()}
+
+    def count(self, inputs: Batch) -> torch.Tensor:
+        return (tokens_and_targets(inputs)[1] != IGNORED).sum()
+
+    def mark(self, model: ExitDecoder) -> None:
+        if any(self._weights(model).values()):
+            model.provenance["exits"] = "trained"
+            if len(model.adapters):
+                model.provenance["adapters"] = "trained"
+
+    def _weights(self, model: ExitDecoder) -> Mapping[int, float]:
+        if self.weights is not None:
+            return self.weights
+        return exit_weights(model.exit_layers, model.depth, self.exit_scale)
 
 
-def _loss(
-    decoder: ExitDecoder,
-    batches: TokenBatches,
-    dropout: float,
-    weights: Mapping[int, float],
-    distillation: float,
-    autocast: torch.dtype | None,
-) -> Callable[[int], torch.Tensor]:
-    """The loss of a step, once the arguments were found to make sense."""
-    depth = decoder.depth
-    if not 0 <= dropout < 1:
+def check_decoder(method: str, model: nn.Module) -> None:
+    """Raises `UsageError` for a model that is not a language model without an encoder."""
+    if not isinstance(model, ExitDecoder) or isinstance(model, ExitEncoderDecoder):
         raise UsageError(
-            f"dropout {dropout} is no chance", fix="Give a number from 0 to less than 1."
+            f"{method} trains language models without an encoder, not {type(model).__name__}",
+            fix="Use Joint for a classifier.",
         )
-    if not 0 <= distillation <= 1:
-        raise UsageError(
-            f"distillation {distillation} is no share", fix="Give a number from 0 to 1."
-        )
-    if unknown := sorted(set(weights) - set(decoder.exit_layers)):
-        raise UsageError(
-            f"weights: layer {unknown[0]} has no exit (exits: {decoder.exit_layers})",
-            fix="Give weights to exits only.",
-        )
-    rates = dropout_rates(depth, dropout)
-    turns = [layer for layer in decoder.exit_layers if weights.get(layer, 0.0) > 0]
-
-    def loss_at(step: int) -> torch.Tensor:
-        tokens = batches(step)
-        generator = torch.Generator().manual_seed(step)
-        draws = torch.rand(depth, generator=generator).tolist()
-        skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
-        early = turns[step % len(turns)] if turns else None
-        exits = [depth] if early is None else [early, depth]
-        with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None):
-            logits = decoder(tokens[:, :-1], exits=exits, skipped=skipped)
-        loss = next_token_loss(logits[depth], tokens)
-        if early is None:
-            return loss
-        weight, of_exit = weights[early], next_token_loss(logits[early], tokens)
-        if distillation:
-            agreeing = agreement_loss(logits[early], logits[depth])
-            of_exit = (1 - distillation) * of_exit + distillation * agreeing
-        return (loss + weight * of_exit) / (1 + weight)
-
-    return loss_at
 
 
 def dropout_rates(depth: int, highest: float) -> list[float]:
@@ -148,24 +146,52 @@ def exit_weights(exits: list[int], depth: int, scale: float) -> dict[int, float]
     return {layer: scale * (layer - 1) * layer / 2 / last for layer in exits}
 
 
-def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of logits ``[batch, seq, vocabulary]`` against the next of the tokens
-    ``[batch, seq + 1]``, in nats."""
-    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+def tokens_and_targets(inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[batch, seq - 1]`` of a batch and what follows each; -100 where that is padding
+    or is not to be learned.
+
+    Raises:
+        UsageError: There are no ids, or padding comes before a token.
+    """
+    ids = column(inputs, "input_ids", "Tokenize the texts: each row is a list of token ids.")
+    targets = inputs.get("labels", ids)[:, 1:]
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        if bool((mask[:, :-1] < mask[:, 1:]).any()):
+            raise UsageError(
+                "training: a batch has padding before a token",
+                fix='Pad on the right: tokenizer.padding_side = "right".',
+            )
+        targets = targets.masked_fill(mask[:, 1:] == 0, IGNORED)
+    return ids[:, :-1], targets
 
 
-def agreement_loss(logits: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of logits ``[batch, seq, vocabulary]`` against targets ``[batch, seq]``
+    that are not -100, in nats."""
+    total = functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def agreement_loss(logits: torch.Tensor, last: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of an exit's logits ``[batch, seq, vocabulary]`` against what the last
-    layer's say, in nats; no gradient flows into these."""
-    target = last.detach().flatten(0, 1).float().softmax(-1)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), target)
+    layer's say, over targets ``[batch, seq]`` that are not -100, in nats; no gradient flows into
+    the last layer's."""
+    said = last.detach().flatten(0, 1).float().softmax(-1)
+    each = functional.cross_entropy(logits.flatten(0, 1).float(), said, reduction="none")
+    counted = targets.flatten() != IGNORED
+    return each.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 __all__ = [
-    "TokenBatches",
+    "IGNORED",
+    "LayerSkip",
     "agreement_loss",
+    "check_decoder",
     "dropout_rates",
     "exit_weights",
-    "next_token_loss",
-    "train_layerskip",
+    "token_loss",
+    "tokens_and_targets",
 ]

@@ -1,101 +1,318 @@
-"""The training loop that every method shares: AdamW, warm-up and cosine decay, and a state file
-from which an interrupted training goes on.
+"""`ExitTrainer`: transformers' `Trainer` for models with exits.
+
+A method (`edgeexit.export.methods.method.Method`) gives the loss and names the part that is
+trained. Added here is what `Trainer` leaves to models of transformers: what is frozen is frozen
+wholly, the loss is the mean over all that a step sees (several batches, several processes),
+checkpoints are what `edgeexit.export.pretrained.from_pretrained` reads, and a loss that is not
+finite ends the training before it reaches the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.saved import load_exits, read_exits
+from edgeexit.export.methods.method import Batch, Method
 
-Progress = Callable[[int, int, float], None]
-"""Called as ``progress(steps done, of, loss)`` after every step."""
+METHOD = "method.txt"
+"""In a checkpoint: the method it was made with and its settings."""
 
-STATE_FORMAT = 1
-GRADIENT_NORM_LIMIT = 1.0
+STATE = "trainer_state.json"
+"""What `Trainer` writes last into a checkpoint: one without it is not complete."""
+
+UNSUPPORTED = ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel")
+"""Training arguments that change a model or loss of transformers' own."""
 
 
-def train(
-    model: nn.Module,
-    part: nn.Module,
-    loss_at: Callable[[int], torch.Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup: int,
-    settings: str,
-    state_file: str | os.PathLike[str] | None,
-    save_every: int,
-    progress: Progress | None,
-) -> list[float]:
-    """Minimises ``loss_at(step)`` with AdamW, linear warm-up, cosine decay and clipped gradients.
+class ExitTrainer(transformers.Trainer):
+    """Trains exits by a method.
 
     Args:
-        model: What is trained, in place; its state dict is what the state file holds. Left in eval
-            mode.
-        part: What of it the optimizer moves, the model itself or a module in it. The rest runs as
-            it will on the device, without dropout and with its batch statistics fixed.
-        loss_at: The loss of a step's batch; a function of the step, so that a resumed training sees
-            what an uninterrupted one would have seen.
-        settings: What besides these arguments makes two trainings the same.
+        model: What is trained, in place. After `train` it is in eval mode, and says that its exits
+            are trained.
+        method: `Joint`, `LayerSkip`, `AdapterDistillation`, or one of your own.
+        args: `transformers.TrainingArguments`; everything that is no matter of the method.
+        others: What `transformers.Trainer` takes besides: `train_dataset`, `eval_dataset`,
+            `data_collator`, `processing_class`, `callbacks`, `compute_metrics` (its predictions are
+            the logits of every exit, shallow to deep).
 
-    Returns:
-        The loss of each step made by this call.
+    Matrices decay by `args.weight_decay`; biases, norms, class tokens and positions do not.
+
+    Raises:
+        UsageError: The method's settings are invalid or not for this model, or an argument has no
+            meaning for models with exits.
+        ExportError: In `train`: the loss is not finite, or a checkpoint is damaged.
     """
-    if steps < 1 or save_every < 1 or not 0 <= warmup <= steps:
-        raise UsageError(
-            f"steps {steps}, warmup {warmup}, save_every {save_every} cannot be meant",
-            fix="steps and save_every are at least 1, warmup at most steps.",
+
+    # Losses are means over a whole step already; to 4.57 the same is said by the attribute below.
+    loss_is_scaled_for_ga = True
+    model_wrapped: nn.Module
+
+    def __init__(
+        self,
+        model: ExitClassifier | ExitDecoder,
+        method: Method,
+        args: transformers.TrainingArguments,
+        **others: Any,
+    ) -> None:
+        method.check(model)
+        _refuse(model, args, others)
+        self.exits, self.method = model, method
+        self._decaying = {name for name, one in model.named_parameters() if _decays(one)}
+        super().__init__(model, args, **others)
+        self.model_accepts_loss_kwargs = True
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **others: Any
+    ) -> TrainOutput:
+        """Trains, or goes on from a checkpoint; arguments and result are those of `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; True: the last complete one in
+                ``args.output_dir``.
+        """
+        folder = _checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if folder is not None:
+            self._check_method(folder)
+            if (ended := self._ended(folder)) is not None:
+                return ended
+        with _only(self.method.part(self.exits), self.exits):
+            try:
+                output = super().train(folder and str(folder), **others)
+            finally:
+                self._unwrap()
+        self.method.mark(self.exits)
+        return output
+
+    def _ended(self, folder: Path) -> TrainOutput | None:
+        """The result of a training that made all of its steps before: `Trainer` would make one
+        more."""
+        state = transformers.TrainerState.load_from_json(str(folder / STATE))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not 0 < self.args.max_steps <= state.global_step:
+            return None
+        load_weights(self.exits, folder)
+        self.exits.eval()
+        self.state = state
+        self.method.mark(self.exits)
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def _unwrap(self) -> None:
+        """Leaves the model as it was given, or another training would take it for one that is
+        wrapped already: in one precision, on one device."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        for name in ("forward", "_is_accelerate_prepared"):
+            self.exits.__dict__.pop(name, None)
+        self.model_wrapped = self.exits
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The method's loss. In training it is weighted by the batch's share of the step's targets,
+        so that several batches and processes give what one batch would."""
+        training = model.training
+        if training:
+            self.exits.eval()  # `Trainer` puts all of it in train mode
+            self.method.part(self.exits).train()
+        step = self.state.global_step if training else None
+        loss, logits = self.method.loss(self.exits, model, inputs, step)
+        if training and not torch.isfinite(loss):
+            raise ExportError(
+                f"training: the loss of step {self.state.global_step + 1} is {loss.item()}",
+                fix="Lower the learning rate or warm up longer; check inputs for NaN.",
+            )
+        if num_items_in_batch is not None:
+            loss = loss * (self.method.count(inputs) / num_items_in_batch)
+        return (loss, logits) if return_outputs else loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Batch], device: torch.device
+    ) -> torch.Tensor | None:
+        """The targets of a step: those of all its batches, as a mean over the processes, whose
+        gradients are averaged."""
+        if not batch_samples:
+            return None
+        counts = [self.method.count(batch).to(device, torch.float32) for batch in batch_samples]
+        count = torch.stack(counts).sum()
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, reduction="mean")
+        return count.clamp(min=1)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+        """Loss, logits of every exit, and labels of a batch of an evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        each = tuple(one.detach() for one in logits.values())
+        return loss.detach(), each[0] if len(each) == 1 else each, inputs.get("labels")
+
+    # What is read of a data set, and what decays
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """`Trainer` reads names from the model's `forward`, which takes any."""
+        self._signature_columns = [*self.method.inputs(self.exits), "labels", "label", "label_ids"]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters with weight decay."""
+        names = (name for name, _ in model.named_parameters())
+        # FSDP 1 renames and flattens parameters before the optimizer is made.
+        return [one for one in names if one.replace("_fsdp_wrapped_module.", "") in self._decaying]
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model with its exits, by default into ``args.output_dir``: what
+        `edgeexit.export.pretrained.from_pretrained` reads. Call it in every process."""
+        super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and "FULL" not in str(plugin.state_dict_type) and not _internal_call:
+            # `Trainer` leaves a model that is saved in shards to a tool that merges them.
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.exits.save_pretrained(folder, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / METHOD).write_text(f"{self.method}\n")
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.exits, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.exits, Path(self.state.best_model_checkpoint))
+
+    def _check_method(self, folder: Path) -> None:
+        path = folder / METHOD
+        if path.is_file() and (written := path.read_text().strip()) != str(self.method):
+            raise UsageError(
+                f"{folder}: a checkpoint of another training, {written}; this is {self.method}",
+                fix="Resume it with the method it was made with, or train into another output_dir.",
+            )
+
+
+def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
+    """Loads what `save_pretrained` wrote into a model that has the same exits.
+
+    Raises:
+        ExportError: A file is damaged, or is of another model or of other exits.
+    """
+    saved = read_exits(folder)
+    modules = model.heads if isinstance(model, ExitClassifier) else model.adapters
+    if saved.layers != model.exit_layers:
+        raise ExportError(
+            f"{folder}: a checkpoint with exits behind layers {saved.layers}, not "
+            f"{model.exit_layers}",
+            fix="Resume with the exits it was trained with, or train into another output_dir.",
         )
-    parameters = list(part.parameters())
-    optimizer = torch.optim.AdamW(_groups(parameters, weight_decay), lr=learning_rate)
-    names = sorted(name for name, _ in model.named_parameters())
-    settings += f" {steps} {learning_rate} {weight_decay} {warmup} {names}"
-    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
-    path = None if state_file is None else Path(state_file)
-    start = 0
-    if path is not None and path.exists():
-        start = _resume(path, model, optimizer, fingerprint)
-    losses = []
-    with _moved(part, model):
-        for step in range(start, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, steps, warmup)
-            loss = loss_at(step)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ExportError(
-                    f"training: the loss of step {step + 1} is {losses[-1]}",
-                    fix="Lower the learning rate or warm up longer; check inputs for NaN.",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
-            optimizer.step()
-            if path is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-                _save(path, model, optimizer, step + 1, fingerprint)
-            if progress is not None:
-                progress(step + 1, steps, losses[-1])
-    return losses
+    try:
+        # By transformers' own reader: it knows shards, tied weights and renamed ones.
+        read = type(model.model).from_pretrained(folder, dtype="auto")  # type: ignore[attr-defined]
+        model.model.load_state_dict(read.state_dict())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ExportError(
+            f"{folder}: not a checkpoint of this model ({first_line(error)})",
+            fix="Resume from another checkpoint, or delete this one.",
+        ) from error
+    if len(modules):
+        load_exits(modules, [int(name.removeprefix("exit_")) for name in modules], folder)
+
+
+def _refuse(model: nn.Module, args: transformers.TrainingArguments, others: dict[str, Any]) -> None:
+    """Raises `UsageError` for what `Trainer` would take and not do."""
+    if given := [name for name in ("model_init", "compute_loss_func") if others.get(name)]:
+        raise UsageError(f"{given[0]} is not supported with exits", fix="Write a Method.")
+    if given := [name for name in UNSUPPORTED if getattr(args, name, None)]:
+        raise UsageError(f"{given[0]} is not supported with exits", fix="Leave it out.")
+    if args.n_gpu > 1:
+        raise UsageError(
+            f"training: one process with {args.n_gpu} GPUs (DataParallel) is not supported",
+            fix="Start one process per GPU: torchrun --nproc-per-node "
+            f"{args.n_gpu} or accelerate launch; or choose one with CUDA_VISIBLE_DEVICES=0.",
+        )
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    """Matrices decay; biases, norms, class tokens and positions (whose first axis is 1) do not."""
+    return parameter.ndim > 1 and parameter.shape[0] > 1
+
+
+def _checkpoint(output_dir: str, given: str | os.PathLike[str] | bool | None) -> Path | None:
+    """The checkpoint to resume from."""
+    if given is None or given is False:
+        return None
+    if given is not True:
+        if not (Path(given) / STATE).is_file():
+            raise UsageError(
+                f"{given}: not a checkpoint to resume from ({STATE} is not there)",
+                fix="Give a folder checkpoint-N that a training wrote.",
+            )
+        return Path(given)
+    if (found := last_checkpoint(output_dir)) is None:
+        raise UsageError(
+            f"{output_dir}: there is no checkpoint to resume from",
+            fix="Train without resume_from_checkpoint first; save_steps says how often one is "
+            "written.",
+        )
+    return found
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The last complete checkpoint of a training; None where there is none. One whose writing was
+    interrupted does not count."""
+    found = Path(output_dir).glob(f"checkpoint-*/{STATE}")
+    steps = {int(n): one.parent for one in found if (n := one.parent.name[11:]).isdecimal()}
+    return steps[max(steps)] if steps else None
 
 
 @contextlib.contextmanager
-def _moved(part: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Only the part is in train mode and takes gradients; afterwards all is as it was, in eval
-    mode."""
+def _only(part: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Only the part takes gradients; afterwards all is as it was, in eval mode."""
     parameters = set(map(id, part.parameters()))
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
-    model.eval()
-    part.train()
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -106,65 +323,4 @@ def _moved(part: nn.Module, model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms, class tokens and positions (whose first axis is 1) do not."""
-    decays: list[nn.Parameter] = []
-    stays: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decays if parameter.ndim > 1 and parameter.shape[0] > 1 else stays).append(parameter)
-    groups: list[dict[str, object]] = [
-        {"params": decays, "weight_decay": weight_decay},
-        {"params": stays, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _schedule(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    done: int,
-    fingerprint: str,
-) -> None:
-    state = {
-        "format": STATE_FORMAT,
-        "fingerprint": fingerprint,
-        "done": done,
-        "weights": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
-) -> int:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        known = state["format"] == STATE_FORMAT and state["fingerprint"] == fingerprint
-    except Exception as error:  # torch.load raises whatever its readers raise
-        raise ExportError(
-            f"{path}: not a training state ({type(error).__name__})",
-            fix="Delete it to start the training anew, or name another state_file.",
-        ) from error
-    if not known:
-        raise ExportError(
-            f"{path}: the state of another training (other steps, rates, weights or model)",
-            fix="Use the arguments it was made with, or delete it to start anew.",
-        )
-    model.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    return int(state["done"])
-
-
-__all__ = ["Progress", "train"]
+__all__ = ["ExitTrainer", "last_checkpoint", "load_weights"]

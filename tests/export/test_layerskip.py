@@ -1,4 +1,4 @@
-"""LayerSkip training: what it adds to language modelling, and that it goes on where it stopped."""
+"""LayerSkip training and that of adapters: what they add to language modelling."""
 
 from __future__ import annotations
 
@@ -7,36 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.families.llama import trunk
-from edgeexit.export.methods.adapters import train_adapters
+from edgeexit.export.methods.adapters import AdapterDistillation
 from edgeexit.export.methods.layerskip import (
+    IGNORED,
+    LayerSkip,
+    agreement_loss,
     dropout_rates,
     exit_weights,
-    next_token_loss,
-    train_layerskip,
+    token_loss,
+    tokens_and_targets,
 )
-from tests.decoders import LAYERS, VOCABULARY, make_decoder
+from edgeexit.export.methods.method import Method
+from tests.decoders import LAYERS, VOCABULARY
+from tests.training import counting, decoder, first_word, losses, text_classifier, train
+
+GIVEN = {"max_steps": 60, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+HELD_OUT = torch.stack([row["input_ids"] for row in counting(8, seed=12345)])
 
 
-def make(exits: list[int], adapters: list[int] | None = None) -> ExitDecoder:
-    model = make_decoder("llama")
-    return ExitDecoder(model, trunk(model), exits, adapters or [])  # type: ignore[arg-type]
-
-
-def batches(step: int) -> torch.Tensor:
-    """Tokens that count upwards from a random start: the next one can be known."""
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(1, VOCABULARY, (8, 1), generator=generator)
-    return (starts + torch.arange(13)) % 20 + 1
-
-
-def losses(decoder: ExitDecoder) -> dict[int, float]:
+def losses_of(model: ExitDecoder) -> dict[int, float]:
+    """Of every exit, on rows that nothing is trained on."""
     with torch.no_grad():
-        tokens = batches(12345)
-        found = decoder(tokens[:, :-1])
-    return {layer: next_token_loss(logits, tokens).item() for layer, logits in found.items()}
+        found = model(HELD_OUT[:, :-1])
+    return {layer: token_loss(logits, HELD_OUT[:, 1:]).item() for layer, logits in found.items()}
 
 
 def test_deeper_layers_are_dropped_more_often() -> None:
@@ -51,32 +46,32 @@ def test_the_papers_weights_grow_with_depth_and_stay_below_the_last_layers() -> 
     assert all(0 <= weight < 1 for weight in weights.values())
 
 
-def test_exits_learn_with_losses_and_do_not_without() -> None:
-    plain, skipping = make([1, 2]), make([1, 2])
-    how = {"steps": 60, "learning_rate": 5e-3}
-    train_layerskip(plain, batches, **how, dropout=0.0, weights={})  # type: ignore[arg-type]
-    train_layerskip(skipping, batches, **how, dropout=0.2, weights={1: 0.5, 2: 0.5})  # type: ignore[arg-type]
-    without, with_ = losses(plain), losses(skipping)
+def test_exits_learn_with_losses_and_do_not_without(tmp_path: Path) -> None:
+    plain, skipping = decoder([1, 2]), decoder([1, 2])
+    rows = counting(480)
+    train(tmp_path, plain, LayerSkip(dropout=0.0, weights={}), rows, **GIVEN)
+    train(tmp_path, skipping, LayerSkip(dropout=0.2, weights={1: 0.5, 2: 0.5}), rows, **GIVEN)
+    without, with_ = losses_of(plain), losses_of(skipping)
     assert with_[1] < 0.7 * without[1] and with_[2] < 0.7 * without[2]
     assert with_[LAYERS] < 1.0 and without[LAYERS] < 1.0
+    assert "exits" not in plain.provenance and skipping.provenance["exits"] == "trained"
 
 
-def test_adapters_learn_with_the_model() -> None:
-    decoder = make([1, 2], adapters=[1])
-    before = {name: value.clone() for name, value in decoder.adapters.state_dict().items()}
-    first = losses(decoder)
-    train_layerskip(
-        decoder, batches, steps=60, learning_rate=5e-3, dropout=0.0, weights={1: 0.5, 2: 0.5}
-    )
-    after = decoder.adapters.state_dict()
+def test_adapters_learn_with_the_model(tmp_path: Path) -> None:
+    model = decoder([1, 2], adapters=[1])
+    before = {name: value.clone() for name, value in model.adapters.state_dict().items()}
+    first = losses_of(model)
+    train(tmp_path, model, LayerSkip(dropout=0.0, weights={1: 0.5, 2: 0.5}), counting(480), **GIVEN)
+    after = model.adapters.state_dict()
     assert not any(torch.equal(value, after[name]) for name, value in before.items())
-    assert losses(decoder)[1] < 0.5 * first[1]
+    assert losses_of(model)[1] < 0.5 * first[1]
+    assert model.provenance == {"exits": "trained", "adapters": "trained"}
 
 
-def apart(decoder: ExitDecoder) -> dict[int, float]:
+def apart(model: ExitDecoder) -> dict[int, float]:
     """How far an early exit's answer is from the last layer's: cross-entropy above its entropy."""
     with torch.no_grad():
-        found = decoder(batches(12345)[:, :-1])
+        found = model(HELD_OUT[:, :-1])
     target = found[LAYERS].flatten(0, 1).log_softmax(-1)
     return {
         layer: torch.nn.functional.kl_div(
@@ -85,82 +80,101 @@ def apart(decoder: ExitDecoder) -> dict[int, float]:
             reduction="batchmean",
             log_target=True,
         ).item()
-        for layer in decoder.exit_layers
+        for layer in model.exit_layers
     }
 
 
-def test_adapters_alone_learn_what_the_last_layer_says_and_leave_the_model_as_it_is() -> None:
-    decoder = make([1, 2], adapters=[2])
-    model = {name: value.clone() for name, value in decoder.model.state_dict().items()}
-    before = apart(decoder)
-    made = train_adapters(decoder, batches, steps=60, learning_rate=5e-3)
+def test_adapters_alone_learn_what_the_last_layer_says_and_leave_the_model_as_it_is(
+    tmp_path: Path,
+) -> None:
+    model = decoder([1, 2], adapters=[2])
+    held = {name: value.clone() for name, value in model.model.state_dict().items()}
+    before = apart(model)
+    made = losses(train(tmp_path, model, AdapterDistillation(), counting(480), **GIVEN))
     assert len(made) == 60 and made[-1] < made[0]
-    after = apart(decoder)
+    after = apart(model)
     assert after[2] < 0.7 * before[2] and after[1] == before[1]
-    for name, value in decoder.model.state_dict().items():
-        assert torch.equal(value, model[name])
-    assert all(parameter.requires_grad for parameter in decoder.model.parameters())
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, held[name])
+    assert all(parameter.requires_grad for parameter in model.model.parameters())
+    assert model.provenance == {"adapters": "trained"}  # the exit behind layer 1 has none
 
 
-def test_distilled_exits_agree_with_the_last_layer_more_than_those_that_learn_the_text() -> None:
+def test_distilled_exits_agree_with_the_last_layer_more_than_those_that_learn_the_text(
+    tmp_path: Path,
+) -> None:
     """On noise there is nothing to learn but what the last layer says."""
-
-    def noise(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        return torch.randint(1, VOCABULARY, (8, 13), generator=generator)
-
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (480, 13), generator=generator)
+    noise = [{"input_ids": row} for row in ids]
     found = []
-    for distillation in (0.0, 1.0):
-        decoder = make([1])
-        train_layerskip(
-            decoder,
-            noise,
-            steps=60,
-            learning_rate=5e-3,
-            dropout=0.0,
-            weights={1: 1.0},
-            distillation=distillation,
-        )
-        found.append(apart(decoder)[1])
+    for share in (0.0, 1.0):
+        model = decoder([1])
+        method = LayerSkip(dropout=0.0, weights={1: 1.0}, distillation=share)
+        train(tmp_path, model, method, noise, **GIVEN)
+        found.append(apart(model)[1])
     assert found[1] < 0.8 * found[0]
 
 
-def test_there_must_be_adapters_to_train() -> None:
-    with pytest.raises(UsageError, match="no adapters"):
-        train_adapters(make([1]), batches, steps=1)
-
-
 def test_a_dropped_layer_is_left_out() -> None:
-    decoder = make([1])
-    ids = batches(0)
+    model = decoder([1])
     with torch.no_grad():
-        whole, short = decoder(ids), decoder(ids, skipped=[2, 3, 4])
+        whole, short = model(HELD_OUT), model(HELD_OUT, skipped=[2, 3, 4])
     torch.testing.assert_close(short[LAYERS], whole[1])
 
 
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    once, twice = make([1, 2]), make([1, 2])
-    how = {"steps": 8, "dropout": 0.2, "weights": {1: 0.5}, "save_every": 4}
-    train_layerskip(once, batches, **how)  # type: ignore[arg-type]
+def test_layers_are_dropped_by_the_step_alone() -> None:
+    """Not by the random numbers of a process, which differ between processes."""
+    model, method = decoder([1, 2]), LayerSkip(dropout=0.9, weights={1: 1.0, 2: 1.0})
+    asked: list[tuple[list[int], list[int]]] = []
 
-    def stop(done: int, of: int, loss: float) -> None:
-        if done == 5:
-            raise KeyboardInterrupt
+    def forward(ids: torch.Tensor, *, exits: list[int], skipped: list[int]) -> object:
+        asked.append((exits, skipped))
+        return model(ids, exits=exits, skipped=skipped)
 
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        train_layerskip(twice, batches, **how, state_file=state, progress=stop)  # type: ignore[arg-type]
-    train_layerskip(twice, batches, **how, state_file=state)  # type: ignore[arg-type]
-    for one, other in zip(once.parameters(), twice.parameters(), strict=True):
-        assert torch.equal(one, other)
-    with pytest.raises(EdgeExitError, match="another training"):
-        train_layerskip(make([1, 2]), batches, **(how | {"dropout": 0.1}), state_file=state)  # type: ignore[arg-type]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for step in (0, 1, 2, 3, 4, 5, 6, 7):
+            method.loss(model, forward, {"input_ids": HELD_OUT}, step)
+    assert asked[:8] == asked[8:]
+    assert [exits for exits, _ in asked[:4]] == [[1, 4], [2, 4], [1, 4], [2, 4]]
+    assert len({tuple(skipped) for _, skipped in asked}) > 3
+    method.loss(model, forward, {"input_ids": HELD_OUT}, None)
+    assert asked[-1] == ([1, 2, 4], [])
+
+
+def test_padding_and_ignored_tokens_are_not_learned() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    labels = torch.tensor([[IGNORED, IGNORED, 7, 8], [IGNORED, 6, 0, 0]])
+    tokens, targets = tokens_and_targets({"input_ids": ids, "attention_mask": mask})
+    assert tokens.tolist() == [[5, 6, 7], [5, 6, 0]]
+    assert targets.tolist() == [[6, 7, 8], [6, IGNORED, IGNORED]]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    assert tokens_and_targets(batch)[1].tolist() == [[IGNORED, 7, 8], [6, IGNORED, IGNORED]]
+    assert LayerSkip().count(batch) == AdapterDistillation().count(batch) == 3
+    with pytest.raises(UsageError, match=r"padding before a token. Pad on the right"):
+        tokens_and_targets({"input_ids": ids, "attention_mask": mask.flip(1)})
+
+
+def test_losses_are_means_over_what_is_learned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, last = torch.randn(2, 2, 3, 7, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([[1, 2, IGNORED], [IGNORED, IGNORED, 6]])
+    kept = targets != IGNORED
+    expected = -logits.float()[kept].log_softmax(-1).gather(1, targets[kept][:, None]).mean()
+    torch.testing.assert_close(token_loss(logits, targets), expected)
+    said = last.float()[kept].softmax(-1)
+    expected = -(said * logits.float()[kept].log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(agreement_loss(logits, last, targets), expected)
+    nothing = torch.full_like(targets, IGNORED)
+    assert token_loss(logits, nothing) == 0 and agreement_loss(logits, last, nothing) == 0
 
 
 def test_saved_exits_are_read_back(tmp_path: Path) -> None:
     from edgeexit.export.pretrained import from_pretrained
 
-    make([1, 3]).save_pretrained(tmp_path)
+    decoder([1, 3]).save_pretrained(tmp_path)
     read = from_pretrained(tmp_path)
     assert isinstance(read, ExitDecoder) and read.exit_layers == [1, 3]
     assert read.provenance["exits"] == "trained"
@@ -168,14 +182,25 @@ def test_saved_exits_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    "method, complaint",
     [
-        ({"dropout": 1.0}, "dropout"),
-        ({"weights": {3: 1.0}}, "layer 3 has no exit"),
-        ({"steps": 0}, "steps"),
-        ({"distillation": 1.5}, "distillation"),
+        (LayerSkip(dropout=1.0), "dropout 1.0 is out of range"),
+        (LayerSkip(weights={3: 1.0}), "layer 3 has no exit"),
+        (LayerSkip(weights={1: -1.0}), "are invalid"),
+        (LayerSkip(distillation=1.5), "distillation 1.5 is out of range"),
+        (AdapterDistillation(), "no adapters"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        train_layerskip(make([1]), batches, **({"steps": 1} | wrong))  # type: ignore[arg-type]
+def test_settings_are_refused_when_they_are_invalid(
+    method: Method, complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        train(tmp_path, decoder([1]), method, counting(8), max_steps=1)
+
+
+@pytest.mark.parametrize("method", [LayerSkip(), AdapterDistillation()])
+def test_models_are_refused_when_they_are_not_plain_language_models(
+    method: Method, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="without an encoder, not ExitClassifier"):
+        train(tmp_path, text_classifier(), method, first_word(8), max_steps=1)

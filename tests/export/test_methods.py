@@ -1,27 +1,20 @@
-"""Training: losses fall, the frozen stays, teachers do not learn, interruptions leave no trace."""
+"""Training of classifiers: losses fall, the frozen stays, teachers do not learn."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families import bert, resnet
-from edgeexit.export.methods.joint import Batch, exit_loss, train_heads, train_joint
+from edgeexit.export.methods.joint import Joint, exit_loss
 from tests.checkpoints import CLASSES, make_model
-
-
-def text_classifier(dropout: float = 0.1) -> ExitClassifier:
-    model = make_model("bert")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-    torch.manual_seed(3)
-    return ExitClassifier(model, bert.trunk(model), [1, 2])
+from tests.training import Rows, decoder, first_word, losses, text_classifier, train
 
 
 def image_classifier() -> ExitClassifier:
@@ -30,23 +23,14 @@ def image_classifier() -> ExitClassifier:
     return ExitClassifier(model, resnet.trunk(model, (16, 16)), [1, 3])
 
 
-def first_word(step: int) -> Batch:
-    """The label is written in the first token, the one that exits look at."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(10, 60, (16, 6), generator=generator)
-    labels = torch.randint(0, CLASSES, (16,), generator=generator)
-    ids[:, 0] = labels + 4
-    ones = torch.ones_like(ids)
-    return {"input_ids": ids, "attention_mask": ones, "token_type_ids": 0 * ids}, labels
-
-
-def bright_channel(step: int) -> Batch:
+def bright_channel(count: int) -> Rows:
     """The label is the brightest channel."""
-    generator = torch.Generator().manual_seed(step)
-    labels = torch.randint(0, CLASSES, (16,), generator=generator)
-    images = 0.3 * torch.randn(16, CLASSES, 16, 16, generator=generator)
-    images[torch.arange(16), labels] += 1.0
-    return {"pixel_values": images}, labels
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    images = 0.3 * torch.randn(count, CLASSES, 16, 16, generator=generator)
+    images[torch.arange(count), labels] += 1.0
+    columns = zip(images, labels, strict=True)
+    return [{"pixel_values": image, "labels": label} for image, label in columns]
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -59,21 +43,19 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.5])
-def test_train_joint_makes_every_exit_right_when_the_problem_is_easy(distillation: float) -> None:
-    classifier = text_classifier()
-    told: list[tuple[int, int, float]] = []
-    losses = train_joint(
-        classifier,
-        first_word,
-        steps=40,
-        learning_rate=3e-3,
-        warmup=5,
-        distillation=distillation,
-        progress=lambda done, of, loss: told.append((done, of, loss)),
-    )
-    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
-    assert told == [(i + 1, 40, loss) for i, loss in enumerate(losses)]
-    inputs, labels = first_word(1000)
+def test_joint_makes_every_exit_right_when_the_problem_is_easy(
+    distillation: float, tmp_path: Path
+) -> None:
+    classifier, method = text_classifier(), Joint(distillation=distillation)
+    given = {"max_steps": 40, "learning_rate": 3e-3, "warmup_steps": 5}
+    trainer = train(tmp_path, classifier, method, first_word(640), **given)
+    found = losses(trainer)
+    assert len(found) == 40
+    assert sum(found[-5:]) < 0.2 * sum(found[:5])
+    rows = first_word(16, seed=1000)
+    names = [tensor.name for tensor in classifier.trunk.inputs]
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in names}
+    labels = torch.stack([row["labels"] for row in rows])
     for logits in classifier(**inputs):
         assert (logits.argmax(-1) == labels).float().mean() >= 0.9
     assert classifier.trained and not classifier.training
@@ -81,25 +63,38 @@ def test_train_joint_makes_every_exit_right_when_the_problem_is_easy(distillatio
 
 
 @pytest.mark.parametrize("family", ["bert", "resnet"])
-def test_train_heads_leaves_the_backbone_bit_identical_and_the_heads_better(family: str) -> None:
+def test_a_frozen_backbone_stays_bit_identical_while_the_heads_learn(
+    family: str, tmp_path: Path
+) -> None:
     classifier = text_classifier() if family == "bert" else image_classifier()
-    batches = first_word if family == "bert" else bright_channel
+    rows = first_word(320) if family == "bert" else bright_channel(320)
     backbone, heads = weights_of(classifier.model), weights_of(classifier.heads)
-    losses = train_heads(classifier, batches, steps=60, learning_rate=2e-2)
+    method = Joint(freeze_backbone=True)
+    found = losses(train(tmp_path, classifier, method, rows, max_steps=60, learning_rate=2e-2))
     assert_equal(weights_of(classifier.model), backbone)  # batch statistics included
     assert all(
         not torch.equal(heads[name], value) for name, value in classifier.heads.state_dict().items()
     )
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
     assert classifier.trained
     assert all(parameter.requires_grad for parameter in classifier.parameters())
     assert all(parameter.grad is None for parameter in classifier.model.parameters())
 
 
-def test_train_heads_keeps_frozen_parameters_frozen_when_they_were_before() -> None:
+def test_batch_statistics_move_when_the_backbone_is_trained(tmp_path: Path) -> None:
+    classifier = image_classifier()
+    before = weights_of(classifier.model)
+    train(tmp_path, classifier, Joint(), bright_channel(16), max_steps=1)
+    moved = [name for name, value in before.items() if "running" in name]
+    after = classifier.model.state_dict()
+    assert moved and not any(torch.equal(before[name], after[name]) for name in moved)
+
+
+def test_parameters_stay_frozen_when_they_were_before(tmp_path: Path) -> None:
     classifier = text_classifier()
     classifier.model.classifier.weight.requires_grad_(False)
-    train_heads(classifier, first_word, steps=1)
+    given: dict[str, Any] = {"max_steps": 1}
+    train(tmp_path, classifier, Joint(freeze_backbone=True), first_word(16), **given)
     assert not classifier.model.classifier.weight.requires_grad
     assert classifier.model.classifier.bias.requires_grad
 
@@ -135,77 +130,35 @@ def test_distillation_gives_no_gradient_to_the_exit_it_learns_from() -> None:
     torch.testing.assert_close(last.grad, alone.grad)
 
 
-@pytest.mark.parametrize("train", [train_joint, train_heads])
-def test_training_gives_the_same_weights_when_interrupted_and_resumed(
-    train, tmp_path: Path
-) -> None:
-    options = {"steps": 12, "learning_rate": 1e-2, "warmup": 2, "distillation": 0.5}
-    torch.manual_seed(7)
-    whole = text_classifier()
-    losses = train(whole, first_word, **options)
-
-    def interrupt(done: int, of: int, loss: float) -> None:
-        if done == 7:
-            raise KeyboardInterrupt
-
-    state = tmp_path / "training.state"
-    torch.manual_seed(7)
-    cut = text_classifier()
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, first_word, **options, state_file=state, save_every=5, progress=interrupt)
-    assert not cut.trained
-    torch.manual_seed(99)  # the state brings its own random numbers, for dropout
-    again = text_classifier()
-    rest = train(again, first_word, **options, state_file=state, save_every=5)
-    assert rest == losses[5:]
-    assert_equal(weights_of(again), weights_of(whole))
-    assert train(again, first_word, **options, state_file=state) == []
-
-
-def test_training_refuses_a_state_when_it_is_of_another_training(tmp_path: Path) -> None:
-    state = tmp_path / "training.state"
-    train_joint(text_classifier(), first_word, steps=1, state_file=state)
-    with pytest.raises(ExportError, match=r"training\.state: the state of another training"):
-        train_joint(text_classifier(), first_word, steps=2, state_file=state)
-    with pytest.raises(ExportError, match=r"training\.state: the state of another training"):
-        train_heads(text_classifier(), first_word, steps=1, state_file=state)
-    state.write_bytes(b"not a state")
-    with pytest.raises(ExportError, match=r"training\.state: not a training state"):
-        train_joint(text_classifier(), first_word, steps=1, state_file=state)
-
-
-def test_training_stops_with_the_weights_as_they_were_when_the_loss_is_not_finite() -> None:
-    def poisoned(step: int) -> Batch:
-        inputs, labels = bright_channel(step)
-        return {
-            "pixel_values": inputs["pixel_values"] * (float("nan") if step == 1 else 1.0)
-        }, labels
-
-    classifier = image_classifier()
-    with pytest.raises(ExportError, match="loss of step 2 is nan"):
-        train_heads(classifier, poisoned, steps=3)
-    assert all(parameter.isfinite().all() for parameter in classifier.parameters())
-    assert not classifier.trained
-
-
 @pytest.mark.parametrize(
-    "options, complaint",
+    "method, complaint",
     [
-        ({"steps": 0}, "steps 0"),
-        ({"steps": 3, "warmup": 4}, "warmup 4"),
-        ({"steps": 1, "weights": [1.0]}, "1 for 3 exits"),
-        ({"steps": 1, "weights": [1.0, -1.0, 1.0]}, "cannot weigh"),
-        ({"steps": 1, "weights": [0.0, 0.0, 0.0]}, "cannot weigh"),
-        ({"steps": 1, "distillation": 1.5}, "distillation 1.5"),
-        ({"steps": 1, "temperature": 0.0}, "temperature 0.0"),
+        (Joint(weights=[1.0]), "1 weights for 3 exits"),
+        (Joint(weights=[1.0] * 3, freeze_backbone=True), "3 weights for 2 exits"),
+        (Joint(weights=[1.0, -1.0, 1.0]), "are invalid"),
+        (Joint(weights=[1.0, float("nan"), 1.0]), "are invalid"),
+        (Joint(weights=[0.0, 0.0, 0.0]), "are invalid"),
+        (Joint(distillation=1.5), "distillation 1.5 is out of range"),
+        (Joint(temperature=0.0), "temperature 0.0"),
     ],
 )
-def test_train_joint_refuses_when_arguments_cannot_be_meant(options: dict, complaint: str) -> None:
+def test_joint_refuses_when_settings_are_invalid(
+    method: Joint, complaint: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=complaint):
-        train_joint(text_classifier(), first_word, **options)
+        train(tmp_path, text_classifier(), method, first_word(16))
 
 
-def test_train_heads_refuses_when_there_are_no_heads() -> None:
+def test_joint_refuses_when_there_is_nothing_to_train(tmp_path: Path) -> None:
     model = make_model("bert")
-    with pytest.raises(UsageError, match="no exit heads"):
-        train_heads(ExitClassifier(model, bert.trunk(model), []), first_word, steps=1)
+    classifier = ExitClassifier(model, bert.trunk(model), [])
+    with pytest.raises(UsageError, match="no exit heads to train"):
+        train(tmp_path, classifier, Joint(freeze_backbone=True), first_word(16))
+    with pytest.raises(UsageError, match="Joint trains classifiers, not ExitDecoder"):
+        train(tmp_path, decoder([1]), Joint(), first_word(16))
+
+
+def test_joint_refuses_batches_without_labels(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in first_word(16)]
+    with pytest.raises(UsageError, match="no 'labels' .it has input_ids, .*must have input_ids"):
+        train(tmp_path, text_classifier(), Joint(), rows, max_steps=1)
