@@ -35,6 +35,8 @@ def text_classifier(dropout: float = 0.1) -> ExitClassifier:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
+        if hasattr(module, "dropout_prob"):  # that of attention, before transformers 5
+            module.dropout_prob = dropout  # type: ignore[assignment]
     torch.manual_seed(3)
     return ExitClassifier(model, bert.trunk(model), [1, 2])  # type: ignore[arg-type]
 

