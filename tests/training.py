@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/training.py FOLDER joint-ddp layerskip-fsdp
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def arguments(folder: Path, **given: Any) -> TrainingArguments:
         "per_device_train_batch_size": 16,
         "lr_scheduler_type": "cosine",
     }
+    # Before transformers 5 it stays there, and the process's next training has that precision, too.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     args = TrainingArguments(str(folder), **(usual | given))
     if args.fsdp and args.device.type == "cpu":
         # accelerate shards on GPUs only; where processors pass for such, torch does it there.
