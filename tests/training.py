@@ -15,6 +15,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from edgeexit.export.exits.classifier import ExitClassifier
@@ -105,7 +106,7 @@ def train(
     folder: Path,
     model: ExitClassifier | ExitDecoder,
     method: Method,
-    rows: Rows,
+    rows: Rows | IterableDataset,
     *,
     resume: bool | str = False,
     callbacks: list[TrainerCallback] | None = None,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
 from edgeexit.errors import ExportError, UsageError
@@ -40,7 +42,17 @@ from tests.training import (
 ROOT = Path(__file__).parent.parent.parent
 Maker = Callable[[], ExitClassifier | ExitDecoder]
 LAYERSKIP = LayerSkip(dropout=0.5, weights={1: 1.0, 2: 0.5})
-TRAININGS: dict[str, tuple[Maker, Method, Rows]] = {
+
+
+class Stream(IterableDataset):
+    """Rows without end, as a data set has them that is read from elsewhere."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return itertools.cycle(first_word(100))
+
+
+TRAININGS: dict[str, tuple[Maker, Method, Rows | IterableDataset]] = {
+    "stream": (text_classifier, Joint(), Stream()),
     "joint": (text_classifier, Joint(distillation=0.5), first_word(80)),
     "heads": (text_classifier, Joint(freeze_backbone=True), first_word(80)),
     "layerskip": (lambda: decoder([1, 2], [1]), LAYERSKIP, counting(80)),
