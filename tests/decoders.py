@@ -177,7 +177,8 @@ def approximate(
     Returns:
         Tokens, the layer that answered each, and how far its largest logit was above the second.
     """
-    from edgeexit.export.trace.attention import join_heads, rotate, split_heads
+    from edgeexit.export.trace.attention import join_heads, split_heads
+    from edgeexit.export.trace.rotary import rotate
 
     describe = opt_trunk if model.config.model_type == "opt" else llama_trunk
     trunk = describe(model.double().eval())  # type: ignore[arg-type]

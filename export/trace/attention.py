@@ -20,11 +20,15 @@ from torch.nn import functional
 
 from edgeexit.bundle.manifest import StateForm, Tensor
 from edgeexit.export.contract import Length, length
+from edgeexit.export.trace.relative_bias import RelativeBias
+from edgeexit.export.trace.rotary import angles, rotate, rotations, turn
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
 FLOAT32_ATTENTION = "float32-attention"
 """What fused attention asks of an engine in float32 only: GPUs have it in half precision."""
+ATTENTION_BIAS = "attention-bias"
+"""What fused attention asks of an engine where a bias is added to its scores."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,26 @@ class Heads:
         size: Width of one head.
         rotary: Tables ``(cos, sin)``, each ``[positions, size / 2]``: the two halves of a query or
             key are turned by them (RoPE, arXiv:2104.09864). None: positions enter elsewhere.
+        bias: What is added to scores by the distance of query and key. It needs as many heads of
+            keys as of queries, and token states without gaps: a key stands at its place in them.
+        scale: What scores are multiplied by; None: ``size ** -0.5``.
     """
 
     queries: int
     keys: int
     size: int
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    bias: RelativeBias | None = None
+    scale: float | None = None
+
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied by."""
+        return self.size**-0.5 if self.scale is None else self.scale
+
+    def scaled(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries multiplied by `scaling`."""
+        return q if self.scaling == 1.0 else q * self.scaling
 
     def on(self, device: torch.device) -> Heads:
         """The same with its tables on a device."""
@@ -66,16 +84,25 @@ class InPlace(nn.Module):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.bias = heads, heads.bias
         self.shared: tuple[Tensor, ...] = (_PLACES, *(length(kind, kind) for kind in self.lengths))
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+        if heads.bias is not None:
+            self.requires = (*self.requires, ATTENTION_BIAS)
+            self.shared += (_bias(heads, None),)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
         """What layers share: `shared`."""
-        return (positions, *lengths)
+        if self.bias is None:
+            return (positions, *lengths)
+        # The operator takes a bias of exactly as many keys as the longest row has.
+        most = lengths[self.lengths.index("most")].item()
+        torch._check(most >= 0)
+        seen = torch.arange(most, device=positions.device)
+        return (positions, *lengths, self.bias(positions, seen))
 
     def forward(
         self,
@@ -87,10 +114,10 @@ class InPlace(nn.Module):
     ) -> Made:
         """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
         heads, rotary = self.heads, self.heads.rotary is not None
-        positions, last, most = shared
-        inputs = [q, k, v, *past, last, most]
-        if rotary:
-            inputs += [self.cos, self.sin, positions]
+        positions, last, most, *bias = shared
+        inputs: list[torch.Tensor | None] = [q, k, v, *past, last, most]
+        inputs += [self.cos, self.sin, positions] if rotary else [None] * 3 if bias else []
+        inputs += bias
         attended, key, value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             inputs,
@@ -98,7 +125,7 @@ class InPlace(nn.Module):
                 "num_heads": heads.queries,
                 "kv_num_heads": heads.keys,
                 "do_rotary": int(rotary),
-                "scale": heads.size**-0.5,
+                "scale": heads.scaling,
             },
             dtypes=[q.dtype] * 3,
             shapes=[q.shape, past[0].shape, past[1].shape],
@@ -126,23 +153,31 @@ class Fixed(nn.Module):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.bias = heads, heads.bias
         self.shared: tuple[Tensor, ...] = (
             _PLACES,
             *(length(kind, kind) for kind in self.lengths),
-            Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"]),
+            Tensor(name="seen", dtype="bool", axes=["batch", 1, "new", "past"])
+            if heads.bias is None
+            else _bias(heads, "past"),
         )
         if heads.rotary is not None:
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
+        if heads.bias is not None:
+            self.requires = (*self.requires, ATTENTION_BIAS)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What layers share (`shared`): which places of the cache each new token sees."""
+        """What layers share (`shared`): which places of the cache each new token sees, as a mask
+        or as a bias that is very low elsewhere."""
         (filled,) = lengths
         last = filled.unsqueeze(1) + torch.arange(positions.shape[1], device=positions.device)
-        seen = torch.arange(capacity, device=positions.device) <= last.unsqueeze(2)
-        return positions, filled, seen.unsqueeze(1)
+        places = torch.arange(capacity, device=positions.device)
+        seen = (places <= last.unsqueeze(2)).unsqueeze(1)
+        if self.bias is None:
+            return positions, filled, seen
+        return positions, filled, _masked(self.bias(positions, places), ~seen)
 
     def forward(
         self,
@@ -169,7 +204,7 @@ class Fixed(nn.Module):
         )
         attended = _operator(
             "Attention",
-            [q * heads.size**-0.5, key, value, seen],
+            [heads.scaled(q), key, value, seen],
             {"scale": 1.0},
             like=q,
         )
@@ -199,26 +234,37 @@ class Append(nn.Module):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.bias = heads, heads.bias
         alone = heads.queries == heads.keys
         self.shared: tuple[Tensor, ...] = (
             Tensor(name="beyond", dtype="bool", axes=["batch", 1, 1, "past"]),
             Tensor(name="later", dtype="bool", axes=["new" if alone else "queries", "new"]),
         )
+        if heads.bias is not None:
+            axes: list[str | int | None] = [heads.queries, "new", "new"]
+            self.shared = (
+                _bias(heads, "past"),
+                Tensor(name="own_bias", dtype="float32", axes=axes),
+            )
         if heads.rotary is not None:
-            self.shared += rotations(heads)
+            self.shared += rotations(heads.size)
             self.cos, self.sin = (nn.Buffer(table) for table in heads.rotary)
 
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
         """What layers share (`shared`): which of the cached and of the new keys each new token does
-        not see (each query, where several share keys), and rotations."""
+        not see (each query, where several share keys) or biases that are very low there, and
+        rotations."""
         (filled,) = lengths
         new, shared = positions.shape[1], self.heads.queries // self.heads.keys
         beyond = torch.arange(capacity, device=positions.device) >= filled.reshape(-1, 1, 1, 1)
         order = torch.arange(new, device=positions.device)
         later = order.unsqueeze(0) > order.unsqueeze(1)
+        if self.bias is not None:
+            places = torch.arange(capacity, device=positions.device)
+            of_old, of_own = self.bias(positions, places), self.bias(order, order)
+            return _masked(of_old, beyond), _masked(of_own, later)
         if shared > 1:
             later = later.repeat(shared, 1)
         if self.heads.rotary is None:
@@ -246,19 +292,32 @@ class Append(nn.Module):
             q, k = turn(q, cos, sin), turn(k, cos, sin)
         new, capacity = q.shape[2], past_key.shape[2]
         group = heads.queries // heads.keys
-        q = q * heads.size**-0.5
+        q = heads.scaled(q)
         if group > 1:
             # Query heads that share keys become rows: [batch, keys, group * new, size]
             q = q.unflatten(1, (heads.keys, group)).flatten(2, 3)
-        lowest = torch.finfo(q.dtype).min
-        old = (q @ past_key.transpose(-1, -2)).masked_fill(beyond, lowest)
-        own = (q @ k.transpose(-1, -2)).masked_fill(later, lowest)
+        old, own = q @ past_key.transpose(-1, -2), q @ k.transpose(-1, -2)
+        if self.bias is None:
+            old, own = _masked(old, beyond), _masked(own, later)
+        else:  # `prepare` has masked the biases
+            old, own = old + beyond, own + later
         shares = torch.softmax(torch.cat([old, own], dim=-1), dim=-1, dtype=torch.float32)
         of_old, of_own = shares.to(q.dtype).split([capacity, new], dim=-1)
         attended = of_old @ past_value + of_own @ v
         if group > 1:
             attended = attended.unflatten(2, (group, new)).flatten(1, 2)
         return join_heads(attended), k, v
+
+
+def _masked(scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """Scores or biases, as low as can be for keys that are not seen."""
+    return scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
+
+
+def _bias(heads: Heads, keys: str | None) -> Tensor:
+    """Describes what is added to scores, of so many keys."""
+    axes: list[str | int | None] = ["batch", heads.queries, "new", keys]
+    return Tensor(name="bias", dtype="float32", axes=axes)
 
 
 AnyForm = InPlace | Fixed | Append
@@ -289,11 +348,27 @@ def causal_attention(
     shared = heads.queries // heads.keys
     if shared > 1:
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-    return join_heads(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    if heads.bias is None:
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=heads.scaling
+        )
+        return join_heads(attended)
+    bias = heads.bias(positions[:1], positions[:1])  # rows of whole sequences stand alike
+    later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+    attended = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=_masked(bias, later), scale=heads.scaling
+    )
+    return join_heads(attended)
 
 
 def read_source(
-    q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, unread: torch.Tensor
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    unread: torch.Tensor,
+    *,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over a source, every token of which sees all others.
 
@@ -301,41 +376,17 @@ def read_source(
         q: ``[batch, new, heads * size]``.
         key, value: ``[batch, heads, source, size]``.
         unread: What is not seen, bool ``[batch, 1, 1, source]``.
+        scale: What scores are multiplied by; None: ``size ** -0.5``.
+        bias: What is added to them, ``[..., heads, new, source]``.
 
     Returns:
         ``[batch, new, heads * size]``.
     """
-    heads, size = key.shape[1], key.shape[3]
-    q = split_heads(q, heads, size) * size**-0.5
-    scores = (q @ key.transpose(-1, -2)).masked_fill(unread, torch.finfo(q.dtype).min)
+    heads = Heads(key.shape[1], key.shape[1], key.shape[3], scale=scale)
+    scores = heads.scaled(split_heads(q, heads.queries, heads.size)) @ key.transpose(-1, -2)
+    scores = _masked(scores if bias is None else scores + bias, unread)
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return join_heads(shares @ value)
-
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Turns queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
-    return turn(x, *angles(cos, sin, positions))
-
-
-def angles(
-    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the tables for positions ``[batch, new]``: ``[batch, 1, new, size / 2]`` each."""
-    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-
-
-def rotations(heads: Heads) -> tuple[Tensor, ...]:
-    """Describes `angles`."""
-    axes: list[str | int | None] = ["batch", 1, "new", heads.size // 2]
-    return tuple(Tensor(name=name, dtype="float32", axes=axes) for name in ("cos", "sin"))
-
-
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the halves of ``x [batch, heads, new, size]`` by `angles`."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
 def split_heads(x: torch.Tensor, count: int, size: int) -> torch.Tensor:

@@ -15,16 +15,8 @@ from torch.func import functional_call
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.export.contract import Form, Layer, Stack
-from edgeexit.export.trace.attention import (
-    AnyForm,
-    Heads,
-    angles,
-    forms,
-    read_source,
-    rotations,
-    split_heads,
-    turn,
-)
+from edgeexit.export.trace.attention import AnyForm, Heads, forms, read_source, split_heads
+from edgeexit.export.trace.rotary import angles, rotations, turn
 
 
 class CutLayer(Protocol):
@@ -116,7 +108,7 @@ class Stacks:
         return Stack(
             entry=self._rotations,
             state=self._state,
-            shared=() if self._heads.rotary is None else rotations(self._heads),
+            shared=() if self._heads.rotary is None else rotations(self._heads.size),
             layers=[Layer(self._kind(layer).projecting, _weights(layer)) for layer in layers],
         )
 
@@ -180,7 +172,9 @@ class _CachedLayer(nn.Module):
         cross_key, cross_value, *shared, unread = rest
         attended, key, value = self.attention(q, k, v, past, shared)
         state, q = cast("ReadingLayer", layer).between(state, attended)
-        return layer.after(state, read_source(q, cross_key, cross_value, unread)), key, value
+        scale = self.attention.heads.scale
+        attended = read_source(q, cross_key, cross_value, unread, scale=scale)
+        return layer.after(state, attended), key, value
 
 
 class _LastToken(nn.Module):

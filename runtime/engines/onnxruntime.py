@@ -254,11 +254,12 @@ def features_of(name: str, version: str) -> frozenset[str]:
     The CPU provider has TensorScatter from 1.25 on, without a copy where its input and output are
     one buffer; on the others it is untested. GPU providers have GroupQueryAttention in half
     precision only; in float32 it would run on the host, and not in place. The TensorRT provider has
-    none of those operators and would leave the GPU for each of them.
+    none of those operators and would leave the GPU for each of them. Fused attention with a bias is
+    tried on the CPU only.
     """
     found = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
     if name == "cpu":
-        found.add("float32-attention")
+        found |= {"float32-attention", "attention-bias"}
         major, minor = (int(part) for part in version.split(".")[:2])
         if (major, minor) >= (1, 25):
             found |= {"opset-24", "cache-update"}
