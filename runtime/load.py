@@ -90,7 +90,8 @@ def load(
     if isinstance(policy, (str, os.PathLike)):
         policy = read_policy(policy)
     chosen = policy_for(policy, bundle)
-    limit = bundle.manifest.limits.get("positions", 0)
+    limit = bundle.manifest.limits.get("positions")
+    usual = (decoding and decoding.capacity) or limit or 0
     check_capacity(capacity, limit, None)
 
     def open_on(name: str) -> Model:
@@ -117,7 +118,7 @@ def load(
             unsplit=unsplit,
             all_scores=all_scores,
             launch_ahead=when,
-            capacity=int(capacity or built or limit),
+            capacity=int(capacity or built or usual),
         )
 
     model = _first_usable(open_on, engine, fallback)
@@ -126,13 +127,13 @@ def load(
 
 
 def check_capacity(
-    capacity: int | None, limit: int, built: int | None, *, fixed: bool = False
+    capacity: int | None, limit: int | None, built: int | None, *, fixed: bool = False
 ) -> None:
     """Refuses a capacity that is out of range.
 
     Args:
         capacity: Tokens asked for; None: as many as there are.
-        limit: The most that the model was made for.
+        limit: The most that the model was made for; None: any number.
         built: The most that engines were built for; None: any number.
         fixed: They were built for exactly so many.
 
@@ -142,10 +143,11 @@ def check_capacity(
     if capacity is None:
         return
     whole = isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool)
-    if not whole or not 2 <= capacity <= limit:
+    if not whole or not 2 <= capacity <= (capacity if limit is None else limit):
         raise UsageError(
-            f"capacity {capacity} is out of range: the model was made for 2 to {limit} tokens",
-            fix=f"Use a whole number, at most {limit}.",
+            f"capacity {capacity} is out of range: the model was made for 2 "
+            + ("tokens or more" if limit is None else f"to {limit} tokens"),
+            fix="Use a whole number, at " + ("least 2." if limit is None else f"most {limit}."),
         )
     if built is not None and (capacity > built or (fixed and capacity < built)):
         exactly = ", no fewer, for their states are of a fixed size" if fixed else ""

@@ -83,7 +83,8 @@ class Variant(Struct, frozen=True, kw_only=True):
 
     Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
     standard ones up to that opset), ``cache-update`` (TensorScatter may write into the buffer it
-    reads), ``float32-attention`` (fused attention takes float32).
+    reads), ``float32-attention`` (fused attention takes float32), ``attention-bias`` (and adds a
+    bias to its scores).
 
     `precision` is what the graph computes in; of a graph whose weights alone have 4 bits ``int4``,
     for engines choose what they multiply them in.
@@ -254,12 +255,15 @@ class Decoding(Struct, frozen=True, kw_only=True):
     `chain` runs for every token and gives ``token`` and ``logits``. `tokens` is the program's input
     of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` that says where each token
     stands. Where `start_tokens` are given, a text begins with them, and the prompt is the
-    program's other input (an encoder's).
+    program's other input (an encoder's). `capacity` is how many tokens a text can have where nobody
+    asks for another number; None: the limit ``positions``, which a model with relative positions
+    does not have.
     """
 
     chain: Name
     tokens: Name
     positions: Tensor
+    capacity: Annotated[int, Meta(ge=2)] | None = None
     start_tokens: list[int] = []
     stop_tokens: list[int] = []
     groups: dict[Name, TokenGroup] = {}

@@ -280,9 +280,10 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             fix=EXPORT_AGAIN,
         )
     _check_tokens(manifest, decoding)
-    if "positions" not in manifest.limits:
+    if "positions" not in manifest.limits and decoding.capacity is None:
         raise BundleError(
-            f"{MANIFEST}: limits do not say how many positions a text has", fix=EXPORT_AGAIN
+            f"{MANIFEST}: neither limits nor decoding say how many positions a text has",
+            fix=EXPORT_AGAIN,
         )
     if decoding.start_tokens and len(manifest.inputs) < 2:
         raise BundleError(

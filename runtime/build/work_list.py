@@ -133,12 +133,14 @@ def _capacity(manifest: Manifest, asked: Asked) -> int:
     """Tokens that a text can have; 0 where the program writes none."""
     if manifest.decoding is None:
         return 0
-    limit = manifest.limits["positions"]
-    capacity = asked.capacity or limit
-    if not 2 <= capacity <= limit:
+    limit = manifest.limits.get("positions")
+    capacity = asked.capacity or manifest.decoding.capacity or limit or 0
+    if not 2 <= capacity <= (limit or capacity):
         raise UsageError(
-            f"--capacity {capacity} is out of range (2 to {limit})",
-            fix=f"The model was made for {limit} tokens; use at most that.",
+            f"--capacity {capacity} is out of range (2 to {limit or 'any number'})",
+            fix=f"The model was made for {limit} tokens; use at most that."
+            if limit
+            else "Use 2 or more.",
         )
     return capacity
 
@@ -156,8 +158,8 @@ def _with_new_tokens(manifest: Manifest, asked: Asked, chunk: int, capacity: int
     if (new := asked.max.get("new", 1)) > capacity:
         raise UsageError(
             f"--max-shapes: {new} new tokens exceed the capacity of {capacity}",
-            fix=f"Give at most {capacity}, or a larger --capacity (up to "
-            f"{manifest.limits['positions']}).",
+            fix=f"Give at most {capacity}, or a larger --capacity"
+            + (f" (up to {limit})." if (limit := manifest.limits.get("positions")) else "."),
         )
     most = capacity if _whole_prompts(manifest) else min(chunk, capacity)
     return dataclasses.replace(asked, max={"new": most, **asked.max})

@@ -145,23 +145,24 @@ def _are_ids(prompts: Any) -> bool:
     return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))
 
 
-def check_room(prompt: int, new: int, capacity: int, limit: int) -> None:
+def check_room(prompt: int, new: int, capacity: int, limit: int | None) -> None:
     """Refuses a prompt that leaves no room for the new tokens asked for.
 
     Args:
         capacity: The most tokens of a text here.
-        limit: The most that the model was made for.
+        limit: The most that the model was made for; None: any number.
 
     Raises:
         InputError: With the places that they need.
     """
     if prompt + new <= capacity:
         return
-    larger = (
-        f", or load with a larger capacity (up to {limit})"
-        if capacity < limit
-        else " (the model was made for no more)"
-    )
+    if limit is None:
+        larger = ", or load with a larger capacity"
+    elif capacity < limit:
+        larger = f", or load with a larger capacity (up to {limit})"
+    else:
+        larger = " (the model was made for no more)"
     raise InputError(
         f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
         f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {capacity}",

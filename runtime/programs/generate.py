@@ -147,7 +147,7 @@ class TextProgram:
         longest = max(len(row) for row in given.tokens)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
-        limit = self.bundle.manifest.limits["positions"]
+        limit = self.bundle.manifest.limits.get("positions")
         for row in given.tokens:
             check_ids(self._text_table(), row)
             check_room(len(row), max_new_tokens, self.capacity, limit)

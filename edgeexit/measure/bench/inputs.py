@@ -135,8 +135,8 @@ def prepare_texts(
     else:
         texts, name = read_texts(os.fspath(data), bundle), Path(data).name
     longest = max(len(text.tokens) for text in texts)
-    limit = bundle.manifest.limits["positions"]
-    if longest + new_tokens > limit:
+    limit = bundle.manifest.limits.get("positions")
+    if limit is not None and longest + new_tokens > limit:
         raise MeasurementError(
             f"a prompt of {longest} tokens and {new_tokens} new ones are more than the model was "
             f"made for ({limit})",
