@@ -189,6 +189,9 @@ class SplitModel:
             token of an example. None: the modules are run one after the other.
         decoding: How it writes text, if it does; the tokenizer's own stop token is added.
         limits: Symbolic axis (or ``positions``) -> the largest size that the model was made for.
+        float32: Modules that overflow in half precision, by the last part of their names
+            (transformers' ``_keep_in_fp32_modules``): there they compute in float32, and what
+            components hand on, to which their outputs were added, is float32.
         tokenizer: What stands in a ``tokenizer.json``, for text preprocessing.
         tokenizer_folder: Where a tokenizer's files and chat templates are, if there are any.
         preprocessing_sample: Raw data and what the model's own preprocessing makes of it, so that a
@@ -206,6 +209,7 @@ class SplitModel:
     reference: Callable[[Values], Values] | None = None
     decoding: Decoding | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
     tokenizer: bytes | None = None

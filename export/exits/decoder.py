@@ -61,7 +61,10 @@ class DecoderTrunk:
             rotated, and ``after(state, attended) -> state``.
         head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
         width: Size of a state.
-        positions: The most positions that the model was made for.
+        positions: The most positions that the model was made for; None: any number.
+        capacity: Tokens that a text can have where nobody asks for another number; None:
+            `positions`. One of the two is given.
+        float32: Modules that stay in float32 (`edgeexit.export.contract.SplitModel`).
         stop_tokens: Token ids that end a text.
     """
 
@@ -71,8 +74,10 @@ class DecoderTrunk:
     head: nn.Module
     heads: Heads
     width: int
-    positions: int
+    positions: int | None
     stop_tokens: tuple[int, ...] = ()
+    capacity: int | None = None
+    float32: tuple[str, ...] = ()
 
 
 class ExitDecoder(nn.Module):
@@ -262,10 +267,12 @@ class ExitDecoder(nn.Module):
                 chain="main",
                 tokens="tokens",
                 positions=POSITIONS,
+                capacity=trunk.capacity,
                 stop_tokens=stops,
                 generation=self.generation,
             ),
-            limits={"positions": trunk.positions},
+            float32=trunk.float32,
+            limits={} if trunk.positions is None else {"positions": trunk.positions},
             tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),
             provenance=self.provenance,
         )

@@ -19,12 +19,21 @@ MICROSOFT = "com.microsoft"
 def fuse(model: ir.Model) -> None:
     """Fuses what is there to fuse in a graph from torch that asks for ``onnxruntime-operators``."""
     fuse_rms_normalization(model)
-    fuse_skip_rms_normalization(model)
+    if not any(_mixed(node) for node in model.graph):
+        fuse_skip_rms_normalization(model)
     for node in list(model.graph):
         if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention"):
             _pack(model.graph, node)
     passes.RemoveUnusedNodesPass()(model)
     model.opset_imports[MICROSOFT] = 1
+
+
+def _mixed(node: ir.Node) -> bool:
+    """Whether a norm takes states in one precision to another, which the one of a sum cannot."""
+    if node.op_type != "SimplifiedLayerNormalization":
+        return False
+    state, weight = node.inputs[:2]
+    return state is None or weight is None or state.dtype != weight.dtype
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:

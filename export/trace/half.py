@@ -2,13 +2,15 @@
 
 Every float32 weight, state and tensor between components becomes float16 or bfloat16; the program's
 inputs and answers, and all scores, stay float32, with the casts inside the components, so that
-callers and policies see no difference.
+callers and policies see no difference. So do modules that would overflow (`SplitModel.float32`),
+and with them the states that they are added to.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -26,7 +28,7 @@ Described = TypeVar("Described", Tensor, TokenState)
 def to_half(model: SplitModel, dtype: torch.dtype = torch.float16) -> SplitModel:
     """A copy of a model that computes in float16 or bfloat16, its states included. The original's
     weights are left as they are, and so is what `reference` compares with."""
-    halves = _Halves(dtype, _kept(model))
+    halves = _Halves(dtype, _kept(model), model.float32)
     steps = [
         dataclasses.replace(step, output=halves.tensor(step.output), weight=step.weight.to(dtype))
         if isinstance(step, Table)
@@ -50,6 +52,11 @@ def _kept(model: SplitModel) -> set[str]:
         for exit_ in chain.exits:
             kept |= set(exit_.scores.values())
             kept |= set(exit_.outputs.values()) if chain is model.last_chain else set()
+    if model.float32:
+        own = [state for component in model.components for state in component.states]
+        of_prompts = {state.tensor.name for state in own if isinstance(state, PromptState)}
+        made = {tensor.name for component in model.components for tensor in component.outputs}
+        kept |= {"state"} | made - of_prompts
     return kept
 
 
@@ -57,8 +64,8 @@ class _Halves:
     """Components in half precision, which have modules and weights in common as their originals
     do."""
 
-    def __init__(self, dtype: torch.dtype, kept: set[str]) -> None:
-        self.dtype, self.kept = dtype, kept
+    def __init__(self, dtype: torch.dtype, kept: set[str], float32: Sequence[str]) -> None:
+        self.dtype, self.kept, self.float32 = dtype, kept, float32
         self._modules: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._weights: dict[tuple[int, torch.Size], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -98,13 +105,16 @@ class _Halves:
 
     def _stack(self, stack: Stack, carried: list[bool]) -> Stack:
         return Stack(
-            entry=self._module(stack.entry),
-            state=self._described(stack.state),
+            entry=self._module(stack.entry, [False] if self.float32 else None),
+            state=self.tensor(stack.state),
             shared=tuple(self._described(tensor) for tensor in stack.shared),
             layers=[
                 Layer(
                     self._module(layer.module),
-                    {f"module.{name}": self._weight(x) for name, x in layer.weights.items()},
+                    {
+                        f"module.{name}": x if self._stays(name) else self._weight(x)
+                        for name, x in layer.weights.items()
+                    },
                 )
                 for layer in stack.layers
             ],
@@ -113,8 +123,13 @@ class _Halves:
 
     def _module(self, module: nn.Module, carried: list[bool] | None = None) -> nn.Module:
         if id(module) not in self._modules:
-            self._modules[id(module)] = (module, _Half(module, carried or [], self.dtype))
+            half = _Half(module, carried or [], self.dtype, self.float32)
+            self._modules[id(module)] = (module, half)
         return self._modules[id(module)][1]
+
+    def _stays(self, weight: str) -> bool:
+        """Whether a weight is of a module that stays in float32."""
+        return not set(self.float32).isdisjoint(weight.split(".")[:-1])
 
     def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -132,17 +147,26 @@ class _Half(nn.Module):
         module: Copied, not changed.
         carried: Per output, whether it stays in half precision; those behind them do.
         dtype: float16 or bfloat16.
+        float32: Names of modules in it that stay in float32; then inputs come as they are needed.
     """
 
-    def __init__(self, module: nn.Module, carried: list[bool], dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, carried: list[bool], dtype: torch.dtype, float32: Sequence[str]
+    ) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).to(dtype)
+        for path, own in module.named_modules():
+            parent, _, name = path.rpartition(".")
+            if name in float32:
+                setattr(self.module.get_submodule(parent), name, copy.deepcopy(own))
         self.carried = carried
         self.dtype = dtype
+        self.casts = not float32
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        cast = [x.to(self.dtype) if x.dtype == torch.float32 else x for x in inputs]
-        made = self.module(*cast)
+        if self.casts:
+            inputs = tuple(x.to(self.dtype) if x.dtype == torch.float32 else x for x in inputs)
+        made = self.module(*inputs)
         made = made if isinstance(made, tuple) else (made,)
         carried = [*self.carried, *[True] * (len(made) - len(self.carried))]
         return tuple(
