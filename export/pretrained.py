@@ -40,8 +40,15 @@ FAMILIES = {
 DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
 """The same for causal language models: model type -> module of this package."""
 
-ENCODER_DECODERS = {"bart": ("bart", "BartForConditionalGeneration")}
+ENCODER_DECODERS = {
+    "bart": ("bart", "BartForConditionalGeneration"),
+    "t5": ("t5", "T5ForConditionalGeneration"),
+    "mt5": ("t5", "MT5ForConditionalGeneration"),
+}
 """The same for encoder-decoders that write text: model type -> (module, class that reads it)."""
+
+LONGEST_TEXT = 4096
+"""Tokens of a text for an encoder of any length, where its tokenizer gives no number either."""
 
 
 def name_of(path: str | Path) -> str:
@@ -231,9 +238,10 @@ def _encoder_decoder(
     """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
     saved = read_exits(folder)
     if exits is None and saved.layers is None:
+        depth = getattr(config, "num_decoder_layers", None) or config.decoder_layers
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
-            fix=f"Name layers of the decoder from 1 to {config.decoder_layers - 1}, as in "
+            fix=f"Name layers of the decoder from 1 to {depth - 1}, as in "
             "exits=[2, 4] (--exits 2,4), and of the encoder with encoder_exits (--encoder-exits).",
         )
     module_name, reader = ENCODER_DECODERS[config.model_type]
@@ -255,7 +263,8 @@ def _encoder_decoder(
     known = set(chosen) <= set(saved.layers or []) and set(own) <= set(saved.encoder or [])
     trained = "trained" if known else "untrained"
     split.provenance = {"model_type": config.model_type, "exits": trained}
-    texts = text_preprocessing(folder, ["input_ids", "attention_mask"], split.encoder.positions)
+    longest = encoder.positions or LONGEST_TEXT
+    texts = text_preprocessing(folder, ["input_ids", "attention_mask"], longest)
     if texts:
         split.preprocessing, _, split.preprocessing_sample = texts
     return split

@@ -1,8 +1,10 @@
-"""A small BART, with random weights or taught to write its source backwards, and its checkpoint."""
+"""Small encoder-decoders with random weights, a BART that was taught to write its source backwards,
+and their checkpoints."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 VOCABULARY, LAYERS, POSITIONS = 64, 3, 64
 PAD, START, END = 1, 2, 2
 LETTERS = "abcdefghij"
+"""A letter a token, from 4 on."""
 
 
 def make_bart(*, scaled: bool = True) -> transformers.BartForConditionalGeneration:
@@ -74,20 +77,71 @@ def trained_bart() -> transformers.BartForConditionalGeneration:
     return model.eval()
 
 
-def save_bart(model: transformers.BartForConditionalGeneration, folder: Path) -> Path:
+def make_t5(name: str) -> transformers.PreTrainedModel:
+    """T5 as it was (``t5``), of version 1.1 or Flan (``t5-1.1``), or mT5 (``mt5``). Heads are as
+    wide in all as the model, or wider; distances share buckets from the fourth on, and all do from
+    the twelfth."""
+    torch.manual_seed(0)
+    plain = name == "t5"
+    kind = "MT5" if name == "mt5" else "T5"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        num_heads=2 if plain else 3,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        feed_forward_proj="relu" if plain else "gated-gelu",
+        tie_word_embeddings=plain,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model: transformers.PreTrainedModel
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with torch.no_grad():
+        if not plain:  # which newer versions of transformers tie whatever they are told
+            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(VOCABULARY, 32))
+        for key, parameter in model.named_parameters():
+            if "relative_attention_bias" in key:
+                parameter.add_(2 * torch.randn(parameter.shape))
+            elif "layer_norm" in key:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            elif key.endswith((".o.weight", ".wo.weight")):
+                parameter.mul_(6 if plain else 2)
+    return model.eval()
+
+
+FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "bart": make_bart,
+    "t5": functools.partial(make_t5, "t5"),
+    "t5-1.1": functools.partial(make_t5, "t5-1.1"),
+    "mt5": functools.partial(make_t5, "mt5"),
+}
+"""What a model is called in tests -> what makes it."""
+
+
+def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> Path:
     """Writes a checkpoint with a tokenizer of letters."""
     model.save_pretrained(folder)
     letters = {letter: n for n, letter in enumerate(LETTERS, start=4)}
-    vocabulary = {"<s>": 0, "<pad>": PAD, "</s>": END, "<unk>": 3} | letters
+    config = model.config
+    special = {"<pad>": config.pad_token_id, "</s>": config.eos_token_id, "<unk>": 3}
+    begins = config.model_type == "bart"
+    if begins:
+        special["<s>"] = config.bos_token_id
+    vocabulary = special | letters
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", END)]
+        single="<s> $A </s>" if begins else "$A </s>", special_tokens=list(special.items())
     )
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>",
+        bos_token="<s>" if begins else None,
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
@@ -95,3 +149,19 @@ def save_bart(model: transformers.BartForConditionalGeneration, folder: Path) ->
     )
     fast.save_pretrained(folder)
     return folder
+
+
+def layers_of(half: torch.nn.Module) -> torch.nn.ModuleList:
+    """The layers of an encoder or decoder of any family."""
+    found = half.block if hasattr(half, "block") else half.layers
+    assert isinstance(found, torch.nn.ModuleList)
+    return found
+
+
+def shortened(
+    model: transformers.PreTrainedModel, *, encoder: int = LAYERS, decoder: int = LAYERS
+) -> transformers.PreTrainedModel:
+    """The model with the first layers of each only; changes it."""
+    del layers_of(model.get_encoder())[encoder:]
+    del layers_of(model.get_decoder())[decoder:]
+    return model

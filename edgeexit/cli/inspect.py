@@ -91,6 +91,8 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
         click.echo("steps: " + "; ".join(found["steps"]))
     if found["limits"]:
         click.echo("limits: " + ", ".join(f"{k} <= {v}" for k, v in found["limits"].items()))
+    if found["capacity"]:
+        click.echo(f"capacity: {found['capacity']} tokens, where --capacity does not say otherwise")
     labels = found["labels"]
     if labels:
         click.echo(

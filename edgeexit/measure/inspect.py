@@ -56,6 +56,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "outputs": [_tensor(tensor) for tensor in manifest.outputs],
         "axis_sizes": dict(sizes),
         "limits": manifest.limits,
+        "capacity": manifest.decoding and manifest.decoding.capacity,
         "chains": {name: _chain(bundle, chain, sizes) for name, chain in manifest.chains.items()},
         "weights_bytes": bundle.weights_bytes,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),

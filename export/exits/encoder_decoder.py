@@ -38,6 +38,7 @@ from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
+from edgeexit.export.trace.relative_bias import RelativeBias
 
 if TYPE_CHECKING:
     from edgeexit.export.trace.layer_stacks import CutLayer, ReadingLayer
@@ -55,17 +56,22 @@ class EncoderTrunk:
         embedding: ``[vocabulary, width]``; a token's row of it is what the stem gets.
         stem: ``embedded [batch, source, width] -> state``, alike.
         layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding.
-        positions: The longest source.
+        positions: The longest source; None: of any length.
         start_tokens: What a decoder's text begins with.
         pad_token: Token id that fills short sources.
+        bias: What is added to scores by distance; each layer gets it as a third argument,
+            ``[heads, source, source]``.
+        norm: What a state passes before the decoder reads it, that of an exit as the last one's.
     """
 
     embedding: torch.Tensor
     stem: nn.Module
     layers: Sequence[nn.Module]
-    positions: int
+    positions: int | None
     start_tokens: tuple[int, ...]
     pad_token: int = 0
+    bias: RelativeBias | None = None
+    norm: nn.Module | None = None
 
 
 class ExitEncoderDecoder(ExitDecoder):
@@ -108,11 +114,12 @@ class ExitEncoderDecoder(ExitDecoder):
             input_ids, attention_mask: ``[batch, source]``; ones and zeros (padding).
             layers: After how many layers the state is handed over; None: all.
         """
-        embedded = functional.embedding(input_ids, self.encoder.embedding)
-        state, read = self.encoder.stem(embedded), attention_mask.bool()
+        encoder, read = self.encoder, attention_mask.bool()
+        state = encoder.stem(functional.embedding(input_ids, encoder.embedding))
+        shared = _biases(encoder.bias, state)
         for layer in itertools.islice(self.encoder_layers, layers):
-            state = layer(state, read)
-        return state, read
+            state = layer(state, read, *shared)
+        return state if encoder.norm is None else encoder.norm(state), read
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -134,6 +141,7 @@ class ExitEncoderDecoder(ExitDecoder):
         split = super().split_model()
         assert split.decoding is not None
         encoder, chain = self._encoder()
+        longest = self.encoder.positions
         return dataclasses.replace(
             split,
             task="text2text-generation",
@@ -149,7 +157,7 @@ class ExitEncoderDecoder(ExitDecoder):
             decoding=msgspec.structs.replace(
                 split.decoding, start_tokens=list(self.encoder.start_tokens)
             ),
-            limits={**split.limits, "source": self.encoder.positions},
+            limits=split.limits if longest is None else {**split.limits, "source": longest},
             preprocessing=self.preprocessing,
             preprocessing_sample=self.preprocessing_sample,
         )
@@ -162,7 +170,7 @@ class ExitEncoderDecoder(ExitDecoder):
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
             name, state = f"encoder_{number}", self._state(f"encoder_state_{stop}")
             score = Tensor(name=f"{name}/saturation", dtype="float32", axes=["batch"])
-            body = _Segment(self.encoder.stem if start == 0 else None, self._between(start, stop))
+            body = _Segment(self.encoder, start, stop)
             takes = self._source if start == 0 else segments[-1].outputs[0]
             forms = (Form(body.eval()),)
             segments.append(Component(name, (takes, SOURCE_MASK), (state, score), forms))
@@ -174,7 +182,7 @@ class ExitEncoderDecoder(ExitDecoder):
                     scores={"saturation": score.name},
                 )
             )
-        whole = _Segment(self.encoder.stem, self._between(0, len(self.encoder_layers)), False)
+        whole = _Segment(self.encoder, 0, len(self.encoder_layers), scored=False)
         given = self._state(ENCODED)
         forms = (Form(whole.eval()),)
         unsplit = Component("encoder_unsplit", (self._source, SOURCE_MASK), (given,), forms)
@@ -187,9 +195,6 @@ class ExitEncoderDecoder(ExitDecoder):
         width = self.encoder.embedding.shape[1]
         return Tensor(name="source", dtype="float32", axes=["batch", "source", width])
 
-    def _between(self, start: int, stop: int) -> list[nn.Module]:
-        return [*self.encoder_layers][start:stop]
-
     def _makers(self) -> Iterator[Component]:
         """What makes the cross keys and values of each segment of the decoder."""
         for number, (start, stop) in enumerate(itertools.pairwise(self._borders)):
@@ -198,7 +203,8 @@ class ExitEncoderDecoder(ExitDecoder):
                 for layer in range(start, stop)
                 for state in self._cross_states(layer + 1, number)
             ]
-            body = _Cross([*self.layers][start:stop], self.trunk.heads)
+            layers = [*self.layers][start:stop]
+            body = _Cross(self.encoder.norm, layers, self.trunk.heads)
             taken = (self._state(ENCODED),)
             yield Component(_maker(number), taken, tuple(made), (Form(body.eval()),))
 
@@ -242,7 +248,7 @@ class ExitEncoderDecoder(ExitDecoder):
         q, k, v = own.before(state)
         state, q = own.between(state, causal_attention(q, k, v, heads, positions))
         k, v = (split_heads(x, heads.queries, heads.size) for x in own.cross(encoded))
-        return own.after(state, read_source(q, k, v, unread_of(read)))
+        return own.after(state, read_source(q, k, v, unread_of(read), scale=heads.scale))
 
     def _example(self, rows: int) -> Values:
         generator = torch.Generator().manual_seed(0)
@@ -294,30 +300,42 @@ class _Segment(nn.Module):
     """Layers of the encoder, and how little the last of them changes."""
 
     def __init__(
-        self, stem: nn.Module | None, layers: Sequence[nn.Module], scored: bool = True
+        self, encoder: EncoderTrunk, start: int, stop: int, *, scored: bool = True
     ) -> None:
         super().__init__()
-        self.stem, self.scored = stem, scored
-        self.layers = nn.ModuleList(layers)
+        self.stem, self.scored = encoder.stem if start == 0 else None, scored
+        self.bias = encoder.bias
+        self.layers = nn.ModuleList(encoder.layers[start:stop])
 
     def forward(
         self, given: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         state = before = given if self.stem is None else self.stem(given)
+        shared = _biases(self.bias, state)
         for layer in self.layers:
-            before, state = state, layer(state, mask.bool())
+            before, state = state, layer(state, mask.bool(), *shared)
         return (state, saturation(before, state, mask)) if self.scored else state
+
+
+def _biases(bias: RelativeBias | None, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the encoder's layers get besides: nothing, or biases ``[heads, source, source]``."""
+    if bias is None:
+        return ()
+    places = torch.arange(state.shape[1], device=state.device)
+    return (bias(places, places),)
 
 
 class _Cross(nn.Module):
     """Cross keys and values of some layers, ``[batch, heads, source, size]``."""
 
-    def __init__(self, layers: Sequence[nn.Module], heads: Heads) -> None:
+    def __init__(self, norm: nn.Module | None, layers: Sequence[nn.Module], heads: Heads) -> None:
         super().__init__()
+        self.norm = norm
         self.layers = nn.ModuleList(layers)
         self.heads = heads
 
     def forward(self, encoded: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        encoded = encoded if self.norm is None else self.norm(encoded)
         return tuple(
             split_heads(x, self.heads.queries, self.heads.size)
             for layer in self.layers

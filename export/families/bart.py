@@ -23,7 +23,7 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
         stem=_Source(own.encoder),
         layers=[_EncoderLayer(layer, size) for layer in own.encoder.layers],
         positions=config.max_position_embeddings,
-        start_tokens=_start_tokens(model),
+        start_tokens=start_tokens(model),
         pad_token=config.pad_token_id or 0,
     )
     words = own.decoder.embed_tokens
@@ -41,7 +41,7 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     return encoder, decoder
 
 
-def _start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
+def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
     """What a text begins with: the decoder's start, and a first token where one is forced."""
     generation, config = model.generation_config, model.config
     start = generation.decoder_start_token_id

@@ -1,8 +1,7 @@
-"""BART: encoder and decoder with exits, held against transformers' own generation."""
+"""Encoder-decoders with exits in both, held against transformers' own generation."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,20 +11,31 @@ import pytest
 import torch
 import transformers
 
+from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, PolicyError, UsageError
 from edgeexit.export import export
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.families.t5 import CAPACITY
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
 from edgeexit.runtime import Model, Policy, Rule, load
 from edgeexit.runtime.programs.generate import ModeName
-from tests.encoder_decoders import LAYERS, make_bart, save_bart, trained_bart
+from tests.encoder_decoders import (
+    FAMILIES,
+    LAYERS,
+    layers_of,
+    save_checkpoint,
+    shortened,
+    trained_bart,
+)
 
-KINDS: dict[str, Callable[[], transformers.BartForConditionalGeneration]] = {
-    "random": make_bart,
+KINDS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    **{name: FAMILIES[name] for name in ("bart", "t5", "t5-1.1")},
     "trained": trained_bart,
 }
+LOWERED = ("bart", "t5-1.1")
+"""Families that are exported in lower precision, too."""
 ONE, SEVERAL = ["abcj"], ["abc", "jihgfed", "c"]
 NEW = 12
 ALWAYS, NEVER = float("-inf"), float("inf")
@@ -38,7 +48,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bart(KINDS[kind](), tmp_path_factory.mktemp(kind) / "checkpoint")
+    return save_checkpoint(KINDS[kind](), tmp_path_factory.mktemp(kind) / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +69,16 @@ def model(bundle: Bundle) -> Iterator[Model]:
         yield model
 
 
+def read(folder: Path) -> transformers.PreTrainedModel:
+    """What transformers makes of a checkpoint."""
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+
+
 def expected(
     folder: Path, texts: Sequence[str], *, encoder: int = LAYERS, decoder: int = LAYERS
 ) -> list[list[int]]:
     """What transformers writes greedily with so many layers of each, ends left out."""
-    model = transformers.BartForConditionalGeneration.from_pretrained(folder).eval()
-    model.model.encoder.layers = model.model.encoder.layers[:encoder]
-    model.model.decoder.layers = model.model.decoder.layers[:decoder]
+    model = shortened(read(folder), encoder=encoder, decoder=decoder)
     made = transformers.AutoTokenizer.from_pretrained(folder)(
         list(texts), return_tensors="pt", padding=True
     )
@@ -100,7 +113,7 @@ def test_every_mode_writes_what_transformers_writes_where_no_exit_is_taken(
 
 
 def test_the_trained_one_has_learnt_its_task(tmp_path: Path) -> None:
-    folder = save_bart(trained_bart(), tmp_path / "checkpoint")
+    folder = save_checkpoint(trained_bart(), tmp_path / "checkpoint")
     letters = [[4, 5, 6], [13, 12, 11, 10, 9, 8, 7], [6]]
     assert expected(folder, SEVERAL) == [row[::-1] for row in letters]
 
@@ -146,13 +159,20 @@ def test_leaving_at_an_exit_of_the_decoder_is_the_decoder_cut_there(
 def saturations(folder: Path, texts: Sequence[str]) -> np.ndarray:
     """Cosines ``[rows, layers]`` of consecutive states of transformers' encoder, one row at a time,
     in float64."""
-    model = transformers.BartForConditionalGeneration.from_pretrained(folder).double().eval()
+    encoder = read(folder).double().get_encoder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    states: list[torch.Tensor] = []
+    first, *_ = layers_of(encoder)
+    first.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    for layer in layers_of(encoder):  # what the last one gives: `hidden_states` has it normed
+        layer.register_forward_hook(
+            lambda _, given, made: states.append(made[0] if isinstance(made, tuple) else made)
+        )
     found = []
     with torch.no_grad():
         for text in texts:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            states = model.model.encoder(ids, output_hidden_states=True).hidden_states
+            states.clear()
+            encoder(tokenizer(text, return_tensors="pt").input_ids)
             flat = [state.flatten().numpy() for state in states]
             pairs = itertools.pairwise(flat)
             found.append([a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs])
@@ -166,7 +186,7 @@ def test_saturation_is_the_cosine_of_consecutive_states_without_padding(
         SEVERAL, return_tensors="np", padding=True
     )
     inputs = {name: made[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
-    inputs["tokens"] = np.full((len(SEVERAL), 1), 2, np.int64)
+    inputs["tokens"] = np.full((len(SEVERAL), 1), start_of(model), np.int64)
     trace = model.trace(inputs, chain="encoder")
     found = np.stack([scores["saturation"] for scores in trace.scores], axis=1)
     np.testing.assert_allclose(found, saturations(folder, SEVERAL), atol=1e-5)
@@ -176,13 +196,10 @@ def test_torch_and_transformers_agree_on_every_exit(
     split: ExitEncoderDecoder, folder: Path
 ) -> None:
     inputs = split.split_model().example(3)
-    model = transformers.BartForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         found = split._reference(inputs)
         for layer in range(1, LAYERS + 1):
-            cut = copy.deepcopy(model)
-            cut.model.decoder.layers = cut.model.decoder.layers[:layer]
-            logits = cut(
+            logits = shortened(read(folder), decoder=layer)(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 decoder_input_ids=inputs["tokens"],
@@ -202,9 +219,56 @@ def test_unsplit_writes_the_same(bundle: Bundle, folder: Path) -> None:
             assert found == expected(folder, texts)
 
 
-def test_half_precision_holds(split: ExitEncoderDecoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("states", ["in-place", "fixed", "append"])
+def test_every_form_of_states_writes_the_same(
+    bundle: Bundle, folder: Path, states: StateForm
+) -> None:
+    with load(bundle, states=states) as model:
+        model.policy = policy()
+        for mode in ("full", "exact"):
+            found = model.generate(SEVERAL, max_new_tokens=NEW, mode=mode).finish().tokens
+            assert found == expected(folder, SEVERAL)
+
+
+def test_a_text_may_be_of_any_length_where_positions_are_relative(
+    bundle: Bundle, folder: Path, kind: str
+) -> None:
+    if not kind.startswith("t5"):
+        pytest.skip("its positions are learned")
+    with load(bundle) as model:
+        assert model.capacity == CAPACITY
+        with pytest.raises(InputError, match=r"capacity is 512.*load with a larger capacity"):
+            model.generate("a", max_new_tokens=CAPACITY)
+    with load(bundle, capacity=CAPACITY + 40) as model:
+        model.policy = policy()
+        long = [[4 + n % 10 for n in range(300)]]
+        found = model.generate(long, max_new_tokens=NEW).finish().tokens
+    made = read(folder).generate(torch.tensor(long), max_new_tokens=NEW, do_sample=False)
+    assert found[0] == made[0, 1 : 1 + len(found[0])].tolist()
+    with pytest.raises(UsageError, match="capacity 1 is out of range.* 2 tokens or more"):
+        load(bundle, capacity=1)
+
+
+def split_of(
+    family: str, folder: Path, model: transformers.PreTrainedModel | None = None
+) -> ExitEncoderDecoder:
+    checkpoint = save_checkpoint(model or FAMILIES[family](), folder / "checkpoint")
+    split = from_pretrained(checkpoint, exits=[1, 2], encoder_exits=[1])
+    assert isinstance(split, ExitEncoderDecoder)
+    return split
+
+
+@pytest.mark.parametrize("family", LOWERED)
+def test_half_precision_holds(family: str, tmp_path: Path) -> None:
+    whole = FAMILIES[family]()
+    for name, parameter in whole.named_parameters():
+        if name.endswith("wo.weight"):  # T5's, whose outputs are more than float16 holds
+            parameter.data.mul_(1e5)
+    split = split_of(family, tmp_path, whole)
     with load(export(split.split_model(), tmp_path / "half", dtype="float16")) as model:
         check(model).require()
+        for tensor in model.bundle.manifest.components["segment_0"].outputs:
+            assert tensor.dtype == ("float16" if family == "bart" else "float32")
 
 
 def test_exits_are_saved_and_read_again(split: ExitEncoderDecoder, tmp_path: Path) -> None:
@@ -224,8 +288,9 @@ def test_what_cannot_be_had_is_refused(folder: Path, model: Model) -> None:
         model.policy = Policy(rules={"main": Rule(thresholds=0.5)})
     with pytest.raises(PolicyError, match="chains"):
         model.policy = Rule(thresholds=0.5)
-    with pytest.raises(InputError, match="source is 200, the model takes at most 64"):
-        model.generate([[5] * 200], max_new_tokens=NEW).finish()
+    if "source" in model.bundle.manifest.limits:
+        with pytest.raises(InputError, match="source is 200, the model takes at most 64"):
+            model.generate([[5] * 200], max_new_tokens=NEW).finish()
     with pytest.raises(InputError, match="tokens, the model reads at most 64"):
         model.generate("a" * 200, max_new_tokens=NEW)
     for wrong in (-1, 64):
@@ -235,16 +300,23 @@ def test_what_cannot_be_had_is_refused(folder: Path, model: Model) -> None:
         model.generate(["a", [4, 5]], max_new_tokens=NEW)
 
 
+def start_of(model: Model) -> int:
+    """What the decoder's text begins with."""
+    decoding = model.bundle.manifest.decoding
+    assert decoding is not None
+    return decoding.start_tokens[0]
+
+
 def inputs_of(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     ids = np.array(rows, np.int64)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
 
 def test_inputs_may_be_given_and_what_the_text_begins_with(model: Model) -> None:
-    inputs = inputs_of([[0, 4, 5, 2], [0, 6, 7, 2]])
+    inputs = inputs_of([model.encode(text) for text in ("ab", "cd")])
     made = model.generate([], inputs=inputs, max_new_tokens=NEW).finish().tokens
     assert made == model.generate(["ab", "cd"], max_new_tokens=NEW).finish().tokens
-    begun = [[2, *row[:1]] for row in made]
+    begun = [[start_of(model), *row[:1]] for row in made]
     again = model.generate(begun, inputs=inputs, max_new_tokens=NEW - 1).finish().tokens
     assert again == [row[1:NEW] for row in made]
 
@@ -265,14 +337,17 @@ def test_inputs_and_texts_must_be_as_many(model: Model) -> None:
 def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = transformers.BartForConditionalGeneration.from_pretrained(folder)
+    model = read(folder)
     model.generation_config.no_repeat_ngram_size = 3
     model.save_pretrained(tmp_path)
     from_pretrained(tmp_path, exits=[1])
     assert "not heeded: no_repeat_ngram_size=3" in caplog.text
 
 
-def test_int8_is_exported_and_checked(split: ExitEncoderDecoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", LOWERED)
+def test_int8_is_exported_and_checked(family: str, tmp_path: Path) -> None:
+    split = split_of(family, tmp_path)
+
     def calibration(_: Bundle) -> Iterator[dict[str, np.ndarray]]:
         for seed in range(24):
             random = np.random.default_rng(seed)
@@ -282,3 +357,17 @@ def test_int8_is_exported_and_checked(split: ExitEncoderDecoder, tmp_path: Path)
     made = export(split.split_model(), tmp_path / "int8", dtype="int8", calibration=calibration)
     with load(made) as model:
         check(model).require()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torch_and_transformers_agree_for_every_family(family: str, tmp_path: Path) -> None:
+    model, split = FAMILIES[family](), split_of(family, tmp_path)
+    inputs = split.split_model().example(3)
+    with torch.no_grad():
+        expected = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=inputs["tokens"],
+        ).logits
+        found = split._reference(inputs)[f"exit_{LAYERS}"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

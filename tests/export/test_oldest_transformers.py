@@ -18,7 +18,8 @@ import pytest
 pytestmark = pytest.mark.slow
 PINS = Path(__file__).parent / "oldest-transformers.txt"
 ROOT = Path(__file__).parent.parent.parent
-PARITY = "trunk_equals or padding or ((survive or bundle_equals) and vit)"
+PARITY = "trunk_equals or padding or (every_family and t5) or ((survive or bundle_equals) and vit)"
+TESTS = ["tests/export/test_models.py", "tests/export/test_encoder_decoder.py"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_families_equal_transformers_when_it_is_the_oldest_supported(oldest: Pat
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.run(version, env=environment, capture_output=True, text=True, check=True)
     assert f"transformers=={found.stdout.strip()}" in PINS.read_text().splitlines()
-    tests = ["-k", PARITY, "tests/export/test_models.py"]
+    tests = ["-k", PARITY, *TESTS]
     _run(environment, tests)
 
 
