@@ -282,7 +282,8 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
     _check_tokens(manifest, decoding)
     if "positions" not in manifest.limits and decoding.capacity is None:
         raise BundleError(
-            f"{MANIFEST}: neither limits nor decoding say how many positions a text has",
+            f"{MANIFEST}: limits do not say how many positions a text has, and decoding has no "
+            "capacity",
             fix=EXPORT_AGAIN,
         )
     if decoding.start_tokens and len(manifest.inputs) < 2:
