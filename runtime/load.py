@@ -21,7 +21,7 @@ from edgeexit.runtime.model import Model
 logger = logging.getLogger(__name__)
 
 ENGINES = ("cpu", "cuda", "tensorrt-provider", "tensorrt")
-Threads = int | Literal["blocking", "spinning", "process"]
+Threads = int | Literal["brief", "blocking", "spinning", "process"]
 
 
 def load(
@@ -46,11 +46,12 @@ def load(
             engines that ``edgeexit build`` made, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
         policy: When to stop: a `Policy`, a `Rule` for the one chain that has exits, or the path of
             a policy's file. None: everything goes to the last exit.
-        threads: ``blocking`` (a pool per session that sleeps while idle), ``spinning``, a number of
-            threads, or ``process``: ONNX Runtime's global pool, which
-            makes other default sessions in this process fail. On a GPU: how the host waits for it,
-            asleep (``blocking``) or looking all the time (everything else), which answers sooner.
-            None: ``blocking`` on the host, ``spinning`` on a GPU.
+        threads: ``brief`` (a pool per session that spins for 0.1 ms before it sleeps), ``blocking``
+            (one that sleeps at once), ``spinning``, a number of threads, or ``process``: ONNX
+            Runtime's global pool, which makes other default sessions in this process fail. On a
+            GPU: the host sleeps while it waits (``blocking``) or spins (everything else), which
+            answers sooner.
+            None: ``brief`` on the host, ``spinning`` on a GPU.
         verify: ``full`` also hashes the weights.
         unsplit: Load the same model as one graph per chain, without exits: the baseline of every
             figure, bound as the chain is.
@@ -203,7 +204,7 @@ def _require_engine(name: str) -> None:
 def _engine(name: str, threads: Threads | None, bundle: Bundle) -> Engine:
     _require_engine(name)
     if threads is None:
-        threads = "blocking" if name == "cpu" else "spinning"
+        threads = "brief" if name == "cpu" else "spinning"
     if name == "tensorrt":
         from edgeexit.runtime.engines.tensorrt.engine import open_tensorrt
 

@@ -53,7 +53,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--threads",
     callback=read_threads,
-    metavar="N|blocking|spinning|process",
+    metavar="N|brief|blocking|spinning|process",
     help="Thread setting of both sides; default: the fastest for each, found by a short search.",
 )
 @click.option(

@@ -31,11 +31,13 @@ def read_threads(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> int | str | None:
     """Reads ``--threads``."""
-    if value is None or value in ("blocking", "spinning", "process"):
+    if value is None or value in ("brief", "blocking", "spinning", "process"):
         return value
     if value.isascii() and value.isdigit() and int(value) >= 1:
         return int(value)
-    raise click.BadParameter(f"{value!r} is not a number from 1 up, blocking, spinning or process.")
+    raise click.BadParameter(
+        f"{value!r} is not a number from 1 up, brief, blocking, spinning or process."
+    )
 
 
 threads_option = click.option(
@@ -43,9 +45,9 @@ threads_option = click.option(
     default="process",
     show_default=True,
     callback=read_threads,
-    metavar="N|blocking|spinning|process",
-    help="Threads of the engine: a number, a pool per graph that blocks or spins when idle, or one "
-    "pool for the process; with a GPU: how the host waits.",
+    metavar="N|brief|blocking|spinning|process",
+    help="Threads of the engine: a number, a pool per graph that spins briefly, sleeps or spins "
+    "when idle, or one pool for the process; with a GPU: how the host waits.",
 )
 
 

@@ -40,7 +40,7 @@ LOGITS_SIZE = 10
 """The order of logits: tokens count as equally likely where their logits differ by less than
 rounding moves a number of that size."""
 
-Threads = int | Literal["blocking", "spinning", "process"]
+Threads = int | Literal["brief", "blocking", "spinning", "process"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
 Five choices matter; benchmarks/README.md has the measurements. Sessions share one arena; otherwise
-a chain of twelve uses twelve cold ones. Thread pools do not spin; otherwise the pools of idle
-sessions take cores from the one that runs. Two fusions are disabled because their kernels are
-slower than the nodes they replace. A graph is opened only with the outputs that are needed.
+a chain of twelve uses twelve cold ones. Thread pools spin briefly or not at all; otherwise the
+pools of idle sessions take cores from the one that runs. Two fusions are disabled because their
+kernels are slower than the nodes they replace. A graph is opened only with the outputs that are
+needed.
 Bindings run through the compiled session, because its Python wrapper costs more than handing over
 between small components.
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Threads = int | Literal["blocking", "spinning", "process"]
+Threads = int | Literal["brief", "blocking", "spinning", "process"]
+BRIEF_SPIN_US = 100
+"""How long the idle threads of ``brief`` pools spin; benchmarks/results/threads.json."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""
 
@@ -114,21 +117,23 @@ class OnnxRuntimeEngine:
 
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
-        threads: One pool per session that sleeps (``blocking``) or spins (``spinning``) while idle,
-            a number of threads, or the pool of the process (``process``, see
-            `install_process_pool`). With a GPU: whether the host sleeps (``blocking``) or spins
-            while it waits.
+        threads: One pool per session that spins for `BRIEF_SPIN_US` before it sleeps (``brief``;
+            ONNX Runtime from 1.26 on, ``blocking`` before), sleeps at once (``blocking``) or spins
+            (``spinning``) while idle; a number of threads; or the pool of the process
+            (``process``, see `install_process_pool`). With a GPU: whether the host sleeps
+            (``blocking``) or spins while it waits.
     """
 
-    def __init__(self, name: str = "cpu", threads: Threads = "blocking") -> None:
+    def __init__(self, name: str = "cpu", threads: Threads = "brief") -> None:
         self._ort = import_onnxruntime()
         self.name = name
         self.features = features_of(name, self._ort.__version__)
         self.threads = threads
-        if not (threads in ("blocking", "spinning", "process") or _is_count(threads)):
+        self._spins_briefly = _version(self._ort.__version__) >= (1, 26)
+        if not (threads in ("brief", "blocking", "spinning", "process") or _is_count(threads)):
             raise UsageError(
                 f"threads={threads!r} is invalid",
-                fix='Use a number from 1 up, "blocking", "spinning" or "process".',
+                fix='Use a number from 1 up, "brief", "blocking", "spinning" or "process".',
             )
         if _process_pool and threads != "process" and name == "cpu":
             raise EngineError(
@@ -241,6 +246,10 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if _process_pool:  # which every session of the process must use
             options.use_per_session_threads = False
+        elif self.threads == "brief" and self.gpu is None and self._spins_briefly:
+            options.add_session_config_entry(
+                "session.intra_op.spin_duration_us", str(BRIEF_SPIN_US)
+            )
         elif self.threads != "spinning" or self.gpu is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if _is_count(self.threads):
@@ -260,10 +269,14 @@ def features_of(name: str, version: str) -> frozenset[str]:
     found = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
     if name == "cpu":
         found |= {"float32-attention", "attention-bias"}
-        major, minor = (int(part) for part in version.split(".")[:2])
-        if (major, minor) >= (1, 25):
+        if _version(version) >= (1, 25):
             found |= {"opset-24", "cache-update"}
     return frozenset(found)
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _is_count(threads: object) -> bool:

@@ -16,7 +16,7 @@ from edgeexit.runtime import load
 from tests.toys import Toy, make_inputs, reference
 
 
-@pytest.mark.parametrize("threads", ["blocking", "spinning", 1, 2])
+@pytest.mark.parametrize("threads", [None, "brief", "blocking", "spinning", 1, 2])
 def test_answers_do_not_depend_on_the_thread_setting(
     toy: Toy, toy_bundle: Bundle, threads: Any
 ) -> None:
@@ -34,7 +34,13 @@ def test_a_thread_setting_that_is_none_is_refused(toy_bundle: Bundle, threads: A
 
 
 def test_default_sessions_of_others_work_beside_a_loaded_model(toy_bundle: Bundle) -> None:
-    assert run(PLAIN_SESSION_BESIDE.format(threads="blocking"), toy_bundle.path) == "both ran"
+    for threads in ("brief", "blocking"):
+        assert run(PLAIN_SESSION_BESIDE.format(threads=threads), toy_bundle.path) == "both ran"
+
+
+def test_the_default_is_a_pool_that_spins_briefly(toy_bundle: Bundle) -> None:
+    with load(toy_bundle) as model:
+        assert model.describe_engine()["threads"] == "brief"
 
 
 def test_the_process_pool_is_installed_when_asked_and_once(toy_bundle: Bundle) -> None:
@@ -43,7 +49,7 @@ def test_the_process_pool_is_installed_when_asked_and_once(toy_bundle: Bundle) -
 
 def test_other_thread_settings_are_refused_after_the_process_pool(toy_bundle: Bundle) -> None:
     said = run(OTHER_SETTING, toy_bundle.path)
-    assert "threads='blocking' is not possible" in said
+    assert "threads='brief' is not possible" in said
     assert 'Load with threads="process" here too' in said
 
 

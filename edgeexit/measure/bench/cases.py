@@ -53,7 +53,7 @@ def unsplit(
     bundle: str,
     inputs: str,
     engine: str = "cpu",
-    threads: Threads = "blocking",
+    threads: Threads = "brief",
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
 ) -> Subject:
@@ -82,7 +82,7 @@ def chain(
     bundle: str,
     inputs: str,
     engine: str = "cpu",
-    threads: Threads = "blocking",
+    threads: Threads = "brief",
     policy: str | None = None,
     all_scores: bool = False,
     launch_ahead: LaunchAhead = "never",
@@ -258,12 +258,12 @@ def settings(engine: str, cores: int) -> list[Any]:
     """Thread settings worth trying for an engine: on GPUs the host's threads only wait.
 
     >>> settings("cpu", 4), settings("tensorrt", 4)
-    (['blocking', 'process', 'spinning', 1, 2], ['spinning', 'blocking'])
+    (['brief', 'blocking', 'process', 'spinning', 1, 2], ['spinning', 'blocking'])
     """
     if engine != "cpu":
         return ["spinning", "blocking"]
     counts = [2**power for power in range(cores.bit_length()) if 2**power < cores]
-    return ["blocking", "process", "spinning", *counts]
+    return ["brief", "blocking", "process", "spinning", *counts]
 
 
 __all__ = [
