@@ -7,24 +7,78 @@ that names the file; what it would leave out without a word is said, or refused.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 
 from edgeexit.errors import ExportError, first_line
+from edgeexit.export.library_errors import translated
+from edgeexit.export.peft_adapters import (
+    Adapters,
+    is_adapter,
+    merge_adapters,
+    open_adapters,
+    refuse_adapter,
+)
 
 logger = logging.getLogger(__name__)
 
-LFS_POINTER = b"version https://git-lfs"
-ADAPTER = "adapter_config.json"
 SHOWN = 3
 """Names of weights that a message shows."""
+UNREADABLE = "transformers cannot read it"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of plain weights.
+
+    Attributes:
+        path: What the caller gave, for messages.
+        folder: Where it is.
+        config: As transformers reads it.
+        adapters: peft's, to be merged into it.
+    """
+
+    path: str | Path
+    folder: Path
+    config: transformers.PretrainedConfig
+    adapters: Adapters | None = None
+
+    @property
+    def text_folder(self) -> Path:
+        """Where its tokenizer is: an adapter may have been trained with one of its own."""
+        own = None if self.adapters is None else self.adapters.tokenizer_folder
+        return self.folder if own is None else own
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a bundle made of it says of its origin."""
+        found = {"model_type": str(self.config.model_type)}
+        return found if self.adapters is None else found | {"merged_adapters": str(self.adapters)}
+
+
+def open_checkpoint(
+    path: str | Path, adapter: str | Path | Iterable[str | Path] | None = None
+) -> Checkpoint:
+    """Finds a checkpoint, and what is to be merged into it, and reads its configuration.
+
+    Raises:
+        ExportError: As `find_checkpoint` and `read_config`; or an adapter is none, or damaged.
+    """
+    folder = find_checkpoint(path)
+    config = read_config(path, folder)
+    adapters = open_adapters(adapter, find_checkpoint)
+    if adapters is not None and adapters.classes not in (None, config.num_labels):
+        config = copy.deepcopy(config)
+        config.num_labels = adapters.classes  # names of other classes go with it
+    return Checkpoint(path, folder, config, adapters)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -72,9 +126,10 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
     """
     if (folder / "manifest.json").is_file():
         raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
-    if (folder / ADAPTER).is_file():
-        raise _adapter(path, folder)
-    with _translated(path, folder, "Give a directory with config.json, as save_pretrained writes."):
+    if is_adapter(folder):
+        raise refuse_adapter(path, folder)
+    fix = "Give a directory with config.json, as save_pretrained writes."
+    with translated(path, UNREADABLE, fix, folder=folder):
         # Looked at first, for transformers would ask for the quantiser's library.
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
@@ -85,29 +140,32 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
 
 
 def read_model(
-    reader: str, path: str | Path, folder: Path
+    reader: str, checkpoint: Checkpoint
 ) -> tuple[transformers.PreTrainedModel, list[str]]:
-    """Reads a model with one of transformers' classes, in float32.
+    """Reads a model with one of transformers' classes, in float32, and merges its adapters.
 
     Weights of the checkpoint that it has no place for are named in a warning.
 
     Returns:
-        The model, and the names of weights that the checkpoint does not have.
+        The model, and the names of weights that neither the checkpoint nor an adapter has.
 
     Raises:
-        ExportError: A file is damaged, or transformers cannot read it.
+        ExportError: A file is damaged, or transformers or peft cannot read it.
     """
+    path, folder, adapters = checkpoint.path, checkpoint.folder, checkpoint.adapters
     fix = "Check the checkpoint with transformers' from_pretrained."
-    with _translated(path, folder, fix), _without_bars():
+    with translated(path, UNREADABLE, fix, folder=folder), _without_bars():
         # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
         model, found = getattr(transformers, reader).from_pretrained(
             folder,
+            config=checkpoint.config,
             attn_implementation="eager",
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told apart below
         )
-    if wrong := sorted(str(one[0]) for one in found["mismatched_keys"]):
+    brought = set() if adapters is None else adapters.weights
+    if wrong := sorted({str(one[0]) for one in found["mismatched_keys"]} - brought):
         raise ExportError(
             f"{path}: {_some(wrong)} {'have' if len(wrong) > 1 else 'has'} another shape than "
             "config.json says",
@@ -122,7 +180,10 @@ def read_model(
             type(model).__name__,
             _some(left),
         )
-    return model, sorted(found["missing_keys"])
+    missing = sorted(set(found["missing_keys"]) - brought)
+    if adapters is not None and not missing:
+        model = merge_adapters(model, adapters)
+    return model, missing
 
 
 def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tuple[str, ...]:
@@ -170,27 +231,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _adapter(path: str | Path, folder: Path) -> ExportError:
-    """What to do about weights that belong on top of others."""
-    try:
-        about = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        kind = str(about.get("peft_type", "PEFT"))
-        base = str(about.get("base_model_name_or_path") or "its base model")
-    except (OSError, ValueError, AttributeError):
-        kind, base = "PEFT", "its base model"
-    if (folder / "config.json").is_file():
-        what = f"{path}: {ADAPTER} lies beside the weights: a {kind} adapter that would be left out"
-        other = f", or move {ADAPTER} away to export the weights without it"
-    else:
-        what = f"{path}: a {kind} adapter without the weights it belongs to ({base})"
-        other = ""
-    return ExportError(
-        what,
-        fix="Merge it first with peft (AutoPeftModelForCausalLM or the like): from_pretrained("
-        f"folder).merge_and_unload().save_pretrained(merged){other}.",
-    )
-
-
 def _quantised(path: str | Path, about: Any) -> ExportError:
     kind = about.get("quant_method") if isinstance(about, dict) else None
     return ExportError(
@@ -198,45 +238,6 @@ def _quantised(path: str | Path, about: Any) -> ExportError:
         "config.json)",
         fix="Give the checkpoint that it was made of; --dtype int8 quantises while exporting.",
     )
-
-
-@contextlib.contextmanager
-def _translated(path: str | Path, folder: Path, fix: str) -> Iterator[None]:
-    """Turns whatever transformers and safetensors raise into an error that names the file."""
-    try:
-        yield
-    except ExportError:
-        raise
-    except Exception as error:  # they let through what any library below them raises
-        if found := damaged_file(folder):
-            raise ExportError(
-                f"{path}: {found}", fix="Fetch that file again; git lfs pull gets the real ones."
-            ) from error
-        raise ExportError(
-            f"{path}: transformers cannot read it ({type(error).__name__}: {first_line(error)})",
-            fix=fix,
-        ) from error
-
-
-def damaged_file(folder: Path) -> str | None:
-    """Which file of a checkpoint cannot be what its name says, and why; None if none is seen."""
-    if not (folder / "config.json").is_file():
-        return "there is no config.json"
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin") or not file.is_file():
-            continue
-        with file.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{file.name} is a Git LFS pointer, not the file itself"
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
-                with safetensors.safe_open(file, framework="np"):
-                    pass
-        except (ValueError, OSError, RecursionError, safetensors.SafetensorError) as error:
-            return f"{file.name} is not whole ({first_line(error)})"
-    return None
 
 
 @contextlib.contextmanager
@@ -251,4 +252,4 @@ def _without_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-__all__ = ["damaged_file", "find_checkpoint", "read_config", "read_labels", "read_model"]
+__all__ = ["Checkpoint", "find_checkpoint", "open_checkpoint", "read_labels", "read_model"]

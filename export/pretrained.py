@@ -12,15 +12,8 @@ import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import transformers
-
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.checkpoint import (
-    find_checkpoint,
-    read_config,
-    read_labels,
-    read_model,
-)
+from edgeexit.export.checkpoint import Checkpoint, open_checkpoint, read_labels, read_model
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
@@ -68,6 +61,7 @@ def from_pretrained(
     exits: Iterable[int] | None = None,
     adapters: Iterable[int] | Mapping[int, int] | None = None,
     encoder_exits: Iterable[int] | None = None,
+    adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
 ) -> ExitClassifier | ExitDecoder:
     """Reads a checkpoint and gives it exits.
@@ -80,29 +74,32 @@ def from_pretrained(
             (see `ExitDecoder`). None: those saved with the checkpoint.
         encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
             with the checkpoint, or none.
+        adapter: A folder (or hub id) of peft's, LoRA's for instance, or several: merged into the
+            checkpoint's weights in that order. A tokenizer saved with one goes before the
+            checkpoint's own.
         untrained: Attach new, random heads (new adapters) even where the checkpoint has none: to
             measure what exits would cost and save before training them, or to train them now.
 
     Raises:
         ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
-            no exits for the layers asked for.
+            no exits for the layers asked for; or an adapter cannot be read or merged.
     """
-    folder = find_checkpoint(path)
-    config = read_config(path, folder)
+    checkpoint = open_checkpoint(path, adapter)
+    config = checkpoint.config
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:
             raise UsageError(
                 f"{path}: adapters are for models without an encoder, not {config.model_type}",
                 fix="Leave them out.",
             )
-        return _encoder_decoder(path, folder, config, exits, encoder_exits)
+        return _encoder_decoder(checkpoint, exits, encoder_exits)
     if encoder_exits is not None:
         raise UsageError(
             f"{path}: a {config.model_type} has no encoder before a decoder",
             fix="Leave encoder_exits out (--encoder-exits).",
         )
     if config.model_type in DECODERS:
-        return _decoder(path, folder, config, exits, adapters, untrained=untrained)
+        return _decoder(checkpoint, exits, adapters, untrained=untrained)
     if adapters is not None:
         raise UsageError(
             f"{path}: adapters are for language models, this is a {config.model_type}",
@@ -116,13 +113,11 @@ def from_pretrained(
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
-    return _classifier(path, folder, config, exits, *family, untrained=untrained)
+    return _classifier(checkpoint, exits, *family, untrained=untrained)
 
 
 def _classifier(
-    path: str | Path,
-    folder: Path,
-    config: transformers.PretrainedConfig,
+    checkpoint: Checkpoint,
     exits: Iterable[int] | None,
     module_name: str,
     reader: str,
@@ -131,6 +126,7 @@ def _classifier(
     untrained: bool,
 ) -> ExitClassifier:
     """A classifier; its exits have heads of their own."""
+    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
     labels = read_labels(path, config)
     saved = read_exits(folder).layers
     if exits is None and saved is None:
@@ -139,7 +135,7 @@ def _classifier(
             fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
             "--untrained-exits 3,6,9 to measure latency before training.",
         )
-    model, missing_weights = read_model(reader, path, folder)
+    model, missing_weights = read_model(reader, checkpoint)
     if missing_weights and not untrained:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}, "
@@ -167,27 +163,26 @@ def _classifier(
     classifier.name, classifier.task = name_of(path), task
     classifier.labels = labels
     trained = "trained" if classifier.trained else "untrained"
-    classifier.provenance = {"model_type": config.model_type, "exits": trained}
+    classifier.provenance = checkpoint.provenance | {"exits": trained}
     if images:
         classifier.preprocessing, classifier.preprocessing_sample = images
     elif task == "text-classification":
         names = [tensor.name for tensor in trunk.inputs]
-        if texts := text_preprocessing(folder, names, trunk.limits["seq"]):
+        if texts := text_preprocessing(checkpoint.text_folder, names, trunk.limits["seq"]):
             classifier.preprocessing, classifier.tokenizer, sample = texts
             classifier.preprocessing_sample = sample
     return classifier
 
 
 def _decoder(
-    path: str | Path,
-    folder: Path,
-    config: transformers.PretrainedConfig,
+    checkpoint: Checkpoint,
     exits: Iterable[int] | None,
     adapters: Iterable[int] | Mapping[int, int] | None,
     *,
     untrained: bool,
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
+    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
     found = read_exits(folder)
     saved, held = found.layers, found.adapters
     if exits is None and saved is None:
@@ -196,7 +191,7 @@ def _decoder(
             fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
             "(--exits 2,4).",
         )
-    model, missing_weights = read_model("AutoModelForCausalLM", path, folder)
+    model, missing_weights = read_model("AutoModelForCausalLM", checkpoint)
     if missing_weights:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
@@ -219,23 +214,22 @@ def _decoder(
         load_exits(decoder.adapters, loaded, folder)
     decoder.eval()
     decoder.name = name_of(path)
-    decoder.tokenizer_folder = folder
+    decoder.tokenizer_folder = checkpoint.text_folder
     decoder.generation = generation_of(model, path)
     trained = "trained" if set(decoder.exit_layers) <= set(saved or []) else "untrained"
-    decoder.provenance = {"model_type": config.model_type, "exits": trained}
+    decoder.provenance = checkpoint.provenance | {"exits": trained}
     if sizes:
         decoder.provenance["adapters"] = "untrained" if missing else "trained"
     return decoder
 
 
 def _encoder_decoder(
-    path: str | Path,
-    folder: Path,
-    config: transformers.PretrainedConfig,
+    checkpoint: Checkpoint,
     exits: Iterable[int] | None,
     encoder_exits: Iterable[int] | None,
 ) -> ExitEncoderDecoder:
     """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
+    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
     saved = read_exits(folder)
     if exits is None and saved.layers is None:
         depth = getattr(config, "num_decoder_layers", None) or config.decoder_layers
@@ -245,7 +239,7 @@ def _encoder_decoder(
             "exits=[2, 4] (--exits 2,4), and of the encoder with encoder_exits (--encoder-exits).",
         )
     module_name, reader = ENCODER_DECODERS[config.model_type]
-    model, missing_weights = read_model(reader, path, folder)
+    model, missing_weights = read_model(reader, checkpoint)
     if missing_weights:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
@@ -258,13 +252,12 @@ def _encoder_decoder(
     split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
     split.eval()
     split.name = name_of(path)
-    split.tokenizer_folder = folder
+    split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path)
     known = set(chosen) <= set(saved.layers or []) and set(own) <= set(saved.encoder or [])
     trained = "trained" if known else "untrained"
-    split.provenance = {"model_type": config.model_type, "exits": trained}
-    longest = encoder.positions or LONGEST_TEXT
-    texts = text_preprocessing(folder, ["input_ids", "attention_mask"], longest)
-    if texts:
+    split.provenance = checkpoint.provenance | {"exits": trained}
+    takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
+    if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
         split.preprocessing, _, split.preprocessing_sample = texts
     return split

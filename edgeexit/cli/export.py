@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,14 @@ DTYPES = {
     metavar="LIST",
     help="Language models: exits with layers of their own before the head; default: those saved "
     'with the checkpoint, "none": without. Beside --untrained-exits: new ones too.',
+)
+@click.option(
+    "--adapter",
+    "merged",
+    multiple=True,
+    metavar="DIR",
+    help="Checkpoints: a peft adapter (LoRA) that is merged into the weights; may be given several "
+    "times.",
 )
 @click.option(
     "--encoder-exits",
@@ -121,6 +129,7 @@ def command(
     \b
     edgeexit export -m checkpoint -o bundle
     edgeexit export -m checkpoint --untrained-exits 3,6,9 -o bundle
+    edgeexit export -m base --adapter lora --exits 8,16 -o bundle
     edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
     edgeexit export -m my_package.model:make -o bundle
     edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
@@ -193,6 +202,8 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
     for name, (why, fix) in refused.items():
         if {**options, **writing}.get(name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: {why}", fix=fix)
+    if options["merged"]:
+        raise UsageError("--adapter is for checkpoints, not for ONNX files", fix="Leave it out.")
     if options["exits"] is None:
         raise UsageError(
             f"{model}: which outputs are exits?",
@@ -301,9 +312,13 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
                 f"{model}: the function says itself where its exits are",
                 fix="Leave out --exits, --untrained-exits, --adapters and --encoder-exits.",
             )
+        if options["merged"]:
+            raise UsageError(
+                "--adapter is for checkpoints", fix="Merge it in the function, and leave this out."
+            )
         split = _from_function(model)
     else:
-        split = _from_checkpoint(model, *exits)
+        split = _from_checkpoint(model, *exits, merged=options["merged"])
     if options["task"] not in (None, split.task):
         raise UsageError(
             f"--task {options['task']}: {model} is made for {split.task}", fix="Leave --task out."
@@ -335,6 +350,8 @@ def _from_checkpoint(
     untrained_exits: str | None,
     adapters: str | None,
     encoder_exits: str | None,
+    *,
+    merged: Sequence[str] = (),
 ) -> SplitModel:
     from edgeexit.export.pretrained import from_pretrained
 
@@ -345,7 +362,7 @@ def _from_checkpoint(
     )
     layers: list[int] | None = None
     if text is not None:
-        layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
+        layers = _all_layers(model, merged) if text.strip() == "all" else _layers(text, option)
     chosen: list[int] | None = None
     if adapters is not None:
         chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
@@ -355,6 +372,7 @@ def _from_checkpoint(
         exits=layers,
         adapters=chosen,
         encoder_exits=encoder,
+        adapter=merged,
         untrained=untrained_exits is not None,
     ).split_model()
 
@@ -370,8 +388,8 @@ def _layers(text: str, option: str, word: str = "all") -> list[int]:
     return [int(part) for part in parts]
 
 
-def _all_layers(model: str) -> list[int]:
+def _all_layers(model: str, merged: Sequence[str]) -> list[int]:
     """Every layer of a checkpoint; `from_pretrained` without new exits tells how many there are."""
     from edgeexit.export.pretrained import from_pretrained
 
-    return list(range(1, from_pretrained(model, exits=[], untrained=True).depth))
+    return list(range(1, from_pretrained(model, exits=[], adapter=merged, untrained=True).depth))

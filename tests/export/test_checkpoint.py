@@ -111,7 +111,7 @@ def write_adapter(folder: Path) -> None:
 
 def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy: Path) -> None:
     write_adapter(copy)
-    refused(copy, "LORA adapter that would be left out", "merge_and_unload")
+    refused(copy, "LORA adapter that would be left out", "--adapter FOLDER")
 
 
 def test_an_adapter_alone_names_the_weights_that_it_belongs_to(tmp_path: Path) -> None:

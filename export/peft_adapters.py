@@ -1,0 +1,231 @@
+"""peft's adapters (LoRA and the like), merged into the weights that they were trained on.
+
+An adapter is a folder beside its base: ``adapter_config.json`` and weights of its own. A bundle
+holds one set of weights, so adapters are merged one after the other, by peft, and the merged model
+is held against the one that peft runs before anything else is made of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from edgeexit.errors import ExportError
+from edgeexit.export.device_tokenizer import has_tokenizer
+from edgeexit.export.library_errors import translated
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TOLERANCE = 1e-3
+"""How far the merged model may be from the one with the adapter beside it, in parts of its largest
+output: float32 rounds the sum of both weights once."""
+
+_HEAD = re.compile(r"classifier(\.out_proj|\.1)?\.bias")
+"""Of every family of classifiers."""
+_AGAIN = "Copy the adapter again, as peft's save_pretrained wrote it."
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter_config(path: str | Path, folder: Path) -> dict[str, Any]:
+    """What an adapter says of itself.
+
+    Args:
+        path: What the caller gave, for messages.
+        folder: Where it is.
+
+    Raises:
+        ExportError: There is none, it is damaged, or its weights are not there.
+    """
+    if not is_adapter(folder):
+        raise ExportError(
+            f"{path}: not a peft adapter, there is no {CONFIG}",
+            fix="Give the folder that peft's save_pretrained wrote.",
+        )
+    with translated(f"{path}: {CONFIG}", "cannot be read", _AGAIN):
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+            raise ValueError("it names no peft_type")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ExportError(f"{path}: {WEIGHTS[0]} is not there", fix=_AGAIN)
+    return found
+
+
+def refuse_adapter(path: str | Path, folder: Path) -> ExportError:
+    """What to do about a checkpoint that is an adapter, or has one beside its weights."""
+    try:
+        about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = str(about.get("peft_type", "peft"))
+        base = str(about.get("base_model_name_or_path") or "its base model")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        kind, base = "peft", "its base model"
+    if (folder / "config.json").is_file():
+        return ExportError(
+            f"{path}: {CONFIG} is beside the weights: a {kind} adapter that would be left out",
+            fix=f"Move the adapter's files into a folder of their own and add --adapter FOLDER "
+            f"(adapter=...), or move {CONFIG} away to export the weights without it.",
+        )
+    return ExportError(
+        f"{path}: a {kind} adapter without the weights it belongs to ({base})",
+        fix=f"Give the base and the adapter: edgeexit export -m BASE --adapter {path} "
+        "(from_pretrained(base, adapter=...)).",
+    )
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters that are merged into one model, in order.
+
+    Attributes:
+        paths: What the caller gave, for messages.
+        folders: Where each of them is.
+        kinds: peft's name of each kind.
+        weights: Names in the base of all weights that they hold.
+        classes: How many the classifier has that one of them brings; None where none does.
+    """
+
+    paths: tuple[str | Path, ...]
+    folders: tuple[Path, ...]
+    kinds: tuple[str, ...]
+    weights: frozenset[str]
+    classes: int | None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Of the last adapter that was saved with its tokenizer."""
+        return next((folder for folder in reversed(self.folders) if has_tokenizer(folder)), None)
+
+    def __str__(self) -> str:
+        names = (Path(path).resolve().name for path in self.paths)
+        return ", ".join(f"{n} ({kind})" for n, kind in zip(names, self.kinds, strict=True))
+
+
+def open_adapters(
+    given: str | Path | Iterable[str | Path] | None, find: Callable[[str | Path], Path]
+) -> Adapters | None:
+    """Looks at adapters, in the order in which they are merged; None where none is given.
+
+    Args:
+        find: Gives the folder of a path or hub id.
+
+    Raises:
+        ExportError: One is not an adapter, or is damaged.
+    """
+    paths = (given,) if isinstance(given, (str, Path)) else tuple(given or ())
+    if not paths:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ExportError(
+            "adapters need peft, which is not installed",
+            fix='Install it: pip install "edgeexit[export]".',
+        )
+    folders = tuple(find(path) for path in paths)
+    kinds, names, classes = [], set(), None
+    for path, folder in zip(paths, folders, strict=True):
+        kinds.append(read_adapter_config(path, folder)["peft_type"])
+        with translated(path, "its weights cannot be read", _AGAIN, folder=folder, required=CONFIG):
+            weights = _weights(folder)
+        names |= {_plain(name) for name in weights}
+        heads = [len(v) for k, v in weights.items() if v.ndim == 1 and _HEAD.fullmatch(_plain(k))]
+        classes = heads[-1] if heads else classes
+    return Adapters(paths, folders, tuple(kinds), frozenset(names), classes)
+
+
+def merge_adapters(
+    model: transformers.PreTrainedModel, adapters: Adapters
+) -> transformers.PreTrainedModel:
+    """The model with all adapters merged into its weights.
+
+    Raises:
+        ExportError: An adapter does not fit the model, or cannot be merged.
+    """
+    for path, folder, kind in zip(adapters.paths, adapters.folders, adapters.kinds, strict=True):
+        model = _merge(model.eval(), path, folder, kind)
+    return model
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from peft import load_peft_weights
+
+    return dict(load_peft_weights(str(folder), device="cpu"))
+
+
+def _plain(name: str) -> str:
+    """The name of a weight in the base.
+
+    >>> _plain("base_model.model.classifier.modules_to_save.weight")
+    'classifier.weight'
+    """
+    name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(modules_to_save|original_module)(\.default)?", "", name)
+
+
+def _merge(
+    model: transformers.PreTrainedModel, path: str | Path, folder: Path, kind: str
+) -> transformers.PreTrainedModel:
+    import peft
+
+    fix = "Give the base that the adapter was trained on (base_model_name_or_path in its "
+    fix += f"{CONFIG}), and check it with peft's PeftModel.from_pretrained."
+    does = f"peft cannot put this {kind} adapter on {type(model).__name__}"
+    with warnings.catch_warnings(), translated(path, does, fix), torch.no_grad():
+        warnings.simplefilter("ignore")  # what it says about missing weights is looked at below
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        merge = getattr(adapted.base_model, "merge_and_unload", None)
+        if adapted.active_peft_config.is_prompt_learning or merge is None:
+            raise ExportError(
+                f"{path}: a {kind} adapter adds inputs or layers, which no weights can hold",
+                fix="Export the base without it, or train an adapter that can be merged (LoRA).",
+            )
+        loaded = adapted.load_adapter(str(folder), "default")
+        for names, what in (
+            (loaded.unexpected_keys, "weights for which the base has no place:"),
+            (loaded.missing_keys, "no weights for"),
+        ):
+            if names:
+                raise ExportError(
+                    f"{path}: the adapter has {what} {_plain(sorted(names)[0])}"
+                    + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                    fix=fix,
+                )
+        inputs = _inputs(model)
+        expected = adapted.eval()(**inputs).logits
+        merged = merge(safe_merge=True)
+        found = merged.eval()(**inputs).logits
+    off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not off <= TOLERANCE:
+        raise ExportError(
+            f"{path}: merged into the weights, the {kind} adapter gives other outputs than beside "
+            f"them (off by {off:.3g} of the largest)",
+            fix="Where the embedding and the head share their weights, train it on neither of the "
+            "two; otherwise train one that can be merged.",
+        )
+    return merged
+
+
+def _inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Something that a model takes."""
+    random = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 64)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (2, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=random)}
+    ids = torch.randint(0, config.vocab_size, (2, 5), generator=random)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+__all__ = ["Adapters", "is_adapter", "merge_adapters", "open_adapters", "refuse_adapter"]
