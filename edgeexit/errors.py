@@ -119,8 +119,12 @@ def first_line(error: BaseException) -> str:
 
     >>> first_line(MemoryError()), first_line(ValueError("a\\nb"))
     ('MemoryError', 'a')
+    >>> first_line(RuntimeError("Errors in loading weights:\\n\\tsize mismatch for w"))
+    'Errors in loading weights: size mismatch for w'
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 __all__ = [

@@ -205,6 +205,11 @@ def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tupl
         )
     named = {int(key): str(value) for key, value in (config.id2label or {}).items()}
     found = tuple(named.get(number) or str(number) for number in range(config.num_labels))
+    if broken := [name for name in found if any("\ud800" <= letter <= "\udfff" for letter in name)]:
+        raise ExportError(
+            f"{path}: id2label in config.json has the name {broken[0]!a}, not valid Unicode",
+            fix="Correct it.",
+        )
     if missing := [number for number in range(config.num_labels) if not named.get(number)]:
         others = sorted(named.keys() - set(range(config.num_labels)))
         logger.warning(

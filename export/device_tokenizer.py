@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 from edgeexit.errors import BundleError, ExportError, InputError, first_line
+from edgeexit.export.library_errors import translated
 from edgeexit.preprocessing.texts import read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ FILES = (
     *("sentencepiece.bpe.model", "tekken.json"),
 )
 """Files that a tokenizer is made of, of which a checkpoint that has one has at least one."""
+
+_MEND = "Mend the tokenizer's files, or move them away: the bundle then works with token ids."
 
 TEXTS = (
     "The film was better than anyone had hoped, and I would watch it again tomorrow.",
@@ -72,18 +75,21 @@ def make_tokenizer(folder: Path) -> tuple[bytes, Any] | None:
         raise _refused(
             folder, f"{type(own).__name__} runs in Python only, and has no form for a device"
         )
-    raw = own.backend_tokenizer.to_str().encode()
-    device = _read(folder, raw)
-    for text in TEXTS:
-        expected = own(text)["input_ids"]
-        found = device.encode(text).ids
-        if list(expected) != list(found):
-            raise _refused(
-                folder,
-                f"the device would make other ids of {text[:24]!r} than {type(own).__name__}: "
-                f"{found[:8]}, not {list(expected)[:8]}",
-            )
+    with translated(folder, "its tokenizer cannot be used", _MEND):
+        raw = own.backend_tokenizer.to_str().encode()
+        device = _read(folder, raw)
+        for text in TEXTS:
+            _compare(folder, text, list(own(text)["input_ids"]), list(device.encode(text).ids))
     return raw, own
+
+
+def _compare(folder: Path, text: str, expected: list[int], found: list[int]) -> None:
+    if expected != found:
+        raise _refused(
+            folder,
+            f"the device would make other ids of {text[:24]!r} than transformers: {found[:8]}, not "
+            f"{expected[:8]}",
+        )
 
 
 def _read(folder: Path, raw: bytes) -> Any:
@@ -94,10 +100,7 @@ def _read(folder: Path, raw: bytes) -> Any:
 
 
 def _refused(folder: Path, why: str) -> ExportError:
-    return ExportError(
-        f"{folder}: {why}",
-        fix="Mend the tokenizer's files, or move them away: the bundle then works with token ids.",
-    )
+    return ExportError(f"{folder}: {why}", fix=_MEND)
 
 
 __all__ = ["TOKENIZER", "has_tokenizer", "make_tokenizer"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from edgeexit.bundle.manifest import GenerationDefaults
+from edgeexit.export.library_errors import translated
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,15 @@ def generation_of(model: PreTrainedModel, path: str | Path) -> GenerationDefault
             path,
             ", ".join(left),
         )
-    made = GenerationDefaults(
-        temperature=float(_or(config.temperature, 1.0)) if draws else 0.0,
-        top_k=int(_or(config.top_k, 50)) if draws else 0,
-        top_p=float(_or(config.top_p, 1.0)) if draws else 1.0,
-        repetition_penalty=float(_or(config.repetition_penalty, 1.0)),
-        suppressed=[int(token) for token in config.suppress_tokens or []],
-    )
+    file = Path(path) / "generation_config.json"
+    with translated(file, "its settings cannot be used", "Correct it, or move it away."):
+        made = GenerationDefaults(
+            temperature=float(_or(config.temperature, 1.0)) if draws else 0.0,
+            top_k=int(_or(config.top_k, 50)) if draws else 0,
+            top_p=float(_or(config.top_p, 1.0)) if draws else 1.0,
+            repetition_penalty=float(_or(config.repetition_penalty, 1.0)),
+            suppressed=[int(token) for token in config.suppress_tokens or []],
+        )
     return None if made == GenerationDefaults() else made
 
 

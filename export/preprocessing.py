@@ -7,16 +7,19 @@ there) and processes the sample; what the schema cannot express is refused, neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import transformers
 
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
-from edgeexit.errors import ExportError, first_line
+from edgeexit.errors import ExportError
 from edgeexit.export.device_tokenizer import make_tokenizer
+from edgeexit.export.library_errors import translated
 
 _RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -32,6 +35,8 @@ _SAMPLE_TEXTS = (
     "Was it 3.50 or 4? Größe, naïveté, 東京 — and an e-mail to nobody@example.org!",
 )
 Sample = dict[str, np.ndarray]
+LARGEST_EDGE = 8192
+MEND = "Correct it, or move it away: the bundle then takes finished inputs (.npz) only."
 
 
 def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing, Sample] | None:
@@ -53,23 +58,33 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
         return None
     # Pillow is what the device has; torchvision's filters round differently.
     pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
-    try:
+    with translated(path, "transformers cannot read it", MEND):
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
         config = processor.to_dict()
-    except Exception as error:  # whatever a damaged or foreign file makes it raise
-        raise _refused(path, f"transformers cannot read it ({first_line(error)})") from error
     name = type(processor).__name__
-    try:
-        schema = _image_schema(path, config, name, channels)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _refused(path, f"what {name} does cannot be expressed ({error!r})") from error
+    with translated(path, f"what {name} does cannot be expressed", MEND):
+        schema = _checked(path, _image_schema(path, config, name, channels))
     from edgeexit.export.pictures import compare_pictures  # needs Pillow, as the processor does
 
-    compare_pictures(path, schema, processor)
-    image = _sample_image(schema)
-    last = image if image.ndim == 3 else image[..., None]
-    made = processor(last, input_data_format="channels_last", return_tensors="np")["pixel_values"]
-    return schema, {"image": image, "expected/pixel_values": np.asarray(made, np.float32)}
+    with translated(path, f"{name} cannot process a picture", MEND):
+        compare_pictures(path, schema, processor)
+        image = _sample_image(schema)
+        last = image if image.ndim == 3 else image[..., None]
+        made = processor(last, input_data_format="channels_last", return_tensors="np")
+        pixels = np.asarray(made["pixel_values"], np.float32)
+    return schema, {"image": image, "expected/pixel_values": pixels}
+
+
+def _checked(path: Path, schema: ImagePreprocessing) -> ImagePreprocessing:
+    """The schema, if its numbers are those of pictures."""
+    schema = msgspec.convert(msgspec.to_builtins(schema), ImagePreprocessing)
+    sizes = schema.height, schema.width, schema.shortest_edge or 1
+    if max(sizes) > LARGEST_EDGE:
+        raise _refused(path, f"pictures of {max(sizes)} pixels a side (at most {LARGEST_EDGE})")
+    numbers = [schema.scale, *schema.mean, *schema.std]
+    if not all(map(math.isfinite, numbers)) or not all(schema.std) or not schema.scale:
+        raise _refused(path, f"scale, mean or std cannot be ({', '.join(map(str, numbers))})")
+    return schema
 
 
 def _image_schema(
@@ -165,8 +180,11 @@ def text_preprocessing(
         raise _refused(path, "padding or truncation on the left cannot be expressed")
     if tokenizer.pad_token_id is None:
         raise _refused(path, "it has no padding token")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise _refused(path.with_name("tokenizer_config.json"), f"model_max_length is {longest!r}")
     schema = TextPreprocessing(
-        max_length=int(min(tokenizer.model_max_length, positions)),
+        max_length=int(min(longest, positions)),
         ids="input_ids",
         mask="attention_mask" if "attention_mask" in inputs else None,
         types="token_type_ids" if "token_type_ids" in inputs else None,
@@ -174,23 +192,21 @@ def text_preprocessing(
         pad_token=str(tokenizer.pad_token),
     )
     texts = [*_SAMPLE_TEXTS, " ".join([_SAMPLE_TEXTS[0]] * (schema.max_length // 12 + 1))]
-    encoded = tokenizer(
-        texts,
-        padding=True,
-        truncation=True,
-        max_length=schema.max_length,
-        return_token_type_ids=schema.types is not None,
-        return_tensors="np",
-    )
-    expected = {f"expected/{name}": np.asarray(encoded[name], np.int64) for name in inputs}
+    with translated(path, "transformers cannot encode texts with it", MEND):
+        encoded = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=schema.max_length,
+            return_token_type_ids=schema.types is not None,
+            return_tensors="np",
+        )
+        expected = {f"expected/{name}": np.asarray(encoded[name], np.int64) for name in inputs}
     return schema, raw, {"text": np.array(texts), **expected}
 
 
 def _refused(path: Path, why: str) -> ExportError:
-    return ExportError(
-        f"{path}: {why}",
-        fix="Correct it, or move it away: the bundle then takes finished inputs (.npz) only.",
-    )
+    return ExportError(f"{path}: {why}", fix=MEND)
 
 
 def _version() -> int:

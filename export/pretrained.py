@@ -11,6 +11,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import transformers
 
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, open_checkpoint, read_labels, read_model
@@ -19,6 +22,7 @@ from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
 from edgeexit.export.generation import generation_of
+from edgeexit.export.library_errors import translated
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
 
 FAMILIES = {
@@ -143,12 +147,11 @@ def _classifier(
             fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
             "measure latency with random weights.",
         )
-    adapter = importlib.import_module(f"edgeexit.export.families.{module_name}")
     images, sizes = None, []
     if task == "image-classification":
         images = image_preprocessing(folder, config.num_channels)
         sizes = [(images[0].height, images[0].width) if images else None]
-    trunk = adapter.trunk(model.eval(), *sizes)
+    trunk = _trunk(checkpoint, module_name, model, *sizes)
     classifier = ExitClassifier(model, trunk, list(saved or [] if exits is None else exits))
     missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
     if missing and not untrained:
@@ -174,6 +177,16 @@ def _classifier(
     return classifier
 
 
+def _trunk(
+    checkpoint: Checkpoint, module_name: str, model: transformers.PreTrainedModel, *more: Any
+) -> Any:
+    """What a family's module says of a model."""
+    family = importlib.import_module(f"edgeexit.export.families.{module_name}")
+    does = f"its configuration is none of a {checkpoint.config.model_type} that can be exported"
+    with translated(checkpoint.path, does, "Correct config.json and generation_config.json."):
+        return family.trunk(model.eval(), *more)
+
+
 def _decoder(
     checkpoint: Checkpoint,
     exits: Iterable[int] | None,
@@ -197,11 +210,11 @@ def _decoder(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
             fix="Give a whole causal language model.",
         )
-    adapter = importlib.import_module(f"edgeexit.export.families.{DECODERS[config.model_type]}")
+    trunk = _trunk(checkpoint, DECODERS[config.model_type], model)
     chosen = list(saved or [] if exits is None else exits)
     if adapters is None:
         adapters = {layer: size for layer, size in held.items() if layer in chosen}
-    decoder = ExitDecoder(model, adapter.trunk(model.eval()), chosen, adapters)
+    decoder = ExitDecoder(model, trunk, chosen, adapters)
     sizes = decoder.adapter_sizes
     loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
     if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
@@ -245,10 +258,9 @@ def _encoder_decoder(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
             fix="Give a whole model for conditional generation.",
         )
-    family = importlib.import_module(f"edgeexit.export.families.{module_name}")
     chosen = list(saved.layers or [] if exits is None else exits)
     own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
-    encoder, decoder = family.trunk(model.eval())
+    encoder, decoder = _trunk(checkpoint, module_name, model)
     split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
     split.eval()
     split.name = name_of(path)

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edgeexit.bundle.documents import convert, decode
 from edgeexit.bundle.manifest import Chain, Exit
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import PolicyError
@@ -320,9 +321,9 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
     path = Path(path)
     fix = "Give the file that `edgeexit calibrate -o` wrote."
     try:
-        raw = msgspec.json.decode(path.read_bytes())
+        raw: Any = decode(path.read_bytes(), object)
         if not isinstance(raw, dict):
-            raise msgspec.ValidationError("not a JSON object")
+            raise ValueError("not a JSON object")
         version = str(raw.pop("format", "missing"))
         if version.split(".")[0] != POLICY_FORMAT.split(".")[0]:
             raise PolicyError(
@@ -332,16 +333,10 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         for rule in rules.values() if isinstance(rules, dict) else ():
             if isinstance(rule, dict) and "thresholds" in rule:
                 rule["thresholds"] = _from_json(rule["thresholds"])
-        return msgspec.convert(raw, Policy)
+        return convert(raw, Policy)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read ({error.strerror})", fix=fix) from error
-    except (
-        msgspec.MsgspecError,
-        UnicodeDecodeError,
-        RecursionError,
-        ValueError,
-        OverflowError,
-    ) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise PolicyError(f"{path}: not a policy ({error})", fix=fix) from error
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from edgeexit.bundle.documents import decode
 from edgeexit.bundle.layout import MANIFEST, OWNED_FOLDERS, RECOPY, WEIGHTS
 from edgeexit.bundle.manifest import FORMAT_MAJOR, KNOWN_FEATURES, SCORES, File, Manifest
 from edgeexit.bundle.onnx_wire import read_graph_file
@@ -163,8 +164,8 @@ def decode_manifest(raw: bytes) -> Manifest:
 
     fix = "Give a bundle made by `edgeexit export`."
     try:
-        head = msgspec.json.decode(raw, type=Head)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        head = decode(raw, Head)
+    except ValueError as error:
         raise BundleError(f"{MANIFEST}: not a manifest ({error})", fix=fix) from error
     if not re.fullmatch(r"[0-9]{1,6}\.[0-9]{1,6}", head.format, flags=re.ASCII):
         raise FormatError(f'{MANIFEST}: format {head.format!r} is not "major.minor"', fix=fix)
@@ -179,8 +180,8 @@ def decode_manifest(raw: bytes) -> Manifest:
             fix="Install a newer edgeexit.",
         )
     try:
-        return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return decode(raw, Manifest)
+    except ValueError as error:
         raise BundleError(f"{MANIFEST}: {error}", fix=RECOPY) from error
 
 

@@ -7,7 +7,6 @@ functions, `raw_data` images and texts, `texts` what a model that writes reads.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, UsageError
+from edgeexit.errors import DataError, UsageError, first_line
 
 LABEL = "label"
 Update = Callable[[bytes], None]
@@ -99,11 +98,9 @@ def read_npz(
                 raise ValueError("it holds one array, not an archive")
             with archive:
                 return {name: archive[name] for name in archive.files}
-    except ValueError as error:
-        reason = "it holds pickled objects" if "pickle" in str(error) else str(error)
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
+        reason = "it holds pickled objects" if "pickle" in str(error) else first_line(error)
         raise DataError(f"{path.name}: cannot be read as .npz ({reason})", fix=fix) from error
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path.name}: cannot be read as .npz ({error})", fix=fix) from error
 
 
 def take_rows(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError
+from edgeexit.errors import DataError, InputError
 from edgeexit.measure.batches import (
     LABEL,
     Batch,
@@ -26,7 +26,7 @@ from edgeexit.measure.batches import (
     input_names,
     label_index,
 )
-from edgeexit.preprocessing.images import open_image, preprocess_images
+from edgeexit.preprocessing.images import ImageSource, open_image, preprocess_images
 from edgeexit.preprocessing.texts import Text
 from edgeexit.runtime.text.tokenizer import encode_batch
 
@@ -50,7 +50,8 @@ def open_folder(path: Path, bundle: Bundle) -> DataSet:
             images = [
                 open_image(file, file.relative_to(path).as_posix(), update) for file, _ in part
             ]
-            pixels = preprocess_images(preprocessing, images)
+            names = [file.relative_to(path).as_posix() for file, _ in part]
+            pixels = _pixels(preprocessing, images, names)
             yield _image_batch(preprocessing, pixels, [label for _, label in part])
 
     return DataSet(name=path.name, rows=len(rows), _batches=batches)
@@ -94,6 +95,19 @@ def _images_wanted(bundle: Bundle, where: str) -> ImagePreprocessing:
             fix=f"Give the inputs themselves as .npz: {input_names(bundle)}.",
         )
     return preprocessing
+
+
+def _pixels(
+    preprocessing: ImagePreprocessing, images: Sequence[ImageSource], names: Sequence[str]
+) -> NDArray:
+    """What the model takes of images. Raises `DataError` naming the one that cannot be taken."""
+    found = []
+    for image, name in zip(images, names, strict=True):
+        try:
+            found.append(preprocess_images(preprocessing, [image]))
+        except InputError as error:
+            raise DataError(f"{name}: {error.what}", fix=error.fix) from error
+    return np.concatenate(found)
 
 
 def _image_batch(
@@ -180,7 +194,8 @@ def _batch(
             open_image(path.parent / row[key], f"{where}: {row[key]}", update)
             for where, row in part
         ]
-        return _image_batch(preprocessing, preprocess_images(preprocessing, images), indices)
+        pixels = _pixels(preprocessing, images, [f"{where}: {row[key]}" for where, row in part])
+        return _image_batch(preprocessing, pixels, indices)
     texts: list[Text] = []
     for where, row in part:
         pair = row.get("text_pair")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import ImagePreprocessing
-from edgeexit.errors import DataError, EngineError
+from edgeexit.errors import DataError, EngineError, InputError, first_line
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any
@@ -74,7 +74,7 @@ def open_image(
             image.load()
             image = transpose(image)
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
-        reason = str(error).split("<_io")[0].strip()
+        reason = first_line(error).split("<_io")[0].strip()
         raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
     return image
 
@@ -92,6 +92,7 @@ def preprocess_images(
 
 
 def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> NDArray[np.float32]:
+    _check_resized(preprocessing, image)
     resample = import_pillow().Resampling[preprocessing.resample.upper()]
     height, width = preprocessing.height, preprocessing.width
     image = image.convert(preprocessing.mode)
@@ -109,6 +110,18 @@ def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> 
     std = np.asarray(preprocessing.std, np.float32)[:, None, None]
     scaled = pixels * np.float32(preprocessing.scale)
     return np.ascontiguousarray((scaled - mean) / std, np.float32)
+
+
+def _check_resized(preprocessing: ImagePreprocessing, image: ImageSource) -> None:
+    """Refuses a picture so long that resizing by its shorter side makes an enormous one."""
+    short, long = sorted(image.size)
+    edge = preprocessing.shortest_edge
+    if not short or (edge is not None and edge * (edge * long // short) > IMAGE_LIMIT_PIXELS):
+        raise InputError(
+            f"a picture of {image.width} x {image.height} pixels cannot be resized to a shorter "
+            f"side of {edge or preprocessing.width}",
+            fix="Cut it to a usual shape.",
+        )
 
 
 __all__ = ["ImageSource", "image_from_array", "import_pillow", "open_image", "preprocess_images"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ def cut_and_pad(tokenizer: Any, preprocessing: TextPreprocessing) -> Any:
     return tokenizer
 
 
+@contextlib.contextmanager
+def encoding(what: str) -> Iterator[None]:
+    """Turns what tokenizers raises over a text, bare Exception among it, into an `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer cannot encode {what} ({error})",
+            fix="Give texts that are valid Unicode.",
+        ) from error
+
+
 def encode_texts(
     tokenizer: Any, preprocessing: TextPreprocessing, texts: Sequence[Text], *, cut: bool = True
 ) -> dict[str, NDArray[np.int64]]:
@@ -66,13 +79,8 @@ def encode_texts(
     Raises:
         InputError: A text is not Unicode, or longer than the model takes and not to be cut.
     """
-    try:
+    with encoding(f"one of the texts {str(list(texts))[:60]!a}"):
         encodings = tokenizer.encode_batch(list(texts))
-    except Exception as error:  # bare here, too
-        raise InputError(
-            f"the tokenizer cannot encode one of the texts {str(list(texts))[:60]!a} ({error})",
-            fix="Give texts that are valid Unicode.",
-        ) from error
     if not cut:
         _check_whole(encodings, preprocessing.max_length)
     columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
@@ -94,4 +102,4 @@ def _check_whole(encodings: Sequence[Any], most: int) -> None:
             )
 
 
-__all__ = ["Text", "cut_and_pad", "encode_texts", "read_tokenizer"]
+__all__ = ["Text", "cut_and_pad", "encode_texts", "encoding", "read_tokenizer"]

@@ -25,6 +25,7 @@ from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of
 from edgeexit.export.cut.run_file import OnnxFile, file_answers, open_file
 from edgeexit.export.describe import FORMAT, Precision
 from edgeexit.export.evaluate import close, tolerance_of
+from edgeexit.export.library_errors import translated
 from edgeexit.export.samples import REFERENCE, SAMPLE_ROWS, reference_sample, write_samples
 from edgeexit.export.trace import torch_graph
 from edgeexit.export.weights import WeightStore
@@ -79,7 +80,9 @@ def export_onnx(
         tell("reading")
         source = _read(path, exits, rows or {}, samples, writer.folder)
         inputs = source.rows.inputs
-        WeightStore(writer.folder).externalize(source.model.graph)
+        fix = "Copy the file and its weights again, or export it again."
+        with translated(source.what, "its weights cannot be read", fix):
+            WeightStore(writer.folder).externalize(source.model.graph)
         tell("running the file on samples")
         answers = _answers(source, labels)
         probabilities = gives_probabilities(source.model.graph, answers, outputs, source.what)
@@ -140,6 +143,12 @@ def _read(
     model = read_onnx(path)
     own_inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
     model = normalise(model, exits, what, turned={n: told[n] for n in exits if n in told})
+    if len(own_inputs) != len(model.graph.inputs):
+        raise ExportError(
+            f"{what}: not a whole ONNX model: {len(own_inputs)} inputs without a weight, "
+            f"{len(model.graph.inputs)} after weights were taken out",
+            fix="Copy the file again, or export it again.",
+        )
     inputs = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
     name_axes(model.graph, what, samples, inputs)
     named = {inputs.get(name, name): axis for name, axis in told.items()}

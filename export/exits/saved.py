@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import UsageError
+from edgeexit.export.library_errors import translated
 
 EXITS_CONFIG = "edgeexit.json"
 EXITS_WEIGHTS = "exits.safetensors"
@@ -74,8 +74,8 @@ def read_exits(folder: Path) -> SavedExits:
     config = folder / EXITS_CONFIG
     if not config.is_file():
         return SavedExits()
-    try:
-        found = json.loads(config.read_text())
+    with translated(config, "cannot be read", "Save the exits again with save_pretrained."):
+        found = json.loads(config.read_text(encoding="utf-8"))
         layers, adapters = found["exits"], found.get("adapters", {})
         if not all(isinstance(layer, int) for layer in layers):
             raise ValueError("exits is not a list of layer numbers")
@@ -85,25 +85,17 @@ def read_exits(folder: Path) -> SavedExits:
         if encoder is not None and not all(isinstance(layer, int) for layer in encoder):
             raise ValueError("encoder_exits is not a list of layer numbers")
         return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()}, encoder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f"{config}: cannot be read ({error})", fix="Save the exits again with save_pretrained."
-        ) from error
 
 
 def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> None:
     """Loads what the exits of some layers have for themselves; others that a checkpoint holds stay
     unread."""
     path = folder / EXITS_WEIGHTS
-    try:
+    fix = "Use exits saved with this very checkpoint."
+    with translated(path, "does not fit the model", fix):
         weights = load_file(path)
         for name in (f"exit_{layer}" for layer in layers):
             modules[name].load_state_dict(weights_of(weights, f"{name}."))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ExportError(
-            f"{path}: does not fit the model: {str(error).splitlines()[-1].strip()}",
-            fix="Use exits saved with this very checkpoint.",
-        ) from error
 
 
 def weights_of(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -93,11 +93,12 @@ def reference_scores(
     z = np.asarray(logits, np.float64)
     if probabilities:
         z = np.log(np.maximum(z, TINY))
-    log_p = z - z.max(-1, keepdims=True)
-    log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
-    p = np.exp(log_p)
-    ordered = np.partition(p, -2, axis=-1)
-    entropy = -(p * log_p).sum(-1)
+    with np.errstate(invalid="ignore"):  # of what is no number, no score is one
+        log_p = z - z.max(-1, keepdims=True)
+        log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
+        p = np.exp(log_p)
+        ordered = np.partition(p, -2, axis=-1)
+        entropy = -(p * log_p).sum(-1)
     return {
         "max_prob": ordered[..., -1].astype(np.float32),
         "margin": (ordered[..., -1] - ordered[..., -2]).astype(np.float32),

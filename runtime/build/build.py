@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from edgeexit.bundle.documents import decode
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import WEIGHTS, Bundle, sha256_of
 from edgeexit.runtime.build.profiles import Shapes
@@ -201,8 +202,8 @@ def _finished(folder: Path, work: Work) -> PlanFile | None:
     if not (note.is_file() and path.is_file()):
         return None
     try:
-        plan = msgspec.json.decode(note.read_bytes(), type=PlanFile)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        plan = decode(note.read_bytes(), PlanFile)
+    except ValueError:
         return None
     fits = (plan.graph, plan.file) == (work.variant.graph, work.file)
     return plan if fits and engine_cache.is_whole(folder, plan) else None

@@ -197,6 +197,7 @@ class OnnxRuntimeEngine:
                 model,
                 options,
                 providers=providers,
+                enable_fallback=False,  # which would print, and try the same again
                 disabled_optimizers=SLOW_FUSIONS if self.name == "cpu" else None,
             )
         except Exception as error:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
-from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, read_tokenizer
+from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, encoding, read_tokenizer
 
 HELD_TOKENS = 8
 """Tokens that may wait for the rest of a character; then what they give is given out, broken."""
@@ -50,13 +50,8 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
         tokenizer: From `open_tokenizer`.
         special_tokens: Add those that the model expects around a text (a first one, say).
     """
-    try:
+    with encoding(f"the text {text[:40]!a}"):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
-    except Exception as error:  # bare here, too
-        raise InputError(
-            f"the tokenizer cannot encode the text {text[:40]!a} ({error})",
-            fix="Give text that is valid Unicode.",
-        ) from error
     return ids
 
 

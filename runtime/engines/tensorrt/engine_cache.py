@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from edgeexit.bundle.documents import convert, decode
 from edgeexit.bundle.manifest import Sha256, Struct
 from edgeexit.bundle.reader import read_regular, regular_size, sha256_of
 from edgeexit.bundle.validate import check_relative
@@ -234,8 +235,8 @@ def parse_index(folder: Path, raw: bytes) -> EngineSet:
     """
     fix = _BUILD_AGAIN
     try:
-        found = msgspec.json.decode(raw, type=EngineSet)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        found = decode(raw, EngineSet)
+    except ValueError as error:
         raise IntegrityError(f"{folder / INDEX}: {error}", fix=fix) from error
     if found.format != FORMAT:
         raise IntegrityError(
@@ -247,8 +248,8 @@ def parse_index(folder: Path, raw: bytes) -> EngineSet:
             fix=fix,
         )
     try:
-        msgspec.convert(found.made_from, type=MadeFrom)
-    except msgspec.ValidationError as error:
+        convert(found.made_from, MadeFrom)
+    except ValueError as error:
         raise IntegrityError(f"{folder / INDEX}: made_from: {error}", fix=fix) from error
     for plan in found.plans:
         with _advising():
@@ -288,8 +289,8 @@ def whole_plans(folder: Path, bundle: str, key: str) -> dict[str, PlanFile]:
     engines. A plan that is listed twice does not count."""
     try:
         raw = read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES)
-        found = msgspec.json.decode(raw, type=EngineSet)
-    except (BundleError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = decode(raw, EngineSet)
+    except (BundleError, ValueError):
         return {}
     if (found.format, found.bundle, found.key, key_of(found.made_from)) != (
         FORMAT,

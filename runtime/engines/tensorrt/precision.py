@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edgeexit.bundle.documents import decode
 from edgeexit.runtime.engines.tensorrt.api import INetworkDefinition, TensorRt
 
 Types = dict[str, dict[str, int]]
@@ -78,10 +79,7 @@ def of_engine(information: str) -> dict[str, int]:
     Raises:
         ValueError: The text is not an inspector's report.
     """
-    try:
-        report = msgspec.json.decode(information, type=_Information)
-    except msgspec.MsgspecError as error:
-        raise ValueError(str(error)) from error
+    report = decode(information, _Information)
     found: dict[str, int] = {}
     for layer in report.layers:
         if not isinstance(layer, Mapping):
