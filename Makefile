@@ -54,17 +54,17 @@ demo: $(READY)
 	$(BIN)/edgeexit check $(DEMO)/bundle
 	@echo; echo "== 3 of 6. What does every exit say about digits the model was not trained on?"
 	$(BIN)/edgeexit trace $(DEMO)/bundle --data examples/digits/data.py:validation \
-	  -o $(DEMO)/validation.npz
+	  -o $(DEMO)/validation.npz --overwrite
 	@echo; echo "== 4 of 6. When may it stop? The loosest threshold at which at most 0.5 % of the answers"
 	@echo "   differ from those of the whole model."
 	$(BIN)/edgeexit calibrate $(DEMO)/validation.npz --bundle $(DEMO)/bundle --max-risk 0.5% \
-	  -o $(DEMO)/policy.json
+	  -o $(DEMO)/policy.json --overwrite
 	@echo; echo "== 5 of 6. Five digits that neither training nor calibration saw, and where each left:"
 	$(BIN)/edgeexit run $(DEMO)/bundle --data examples/digits/data.py:test --rows 5 \
 	  --policy $(DEMO)/policy.json
 	@echo; echo "== 6 of 6. What did that gain against the same model unsplit?"
 	$(BIN)/edgeexit bench $(DEMO)/bundle --data examples/digits/data.py:test \
-	  --policy $(DEMO)/policy.json -o $(DEMO)/bench.json
+	  --policy $(DEMO)/policy.json -o $(DEMO)/bench.json --overwrite
 	@echo; echo "The bundle, the policy and the figures are in $(DEMO)."
 
 bench: $(READY)

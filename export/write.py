@@ -7,6 +7,7 @@ the same bundle from an ONNX file.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -21,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgeexit import __version__
-from edgeexit.bundle.manifest import Manifest
-from edgeexit.bundle.reader import Bundle
+from edgeexit.bundle.manifest import File, Manifest
+from edgeexit.bundle.reader import Bundle, sha256_of
 from edgeexit.bundle.writer import BundleWriter, check_output
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
@@ -103,6 +104,7 @@ def _write(
         model = to_half(model)
     manifest = manifest_of(model, precision, provenance() | {"opset": str(opset)})
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
+        text = _text_files(model, writer.folder)  # first: it may refuse, and is done in a moment
         store = WeightStore(writer.folder)
         reference, values = torch_reference(model, manifest)
         for path, graph in _graphs(model, manifest, values, opset, tell):
@@ -119,7 +121,6 @@ def _write(
         if model.preprocessing_sample is not None:
             raw = model.preprocessing_sample
             samples.append(write_samples(writer.folder, "preprocessing", raw))
-        text = _text_files(model, writer.folder)
         decoding = manifest.decoding
         if decoding is not None:
             stop_tokens = dict.fromkeys([*decoding.stop_tokens, *text.stop_tokens])
@@ -166,6 +167,23 @@ def _graphs(
             tell(f"{component.name}, projection")
             graph = graph_of_projection(component, opset=opset, pieces=pieces)
             yield described.projection.graph, graph
+
+
+def describe_bundle(model: SplitModel, folder: Path) -> Bundle:
+    """A model's bundle as far as reading data for it needs one, written into `folder` in a moment:
+    its inputs, preprocessing and tokenizer, without graphs."""
+    check(model)
+    text = _text_files(model, folder)
+    files = {
+        path.relative_to(folder).as_posix(): File(sha256=sha256_of(path), bytes=path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    manifest = msgspec.structs.replace(
+        manifest_of(model, "float32"), tokenizer=text.tokenizer, chat=text.chat, files=files
+    )
+    digest = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+    return Bundle(path=folder, manifest=manifest, digest=digest)
 
 
 def _text_files(model: SplitModel, folder: Path) -> TextFiles:
@@ -219,4 +237,4 @@ def counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
     return tell
 
 
-__all__ = ["Calibration", "Progress", "export"]
+__all__ = ["Calibration", "Progress", "describe_bundle", "export"]

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Counts
 
 
+_NO_INPUTS: Mapping[str, NDArray[Any]] = {}
+
+
 class Model(TextProgram, Loaded):
     """A loaded bundle. Made by `edgeexit.runtime.load`.
 
@@ -139,7 +142,13 @@ class Model(TextProgram, Loaded):
         """The form of token states that was asked for; None: the fastest."""
         return self._check_usable().form
 
-    def __call__(self, inputs: Mapping[str, NDArray[Any]], *, timed: bool = False) -> Result:
+    def __call__(
+        self,
+        inputs: Mapping[str, NDArray[Any]] = _NO_INPUTS,
+        *,
+        timed: bool = False,
+        **named: object,
+    ) -> Result:
         """Answers a batch.
 
         Args:
@@ -149,13 +158,18 @@ class Model(TextProgram, Loaded):
 
         Raises:
             InputError: An input is missing, unknown, or of the wrong type or shape.
-            UsageError: The model writes text.
+            UsageError: The model writes text, or inputs were given as keywords.
             StateError: The model is closed, in use by another thread, or was carried over a fork.
         """
         if self.bundle.manifest.decoding is not None:
             raise UsageError(
                 f"{self.bundle.path} writes text: it is not run in one pass",
                 fix="Call model.generate(prompt) (edgeexit run --prompt).",
+            )
+        if named:
+            raise UsageError(
+                f"{next(iter(named))} is no keyword of a model",
+                fix="Give the inputs as one dictionary: model(inputs), not model(**inputs).",
             )
         self._enter()
         try:

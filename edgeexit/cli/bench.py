@@ -9,7 +9,13 @@ from typing import Any
 import click
 
 from edgeexit.cli.common import add_current_directory, print_json, print_table, progress_bar, share
-from edgeexit.cli.options import bundle_argument, engine_option, output_options, read_threads
+from edgeexit.cli.options import (
+    bundle_argument,
+    engine_option,
+    output_options,
+    overwrite_option,
+    read_threads,
+)
 from edgeexit.errors import UsageError
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -89,11 +95,13 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Also draw the result here (.png or .svg; needs matplotlib).",
 )
 @engine_option
+@overwrite_option
 @output_options
 def command(
     bundle: Path,
     output: Path | None,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -124,7 +132,7 @@ def command(
         )
     add_current_directory()
     if output is not None:
-        check_output(output)
+        check_output(output, overwrite=overwrite)
     if plot is not None:
         check_plot(plot, output, options["data"], options["policy"])
     with progress_bar(quiet) as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeexit.cli.common import fraction, print_json, print_table, share
-from edgeexit.cli.options import output_options
+from edgeexit.cli.options import output_options, overwrite_option
 from edgeexit.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
     type=click.Path(path_type=Path),
     help="Also draw the trade-off here (.png or .svg; needs matplotlib).",
 )
+@overwrite_option
 @output_options
 def command(
     trace: Path,
@@ -63,6 +64,7 @@ def command(
     bundle: Path | None,
     output: Path,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -86,7 +88,7 @@ def command(
     from edgeexit.runtime import write_policy
 
     limit = fraction(max_risk, "--max-risk")
-    check_output(output, trace)
+    check_output(output, trace, overwrite=overwrite)
     if plot is not None:
         check_plot(plot, trace, output)
     recorded = read_trace(trace)
@@ -169,7 +171,7 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
 def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str) -> None:
     print_table(
         f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct outcomes)",
-        ("threshold", "risk", "mean depth", "ms", *exits, ""),
+        ("threshold", "risk", "mean exit", "ms", *exits, ""),
         [
             (
                 "never" if p["threshold"] == "never" else f"{p['threshold']:.4f}",

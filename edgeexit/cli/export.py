@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,13 +289,29 @@ def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[s
             fix="Give a file, a folder of images, or module:function.",
         )
 
-    def calibration(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
-        from edgeexit.measure.data import open_data
+    batches = _calibration_batches(data, split)
+    return export(split, output, calibration=lambda bundle: batches, **writing)
 
-        add_current_directory()
-        return (batch.inputs for batch in open_data(data, bundle).batches(8))
 
-    return export(split, output, calibration=calibration, **writing)
+def _calibration_batches(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
+    """As much of the data as int8 takes: read before the long work, so that what is wrong with it
+    is said at once."""
+    from edgeexit.export.passes.calibration import split as shares
+    from edgeexit.export.write import describe_bundle
+    from edgeexit.measure.data import open_data
+
+    add_current_directory()
+    found: list[Mapping[str, Any]] = []
+
+    def kept(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
+        for batch in open_data(data, bundle).batches(8):
+            found.append(batch.inputs)
+            yield batch.inputs
+
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
+        described = describe_bundle(split, Path(folder))
+        shares(kept(described), described.manifest)
+    return found
 
 
 def _split(model: str, options: Mapping[str, Any]) -> SplitModel:

@@ -91,6 +91,9 @@ def verbosity_options(function: F) -> F:
     )(function)
 
 
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+
+
 def output_options(function: F) -> F:
     """Adds --json, -v and -q."""
     return json_option(verbosity_options(function))

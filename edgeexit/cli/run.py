@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from edgeexit.errors import DataError, UsageError
 if TYPE_CHECKING:
     from edgeexit.bundle.policy import Policy, Rule
     from edgeexit.measure.batches import Batch
+
+logger = logging.getLogger(__name__)
 
 OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
 """Kinds of input that models take which answer, and which write."""
@@ -73,7 +76,7 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     edgeexit run bundle --prompt "def main(" --mode exact --stream
     edgeexit run bundle --prompt "Why is the sky blue?" --chat --stream
     """
-    kind = _only_kind(options)
+    kind = _only_kind(options, bundle)
     _check_stopping(options)
     if kind in OF_TEXT:
         _check_no_rows(options)
@@ -96,8 +99,8 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
         _answer(opened, loading, options, as_json=as_json, verbose=bool(verbose), quiet=quiet)
 
 
-def _only_kind(options: Mapping[str, Any]) -> str:
-    """The one kind of input that was given."""
+def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
+    """The one kind of input that was given; what the bundle takes is said where there is none."""
     names = {"data": "data", "image": "images", "text": "texts", "prompt": "prompts"}
     names["messages"] = "messages"
     given = [kind for kind, name in names.items() if options[name]]
@@ -105,9 +108,10 @@ def _only_kind(options: Mapping[str, Any]) -> str:
         return given[0]
     what = f"--{given[0]} and --{given[1]} contradict each other: " if given else ""
     answers, writes = (" or ".join(f"--{kind}" for kind in k) for k in (OF_ROWS, OF_TEXT))
-    raise UsageError(
-        f"{what}run needs one kind of input", fix=f"Give {answers}; a language model: {writes}."
-    )
+    fix = f"Give {answers}; a language model: {writes}."
+    if bundle.is_dir():
+        fix = f"Give {answers if open_bundle(bundle).manifest.decoding is None else writes}."
+    raise UsageError(f"{what}run needs one kind of input", fix=fix)
 
 
 def _check_stopping(options: Mapping[str, Any]) -> None:
@@ -216,6 +220,7 @@ def _answer(
                 break
         about, score = model.describe_engine(), model.decisions[-1].score
     found = found[:rows]
+    _warn_of_no_numbers(found)
     if as_json:
         path = str(bundle.path)
         print_json({"bundle": path, "engine": about, "score": score, "rows": found})
@@ -230,6 +235,16 @@ def _answer(
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
         click.echo(f"{right} of {len(labelled)} right")
+
+
+def _warn_of_no_numbers(found: list[dict[str, Any]]) -> None:
+    rows = [row["row"] for row in found if row.pop("no_number")]
+    if rows:
+        logger.warning(
+            "row %d%s: the model answers NaN or infinity, which is no answer: look at its input",
+            rows[0],
+            f" and {len(rows) - 1} more" if len(rows) > 1 else "",
+        )
 
 
 def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
@@ -258,6 +273,8 @@ def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
 
 
 def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[dict[str, Any]]:
+    import numpy as np
+
     labels = bundle.manifest.labels
     found = []
     for row in range(batch.rows):
@@ -276,6 +293,11 @@ def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[d
             answer["outputs"] = {name: value[row] for name, value in result.outputs.items()}
         if batch.labels is not None:
             answer["label"] = int(batch.labels[row])
+        answer["no_number"] = not all(
+            np.isfinite(value[row]).all()
+            for value in result.outputs.values()
+            if value.dtype.kind == "f"
+        )
         answer["batch_times_ms"] = result.times_ms
         found.append(answer)
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar
-from edgeexit.cli.options import bundle_argument, engine_options, output_options
+from edgeexit.cli.options import bundle_argument, engine_options, output_options, overwrite_option
 
 if TYPE_CHECKING:
     from edgeexit.measure.trace import Trace
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Rows, or texts, that run together; times are in ms per batch of this size.",
 )
+@overwrite_option
 @output_options
 def command(
     bundle: Path,
@@ -43,6 +44,7 @@ def command(
     engine: str,
     threads: int | str,
     batch_size: int,
+    overwrite: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -63,7 +65,7 @@ def command(
     from edgeexit.measure.trace_file import write_trace
     from edgeexit.runtime import load
 
-    check_output(output, data)
+    check_output(output, data, overwrite=overwrite)
     add_current_directory()
     with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
         opened = open_data(data, model.bundle)

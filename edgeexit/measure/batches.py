@@ -103,6 +103,17 @@ def read_npz(
         raise DataError(f"{path.name}: cannot be read as .npz ({reason})", fix=fix) from error
 
 
+def refuse_misnamed_label(arrays: Mapping[str, NDArray], bundle: Bundle, where: str) -> None:
+    """Raises `DataError` for an array of labels under a name that looks like theirs."""
+    inputs = {tensor.name for tensor in bundle.manifest.inputs}
+    for name in arrays:
+        if name.lower() in (LABEL, "labels") and name not in inputs:
+            raise DataError(
+                f"{where}: {name} is not an input of the model ({input_names(bundle)})",
+                fix=f"Labels are called {LABEL}: numpy.savez(path, **inputs, {LABEL}={name}).",
+            )
+
+
 def take_rows(
     bundle: Bundle, inputs: Mapping[str, NDArray], rows: NDArray[np.int64]
 ) -> dict[str, NDArray]:

@@ -9,6 +9,7 @@ file and the row.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,12 +28,15 @@ from edgeexit.measure.batches import (
     class_count,
     label_index,
     read_npz,
+    refuse_misnamed_label,
     take_rows,
 )
 from edgeexit.measure.functions import load_function
 from edgeexit.measure.raw_data import open_folder, open_lines
 from edgeexit.measure.texts import open_texts
 from edgeexit.runtime.programs.forward import check_inputs
+
+logger = logging.getLogger(__name__)
 
 _FORMS = "Give a .npz, a .jsonl, a folder of images, or module:function."
 
@@ -56,8 +60,15 @@ def _open(text: str, bundle: Bundle) -> DataSet:
     lines = path.is_file() and path.suffix in (".jsonl", ".ndjson")
     arrays = path.is_file() and path.suffix == ".npz"
     function = not path.exists() and ":" in text
-    if bundle.manifest.decoding is not None and (lines or arrays or function):
-        return open_texts(text, bundle)
+    if bundle.manifest.decoding is not None:
+        if lines or arrays or function:
+            return open_texts(text, bundle)
+        if path.exists():
+            raise DataError(
+                f"{text}: not a form of texts, and {bundle.manifest.name} writes text",
+                fix='Give a .jsonl with {"text": "..."} per line, a .npz of token ids, or '
+                "module:function.",
+            )
     if path.is_dir():
         return open_folder(path, bundle)
     if arrays:
@@ -73,7 +84,9 @@ def _open(text: str, bundle: Bundle) -> DataSet:
 def _npz(path: Path, bundle: Bundle) -> DataSet:
     arrays = read_npz(path)
     labels = arrays.pop(LABEL, None)
+    refuse_misnamed_label(arrays, bundle, path.name)
     inputs, rows = _checked(arrays, bundle, path.name)
+    _warn_of_no_numbers(inputs, bundle, path.name)
     indices = None if labels is None else _label_array(labels, rows, bundle, path.name)
 
     def batches(size: int, update: Update) -> Iterator[Batch]:
@@ -96,6 +109,29 @@ def _checked(
     except InputError as error:
         raise DataError(f"{where}: {error.what}", fix=error.fix) from error
     return {name: arrays[name] for name in expected}, sizes["batch"]
+
+
+def _warn_of_no_numbers(inputs: Mapping[str, NDArray], bundle: Bundle, where: str) -> None:
+    """Says which rows hold NaN or infinity: what a model answers to them is no answer."""
+    axes = {tensor.name: tensor.row_axis for tensor in bundle.manifest.inputs}
+    for name, value in inputs.items():
+        if value.dtype.kind != "f" or np.isfinite(value).all():
+            continue
+        axis = axes[name]
+        if axis is None:
+            which = "in every row"
+        else:
+            flat = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+            rows = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            which = f"in row {rows[0]}{more}"
+        logger.warning(
+            "%s: %s holds NaN or infinity %s: the answer is no answer, and a score of NaN reaches "
+            "no threshold",
+            where,
+            name,
+            which,
+        )
 
 
 def _label_array(values: Any, rows: int, bundle: Bundle, where: str) -> NDArray[np.int64]:
@@ -151,6 +187,7 @@ def _function(spec: str, bundle: Bundle) -> DataSet:
                     fix="Yield (dict of arrays, array of labels or None).",
                 )
             inputs, rows = _checked(pair[0], bundle, where)
+            _warn_of_no_numbers(inputs, bundle, where)
             labels = None if pair[1] is None else _label_array(pair[1], rows, bundle, where)
             _hash(update, inputs, labels)
             yield from _slices(bundle, inputs, labels, rows, size)

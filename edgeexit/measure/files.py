@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgeexit.bundle.reader import MANIFEST
-from edgeexit.errors import MeasurementError, UsageError
+from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -39,8 +39,11 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             partial.unlink()
 
 
-def check_output(path: Path, *inputs: str | os.PathLike[str] | None) -> None:
-    """Refuses an output before work is spent on it, among others one that is an input."""
+def check_output(
+    path: Path, *inputs: str | os.PathLike[str] | None, overwrite: bool = True
+) -> None:
+    """Refuses an output before work is spent on it: one that is an input, is no file, is inside a
+    bundle, or exists without `overwrite`."""
     for given in inputs:
         there = given is not None and os.path.exists(given) and path.exists()
         if given is not None and there and os.path.samefile(given, path):
@@ -54,6 +57,8 @@ def check_output(path: Path, *inputs: str | os.PathLike[str] | None) -> None:
             f"{path} is a device or a pipe, which would be replaced by a file",
             fix="Give the name of a file with -o; --json writes to stdout.",
         )
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists", fix="Choose another -o, or add --overwrite.")
     for parent in path.absolute().parents:
         if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
             raise UsageError(

@@ -200,7 +200,11 @@ def _from_arrays(path: Path, bundle: Bundle, *, targets: bool) -> list[Text]:
     try:
         rows = check_inputs(expected, arrays, bundle.manifest.limits)["batch"]
     except InputError as error:
-        raise DataError(f"{path.name}: {error.what}", fix=error.fix) from error
+        raise DataError(
+            f"{path.name}: {error.what}",
+            fix=f"{bundle.manifest.name} writes text: give the token ids of texts as "
+            f"{', '.join(expected)}, or texts as .jsonl.",
+        ) from error
     tokens = arrays.pop(decoding.tokens, None)
     return [
         Text(

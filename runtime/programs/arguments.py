@@ -163,10 +163,14 @@ def check_room(prompt: int, new: int, capacity: int, limit: int | None) -> None:
         larger = f", or load with a larger capacity (up to {limit})"
     else:
         larger = " (the model was made for no more)"
+    if prompt + 1 > capacity or new + 1 <= capacity:
+        what = f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
+        what += f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {capacity}"
+        raise InputError(what, fix=f"Shorten the prompt or lower max_new_tokens{larger}.")
     raise InputError(
-        f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
-        f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {capacity}",
-        fix=f"Shorten the prompt or lower max_new_tokens{larger}.",
+        f"max_new_tokens is {new}, a text has {capacity} tokens at most, of which {prompt} "
+        f"{'are' if prompt > 1 else 'is'} there already",
+        fix=f"Use at most {capacity - prompt}{larger}.",
     )
 
 

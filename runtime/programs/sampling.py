@@ -32,6 +32,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
             negative ones (CTRL, arXiv:1909.05858); 1 = none.
         suppressed: Tokens that are never made.
         seed: Of the draws; row r of a batch draws from a stream of its own.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
     temperature: float = 0.0
@@ -45,6 +48,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     def plain(self) -> bool:
         """Whether the likeliest token is taken, as the logits are."""
         return self.temperature == 0 and self.repetition_penalty == 1.0 and not self.suppressed
+
+    def __post_init__(self) -> None:
+        self.check()
 
     def check(self) -> None:
         """Raises `UsageError` for invalid settings."""

@@ -185,6 +185,55 @@ def test_an_output_is_never_an_input(cli: Cli, toy_bundle: Bundle, toy_data: Pat
     assert_clear(ran, 2, "is what is read", "another name")
 
 
+def test_results_that_exist_are_replaced_when_asked_alone(
+    cli: Cli, toy_bundle: Bundle, toy_data: Path
+) -> None:
+    policy, figures = ("calibrate", "t.npz", "--max-risk", "50%", "-o", "p.json"), "b.json"
+    for arguments in (
+        ("trace", toy_bundle.path, "--data", toy_data, "-o", "t.npz"),
+        policy,
+        ("bench", toy_bundle.path, "--data", toy_data, "-o", figures),
+    ):
+        output = cli.folder / str(arguments[-1])
+        output.write_bytes(b"mine")
+        assert_clear(cli(*arguments), 2, f"{output.name} exists", "add --overwrite")
+        assert output.read_bytes() == b"mine"
+        if arguments[0] != "bench":
+            assert cli(*arguments, "--overwrite").code == 0
+            assert output.read_bytes() != b"mine"
+
+
+def test_a_policy_of_another_bundle_is_named(cli: Cli, toy_bundle: Bundle, toy_data: Path) -> None:
+    write_policy(Policy(rules={"main": Rule()}, bundle="0" * 64), cli.folder / "other.json")
+    ran = cli("run", toy_bundle.path, "--data", toy_data, "--policy", "other.json")
+    assert_clear(ran, 1, "other.json: the policy was made for the bundle 000000000000")
+
+
+def test_rows_that_are_no_numbers_are_said(cli: Cli, toy_bundle: Bundle) -> None:
+    inputs = make_inputs(4)
+    inputs["x"][2, 1] = np.nan
+    inputs["x"][3, 0] = np.inf
+    np.savez(cli.folder / "d.npz", **inputs)
+    options = ("--data", "d.npz", "--threshold", "0")
+    ran = cli("run", toy_bundle.path, *options, "--json")
+    assert ran.code == 0 and "d.npz: x holds NaN or infinity in row 2 and 1 more" in ran.err
+    assert "row 2: the model answers NaN" in ran.err
+    exits = [row["exit"] for row in ran.json["rows"]]
+    assert exits[:2] == ["exit_1"] * 2 and exits[2] == "exit_4"
+    assert "no_number" not in ran.json["rows"][0] and ran.json["rows"][2]["score"] is None
+
+
+def test_labels_under_another_name_are_said(cli: Cli, toy_bundle: Bundle) -> None:
+    np.savez(cli.folder / "d.npz", **make_inputs(4), labels=np.zeros(4, np.int64))
+    ran = cli("trace", toy_bundle.path, "--data", "d.npz", "-o", "t.npz")
+    assert_clear(ran, 1, "d.npz: labels is not an input", "Labels are called label")
+
+
+def test_run_without_input_names_what_the_bundle_takes(cli: Cli, toy_bundle: Bundle) -> None:
+    ran = cli("run", toy_bundle.path)
+    assert_clear(ran, 2, "one kind of input. Give --data or --image or --text.")
+
+
 def test_a_trace_never_goes_into_a_bundle(cli: Cli, toy_copy: Path, toy_data: Path) -> None:
     ran = cli("trace", toy_copy, "--data", toy_data, "-o", toy_copy / "trace.npz")
     assert_clear(ran, 2, "inside the bundle")

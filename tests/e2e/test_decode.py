@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeexit.bundle.reader import Bundle, open_bundle
@@ -293,7 +294,7 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     assert traced.code == 0, traced.err
     assert (traced.json["chain"], traced.json["texts"]) == ("main", 3)
     assert traced.json["rows"] == sum(map(len, texts))  # its tokens are bytes
-    shown = cli("trace", writer, "--data", "texts.jsonl", "--batch-size", 2, "-o", "trace.npz")
+    shown = cli("trace", writer, "--data", "texts.jsonl", "--batch-size", 2, "-o", "batches.npz")
     assert f"{traced.json['rows']} tokens of 3 texts, 3 exits" in shown.out
     options = ("--max-risk", "60%", "-o", "policy.json")
     calibrated = cli("calibrate", "trace.npz", *options, "--json")
@@ -301,7 +302,9 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     assert calibrated.json["calibration"]["texts"] == 3
     assert calibrated.json["calibration"]["perplexity_full"] > 1
     assert calibrated.json["exits"][0]["accuracy"] is not None
-    assert "Of 3 texts, " in cli("calibrate", "trace.npz", *options, "--per-exit").out
+    assert (
+        "Of 3 texts, " in cli("calibrate", "trace.npz", *options, "--per-exit", "--overwrite").out
+    )
     checked = cli("check", writer, "--policy", "policy.json")
     assert checked.code == 0, checked.err
     fast = ("--mode", "fast", "--policy", "policy.json", "--max-new-tokens", "12", "--json")
@@ -332,6 +335,10 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
     [
         (("run", "--data", "x.npz"), "writes text. Give --prompt or --messages"),
         (("run", "--prompt", b"\xff"), "cannot encode one of the texts"),
+        (("run",), "one kind of input. Give --prompt or --messages."),
+        (("run", "--prompt", "w5", "--max-new-tokens", "6000"), "max_new_tokens is 6000, a text"),
+        (("trace", "--data", "x", "-o", "t.npz"), "x: not a form of texts"),
+        (("trace", "--data", "d.npz", "-o", "t.npz"), "writes text: give the token ids of texts"),
         (("trace", "--data", "x.npz", "-o", "t.npz"), "x.npz does not exist"),
         (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "side"), "no chain 'side'"),
         (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "encoder"), "gives no logits"),
@@ -344,6 +351,8 @@ def test_invalid_arguments_for_an_encoder_and_a_decoder_are_refused(
     bundle = write_with_words(make_decoder_toy(encoder=True), tmp_path / "bundle").path
     target = {} if "target" in message else {"target": [5, 6]}
     (cli.folder / "x.jsonl").write_text(json.dumps({"tokens": [5, 6]} | target))
+    (cli.folder / "x").mkdir()
+    np.savez(cli.folder / "d.npz", pixels=np.zeros((2, 3, 8, 8), np.float32))
     ran = cli(arguments[0], bundle, *map(os.fsdecode, arguments[1:]))
     assert ran.code in (1, 2) and message in ran.err
     assert "Traceback" not in ran.err and ran.out == ""

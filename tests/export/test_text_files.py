@@ -11,10 +11,12 @@ import pytest
 import transformers
 
 from edgeexit.errors import ExportError
+from edgeexit.export import export
 from edgeexit.export.families.llama import stop_tokens
+from edgeexit.export.pretrained import from_pretrained
 from edgeexit.export.text_files import read_special_tokens, read_templates, write_text_files
 from tests.chats import BEGIN, CHATML, END, LLAMA, TEMPLATES
-from tests.decoders import make_decoder
+from tests.decoders import make_decoder, save_decoder
 
 NAMED = [{"name": name, "template": text} for name, text in TEMPLATES.items()]
 
@@ -175,3 +177,14 @@ def test_the_ends_of_a_text_are_those_of_both_configurations(
     model.config.eos_token_id = configured
     model.generation_config.eos_token_id = generating
     assert stop_tokens(model) == expected
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_is_refused_before_anything_is_traced(tmp_path: Path, damaged: str) -> None:
+    folder = save_decoder("llama", tmp_path / "checkpoint")
+    (folder / damaged).write_text("{")
+    model = from_pretrained(folder, exits=[1]).split_model()
+    done: list[str] = []
+    with pytest.raises(ExportError, match="tokenizer"):
+        export(model, tmp_path / "bundle", progress=lambda what, *_: done.append(what))
+    assert not done and not (tmp_path / "bundle").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from edgeexit.bundle.manifest import Component
 from edgeexit.bundle.reader import Bundle, open_bundle
-from edgeexit.errors import UsageError
+from edgeexit.cli import cli
+from edgeexit.errors import DataError, UsageError
 from edgeexit.export import export
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
@@ -22,6 +24,7 @@ from edgeexit.runtime.build.profiles import Asked
 from edgeexit.runtime.build.work_list import work_of
 from edgeexit.runtime.engines.tensorrt.library import find_library
 from tests.decoders import EXITS, VOCABULARY, random_prompts
+from tests.encoder_decoders import make_bart, save_bart
 from tests.export.passes.test_quantise import scales
 
 PRODUCTS_OF_WEIGHTS = 7  # of a layer: queries, keys, values, output, gate, up, down
@@ -109,3 +112,18 @@ def test_no_text_is_refused_and_leaves_nothing(decoder_folder: Folders, tmp_path
     with pytest.raises(UsageError, match="needs texts"):
         _export(decoder_folder, tmp_path / "bundle", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_does_not_fit_is_refused_before_anything_is_traced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_bart(make_bart(), tmp_path / "checkpoint")
+    data = tmp_path / "texts.jsonl"
+    rows = [{"text": "abc", "target": "cba"}, {"text": "bcd"}]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["export", "-m", str(folder), "--exits", "1", "-o", str(tmp_path / "bundle")]
+    arguments += ["--dtype", "int8", "--calibration-data", str(data)]
+    with pytest.raises(DataError, match=r"texts.jsonl: line 2: there is no 'target'"):
+        cli.main(arguments, standalone_mode=False)
+    assert not [one for one in caplog.records if one.name == "edgeexit.export.write"]
+    assert not (tmp_path / "bundle").exists()

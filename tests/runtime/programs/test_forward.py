@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.policy import ALWAYS, NEVER, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
-from edgeexit.errors import InputError, IntegrityError, PolicyError, StateError
+from edgeexit.errors import InputError, IntegrityError, PolicyError, StateError, UsageError
 from edgeexit.runtime import Model, Result, Rule, load
 from edgeexit.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.toys import SCORE_NAMES, Toy, fill_toy, make_inputs, make_toy, reference, write_toy
@@ -526,3 +526,8 @@ def test_one_row_decides_as_a_batch_does_when_a_threshold_lies_between_two_float
     pair = {k: v if k == "scale" else np.repeat(v, 2, axis=0) for k, v in inputs.items()}
     alone, timed, both = model(inputs), model(inputs, timed=True), model(pair)
     assert alone.exits[0] == timed.exits[0] == both.exits[0] == both.exits[1] != 0
+
+
+def test_inputs_as_keywords_are_refused_with_the_form_to_give_them_in(toy_bundle: Bundle) -> None:
+    with load(toy_bundle) as model, pytest.raises(UsageError, match=r"model\(inputs\), not"):
+        model(**make_inputs(2))

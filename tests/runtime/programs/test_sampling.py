@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -68,7 +69,12 @@ def test_the_repetition_penalty_counts_what_was_there() -> None:
 )
 def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        Sampling(**wrong).check()  # type: ignore[arg-type]
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_settings_are_checked_too_when_some_are_replaced() -> None:
+    with pytest.raises(UsageError, match="top_p 2.0 is out of range"):
+        msgspec.structs.replace(Sampling(temperature=0.5), top_p=2.0)
 
 
 def test_verified_drafts_are_distributed_as_the_full_model_draws() -> None:
