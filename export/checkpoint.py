@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 
@@ -128,6 +129,8 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
         raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
     if is_adapter(folder):
         raise refuse_adapter(path, folder)
+    if not (folder / "config.json").exists() and (other := _of_another_kind(folder)):
+        raise ExportError(f"{path}: {other[0]}", fix=other[1])
     fix = "Give a directory with config.json, as save_pretrained writes."
     with translated(path, UNREADABLE, fix, folder=folder):
         # Looked at first, for transformers would ask for the quantiser's library.
@@ -136,7 +139,52 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
             raise ValueError("config.json is not a JSON object")
         if quantised := raw.get("quantization_config") or raw.get("compression_config"):
             raise _quantised(path, quantised)
-        return transformers.AutoConfig.from_pretrained(folder)
+        if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise ExportError(
+                f"{path}: its model is Python code of its own (auto_map in config.json), which is "
+                "not run",
+                fix="Export it to ONNX with exit outputs and give that file, or give it as "
+                "module:function.",
+            )
+        found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _refuse_packed(path, folder)
+    return found
+
+
+def _of_another_kind(folder: Path) -> tuple[str, str] | None:
+    """What a folder without ``config.json`` holds instead, and what helps."""
+    names = sorted(one.name for one in folder.iterdir())
+    if not names:
+        return "the folder is empty", "Give a directory with config.json and weights."
+    if found := [name for name in names if name.endswith(".gguf")]:
+        return (
+            f"{found[0]} is a GGUF file, not a checkpoint",
+            f"Read it with transformers' from_pretrained(folder, gguf_file={found[0]!r}), put its "
+            "state_dict into a new model of its config, and save that and the tokenizer with "
+            "save_pretrained.",
+        )
+    if found := [name for name in names if name.endswith(".onnx")]:
+        return f"{found[0]} is an ONNX file", f"Give the file itself: -m {folder / found[0]}."
+    return None
+
+
+def _refuse_packed(path: str | Path, folder: Path) -> None:
+    """Refuses weights of 8 bits or fewer about which config.json says nothing: what they mean is
+    not in them."""
+    for file in sorted(folder.glob("*.safetensors")):
+        fix = "Fetch that file again; git lfs pull gets the real ones."
+        with (
+            translated(path, f"{file.name} is not whole", fix, folder=folder),
+            safetensors.safe_open(file, framework="np") as opened,
+        ):
+            for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                kind = opened.get_slice(name).get_dtype()
+                if kind.startswith(("F8", "F4", "F6", "I8", "U8", "I4", "U4")):
+                    raise ExportError(
+                        f"{path}: {name} is stored as {kind}, and config.json does not say what "
+                        "its numbers mean",
+                        fix="Give the checkpoint that it was made of.",
+                    )
 
 
 def read_model(
@@ -160,6 +208,7 @@ def read_model(
             folder,
             config=checkpoint.config,
             attn_implementation="eager",
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told apart below

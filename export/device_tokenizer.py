@@ -62,11 +62,15 @@ def make_tokenizer(folder: Path) -> tuple[bytes, Any] | None:
         return None
     file = folder / TOKENIZER
     try:
-        own = transformers.AutoTokenizer.from_pretrained(folder)
+        own = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a damaged or foreign file makes it raise
         reason = f"transformers cannot make its tokenizer ({first_line(error)})"
         if not file.is_file():
-            raise _refused(folder, reason) from error
+            raise ExportError(
+                f"{folder}: {reason}",
+                fix="Save it as tokenizer.json where it can be read: transformers' AutoTokenizer."
+                "from_pretrained(folder).save_pretrained(folder). " + _MEND,
+            ) from error
         raw = file.read_bytes()
         _read(folder, raw)
         logger.warning("%s: %s; the file is taken as it is", file, reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def translated(
             raise ExportError(
                 f"{where}: {found}", fix="Fetch that file again; git lfs pull gets the real ones."
             ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ExportError(
+                f"{where}: its weights are a pickle that is damaged, or holds more than tensors; "
+                "code in it is not run",
+                fix="Where you trust it, load it with torch and save the model as safetensors "
+                "(save_pretrained).",
+            ) from error
         raise ExportError(
             f"{where}: {does} ({type(error).__name__}: {first_line(error)})", fix=fix
         ) from error
@@ -78,6 +86,18 @@ def damaged_file(folder: Path, required: str = "config.json") -> str | None:
                     pass
         except (ValueError, OSError, RecursionError, safetensors.SafetensorError) as error:
             return f"{file.name} is not whole ({first_line(error)})"
+    return _missing_shard(folder)
+
+
+def _missing_shard(folder: Path) -> str | None:
+    for index in sorted(folder.glob("*.index.json")):
+        about = json.loads(index.read_text(encoding="utf-8"))
+        places = about.get("weight_map") if isinstance(about, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+            return f"{index.name} does not say which file has which weight"
+        for name in sorted(set(places.values())):
+            if not (folder / name).is_file():
+                return f"{name} is not there, and {index.name} names it"
     return None
 
 

@@ -59,7 +59,9 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
     # Pillow is what the device has; torchvision's filters round differently.
     pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
     with translated(path, "transformers cannot read it", MEND):
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **pillow)
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=False, **pillow
+        )
         config = processor.to_dict()
     name = type(processor).__name__
     with translated(path, f"what {name} does cannot be expressed", MEND):

@@ -9,6 +9,7 @@ some of them have.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
 from edgeexit.export.generation import generation_of
 from edgeexit.export.library_errors import translated
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "bert": ("bert", "AutoModelForSequenceClassification", "text-classification"),
@@ -147,6 +150,13 @@ def _classifier(
             fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
             "measure latency with random weights.",
         )
+    if missing_weights:
+        logger.warning(
+            "%s: the checkpoint has no weights for %s, random ones take their place: what the last "
+            "exit says is no answer either",
+            path,
+            ", ".join(missing_weights[:3]) + (", ..." if len(missing_weights) > 3 else ""),
+        )
     images, sizes = None, []
     if task == "image-classification":
         images = image_preprocessing(folder, config.num_channels)
@@ -167,6 +177,8 @@ def _classifier(
     classifier.labels = labels
     trained = "trained" if classifier.trained else "untrained"
     classifier.provenance = checkpoint.provenance | {"exits": trained}
+    if missing_weights:
+        classifier.provenance["head"] = "untrained"
     if images:
         classifier.preprocessing, classifier.preprocessing_sample = images
     elif task == "text-classification":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +210,81 @@ def test_names_of_classes_stand_at_their_logits(
         made = from_pretrained(folder, exits=[1], untrained=True)
     assert made.labels == expected  # type: ignore[union-attr]
     assert said in caplog.text if said else not caplog.text
+
+
+class Code:
+    """Runs something where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(Path(tempfile.gettempdir()) / "edgeexit-ran-code"),)
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Code()}, folder / "pytorch_model.bin")
+
+
+def _shards(folder: Path) -> None:
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = json.dumps({"metadata": {}, "weight_map": names})
+    (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "model.safetensors").rename(folder / names["a"])
+
+
+def _packed(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights = {k: v.to(torch.int8) if "mlp" in k else v for k, v in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _instead(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for file in folder.iterdir():
+            file.unlink()
+        if name:
+            (folder / name).write_bytes(b"GGUF")
+
+    return change
+
+
+OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "code in a pickle": (_pickled, "code in it is not run.*safetensors"),
+    "a shard missing": (_shards, r"model-00002-of-00002\.safetensors is not there"),
+    "8 bits": (_packed, "mlp.*is stored as I8"),
+    "GGUF": (_instead("m.gguf"), "m.gguf is a GGUF file.*gguf_file"),
+    "ONNX": (_instead("m.onnx"), "m.onnx is an ONNX file.*Give the file itself"),
+    "nothing": (_instead(""), "the folder is empty"),
+    "code of its own": (
+        lambda f: configure(f, auto_map={"AutoConfig": "x.Y"}, model_type="new"),
+        "Python code of its own.*not run",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_folder_that_cannot_be_read_says_what_it_is(copy: Path, kind: str) -> None:
+    change, words = OTHERS[kind]
+    change(copy)
+    with pytest.raises(ExportError, match=words):
+        from_pretrained(copy, exits=[1])
+    assert not (Path(tempfile.gettempdir()) / "edgeexit-ran-code").exists()
+
+
+def test_a_head_that_the_checkpoint_lacks_is_said_to_be_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model("bert").bert.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        made = from_pretrained(tmp_path, exits=[1], untrained=True)
+    assert "no weights for classifier.bias, classifier.weight, random ones" in caplog.text
+    assert made.provenance["head"] == "untrained"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["with space, ünïcode 東京", "slash/", "link"])
+def test_any_name_of_a_folder_will_do(llama: Path, tmp_path: Path, name: str) -> None:
+    if name == "link":
+        (tmp_path / name).symlink_to(llama)
+    else:
+        shutil.copytree(llama, tmp_path / name)
+    assert from_pretrained(f"{tmp_path}/{name}", exits=[1]).split_model()
