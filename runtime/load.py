@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from edgeexit.bundle.manifest import StateForm
-from edgeexit.bundle.policy import Policy, Rule, policy_for, read_policy
+from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
-from edgeexit.errors import EngineError, PolicyError, UsageError
+from edgeexit.errors import EngineError, UsageError
 from edgeexit.runtime.engines.base import Engine
 from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
@@ -88,7 +88,7 @@ def load(
             f"{bundle.path} does not write text: it keeps no states",
             fix="Leave out capacity and states.",
         )
-    chosen = _policy(policy, bundle)
+    chosen = policy_for(policy, bundle)
     limit = bundle.manifest.limits.get("positions")
     usual = (decoding and decoding.capacity) or limit or 0
     check_capacity(capacity, limit, None)
@@ -123,19 +123,6 @@ def load(
     model = _first_usable(open_on, engine, fallback)
     _warn_if_calibrated_elsewhere(chosen, model.describe_engine())
     return model
-
-
-def _policy(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bundle) -> Policy:
-    """The policy that was given, or is in the file that was given; errors name the file."""
-    if not isinstance(given, (str, os.PathLike)):
-        return policy_for(given, bundle)
-    try:
-        return policy_for(read_policy(given), bundle)
-    except PolicyError as error:
-        file = os.fspath(given)
-        if error.what.startswith(file):
-            raise
-        raise PolicyError(f"{file}: {error.what}", fix=error.fix) from error
 
 
 def check_capacity(

@@ -158,8 +158,9 @@ def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
     return rule
 
 
-def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
-    """A policy that fits a bundle: a rule alone is for the one chain that has exits.
+def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bundle) -> Policy:
+    """A policy that fits a bundle: a rule alone is for the one chain that has exits; errors name
+    the file where one is given.
 
     Args:
         given: None: no row stops early. A bundle has no thresholds of its own.
@@ -167,6 +168,12 @@ def policy_for(given: Policy | Rule | None, bundle: Bundle) -> Policy:
     Raises:
         PolicyError: It was made for another bundle, or does not fit its chains.
     """
+    if isinstance(given, (str, os.PathLike)):
+        read = read_policy(given)
+        try:
+            return policy_for(read, bundle)
+        except PolicyError as error:
+            raise PolicyError(f"{os.fspath(given)}: {error.what}", fix=error.fix) from error
     chains = bundle.manifest.chains
     if given is None:
         given = Policy(rules={name: Rule() for name in chains})

@@ -155,10 +155,10 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
 
 
 def _policy(bundle: Bundle, path: Path | None, threshold: float | None) -> Policy | None:
-    from edgeexit.bundle.policy import Rule, policy_for, read_policy
+    from edgeexit.bundle.policy import Rule, policy_for
 
     if path is not None:
-        return policy_for(read_policy(path), bundle)
+        return policy_for(path, bundle)
     return None if threshold is None else _of_last_chain(bundle, Rule(thresholds=threshold))
 
 

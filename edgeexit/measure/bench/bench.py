@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from edgeexit.bundle.policy import cautions, policy_for, read_policy
+from edgeexit.bundle.policy import cautions, policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench import rows, texts
@@ -86,7 +86,7 @@ def bench(
 def _cautions(bundle: Bundle, options: Options) -> list[str]:
     """Why the answers behind the figures should not be trusted."""
     if options.policy is not None:
-        return cautions(policy_for(read_policy(options.policy), bundle), bundle)
+        return cautions(policy_for(options.policy, bundle), bundle)
     if bundle.exits_untrained:
         return ["the early exits were never trained: this is what leaving there would save"]
     return []
