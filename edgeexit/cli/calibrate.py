@@ -171,7 +171,7 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
 def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str) -> None:
     print_table(
         f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct outcomes)",
-        ("threshold", "risk", "mean exit", "ms", *exits, ""),
+        ("threshold", "risk", "mean segments", "ms", *exits, ""),
         [
             (
                 "never" if p["threshold"] == "never" else f"{p['threshold']:.4f}",
