@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.cli.calibration_data import read_calibration_data
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size
 from edgeexit.cli.options import output_options
 from edgeexit.errors import DataError, ExportError, UsageError
@@ -289,29 +289,8 @@ def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[s
             fix="Give a file, a folder of images, or module:function.",
         )
 
-    batches = _calibration_batches(data, split)
+    batches = read_calibration_data(data, split)
     return export(split, output, calibration=lambda bundle: batches, **writing)
-
-
-def _calibration_batches(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
-    """As much of the data as int8 takes: read before the long work, so that what is wrong with it
-    is said at once."""
-    from edgeexit.export.passes.calibration import split as shares
-    from edgeexit.export.write import describe_bundle
-    from edgeexit.measure.data import open_data
-
-    add_current_directory()
-    found: list[Mapping[str, Any]] = []
-
-    def kept(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
-        for batch in open_data(data, bundle).batches(8):
-            found.append(batch.inputs)
-            yield batch.inputs
-
-    with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
-        described = describe_bundle(split, Path(folder))
-        shares(kept(described), described.manifest)
-    return found
 
 
 def _split(model: str, options: Mapping[str, Any]) -> SplitModel:

@@ -1,0 +1,43 @@
+"""``edgeexit export --calibration-data``: read before the long work, so that its faults are said at
+once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeexit.cli.common import add_current_directory
+
+if TYPE_CHECKING:
+    from edgeexit.bundle.reader import Bundle
+    from edgeexit.export.contract import SplitModel
+
+
+def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
+    """Batches of as much data as int8 takes for a model.
+
+    Raises:
+        DataError: It cannot be read, or does not fit the model.
+        UsageError: It is too little.
+    """
+    from edgeexit.export.passes.calibration import split as shares
+    from edgeexit.export.write import describe_bundle
+    from edgeexit.measure.data import open_data
+
+    add_current_directory()
+    found: list[Mapping[str, Any]] = []
+
+    def kept(bundle: Bundle) -> Iterator[Mapping[str, Any]]:
+        for batch in open_data(data, bundle).batches(8):
+            found.append(batch.inputs)
+            yield batch.inputs
+
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
+        described = describe_bundle(split, Path(folder))
+        shares(kept(described), described.manifest)
+    return found
+
+
+__all__ = ["read_calibration_data"]
