@@ -225,7 +225,8 @@ def _inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
         shape = (2, config.num_channels, height, width)
         return {"pixel_values": torch.randn(shape, generator=random)}
     ids = torch.randint(0, config.vocab_size, (2, 5), generator=random)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return made | ({"decoder_input_ids": ids[:, :3]} if config.is_encoder_decoder else {})
 
 
 __all__ = ["Adapters", "is_adapter", "merge_adapters", "open_adapters", "refuse_adapter"]

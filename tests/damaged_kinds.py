@@ -30,7 +30,8 @@ from tests.chats import save_chat
 from tests.checkpoints import save_checkpoint
 from tests.decoder_toys import make_decoder_toy, write_decoder_toy
 from tests.decoders import make_decoder, save_decoder
-from tests.encoder_decoders import make_bart, save_bart
+from tests.encoder_decoders import make_bart, make_t5
+from tests.encoder_decoders import save_checkpoint as save_encoder_decoder
 from tests.export.cut.test_cut import STRAIGHT, write
 from tests.toys import make_inputs, make_toy, write_toy
 
@@ -254,7 +255,8 @@ KINDS: dict[str, Kind] = {
     "language model in shards": Kind(_sharded, _read_checkpoint),
     "pickled language model": Kind(_pickled, _read_checkpoint),
     "chat checkpoint": Kind(save_chat, _read_checkpoint),
-    "encoder-decoder": Kind(lambda f: save_bart(make_bart(), f), _read_checkpoint),
+    "T5": Kind(lambda f: save_encoder_decoder(make_t5("t5"), f), _read_checkpoint),
+    "encoder-decoder": Kind(lambda f: save_encoder_decoder(make_bart(), f), _read_checkpoint),
     "adapter": Kind(_adapter, _read_adapter, "adapter/adapter_*"),
     "ONNX file": Kind(_external, _read_onnx),
     "bundle": Kind(_toy, _read_bundle, "**/*"),

@@ -24,6 +24,7 @@ from edgeexit.export.pretrained import from_pretrained
 from edgeexit.runtime import load
 from tests.checkpoints import make_model, save_checkpoint
 from tests.decoders import VOCABULARY, random_prompts
+from tests.encoder_decoders import FAMILIES as ENCODER_DECODERS
 
 
 def save_adapter(
@@ -142,6 +143,22 @@ def test_a_classifier_gets_the_head_that_was_trained_with_its_adapter(
         expected = adapted(input_ids=ids).logits.numpy()
     assert expected.shape == (4, 5) and len(bundle.manifest.labels) == 5
     np.testing.assert_allclose(classify(bundle, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_adapter_of_an_encoder_decoder_is_merged_into_both_halves(
+    tmp_path: Path, family: str
+) -> None:
+    ENCODER_DECODERS[family]().save_pretrained(tmp_path / "base")
+    modules = ["q_proj", "v_proj"] if family == "bart" else ["q", "v"]
+    config = peft.LoraConfig(r=2, target_modules=modules, task_type="SEQ_2_SEQ_LM")
+    adapted = save_adapter(ENCODER_DECODERS[family](), tmp_path / "adapter", config)
+    made = from_pretrained(tmp_path / "base", exits=[1], adapter=tmp_path / "adapter")
+    ids = torch.arange(4, 10)[None]
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, decoder_input_ids=ids[:, :3]).logits
+        found = made.model(input_ids=ids, decoder_input_ids=ids[:, :3]).logits  # type: ignore[operator]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_tokenizer_that_an_adapter_was_saved_with_goes_into_the_bundle(

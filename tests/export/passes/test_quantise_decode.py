@@ -24,7 +24,8 @@ from edgeexit.runtime.build.profiles import Asked
 from edgeexit.runtime.build.work_list import work_of
 from edgeexit.runtime.engines.tensorrt.library import find_library
 from tests.decoders import EXITS, VOCABULARY, random_prompts
-from tests.encoder_decoders import make_bart, save_bart
+from tests.encoder_decoders import make_bart
+from tests.encoder_decoders import save_checkpoint as save_encoder_decoder
 from tests.export.passes.test_quantise import scales
 
 PRODUCTS_OF_WEIGHTS = 7  # of a layer: queries, keys, values, output, gate, up, down
@@ -117,7 +118,7 @@ def test_no_text_is_refused_and_leaves_nothing(decoder_folder: Folders, tmp_path
 def test_data_that_does_not_fit_is_refused_before_anything_is_traced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = save_bart(make_bart(), tmp_path / "checkpoint")
+    folder = save_encoder_decoder(make_bart(), tmp_path / "checkpoint")
     data = tmp_path / "texts.jsonl"
     rows = [{"text": "abc", "target": "cba"}, {"text": "bcd"}]
     data.write_text("\n".join(map(json.dumps, rows)))
