@@ -237,7 +237,7 @@ def test_a_text_may_be_of_any_length_where_positions_are_relative(
         pytest.skip("its positions are learned")
     with load(bundle) as model:
         assert model.capacity == CAPACITY
-        with pytest.raises(InputError, match=r"capacity is 512.*load with a larger capacity"):
+        with pytest.raises(InputError, match=r"512 tokens at most.*load with a larger capacity"):
             model.generate("a", max_new_tokens=CAPACITY)
     with load(bundle, capacity=CAPACITY + 40) as model:
         model.policy = policy()
