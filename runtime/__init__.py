@@ -1,8 +1,8 @@
-"""The device side: opens a bundle, runs its components, stops when an exit's score says so.
+"""The device side: opens a bundle, runs its components, and stops at an exit whose score is enough.
 
-`load` gives a `Model`: call it, or let it `generate` and `chat`, as its program allows. `Policy`
-and `Rule` say when to stop. Needs numpy and one engine library, which is imported when a model is
-loaded, never before.
+`load` returns a `Model`. Classifiers are called; language models `generate` and `chat`. `Policy`
+and `Rule` set the thresholds. The package needs numpy and one engine library, which is imported
+when a model is loaded.
 
     with edgeexit.runtime.load("bundle", policy="policy.json") as model:
         result = model({"pixel_values": images})   # result.outputs["logits"], result.exit_names

@@ -1,4 +1,4 @@
-"""Modules run in processes of their own."""
+"""The command that runs a module in a child process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 def child_command(module: str) -> list[str]:
     """The command that runs a module's ``main`` with this process's import path. ``python -m``
-    would import whatever lies in the current directory first.
+    is not used: it would search the current directory first.
 
     >>> child_command("edgeexit.measure.bench.worker")[1:3]
     ['-I', '-c']

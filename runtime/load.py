@@ -1,4 +1,4 @@
-"""`load`: from a bundle's path to a model that runs."""
+"""`load`: opens a bundle on an engine, with a policy, and returns a `Model`."""
 
 from __future__ import annotations
 
@@ -42,35 +42,33 @@ def load(
 
     Args:
         path: The bundle's directory, or an opened bundle.
-        engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime's), or ``tensorrt``:
-            engines that ``edgeexit build`` made, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
-        policy: When to stop: a `Policy`, a `Rule` for the one chain that has exits, or the path of
-            a policy's file. None: everything goes to the last exit.
-        threads: ``brief`` (a pool per session that spins for 0.1 ms before it sleeps), ``blocking``
-            (one that sleeps at once), ``spinning``, a number of threads, or ``process``: ONNX
-            Runtime's global pool, which makes other default sessions in this process fail. On a
-            GPU: the host sleeps while it waits (``blocking``) or spins (everything else), which
-            answers sooner.
-            None: ``brief`` on the host, ``spinning`` on a GPU.
+        engine: ``cpu``, ``cuda`` or ``tensorrt-provider`` (ONNX Runtime), or ``tensorrt``:
+            engines built by ``edgeexit build``, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
+        policy: When to stop: a `Policy`, a `Rule` for the only chain with exits, or the path of a
+            policy file. None: every row runs to the last exit.
+        threads: ``brief`` (one pool per session that spins for 0.1 ms before it sleeps),
+            ``blocking`` (it sleeps at once), ``spinning``, a number of threads, or ``process``:
+            ONNX Runtime's global pool, with which other default sessions in this process fail. On a
+            GPU: how the host waits for it. ``blocking`` sleeps; every other value spins, which
+            returns sooner. None: ``brief`` on the host, ``spinning`` on a GPU.
         verify: ``full`` also hashes the weights.
-        unsplit: Load the same model as one graph per chain, without exits: the baseline of every
-            figure, bound as the chain is.
-        capacity: Of a model that writes: the most tokens of a text, prompt included; its states are
-            that large. None: as many as the model was made for, or the engines were built for. The
-            form ``fixed`` attends over the whole of it in every step, ``append`` over the smallest
-            half, quarter, ... of it that holds the text, so ask for no more than you need.
+        unsplit: Load the model as one graph per chain, without exits: the baseline of all
+            measurements.
+        capacity: Language models: the largest number of tokens of a text, prompt included. States
+            are allocated for it. None: the model's limit, or what the engines were built for.
+            In every step, the form ``fixed`` attends over the whole capacity, ``append`` over the
+            smallest half, quarter, ... of it that holds the text: choose no more than you need.
         states: The form of token states, for comparisons: ``in-place`` (ONNX Runtime's own
             operator), ``fixed`` (standard operators of opset 24) or ``append`` (any engine). None:
-            the fastest one that the engine runs. All give the same tokens.
-        all_scores: Open components with every score, as `Model.trace` needs them, and not only
-            with what the policy asks for (exits that it never asks are left out of their
-            graphs). A model opened otherwise opens components again when they are first needed.
-        fallback: Another engine, to be used if this one cannot be: its library or a GPU is missing,
-            or no engines were built for this device. That is logged as a warning, and
-            `Model.describe_engine` says what came instead of what. None: that is an error.
-        launch_ahead: On a GPU, whether a single row's next component is launched while the score
-            before it is read back: ``never``, ``always``, or ``measured``: where that was seen to
-            gain more than what is run for nothing costs (`edgeexit.runtime.executor.launch_ahead`).
+            the fastest form that the engine supports. All forms give the same tokens.
+        all_scores: Open components with every score, as `Model.trace` needs. By default they
+            compute only what the policy uses, and are opened again when more is needed.
+        fallback: The engine to use if `engine` cannot be used: its library or a GPU is missing,
+            or no engines were built for this device. A warning is logged, and
+            `Model.describe_engine` names both. None: raise the error.
+        launch_ahead: On a GPU: launch a single row's next component before the score of the
+            current one is read: ``never``, ``always``, or ``measured``: where this was measured to
+            save more time than it wastes (`edgeexit.runtime.executor.launch_ahead`).
 
     Raises:
         BundleError, PolicyError, EngineError, UsageError: With the cause and the fix.
@@ -85,7 +83,7 @@ def load(
         )
     if decoding is None and (capacity is not None or states is not None):
         raise UsageError(
-            f"{bundle.path} does not write text: it keeps no states",
+            f"{bundle.path} does not write text: it has no states",
             fix="Leave out capacity and states.",
         )
     chosen = policy_for(policy, bundle)
@@ -98,7 +96,7 @@ def load(
         when: LaunchAhead = "never" if opened.gpu is None else launch_ahead
         if when != launch_ahead and name == engine:
             raise UsageError(
-                f"launch_ahead: the engine {name} has no stream that anything could be launched on",
+                f"launch_ahead: the engine {name} has no GPU stream to launch on",
                 fix='Leave it out, or use engine="cuda" or "tensorrt".',
             )
         built = opened.largest.get("past")
@@ -128,37 +126,37 @@ def load(
 def check_capacity(
     capacity: int | None, limit: int | None, built: int | None, *, fixed: bool = False
 ) -> None:
-    """Refuses a capacity that is out of range.
+    """Checks a capacity.
 
     Args:
-        capacity: Tokens asked for; None: as many as there are.
-        limit: The most that the model was made for; None: any number.
-        built: The most that engines were built for; None: any number.
-        fixed: They were built for exactly so many.
+        capacity: Requested tokens; None: no request.
+        limit: The model's limit; None: no limit.
+        built: The capacity that the engines were built for; None: any.
+        fixed: The engines accept exactly that capacity.
 
     Raises:
-        UsageError: It is out of range.
+        UsageError: The capacity is out of range.
     """
     if capacity is None:
         return
     whole = isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool)
     if not whole or not 2 <= capacity <= (capacity if limit is None else limit):
         raise UsageError(
-            f"capacity {capacity} is out of range: the model was made for 2 "
-            + ("tokens or more" if limit is None else f"to {limit} tokens"),
+            f"capacity {capacity} is out of range "
+            + ("(2 or more)" if limit is None else f"(2 to {limit})"),
             fix="Use a whole number, at " + ("least 2." if limit is None else f"most {limit}."),
         )
     if built is not None and (capacity > built or (fixed and capacity < built)):
-        exactly = ", no fewer, for their states are of a fixed size" if fixed else ""
+        most = "exactly" if fixed else "at most"
         raise UsageError(
-            f"capacity {capacity} is out of range: the engines were built for {built} tokens"
-            f"{exactly}",
-            fix=f"Leave the capacity open, or build for it: edgeexit build --capacity {capacity}.",
+            f"capacity {capacity} is out of range: the engines were built for {most} {built} "
+            "tokens",
+            fix=f"Leave out capacity, or build for it: edgeexit build --capacity {capacity}.",
         )
 
 
 def _first_usable(open_on: Callable[[str], Model], engine: str, fallback: str | None) -> Model:
-    """The model on the engine that was asked for, or on the one to fall back on; says so."""
+    """The model on the requested engine, or on the fallback, with a warning."""
     if fallback is not None:
         _require_engine(fallback)
     if fallback is None or fallback == engine:
@@ -171,25 +169,25 @@ def _first_usable(open_on: Callable[[str], Model], engine: str, fallback: str | 
         model = open_on(fallback)
     except EngineError as error:
         raise EngineError(
-            f"the engine {engine} cannot be used ({why.what}), and {fallback} neither: "
+            f"neither the engine {engine} ({why.what}) nor the fallback {fallback} can be used: "
             f"{error.what}",
             fix=error.fix,
         ) from error
     model.instead_of = engine
-    logger.warning("the engine %s cannot be used, %s computes instead: %s", engine, fallback, why)
+    logger.warning("the engine %s cannot be used, using %s: %s", engine, fallback, why)
     return model
 
 
 def _warn_if_calibrated_elsewhere(policy: Policy, engine: Mapping[str, str]) -> None:
-    """Scores differ a little from engine to engine, and so do the answers that a threshold lets
-    through."""
+    """Warns if the policy was calibrated on another engine: scores differ slightly between
+    engines, so the measured risk does not hold here."""
     made_on = {name: policy.engine.get(name) for name in ("engine", "engines")}
     here = {name: engine.get(name) for name in made_on}
     if policy.engine and made_on != here:
-        described = [" ".join(filter(None, one.values())) for one in (made_on, here)]
+        described = [" ".join(filter(None, about.values())) for about in (made_on, here)]
         logger.warning(
             "the policy was calibrated on %s, this is %s: its risk was not measured here "
-            "(edgeexit trace and calibrate)",
+            "(run edgeexit trace and calibrate)",
             *described,
         )
 

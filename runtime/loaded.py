@@ -1,4 +1,4 @@
-"""What every loaded model is: usable in the process that loaded it, until it is closed."""
+"""`Loaded`: the base of loaded models. It refuses use after closing and in a forked process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LoadedModel = TypeVar("LoadedModel", bound="Loaded")
 
 
 class Loaded(abc.ABC):
-    """A model whose engines live in this process; a context manager that closes it.
+    """A model with engines in this process. As a context manager, it closes itself.
 
     Attributes:
-        instead_of: The engine that was asked for, where another is used because it cannot be.
+        instead_of: The requested engine, if it cannot be used and the fallback runs instead.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class Loaded(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases engines and buffers; closing twice is fine, using the model again is not."""
+        """Releases engines and buffers. The model cannot be used afterwards; closing it again does
+        nothing."""
 
     def describe_engine(self) -> dict[str, str]:
-        """What executes the model: engine, library, version, settings; and what was asked for
-        instead, where it could not be used."""
+        """Engine, library, version and settings; also ``instead_of`` if the fallback runs."""
         asked = {} if self.instead_of is None else {"instead_of": self.instead_of}
         return {**self._describe_engine(), **asked}
 
@@ -58,7 +58,8 @@ class Loaded(abc.ABC):
     def _check_process(self) -> None:
         if self._forked:
             raise StateError(
-                "the model was loaded before this process forked; its engines do not survive that",
+                "the model was loaded before this process forked; engines cannot be used after a "
+                "fork",
                 fix='Load the bundle in the child, or start children with "spawn".',
             )
 

@@ -1,4 +1,4 @@
-"""Memory of this machine and this process, as Linux tells it."""
+"""Memory of this machine and of this process, as Linux reports it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def available_bytes() -> int:
-    """What a program could get now without anything being swapped out."""
+    """Bytes that a program can allocate now without swapping."""
     return _read(Path("/proc/meminfo"), "MemAvailable")
 
 
 def peak_bytes() -> int:
-    """The most that this process held at once. ``ru_maxrss`` would also hold the peak of the
-    process that started it."""
+    """Peak resident memory of this process, in bytes. ``ru_maxrss`` is not used: it includes the
+    peak of the parent process."""
     return _read(Path("/proc/self/status"), "VmHWM")
 
 

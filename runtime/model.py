@@ -1,7 +1,7 @@
-"""The front door's `Model`: a loaded bundle that answers calls, continues texts and holds
-conversations, as far as its program goes.
+"""`Model`: a loaded bundle. A classifier is called; a language model generates text and chats
+(`edgeexit.runtime.programs.generate`).
 
-One model is used by one thread at a time; several models may run side by side.
+Only one thread may use a model at a time. Several models can run in parallel.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _NO_INPUTS: Mapping[str, NDArray[Any]] = {}
 
 
 class Model(TextProgram, Loaded):
-    """A loaded bundle. Made by `edgeexit.runtime.load`.
+    """A loaded bundle. Created by `edgeexit.runtime.load`.
 
     Attributes:
-        bundle: The bundle it was loaded from.
-        chain: The chain that answers: its name in the bundle is `chain_name`.
-        exits: Its exits that stop, in order; the last one always answers.
-        capacity: Of a model that writes: the most tokens of a text, prompt included.
+        bundle: The bundle.
+        chain: The chain that gives the answers; `chain_name` is its name in the bundle.
+        exits: Its exits with the action ``stop``, in order. The last exit always answers.
+        capacity: Language models: the largest number of tokens of a text, prompt included.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Model(TextProgram, Loaded):
 
     @property
     def policy(self) -> Policy:
-        """When rows stop; assign another policy, or a rule for the one chain that has exits."""
+        """When rows stop. Assign another policy, or a rule for the only chain with exits."""
         return self._policy
 
     @policy.setter
@@ -107,31 +107,30 @@ class Model(TextProgram, Loaded):
 
     @property
     def decisions(self) -> list[Decision]:
-        """What the policy says at each of `exits`."""
+        """The policy's decision at each of `exits`."""
         return self._decisions[self.chain_name]
 
     @property
     def writes(self) -> bool:
-        """Whether it writes text token by token."""
+        """Whether it is a language model: it writes text token by token."""
         return self.bundle.manifest.decoding is not None
 
     @property
     def device_counts(self) -> Counts | None:
-        """What the GPU was asked for so far: allocations and bytes copied. None on the host."""
+        """Allocations and copied bytes on the GPU so far. None on the host."""
         gpu = self._engine.gpu
         return None if gpu is None else gpu.counts
 
     @property
     def largest(self) -> Mapping[str, int]:
-        """The largest sizes of named axes that its engine takes; what is not there is not limited
-        by it."""
+        """Named axis -> largest size that the engine accepts. Other axes are not limited."""
         return self._engine.largest
 
     @property
     def boundaries(self) -> list[dict[str, float | int | bool]]:
-        """Per exit but the last, of rows that came alone: how many were asked and left there under
-        this policy, the milliseconds that the GPU stood still behind it and that the next component
-        took, and whether that is launched ahead. Empty unless loaded with `launch_ahead`."""
+        """Measurements per exit except the last, for single rows under this policy: rows that were
+        scored (``asked``) and that stopped (``left``), the GPU's idle time and the next component's
+        time in ms, and whether that is launched ahead. Empty unless loaded with `launch_ahead`."""
         row_pass = self._steps.passes.get(self.chain_name)
         if row_pass is None or row_pass.ahead is None:
             return []
@@ -139,7 +138,7 @@ class Model(TextProgram, Loaded):
 
     @property
     def state_form(self) -> StateForm | None:
-        """The form of token states that was asked for; None: the fastest."""
+        """The requested form of token states; None: the fastest."""
         return self._check_usable().form
 
     def __call__(
@@ -149,26 +148,26 @@ class Model(TextProgram, Loaded):
         timed: bool = False,
         **named: object,
     ) -> Result:
-        """Answers a batch.
+        """Runs a batch.
 
         Args:
-            inputs: Input name -> array, as the manifest's `inputs` say: exact dtypes, at least one
+            inputs: Input name -> array, as in the manifest's `inputs`: exact dtypes, at least one
                 row.
-            timed: Report the time of every component.
+            timed: Measure the time of every component.
 
         Raises:
             InputError: An input is missing, unknown, or of the wrong type or shape.
-            UsageError: The model writes text, or inputs were given as keywords.
-            StateError: The model is closed, in use by another thread, or was carried over a fork.
+            UsageError: The model is a language model, or inputs were given as keywords.
+            StateError: The model is closed, in use by another thread, or was loaded before a fork.
         """
         if self.bundle.manifest.decoding is not None:
             raise UsageError(
-                f"{self.bundle.path} writes text: it is not run in one pass",
-                fix="Call model.generate(prompt) (edgeexit run --prompt).",
+                f"{self.bundle.path} writes text: it cannot be called with inputs",
+                fix="Use model.generate(prompt) (edgeexit run --prompt).",
             )
         if named:
             raise UsageError(
-                f"{next(iter(named))} is no keyword of a model",
+                f"{next(iter(named))} is not a keyword of a model",
                 fix="Give the inputs as one dictionary: model(inputs), not model(**inputs).",
             )
         self._enter()
@@ -187,8 +186,8 @@ class Model(TextProgram, Loaded):
             last.scores,
             [time_ns / 1e6 for time_ns in last.times_ns],
             {
-                name: [self.chains[name].stops[number].name for number in one.exits.tolist()]
-                for name, one in answers.items()
+                name: [self.chains[name].stops[number].name for number in earlier.exits.tolist()]
+                for name, earlier in answers.items()
             },
         )
 
@@ -199,17 +198,17 @@ class Model(TextProgram, Loaded):
         chain: str | None = None,
         step: int | None = None,
     ) -> Trace:
-        """Runs every component for every row and returns what every exit says.
+        """Runs every component for every row and returns the outputs and scores of every exit.
 
-        A model that was loaded without ``all_scores`` opens its components again for this, and
-        keeps them so: later calls compute every score, which costs small models some percent.
+        A model that was loaded without ``all_scores`` opens its components again with every score
+        and keeps them: later calls are then some percent slower in small models.
 
         Args:
-            inputs: Every input; of a model that writes, token ids ``[batch, seq]`` too, of texts
-                of one length.
-            chain: Whose exits; None: those of the chain that answers. Chains before it answer at
-                their last exit.
-            step: Tokens that a run takes; None: as many as it can.
+            inputs: Every input. For a language model also token ids ``[batch, seq]``; all texts
+                have the same length.
+            chain: The chain whose exits are traced; None: the chain that gives the answers.
+                Earlier chains use their last exit.
+            step: Tokens per run; None: as many as possible.
         """
         name = self.chain_name if chain is None else chain
         if name not in self.chains:
@@ -241,7 +240,7 @@ class Model(TextProgram, Loaded):
 
     def close(self) -> None:
         if self._forked:
-            return  # a thread of the parent may have held the lock at the fork, for ever
+            return  # a thread of the parent may have held the lock at the fork
         if self._components is None:
             return
         if self.writes:
@@ -249,7 +248,7 @@ class Model(TextProgram, Loaded):
             if self._lock.acquire(blocking=False):
                 release(session)
                 self._lock.release()
-            # Otherwise a text is being written: it ends at its next token.
+            # Otherwise a generation is running: it ends at its next token.
         else:
             with self._lock:
                 self._components = None

@@ -1,2 +1,3 @@
-"""TensorRT engines, for this device or ahead of time: which ones a bundle needs (`work_list`), for
-which shapes (`profiles`), and how they are built (`build`), each in its own process (`worker`)."""
+"""Builds TensorRT engines, for this device or for other machines: the list of engines that a bundle
+needs (`work_list`), their shapes (`profiles`), and the build (`build`), which runs a process per
+engine (`run_worker`, `worker`)."""

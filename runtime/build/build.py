@@ -1,7 +1,7 @@
-"""Builds the engines of a bundle: one per component, each in a process of its own.
+"""Builds the engines of a bundle: one per component, each in its own process.
 
-`build_engines` builds the engines that `edgeexit.runtime.build.work_list` names and that are not in
-the cache. A build that was interrupted continues where it stopped.
+`build_engines` builds the engines that `edgeexit.runtime.build.work_list` lists and that are not in
+the cache. An interrupted build continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, of)``."""
 
 BUILDER = 4
-"""Part of every key. Raise it when the same inputs are built into a different engine."""
+"""Part of every key. Increase it when the same inputs give a different engine."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What building will take: seconds on this processor, and memory of the largest process."""
+    """What a build needs: seconds on this processor, and memory of the largest process."""
 
     seconds: float
     peak_memory_bytes: int
 
 
 def estimate(bundle: Bundle, works: Iterable[Work], library: Library) -> Estimate | None:
-    """What building will take, from the sizes of the graphs. None for TensorRT, which times kernels
-    on the device: that cannot be estimated.
+    """What a build needs, estimated from the sizes of the graphs. None for TensorRT, which times
+    kernels on the device: its time cannot be estimated.
 
-    Linear fits to what TensorRT-RTX 1.7 took for the digits and codelm examples on two cores;
+    Linear fits to builds of the digits and codelm examples with TensorRT-RTX 1.7 on two cores;
     accurate to a factor of two.
     """
     if not library.rtx:
@@ -62,7 +62,7 @@ def estimate(bundle: Bundle, works: Iterable[Work], library: Library) -> Estimat
     seconds, most = 0.0, 0
     for work in works:
         graph = read_graph_file(bundle.file(work.variant.graph).read_bytes())
-        weights = sum(one.length or 0 for one in graph.externals)
+        weights = sum(external.length or 0 for external in graph.externals)
         profiles = max(1, len(work.profiles))
         seconds += _START_S + _NODE_S * graph.nodes * profiles
         memory = _START_BYTES + _NODE_BYTES * graph.nodes * profiles + 3 * weights
@@ -81,11 +81,11 @@ def made_from(
     target: Mapping[str, Any],
     options: Options,
 ) -> dict[str, Any]:
-    """Everything that determines the engines, by name: the key is a digest of it.
+    """Everything that determines the engines. The key of the engines is a digest of it.
 
     Args:
-        target: What the engines run on: ``{"compute_capability": ...}`` ahead of time, or a
-            description of the device (`edgeexit.runtime.engines.cuda.driver.describe_device`).
+        target: The target: ``{"compute_capability": ...}`` for other machines, or a description of
+            this device (`edgeexit.runtime.engines.cuda.driver.describe_device`).
     """
     files = bundle.manifest.files
     return {
@@ -122,14 +122,14 @@ def build_engines(
     options: Options | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> tuple[Path, EngineSet]:
-    """Builds what the cache does not have yet.
+    """Builds the engines that are not in the cache.
 
     Returns:
-        The folder and its contents.
+        The folder and its index.
 
     Raises:
-        EngineError: The library refuses a graph or fails, memory runs out, or the cache cannot be
-            written. Engines that were finished are kept and not built again.
+        EngineError: The library rejects a graph or fails, memory runs out, or the cache cannot be
+            written. Finished engines are kept and not built again.
         OutputBusyError: Another process is building the same engines.
     """
     options = options or Options()
@@ -137,7 +137,7 @@ def build_engines(
     key = engine_cache.key_of(source)
     folder = engine_cache.folder_of(root, bundle.digest, key)
     if (engines := _complete(folder, bundle, key, works)) is not None:
-        with contextlib.suppress(OSError):  # `load` uses the set that was requested last
+        with contextlib.suppress(OSError):  # `load` uses the most recently requested set
             os.utime(folder / engine_cache.INDEX)
         return folder, engines
     with engine_cache.building(folder):
@@ -152,7 +152,7 @@ def build_engines(
         engines = EngineSet(
             format=engine_cache.FORMAT, bundle=bundle.digest, key=key, made_from=source, plans=plans
         )
-        (folder / engine_cache.SIGNATURE).unlink(missing_ok=True)  # it covers older plans
+        (folder / engine_cache.SIGNATURE).unlink(missing_ok=True)  # it is for older plans
         engine_cache.write_index(folder, engines)
         for work in works:
             _note(folder, work).unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def build_engines(
 
 
 def _complete(folder: Path, bundle: Bundle, key: str, works: Sequence[Work]) -> EngineSet | None:
-    """The finished set in a folder, if it has every plan, undamaged."""
+    """The set in a folder if it is complete and undamaged, else None."""
     known = engine_cache.whole_plans(folder, bundle.digest, key)
     if any(work.variant.graph not in known for work in works):
         return None
@@ -176,7 +176,7 @@ def missing_works(
     root: Path,
     options: Options,
 ) -> list[Work]:
-    """What `build_engines` would build: engines that the cache lacks, and damaged ones."""
+    """What `build_engines` would build: missing and damaged engines."""
     key = engine_cache.key_of(made_from(bundle, works, library, target, options))
     folder = engine_cache.folder_of(root, bundle.digest, key)
     known = engine_cache.whole_plans(folder, bundle.digest, key)
@@ -192,12 +192,12 @@ def _plain(shapes: Shapes) -> dict[str, list[list[int]]]:
 
 
 def _note(folder: Path, work: Work) -> Path:
-    """Description of a finished plan while others are still being built."""
+    """File with the description of a finished plan while other plans are being built."""
     return folder / f"{work.file}.json"
 
 
 def _finished(folder: Path, work: Work) -> PlanFile | None:
-    """A plan that an interrupted build finished; None if there is none, or a damaged one."""
+    """A plan that an interrupted build finished; None if it is missing or damaged."""
     note, path = _note(folder, work), folder / work.file
     if not (note.is_file() and path.is_file()):
         return None
@@ -218,7 +218,7 @@ def _build(
     options: Options,
     say: Callable[[float, str], None],
 ) -> PlanFile:
-    """Builds one engine and writes its plan, with its description beside it."""
+    """Builds one engine. Writes its plan and, next to it, its description."""
     capability = target.get("compute_capability") if target.get("ahead_of_time") else None
     plan = folder / work.file
     job = Job(
@@ -234,7 +234,7 @@ def _build(
         opt_level=options.opt_level,
     )
     built = run_worker(job, work, say)
-    made = PlanFile(
+    finished = PlanFile(
         graph=work.variant.graph,
         file=work.file,
         sha256=sha256_of(plan),
@@ -247,14 +247,14 @@ def _build(
         seconds=round(built.seconds, 3),
         peak_memory_bytes=built.peak_memory_bytes,
     )
-    engine_cache.write_whole(_note(folder, work), msgspec.json.encode(made))
-    return made
+    engine_cache.write_whole(_note(folder, work), msgspec.json.encode(finished))
+    return finished
 
 
 def _overall(
     progress: Progress, where: str, number: int, count: int
 ) -> Callable[[float, str], None]:
-    """Turns progress within one engine into that of the whole build, in hundredths."""
+    """Converts the progress of one engine to that of the whole build, in percent."""
 
     def say(share: float, phase: str) -> None:
         progress(f"{where} ({number + 1} of {count})", int(100 * (number + share) / count), 100)

@@ -1,8 +1,8 @@
-"""Which sizes an engine is built for: ranges of axes, from what the user asks and the bundle knows.
+"""The sizes that an engine is built for: ranges of axes, from the user's options and the manifest.
 
 TensorRT takes a smallest, a usual and a largest shape of every input, once per profile. The user
 gives shapes of the *program's* inputs, as for trtexec or Polygraphy; the shapes of all other
-tensors follow from the names of their axes. Everything here is a pure function.
+tensors follow from the names of their axes. All functions are pure.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Input -> smallest, usual and largest shape: a profile as TensorRT takes it."""
 
 USUAL_ROWS, MOST_ROWS = 1, 8
-"""Rows of a batch where the user gives none."""
+"""Default rows of a batch."""
 DRAFTED = 16
-"""New tokens per row that a step of decoding takes at most: drafts under verification, or tokens
-that waited for a component. Steps with more tokens use the profile of prefill."""
+"""Most new tokens per row in a decoding step: drafts to verify, or tokens that waited for a
+component. Steps with more tokens use the prefill profile."""
 
-_ONE = re.compile(
+_SHAPE = re.compile(
     r"""\s*(?P<name>[A-Za-z_][A-Za-z0-9_.:/-]*?)\s*:\s*
         (?:\[(?P<list>[0-9,\s]+)\]|(?P<cross>[0-9]+(?:x[0-9]+)*))\s*(?:,|\s|$)""",
     re.VERBOSE,
@@ -41,12 +41,12 @@ class Range:
 
 
 Ranges = Mapping[str, Range]
-"""Axis -> its range: a profile, whatever the tensors."""
+"""Axis -> its range: a profile, before it is applied to tensors."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user asks for: smallest, usual and largest sizes of axes, and the most tokens of a
+    """What the user requests: smallest, usual and largest sizes of axes, and the most tokens of a
     text."""
 
     min: Sizes
@@ -56,7 +56,7 @@ class Asked:
 
 
 def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
-    """Reads shapes as trtexec or Polygraphy spell them.
+    """Reads shapes in the syntax of trtexec or Polygraphy.
 
     >>> parse_shapes("ids:1x128,mask:1x128", "--min-shapes")
     {'ids': (1, 128), 'mask': (1, 128)}
@@ -66,32 +66,32 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
     Raises:
         UsageError: The text cannot be read, a size is 0, or a name is given twice.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     place = 0
-    fix = f"Spell it {option} pixel_values:1x3x224x224 or {option} 'pixel_values:[1,3,224,224]'."
+    fix = f"Write {option} pixel_values:1x3x224x224 or {option} 'pixel_values:[1,3,224,224]'."
     while place < len(text):
-        one = _ONE.match(text, place)
-        if one is None:
+        match = _SHAPE.match(text, place)
+        if match is None:
             raise UsageError(f"{option} {text}: not a shape: {text[place:]!r}", fix=fix)
-        numbers = re.findall(r"[0-9]+", one["list"] or one["cross"])
+        numbers = re.findall(r"[0-9]+", match["list"] or match["cross"])
         if max(map(len, numbers), default=0) > 10:
             raise UsageError(f"{option} {text[:60]}...: a size with too many digits", fix=fix)
         shape = tuple(int(number) for number in numbers)
         if not shape or 0 in shape or max(shape) >= 1 << 31:
             raise UsageError(f"{option} {text}: {list(shape)} is not a shape", fix=fix)
-        if one["name"] in found:
-            raise UsageError(f"{option} {text}: {one['name']} is given twice", fix=fix)
-        found[one["name"]] = shape
-        place = one.end()
-    if not found:
+        if match["name"] in shapes:
+            raise UsageError(f"{option} {text}: {match['name']} is given twice", fix=fix)
+        shapes[match["name"]] = shape
+        place = match.end()
+    if not shapes:
         raise UsageError(f"{option}: no shapes", fix=fix)
-    return found
+    return shapes
 
 
 def axis_sizes(
     shapes: Mapping[str, Sequence[int]], tensors: Sequence[Tensor], option: str
 ) -> dict[str, int]:
-    """Sizes of the named axes, from shapes of a program's inputs.
+    """Sizes of the named axes, from the shapes of a program's inputs.
 
     >>> ids = Tensor(name="ids", dtype="int64", axes=["batch", "seq"])
     >>> axis_sizes({"ids": (2, 128)}, [ids], "--opt-shapes")
@@ -112,7 +112,7 @@ def axis_sizes(
         if len(axes) != len(shape):
             raise UsageError(
                 f"{option}: {name} has {len(axes)} axes, not {len(shape)}",
-                fix=f"They are {spelled(axes)}.",
+                fix=f"Its axes are {spelled(axes)}.",
             )
         for axis, size in zip(axes, shape, strict=True):
             expected = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
@@ -124,13 +124,14 @@ def axis_sizes(
                     what = f"{name} is {given}, but {axis} is {expected} elsewhere"
                 raise UsageError(
                     f"{option}: {what}",
-                    fix="Numbers there are fixed, and axes of one name have one size.",
+                    fix="Axes with a number have that size; axes with the same name have the same "
+                    "size.",
                 )
     return sizes
 
 
 def spelled(axes: Sequence[Axis]) -> str:
-    """Axes as a user reads them.
+    """Axes as text, for messages.
 
     >>> spelled(["batch", 3, None])
     'batch x 3 x ?'
@@ -139,11 +140,11 @@ def spelled(axes: Sequence[Axis]) -> str:
 
 
 def usual_ranges(manifest: Manifest, asked: Asked, sample: Sizes) -> dict[str, Range]:
-    """The range of every named axis of a program's inputs, and of the axes inside that the model
-    has a limit for.
+    """The range of every named axis of a program's inputs, and of inner axes with a limit.
 
-    Where the user gives nothing, an axis goes from 1 to the model's limit (`MOST_ROWS` rows), and
-    its usual size is that of the sample (one row). The user must give an axis without a limit.
+    By default, an axis ranges from 1 to the model's limit (batch: `MOST_ROWS` rows), and its usual
+    size is that of the sample (batch: one row). For an axis without a limit, the user must give the
+    largest size.
 
     Raises:
         UsageError: A size is missing or exceeds the model's limit, or smallest, usual and largest
@@ -152,17 +153,17 @@ def usual_ranges(manifest: Manifest, asked: Asked, sample: Sizes) -> dict[str, R
     axes = [axis for tensor in manifest.inputs for axis in tensor.axes]
     inner = {axis for tensor in _component_inputs(manifest) for axis in tensor.axes}
     axes += [axis for axis in manifest.limits if axis in inner]
-    found = {}
+    ranges = {}
     for axis in dict.fromkeys(axes):
         if isinstance(axis, str):
-            found[axis] = _range(axis, manifest.limits.get(axis), asked, sample)
-    return found
+            ranges[axis] = _range(axis, manifest.limits.get(axis), asked, sample)
+    return ranges
 
 
 def _component_inputs(manifest: Manifest) -> Iterator[Tensor]:
     for component in manifest.components.values():
         yield from component.inputs
-        yield from (one.tensor for one in component.states if isinstance(one, PromptState))
+        yield from (state.tensor for state in component.states if isinstance(state, PromptState))
 
 
 def _range(axis: str, limit: int | None, asked: Asked, sample: Sizes) -> Range:
@@ -186,35 +187,35 @@ def _range(axis: str, limit: int | None, asked: Asked, sample: Sizes) -> Range:
     if not smallest <= usual <= largest:
         raise UsageError(
             f"{axis}: smallest {smallest}, usual {usual} and largest {largest} are not in order",
-            fix="Each of --min-shapes, --opt-shapes and --max-shapes must be at least the one "
-            "before.",
+            fix="Use --min-shapes <= --opt-shapes <= --max-shapes.",
         )
     return Range(smallest, usual, largest)
 
 
 def row_buckets(rows: Range) -> list[Range]:
-    """Rows in buckets up to 2, 4, 8, ..., for libraries that tune: the best kernels for one row are
-    not the best for many, and a batch that rows leave moves from bucket to bucket.
+    """Row counts in buckets up to 2, 4, 8, ..., for libraries that tune: the best kernels differ
+    between one row and many, and a batch shrinks as rows stop.
 
-    The first is tuned for one row but takes two: a bucket of exactly one row has its own weights in
-    the plan, which doubles its size (seen with TensorRT-RTX 1.7); the others share theirs.
+    The first bucket is tuned for one row but accepts two: a bucket of exactly one row has its own
+    weights in the plan, which doubles its size (seen with TensorRT-RTX 1.7). The other buckets
+    share weights.
 
-    >>> [(one.min, one.opt, one.max) for one in row_buckets(Range(1, 1, 12))]
+    >>> [(rows.min, rows.opt, rows.max) for rows in row_buckets(Range(1, 1, 12))]
     [(1, 1, 2), (3, 4, 4), (5, 8, 8), (9, 12, 12)]
     """
-    found, smallest = [], rows.min
+    buckets, smallest = [], rows.min
     while smallest <= rows.max:
         largest = min(rows.max, max(2, 1 << (smallest - 1).bit_length()))
-        found.append(Range(smallest, 1 if smallest == 1 else largest, largest))
+        buckets.append(Range(smallest, 1 if smallest == 1 else largest, largest))
         smallest = largest + 1
-    return found
+    return buckets
 
 
 def few_or_many(rows: Range) -> list[Range]:
-    """The first of these buckets, and all others in one: for components that have profiles for
-    other axes too.
+    """The first bucket of `row_buckets`, and the others merged into one: for components that have
+    profiles for other axes, too.
 
-    >>> [(one.min, one.opt, one.max) for one in few_or_many(Range(1, 1, 8))]
+    >>> [(rows.min, rows.opt, rows.max) for rows in few_or_many(Range(1, 1, 8))]
     [(1, 1, 2), (3, 8, 8)]
     """
     first, *others = row_buckets(rows)
@@ -224,10 +225,10 @@ def few_or_many(rows: Range) -> list[Range]:
 def decode_profiles(
     rows: Range, buckets: Sequence[Range], chunk: int, capacity: int
 ) -> list[dict[str, Range]]:
-    """The profiles of a component that runs for every token: a step (few new tokens behind a long
-    past) in each bucket of rows, and prefill (many new tokens).
+    """The profiles of a component that runs for every token: decoding steps (few new tokens after
+    a long past) for each bucket of rows, and prefill (many new tokens).
 
-    Kernels are tuned for the usual size, and those sizes have nothing in common.
+    They are separate because kernels are tuned for the usual size.
     """
     past = Range(1, max(1, capacity // 2), capacity)
     step = min(DRAFTED, capacity)
@@ -238,15 +239,15 @@ def decode_profiles(
 
 
 def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str) -> Shapes:
-    """A profile as TensorRT takes it: shapes of the inputs that have an axis of no fixed size.
+    """A profile as TensorRT takes it: shapes of the inputs that have an axis without a fixed size.
 
     Args:
         tensors: Input -> its axes.
         ranges: Range of every named axis.
-        where: What is built, for the error.
+        where: Name of the component, for errors.
 
     Raises:
-        UsageError: An axis has no name and no fixed size, or no range.
+        UsageError: An axis has neither a fixed size nor a name with a range.
     """
     shapes: Shapes = {}
     for name, axes in tensors.items():
@@ -260,10 +261,10 @@ def shapes_of(tensors: Mapping[str, Sequence[Axis]], ranges: Ranges, where: str)
                     f"({spelled(axes)})",
                     fix="Export with fixed sizes, or run this bundle with ONNX Runtime.",
                 )
-            one = Range(axis, axis, axis) if isinstance(axis, int) else ranges[axis]
-            low.append(one.min)
-            usual.append(one.opt)
-            high.append(one.max)
+            own = Range(axis, axis, axis) if isinstance(axis, int) else ranges[axis]
+            low.append(own.min)
+            usual.append(own.opt)
+            high.append(own.max)
         shapes[name] = (tuple(low), tuple(usual), tuple(high))
     return shapes
 

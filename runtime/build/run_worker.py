@@ -1,4 +1,4 @@
-"""Runs one build in a process of its own, and turns the way it ends into a result or an error."""
+"""Runs the build of one engine in a child process, and returns its result or raises its error."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from edgeexit.runtime.memory import available_bytes
 
 
 def run_worker(job: Job, work: Work, say: Callable[[float, str], None]) -> Built:
-    """Runs a job in a process of its own.
+    """Runs a job in a child process.
 
     Args:
         job: What to build.
-        work: What it is for, for messages.
-        say: Called with the share that is done, and the phase.
+        work: The engine, for messages.
+        say: Called with the finished share (0 to 1) and the phase.
 
     Raises:
-        EngineError: The library refused the graph, or the process failed or was killed.
+        EngineError: The library rejected the graph, or the process failed or was killed.
     """
     free = available_bytes()
     last: dict[str, Any] = {}
@@ -40,14 +40,14 @@ def run_worker(job: Job, work: Work, say: Callable[[float, str], None]) -> Built
         ) as child:
             try:
                 assert child.stdin is not None and child.stdout is not None
-                with contextlib.suppress(BrokenPipeError):  # it died; its exit code says why
+                with contextlib.suppress(BrokenPipeError):  # it ended; its exit code says why
                     child.stdin.write(msgspec.json.encode(job))
                     child.stdin.close()
                 outer: str | None = None
                 for line in child.stdout:
                     last = msgspec.json.decode(line)
                     if "phase" in last:
-                        outer = outer or last["phase"]  # later ones are parts of it
+                        outer = outer or last["phase"]  # later phases are parts of the first
                         if last["phase"] == outer and last["of"]:
                             say(last["done"] / last["of"], last["phase"])
                 code = child.wait()
@@ -62,13 +62,13 @@ def run_worker(job: Job, work: Work, say: Callable[[float, str], None]) -> Built
         raise _failure(msgspec.convert(last["failed"], Failed), work, free)
     if code == -signal.SIGKILL:
         raise EngineError(
-            f"{work.where}: its build was killed (signal 9), as the system does when memory runs "
-            f"out; {_mib(free)} were free at the start",
+            f"{work.where}: the build was killed (signal 9); the usual cause is that memory ran "
+            f"out. {_mib(free)} were free at the start",
             fix=_LESS_MEMORY,
         )
     reason = f"signal {-code}" if code < 0 else f"exit code {code}"
     raise EngineError(
-        f"{work.where}: its build ended with {reason}: {said[-1][:300] if said else 'no message'}",
+        f"{work.where}: the build ended with {reason}: {said[-1][:300] if said else 'no message'}",
         fix="Run it again: finished engines are kept. If it fails again, please report it.",
     )
 
@@ -80,7 +80,7 @@ _LESS_MEMORY = (
 
 
 def _failure(failed: Failed, work: Work, free: int) -> EngineError:
-    """The error for a build that failed; `free` is the memory before it, in bytes."""
+    """The error for a failed build; `free` is the free memory at its start, in bytes."""
     graph = work.variant.graph
     if failed.fix is not None:
         return EngineError(f"{work.where}: {failed.what}", fix=failed.fix)
@@ -92,18 +92,18 @@ def _failure(failed: Failed, work: Work, free: int) -> EngineError:
         )
     if failed.nodes:
         name, operator, reason = map(plain_text, failed.nodes[0])
-        module = name.rpartition("/")[0]  # export names nodes after the modules they came from
+        module = name.rpartition("/")[0]  # export names nodes after their torch modules
         came = f", from the torch module {module}" if module else ""
         return EngineError(
-            f"{work.where} ({graph}): TensorRT refuses the node {name} ({operator}{came}): "
+            f"{work.where} ({graph}): TensorRT rejects the node {name} ({operator}{came}): "
             f"{reason[:300]}",
             fix="Run this bundle with ONNX Runtime (--engine cuda), or export it without that "
             "operator.",
         )
     return EngineError(
         f"{work.where} ({graph}): TensorRT cannot build it: {plain_text(failed.what)[:400]}",
-        fix="If a precision is missing, export with --dtype fp16; if memory is, use a larger "
-        "--memory-limit or smaller --max-shapes; or run this bundle with ONNX Runtime "
+        fix="If a precision is not supported, export with --dtype fp16. If memory is missing, use "
+        "a larger --memory-limit or smaller --max-shapes. Or run this bundle with ONNX Runtime "
         "(--engine cuda).",
     )
 

@@ -1,9 +1,11 @@
-"""Which engines a bundle needs: one per component, with the shapes that each must accept.
+"""Lists the engines that a bundle needs: one per component, with the shapes that it must accept.
 
-`work_of` is a pure function of the manifest. What a component is built for follows from where it
-stands: in a chain that runs once per request it takes the axes of the program's inputs; in the
-chain that writes text it has profiles for single tokens and for prompts; makers of prompt states
-and gates see prompts only; heads take rows of any number of texts.
+`work_of` is a pure function of the manifest. The profiles of a component depend on its use:
+
+- in a chain that runs once per request: the axes of the program's inputs;
+- in the chain that writes text: profiles for single tokens and for prompts;
+- makers of prompt states and gates: prompts only;
+- heads: rows of any number of texts.
 """
 
 from __future__ import annotations
@@ -49,11 +51,12 @@ from edgeexit.runtime.executor.session import CHUNK
 REFERENCE = "samples/reference.npz"
 
 LONGEST_NAME = 120
-"""Characters of a graph's name that its plan keeps; file names are limited to 255."""
+"""Longest graph name, in characters, that is used as the plan's name; longer names are hashed,
+because file names are limited to 255."""
 
 Use = Literal["input", "prompt", "token", "states"]
 """How a component runs: once per request, over a whole prompt, over prompts and then token by
-token, or over the states of chosen tokens."""
+token, or over the states of selected tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ class Work:
 
     Attributes:
         where: Name for messages: the component, or its projection.
-        variant: Which form of the graph.
+        variant: The graph.
         outputs: Outputs to keep.
         profiles: Per profile, shapes of the inputs.
-        fixed: Named axes that get a number.
+        fixed: Named axis -> the size that it is fixed to.
         largest: Named axis -> its largest size over all profiles.
     """
 
@@ -78,7 +81,7 @@ class Work:
 
     @property
     def file(self) -> str:
-        """Name of the plan."""
+        """File name of the plan."""
         name = Path(self.variant.graph).name.removesuffix(".onnx")
         if len(name) > LONGEST_NAME:
             name = hashlib.sha256(name.encode()).hexdigest()[:32]
@@ -100,18 +103,19 @@ def work_of(
 
     Args:
         manifest: The bundle's.
-        features: What the engine library can do; see `Variant`.
-        asked: Sizes that the user asks for.
+        features: Features of the engine library; see `Variant`.
+        asked: Sizes that the user requests.
         sample: Sizes of the axes in the bundle's sample.
-        chunk: New tokens per row that one run over a prompt takes.
+        chunk: New tokens per row in one run over a prompt.
         unsplit: Build the baseline too.
-        form: Of token states: ``fixed`` or ``append``. None: the first that the library can build.
+        form: Form of token states: ``fixed`` or ``append``. None: the first that the library can
+            build.
         tunes: The library times kernels for the usual shape (`Library.tunes`): rows then have
-            several profiles, unless the user says how many are usual.
+            several profiles, unless the user gives the usual number of rows.
 
     Raises:
         UsageError: Sizes do not fit the bundle.
-        EngineError: A component has no form that the library can build.
+        EngineError: A component has no variant that the library can build.
     """
     capacity = _capacity(manifest, asked)
     if manifest.decoding is not None:
@@ -130,7 +134,7 @@ def work_of(
 
 
 def _capacity(manifest: Manifest, asked: Asked) -> int:
-    """Tokens that a text can have; 0 where the program writes none."""
+    """Largest number of tokens of a text; 0 if the program does not write text."""
     if manifest.decoding is None:
         return 0
     limit = manifest.limits.get("positions")
@@ -138,7 +142,7 @@ def _capacity(manifest: Manifest, asked: Asked) -> int:
     if not 2 <= capacity <= (limit or capacity):
         raise UsageError(
             f"--capacity {capacity} is out of range (2 to {limit or 'any number'})",
-            fix=f"The model was made for {limit} tokens; use at most that."
+            fix=f"The model's limit is {limit} tokens; use at most that."
             if limit
             else "Use 2 or more.",
         )
@@ -146,7 +150,7 @@ def _capacity(manifest: Manifest, asked: Asked) -> int:
 
 
 def _with_new_tokens(manifest: Manifest, asked: Asked, chunk: int, capacity: int) -> Asked:
-    """The sizes that the user asks for, with the largest number of new tokens per run."""
+    """The requested sizes, with the largest number of new tokens per run."""
     assert manifest.decoding is not None
     tokens = manifest.decoding.tokens
     if not asked.min.get("new", 1) == asked.opt.get("new", 1) == 1:
@@ -167,34 +171,34 @@ def _with_new_tokens(manifest: Manifest, asked: Asked, chunk: int, capacity: int
 
 def _profiles(ranges: Ranges, capacity: int, *, tunes: bool) -> dict[Use, list[Ranges]]:
     """Per use, the profiles of a component: ranges of all axes that it may have."""
-    found: dict[Use, list[Ranges]] = {"input": [ranges]}
+    profiles: dict[Use, list[Ranges]] = {"input": [ranges]}
     if tunes and "batch" in ranges:
-        found["input"] = [{**ranges, "batch": bucket} for bucket in row_buckets(ranges["batch"])]
+        profiles["input"] = [{**ranges, "batch": bucket} for bucket in row_buckets(ranges["batch"])]
     if not capacity:
-        return found
+        return profiles
     rows, new = ranges["batch"], ranges["new"].max
     buckets = few_or_many(rows) if tunes else [rows]
     steps = decode_profiles(rows, buckets, new, capacity)
-    found["token"] = [{**ranges, **profile} for profile in steps]
-    found["prompt"] = [{**ranges, **steps[-1], "batch": rows, "new": Range(1, new, new)}]
+    profiles["token"] = [{**ranges, **profile} for profile in steps]
+    profiles["prompt"] = [{**ranges, **steps[-1], "batch": rows, "new": Range(1, new, new)}]
     states = Range(1, rows.opt, max(rows.max * min(DRAFTED, capacity), new))
     buckets = few_or_many(states) if tunes else [states]
-    found["states"] = [{**ranges, "batch": bucket} for bucket in buckets]
-    return found
+    profiles["states"] = [{**ranges, "batch": bucket} for bucket in buckets]
+    return profiles
 
 
 def _uses(manifest: Manifest, *, unsplit: bool) -> dict[str, list[Use]]:
-    """Component -> how it runs, in the order of the program; unsplit components come last."""
-    found: dict[str, list[Use]] = {}
+    """Component -> its uses, in the order of the program; unsplit components come last."""
+    uses_of: dict[str, list[Use]] = {}
     runs = [(manifest.chains[step.chain], step) for step in manifest.steps if isinstance(step, Run)]
     for chain, step in runs:
         for name, use in _chain_uses(manifest, chain, step.when):
-            found.setdefault(name, []).append(use)
+            uses_of.setdefault(name, []).append(use)
     for chain, step in runs if unsplit else ():
         for name in [*chain.unsplit, *_makers(manifest, chain.unsplit)]:
             use = step.when if name in chain.unsplit else "prompt"
-            found.setdefault(name, []).append(use)
-    return {name: list(dict.fromkeys(uses)) for name, uses in found.items()}
+            uses_of.setdefault(name, []).append(use)
+    return {name: list(dict.fromkeys(uses)) for name, uses in uses_of.items()}
 
 
 def _chain_uses(manifest: Manifest, chain: Chain, when: When) -> Iterator[tuple[str, Use]]:
@@ -214,42 +218,42 @@ def _chain_uses(manifest: Manifest, chain: Chain, when: When) -> Iterator[tuple[
 
 
 def _makers(manifest: Manifest, components: Sequence[str]) -> list[str]:
-    """The components that make what these read of a prompt."""
+    """The components that compute the prompt states of these components."""
     states = (prompt_states(manifest.components[name]) for name in components)
     return list(dict.fromkeys(state.maker for own in states for state in own))
 
 
 def _takes_tokens(component: Component) -> bool:
-    """Whether it takes the new tokens of every row."""
+    """Whether a component reads the new tokens of every row."""
     return any("new" in tensor.axes for tensor in component.inputs)
 
 
 def _whole_prompts(manifest: Manifest) -> bool:
-    """Whether a maker or a gate looks at all tokens of a prompt, which must then pass in one run
+    """Whether a maker or a gate reads all tokens of a prompt, which must then pass in one run
     (`edgeexit.runtime.executor.gates`)."""
     assert manifest.decoding is not None
     chain = manifest.chains[manifest.decoding.chain]
-    looks = _makers(manifest, [*chain.components, *chain.unsplit])
-    looks += [call.component for e in chain.exits if e.action == "drop" for call in e.path]
-    return any(_takes_tokens(manifest.components[name]) for name in looks)
+    readers = _makers(manifest, [*chain.components, *chain.unsplit])
+    readers += [call.component for e in chain.exits if e.action == "drop" for call in e.path]
+    return any(_takes_tokens(manifest.components[name]) for name in readers)
 
 
 def _usable(
     name: str, component: Component, features: frozenset[str], form: StateForm | None
 ) -> Variant:
-    """The first form of a component that the library can build, or the requested one."""
+    """The first variant of a component that the library can build, of the requested form."""
     if not token_states(component):
         form = None
     for variant in component.variants:
         if set(variant.requires) <= features and form in (None, variant.states):
             return variant
     known = ", ".join(
-        f"{one.states} (needs {' and '.join(one.requires) or 'nothing'})"
-        for one in component.variants
+        f"{variant.states} (needs {' and '.join(variant.requires) or 'nothing'})"
+        for variant in component.variants
     )
     raise EngineError(
         f"{name} has no form {f'{form} ' if form else ''}that this TensorRT can build: {known}",
-        fix="Use --states append, which every version builds. The form fixed needs float16 or "
+        fix="Use --states append, which every version can build. The form fixed needs float16 or "
         "bfloat16, and TensorRT 10.15 or newer, or TensorRT-RTX.",
     )
 
@@ -266,41 +270,41 @@ def _component(
     fixed: dict[str, int] = {}
     if states and variant.states == "fixed":
         fixed = {"past": capacity}
-        profiles = [{**one, "past": Range(capacity, capacity, capacity)} for one in profiles]
+        profiles = [{**own, "past": Range(capacity, capacity, capacity)} for own in profiles]
     outputs = tuple(graph_outputs(component))
-    shapes = _different([shapes_of(axes, one, name) for one in profiles])
+    shapes = _different([shapes_of(axes, own, name) for own in profiles])
     return Work(name, variant, outputs, shapes, fixed, _largest(profiles, axes))
 
 
 def _projection(name: str, component: Component, variant: Variant, ranges: Ranges) -> Work:
-    """The engine of a component's projection. It takes one token of every row at a time, which does
-    not limit how many the other engines take."""
+    """The engine of a component's projection. It takes one token per row; `largest` leaves this out
+    because it does not limit the other engines."""
     where = f"projection of {name}"
     axes = {tensor.name: tensor.axes for tensor in component.inputs}
-    one = {**ranges, "new": Range(1, 1, 1)}
+    profile = {**ranges, "new": Range(1, 1, 1)}
     outputs = tuple(state.present for state in token_states(component))
-    largest = {axis: most for axis, most in _largest([one], axes).items() if axis != "new"}
-    return Work(where, variant, outputs, (shapes_of(axes, one, where),), {}, largest)
+    largest = {axis: most for axis, most in _largest([profile], axes).items() if axis != "new"}
+    return Work(where, variant, outputs, (shapes_of(axes, profile, where),), {}, largest)
 
 
 def _different(shapes: Sequence[Shapes]) -> tuple[Shapes, ...]:
-    """Without repetitions: a component that lacks an axis lacks its profiles, too."""
-    return tuple(one for number, one in enumerate(shapes) if one not in shapes[:number])
+    """The profiles without duplicates: they differ only in axes that the component may lack."""
+    return tuple(own for number, own in enumerate(shapes) if own not in shapes[:number])
 
 
 def _largest(profiles: Sequence[Ranges], tensors: Mapping[str, Sequence[Axis]]) -> dict[str, int]:
     """The largest sizes of the named axes of these tensors over all profiles."""
     axes = {axis for own in tensors.values() for axis in own if isinstance(axis, str)}
-    found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for ranges in profiles:
         for axis in axes & ranges.keys():
-            found[axis] = max(ranges[axis].max, found.get(axis, 0))
-    return dict(sorted(found.items()))
+            largest[axis] = max(ranges[axis].max, largest.get(axis, 0))
+    return dict(sorted(largest.items()))
 
 
 def sample_sizes(bundle: Bundle) -> dict[str, int]:
-    """Sizes of the named axes in the bundle's reference sample, which are usual ones; none where
-    there is no sample."""
+    """Sizes of the named axes in the bundle's reference sample, used as usual sizes. Empty if there
+    is no sample."""
     if REFERENCE not in bundle.manifest.samples:
         return {}
     sizes: dict[str, int] = {}

@@ -1,9 +1,9 @@
-"""The process that builds one engine.
+"""The child process that builds one engine.
 
 TensorRT frees memory only when its process ends, and on a small device the system kills the process
-when memory runs out. So `build_engines` starts one of these per graph. The job arrives as JSON on
-stdin; stdout carries one JSON object per line: ``phase``, ``done`` and ``of`` during the build,
-``built`` or ``failed`` at the end.
+when memory runs out. So `build_engines` starts one process per graph. It reads the job as JSON from
+stdin and writes one JSON object per line to stdout: ``phase``, ``done`` and ``of`` during the
+build, ``built`` or ``failed`` at the end.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         library: Module of the engine library.
-        graph: Path of the ONNX file; its weights are stored beside it.
+        graph: Path of the ONNX file; its weights are stored next to it.
         outputs: Outputs to keep.
-        fixed: Named axes that get a number (`edgeexit.bundle.onnx_wire.fix_axes`).
+        fixed: Named axis -> the size that it is fixed to (`edgeexit.bundle.onnx_wire.fix_axes`).
         profiles: Per profile, input -> smallest, usual and largest shape.
-        targets: Compute capabilities (86 for 8.6) to build for ahead of time; none: this device.
-        plan: Where to write the plan.
+        targets: Compute capabilities (86 for 8.6) of other machines; empty: this device.
+        plan: Path of the plan to write.
     """
 
     library: str
@@ -64,8 +64,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Built(msgspec.Struct, kw_only=True):
-    """A finished engine: size of the plan, types of its network's layers and, where the engine
-    could be inspected, of its own products; seconds, and peak memory."""
+    """A finished engine: size of the plan, types of its network's layers, types in which the engine
+    multiplies (None if it could not be inspected), seconds, and peak memory."""
 
     bytes: int
     precision: precision.Types
@@ -75,8 +75,8 @@ class Built(msgspec.Struct, kw_only=True):
 
 
 class Failed(msgspec.Struct, kw_only=True):
-    """Why there is no engine. `nodes` are those that the parser refused: name, operator, reason.
-    `fix` is given where the cause is not the library."""
+    """Why a build failed. `nodes` lists the nodes that the parser rejected: name, operator, reason.
+    `fix` is set if the cause is not the library."""
 
     what: str
     nodes: list[tuple[str, str, str]] = []
@@ -86,10 +86,10 @@ class Failed(msgspec.Struct, kw_only=True):
 
 def main() -> None:
     """Builds the job on stdin."""
-    # Without this, an orphan could write where a second build continues.
+    # Without this, an orphaned process could write into the folder of a second build.
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    # The library may print to stdout; messages use a copy of it.
+    # The library may print to stdout, so messages use a copy of it.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 class Refused(Exception):
-    """The library refused to build it."""
+    """The library rejected the job."""
 
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.what)
@@ -110,7 +110,7 @@ class Refused(Exception):
 
 
 def build(library: Library, job: Job, messages: TextIO) -> Built:
-    """Builds an engine and writes its plan; raises `Refused`."""
+    """Builds an engine and writes its plan. Raises `Refused`."""
     started = time.monotonic()
     log = _logger(library.module)
     plan, types = _make(library, job, log, messages)
@@ -127,11 +127,11 @@ def build(library: Library, job: Job, messages: TextIO) -> Built:
 def _make(
     library: Library, job: Job, log: Any, messages: TextIO
 ) -> tuple[IHostMemory, precision.Types]:
-    """The plan, and the types of its network. Builder and network are freed on return."""
+    """Builds the plan. Returns it with the types of its network; builder and network are freed."""
     trt = library.module
     builder = trt.Builder(log)
     if builder is None:
-        raise Refused(Failed(what=log.reason("it made no builder")))
+        raise Refused(Failed(what=log.reason("the library created no builder")))
     flags = (
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if library.has_typing_flag else 0
     )
@@ -150,13 +150,15 @@ def _make(
             raise EngineError(
                 f"--timing-cache {known}: {library.name} {library.version} does not accept it "
                 f"({log.reason('it is for another version or GPU')})",
-                fix="Remove the file, or name another: a new one is made.",
+                fix="Remove the file, or name another: a new file is created.",
             )
     config.progress_monitor = monitor = _monitor(trt, messages)
     types = precision.of_network(trt, network)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise Refused(Failed(what=log.reason("it made no engine"), memory=log.out_of_memory))
+        raise Refused(
+            Failed(what=log.reason("the library built no engine"), memory=log.out_of_memory)
+        )
     del monitor
     if cache is not None and job.timing_cache is not None:
         write_whole(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
@@ -178,7 +180,7 @@ def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderC
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), place)
     else:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; export chooses float16
+    config.clear_flag(trt.BuilderFlag.TF32)  # compute float32 in full precision
     if job.memory_limit_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.memory_limit_bytes)
     if job.opt_level is not None:
@@ -187,9 +189,9 @@ def _configure(trt: TensorRt, builder: Builder, job: Job, log: Any) -> IBuilderC
 
 
 def _inspect(trt: TensorRt, log: Any, plan: IHostMemory) -> dict[str, int] | None:
-    """Loads the engine on its device and asks the inspector in which types it multiplies. None
-    where it cannot be loaded now (too little memory) or the inspector's report cannot be read;
-    neither is an error of the build."""
+    """Loads the engine on this device and returns the types in which it multiplies, from the
+    inspector. None if the engine cannot be loaded now (not enough memory) or the report cannot be
+    read; the build still succeeds."""
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -209,11 +211,11 @@ def _parser_failure(parser: OnnxParser, log: Any) -> Failed:
         error = parser.get_error(number)
         name = error.node_name() or f"number {error.node()}"
         nodes.append((name, error.node_operator(), error.desc()))
-    return Failed(what=log.reason("the parser refused the graph"), nodes=nodes)
+    return Failed(what=log.reason("the parser rejected the graph"), nodes=nodes)
 
 
 def _logger(trt: TensorRt) -> Any:
-    """A logger that keeps error messages: the library's calls themselves only report failure."""
+    """A logger that keeps error messages: the library's functions only return that they failed."""
 
     base: Any = trt.ILogger
 
@@ -238,7 +240,7 @@ def _logger(trt: TensorRt) -> Any:
 
 
 def _monitor(trt: TensorRt, messages: TextIO) -> Any:
-    """A progress monitor that writes messages."""
+    """A progress monitor that sends messages to the parent."""
     base: Any = trt.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
@@ -253,7 +255,7 @@ def _monitor(trt: TensorRt, messages: TextIO) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             _send(messages, {"phase": phase, "done": step + 1, "of": self.steps.get(phase, 0)})
-            return os.getppid() == self.parent  # give up when the parent is gone
+            return os.getppid() == self.parent  # stop if the parent has ended
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)

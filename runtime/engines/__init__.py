@@ -1,2 +1,2 @@
-"""Engines: what executes a component. `base` is their interface; each library has its own module,
-imported when it is used (`onnxruntime`, `tensorrt`), over memory of `cuda` and `host`."""
+"""Engines run components. `base` is their interface. Each library has a module that is imported
+when it is used (`onnxruntime`, `tensorrt`). `host` and `cuda` provide the memory."""

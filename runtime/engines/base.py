@@ -1,7 +1,7 @@
 """The interface of engines: `Engine`, `Graph` and `Slot`.
 
-An engine opens graphs; an opened graph binds buffers once and then runs many times. The executor
-uses nothing else of an engine library.
+An engine opens graphs. An opened graph binds buffers once and then runs many times. The executor
+uses engine libraries only through this interface.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Array(Protocol):
 
 
 class Slot(Place, Protocol):
-    """Memory of the device or the host that several tensors use in turn. Initially zero."""
+    """Device or host memory that several tensors use in turn. Initially zero."""
 
     @property
     def bytes(self) -> int: ...
@@ -52,7 +52,7 @@ class Slot(Place, Protocol):
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> Any:
-        """The beginning of the slot as an `Array`, without a copy. `strides` are in bytes per axis;
+        """An `Array` over the start of the slot, without a copy. `strides` are in bytes per axis;
         None means contiguous."""
 
     def keep_rows(
@@ -79,7 +79,7 @@ class Graph(Protocol):
         """
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
-        """Shapes of all outputs, for axes that the manifest leaves open. May run the graph."""
+        """Shapes of all outputs, where the manifest does not give them. May run the graph."""
 
 
 class Engine(Protocol):
@@ -97,20 +97,21 @@ class Engine(Protocol):
         """Name, library, version and settings, for results and policies."""
 
     def offers(self, path: Path) -> bool:
-        """Whether it can open a graph: engines that are built ahead may exist for some only."""
+        """Whether it can open a graph. TensorRT engines may have been built for some graphs
+        only."""
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> Graph:
-        """Opens a graph, with all its outputs or only some; raises `EngineError` naming it."""
+        """Opens a graph, with all its outputs or only some. Raises `EngineError` with its name."""
 
     def open_all(self, graphs: Sequence[tuple[Path, Collection[str] | None]]) -> Sequence[Graph]:
-        """Opens several graphs, side by side where that is faster."""
+        """Opens several graphs, in parallel where that is faster."""
 
     def allocate(self, size_bytes: int, *, sparse: bool = False) -> Slot:
-        """Memory for tensors that pass from component to component.
+        """Memory for tensors that components pass to each other.
 
         Args:
-            size_bytes: How much of it.
-            sparse: It may be used in part only, as caches are: on the host, what is not used takes
+            size_bytes: Its size.
+            sparse: Part of it may never be used, as in caches: on the host, unused pages then take
                 no memory.
         """
 
@@ -118,4 +119,5 @@ class Engine(Protocol):
         """Host memory for tensors that the caller reads or writes."""
 
     def settle(self) -> None:
-        """Waits until earlier runs have read their host memory. Call it before writing there."""
+        """Waits until earlier runs have read their host memory. Call it before writing to that
+        memory."""

@@ -1,4 +1,4 @@
-"""Host memory: for engines that compute on the CPU, and for tensors that callers read and write."""
+"""Host memory, for engines on the CPU and for tensors that callers read and write."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from numpy.typing import NDArray
 from edgeexit.runtime.engines.base import Array, Bound
 
 ALIGNMENT = 64
-"""Bytes; of host allocations."""
+"""Alignment of host allocations, in bytes."""
 
 
 def fetch(array: Array, *, beside: bool = False) -> NDArray[Any]:
-    """An array's values on the host. Values on a device are copied and waited for; fetching the
-    same array again overwrites the earlier copy.
+    """An array's values on the host. Values on a device are copied; the call waits for the copy.
+    The next call for the same array overwrites them.
 
     Args:
-        beside: The values are known to be complete: do not wait for later work of the device.
+        beside: The values are known to be complete: do not wait for later work on the device.
     """
     return array if isinstance(array, np.ndarray) else array.read(beside=beside)  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(slots=True)
 class Window:
-    """Part of a slot, from an address on."""
+    """Part of a slot, starting at an address."""
 
     device: str
     pointer: int
 
 
 def row_of(bound: Bound, row: int) -> Bound:
-    """One row (of the first axis) of a bound tensor, as a tensor of one row; no copy."""
+    """One row (of the first axis) of a bound tensor, as a tensor of one row, without a copy."""
     place, dtype, shape = bound
     size = int(np.prod(shape[1:])) * dtype.itemsize
     return Window(place.device, place.pointer + row * size), dtype, (1, *shape[1:])
@@ -45,13 +45,12 @@ class HostSlot:
     """Host memory that several tensors use in turn.
 
     Args:
-        size_bytes: How much of it.
-        sparse: It may be used in part only: pages get memory when they are first written, and are
-            small. numpy asks for huge ones, of which a token's keys and values would take a whole
-            one per head.
+        size_bytes: Its size.
+        sparse: Part of it may never be used. Pages are small and get memory when first written.
+            numpy requests huge pages: a token's keys and values would then take one per head.
 
     Raises:
-        MemoryError, ValueError, OverflowError: There is not so much.
+        MemoryError, ValueError, OverflowError: There is not enough memory.
     """
 
     device = "cpu"
@@ -76,7 +75,7 @@ class HostSlot:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> NDArray[Any]:
-        """The beginning of the slot as an array, without a copy."""
+        """An array over the start of the slot, without a copy."""
         if strides is not None:
             return np.ndarray(shape, dtype, self._bytes, strides=strides)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -91,11 +90,11 @@ class HostSlot:
 
 
 def _small_pages(size_bytes: int) -> NDArray[np.uint8]:
-    """Zeros in memory that the kernel gives page by page, no page a huge one."""
+    """Zeros in memory that the kernel allocates page by page, without huge pages."""
     try:
         memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(str(error)) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages knows no such advice
+    with contextlib.suppress(OSError):  # kernels without huge pages do not support this advice
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8)

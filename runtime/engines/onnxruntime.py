@@ -1,15 +1,16 @@
 """ONNX Runtime: the CPU provider, and the CUDA and TensorRT providers on GPUs.
 
-Five choices matter; benchmarks/README.md has the measurements. Sessions share one arena; otherwise
-a chain of twelve uses twelve cold ones. Thread pools spin briefly or not at all; otherwise the
-pools of idle sessions take cores from the one that runs. Two fusions are disabled because their
-kernels are slower than the nodes they replace. A graph is opened only with the outputs that are
-needed.
-Bindings run through the compiled session, because its Python wrapper costs more than handing over
-between small components.
+Five choices matter for speed; benchmarks/README.md has the measurements:
 
-On GPUs all sessions compute on one stream and in buffers of `edgeexit.runtime.engines.cuda`; runs
-do not wait for the stream, readers of results do.
+- Sessions share one arena. Otherwise a chain of twelve components uses twelve cold arenas.
+- Thread pools spin briefly or not at all. Otherwise idle sessions take cores from the running one.
+- Two fusions are disabled, because their kernels are slower than the nodes they replace.
+- A graph is opened only with the outputs that are needed.
+- Bindings run through the compiled session, because its Python wrapper takes longer than the
+  transfer between small components.
+
+On GPUs, all sessions compute on one stream and in buffers of `edgeexit.runtime.engines.cuda`. Runs
+do not wait for the stream; reading a result does.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _share_arena() -> bool:
     """Registers the arena that edgeexit's sessions share. Other sessions do not use it.
 
     Returns:
-        Whether there is one.
+        Whether it was registered.
     """
     ort = import_onnxruntime()
     memory = ort.OrtMemoryInfo(
@@ -79,7 +80,7 @@ def _share_arena() -> bool:
         ort.create_and_register_allocator(memory, None)
     except Exception as error:
         if "already" not in str(error):
-            logger.warning("sessions use separate arenas: %s", error)
+            logger.warning("sessions use separate arenas (more memory): %s", error)
             return False
     return True
 
@@ -90,8 +91,8 @@ _process_pool: list[int] = []
 def install_process_pool(threads: int | None = None) -> None:
     """Installs ONNX Runtime's global thread pool for the whole process.
 
-    Every session created later must use it: default sessions created elsewhere in the process then
-    fail. Older versions of ONNX Runtime refuse it once the process has created a session.
+    Every session created later must use it: default sessions created elsewhere in the process
+    fail. Older versions of ONNX Runtime refuse it after the process has created a session.
     """
     if _process_pool:
         return
@@ -108,7 +109,7 @@ def install_process_pool(threads: int | None = None) -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -118,10 +119,10 @@ class OnnxRuntimeEngine:
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
         threads: One pool per session that spins for `BRIEF_SPIN_US` before it sleeps (``brief``;
-            ONNX Runtime from 1.26 on, ``blocking`` before), sleeps at once (``blocking``) or spins
-            (``spinning``) while idle; a number of threads; or the pool of the process
-            (``process``, see `install_process_pool`). With a GPU: whether the host sleeps
-            (``blocking``) or spins while it waits.
+            before ONNX Runtime 1.26 the same as ``blocking``), sleeps at once (``blocking``) or
+            spins (``spinning``) while idle; a number of threads; or one pool per process
+            (``process``, see `install_process_pool`). With a GPU: the host sleeps (``blocking``) or
+            spins (any other value) while it waits.
     """
 
     def __init__(self, name: str = "cpu", threads: Threads = "brief") -> None:
@@ -138,8 +139,8 @@ class OnnxRuntimeEngine:
         if _process_pool and threads != "process" and name == "cpu":
             raise EngineError(
                 f"threads={threads!r} is not possible: this process already uses "
-                'threads="process", and sessions with their own pools then fail',
-                fix='Load with threads="process" here too, or in another process.',
+                'threads="process", with which sessions that have their own pools fail',
+                fix='Load with threads="process", or in another process.',
             )
         available = self._ort.get_available_providers()
         if PROVIDERS[name] not in available:
@@ -169,7 +170,7 @@ class OnnxRuntimeEngine:
         return about if self.gpu is None else about | {"waiting": self.gpu.waiting}
 
     def offers(self, path: Path) -> bool:
-        """True: it opens every graph."""
+        """Always True: ONNX Runtime needs no built engines."""
         return True
 
     def open(self, path: Path, outputs: Collection[str] | None = None) -> OnnxRuntimeGraph:
@@ -181,7 +182,7 @@ class OnnxRuntimeEngine:
         providers: list[Any] = [PROVIDERS[self.name]]
         if self.gpu is not None:
             own = {"user_compute_stream": str(self.gpu.stream), "device_id": "0"}
-            precise = {"use_tf32": "0"}  # of the CUDA provider: float32 is float32
+            precise = {"use_tf32": "0"}  # CUDA provider: compute float32 in full precision
             names = dict.fromkeys([PROVIDERS[self.name], PROVIDERS["cuda"]])
             known = self._ort.get_available_providers()
             options_of = {PROVIDERS["cuda"]: own | precise}
@@ -218,7 +219,7 @@ class OnnxRuntimeEngine:
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
     ) -> list[OnnxRuntimeGraph]:
-        """Opens several graphs in parallel: opening is mostly optimisation of the graph."""
+        """Opens several graphs in parallel: most of the time is graph optimisation."""
         with ThreadPoolExecutor(min(len(graphs), available_cores())) as pool:
             return list(pool.map(lambda graph: self.open(*graph), graphs))
 
@@ -229,7 +230,7 @@ class OnnxRuntimeEngine:
         return self.gpu.allocate(size_bytes)
 
     def allocate_host(self, size_bytes: int) -> HostSlot:
-        """Ordinary memory, pinned where there is a GPU."""
+        """Ordinary memory; pinned memory if there is a GPU."""
         return HostSlot(size_bytes) if self.gpu is None else self.gpu.allocate_host(size_bytes)
 
     def settle(self) -> None:
@@ -240,12 +241,12 @@ class OnnxRuntimeEngine:
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
-        # Graphs in int8 have signed activations, for TensorRT; without this they run in float.
+        # int8 graphs have signed activations, for TensorRT; without this option they run in float.
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         if self._shared_arena:
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if _process_pool:  # which every session of the process must use
+        if _process_pool:  # every session of the process must use it
             options.use_per_session_threads = False
         elif self.threads == "brief" and self.gpu is None and self._spins_briefly:
             options.add_session_config_entry(
@@ -261,18 +262,18 @@ class OnnxRuntimeEngine:
 def features_of(name: str, version: str) -> frozenset[str]:
     """The features that a provider offers in a version of ONNX Runtime.
 
-    The CPU provider has TensorScatter from 1.25 on, without a copy where its input and output are
-    one buffer; on the others it is untested. GPU providers have GroupQueryAttention in half
-    precision only; in float32 it would run on the host, and not in place. The TensorRT provider has
-    none of those operators and would leave the GPU for each of them. Fused attention with a bias is
-    tried on the CPU only.
+    From version 1.25 on, the CPU provider has TensorScatter, which does not copy if its input and
+    output are the same buffer; on other providers it is untested. GPU providers have
+    GroupQueryAttention in half precision only; in float32 it would run on the host, and not in
+    place. The TensorRT provider has none of these operators and would run each of them on the host.
+    Fused attention with a bias is tested on the CPU only.
     """
-    found = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
+    features = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
     if name == "cpu":
-        found |= {"float32-attention", "attention-bias"}
+        features |= {"float32-attention", "attention-bias"}
         if _version(version) >= (1, 25):
-            found |= {"opset-24", "cache-update"}
-    return frozenset(found)
+            features |= {"opset-24", "cache-update"}
+    return frozenset(features)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -285,7 +286,7 @@ def _is_count(threads: object) -> bool:
 
 
 class OnnxRuntimeGraph:
-    """One session."""
+    """A graph opened as one session."""
 
     def __init__(self, ort: Any, session: Any, gpu: Device | None) -> None:
         self._ort, self._session, self._gpu = ort, session, gpu
@@ -309,7 +310,7 @@ class OnnxRuntimeGraph:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         host = {name: inputs[name] for name in inputs.keys() & self._read_on_host}
         for name, (place, _, _) in host.items():
-            if place.device != "cpu":  # ONNX Runtime would copy it once, at binding
+            if place.device != "cpu":  # ONNX Runtime would copy it only once, when binding
                 raise EngineError(
                     f"ONNX Runtime reads {name} on the host, but this model keeps it on the GPU",
                     fix="Export again in another precision, or use --engine cpu.",
@@ -346,21 +347,21 @@ class OnnxRuntimeGraph:
 
 
 def _inputs_on_host(session: Any) -> set[str]:
-    """Inputs that operators read on the host, such as lengths; they must stay there."""
+    """Inputs that operators read on the host, such as lengths; they must stay on the host."""
     if not hasattr(session, "get_input_memory_infos"):
         raise EngineError(
-            "this onnxruntime does not report where it reads inputs, which GPUs need",
-            fix="Install 1.23 or newer.",
+            "this onnxruntime does not report on which device it reads inputs, which GPUs need",
+            fix="Install onnxruntime 1.23 or newer.",
         )
     pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-    return {one.name for one, memory in pairs if "cpu" in memory.name.lower()}
+    return {value.name for value, memory in pairs if "cpu" in memory.name.lower()}
 
 
 def _runner(session: Any, binding: Any, options: Any) -> Callable[[], object]:
-    """A call of the session over bound buffers, with as little Python as possible.
+    """A call that runs the session over bound buffers, with as little Python as possible.
 
-    The wrapper's own run_with_iobinding first checks for WebGPU capture;
-    benchmarks/results/choices.json has what that costs a chain.
+    The Python wrapper's run_with_iobinding first checks for WebGPU capture;
+    benchmarks/results/choices.json has the cost.
     """
     inner = getattr(session, "_sess", None)
     inner_binding = getattr(binding, "_iobinding", None)

@@ -151,9 +151,9 @@ def test_answers_match_the_samples_of_the_bundle(toy_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("capacity, built, fixed, message", [
     (None, 64, True, None), (64, 64, True, None), (32, 64, False, None), (96, None, False, None),
-    (97, None, False, "made for 2 to 96"), (1, None, False, "made for 2 to 96"),
-    (65, 64, False, "built for 64 tokens. Leave .* --capacity 65"),
-    (32, 64, True, "no fewer, for their states are of a fixed size"),
+    (97, None, False, r"\(2 to 96\)"), (1, None, False, r"\(2 to 96\)"),
+    (65, 64, False, "built for at most 64 tokens. Leave .* --capacity 65"),
+    (32, 64, True, "built for exactly 64 tokens"),
 ])  # fmt: skip
 def test_a_capacity_out_of_range_is_refused(
     capacity: int | None, built: int | None, fixed: bool, message: str | None
@@ -179,7 +179,7 @@ def test_another_engine_is_used_only_when_asked_for_and_says_so(
             model(make_inputs(3)).outputs["logits"], usual(make_inputs(3)).outputs["logits"]
         )
     (said,) = caplog.messages
-    assert said.startswith("the engine tensorrt cannot be used, cpu computes instead: ")
+    assert said.startswith("the engine tensorrt cannot be used, using cpu: ")
     assert re.search("no NVIDIA driver|cuda-bindings cannot be imported", said)
     with load(toy_bundle, "cpu", fallback="tensorrt") as model:
         assert "instead_of" not in model.describe_engine()

@@ -1,2 +1,2 @@
-"""What engines on NVIDIA GPUs share: the driver, one stream, memory on both sides, and copies of
-only those tensors that cross between host and device."""
+"""Shared by engines on NVIDIA GPUs: the driver, one stream, host and device memory, and copies
+between them."""

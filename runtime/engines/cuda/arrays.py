@@ -1,6 +1,6 @@
-"""Arrays in GPU memory with numpy's indexing; assignments are copies on the stream.
+"""`DeviceArray`: arrays in GPU memory with numpy's indexing. Assignments are copies on the stream.
 
-Nothing here waits for the GPU except `DeviceArray.read`.
+Only `DeviceArray.read` waits for the GPU.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class DeviceArray:
     """Part of a slot of GPU memory.
 
     Indices are integers, slices and ``...``. ``a[key] = b`` copies an array of the same shape and
-    dtype: another `DeviceArray`, or an array on the host, which must not be changed until the
-    stream was waited for (`Device.settle`).
+    dtype: another `DeviceArray`, or an array on the host. The host array must not change until
+    `Device.settle` returns.
 
     Args:
         slot: The memory.
-        view: A numpy array over addresses of the GPU. It only serves to compute addresses; reading
-            an element of it crashes the process.
+        view: A numpy array over GPU addresses, used only to compute addresses. Reading an element
+            of it crashes the process.
     """
 
     device = "cuda"
@@ -43,7 +43,7 @@ class DeviceArray:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> DeviceArray:
-        """The beginning of a slot as an array."""
+        """An array over the start of a slot."""
         return cls(slot, np.asarray(_Addresses(slot.pointer, dtype, shape, strides)))
 
     @property
@@ -85,13 +85,13 @@ class DeviceArray:
         device.to_device(to, device.hold(source).ctypes.data, source.nbytes)
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same elements in another shape; raises `ValueError` if that needs a copy."""
+        """The same elements in another shape. Raises `ValueError` if that needs a copy."""
         if not self._view.flags.c_contiguous:
             raise ValueError("an array with gaps cannot be reshaped")
         return DeviceArray(self._slot, self._view.reshape(*shape))
 
     def read(self, *, beside: bool = False) -> NDArray[Any]:
-        """Copies it to the host and waits for the copy. The next call overwrites the values.
+        """Copies the values to the host and waits for the copy. The next call overwrites them.
 
         Args:
             beside: The values are known to be complete: do not wait for later work on the stream.
@@ -110,7 +110,7 @@ class DeviceArray:
 
 
 class _Addresses:
-    """Lets numpy make an array over addresses that are not of the host."""
+    """Lets numpy create an array over addresses that are not on the host."""
 
     def __init__(
         self,
@@ -129,13 +129,13 @@ class _Addresses:
 
 
 def _basic(key: Any) -> tuple[Any, ...]:
-    """The index, made to give a view and never an element: numpy would read that from memory which
-    the host cannot access."""
+    """The index with ``...`` added, so that numpy returns a view. For a single element it would
+    read GPU memory, which the host cannot access."""
     keys = key if isinstance(key, tuple) else (key,)
-    for one in keys:
-        if not (one is Ellipsis or isinstance(one, (int, slice, np.integer))):
-            raise TypeError(f"{one!r}: device arrays take integers, slices and ... as indices")
-    return keys if any(one is Ellipsis for one in keys) else (*keys, Ellipsis)
+    for index in keys:
+        if not (index is Ellipsis or isinstance(index, (int, slice, np.integer))):
+            raise TypeError(f"{index!r}: device arrays take integers, slices and ... as indices")
+    return keys if any(index is Ellipsis for index in keys) else (*keys, Ellipsis)
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class Block:
     """One copy: `depth` layers of `height` lines of `width` bytes.
 
     Attributes:
-        target, source: Where it begins, in bytes from the arrays' first elements.
-        target_pitch, source_pitch: Bytes from line to line.
-        target_lines, source_lines: Lines from layer to layer.
+        target, source: Start, in bytes from the arrays' first elements.
+        target_pitch, source_pitch: Bytes from one line to the next.
+        target_lines, source_lines: Lines from one layer to the next.
     """
 
     target: int
@@ -162,15 +162,15 @@ class Block:
 def plan_copy(
     shape: Sequence[int], target: Sequence[int], source: Sequence[int], item_bytes: int
 ) -> list[Block]:
-    """The smallest number of copies by the driver that move one array into another.
+    """The smallest number of driver copies that copy one array into another.
 
     >>> [block] = plan_copy((2, 8, 4), (400, 40, 4), (128, 16, 4), 4)
     >>> block.width, block.height, block.depth, block.target_pitch, block.target_lines
     (16, 8, 2, 40, 10)
 
     Args:
-        shape: Of both arrays; no axis is empty.
-        target, source: Strides in bytes; not negative.
+        shape: Shape of both arrays; no axis is empty.
+        target, source: Strides in bytes, not negative.
         item_bytes: Size of an element.
     """
     axes: list[tuple[int, int, int]] = []  # size and the two strides, the innermost axis first
@@ -185,17 +185,17 @@ def plan_copy(
     width = item_bytes
     if axes and axes[0][1:] == (item_bytes, item_bytes):
         width *= axes.pop(0)[0]
-    one = Block(0, 0, width)
+    first = Block(0, 0, width)
     if axes and min(axes[0][1:]) >= width:
         height, to_pitch, of_pitch = axes.pop(0)
-        one = Block(0, 0, width, height, 1, to_pitch, of_pitch, height, height)
+        first = Block(0, 0, width, height, 1, to_pitch, of_pitch, height, height)
         if axes and axes[0][1] % to_pitch == 0 and axes[0][2] % of_pitch == 0:
             depth, to, of = axes[0]
             if min(to // to_pitch, of // of_pitch) >= height:
                 lines = to // to_pitch, of // of_pitch
-                one = Block(0, 0, width, height, depth, to_pitch, of_pitch, *lines)
+                first = Block(0, 0, width, height, depth, to_pitch, of_pitch, *lines)
                 axes.pop(0)
-    blocks = [one]
+    blocks = [first]
     for size, to, of in axes:
         blocks = [
             _moved(block, place * to, place * of) for place in range(size) for block in blocks

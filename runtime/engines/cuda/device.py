@@ -1,8 +1,8 @@
-"""The CUDA driver as engines use it: memory, one stream, and marks on it.
+"""`Device`: one GPU with its memory, one stream, and marks on the stream.
 
-A thin layer over cuda-bindings that counts allocations and bytes copied between host and device, so
-that tests and `bench` can show that a warm chain allocates nothing and that a boundary costs the
-host four bytes a row.
+A thin layer over cuda-bindings. It counts allocations and copied bytes, so that tests and `bench`
+can show that a warm chain allocates nothing, and that each exit copies four bytes per row to the
+host.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ Waiting = Literal["spin", "block"]
 
 @dataclass
 class Counts:
-    """Allocations on a device and their bytes, pinned allocations on the host, and bytes copied, so
-    far."""
+    """Device allocations and their bytes, pinned host allocations, and copied bytes so far."""
 
     allocations: int = 0
     allocated_bytes: int = 0
@@ -45,12 +44,12 @@ class Device:
     """One GPU: its primary context, which TensorRT uses too, and one stream.
 
     Args:
-        number: Which GPU.
-        waiting: How the host waits for the stream: ``spin`` returns sooner, ``block`` leaves the
-            processor to other threads.
+        number: Index of the GPU.
+        waiting: How the host waits for the stream: ``spin`` returns sooner, ``block`` frees the
+            core for other threads.
 
     Attributes:
-        stream: The stream's handle, as a number; `raw_stream` is the driver's own object.
+        stream: The stream's handle, as a number; `raw_stream` is the driver's object.
         busy: Copies between host and device were put on the stream since the last wait.
         shares_memory: The GPU uses the host's memory (a Jetson): pinned memory is not copied.
     """
@@ -71,7 +70,7 @@ class Device:
         self._beside: Any = None
 
     def release_with(self, owner: object, how: str, what: Any) -> None:
-        """Frees a resource with a call of the driver when its owner is garbage-collected."""
+        """Frees a resource with a driver call when its owner is garbage-collected."""
         weakref.finalize(owner, _release, self._handles, how, what)
 
     def _event(self, *, timed: bool) -> Any:
@@ -82,38 +81,39 @@ class Device:
         return ask(self.driver.cuEventCreate(flags))
 
     def mark(self, *, timed: bool = False) -> Mark:
-        """A mark for the stream; `timed`: it records the time when the stream reaches it."""
+        """A mark for the stream. If `timed`, it records the time at which the stream reaches
+        it."""
         event = self._event(timed=timed)
         mark = Mark(self, event)
         self.release_with(mark, "cuEventDestroy", event)
         return mark
 
     def enter(self) -> None:
-        """Makes the device's context current in the calling thread: calls of the driver go to the
+        """Makes the device's context current in the calling thread: driver calls go to the
         current context, which other code may have changed."""
         ask(self.driver.cuCtxSetCurrent(self._context))
 
     def free_bytes(self) -> int:
-        """Free device memory. Where it is the host's memory, what the system can reclaim counts as
-        free, which the driver does not include."""
+        """Free device memory. On devices that share the host's memory, this includes memory that
+        the system can reclaim, which the driver does not count."""
         if self.shares_memory:
             return available_bytes()
         self.enter()
         return int(ask(self.driver.cuMemGetInfo())[0])
 
     def allocate(self, size_bytes: int) -> DeviceSlot:
-        """Device memory, zeroed: padding that was never written takes part in computations, so it
-        must be finite.
+        """Device memory, set to zero: computations read padding that was never written, so it must
+        be finite.
 
         Raises:
-            DeviceMemoryError: There is not enough.
+            DeviceMemoryError: There is not enough memory.
         """
         self.enter()
         status, pointer = self.driver.cuMemAlloc(max(size_bytes, 1))
         if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
             raise DeviceMemoryError(
                 f"not enough memory on the GPU: {size_bytes} bytes requested, {self.free_bytes()} "
-                "are free",
+                "free",
                 fix="Close other programs, or use fewer rows at a time or a smaller capacity.",
             )
         ask((status,))
@@ -125,8 +125,8 @@ class Device:
         return slot
 
     def allocate_host(self, size_bytes: int) -> PinnedSlot:
-        """Pinned host memory, which the GPU reads and writes directly. It stays allocated while
-        arrays over it exist."""
+        """Pinned host memory, which the GPU reads and writes directly. It is freed when no array
+        uses it."""
         self.enter()
         status, pointer = self.driver.cuMemHostAlloc(
             max(size_bytes, 1), self.driver.CU_MEMHOSTALLOC_DEVICEMAP
@@ -146,8 +146,8 @@ class Device:
         return PinnedSlot(self, view[:size_bytes], address, mapped)
 
     def hold(self, source: NDArray[Any]) -> NDArray[Any]:
-        """A host array, made contiguous, that is about to be copied. It stays allocated until the
-        stream was waited for, for the copy may be executed late."""
+        """A contiguous host array for a copy to the device. It stays allocated until the next wait
+        for the stream, because the copy may be executed later."""
         source = np.ascontiguousarray(source)
         self._held.append(source)
         return source
@@ -167,7 +167,7 @@ class Device:
         self.busy = True
 
     def within(self, target: int, source: int, size_bytes: int) -> None:
-        """Puts a copy within the device on the stream. The two regions must not overlap."""
+        """Puts a copy within the device on the stream. The regions must not overlap."""
         self.enter()
         ask(self.driver.cuMemcpyDtoDAsync(target, source, size_bytes, self.raw_stream))
         self.counts.within_bytes += size_bytes
@@ -189,7 +189,8 @@ class Device:
         self.counts.within_bytes += block.width * block.height * block.depth
 
     def settle(self) -> None:
-        """Waits if the stream may still read host memory. Call it before writing there."""
+        """Waits if the stream may still read host memory. Call it before writing to that
+        memory."""
         if self.busy:
             self.wait()
 
@@ -201,8 +202,8 @@ class Device:
         self._held.clear()
 
     def read_beside(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies to the host what the stream has already computed, without waiting for later work
-        on it."""
+        """Copies values that are already complete to the host, without waiting for later work on
+        the stream."""
         self.enter()
         if self._beside is None:
             flags = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
@@ -214,7 +215,7 @@ class Device:
 
 
 class Mark:
-    """A point on a device's stream, behind all work that is on it when `set` is called. Made by
+    """A point on a device's stream: after all work that was on it when `set` was called. Created by
     `Device.mark`."""
 
     def __init__(self, device: Device, event: Any) -> None:
@@ -223,12 +224,12 @@ class Mark:
         self._spins = device.waiting == "spin"
 
     def set(self) -> None:
-        """Puts it at the current end of the stream."""
+        """Puts the mark at the current end of the stream."""
         ask(self._driver.cuCtxSetCurrent(self._context))
         ask(self._driver.cuEventRecord(self._event, self._raw_stream))
 
     def wait(self) -> None:
-        """Waits until the stream has reached it."""
+        """Waits until the stream has reached the mark."""
         if not self._spins:
             ask(self._driver.cuEventSynchronize(self._event))
             return
@@ -246,8 +247,8 @@ class Mark:
 
 
 class _Handles:
-    """Context and stream of a device. Every resource made with them holds a reference until it is
-    freed, so they are released last whatever the order of collection."""
+    """Context and stream of a device. Every resource holds a reference to them until it is freed,
+    so they are always released last."""
 
     def __init__(self, driver: Any, device: Any) -> None:
         self.driver = driver
@@ -264,7 +265,7 @@ def _let_go(driver: Any, device: Any, stream: Any) -> None:
 
 
 def _release(handles: _Handles, how: str, what: Any) -> None:
-    """Frees a resource when the stream no longer uses it, from any thread."""
+    """Frees a resource after the stream has finished with it. Can be called from any thread."""
     driver = handles.driver
     (status,) = driver.cuCtxPushCurrent(handles.context)
     if int(status) != 0:  # the driver is shutting down and frees everything
@@ -300,7 +301,7 @@ class DeviceSlot:
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None = None,
     ) -> DeviceArray:
-        """The beginning of the slot as an array, without a copy."""
+        """An array over the start of the slot, without a copy."""
         return DeviceArray.over(self, dtype, shape, strides)
 
     def keep_rows(
@@ -320,8 +321,8 @@ def row_moves(
     [(16, 8, 8), (24, 16, 8)]
 
     Returns:
-        ``(from, to, bytes)``, to be copied in this order, in place: overwritten bytes were moved
-        before or are dropped, and no copy overlaps itself.
+        ``(from, to, bytes)``, for copies in this order, in place: bytes that a copy overwrites
+        were moved before or belong to dropped rows, and no copy overlaps itself.
     """
     inner = item_bytes * int(np.prod(shape[axis + 1 :], dtype=np.int64))
     outer = int(np.prod(shape[:axis], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""The GPU of this device: whether it can be used, and a description that identifies it."""
+"""The CUDA driver: imports and checks it, and describes the GPU of this device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def import_driver() -> Any:
     except Exception as error:  # cuda-bindings has its own exceptions for a missing library
         raise EngineError(
             "there is no NVIDIA driver (libcuda is not found)",
-            fix="Install the driver of your GPU, or use --engine cpu; to build for other machines: "
+            fix="Install the driver of your GPU, or use --engine cpu. To build for other machines: "
             "edgeexit build --target sm86 -o DIR.",
         ) from error
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -47,7 +47,7 @@ def require_fitting(bindings: str, driver: int) -> None:
 
     Args:
         bindings: Version of cuda-bindings.
-        driver: The driver's version of CUDA, as 12060 for 12.6.
+        driver: The driver's CUDA version; 12060 is 12.6.
 
     Raises:
         EngineError: The driver's major version is older.
@@ -62,7 +62,7 @@ def require_fitting(bindings: str, driver: int) -> None:
 
 
 def ask(answer: tuple[Any, ...]) -> Any:
-    """The values that a call of the driver returned; raises `EngineError` if it failed."""
+    """The values that a driver call returned. Raises `EngineError` if the call failed."""
     status, *values = answer
     if int(status) != 0:
         raise EngineError(
@@ -73,8 +73,8 @@ def ask(answer: tuple[Any, ...]) -> Any:
 
 
 def describe_device(number: int = 0) -> dict[str, Any]:
-    """Everything that engines built here depend on: GPU, its multiprocessors and compute
-    capability, driver, and on a Jetson the release of L4T."""
+    """Everything that engines built on this device depend on: GPU, multiprocessors, compute
+    capability, driver and, on a Jetson, the L4T release."""
     driver = import_driver()
     device = ask(driver.cuDeviceGet(number))
     attribute = driver.CUdevice_attribute

@@ -1,7 +1,7 @@
-"""Runs recorded as CUDA graphs: everything that a run puts on the stream, copies included, is
-launched by one call the next time.
+"""Runs recorded as CUDA graphs: one call launches everything that the run puts on the stream,
+including copies.
 
-This pays off where a run is many small kernels, as for one token of a language model.
+This is faster where a run consists of many small kernels, as for one token of a language model.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from edgeexit.runtime.engines.cuda.driver import ask
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 256 << 20
-"""Device memory that all recordings together may use."""
+"""Limit of the device memory of all recordings together, in bytes."""
 
 
 class Replays:
     """The recordings of one stream.
 
     A run is recorded after its second execution, because many sizes occur only once. Runs that the
-    engine cannot record, or that do not fit the limit, are executed as before.
+    engine cannot record, or that exceed the limit, are executed without a recording.
 
     Args:
-        device: Whose stream.
-        most_bytes: Device memory that all recordings together may use; 0: record nothing.
+        device: The device of the stream.
+        most_bytes: Limit of the device memory of all recordings together; 0: record nothing.
     """
 
     def __init__(self, device: Device, most_bytes: int = MOST_BYTES) -> None:
@@ -40,18 +40,18 @@ class Replays:
         self._epoch = 0
 
     def forget(self) -> None:
-        """Discards all recordings. Call it when memory that they use has moved."""
+        """Discards all recordings. Call it when memory that they use was replaced."""
         self._epoch += 1
 
     def of(
         self, body: Callable[[], object], prepare: Callable[[], object] = lambda: None
     ) -> Callable[[], None]:
-        """A call that executes the run `body` or, later, launches its recording.
+        """A call that executes `body` or, once it is recorded, launches the recording.
 
         Args:
             body: The run; it only puts work on the stream.
-            prepare: Called before the last run that precedes the recording. That run performs
-                one-time work, which must not be recorded.
+            prepare: Called before the last run without a recording. That run does one-time work,
+                which must not be recorded.
         """
         recording: _Recording | None = None
         runs, epoch = 0, self._epoch
@@ -110,20 +110,20 @@ class Replays:
                 status, executable = driver.cuGraphInstantiate(graph, 0)
             ask(driver.cuGraphDestroy(graph))
         if failure is not None or int(status) != 0:
-            logger.info("this run is not recorded as a CUDA graph: %s", failure or status.name)
+            logger.info("a run cannot be recorded as a CUDA graph: %s", failure or status.name)
             return None
         return _Recording(device, executable, counted)
 
 
 class _Recording:
-    """A recorded run, and what it adds to the device's counts."""
+    """A recorded run, and its contribution to the device's counts."""
 
     def __init__(self, device: Device, executable: Any, counted: dict[str, int]) -> None:
         self._device, self._executable, self._counted = device, executable, counted
         device.release_with(self, "cuGraphExecDestroy", executable)
 
     def launch(self) -> None:
-        """Puts it on the stream."""
+        """Puts the recorded run on the stream."""
         device = self._device
         ask(device.driver.cuGraphLaunch(self._executable, device.raw_stream))
         counts = device.counts

@@ -1,8 +1,8 @@
-"""Copies between host and GPU around the runs of a graph that computes on the GPU.
+"""Copies between host and GPU before and after the runs of a graph on the GPU.
 
-The same for every engine: only tensors that the caller binds on the host are copied, and only runs
-with outputs on the host wait. Where the GPU shares the host's memory (a Jetson), pinned memory is
-used in place.
+This is the same for every engine: only tensors that the caller binds on the host are copied, and
+only runs with outputs on the host wait. If the GPU shares the host's memory (a Jetson), pinned
+memory is used without a copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Layout:
         held: Memory that must stay allocated while the layout, or a recording of it, is used.
         before, behind: Copies before and after a run: target, source, bytes.
         reads: An output goes to the host, so a run waits for it.
-        writes: An input comes from the host, where it must not change until the run has read it.
+        writes: An input comes from the host. It must not change until the run has read it.
     """
 
     addresses: dict[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Staging:
         self._slots: dict[str, DeviceSlot] = {}
 
     def lay_out(self, inputs: Mapping[str, Bound], outputs: Mapping[str, Bound]) -> Layout:
-        """Assigns an address to every tensor, and lists the copies."""
+        """Gives every tensor an address, and lists the copies."""
         layout = Layout()
         for name, (place, dtype, shape) in inputs.items():
             size = size_of(dtype, shape)
@@ -66,12 +66,13 @@ class Staging:
         execute: Callable[[], object],
         record: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
     ) -> DeviceRun:
-        """A run: copies, the graph, copies; and a wait if an output is on the host.
+        """A run: copies, the graph, copies, and a wait if an output is on the host.
 
         Args:
             layout: Addresses and copies.
             execute: Puts the graph on the stream.
             record: Turns a function that only uses the stream into its recording (`Replays.of`).
+                None: do not record.
         """
         device, before, behind = self._device, layout.before, layout.behind
 
@@ -90,7 +91,7 @@ class Staging:
         return place.device == "cpu" and not mapped
 
     def _address(self, layout: Layout, name: str, place: Place, size: int) -> int:
-        """The address of a tensor for the graph: its own, or that of memory it is copied to."""
+        """The address that the graph uses for a tensor: the tensor's own, or that of its copy."""
         if not self._crosses(place):
             address = place.mapped if isinstance(place, PinnedSlot) else place.pointer
         else:
@@ -112,7 +113,7 @@ class DeviceRun:
         self._device, self._layout, self._put = device, layout, put
 
     def put(self) -> None:
-        """Puts it on the stream without waiting."""
+        """Puts the run on the stream, without waiting."""
         self._device.enter()
         self._put()
         if self._layout.writes:
@@ -125,7 +126,7 @@ class DeviceRun:
 
 
 def size_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
+    """Size of a tensor in bytes."""
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 

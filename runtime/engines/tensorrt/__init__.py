@@ -1,4 +1,4 @@
-"""TensorRT engines: the libraries that build and run them (`library`, their interface in `api`),
-types that they compute in (`precision`), where they are stored (`engine_cache`), how they come in
-from other machines (`importing`, `signing`), which ones fit a device (`selection`), and how they
-run (`engine`, `graph`). `edgeexit.runtime.build` builds them."""
+"""TensorRT engines: the libraries (`library`, their interface in `api`), the types that engines
+compute in (`precision`), the cache (`engine_cache`), import from other machines (`importing`,
+`signing`), choice for a device (`selection`), and running (`engine`, `graph`).
+`edgeexit.runtime.build` builds engines."""

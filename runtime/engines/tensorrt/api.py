@@ -1,9 +1,9 @@
 """The part of TensorRT's Python interface that edgeexit uses, declared for the type checker.
 
-The libraries ship no types. This module declares every class, method and parameter that is used,
-under the library's own names; tests/runtime/engines/tensorrt/test_api.py compares it with the
-installed libraries, so that renamed or removed methods are found without a GPU. Enumerations are
-`Any`; the same test checks their members.
+The libraries have no type information. This module declares every class, method and parameter that
+is used, with the library's names. tests/runtime/engines/tensorrt/test_api.py compares it with the
+installed libraries, so that renamed or removed methods are detected without a GPU. Enumerations
+are `Any`; the same test checks their members.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class INetworkDefinition(Protocol):
 
 
 class ParserError(Protocol):
-    """Why the parser refused a node."""
+    """Why the parser rejected a node."""
 
     def node_name(self) -> str: ...
     def node_operator(self) -> str: ...
@@ -206,14 +206,14 @@ ENUMERATIONS = {
     "ProfilingVerbosity": ["DETAILED"],
     "TensorIOMode": ["INPUT"],
 }
-"""Members that are used, in every library."""
+"""Members that are used with both libraries."""
 
 RTX_ENUMERATIONS = {
     "BuilderFlag": ["TF32"],
     "ComputeCapability": ["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"],
     "CudaGraphStrategy": ["WHOLE_GRAPH_CAPTURE"],
 }
-"""Members that are used in TensorRT-RTX only."""
+"""Members that are used with TensorRT-RTX only."""
 
 RTX_CLASSES = ["IRuntimeCache", "IRuntimeConfig"]
-"""Classes that TensorRT itself may lack, or parts of them."""
+"""Classes that TensorRT may lack, in whole or in part."""

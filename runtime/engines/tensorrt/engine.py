@@ -1,7 +1,7 @@
-"""The TensorRT engine of the runtime: plans of one set, opened on one GPU and run in order on one
-stream.
+"""The runtime's TensorRT engine: opens the plans of one set on one GPU and runs them in order on
+one stream.
 
-Not yet run on a real GPU; README.md, "What ran where", lists what was tested and how.
+Not tested on a GPU yet; README.md, "What ran where", lists what was tested and how.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from edgeexit.runtime.engines.tensorrt.selection import choose
 logger = logging.getLogger(__name__)
 
 RUNTIME_CACHE = "runtime.cache"
-"""File beside the plans with the kernels that TensorRT-RTX compiled on this device."""
+"""File next to the plans with the kernels that TensorRT-RTX compiled on this device."""
 
 
 class TensorRtEngine:
     """Opens the plans of one set of engines.
 
     Args:
-        library: Which library.
-        folder: Where the set is stored.
+        library: The engine library.
+        folder: The folder of the set.
         engines: Its index.
         device: The GPU.
     """
@@ -64,11 +64,11 @@ class TensorRtEngine:
         trt = library.module
         self._log = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(self._log)
-        # TensorRT-RTX records runs itself, because it replaces kernels while it specialises them.
+        # TensorRT-RTX records runs itself, because it replaces kernels by specialised ones later.
         self.replays = None if library.rtx else Replays(device)
         self._scratch = Scratch(device, self.replays)
         self._cache = _RuntimeCache(folder / RUNTIME_CACHE) if library.rtx else None
-        if self._cache is not None:  # kernels are also compiled during runs
+        if self._cache is not None:  # runs compile kernels, too
             weakref.finalize(self, self._cache.save)
 
     def describe(self) -> dict[str, str]:
@@ -89,8 +89,8 @@ class TensorRtEngine:
         """Opens the plan that was built from a graph of the bundle.
 
         Raises:
-            EngineError: There is none, it was changed since it was built, it cannot be loaded, or
-                it does not have one of the outputs.
+            EngineError: There is no plan, it was changed after the build, it cannot be loaded, or
+                it lacks one of the outputs.
         """
         name = _name_of(path)
         if (known := self._opened.get(name)) is not None:
@@ -98,7 +98,8 @@ class TensorRtEngine:
         plan = self._plans.get(name)
         if plan is None:
             raise EngineError(
-                f"{name}: no engine was built for it (there are {', '.join(sorted(self._plans))})",
+                f"{name}: no engine was built for it (there are engines for "
+                f"{', '.join(sorted(self._plans))})",
                 fix="Build again, without --without-unsplit: edgeexit build.",
             )
         if missing := sorted(set(outputs or ()) - set(plan.outputs)):
@@ -115,7 +116,7 @@ class TensorRtEngine:
             ) from error
         if hashlib.sha256(raw).hexdigest() != plan.sha256:  # plans are executable code
             raise EngineError(
-                f"{place}: was changed since it was built", fix="Build again: edgeexit build."
+                f"{place}: was changed after the build", fix="Build again: edgeexit build."
             )
         engine = self._runtime.deserialize_cuda_engine(raw)
         del raw
@@ -130,7 +131,7 @@ class TensorRtEngine:
     def open_all(
         self, graphs: Sequence[tuple[Path, Collection[str] | None]]
     ) -> Sequence[TensorRtGraph]:
-        """Opens several, one after the other, so that only one plan's bytes are in host memory."""
+        """Opens several plans, one after the other, so that host memory holds one at a time."""
         opened = [self.open(*graph) for graph in graphs]
         if self._cache is not None:
             self._cache.save()
@@ -145,11 +146,11 @@ class TensorRtEngine:
         return self.device.allocate_host(size_bytes)
 
     def settle(self) -> None:
-        """Waits for runs that may still read host memory."""
+        """Waits until earlier runs have read their host memory."""
         self.device.settle()
 
     def context(self, engine: ICudaEngine) -> IExecutionContext:
-        """An execution context that uses the scratch memory which all contexts share."""
+        """An execution context that uses the shared scratch memory."""
         trt = self.library.module
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
@@ -163,7 +164,8 @@ class TensorRtEngine:
             context = engine.create_execution_context(config)
         if context is None:
             raise EngineError(
-                "TensorRT made no execution context", fix="Free memory on the GPU, and try again."
+                "TensorRT could not create an execution context",
+                fix="Free memory on the GPU and try again.",
             )
         self._scratch.lend(context, int(engine.device_memory_size_v2))
         return context
@@ -176,16 +178,16 @@ def _name_of(path: Path) -> str:
 
 def _largest(plans: Sequence[PlanFile]) -> dict[str, int]:
     """Per axis, the largest size that all plans with that axis accept."""
-    found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for plan in plans:
         for axis, size in plan.largest.items():
-            found[axis] = min(size, found.get(axis, size))
-    return found
+            largest[axis] = min(size, largest.get(axis, size))
+    return largest
 
 
 class Scratch:
-    """Scratch memory shared by contexts that run one after the other: as much as the largest of
-    them needs, not their sum."""
+    """Scratch memory shared by contexts that run one after the other. Its size is what the largest
+    needs, not the sum."""
 
     def __init__(self, device: Device, replays: Replays | None = None) -> None:
         self._device, self._replays = device, replays
@@ -193,18 +195,18 @@ class Scratch:
         self._slot: Any = None
 
     def lend(self, context: IExecutionContext, size_bytes: int) -> None:
-        """Gives a context scratch memory. If it needs more than there is, the memory of all
-        contexts is replaced by a larger one."""
-        self._contexts = [one for one in self._contexts if one() is not None]
+        """Gives a context scratch memory. If it needs more than is allocated, all contexts get a
+        larger block."""
+        self._contexts = [held for held in self._contexts if held() is not None]
         self._contexts.append(weakref.ref(context))
         if self._slot is None or self._slot.bytes < size_bytes:
             self._device.wait()  # runs may still use the old one
             self._slot = self._device.allocate(size_bytes)
             if self._replays is not None:
                 self._replays.forget()
-            for one in (held() for held in self._contexts):
-                if one is not None:
-                    one.set_device_memory(self._slot.pointer, self._slot.bytes)
+            for known in (held() for held in self._contexts):
+                if known is not None:
+                    known.set_device_memory(self._slot.pointer, self._slot.bytes)
         else:
             context.set_device_memory(self._slot.pointer, self._slot.bytes)
 
@@ -224,12 +226,12 @@ class _RuntimeCache:
             if self._path.is_file():
                 self._known = self._path.read_bytes()
                 if not self._cache.deserialize(self._known):
-                    logger.info("%s is for another GPU or driver; compiling again", self._path)
+                    logger.info("%s is for another GPU or driver: compiling again", self._path)
         return self._cache
 
     def save(self) -> None:
-        """Writes the file, if there are new kernels. If it cannot be written, the next process
-        compiles them again."""
+        """Writes the file if there are new kernels. If that fails, the next process compiles them
+        again."""
         if self._cache is None or not os.access(self._path.parent, os.W_OK):
             return
         blob = bytes(memoryview(self._cache.serialize()))
@@ -239,7 +241,7 @@ class _RuntimeCache:
             engine_cache.write_whole(self._path, blob)
             self._known = blob
         except EngineError as error:
-            logger.warning("compiled kernels are not stored: %s", error)
+            logger.warning("compiled kernels cannot be stored: %s", error)
 
 
 def open_tensorrt(
@@ -248,7 +250,7 @@ def open_tensorrt(
     """Opens the newest engines of a bundle that were built for this device.
 
     Raises:
-        EngineError: There are none; the message names those that do not fit, and why.
+        EngineError: No engines fit; the message gives the reasons.
     """
     here = describe_device()
     library = find_library()

@@ -1,9 +1,10 @@
-"""The engine cache: built plans, outside the bundle, under a key of all that determines them.
+"""The engine cache: built plans, stored outside the bundle.
 
-``<root>/<bundle digest>/<key>/`` holds plans and, written last, ``engines.json``: what they were
-built from, and their digests. A folder without it is an unfinished build, which the next one
-continues. Plans are executable code, so folders that others can write are refused, and plans that
-were built elsewhere must be imported (`edgeexit.runtime.engines.tensorrt.importing`).
+``<root>/<bundle digest>/<key>/`` holds plans and ``engines.json``, which is written last and lists
+what the plans were built from and their digests. The key is a digest of everything that determines
+the plans. A folder without ``engines.json`` is an unfinished build, which the next build continues.
+Plans are executable code, so folders that other users can write are refused, and plans from other
+machines must be imported (`edgeexit.runtime.engines.tensorrt.importing`).
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ FORMAT = 1
 
 
 class PlanFile(Struct, frozen=True, kw_only=True):
-    """One engine: which graph of the bundle it was made from, and how.
+    """One engine: the graph that it was built from, and how.
 
     Attributes:
         graph: The graph's name in the bundle.
-        file: The plan, beside the index.
-        outputs: Outputs that it gives.
-        profiles: Per profile, input -> its smallest, usual and largest shape. Inputs of a fixed
+        file: The plan's file name, next to the index.
+        outputs: Names of its outputs.
+        profiles: Per profile, input -> its smallest, usual and largest shape. Inputs with a fixed
             shape are left out.
         largest: Named axis -> its largest size.
-        precision: Kind of layer -> type that it computes in, by the network -> how many there are.
-        inspected: Type -> how many of the engine's layers multiply in it, by the library's
-            inspector; None where the engine could not be loaded, as after a build ahead of time.
+        precision: Kind of layer -> type in the network -> number of layers.
+        inspected: Type -> number of layers that multiply in it, from the library's inspector; None
+            if the engine could not be loaded, as after a build for another machine.
         seconds, peak_memory_bytes: Time and memory of the build.
     """
 
@@ -72,7 +73,7 @@ class PlanFile(Struct, frozen=True, kw_only=True):
 
 
 class Target(Struct, frozen=True, kw_only=True):
-    """What engines run on: a compute capability (86 for 8.6), or one kind of device."""
+    """The target of engines: a compute capability (86 for 8.6), or one kind of device."""
 
     ahead_of_time: bool
     compute_capability: Annotated[int, Meta(ge=1)]
@@ -83,7 +84,7 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class MadeFrom(Struct, frozen=True, kw_only=True):
-    """The part of `EngineSet.made_from` that every reader relies on; there is more in it."""
+    """The fields of `EngineSet.made_from` that readers require; it has more."""
 
     library: str
     version: str
@@ -93,7 +94,7 @@ class MadeFrom(Struct, frozen=True, kw_only=True):
 class EngineSet(Struct, frozen=True, kw_only=True):
     """``engines.json``: the engines of a bundle for one device, library and set of sizes.
 
-    `made_from` is everything that determines the engines; the key is its digest (`key_of`).
+    `made_from` holds everything that determines the engines; `key` is its digest (`key_of`).
     """
 
     format: Annotated[int, Meta(ge=1)]
@@ -104,7 +105,7 @@ class EngineSet(Struct, frozen=True, kw_only=True):
 
 
 def key_of(made_from: Mapping[str, Any]) -> str:
-    """The key of engines: a digest of everything that determines them.
+    """The key of a set of engines: a digest of everything that determines them.
 
     >>> key_of({"library": "a", "version": "1"}) == key_of({"version": "1", "library": "a"})
     True
@@ -114,7 +115,7 @@ def key_of(made_from: Mapping[str, Any]) -> str:
 
 
 def default_root() -> Path:
-    """Where engines are stored: ``$EDGEEXIT_ENGINE_DIR``, else ``$XDG_CACHE_HOME/edgeexit``, else
+    """Folder of the engine cache: ``$EDGEEXIT_ENGINE_DIR``, else ``$XDG_CACHE_HOME/edgeexit``, else
     ``~/.cache/edgeexit``."""
     if chosen := os.environ.get("EDGEEXIT_ENGINE_DIR"):
         return Path(chosen)
@@ -123,18 +124,18 @@ def default_root() -> Path:
 
 
 def folder_of(root: Path, bundle: str, key: str) -> Path:
-    """The folder of the engines with that key, for a bundle's digest."""
+    """The folder of the engines with a key, for a bundle's digest."""
     return root / bundle / key
 
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A folder of the cache to build in: created if necessary, and locked. Partial files of an
-    earlier build are removed.
+    """Creates and locks a folder of the cache for a build. Removes partial files of an earlier
+    build.
 
     Raises:
-        OutputBusyError: Another build is writing there.
-        EngineError: It cannot be written, or other users can write there.
+        OutputBusyError: Another build is writing to the folder.
+        EngineError: The folder cannot be written, or other users can write to it.
     """
     root, top = folder.parents[1], folder.parent
     try:
@@ -149,8 +150,8 @@ def building(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputBusyError(
-                f"{folder}: another build is writing there",
-                fix="Wait until it ends, and run this again: it then uses those engines.",
+                f"{folder}: another build is writing to this folder",
+                fix="Wait until it ends, then run this again: it uses those engines.",
             ) from error
         for partial in folder.glob("*.partial"):
             partial.unlink(missing_ok=True)
@@ -160,7 +161,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def _make_private(folder: Path) -> None:
-    """Creates a folder that only its owner can write, whatever the umask is."""
+    """Creates a folder that only its owner can write, for any umask."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -204,12 +205,12 @@ def write_index(folder: Path, engines: EngineSet) -> None:
 
 
 def read_index(folder: Path) -> EngineSet:
-    """Reads ``engines.json``; raises `IntegrityError` as `parse_index` does."""
+    """Reads ``engines.json``. Raises `IntegrityError` as `parse_index` does."""
     return parse_index(folder, read_raw_index(folder))
 
 
 def read_raw_index(folder: Path) -> bytes:
-    """The bytes of ``engines.json``, which signatures cover."""
+    """The bytes of ``engines.json``. Signatures cover these bytes."""
     with _advising():
         return read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES)
 
@@ -219,7 +220,7 @@ _BUILD_AGAIN = "Build again (edgeexit build replaces damaged engines), or import
 
 @contextlib.contextmanager
 def _advising() -> Iterator[None]:
-    """Replaces the advice of errors about files, which is meant for bundles."""
+    """Replaces the fix in errors about files: the original is meant for bundles."""
     try:
         yield
     except IntegrityError as error:
@@ -227,31 +228,32 @@ def _advising() -> Iterator[None]:
 
 
 def parse_index(folder: Path, raw: bytes) -> EngineSet:
-    """Parses ``engines.json`` and checks it against itself and the files' sizes.
+    """Parses ``engines.json`` and checks its consistency and the sizes of the plans.
 
     Raises:
         IntegrityError: It cannot be parsed, its key is not the digest of `made_from`, or a plan is
-            missing, linked, or of another size.
+            missing, a link, or has another size.
     """
     fix = _BUILD_AGAIN
     try:
-        found = decode(raw, EngineSet)
+        engines = decode(raw, EngineSet)
     except ValueError as error:
         raise IntegrityError(f"{folder / INDEX}: {error}", fix=fix) from error
-    if found.format != FORMAT:
+    if engines.format != FORMAT:
         raise IntegrityError(
-            f"{folder / INDEX}: its format is {found.format}, this edgeexit reads {FORMAT}", fix=fix
+            f"{folder / INDEX}: format {engines.format}, this edgeexit reads format {FORMAT}",
+            fix=fix,
         )
-    if key_of(found.made_from) != found.key:
+    if key_of(engines.made_from) != engines.key:
         raise IntegrityError(
-            f"{folder / INDEX}: its key {found.key} does not match what it was built from",
+            f"{folder / INDEX}: the key {engines.key} does not match made_from",
             fix=fix,
         )
     try:
-        convert(found.made_from, MadeFrom)
+        convert(engines.made_from, MadeFrom)
     except ValueError as error:
         raise IntegrityError(f"{folder / INDEX}: made_from: {error}", fix=fix) from error
-    for plan in found.plans:
+    for plan in engines.plans:
         with _advising():
             check_relative(plan.file, INDEX)
         if "/" in plan.file or plan.file in (INDEX, SIGNATURE, LOCK):
@@ -264,20 +266,20 @@ def parse_index(folder: Path, raw: bytes) -> EngineSet:
             raise IntegrityError(
                 f"{folder / plan.file}: {size} bytes, expected {plan.bytes}", fix=fix
             )
-    return found
+    return engines
 
 
 def check_plans(folder: Path, engines: EngineSet) -> None:
-    """Hashes every plan; raises `IntegrityError` if one was changed since it was built."""
+    """Hashes every plan. Raises `IntegrityError` if a plan was changed after the build."""
     for plan in engines.plans:
         if not is_whole(folder, plan):
             raise IntegrityError(
-                f"{folder / plan.file}: was changed since it was built", fix=_BUILD_AGAIN
+                f"{folder / plan.file}: was changed after the build", fix=_BUILD_AGAIN
             )
 
 
 def is_whole(folder: Path, plan: PlanFile) -> bool:
-    """Whether a plan exists, unchanged since it was built."""
+    """Whether a plan exists and was not changed after the build."""
     path = folder / plan.file
     if path.is_symlink() or not path.is_file() or path.stat().st_size != plan.bytes:
         return False
@@ -285,40 +287,40 @@ def is_whole(folder: Path, plan: PlanFile) -> bool:
 
 
 def whole_plans(folder: Path, bundle: str, key: str) -> dict[str, PlanFile]:
-    """The undamaged plans of a folder, by graph; none if its index cannot be read or is for other
-    engines. A plan that is listed twice does not count."""
+    """Graph -> undamaged plan, for the plans in a folder. Empty if its index cannot be read or is
+    for other engines. Plans that are listed twice are left out."""
     try:
         raw = read_regular(folder, INDEX, limit_bytes=INDEX_LIMIT_BYTES)
-        found = decode(raw, EngineSet)
+        engines = decode(raw, EngineSet)
     except (BundleError, ValueError):
         return {}
-    if (found.format, found.bundle, found.key, key_of(found.made_from)) != (
+    if (engines.format, engines.bundle, engines.key, key_of(engines.made_from)) != (
         FORMAT,
         bundle,
         key,
         key,
     ):
         return {}
-    names = [plan.file for plan in found.plans]
+    names = [plan.file for plan in engines.plans]
     return {
         plan.graph: plan
-        for plan in found.plans
+        for plan in engines.plans
         if names.count(plan.file) == 1 and "/" not in plan.file and is_whole(folder, plan)
     }
 
 
 def list_engines(root: Path, bundle: str) -> list[tuple[Path, EngineSet]]:
-    """The finished engines for a bundle's digest, the most recently built or requested last.
-    Damaged ones are left out with a warning.
+    """Finished engines for a bundle's digest; the most recently built or requested set comes last.
+    Damaged sets are left out with a warning.
 
     Raises:
-        EngineError: The folder, or one above it inside the cache, can be written by other users,
-            who could put code there; or it cannot be read.
+        EngineError: The folder, or a folder above it in the cache, cannot be read, or other users
+            can write to it and could put code there.
     """
     top = root / bundle
-    found = []
+    sets = []
     try:
-        for folder in sorted(top.iterdir(), key=lambda one: one.name) if top.is_dir() else ():
+        for folder in sorted(top.iterdir(), key=lambda path: path.name) if top.is_dir() else ():
             if not (folder / INDEX).is_file():
                 continue
             for place in (root, top, folder):
@@ -331,8 +333,8 @@ def list_engines(root: Path, bundle: str) -> list[tuple[Path, EngineSet]]:
             if (engines.bundle, engines.key) != (bundle, folder.name):
                 logger.warning("%s: ignored, it holds engines of another bundle or key", folder)
                 continue
-            found.append((folder, engines))
-        return sorted(found, key=lambda one: (one[0] / INDEX).stat().st_mtime_ns)
+            sets.append((folder, engines))
+        return sorted(sets, key=lambda entry: (entry[0] / INDEX).stat().st_mtime_ns)
     except OSError as error:
         raise EngineError(
             f"{error.filename or top}: cannot be read ({error.strerror})",
@@ -341,13 +343,13 @@ def list_engines(root: Path, bundle: str) -> list[tuple[Path, EngineSet]]:
 
 
 def _require_private(folder: Path) -> None:
-    """Refuses a folder that other users can write."""
+    """Raises `EngineError` if other users can write to a folder."""
     status = folder.stat()
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise EngineError(
-            f"{folder}: other users can write there, and engines are executable code",
-            fix=f"Make it writable for you alone (chmod -R go-w {folder}), or choose another: "
-            "EDGEEXIT_ENGINE_DIR.",
+            f"{folder}: other users can write to this folder, and engines are executable code",
+            fix=f"Make it writable only for you (chmod -R go-w {folder}), or choose another "
+            "folder: EDGEEXIT_ENGINE_DIR.",
         )
 
 

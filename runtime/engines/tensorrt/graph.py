@@ -1,7 +1,7 @@
-"""One opened plan: bound to shapes and addresses, then run on the engine's stream.
+"""One opened plan, bound to shapes and addresses and run on the engine's stream.
 
-A binding is a list of shapes and addresses, which are set in a context before it runs. A run that
-gives nothing to the host only puts its work on the stream; the next component can follow at once.
+A binding is a list of shapes and addresses, which are set in a context before a run. A run without
+outputs on the host only puts its work on the stream, so the next component can follow at once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Binding:
-    """One set of shapes, and the addresses of tensors.
+    """Shapes and addresses of a graph's tensors.
 
     Attributes:
-        context: Its own context once it is recorded; otherwise bindings share that of the graph.
+        context: Its own context if it is recorded; None: the graph's shared context.
         unread: Memory of outputs that the caller did not bind.
     """
 
@@ -40,7 +40,7 @@ class _Binding:
 
 
 class TensorRtGraph:
-    """One engine, with one context."""
+    """An opened plan and its context."""
 
     def __init__(
         self, owner: TensorRtEngine, name: str, plan: PlanFile, engine: ICudaEngine
@@ -49,8 +49,8 @@ class TensorRtGraph:
         trt = owner.library.module
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         inputs = trt.TensorIOMode.INPUT
-        self._inputs = [one for one in names if engine.get_tensor_mode(one) == inputs]
-        self._outputs = [one for one in names if one not in self._inputs]
+        self._inputs = [name for name in names if engine.get_tensor_mode(name) == inputs]
+        self._outputs = [name for name in names if name not in self._inputs]
         self._context = owner.context(engine)
         self._bound: _Binding | None = None
         self._staging = Staging(owner.device)
@@ -82,17 +82,17 @@ class TensorRtGraph:
         return self._staging.around(layout, lambda: self._execute(binding), record)
 
     def output_shapes(self, inputs: Mapping[str, Bound]) -> dict[str, tuple[int, ...]]:
-        """Asks the context; that takes no run."""
+        """Shapes of all outputs, from the context; nothing runs."""
         shapes = [(name, inputs[name][2]) for name in self._inputs]
         self._owner.device.enter()
         self._shape(self._context, _Binding(self._profile(dict(shapes)), shapes, {}))
-        found = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
-        for name, shape in found.items():
+        outputs = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        for name, shape in outputs.items():
             self._require_known(name, shape)
-        return found
+        return outputs
 
     def _size(self, name: str) -> int:
-        """Bytes of an output, for the shapes that were set last."""
+        """Size of an output in bytes, for the shapes that were set last."""
         shape = tuple(self._context.get_tensor_shape(name))
         self._require_known(name, shape)
         item_bytes = int(self._engine.get_tensor_dtype(name).itemsize)
@@ -101,13 +101,13 @@ class TensorRtGraph:
     def _require_known(self, name: str, shape: tuple[int, ...]) -> None:
         if min(shape, default=0) < 0:
             raise EngineError(
-                f"{self._name}: the shape of {name} depends on values",
+                f"{self._name}: the shape of {name} depends on the values of its inputs",
                 fix="Run this bundle with ONNX Runtime (--engine cuda).",
             )
 
     def _set_apart(self, binding: _Binding) -> None:
-        """Gives a binding that is about to be recorded its own context: setting other shapes in a
-        shared one would invalidate the recording."""
+        """Gives a binding its own context before it is recorded: setting other shapes in the shared
+        context would invalidate the recording."""
         binding.context = context = self._owner.context(self._engine)
         self._shape(context, binding)
         self._place(context, binding)
@@ -122,7 +122,7 @@ class TensorRtGraph:
                 self._bound = binding
         if not context.execute_async_v3(self._owner.device.stream):
             raise EngineError(
-                f"{self._name}: TensorRT could not run it", fix="See its messages above."
+                f"{self._name}: TensorRT could not run it", fix="See TensorRT's messages above."
             )
 
     def _shape(self, context: IExecutionContext, binding: _Binding) -> None:
@@ -134,7 +134,7 @@ class TensorRtGraph:
         ):
             raise EngineError(
                 f"{self._name}: TensorRT did not accept profile {binding.profile}",
-                fix="See its messages above.",
+                fix="See TensorRT's messages above.",
             )
         for name, shape in binding.shapes:
             if not context.set_input_shape(name, shape):
@@ -144,12 +144,12 @@ class TensorRtGraph:
                 )
 
     def _place(self, context: IExecutionContext, binding: _Binding) -> None:
-        """Sets a context's addresses of tensors."""
+        """Sets the addresses of tensors in a context."""
         for name, address in binding.addresses.items():
             if not context.set_tensor_address(name, address):
                 raise EngineError(
                     f"{self._name}: TensorRT did not accept the address of {name}",
-                    fix="See its messages above.",
+                    fix="See TensorRT's messages above.",
                 )
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -160,12 +160,12 @@ class TensorRtGraph:
             if not outside:
                 return number
             low, _, high = profile[outside[0]]
-            worst = f"{outside[0]} is {list(shapes[outside[0]])}, its engine takes {low} to {high}"
+            worst = f"{outside[0]} is {list(shapes[outside[0]])}, the engine takes {low} to {high}"
         if not self._plan.profiles:
             return 0
         raise InputError(
             f"{self._name}: {worst}",
-            fix="Give less at a time, or build for it: edgeexit build --max-shapes, --capacity.",
+            fix="Use a smaller input, or build for it: edgeexit build --max-shapes, --capacity.",
         )
 
 

@@ -1,6 +1,6 @@
-"""Engines that were built elsewhere, taken into the engine cache.
+"""Imports engines from other machines into the engine cache.
 
-A plan is executable code: one that was not built here is accepted only with a signature by an
+A plan is executable code. A plan from another machine is accepted only with a signature by an
 allowed signer (`edgeexit.runtime.engines.tensorrt.signing`), or if the user trusts it explicitly.
 """
 
@@ -38,38 +38,38 @@ def import_engines(
     trust: Trust = "signature",
     signers: Path | None = None,
 ) -> dict[Path, str | None]:
-    """Copies engines that were built elsewhere into the cache.
+    """Copies engines from other machines into the cache.
 
     Args:
-        source: A folder with ``engines.json``, or one that holds such folders
-            (``DIGEST/KEY`` as `edgeexit build -o` writes them).
+        source: A folder with ``engines.json``, or a folder of such folders (``DIGEST/KEY``, as
+            `edgeexit build -o` writes them).
         root: The cache.
-        bundle: Whose engines they must be.
+        bundle: The bundle that the engines must be built from.
         trust: ``signature``: accept only engines with a valid signature by an allowed signer.
             ``anything``: accept all; the user is responsible for them.
-        signers: Allowed signers, as ssh-keygen reads them; None: ``allowed_signers`` in the
+        signers: File of allowed signers, as ssh-keygen reads it; None: ``allowed_signers`` in the
             configuration folder.
 
     Returns:
-        Folder of each set in the cache -> who signed it; None where signatures are not checked.
+        Folder of each set in the cache -> its signer; None if signatures are not checked.
 
     Raises:
         UsageError: There is nothing to import.
         IntegrityError: Engines are for another bundle, were changed, or have no valid signature.
-            Nothing is imported then.
+            In this case nothing is imported.
     """
     folders = _with_index(source)
     if not folders:
         raise UsageError(
             f"{source}: there are no engines (no {INDEX})",
-            fix="Give the folder that `edgeexit build -o` made.",
+            fix="Give the folder that `edgeexit build -o` wrote.",
         )
-    # Read once, so that the index that is verified is the one that is copied.
+    # Read once, so that the verified index is the copied index.
     raws = [read_raw_index(folder) for folder in folders]
     sets = [
         (folder, raw, parse_index(folder, raw)) for folder, raw in zip(folders, raws, strict=True)
     ]
-    mine = [one for one in sets if one[2].bundle == bundle.digest]
+    mine = [entry for entry in sets if entry[2].bundle == bundle.digest]
     if not mine:
         raise IntegrityError(
             f"{source}: these engines were built from the bundle {sets[0][2].bundle[:12]}, "
@@ -77,11 +77,11 @@ def import_engines(
             fix="Build engines of this bundle, or give the bundle that they were built from.",
         )
     names: list[str | None] = []
-    for folder, raw, one in mine:
+    for folder, raw, engines in mine:
         allowed = default_signers() if signers is None else signers
         names.append(verify_signature(folder, raw, allowed) if trust == "signature" else None)
-        check_plans(folder, one)
-    places = [_copy(folder, one, root) for folder, _, one in mine]
+        check_plans(folder, engines)
+    places = [_copy(folder, engines, root) for folder, _, engines in mine]
     return dict(zip(places, names, strict=True))
 
 
@@ -90,12 +90,12 @@ def _with_index(source: Path) -> list[Path]:
     if not source.is_dir():
         return []
     places = [source, *source.glob("*"), *source.glob("*/*")]
-    return sorted(one for one in places if (one / INDEX).is_file())
+    return sorted(place for place in places if (place / INDEX).is_file())
 
 
 def _copy(folder: Path, engines: EngineSet, root: Path) -> Path:
-    """Copies a set. All copies are hashed before the first is moved into place, and there is no
-    index meanwhile: a plan that differs from what was verified is never used."""
+    """Copies a set. All copies are hashed before any is moved into place, and until then there is
+    no index: a plan that differs from the verified plan is never used."""
     target = folder_of(root, engines.bundle, engines.key)
     with building(target):
         partials = {plan.file: target / f"{plan.file}.partial" for plan in engines.plans}

@@ -1,7 +1,7 @@
 """The two TensorRT libraries with one API: ``tensorrt`` (Jetson, servers) and ``tensorrt_rtx``
 (desktop GPUs; it also builds on machines without a GPU).
 
-All differences between them, and between their versions, are here.
+This module holds all differences between them and between their versions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SUPPORTED: dict[str, tuple[tuple[int, int], int]] = {
     "tensorrt": ((10, 3), 11),
     "tensorrt_rtx": ((1, 4), 1),
 }
-"""Library -> oldest version, and newest major version. JetPack 6.1 and 6.2 have 10.3, 7.2 has
-10.16."""
+"""Library -> oldest supported version, newest supported major version. JetPack 6.1 and 6.2 have
+10.3, 7.2 has 10.16."""
 
 DESKTOP_TARGETS = {75: "Turing", 80: "A100", 86: "Ampere", 89: "Ada", 120: "Blackwell", 121: "GB10"}
 """Compute capabilities that TensorRT-RTX builds for ahead of time."""
@@ -42,25 +42,26 @@ class Library:
 
     @property
     def rtx(self) -> bool:
-        """Whether it is TensorRT-RTX: it does not tune at build time, so there is no timing cache;
-        plans are compiled for the GPU when they are loaded."""
+        """Whether it is TensorRT-RTX. It does not time kernels during a build, so it has no timing
+        cache; it compiles plans for the GPU when they are loaded."""
         return self.name == "tensorrt_rtx"
 
     @property
     def tunes(self) -> bool:
-        """Whether it times kernels for the usual shape of every profile when it builds.
-        TensorRT-RTX compiles them at run time, for the shapes that occur."""
+        """Whether a build times kernels for the usual shape of every profile. TensorRT-RTX compiles
+        kernels at run time, for the shapes that occur."""
         return not self.rtx
 
     @property
     def has_typing_flag(self) -> bool:
-        """Whether strong typing is an option. From 11 on networks are always strongly typed."""
+        """Whether strong typing is an option. From version 11 on, networks are always strongly
+        typed."""
         return hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     @property
     def features(self) -> frozenset[str]:
-        """What graphs may use (`edgeexit.bundle.manifest.Variant`). Before 10.15, binding one
-        pointer as input and output gives wrong results."""
+        """Features that graphs may use (`edgeexit.bundle.manifest.Variant`). Before version 10.15,
+        binding the same pointer as input and output gives wrong results."""
         if self.rtx or release(self.version) >= (10, 15):
             return frozenset({"opset-24", "cache-update"})
         return frozenset()
@@ -85,7 +86,8 @@ def supported_versions() -> str:
 
 
 def find_library(*, rtx: bool | None = None) -> Library:
-    """The library to use: TensorRT-RTX or TensorRT as `rtx` says, or whichever is installed.
+    """The library to use: TensorRT-RTX if `rtx` is True, TensorRT if it is False, the installed one
+    if it is None.
 
     Raises:
         EngineError: It is not installed, or its version is not supported.
@@ -127,7 +129,7 @@ def import_library(name: str) -> Library:
 
 
 def parse_targets(text: str) -> list[int]:
-    """Reads ``sm86,sm89`` (or ``8.6``): targets of a build ahead of time.
+    """Reads ``sm86,sm89`` (or ``8.6``): the targets of a build for other machines.
 
     >>> parse_targets("sm86,12.0")
     [86, 120]
@@ -136,25 +138,25 @@ def parse_targets(text: str) -> list[int]:
         UsageError: A name is not a target, or its engines can only be built on the device.
     """
     targets = []
-    for one in text.split(","):
-        name = one.strip().lower()
+    for target in text.split(","):
+        name = target.strip().lower()
         digits = name.removeprefix("sm").removeprefix("_").replace(".", "")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 6):
             raise UsageError(
-                f"--target {one[:40]}: not a compute capability",
+                f"--target {target[:40]}: not a compute capability",
                 fix=f"Use one or more of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
             )
         number = int(digits)
         if number in JETSONS:
             raise UsageError(
-                f"--target {one}: engines for Jetson {JETSONS[number]} can only be built on it. "
-                "TensorRT-RTX, which builds without a GPU, is for desktops; JetPack's TensorRT "
-                "builds for the GPU it runs on, because it times every kernel there",
+                f"--target {target}: engines for Jetson {JETSONS[number]} can only be built on the "
+                "Jetson. TensorRT-RTX, which builds without a GPU, is for desktops; JetPack's "
+                "TensorRT times every kernel on the GPU that it builds for",
                 fix="Copy the bundle to the device and run edgeexit build there.",
             )
         if number not in DESKTOP_TARGETS:
             raise UsageError(
-                f"--target {one}: TensorRT-RTX does not build for it ahead of time",
+                f"--target {target}: TensorRT-RTX cannot build for it without that GPU",
                 fix=f"Use one or more of {', '.join(f'sm{known}' for known in DESKTOP_TARGETS)}.",
             )
         if number not in targets:

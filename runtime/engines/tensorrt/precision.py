@@ -1,7 +1,7 @@
-"""Types that an engine computes in: those of its network, and those that the library's inspector
-reports of the built engine.
+"""Types that an engine computes in: from its network, and from the inspector's report on the built
+engine.
 
-Networks are strongly typed, so both should agree; `built_otherwise` detects engines that multiply
+Networks are strongly typed, so both should agree. `built_otherwise` detects engines that multiply
 in float32 although the graph does not.
 """
 
@@ -17,12 +17,13 @@ from edgeexit.bundle.documents import decode
 from edgeexit.runtime.engines.tensorrt.api import INetworkDefinition, TensorRt
 
 Types = dict[str, dict[str, int]]
-"""Kind of layer -> type that it computes in -> how many there are."""
+"""Kind of layer -> type that it computes in -> number of layers."""
 
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT", "EINSUM")
-"""Kinds of a network's layers that multiply; they take most of the time."""
+"""Kinds of layers that multiply; they take most of the time."""
 
-# The inspector names kernels after what they do: sm80_xmma_gemm_..., __myl_Fc_..., /layer.0/MatMul.
+# The inspector's kernel names contain the operation: sm80_xmma_gemm_..., __myl_Fc_...,
+# /layer.0/MatMul.
 _MULTIPLIES = re.compile(
     r"gemm|conv(?!ert)|mat_?mul|matrixmultiply|mha|(?<![a-z])fc(?![a-z])", re.I
 )
@@ -40,24 +41,24 @@ class _Information(msgspec.Struct):
 
 
 def of_network(trt: TensorRt, network: INetworkDefinition) -> Types:
-    """Types of a network's layers. A dequantising layer is fused into the next one, which therefore
-    counts as INT8."""
-    found: Types = {}
+    """Types of a network's layers. A dequantising layer is fused into the next layer, which
+    therefore counts as INT8."""
+    network_types: Types = {}
     dequantised: set[str] = set()
     for number in range(network.num_layers):
         layer = network.get_layer(number)
-        made = layer.get_output(0) if layer.num_outputs else None
-        if made is None:
+        output = layer.get_output(0) if layer.num_outputs else None
+        if output is None:
             continue
         if layer.type == trt.LayerType.DEQUANTIZE:
-            dequantised.add(made.name)
-        dtype = _last(made.dtype)
-        taken = layer.get_input(0)
-        if taken is not None and taken.name in dequantised:
+            dequantised.add(output.name)
+        dtype = _last(output.dtype)
+        first = layer.get_input(0)
+        if first is not None and first.name in dequantised:
             dtype = "INT8"
-        types = found.setdefault(_last(layer.type), {})
+        types = network_types.setdefault(_last(layer.type), {})
         types[dtype] = types.get(dtype, 0) + 1
-    return found
+    return network_types
 
 
 def _last(member: Any) -> str:
@@ -66,21 +67,21 @@ def _last(member: Any) -> str:
 
 
 def of_engine(information: str) -> dict[str, int]:
-    """Types in which an engine multiplies, from the inspector's report (JSON): the type of the
-    first input of every layer that multiplies.
+    """Types in which an engine multiplies, from the inspector's report (JSON): type of the first
+    input -> number of layers that multiply.
 
     >>> of_engine('{"Layers": [{"Name": "/q/MatMul", "LayerType": "gemm", '
     ...           '"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP16"}]}]}')
     {'HALF': 1}
 
-    Empty where layers have names only (engines built without detail) or where the library reports a
-    whole graph as one layer.
+    Empty if the report has only names (engines built without detail) or lists the whole graph as
+    one layer.
 
     Raises:
         ValueError: The text is not an inspector's report.
     """
     report = decode(information, _Information)
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for layer in report.layers:
         if not isinstance(layer, Mapping):
             continue
@@ -93,17 +94,17 @@ def of_engine(information: str) -> dict[str, int]:
             continue
         spelt = str(first.get("Datatype") or first.get("Format/Datatype") or "")
         dtype = next((name for name, known in _NAMES if known.search(spelt)), spelt or "unknown")
-        found[dtype] = found.get(dtype, 0) + 1
-    return found
+        counts[dtype] = counts.get(dtype, 0) + 1
+    return counts
 
 
 def products(types: Types) -> dict[str, int]:
-    """The layers of a network that multiply: type -> how many."""
-    found: dict[str, int] = {}
+    """The layers of a network that multiply: type -> number of layers."""
+    counts: dict[str, int] = {}
     for kind in PRODUCTS:
         for dtype, count in types.get(kind, {}).items():
-            found[dtype] = found.get(dtype, 0) + count
-    return found
+            counts[dtype] = counts.get(dtype, 0) + count
+    return counts
 
 
 def built_otherwise(types: Types, inspected: Mapping[str, int]) -> bool:

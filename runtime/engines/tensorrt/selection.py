@@ -1,4 +1,4 @@
-"""Which engines of the cache fit this device, and why others do not."""
+"""Chooses the engines in the cache that fit this device, and says why others do not."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def choose(
     here: Mapping[str, Any],
     root: Path,
 ) -> tuple[Path, EngineSet]:
-    """The newest of these sets of engines that fits a library and a device.
+    """The newest set of engines that fits a library and a device.
 
     Raises:
-        EngineError: None fits; the message says why.
+        EngineError: No set fits; the message gives the reasons.
     """
     reasons = []
     for folder, engines in reversed(sets):
@@ -28,11 +28,11 @@ def choose(
         if reason is None:
             return folder, engines
         reasons.append(f"{folder.name[:8]} {reason}")
-    found = "; ".join(reasons[:4]) if reasons else "there are none"
+    why = "; ".join(reasons[:4]) if reasons else "there are none"
     raise EngineError(
-        f"{root}: no engines of this bundle for this device: {found}",
-        fix="Build them here: edgeexit build BUNDLE; or import engines that were built elsewhere: "
-        "edgeexit build BUNDLE --import DIR.",
+        f"{root}: no engines of this bundle for this device: {why}",
+        fix="Build them on this device: edgeexit build BUNDLE; or import engines from another "
+        "machine: edgeexit build BUNDLE --import DIR.",
     )
 
 
@@ -41,16 +41,16 @@ def misfit(engines: EngineSet, library: Library, here: Mapping[str, Any]) -> str
     source = engines.made_from
     if (source["library"], source["version"]) != (library.name, library.version):
         return (
-            f"was built by {source['library']} {source['version']}, here is {library.name} "
+            f"was built by {source['library']} {source['version']}, this device has {library.name} "
             f"{library.version}"
         )
     target = source["target"]
     if target.get("ahead_of_time"):
-        built, found = target["compute_capability"], here["compute_capability"]
-        return None if built == found else f"is for sm{built}, here is sm{found}"
+        built, own = target["compute_capability"], here["compute_capability"]
+        return None if built == own else f"is for sm{built}, this device is sm{own}"
     names = [name for name in target if target[name] != here.get(name)]
     if names:
-        return f"is for {names[0]} {target[names[0]]}, here is {here.get(names[0])}"
+        return f"is for {names[0]} {target[names[0]]}, this device has {here.get(names[0])}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Signatures of engines: made and verified with ssh-keygen.
+"""Signs engines and verifies their signatures, with ssh-keygen.
 
 A signature covers ``engines.json``, which holds the digest of every plan.
 """
@@ -21,8 +21,8 @@ from edgeexit.runtime.engines.tensorrt.engine_cache import (
 )
 
 NAMESPACE = "edgeexit-engines"
-"""What signatures are made for (``ssh-keygen -Y sign -n``). Signatures for anything else are
-refused."""
+"""Namespace of the signatures (``ssh-keygen -Y sign -n``). Signatures with another namespace are
+rejected."""
 
 
 def default_signers() -> Path:
@@ -33,11 +33,11 @@ def default_signers() -> Path:
 
 
 def sign(folder: Path, key: Path) -> None:
-    """Signs a set of engines with an SSH key: writes ``engines.json.sig`` beside the index. If that
-    fails, an older signature is kept.
+    """Signs a set of engines with an SSH key: writes ``engines.json.sig`` next to the index. If
+    that fails, the old signature is kept.
 
     Raises:
-        IntegrityError: A plan was changed since it was built.
+        IntegrityError: A plan was changed after the build.
         UsageError: The key cannot sign.
     """
     raw = read_raw_index(folder)
@@ -46,10 +46,10 @@ def sign(folder: Path, key: Path) -> None:
 
 
 def try_key(key: Path) -> None:
-    """Signs a test payload, to find out before a build whether the key can sign.
+    """Signs a test payload, to check before a build that the key can sign.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: The key cannot sign.
     """
     _sign(b"", key)
 
@@ -64,24 +64,24 @@ def _sign(data: bytes, key: Path) -> bytes:
         if done.returncode or not signature.is_file():
             raise UsageError(
                 f"--sign {key}: ssh-keygen refused the key: {_last_line(done)}",
-                fix="Give a private SSH key, or a public one whose private half the agent holds.",
+                fix="Give a private SSH key, or a public key whose private key is in the agent.",
             )
         return signature.read_bytes()
 
 
 def verify_signature(folder: Path, raw: bytes, signers: Path) -> str:
-    """Verifies the signature of the engines in a folder, whose index was read as `raw`.
+    """Verifies the signature of the engines in a folder; `raw` is their index.
 
     Returns:
-        Who signed them, as the file of allowed signers names the key.
+        The signer's name in the file of allowed signers.
 
     Raises:
         IntegrityError: There is no signature, it does not match, or its key is not allowed to sign.
     """
     fix = (
-        "Sign them where they were built (edgeexit build --sign KEY) with a key listed in the file "
-        "of allowed signers (--allowed-signers FILE; each line is a name and the content of the "
-        "key's .pub file: NAME ssh-ed25519 AAAA...), or add --trust to accept them unsigned."
+        "Sign them on the machine that built them (edgeexit build --sign KEY) with a key in the "
+        "file of allowed signers (--allowed-signers FILE; each line is a name and the content of "
+        "the key's .pub file: NAME ssh-ed25519 AAAA...), or add --trust to accept them unsigned."
     )
     if not (folder / SIGNATURE).is_file():
         raise IntegrityError(f"{folder}: the engines have no signature ({SIGNATURE})", fix=fix)
@@ -101,8 +101,8 @@ def verify_signature(folder: Path, raw: bytes, signers: Path) -> str:
             return name
     raise IntegrityError(
         f"{folder / SIGNATURE}: the signature does not match the engines ({_last_line(done)})",
-        fix="They were changed after signing, or the key is not allowed to sign engines: get them "
-        "again from their builder.",
+        fix="The engines were changed after signing, or the key is not allowed to sign engines. "
+        "Get them again from the machine that built them.",
     )
 
 
@@ -119,7 +119,7 @@ def _ssh_keygen(
     except subprocess.TimeoutExpired as error:
         raise EngineError(
             f"ssh-keygen did not answer in {seconds:.0f} s",
-            fix="Run it by hand to see why, then try again.",
+            fix="Run ssh-keygen on the command line to see why, then try again.",
         ) from error
     except FileNotFoundError as error:
         raise EngineError(

@@ -41,7 +41,7 @@ def test_both_spellings_say_the_same(shapes: dict[str, tuple[int, ...]]) -> None
     "text", ["", "  ", "ids", "ids:", "ids:0x4", "ids:4x", "ids:[]", "ids:4,ids:5", "ids:-1", "1:4"]
 )
 def test_shapes_that_cannot_be_read_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--max-shapes.*(Spell it|pixel_values)"):
+    with pytest.raises(UsageError, match=r"--max-shapes.*pixel_values"):
         parse_shapes(text, "--max-shapes")
 
 

@@ -284,7 +284,7 @@ def plans_that_are_not_as_built_are_not_loaded(bundle: Bundle, root: Path) -> No
     plan = next(root.glob("*/*/s0.plan"))
     raw = plan.read_bytes()
     plan.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    _refused(lambda: engine.open(first), EngineError, "was changed since it was built")
+    _refused(lambda: engine.open(first), EngineError, "was changed after the build")
     plan.write_bytes(raw)
     engine.open(first)
     _refused(lambda: engine.open(first, ["nothing"]), EngineError, "has no output nothing")

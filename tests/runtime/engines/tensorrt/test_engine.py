@@ -43,7 +43,9 @@ def test_engines_ahead_of_time_fit_every_gpu_of_their_capability(tmp_path: Path)
     made = engines(tmp_path)
     assert misfit(made, RTX, HERE) is None
     assert misfit(made, RTX, HERE | {"gpu": "RTX A4000", "multiprocessors": 48}) is None
-    assert misfit(made, RTX, HERE | {"compute_capability": 89}) == "is for sm86, here is sm89"
+    assert (
+        misfit(made, RTX, HERE | {"compute_capability": 89}) == "is for sm86, this device is sm89"
+    )
 
 
 def test_engines_built_on_a_device_fit_only_one_like_it(tmp_path: Path) -> None:
@@ -60,10 +62,13 @@ def test_engines_built_on_a_device_fit_only_one_like_it(tmp_path: Path) -> None:
 
 def test_engines_of_another_library_do_not_fit(tmp_path: Path) -> None:
     made = engines(tmp_path)
-    assert "here is tensorrt 10.3" in str(misfit(made, Library("tensorrt", None, "10.3.0"), HERE))
+    assert "this device has tensorrt 10.3" in str(
+        misfit(made, Library("tensorrt", None, "10.3.0"), HERE)
+    )
     newer = Library("tensorrt_rtx", None, "1.8.0")
     assert (
-        misfit(made, newer, HERE) == "was built by tensorrt_rtx 1.7.1, here is tensorrt_rtx 1.8.0"
+        misfit(made, newer, HERE)
+        == "was built by tensorrt_rtx 1.7.1, this device has tensorrt_rtx 1.8.0"
     )
 
 
@@ -76,7 +81,7 @@ def test_the_newest_that_fits_is_taken_and_none_says_why(tmp_path: Path) -> None
     folder, _ = choose(sets, RTX, HERE, tmp_path)
     assert folder == sets[0][0]
     with pytest.raises(
-        EngineError, match=r"is for sm89, here is sm75.*is for sm86.*edgeexit build"
+        EngineError, match=r"is for sm89, this device is sm75.*is for sm86.*edgeexit build"
     ):
         choose(sets, RTX, HERE | {"compute_capability": 75}, tmp_path)
     with pytest.raises(EngineError, match=r"there are none.*edgeexit build BUNDLE"):

@@ -55,7 +55,7 @@ def test_a_set_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     folder = write_set(tmp_path, "a" * 64)
     folder.chmod(0o777)
-    with pytest.raises(EngineError, match=r"other users can write there.*chmod"):
+    with pytest.raises(EngineError, match=r"other users can write to this folder.*chmod"):
         list_engines(tmp_path, "a" * 64)
 
 
@@ -142,6 +142,6 @@ def test_folders_are_private_whatever_the_umask(toy_bundle: Bundle, tmp_path: Pa
 def test_nothing_is_built_or_signed_where_others_write(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    with pytest.raises(EngineError, match="other users can write there"):
+    with pytest.raises(EngineError, match="other users can write to this folder"):
         write_set(tmp_path / "shared", "a" * 64)
     assert not list((tmp_path / "shared").iterdir())
