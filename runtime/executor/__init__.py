@@ -1,2 +1,3 @@
-"""Components opened on an engine and bound by name: their tensors (`slots`, `bindings`), what they
-keep between runs (`states`), the rows and tokens that go on (`chain`, `session`)."""
+"""Runs components on an engine. `components` opens them; `slots` and `bindings` give their tensors
+memory; `states` holds what they keep between runs; `rows` runs a chain over rows, `session` over
+the tokens of texts."""

@@ -1,7 +1,7 @@
-"""What a chain binds: memory for its tensors, and components bound over it by name.
+"""`Bindings`: memory for the tensors of a chain, by name.
 
-`Bindings` owns the slots. A tensor is found by its name, whichever component makes it; what the
-chain does not make (positions, states, what an earlier chain handed on) is bound beside it.
+`Bindings` owns the slots. Tensors that the chain does not make (positions, states, tensors of
+earlier chains) are bound separately.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Sizes = Mapping[str, int]
 
 
 class Bindings:
-    """The tensors of one chain, in memory of an engine.
+    """The tensors of one chain, in an engine's memory.
 
     Args:
         chain: The chain.
         components: Every component of the bundle.
-        feeds: What the chain is given from outside into memory of its own.
+        feeds: Inputs of the chain that the caller writes.
         on_host: Tensors that the host reads or writes, besides the feeds.
-        engine: Where memory comes from, and what to name when it fails.
-        ahead: A component may be launched while answers of the one before are still wanted.
-        on_growth: Called when memory is replaced by larger: what was bound over it is no longer
+        engine: Allocates the memory.
+        ahead: A component may be launched while answers of the one before are still needed.
+        on_growth: Called when a slot is replaced by a larger one: bindings over it are no longer
             valid.
     """
 
@@ -57,7 +57,7 @@ class Bindings:
         self._on_growth = on_growth
 
     def bound(self, name: str, sizes: Sizes) -> Bound:
-        """Where a tensor lies, for these axis sizes. Makes room for it."""
+        """A tensor's memory, dtype and shape for these axis sizes. Allocates it if necessary."""
         shape, dtype = self.shape(name, sizes), self._dtypes[name]
         return self._slot(name, math.prod(shape) * dtype.itemsize), dtype, shape
 
@@ -68,7 +68,7 @@ class Bindings:
         return array
 
     def shape(self, name: str, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of a tensor for these axis sizes, where they say it or a run has told it."""
+        """Shape of a tensor for these axis sizes: from the manifest, or learnt from a run."""
         shape = shape_of(self.tensors[name], sizes)
         if shape is None:
             shape = self._learnt.get((name, size_key(sizes)))
@@ -82,7 +82,7 @@ class Bindings:
     def learn(
         self, graph: Graph, makes: Sequence[Tensor], inputs: Mapping[str, Bound], sizes: Sizes
     ) -> None:
-        """Learns, by one run, the shapes of outputs whose axes the manifest leaves open."""
+        """Learns from one run the shapes of outputs that the manifest does not give."""
         key = size_key(sizes)
         if all(shape_of(t, sizes) is not None or (t.name, key) in self._learnt for t in makes):
             return
@@ -90,18 +90,19 @@ class Bindings:
         self._learnt |= {(t.name, key): shapes[t.name] for t in makes if t.name in shapes}
 
     def keep_rows(self, name: str, sizes: Sizes, rows: np.ndarray) -> None:
-        """Moves the given rows (ascending) of a tensor to the front; it then holds only those."""
+        """Moves the given rows (ascending) of a tensor to the front and drops the others."""
         tensor, shape = self.tensors[name], self.shape(name, sizes)
         if (axis := tensor.row_axis) is not None:
             slot = self._slots[self._slot_of[name]]
             slot.keep_rows(self._dtypes[name], shape, axis, rows)
             shape = (*shape[:axis], len(rows), *shape[axis + 1 :])
         fewer = {**sizes, "batch": len(rows)}
-        if shape_of(tensor, fewer) is None:  # its component never ran with so few rows
+        if shape_of(tensor, fewer) is None:  # not learnt yet for this number of rows
             self._learnt[name, size_key(fewer)] = shape
 
     def _slot(self, name: str, size_bytes: int) -> Slot:
-        """The slot of a tensor, at least that large. Growing loses what it held: dead by then."""
+        """The slot of a tensor, of at least that size. Growing loses its contents, which are no
+        longer needed then."""
         index = self._slot_of[name]
         slot = self._slots.get(index)
         if slot is None or slot.bytes < size_bytes:
@@ -110,7 +111,7 @@ class Bindings:
                 grown = engine.allocate_host(size_bytes) if host else engine.allocate(size_bytes)
             except (MemoryError, ValueError, OverflowError) as error:
                 raise EngineError(
-                    f"{name} needs {size_bytes} bytes, more than there are",
+                    f"{name}: not enough memory for {size_bytes} bytes",
                     fix="Run fewer rows at a time.",
                 ) from error
             if slot is not None:
@@ -120,12 +121,12 @@ class Bindings:
 
 
 def size_key(sizes: Sizes) -> tuple[tuple[str, int], ...]:
-    """Axis sizes as a key of dictionaries."""
+    """Axis sizes as a dictionary key."""
     return tuple(sorted(sizes.items()))
 
 
 def failure(error: Exception, component: str, engine: Engine, fix: str) -> EdgeExitError:
-    """What to raise when an engine refused to run a component."""
+    """The error for a component that an engine failed to run."""
     if isinstance(error, EdgeExitError):
         return error
     about = engine.describe()

@@ -1,4 +1,5 @@
-"""Tokens on their way through a chain: how many stand at a boundary, and where in the text."""
+"""`Block`: the new tokens at a boundary between two components, with their positions in the
+text."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ class Block:
     """New tokens at a boundary.
 
     Attributes:
-        new: Places per row.
-        counts: How many of them count, per row; the others are padding.
-        positions: Per row, where those that count stand in the text, or where the first one does;
-            None: behind what the component's states hold.
+        new: Tokens per row, padding included.
+        counts: Per row, the number of real tokens; the rest is padding.
+        positions: Per row, the positions of the real tokens in the text, or the position of the
+            first; None: they follow the tokens in the component's states.
     """
 
     new: int
@@ -25,10 +26,10 @@ class Block:
 
 
 def keep_tokens(source: Array, target: Array, kept: Sequence[Sequence[int]]) -> None:
-    """Copies some tokens of every row ``[batch, new, width]`` to the front of another array.
+    """Copies some tokens of every row ``[batch, new, width]`` to the start of another array.
 
     Args:
-        kept: Per row, which ones, ascending.
+        kept: Per row, the indices of the tokens, ascending.
     """
     for row, places in enumerate(kept):
         at = 0
@@ -43,24 +44,25 @@ def runs(places: Sequence[int]) -> list[tuple[int, int]]:
     >>> runs([0, 1, 2, 5, 7, 8])
     [(0, 3), (5, 6), (7, 9)]
     """
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for place in places:
-        if found and found[-1][1] == place:
-            found[-1] = (found[-1][0], place + 1)
+        if ranges and ranges[-1][1] == place:
+            ranges[-1] = (ranges[-1][0], place + 1)
         else:
-            found.append((place, place + 1))
-    return found
+            ranges.append((place, place + 1))
+    return ranges
 
 
 def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
-    """Where a block's tokens stand, per row, if those without positions begin at `starts`."""
-    found = []
+    """Per row, the positions of a block's real tokens. If the block has none, they begin at
+    `starts`."""
+    positions = []
     places = starts if block.positions is None else block.positions
     for place, count in zip(places, block.counts, strict=True):
-        found.append(
+        positions.append(
             list(range(place, place + count)) if isinstance(place, int) else list(place[:count])
         )
-    return found
+    return positions
 
 
 __all__ = ["Block", "keep_tokens", "runs", "standing"]

@@ -1,7 +1,7 @@
-"""Components opened on an engine: which variant, and with which of their outputs.
+"""Opens components on an engine: chooses the variant and the outputs of each.
 
-An engine computes every output that a graph has, so a component is opened with what is asked of it
-and no more, and again when more is asked: a score, an exit's answer.
+An engine computes every output of a graph. So a component is opened with only the outputs that are
+needed, and opened again when more are needed, such as a score or an exit's answer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from edgeexit.errors import EngineError, UsageError
 from edgeexit.runtime.engines.base import Engine, Graph
 
 EVERY_SCORE = "*"
-"""Asks an exit for every score that it has."""
+"""Requests every score of an exit."""
 NO_SCORE = ""
-"""Asks an exit for its answer alone."""
+"""Requests only the answer of an exit, without scores."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Opened:
     """A component on an engine.
 
     Attributes:
-        outputs: Names of the outputs that its graph computes as it is open now.
+        outputs: Names of the outputs that its open graph computes.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Opened:
 
 
 class Components:
-    """A bundle's components on one engine; each is opened when it is first needed.
+    """A bundle's components on one engine. Each is opened when it is first needed.
 
     Args:
         bundle: The opened bundle.
-        engine: What executes them.
-        form: Of token states; None: the fastest that the engine runs.
+        engine: The engine.
+        form: Form of token states; None: the fastest that the engine supports.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, form: StateForm | None = None) -> None:
@@ -62,7 +62,7 @@ class Components:
         self._projections: dict[str, Graph] = {}
 
     def __getitem__(self, name: str) -> Opened:
-        """A component and its variant; its graph may not be open yet."""
+        """A component and its variant. Its graph may not be open yet."""
         known = self._known.get(name)
         if known is None:
             component = self.bundle.manifest.components[name]
@@ -73,11 +73,11 @@ class Components:
         return known
 
     def open(self, wanted: Mapping[str, Collection[str]]) -> list[str]:
-        """Opens components so that they give these outputs at least. One that lacks some is opened
-        again, with these alone; if one fails, all stays as it was.
+        """Opens components so that they compute at least these outputs. A component that lacks an
+        output is opened again with these outputs only. If opening fails, nothing changes.
 
         Returns:
-            Names of those that were opened, or opened again.
+            Names of the components that were opened.
         """
         late = [
             opened
@@ -101,7 +101,7 @@ class Components:
         return [opened.name for opened in late]
 
     def graph(self, name: str) -> Graph:
-        """A component's graph, opened with everything if it is not open yet."""
+        """A component's graph. If it is not open yet, it is opened with all outputs."""
         opened = self[name]
         if opened.graph is None:
             self.open({name: graph_outputs(opened.component)})
@@ -109,7 +109,7 @@ class Components:
         return opened.graph
 
     def projection(self, name: str) -> Graph:
-        """A component's projection."""
+        """The graph of a component's projection."""
         if name not in self._projections:
             variant = self.bundle.manifest.components[name].projection
             assert variant is not None
@@ -118,31 +118,31 @@ class Components:
 
 
 def graph_outputs(component: Component) -> list[str]:
-    """Everything that a component's graph gives: its outputs, and what its token states become."""
+    """All outputs of a component's graph: its outputs, and its updated token states."""
     present = [state.present for state in token_states(component)]
     return [*(tensor.name for tensor in component.outputs), *present]
 
 
 def token_states(component: Component) -> list[TokenState]:
-    """What a component keeps of every token."""
+    """The states of a component that grow with every token."""
     return [state for state in component.states if isinstance(state, TokenState)]
 
 
 def prompt_states(component: Component) -> list[PromptState]:
-    """What a component reads of a prompt."""
+    """The states of a component that are computed once per prompt."""
     return [state for state in component.states if isinstance(state, PromptState)]
 
 
 def outputs_asked(
     manifest: Manifest, chain: Chain, asked: Sequence[str | None]
 ) -> dict[str, set[str]]:
-    """Component -> the outputs that it must give for a chain and its exits.
+    """Component -> the outputs that a chain and its exits need from it.
 
     Args:
-        manifest: The bundle's.
-        chain: Whose components.
-        asked: Per exit that stops, what is asked of it: a score, `NO_SCORE`, `EVERY_SCORE`, or None
-            where the exit is not asked at all. The last one always answers.
+        manifest: The bundle's manifest.
+        chain: The chain.
+        asked: Per exit that stops: the score to compute, `NO_SCORE`, `EVERY_SCORE`, or None if the
+            exit is not used. The last exit is always used.
     """
     known, stops = manifest.components, chain.stops
     wanted = {name: set(graph_outputs(known[name])) for name in chain.components}
@@ -166,7 +166,7 @@ def outputs_asked(
 
 
 def scores_asked(exit_: Exit, ask: str) -> list[str]:
-    """Names of the scores that are asked of an exit: of the last one only those that it has."""
+    """Names of the requested scores that an exit has; the last exit may lack the score."""
     if ask == EVERY_SCORE:
         return list(exit_.scores)
     return [ask] if ask in exit_.scores else []
@@ -174,17 +174,17 @@ def scores_asked(exit_: Exit, ask: str) -> list[str]:
 
 def exit_calls(chain: Chain) -> dict[str, list[Exit]]:
     """Component -> the exits behind it."""
-    found: dict[str, list[Exit]] = {name: [] for name in chain.components}
+    exits: dict[str, list[Exit]] = {name: [] for name in chain.components}
     for exit_ in chain.exits:
-        found[exit_.behind].append(exit_)
-    return found
+        exits[exit_.behind].append(exit_)
+    return exits
 
 
 def unsplit_chain(chain: Chain) -> Chain:
     """The same chain as one graph without exits.
 
     Raises:
-        UsageError: The bundle has none.
+        UsageError: The bundle has no unsplit graph of the chain.
     """
     if not chain.unsplit:
         raise UsageError("the bundle has no unsplit graph of this chain", fix="Export it again.")
@@ -201,19 +201,19 @@ def choose_variant(
     form: StateForm | None = None,
     bundle: Bundle | None = None,
 ) -> Variant:
-    """The first form of a component whose requirements the engine meets, or the one that is asked
-    for. Of engines that are built ahead, one that was built is preferred.
+    """The first variant of a component that the engine can run, of the requested form if there is
+    one. With TensorRT, a variant whose engine was built is preferred.
 
     Raises:
-        UsageError: The component does not have the form asked for.
-        EngineError: The engine lacks something that the form needs, or every one does.
+        UsageError: The component does not have the requested form.
+        EngineError: The engine does not meet the requirements of any of these variants.
     """
-    variants = [one for one in component.variants if form in (None, one.states)]
+    variants = [variant for variant in component.variants if form in (None, variant.states)]
     if not variants:
-        known = ", ".join(dict.fromkeys(one.states for one in component.variants))
+        known = ", ".join(dict.fromkeys(variant.states for variant in component.variants))
         raise UsageError(
-            f"{name} has no form {form!r} of its states (it has {known})",
-            fix="Ask for one of those, or for none: the fastest is then taken.",
+            f"{name} has no states of the form {form!r} (it has {known})",
+            fix="Use one of these forms, or leave out states: the fastest form is then used.",
         )
     fitting = [variant for variant in variants if set(variant.requires) <= engine.features]
     if bundle is not None:
@@ -221,17 +221,17 @@ def choose_variant(
     if fitting:
         return fitting[0]
     raise EngineError(
-        f"{name} has no form for this engine (it has "
+        f"{name} has no form for this engine (its forms need "
         f"{[variant.requires for variant in variants]}, the engine offers "
         f"{sorted(engine.features)})",
         fix="Export again with a newer edgeexit."
         if form is None
-        else "Leave the form open, or use a newer version of the engine.",
+        else "Leave out states, or use a newer version of the engine.",
     )
 
 
 def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
-    """What a chain's components, the makers of their states and the paths of its exits take."""
+    """Input tensors of a chain's components, of the makers of their states, and of its exits."""
     names = [*chain.components]
     for name in chain.components:
         names += [state.maker for state in prompt_states(manifest.components[name])]

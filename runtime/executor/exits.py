@@ -1,4 +1,4 @@
-"""Which tokens of texts leave at an exit, and how long rows were told the same (patience)."""
+"""Which rows stop at an exit: by the score's threshold, and by patience (`Streak`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from edgeexit.bundle.policy import Decision
 
 
 def leaving(scores: NDArray[Any], decision: Decision, rows: list[int]) -> list[int]:
-    """Those of the rows whose score ``[batch]`` reaches the threshold. NaN reaches none."""
-    found = scores.tolist()
-    return [row for row in rows if found[row] >= decision.threshold]
+    """The rows whose score ``[batch]`` reaches the threshold. NaN never does."""
+    values = scores.tolist()
+    return [row for row in rows if values[row] >= decision.threshold]
 
 
 class Streak:
-    """Counts, per row, how many exits in a row predicted the same class (PABEE,
+    """Counts, per row, how many consecutive exits predicted the same class (PABEE,
     arXiv:2006.04152)."""
 
     def __init__(self, rows: int, patience: int) -> None:
@@ -28,8 +28,8 @@ class Streak:
     def long_enough(
         self, alive: NDArray[np.intp] | None, logits: NDArray[Any]
     ) -> NDArray[np.bool_]:
-        """Takes an exit's logits ``[alive, classes]``. Says which rows have been told the same
-        class often enough."""
+        """Updates the counts with an exit's logits ``[alive, classes]``. Returns which rows have
+        reached the patience."""
         rows = np.arange(len(self.previous)) if alive is None else alive
         predicted = logits.argmax(-1)
         same = predicted == self.previous[rows]

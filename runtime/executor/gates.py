@@ -1,10 +1,10 @@
-"""What happens once for a prompt: states that are made of it, and token groups that leave.
+"""Work that is done once per prompt: prompt states are computed, and gates drop token groups.
 
-A component may read what was made of the prompt (`PromptState`): its maker runs before the
-component first does. Behind a component may stand a gate (an exit whose action is ``drop``): it
-looks at the prompt once, and where its score reaches the threshold, the tokens of its group go no
-further.
-Positions stay what they were, so from there on states are shorter than the text.
+A component may read a prompt state (`PromptState`). The state's maker runs before the component's
+first run. A component may have a gate behind it (an exit with the action ``drop``): it scores the
+prompt once, and if its score reaches the threshold, the tokens of its group are dropped. The
+positions of the other tokens do not change, so states behind the gate hold fewer tokens than the
+text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Gates:
     """Makers and gates of a session's chain.
 
     Attributes:
-        any: Whether tokens may leave before the end of the chain.
-        whole_prompts: Whether something looks at all states of a prompt, which must then pass in
+        any: Whether the chain has gates.
+        whole_prompts: Whether a maker or gate reads all states of a prompt, which must then pass in
             one run.
-        pending: Whether something is still to happen for this prompt.
-        thresholds: Gate -> what its score must reach; missing: it never does.
-        dropped: Gate -> per row, whether the group left there.
+        pending: Whether a maker or gate has yet to run for this prompt.
+        thresholds: Gate -> threshold of its score; missing: it never drops.
+        dropped: Gate -> per row, whether it dropped the group.
     """
 
     def __init__(self, session: Session, chain: Chain) -> None:
@@ -49,11 +49,11 @@ class Gates:
         makers = {
             state.maker for name in chain.components for state in prompt_states(components[name])
         }
-        looks = [call.component for e in chain.exits if e.action == "drop" for call in e.path]
-        looks += makers
+        readers = [call.component for e in chain.exits if e.action == "drop" for call in e.path]
+        readers += makers
         self.any = bool(self._gates)
         self.whole_prompts = any(
-            "new" in tensor.axes for name in looks for tensor in components[name].inputs
+            "new" in tensor.axes for name in readers for tensor in components[name].inputs
         )
         self._makers = makers
         self.pending = False
@@ -64,7 +64,7 @@ class Gates:
         self._scratch: Array | None = None
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
-        """A new prompt comes."""
+        """Starts a new prompt."""
         self._made.clear()
         self.dropped.clear()
         self._groups = groups
@@ -76,12 +76,13 @@ class Gates:
         return bool(set(asked) - self.dropped.keys()) or bool(self._makers - self._made)
 
     def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
-        """Tells makers and gates which of a block's tokens are of the prompt and of its groups."""
+        """Writes which of a block's tokens belong to the prompt and to its groups."""
         session = self._session
         session.places.write_prompt(block.new, positions, session.prompts, session.group_masks)
 
     def make(self, maker: str, wanted: Sequence[PromptState], new: int) -> None:
-        """Runs a maker over the block that lies before the component that reads what it makes."""
+        """Runs a maker, if it has not run for this prompt, over the block at the boundary before
+        the component that reads its states."""
         if maker in self._made:
             return
         session = self._session
@@ -100,8 +101,8 @@ class Gates:
         self.pending = self._open()
 
     def after(self, number: int, block: Block) -> Block:
-        """Asks the gates behind a component that has just run over a prompt. Returns what is left
-        of the block at the next boundary."""
+        """Runs the gates behind a component that has just run over a prompt. Returns the block that
+        remains at the next boundary."""
         for gate in self._gates.get(number, ()):
             if gate.name in self.thresholds and gate.name not in self.dropped:
                 block = self._ask(number, gate, block)
@@ -127,9 +128,9 @@ class Gates:
         for row, (places, left) in enumerate(zip(positions, kept, strict=True)):
             if fired[row] and (not left or _within(own[row], session.prompts[row] - 1)):
                 raise InputError(
-                    f"{gate.name}: the prompt of row {row} ends with tokens of the group "
-                    f"{gate.tokens}, which leave there: nothing is left that reads them",
-                    fix="Put text behind them, or use a policy in which that group stays.",
+                    f"{gate.name}: cannot drop the group {gate.tokens}: the prompt of row {row} "
+                    "ends with tokens of that group",
+                    fix="Put text after them, or use a policy that does not drop this group.",
                 )
             assert places or not left
         counts = [len(left) for left in kept]
@@ -145,7 +146,7 @@ class Gates:
         return Block(new, counts, standing)
 
     def _scores(self, gate: Exit, new: int) -> NDArray[np.float32]:
-        """What a gate says of every row, ``[batch]``."""
+        """A gate's score of every row, ``[batch]``."""
         session = self._session
         [tensor] = gate.scores.values()
         host = session.engine.allocate_host(session.batch * 4)
@@ -155,23 +156,23 @@ class Gates:
             inputs = session.inputs_of(component.inputs, call.inputs, new)
             inputs |= session.places.lengths(session.components[call.component].variant.lengths)
             outputs: dict[str, Bound] = {
-                made.name: (host, dtype, shape)
-                if made.name == tensor
-                else session.bindings.bound(made.name, {"batch": session.batch, "new": new})
-                for made in component.outputs
+                output.name: (host, dtype, shape)
+                if output.name == tensor
+                else session.bindings.bound(output.name, {"batch": session.batch, "new": new})
+                for output in component.outputs
             }
             session.components.graph(call.component).bind(inputs, outputs)()
-        found: NDArray[np.float32] = host.array(dtype, shape)
-        return found
+        scores: NDArray[np.float32] = host.array(dtype, shape)
+        return scores
 
 
 def _within(own: NDArray[np.bool_], place: int) -> bool:
-    """Whether the token at a place of the text belongs to a group."""
+    """Whether the token at a position of the text belongs to a group."""
     return place < len(own) and bool(own[place])
 
 
 def _sizes(inputs: Sequence[Tensor], bound: Mapping[str, Bound]) -> dict[str, int]:
-    """Sizes of named axes, as bound inputs have them."""
+    """Sizes of named axes in the bound inputs."""
     return {
         axis: size
         for tensor in inputs

@@ -1,4 +1,5 @@
-"""What earlier steps hand on to a text: tensors that are the same for all of its tokens."""
+"""`Handed`: tensors that earlier steps pass to the chain that writes text, the same for all
+tokens."""
 
 from __future__ import annotations
 
@@ -12,19 +13,26 @@ from edgeexit.runtime.engines.base import Array, Bound, Engine, Slot
 
 @dataclass
 class Handed:
-    """What an earlier step handed on: tensors that are the same for all tokens of a text."""
+    """Tensors that earlier steps pass to the chain that writes text.
+
+    Attributes:
+        bound: Tensor -> its memory, dtype and shape.
+        slots: Tensor -> its memory, which may be larger.
+        epoch: Number of changes of memory or shapes; bindings of earlier epochs are invalid.
+    """
 
     bound: dict[str, Bound] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
     epoch: int = 0
 
     def put(self, name: str, value: NDArray, engine: Engine) -> None:
-        """Takes an array."""
+        """Copies an array into the tensor of that name."""
         place = self.room(name, value.dtype, value.shape, engine)
         place[...] = value
 
     def room(self, name: str, dtype: np.dtype, shape: tuple[int, ...], engine: Engine) -> Array:
-        """Memory for a tensor of that form; bindings of earlier epochs do not know it."""
+        """Memory for a tensor of that dtype and shape. Starts a new epoch if the memory or the
+        shape changes."""
         size_bytes = int(np.prod(shape)) * dtype.itemsize
         slot = self.slots.get(name)
         if slot is None or slot.bytes < size_bytes:

@@ -1,5 +1,5 @@
-"""Heads of exits that answer token by token: states in, tokens, logits and scores out; and where
-the answers of a graph are stored (`Made`), which unsplit gives too."""
+"""`Head`: the head of an exit of a language model, from hidden states to tokens, logits and scores;
+and `GraphAnswers`: the memory of such answers, which the unsplit graph uses too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from edgeexit.runtime.executor.components import Components
 from edgeexit.runtime.executor.slots import dtype_of
 
 BINDINGS_KEPT = 1024
-"""Numbers of new tokens or states for which a graph's bindings are kept."""
+"""Bindings that a graph keeps, one per number of new tokens or states."""
 
 Floats = NDArray[Any]
-"""States, float32 or float16 as the manifest says."""
+"""Hidden states, float32 or float16 as in the manifest."""
 
 Answers = Mapping[str, NDArray[Any]]
-"""What the head says of states ``[rows, width]``: token and scores ``[rows]``, logits."""
+"""The head's answers for states ``[rows, width]``: token and scores ``[rows]``, logits."""
 
 
-class Made(Mapping[str, NDArray[Any]]):
-    """What a graph answers. What most runs do not look at, logits, stays where it was computed
-    until somebody asks for it."""
+class GraphAnswers(Mapping[str, NDArray[Any]]):
+    """Answers of a graph, by name. Large answers that few runs read, the logits, are copied from
+    the device only when they are read."""
 
     def __init__(self, tensors: Sequence[Tensor], rows: int, engine: Engine) -> None:
         self.bound: dict[str, Bound] = {}
@@ -46,8 +46,8 @@ class Made(Mapping[str, NDArray[Any]]):
     def around(
         self, run: Callable[[], object], name: Callable[[str], str] = str
     ) -> tuple[Callable[[], object], Answers]:
-        """What runs the graph, and what it then answers, by the names that `name` makes of the
-        graph's own."""
+        """A call that runs the graph, and its answers; `name` converts the graph's output names to
+        the names of the answers."""
         self._arrays = {name(key): array for key, array in self._arrays.items()}
         if all(isinstance(array, np.ndarray) for array in self._arrays.values()):
             return run, self._arrays
@@ -71,14 +71,13 @@ class Made(Mapping[str, NDArray[Any]]):
 
 
 class Head:
-    """The head of an exit: states ``[rows, width]`` to tokens, logits and scores, by the names that
-    the exit gives them. Exits that share a component share it, too.
+    """The head of an exit: from states ``[rows, width]`` to tokens, logits and scores, under the
+    exit's names. Exits with the same component share a head.
 
     Args:
-        components: The bundle's, on an engine.
+        components: The bundle's components on an engine.
         exit_: The exit; the last component of its path is the head.
-        scores: Those that it shall give: to compute one takes time, and engines compute all that a
-            graph has.
+        scores: Scores to compute. Each takes time, and an engine computes all outputs of a graph.
 
     Raises:
         PolicyError: The exit does not have such a score.
@@ -102,34 +101,34 @@ class Head:
         self._bindings: dict[int, tuple[Callable[[], object], Array, Answers]] = {}
 
     def __call__(self, states: Array) -> Answers:
-        """Runs on states ``[rows, width]``. The arrays given are overwritten by the next call with
-        as many rows."""
-        run, place, made = self._bindings.get(states.shape[0]) or self._bind(states.shape[0])
+        """Runs on states ``[rows, width]``. The next call with the same number of rows overwrites
+        the returned arrays."""
+        run, place, answers = self._bindings.get(states.shape[0]) or self._bind(states.shape[0])
         place[...] = states
         run()
-        return made
+        return answers
 
     def of(self, states: Sequence[Array]) -> Answers:
-        """Runs on states ``[width]`` that lie apart."""
-        run, place, made = self._bindings.get(len(states)) or self._bind(len(states))
+        """Runs on separate states ``[width]``."""
+        run, place, answers = self._bindings.get(len(states)) or self._bind(len(states))
         for row, state in enumerate(states):
             place[row] = state
         run()
-        return made
+        return answers
 
     def _bind(self, rows: int) -> tuple[Callable[[], object], Array, Answers]:
         state, engine = self._state, self._engine
         dtype, width = dtype_of(state), state.axes[-1]
         assert isinstance(width, int)
         slot = engine.allocate(rows * width * dtype.itemsize)
-        made = Made(self._outputs, rows, engine)
+        outputs = GraphAnswers(self._outputs, rows, engine)
         inputs: dict[str, Bound] = {state.name: (slot, dtype, (rows, width))}
-        run = self._components.graph(self._name).bind(inputs, made.bound)
-        run, answers = made.around(run, self._plain.__getitem__)
+        run = self._components.graph(self._name).bind(inputs, outputs.bound)
+        run, answers = outputs.around(run, self._plain.__getitem__)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
         bound = self._bindings[rows] = run, slot.array(dtype, (rows, width)), answers
         return bound
 
 
-__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "Head", "Made"]
+__all__ = ["BINDINGS_KEPT", "Answers", "Floats", "GraphAnswers", "Head"]

@@ -1,13 +1,14 @@
-"""Launching a segment before the exit in front of it has been asked, where that pays.
+"""Launching the next component before the score of the current exit is known, where that pays.
 
-While a score travels to the host and the host decides, a GPU stands still: the gap. If the next
-segment is already on the stream, there is none; but when the row leaves after all, the segment was
-run for nothing, and the next call waits behind it. So it pays at an exit that few rows take:
+While a score is copied to the host and the host decides, the GPU is idle: the gap. Launching the
+next component first removes the gap. But if the row stops at the exit, that component ran for
+nothing and delays the next call. So launching ahead pays at exits where few rows stop:
 
-    share that leaves x time of the next segment < share that stays x gap
+    share of rows that stop x time of the next component < share that continue x gap
 
-All three are measured here, while the model runs: times per boundary, shares per policy as well.
-The last `SAMPLES` times count, and one row in `MEASURED_AGAIN` is not launched ahead, to take more.
+All of these are measured while the model runs: times per boundary, shares per boundary and policy.
+Only the last `SAMPLES` times are used. One row in `MEASURED_AGAIN` is not launched ahead, so that
+new gaps are measured.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from edgeexit.bundle.policy import Decision
 
 LaunchAhead = Literal["never", "measured", "always"]
 SAMPLES = 16
-"""Times taken at each boundary before they are believed; older ones are forgotten."""
+"""Times that are measured at each boundary before they are used, and that are kept."""
 MEASURED_AGAIN = 64
-"""One row in so many waits for its score."""
+"""One row in this number waits for its score."""
 REMEMBERED = 4096
-"""Rows after which older ones count half, so that shares follow the data."""
+"""Rows after which the counts are halved, so that shares follow the data."""
 POLICIES_KEPT = 64
 """Policies for which shares are remembered."""
 
 
 @dataclass
 class Times:
-    """What one boundary costs: times that the GPU stood still there when nothing was launched
-    ahead, and times of the segment behind it."""
+    """Times at one boundary: how long the GPU was idle when nothing was launched ahead, and the
+    times of the component behind it."""
 
     gaps_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     segments_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -42,19 +43,19 @@ class Times:
 
     @property
     def enough(self) -> bool:
-        """Whether they are believed."""
+        """Whether there are enough times to decide."""
         return len(self.gaps_ms) >= SAMPLES
 
     @property
     def medians_ms(self) -> tuple[float, float]:
-        """Of the gaps and of the segments; worked out when there are new ones, for it is asked for
-        while the GPU waits."""
+        """Medians of the gaps and of the component times. Cached, because they are read while the
+        GPU waits."""
         if self._medians_ms is None:
             self._medians_ms = statistics.median(self.gaps_ms), statistics.median(self.segments_ms)
         return self._medians_ms
 
     def add(self, gap_ms: float, segment_ms: float) -> None:
-        """Takes down one row's."""
+        """Adds the times of one row."""
         self.gaps_ms.append(gap_ms)
         self.segments_ms.append(segment_ms)
         self._medians_ms = None
@@ -62,13 +63,13 @@ class Times:
 
 @dataclass
 class Share:
-    """How many rows came to an exit under a policy, and how many of them took it."""
+    """Rows that reached an exit under a policy (`asked`), and rows that stopped there (`left`)."""
 
     asked: int = 0
     left: int = 0
 
     def count(self, left: bool) -> None:
-        """Counts a row."""
+        """Adds a row."""
         if self.asked >= REMEMBERED:
             self.asked, self.left = self.asked // 2, self.left // 2
         self.asked += 1
@@ -76,8 +77,8 @@ class Share:
 
 
 def pays(share: Share, times: Times) -> bool:
-    """Whether to launch ahead. One row more is taken to leave and one more to stay than was seen,
-    so that few rows prove nothing.
+    """Whether to launch ahead. One stopped and one continued row are added to the counts, so that a
+    few rows do not decide.
 
     >>> times = Times(deque([0.03] * SAMPLES), deque([1.0] * SAMPLES))
     >>> pays(Share(asked=100, left=50), times), pays(Share(asked=1000, left=2), times)
@@ -91,10 +92,10 @@ def pays(share: Share, times: Times) -> bool:
 
 
 class Ahead:
-    """Decides, per exit of a chain, whether the segment behind it is launched ahead.
+    """Decides, per exit of a chain, whether the component behind it is launched ahead.
 
     Args:
-        exits: How many exits there are.
+        exits: Number of exits.
         when: ``always``, or ``measured``: where it pays.
     """
 
@@ -104,7 +105,7 @@ class Ahead:
         self._shares: dict[tuple[object, ...], list[Share]] = {}
 
     def shares(self, decisions: Sequence[Decision]) -> list[Share]:
-        """What is known of a policy's exits."""
+        """The counts of a policy, per exit."""
         key = tuple(decisions)
         known = self._shares.get(key)
         if known is None:
@@ -114,15 +115,15 @@ class Ahead:
         return known
 
     def launches(self, number: int, shares: Sequence[Share]) -> bool:
-        """Whether to launch ahead what comes behind an exit, for the next row that comes there."""
+        """Whether to launch the component behind an exit ahead, for the current row."""
         if self.when == "always":
             return True
         waits = shares[number].asked % MEASURED_AGAIN == MEASURED_AGAIN - 1
         return not waits and pays(shares[number], self.times[number])
 
     def facts(self, shares: Sequence[Share]) -> list[dict[str, float | int | bool]]:
-        """What was measured, per exit but the last."""
-        found: list[dict[str, float | int | bool]] = []
+        """Measurements per exit except the last; see `Model.boundaries`."""
+        boundaries: list[dict[str, float | int | bool]] = []
         for number, times in enumerate(self.times[:-1]):
             about: dict[str, float | int | bool] = {
                 "asked": shares[number].asked,
@@ -131,8 +132,8 @@ class Ahead:
             }
             if times.gaps_ms:
                 about["gap_ms"], about["segment_ms"] = times.medians_ms
-            found.append(about)
-        return found
+            boundaries.append(about)
+        return boundaries
 
 
 __all__ = ["Ahead", "LaunchAhead", "Share", "Times", "pays"]

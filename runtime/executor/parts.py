@@ -1,6 +1,6 @@
-"""One component of a chain that runs token by token: its states, and its graph bound to memory.
+"""`Part`: one component of a chain that runs token by token, with its states and bindings.
 
-A `Session` runs them.
+`edgeexit.runtime.executor.session.Session` runs the parts.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from edgeexit.runtime.engines.base import Bound
 from edgeexit.runtime.engines.host import row_of
 from edgeexit.runtime.executor.bindings import failure
 from edgeexit.runtime.executor.components import prompt_states, token_states
-from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, Made
+from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, GraphAnswers
 from edgeexit.runtime.executor.states import NewStates, TokenStates
 
 if TYPE_CHECKING:
     from edgeexit.runtime.executor.session import Session
 
 _REPORT = (
-    "`edgeexit check BUNDLE` tells whether it is whole; if so, please report this, with the output "
-    "of `edgeexit inspect`."
+    "Run `edgeexit check BUNDLE`. If the bundle is intact, please report this, with the output of "
+    "`edgeexit inspect`."
 )
 
 _Run = tuple[Callable[[], object], NewStates | None]
-"""What runs a graph, and what new tokens add, which is then to be appended."""
+"""A call that runs a graph, and the new states, which must be appended after the run."""
 
 
 class Part:
-    """One component in a session: its states, and bindings per number of new tokens."""
+    """One component in a session: its states, and its bindings per number of new tokens."""
 
     def __init__(self, session: Session, name: str, call: Call | None = None) -> None:
         opened = session.components[name]
@@ -50,52 +50,53 @@ class Part:
         self._new: dict[int, NewStates] = {}
         self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
         answers = [tensor for tensor in self.component.outputs if "new" not in tensor.axes]
-        self._made = Made(answers, session.batch, self._engine)
+        self._answers = GraphAnswers(answers, session.batch, self._engine)
         self.answers: Answers = {}
 
     @property
     def state(self) -> str:
-        """The tensor that it hands on."""
+        """Name of the tensor that it passes to the next component."""
         tensor = self._state[0] if self._state else self.component.outputs[0]
         return tensor.name
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether it reads what is made once for a prompt."""
+        """Whether it reads prompt states."""
         return bool(self._prompt_states)
 
     def make_prompt_states(self, new: int) -> None:
-        """Lets the makers of its prompt states run, where they have not yet for this prompt."""
+        """Runs the makers of its prompt states, if they have not run for this prompt."""
         for maker in dict.fromkeys(state.maker for state in self._prompt_states):
             self._session.gates.make(maker, self._prompt_states, new)
 
     def run(self, new: int) -> None:
-        """Runs over the boundary; lengths are those before it."""
+        """Runs over the new tokens at its boundary. The caller updates lengths afterwards."""
         if self._row_by_row(new):
             for row, length in enumerate(self.states.lengths):
                 self._session.places.write_most(length + new)
                 self._call(new, row)
             return
-        made = self._call(new, None)
-        if made is not None:
-            self.states.append(made)
+        new_states = self._call(new, None)
+        if new_states is not None:
+            self.states.append(new_states)
 
     def _row_by_row(self, new: int) -> bool:
-        """ONNX Runtime's operator takes several new tokens behind a past for one row only."""
+        """Whether rows must run one by one: ONNX Runtime's operator supports several new tokens
+        after a past for a single row only."""
         several = self._batch > 1 and new > 1
         return several and "most" in self.variant.lengths and self.states.longest() > 0
 
     def _call(self, new: int, row: int | None) -> NewStates | None:
         key = new, row, self.states.extent, self._session.handed.epoch
-        run, made = self._bindings.get(key) or self._bind(key)
+        run, new_states = self._bindings.get(key) or self._bind(key)
         try:
             run()
         except Exception as error:
             raise self.failure(error) from error
-        return made
+        return new_states
 
     def only_call(self, new: int) -> Callable[[], object] | None:
-        """The call that is all of `run`; None where there is more to do."""
+        """The single call that `run` consists of; None if `run` does more."""
         if self._appends or (new > 1 and self._row_by_row(new)):
             return None
         key = new, None, self.states.extent, self._session.handed.epoch
@@ -103,48 +104,48 @@ class Part:
         return run
 
     def failure(self, error: Exception) -> EdgeExitError:
-        """What to raise when the engine fails."""
+        """The error for a failed run."""
         return failure(error, self.name, self._engine, _REPORT)
 
     def _bind(self, key: tuple[int, int | None, int, int]) -> _Run:
-        """Binds all rows, or one of them alone."""
+        """Binds all rows, or a single row."""
         new, row, _, _ = key
         session = self._session
         sizes = {"batch": self._batch, "new": new}
         inputs = session.inputs_of(self.component.inputs, self._renamed, new)
         inputs |= {s.tensor.name: session.handed.bound[s.tensor.name] for s in self._prompt_states}
         inputs |= self.states.past() | session.places.lengths(self.variant.lengths)
-        outputs: dict[str, Bound] = dict(self._made.bound)
+        outputs: dict[str, Bound] = dict(self._answers.bound)
         for tensor in self.component.outputs:
             if "new" in tensor.axes:
                 outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
-        made = None
+        new_states = None
         if self._appends:
-            made = self._new_states(new)
-            outputs |= made.bound
+            new_states = self._new_states(new)
+            outputs |= new_states.bound
         else:
             outputs |= self.states.present()
         if row is not None:
             inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
             outputs = {k: row_of(v, row) for k, v in outputs.items()}
         run = session.components.graph(self.name).bind(inputs, outputs)
-        if self._made.bound:
-            run, self.answers = self._made.around(run)
+        if self._answers.bound:
+            run, self.answers = self._answers.around(run)
         while len(self._bindings) >= BINDINGS_KEPT:
             self._bindings.pop(next(iter(self._bindings)))
-        bound = self._bindings[key] = run, made
+        bound = self._bindings[key] = run, new_states
         return bound
 
     def _new_states(self, new: int) -> NewStates:
-        """Where what that many new tokens per row add goes."""
-        made = self._new.get(new)
-        if made is None:
-            made = self._new[new] = NewStates(self._token_states, self._batch, new, self._engine)
-        return made
+        """Memory for the states of that many new tokens per row."""
+        states = self._new.get(new)
+        if states is None:
+            states = self._new[new] = NewStates(self._token_states, self._batch, new, self._engine)
+        return states
 
     def project(self) -> NewStates | None:
-        """What the boundary's states, one per row, leave if they skip the component; None where it
-        keeps nothing of tokens."""
+        """Runs the projection: keys and values of tokens that skip the component, from the hidden
+        states at its boundary, one per row. None if the component has no token states."""
         if not self._token_states:
             return None
         if self._projection is None:
@@ -153,14 +154,14 @@ class Part:
             inputs = session.inputs_of(self.component.inputs, self._renamed, 1)
             graph = session.components.projection(self.name)
             self._projection = graph.bind(inputs, own.bound), own
-        run, made = self._projection
+        run, new_states = self._projection
         run()
-        return made
+        return new_states
 
 
 def release(session: Session | None) -> None:
-    """Frees a session and its states now: its parts refer back to it, so it would otherwise live
-    until the garbage collector comes. It cannot be used again."""
+    """Frees a session and its states immediately. Its parts refer to it, so otherwise only the
+    garbage collector frees it. The session cannot be used afterwards."""
     if session is not None:
         vars(session).clear()
 

@@ -1,4 +1,4 @@
-"""Where new tokens stand: the positions and lengths that components read."""
+"""`Places`: the positions, lengths and token-group masks that components read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from edgeexit.runtime.engines.base import Bound, Engine
 
 
 class Places:
-    """One set of buffers for all parts of a session.
+    """Buffers with the positions of new tokens and the lengths of states, shared by all parts of a
+    session.
 
-    Segments that run one after the other mostly stand at the same places, and with the weights of
-    a segment just passed through the processor's caches even a small write is slow. So they are
-    written only where they change.
+    Consecutive components mostly need the same values, and even a small write is slow right after a
+    component's weights have passed through the CPU caches. So values are written only when they
+    change.
 
     Args:
         batch: Rows.
-        most: The most new tokens of a row.
-        engine: Whose runs read them.
-        masks: Feeds that say which new tokens belong to a group.
+        most: Largest number of new tokens per row.
+        engine: The engine that reads the buffers.
+        masks: Names of the feeds that mark which new tokens belong to a group.
     """
 
     def __init__(self, batch: int, most: int, engine: Engine, masks: Sequence[str] = ()) -> None:
@@ -40,15 +41,15 @@ class Places:
         self._masks = {name: engine.allocate_host(batch * most) for name in masks}
 
     def positions(self, new: int) -> Bound:
-        """What to bind as the positions of that many new tokens, ``[batch, new]``."""
+        """The positions of that many new tokens, ``[batch, new]``, to be bound."""
         return self._positions, np.dtype(np.int64), (self._batch, new)
 
     def lengths(self, kinds: Sequence[str]) -> dict[str, Bound]:
-        """What to bind as lengths of these kinds (`edgeexit.bundle.manifest.LENGTHS`)."""
+        """Lengths of these kinds (`edgeexit.bundle.manifest.LENGTHS`), to be bound."""
         return {f"lengths/{kind}": self._lengths[kind] for kind in kinds}
 
     def mask(self, name: str, new: int) -> Bound:
-        """What to bind as a group's mask, ``[batch, new]``."""
+        """A group's mask, ``[batch, new]``, to be bound."""
         return self._masks[name], np.dtype(np.bool_), (self._batch, new)
 
     def write_prompt(
@@ -58,12 +59,12 @@ class Places:
         prompts: Sequence[int],
         groups: Mapping[str, Sequence[NDArray[np.bool_]]],
     ) -> None:
-        """Says which new tokens are of a prompt, and of which group of it.
+        """Writes which new tokens belong to the prompt and to its groups.
 
         Args:
             new: Tokens per row.
-            positions: Per row, where those that count stand.
-            prompts: Tokens of every row's prompt.
+            positions: Per row, the positions of its real tokens.
+            prompts: Per row, the number of tokens in its prompt.
             groups: Mask -> per row, which tokens of the prompt belong to the group.
         """
         self._engine.settle()
@@ -82,19 +83,19 @@ class Places:
         filled: Sequence[int],
         places: Sequence[int | Sequence[int]] | None = None,
     ) -> None:
-        """Says where new tokens stand.
+        """Writes the positions of new tokens and the lengths of the states.
 
         Args:
             new: Tokens per row.
-            filled: What every row's states hold before them.
-            places: Position of each row's first new token, or of every one that counts; None:
-                behind what the states hold.
+            filled: Per row, the number of tokens in the states.
+            places: Per row, the position of its first new token, or of every real token; None: they
+                follow the tokens in the states.
         """
         ragged = places is not None and not isinstance(places[0], int)
         written = None if ragged else (new, tuple(filled), places and tuple(places))
         if written is not None and written == self._written:
             return
-        self._written = None  # until all is written: an interruption must not leave half of it
+        self._written = None  # an interruption in this function must not count as written
         self._engine.settle()
         positions = self._position_views.get(new)
         if positions is None:
@@ -103,7 +104,7 @@ class Places:
         for row, place in enumerate(filled if places is None else places):
             if isinstance(place, int):
                 positions[row] = place if new == 1 else np.arange(place, place + new)
-            else:  # what is behind those that count is padding
+            else:  # the rest is padding
                 positions[row] = 0
                 positions[row, : len(place)] = place
         views = self._views
@@ -114,7 +115,7 @@ class Places:
         self._written = written
 
     def write_most(self, most: int) -> None:
-        """Says another length for the longest row, until `write` says something new."""
+        """Writes another length of the longest row. The next `write` replaces it."""
         self._engine.settle()
         self._views["most"][()] = most
         self._written = None

@@ -1,7 +1,7 @@
-"""What a chain of rows keeps for every set of sizes: its graphs bound to memory, and the order in
-which a single row walks them.
+"""`Plans`: the bound graphs of a chain, per set of axis sizes, and the order in which a single row
+runs them.
 
-`Plans` binds; `edgeexit.runtime.executor.rows` runs.
+This module binds; `edgeexit.runtime.executor.rows` runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Mark
 
 PLANS_KEPT = 256
-"""Sizes for which a chain keeps bindings. Each takes some KiB a component: buffers are shared."""
+"""Sets of sizes for which a chain keeps bindings. Each takes some KiB per component; buffers are
+shared."""
 
 
 @dataclass
@@ -38,10 +39,10 @@ class Step:
     """A component and the exit behind it, bound for one set of sizes.
 
     Attributes:
-        run: Runs it.
-        views: The answers it makes, as arrays over the bound buffers; on a GPU, they are there
+        run: Runs the component and the exit.
+        views: Answers, as arrays over the bound buffers; with a GPU they are on the GPU
             (`edgeexit.runtime.engines.host.fetch`).
-        score: View of the score asked for ``[batch]``; None when the exit is not asked.
+        score: View of the requested score ``[batch]``; None if the exit is not used.
     """
 
     run: Callable[[], object]
@@ -50,14 +51,15 @@ class Step:
 
     @property
     def first_score(self) -> memoryview | None:
-        """The score's memory: reading a number through it touches less code than numpy does."""
+        """The score's memory. Reading a number through it runs less code than numpy does."""
         return None if self.score is None else self.score.data
 
 
 @dataclass
 class Route:
-    """The steps of a plan laid out for one policy: what a single row walks. Where components
-    are launched ahead, `marks` are set before and behind each, and `shares` counts rows."""
+    """The steps of a plan under one policy, in the order in which a single row runs them. If
+    components are launched ahead, `marks` are set before and after each, and `shares` counts
+    rows."""
 
     decisions: Sequence[Decision]
     full: list[Step]
@@ -68,8 +70,8 @@ class Route:
 
 @dataclass
 class Plan:
-    """What a chain keeps for one set of axis sizes: places of its feeds, and steps by what is
-    asked."""
+    """The bindings of a chain for one set of axis sizes: arrays of its feeds, and its steps by
+    number and requested score."""
 
     sizes: dict[str, int]
     feeds: list[tuple[str, NDArray[Any]]]
@@ -82,12 +84,11 @@ class Plans:
 
     Args:
         components, chain, feeds, asked: As for `edgeexit.runtime.executor.rows.RowPass`.
-        ahead: What launches components ahead, if anything does.
+        ahead: Decides which components are launched ahead; None: none are.
 
     Attributes:
-        exits: Those that stop, in order.
-        exit_behind: Per component, the number of the exit behind it and that exit; None where there
-            is none.
+        exits: Exits with the action ``stop``, in order.
+        exit_behind: Per component, the number of the exit behind it and that exit; None: no exit.
     """
 
     def __init__(
@@ -111,13 +112,13 @@ class Plans:
         self.open(asked)
 
     def open(self, asked: Sequence[str | None]) -> None:
-        """Opens what does not yet give what is asked; if that fails, all stays as it was."""
+        """Opens components again that lack a requested output. If that fails, nothing changes."""
         manifest = self._components.bundle.manifest
         opened = self._components.open(outputs_asked(manifest, self._chain, asked))
         if self._is_open and not opened:
             return
-        # Scores are looked at every time, and the last exit's answers are wanted when it is come
-        # to; those of the others only if a row leaves there.
+        # Scores are always read, and so are the last exit's answers; the answers of other exits
+        # only if a row stops there.
         on_host = {*self.exits[-1].outputs.values()}
         for exit_ in self.exits:
             on_host |= {*exit_.scores.values()}
@@ -134,12 +135,12 @@ class Plans:
         )
 
     def plan(self, sizes: Mapping[str, int]) -> Plan:
-        """The plan for these sizes; the least recently made go when there are too many."""
+        """The plan for these sizes. If there are too many plans, the oldest are dropped."""
         key = size_key(sizes)
         plan = self._plans.get(key)
         if plan is None:
             for tensor in self._feeds:
-                # Grows slots, which drops every plan, before views exist.
+                # Before views are created: growing a slot drops every plan.
                 self._bindings.bound(tensor.name, sizes)
             places: list[tuple[str, NDArray[Any]]] = []
             for tensor in self._feeds:
@@ -152,7 +153,7 @@ class Plans:
         return plan
 
     def step(self, plan: Plan, number: int, ask: str | None) -> Step:
-        """A component and its exit bound for the plan's sizes, made to give what is asked."""
+        """A component and its exit, bound for the plan's sizes and the requested score."""
         step = plan.steps.get((number, ask))
         if step is not None:
             return step
@@ -186,7 +187,7 @@ class Plans:
     def _bind(
         self, plan: Plan, name: str, renamed: Mapping[str, str], wanted: set[str]
     ) -> Callable[[], object]:
-        """A component bound by name; of its outputs those that are wanted."""
+        """Binds a component by name, with the wanted outputs only."""
         component = self._components.bundle.manifest.components[name]
         bindings, graph = self._bindings, self._components.graph(name)
         inputs = {
@@ -200,7 +201,7 @@ class Plans:
         return graph.bind(inputs, outputs)
 
     def route(self, plan: Plan, decisions: Sequence[Decision]) -> Route:
-        """The plan's steps laid out for these decisions; made once while they stay the same."""
+        """The plan's steps for these decisions; kept until the decisions change."""
         route = plan.route
         if route is None or route.decisions is not decisions:
             full, steps = [], []
@@ -217,19 +218,19 @@ class Plans:
         return route
 
     def compact(self, plan: Plan, number: int, stays: NDArray[np.intp]) -> Plan:
-        """Moves the rows that stay to the front of every tensor still needed."""
+        """Moves the rows that stay to the front of every tensor that is still needed."""
         for name in self._alive_after[number]:
             self._bindings.keep_rows(name, plan.sizes, stays)
         return self.plan({**plan.sizes, "batch": len(stays)})
 
     def _carried(self) -> list[set[str]]:
-        """Per component, the tensors that later ones, and the paths of their exits, still take."""
+        """Per component, the tensors that later components and their exits still take."""
         known = self._components.bundle.manifest.components
         behind = exit_calls(self._chain)
         later: set[str] = set()
-        found: list[set[str]] = []
+        carried: list[set[str]] = []
         for name in reversed(self._names):
-            found.append(set(later))
+            carried.append(set(later))
             later -= {tensor.name for tensor in known[name].outputs}
             later |= {tensor.name for tensor in known[name].inputs}
             made = {tensor.name for tensor in known[name].outputs}
@@ -238,7 +239,7 @@ class Plans:
                     own = known[call.component]
                     later |= {call.inputs.get(t.name, t.name) for t in own.inputs} - made
                     made |= {tensor.name for tensor in own.outputs}
-        return found[::-1]
+        return carried[::-1]
 
     def failure(self, error: Exception, number: int) -> EdgeExitError:
         return failure(
@@ -260,7 +261,7 @@ class _Sequence:
             run()
 
     def put(self) -> None:
-        """Puts all of them on a GPU's stream; scores are there once somebody has waited."""
+        """Puts all of them on the GPU's stream, without waiting for their scores."""
         for run in self._runs:
             run.put()  # type: ignore[attr-defined]
 

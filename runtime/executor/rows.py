@@ -1,8 +1,8 @@
-"""A chain run over rows: each leaves at the exit where its own score says so.
+"""`RowPass`: runs a chain over rows. Each row stops at the first exit whose score is high enough.
 
-The inner loop of every program that takes all of an input at once: run a component, look at the
-score of its exit, let rows go, compact the others, go on. Only scores and the answers of rows that
-leave are read from the buffers.
+This is the inner loop of classifiers and encoders: run a component, read the score of its exit,
+answer the rows that stop, compact the others, continue. Only scores, and the answers of rows that
+stop, are read from the buffers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     pass
 
 ALL = np.empty(0, np.intp)
-"""Says that every row stays. Compared by identity."""
+"""Means that every row stays. Compared by identity."""
 
 
 @dataclass(slots=True)
 class Answers:
-    """What a run gives, per row: outputs, the index of the exit taken, and its score there."""
+    """Results of a run per row: outputs, the index of its exit, and its score at that exit."""
 
     outputs: dict[str, NDArray[Any]]
     exits: NDArray[np.int64]
@@ -44,19 +44,19 @@ class Answers:
 
 
 class RowPass:
-    """A chain that rows pass through, opened on an engine.
+    """Runs a chain over rows, on an engine.
 
     Args:
-        components: The bundle's, on the engine.
+        components: The bundle's components on the engine.
         chain: The chain.
-        feeds: What its components take from outside.
-        asked: Per exit, what it is opened with (`outputs_asked`); whatever a later run needs
-            besides is opened then, and kept.
-        launch_ahead: Whether a single row's next component is put on a GPU's stream before the
-            score of the one before is there (`edgeexit.runtime.executor.launch_ahead`).
+        feeds: Inputs of the chain's components that come from outside the chain.
+        asked: Per exit, the score that it is opened with (`outputs_asked`). Runs that need more
+            open components again; the result is kept.
+        launch_ahead: Whether a single row's next component is put on the GPU's stream before the
+            current score is known (`edgeexit.runtime.executor.launch_ahead`).
 
     Attributes:
-        exits: Those that stop, in order.
+        exits: Exits with the action ``stop``, in order.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class RowPass:
         patience: int = 0,
         timed: bool = False,
     ) -> Answers:
-        """Runs rows until each has left at an exit.
+        """Runs rows until each has stopped at an exit.
 
         Args:
             feeds: Every feed.
-            sizes: Size of every symbolic axis of the feeds; `batch` counts rows.
+            sizes: Size of every symbolic axis of the feeds; `batch` is the number of rows.
             decisions: One per exit.
             patience: See `edgeexit.bundle.policy.Rule`.
-            timed: Record the time of every component, its exit and compaction included.
+            timed: Record the time of every component, including its exit and compaction.
         """
         if self._ready_for is not decisions:
             self._plans.open([d.score if d.consult else None for d in decisions])
@@ -107,12 +107,12 @@ class RowPass:
     def run_all(
         self, feeds: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
     ) -> tuple[list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]], list[int]]:
-        """Runs every component for every row. Returns, per exit, copies of all outputs and all
-        scores, and the time of each component with its exit, in ns."""
+        """Runs every component for every row. Returns per exit copies of all outputs and scores,
+        and the time of each component with its exit, in ns."""
         self._plans.open([EVERY_SCORE] * len(self.exits))
         plan = self._plans.plan(sizes)
         self._feed(plan, feeds)
-        found, times_ns = [], []
+        answers, times_ns = [], []
         for number, behind in enumerate(self._exit_behind):
             step = self._plans.step(plan, number, EVERY_SCORE)
             started = time.perf_counter_ns()
@@ -124,12 +124,12 @@ class RowPass:
                     {name: views[tensor] for name, tensor in given.items()}
                     for given in (behind[1].outputs, behind[1].scores)
                 )
-                found.append((outputs, scores))
-        return found, times_ns
+                answers.append((outputs, scores))
+        return answers, times_ns
 
     def _feed(self, plan: Plan, feeds: Mapping[str, NDArray[Any]]) -> None:
         if self.ahead is not None:
-            self._engine.settle()  # one launched for nothing may still read the last inputs
+            self._engine.settle()  # a component launched ahead may still read the last inputs
         for name, place in plan.feeds:
             place[...] = feeds[name]
 
@@ -170,10 +170,10 @@ class RowPass:
         raise AssertionError("the last component answers for every row left")
 
     def _run_row(self, plan: Plan, decisions: Sequence[Decision]) -> Answers:
-        """One row, nothing but the decision between two components.
+        """Runs one row, with nothing but the decision between two components.
 
-        A component's weights push Python's own code and data out of the caches, so every object
-        touched between two of them is a cache miss (benchmarks/README.md, "between segments").
+        A component's weights evict Python's code and data from the CPU caches, so every object that
+        is used between two components is a cache miss (benchmarks/README.md, "between segments").
         """
         route = self._plans.route(plan, decisions)
         number = 0
@@ -189,12 +189,12 @@ class RowPass:
         return self._answer_row(route.full[number], number)
 
     def _run_row_ahead(self, plan: Plan, decisions: Sequence[Decision], ahead: Ahead) -> Answers:
-        """One row on a GPU, where the next component may be on the stream before the score of this
-        one is there."""
+        """Runs one row on a GPU. The next component may be put on the stream before the current
+        score is known."""
         route = self._plans.route(plan, decisions)
         last = len(route.steps) - 1
         number, launched = 0, False
-        untimed: int | None = None  # a boundary whose times can be read at the next wait
+        untimed: int | None = None  # boundary whose times can be read after the next wait
         try:
             while True:
                 run, first_score, threshold = route.steps[number]
@@ -256,7 +256,8 @@ class RowPass:
         alive: NDArray[np.intp] | None,
         fires: NDArray[np.bool_],
     ) -> NDArray[np.intp] | None:
-        """Answers for the rows that fire. Returns the rows that stay, `ALL`, or None for none."""
+        """Answers the rows that stop. Returns the rows that stay, `ALL`, or None if no row
+        stays."""
         if fires.all():
             self._answer(answers, number, step, alive, None)
             return None
@@ -273,7 +274,8 @@ class RowPass:
         alive: NDArray[np.intp] | None,
         rows: NDArray[np.intp] | None,
     ) -> None:
-        """Copies answers of `rows` of the current batch (None: all) to their original places."""
+        """Copies the answers of `rows` of the current batch (None: all) to their original
+        places."""
         exit_number, exit_ = self._exit_at(number)
         if rows is None and alive is None:
             answers.outputs = {n: fetch(step.views[t]).copy() for n, t in exit_.outputs.items()}
@@ -283,11 +285,11 @@ class RowPass:
             return
         places = alive if rows is None else rows if alive is None else alive[rows]
         for name, tensor in exit_.outputs.items():
-            made = fetch(step.views[tensor])
+            values = fetch(step.views[tensor])
             if name not in answers.outputs:
-                shape = (len(answers.exits), *made.shape[1:])
-                answers.outputs[name] = np.empty(shape, made.dtype)
-            answers.outputs[name][places] = made if rows is None else made[rows]
+                shape = (len(answers.exits), *values.shape[1:])
+                answers.outputs[name] = np.empty(shape, values.dtype)
+            answers.outputs[name][places] = values if rows is None else values[rows]
         answers.exits[places] = exit_number
         if step.score is not None:
             answers.scores[places] = step.score if rows is None else step.score[rows]

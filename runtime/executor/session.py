@@ -1,8 +1,7 @@
-"""A chain that runs token by token: its components with their states, for one batch of texts.
+"""`Session`: a chain that runs token by token, with the states of one batch of texts.
 
-`Session` holds what a batch of texts being written needs: states, rings of what waits between two
-components, what an earlier step handed on. What is run when, the modes decide
-(`edgeexit.runtime.programs.modes`).
+A session holds the states, the rings of tokens that wait between components, and the tensors of
+earlier steps. The modes decide what runs when (`edgeexit.runtime.programs.modes`).
 """
 
 from __future__ import annotations
@@ -31,27 +30,28 @@ from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
 
 CHUNK = 256
-"""Prompt tokens that one run takes."""
+"""Most prompt tokens of a row in one run."""
 
 
 class Session:
     """States, boundaries and waiting tokens of one batch.
 
     Args:
-        components: The bundle's, on an engine.
-        chain: What runs for every token.
-        embedded: What the chain begins with.
+        components: The bundle's components on an engine.
+        chain: The chain that runs for every token.
+        embedded: The step that looks up the embeddings of tokens.
+        table: Its table of embeddings.
         decoding: How the program writes text.
         batch: Rows.
         capacity: Tokens that each row can hold, prompt included.
-        chunk: The most new tokens of a row that one run takes.
+        chunk: Most new tokens of a row in one run.
 
     Attributes:
         parts: The chain's components; `parts[k]` reads boundary k and writes boundary k + 1.
-        exits: Per component, the exit behind it that stops; None where there is none.
-        rings: ``rings[k]`` holds what waits for `parts[k]`; the first one stays empty.
+        exits: Per component, the exit behind it with the action ``stop``; None: no exit.
+        rings: ``rings[k]`` holds the tokens that wait for `parts[k]`; the first stays empty.
         takes: Tensors of earlier steps that components and makers read.
-        prompts: Tokens of every row's prompt.
+        prompts: Per row, the number of tokens in its prompt.
         group_masks: Mask -> per row, which tokens of the prompt belong to the group.
     """
 
@@ -86,7 +86,7 @@ class Session:
         self.boundaries = [self._embedded, *(part.state for part in self.parts)]
         for name in self.boundaries:
             if "new" in self.bindings.tensors[name].axes:
-                self.bindings.bound(name, self._sizes)  # as large as it will ever be
+                self.bindings.bound(name, self._sizes)  # allocates the largest size
         self.rings = [self._ring(name) for name in self.boundaries[:-1]]
         self._views: dict[tuple[str, int], Array] = {}
         self._rows: dict[str, Array] = {}
@@ -100,29 +100,29 @@ class Session:
 
     @property
     def stateful(self) -> list[Part]:
-        """Everything that keeps something of every token: components and paths of exits."""
+        """All parts with token states: the components, and the adapters of exits."""
         return [*self.parts, *(part for path in self._paths for part in path)]
 
     @property
     def answers_itself(self) -> bool:
-        """Whether the last component gives tokens, without a head."""
+        """Whether the last component outputs tokens itself, without a head (the unsplit graph)."""
         exit_ = self.exits[-1]
         assert exit_ is not None
         return not exit_.path
 
     def shares(self) -> list[float]:
-        """Per component, the share of the chain's layers that it and those before it have, by
-        their states."""
+        """Per component, the share of the chain's layers up to and including it; layers are counted
+        by their states."""
         layers = [max(1, len(token_states(part.component))) for part in self.parts]
         return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
 
     def adapter(self, number: int) -> Part | None:
-        """The last component that stands between a component and the head of its exit."""
+        """The last component between a component and the head of its exit; None: there is none."""
         path = self._paths[number]
         return path[-1] if path else None
 
     def head(self, number: int, scores: Collection[str] = ()) -> Head:
-        """The head of the exit behind a component, which gives these scores at least."""
+        """The head of the exit behind a component, with at least these scores."""
         exit_ = self.exits[number]
         assert exit_ is not None and exit_.path
         key = (exit_.path[-1].component, *sorted((exit_.outputs | exit_.scores).items()))
@@ -145,8 +145,8 @@ class Session:
         return view
 
     def row_states(self, name: str, like: Array) -> Array:
-        """A place to keep one state per row, ``[batch, width]``, of the width and dtype of others.
-        Under one name it is always the same."""
+        """Memory for one hidden state per row, ``[batch, width]``, with the width and dtype of
+        `like`. The same name always gives the same memory."""
         states = self._rows.get(name)
         if states is None:
             shape = (self.batch, like.shape[-1])
@@ -155,7 +155,7 @@ class Session:
         return states
 
     def late(self, number: int) -> Ring:
-        """The ring of what waits for an exit's own states, emptied."""
+        """The ring of tokens that wait for an exit's adapter, emptied."""
         ring = self._late.get(number)
         if ring is None:
             ring = self._late[number] = self._ring(self.boundaries[number + 1])
@@ -169,14 +169,14 @@ class Session:
         groups: Mapping[str, Sequence[NDArray[np.bool_]]] | None = None,
         handed: Mapping[str, NDArray] | None = None,
     ) -> None:
-        """Begins new texts.
+        """Starts new texts.
 
         Args:
-            prompts: Tokens of every row's prompt.
-            prefix: Per row, the places in the prompt of tokens whose embeddings come from another
-                chain, and those embeddings ``[places, width]``; empty: there are none.
+            prompts: Per row, the number of tokens in its prompt.
+            prefix: Per row, the positions of prompt tokens whose embeddings come from another
+                chain, and those embeddings ``[positions, width]``; empty: there are none.
             groups: Token group -> per row, which tokens of the prompt belong to it.
-            handed: What earlier steps hand on, by name.
+            handed: Tensors of earlier steps, by name.
         """
         self.empty()
         self.prompts, self._prefix = list(prompts), list(prefix)
@@ -190,10 +190,10 @@ class Session:
         self.gates.begin(groups or {})
 
     def embed(self, tokens: NDArray[np.int64], start: int | None = None) -> None:
-        """Gathers the embeddings of tokens ``[batch, new]`` into the first boundary.
+        """Writes the embeddings of tokens ``[batch, new]`` to the first boundary.
 
         Args:
-            start: Where in the prompt they begin; None: they are not of a prompt.
+            start: Position of the first token in the prompt; None: not prompt tokens.
         """
         self.engine.settle()
         first = self.boundary(0, tokens.shape[1])
@@ -206,19 +206,19 @@ class Session:
                 first[row, places[chosen] - start] = rows[chosen]
 
     def run(self, number: int, block: Block) -> Block:
-        """Runs a component over what its boundary holds.
+        """Runs a component over the block at its boundary.
 
         Returns:
-            What then stands at the next boundary: fewer tokens where a group left.
+            The block at the next boundary; it has fewer tokens if a gate dropped a group.
 
         Raises:
-            InputError: Some row's states have no room for so many, or none of its tokens are left.
+            InputError: A row's states have no room for the tokens, or no tokens remain.
         """
         self._advance(self.parts[number], block)
         return self.gates.after(number, block)
 
     def run_through(self, first: int, last: int, block: Block) -> Block:
-        """Runs components from `first` to before `last` over a block, one after the other."""
+        """Runs components `first` to `last` - 1 over a block, one after the other."""
         for number in range(first, last):
             block = self.run(number, block)
         return block
@@ -226,14 +226,14 @@ class Session:
     def run_all(
         self, first: int, last: int, new: int, counts: Sequence[int] | None = None
     ) -> Array:
-        """Runs components from `first` to before `last` over tokens behind the prompt.
+        """Runs components `first` to `last` - 1 over tokens after the prompt.
 
-        With a component's weights just passed through the processor's caches, every line of Python
-        starts cold; so, where it can be, everything is written before the first of them.
+        A component's weights evict Python's code from the CPU caches. So, where possible,
+        everything is written before the first component runs.
 
         Args:
-            first, last: Which components.
-            new, counts: As in `Block`; None: all of them count.
+            first, last: Range of components.
+            new, counts: As in `Block`; None: all tokens are real.
 
         Returns:
             Boundary `last`, ``[batch, new, width]``.
@@ -255,14 +255,14 @@ class Session:
         except Exception as error:
             raise parts[done].failure(error) from error
         states.advance(added)
-        lengths = states.lengths  # a new list, which no part changes
+        lengths = states.lengths  # a new list, so parts can share it
         for part in parts:
             part.states.lengths = lengths
         return self.boundary(last, new)
 
     def _calls_alike(self, parts: Sequence[Part], new: int) -> list[Callable[[], object]] | None:
-        """The calls that are all there is to run; None where there is more to do, or where the
-        parts do not stand at the same places."""
+        """The calls that run these parts; None if a part needs more than its call, or if the parts
+        have different lengths or gaps."""
         lengths, gaps = parts[0].states.lengths, parts[0].states.gaps
         calls = []
         for part in parts:
@@ -273,12 +273,12 @@ class Session:
         return calls
 
     def adapt(self, number: int, block: Block) -> Array:
-        """Lets the exit behind a component take what the component's run has just made. Call it for
-        every token, in order; otherwise the states of the exit's own components have gaps.
+        """Runs the adapter of the exit behind a component over the component's last output. Call it
+        for every token, in order; otherwise the adapter's KV cache has gaps.
 
         Returns:
-            What the head looks at, ``[batch, new, width]``: what the path gives, or without one the
-            boundary itself.
+            The input of the head, ``[batch, new, width]``: the adapter's output or, without an
+            adapter, the boundary.
         """
         for part in self._paths[number]:
             self._advance(part, block)
@@ -304,27 +304,27 @@ class Session:
                     states.gaps[row] = end - states.lengths[row]
 
     def project(self, number: int, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Lets one token per row skip a component: what its boundary holds for these rows leaves
-        its mark in the component's states (`Component.projection`), and is not changed.
+        """Lets one token per row skip a component. The component's projection computes its keys and
+        values from the boundary (`Component.projection`); the boundary does not change.
 
         Args:
-            rows: Which rows.
-            positions: Where each row's token stands, ``[batch]``.
+            rows: Rows with such a token.
+            positions: Position of each row's token, ``[batch]``.
         """
         part = self.parts[number]
         self.places.write(1, part.states.lengths, positions)
-        made = part.project()
-        if made is not None:
-            part.states.append(made, rows)
+        projected = part.project()
+        if projected is not None:
+            part.states.append(projected, rows)
         part.states.advance([int(row in rows) for row in range(self.batch)])
 
     def crop(self, positions: Sequence[int]) -> None:
-        """Takes back, everywhere, tokens that stand at these positions ``[batch]`` or behind."""
+        """Removes tokens from these positions ``[batch]`` on, in all states."""
         for part in self.stateful:
             part.states.crop(positions)
 
     def empty(self) -> None:
-        """Forgets the texts."""
+        """Removes all texts."""
         for part in self.stateful:
             part.states.clear()
         for ring in self.rings:
@@ -335,14 +335,15 @@ class Session:
     def portions(
         self, ring: Ring, part: Part, boundary: str
     ) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
-        """Empties a ring into the tensor that a part reads, as much at a time as one run takes.
+        """Moves the tokens of a ring to the tensor that a part reads, in blocks of the size of one
+        run.
 
         Yields:
-            The block, and for every row whose newest state is in it, the row and its place.
+            The block, and for every row whose newest token is in it, the row and its index.
         """
         waiting, start = ring.counts, 0
         while start < max(waiting):
-            # Rows with fewer states are padded, and padding must not run over the end of states.
+            # Rows with fewer tokens are padded; padding must not exceed the capacity.
             new = min(self.chunk, max(waiting) - start, self.capacity - part.states.longest())
             self.tensor(boundary, new)[...] = ring.states(start, start + new)
             counts = [min(max(count - start, 0), new) for count in waiting]
@@ -358,27 +359,27 @@ class Session:
         ring.clear()
 
     def positions_of(self, number: int, block: Block) -> list[list[int]]:
-        """Where the tokens of a block that a component has just run over stand, per row."""
+        """Per row, the positions of the tokens of a block that a component has just run over."""
         ends = self.parts[number].states.positions
         return standing(block, [end - n for end, n in zip(ends, block.counts, strict=True)])
 
     def inputs_of(
         self, inputs: Sequence[Tensor], renamed: Mapping[str, str], new: int
     ) -> dict[str, Bound]:
-        """What a component's inputs are bound to, by name, for that many new tokens."""
+        """Input name -> its memory, for that many new tokens."""
         sizes = {"batch": self.batch, "new": new}
-        found: dict[str, Bound] = {}
+        bound: dict[str, Bound] = {}
         for tensor in inputs:
             name = renamed.get(tensor.name, tensor.name)
             if name == self.decoding.positions.name:
-                found[tensor.name] = self.places.positions(new)
+                bound[tensor.name] = self.places.positions(new)
             elif name in self._masks:
-                found[tensor.name] = self.places.mask(name, new)
+                bound[tensor.name] = self.places.mask(name, new)
             elif name in self.handed.bound:
-                found[tensor.name] = self.handed.bound[name]
+                bound[tensor.name] = self.handed.bound[name]
             else:
-                found[tensor.name] = self.bindings.bound(name, sizes)
-        return found
+                bound[tensor.name] = self.bindings.bound(name, sizes)
+        return bound
 
     def _ring(self, boundary: str) -> Ring:
         tensor = self.bindings.tensors[boundary]
@@ -387,7 +388,7 @@ class Session:
         return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine, positions=self.ragged)
 
     def _path_parts(self, exit_: Exit | None) -> list[Part]:
-        """What stands between a component and the head of its exit, run for every token."""
+        """The adapter: the components between a component and the head of its exit."""
         if exit_ is None:
             return []
         parts = [Part(self, call.component, call) for call in exit_.path[:-1]]

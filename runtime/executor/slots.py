@@ -1,8 +1,8 @@
-"""Where tensors live while a chain runs: shared slots, and the shapes that they must hold.
+"""Assigns the tensors of a chain to memory slots, and computes their shapes.
 
-`assign_slots` is a pure function of the chain: tensors of the same form whose lives do not overlap
-share a slot, so a chain of any length needs two states. Slots are as large as the largest shape
-seen; a smaller batch uses their beginning, so compacting rows never allocates.
+`assign_slots` is a pure function of the chain: tensors with the same dtype and axes whose lifetimes
+do not overlap share a slot, so a chain of any length needs two hidden states. A slot is as large as
+the largest shape so far; smaller batches use its start, so compacting rows never allocates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgeexit.errors import EngineError
 
 @dataclass(frozen=True)
 class Stage:
-    """What comes and goes while one component of a chain and the exits behind it run."""
+    """Tensors that one component of a chain and the exits behind it take and make."""
 
     takes: Sequence[str]
     makes: Sequence[Tensor]
@@ -27,7 +27,7 @@ class Stage:
 
 def stages(chain: Chain, components: Mapping[str, Component]) -> list[Stage]:
     """The stages of a chain, in order."""
-    found = []
+    order = []
     for name in chain.components:
         takes = [tensor.name for tensor in components[name].inputs]
         makes = list(components[name].outputs)
@@ -36,8 +36,8 @@ def stages(chain: Chain, components: Mapping[str, Component]) -> list[Stage]:
                 own = components[call.component]
                 takes += [call.inputs.get(tensor.name, tensor.name) for tensor in own.inputs]
                 makes += own.outputs
-        found.append(Stage(takes, makes))
-    return found
+        order.append(Stage(takes, makes))
+    return order
 
 
 def assign_slots(
@@ -49,10 +49,10 @@ def assign_slots(
 ) -> dict[str, int]:
     """Gives every tensor of a chain a slot.
 
-    A tensor lives from the stage that makes it to the last one that takes it (an answer only in its
-    own stage, where it is read at once, or also in the next one if that is launched `ahead`). Two
-    tensors share a slot only if they have the same dtype and axes, none of them open, are both on
-    the host or both not, and never live in the same stage.
+    A tensor lives from the stage that makes it to the last stage that takes it. Answers live only
+    in their own stage, where they are read at once, or also in the next if that is launched
+    `ahead`. Two tensors share a slot if they have the same dtype and axes, all axes are known, both
+    or neither are on the host, and they never live in the same stage.
     """
     born = {tensor.name: -1 for tensor in inputs}
     forms = {tensor.name: tensor for tensor in inputs}
@@ -65,11 +65,11 @@ def assign_slots(
     for number, stage in enumerate(stages):
         dies |= {name: max(number, dies[name]) for name in stage.takes if name in dies}
     slots: dict[str, int] = {}
-    taken: list[tuple[object, int]] = []  # per slot, its form and the last stage it is needed in
+    taken: list[tuple[object, int]] = []  # per slot: dtype, axes, ... and the last stage using it
     for name in sorted(born, key=lambda name: born[name]):
         tensor = forms[name]
-        # A tensor with an open axis shares with none: the other may be larger, and a slot that
-        # grows in the middle of a run leaves what was bound before pointing at freed memory.
+        # A tensor with an unknown axis does not share: a slot that grows during a run would leave
+        # earlier bindings pointing to freed memory.
         own = name if None in tensor.axes else ""
         form = (tensor.dtype, tuple(tensor.axes), name in on_host, own)
         fits = (
@@ -82,7 +82,7 @@ def assign_slots(
 
 
 def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
-    """Shape of a tensor for given axis sizes; None when the manifest leaves an axis open."""
+    """Shape of a tensor for these axis sizes; None if the manifest does not give an axis."""
     shape = []
     for axis in tensor.axes:
         if axis is None or (isinstance(axis, str) and axis not in sizes):
@@ -92,12 +92,12 @@ def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...] | None
 
 
 def dtype_of(tensor: Tensor | TokenState) -> np.dtype[Any]:
-    """What numpy calls a tensor's dtype; raises `EngineError` for one that it does not have."""
+    """The numpy dtype of a tensor. Raises `EngineError` if numpy does not have it."""
     try:
         return np.dtype(tensor.dtype)
     except TypeError as error:
         raise EngineError(
-            f"{tensor.name} is {tensor.dtype}, which buffers of this engine cannot hold",
+            f"{tensor.name} is {tensor.dtype}, which this engine's buffers do not support",
             fix="Export the model in float32 or float16.",
         ) from error
 

@@ -1,8 +1,8 @@
-"""What components keep of every token (keys and values), and how much of it counts.
+"""Token states of components (the KV cache), and the rings of tokens that wait between components.
 
-A component's token states are buffers of a fixed capacity and one length per row. Taking back
-tokens that were drafted in vain is a change of length, never a copy. Tokens may be missing in some
-components, where their group left: positions run on, lengths do not (`TokenStates.gaps`).
+A component's token states are buffers of a fixed capacity, with one length per row. Removing
+rejected drafts only changes the length; nothing is copied. If a gate dropped tokens, the states
+behind it hold fewer tokens than the text: `TokenStates.gaps` counts them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from edgeexit.runtime.engines.host import Window
 from edgeexit.runtime.executor.slots import dtype_of
 
 LEAST_EXTENT = 32
-"""Places of the smallest extent, where the capacity is larger."""
+"""Smallest extent in tokens, unless the capacity is smaller."""
 
 
 def extents(capacity: int) -> list[int]:
-    """How many places a graph may attend over that reads past tokens of any number: the capacity,
+    """Sizes of the past, in tokens, that graphs of the form ``append`` attend over: the capacity
     and its halves.
 
     Each is at least twice the one before, so that caches can grow in place.
@@ -31,21 +31,20 @@ def extents(capacity: int) -> list[int]:
     >>> extents(1000)
     [62, 125, 250, 500, 1000]
     """
-    found = [capacity]
-    while found[0] // 2 >= LEAST_EXTENT:
-        found.insert(0, found[0] // 2)
-    return found
+    sizes = [capacity]
+    while sizes[0] // 2 >= LEAST_EXTENT:
+        sizes.insert(0, sizes[0] // 2)
+    return sizes
 
 
 ALIGNMENT = 256
-"""Bytes; TensorRT takes no address between two multiples of it."""
+"""Alignment in bytes; TensorRT requires it of every address."""
 
 
 @dataclass
 class _Group:
-    """Caches of one form in one piece of memory: what is done to all of them is done at once.
-
-    `region` is how many bytes each of them has.
+    """Caches with the same shape and dtype in one block of memory, so that one operation updates
+    all of them. `region` is the size of each in bytes.
     """
 
     states: list[TokenState]
@@ -56,7 +55,7 @@ class _Group:
     region: int
 
     def array(self, batch: int, extent: int) -> Array:
-        """All of them, ``[cache, batch, heads, extent, size]``."""
+        """All caches, ``[cache, batch, heads, extent, size]``."""
         token = self.size * self.dtype.itemsize
         head, row = extent * token, extent * token * self.heads
         shape = (len(self.states), batch, self.heads, extent, self.size)
@@ -65,30 +64,31 @@ class _Group:
         return array
 
     def bound(self, batch: int, extent: int) -> dict[str, Bound]:
-        """Each of them, ``[batch, heads, extent, size]``, by the cache's name."""
+        """Cache name -> the cache, ``[batch, heads, extent, size]``."""
         shape = (batch, self.heads, extent, self.size)
-        found: dict[str, Bound] = {}
+        caches: dict[str, Bound] = {}
         for number, cache in enumerate(self.states):
             place = Window(self.slot.device, self.slot.pointer + number * self.region)
-            found[cache.name] = (place, self.dtype, shape)
-        return found
+            caches[cache.name] = (place, self.dtype, shape)
+        return caches
 
 
 class TokenStates:
-    """The caches of one segment.
+    """The caches of one component.
 
     Args:
-        states: As the manifest describes them; none: only lengths are kept.
+        states: From the manifest; empty: only lengths are kept.
         batch: Rows.
         capacity: Tokens that each row can hold.
-        engine: Where memory comes from.
-        grows: The graphs read a past of any extent, and do not write into it: what they attend over
-            grows with the text (`extents`). Else it is the whole capacity.
+        engine: Allocates the memory.
+        grows: The graphs read a past of any size and do not write into it: the extent grows with
+            the text (`extents`). False: the extent is the capacity.
 
     Attributes:
-        lengths: Per row, how many tokens count. Never changed in place.
-        gaps: Per row, how many tokens of the text before its next one never came here.
-        extent: Places of a row that graphs read now.
+        lengths: Per row, the number of valid tokens. Never changed in place.
+        gaps: Per row, the number of earlier tokens of the text that were dropped before they
+            reached this component.
+        extent: Tokens per row that graphs read now.
 
     Raises:
         EngineError: There is not enough memory.
@@ -121,7 +121,7 @@ class TokenStates:
         return max(self.lengths)
 
     def check_room(self, new: int, where: str) -> int:
-        """Refuses new tokens that some row has no place for, before anything is written.
+        """Raises `InputError` if a row has no room for new tokens; nothing is written then.
 
         Returns:
             `longest`.
@@ -129,74 +129,74 @@ class TokenStates:
         longest = self.longest()
         if longest + new > self.capacity:
             raise InputError(
-                f"{where}: a row of the caches holds {longest} tokens, and {new} more need "
-                f"{longest + new} places; the capacity is {self.capacity}",
+                f"{where}: a row of the caches holds {longest} tokens and {new} more are "
+                f"{longest + new}, above the capacity of {self.capacity}",
                 fix="Load with a larger capacity, or end the text earlier.",
             )
         return longest
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Lets so many more tokens of each row count."""
+        """Increases each row's length."""
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
 
     @property
     def positions(self) -> list[int]:
-        """Per row, where its next token stands in the text."""
+        """Per row, the position of its next token in the text."""
         return [a + b for a, b in zip(self.lengths, self.gaps, strict=True)]
 
     def crop(self, positions: Sequence[int]) -> None:
-        """Takes back tokens that stand at these positions or behind."""
+        """Removes each row's tokens from a position on."""
         ends = zip(self.lengths, positions, self.gaps, strict=True)
         self.lengths = [min(length, max(end - gap, 0)) for length, end, gap in ends]
 
     def clear(self) -> None:
-        """Forgets the texts."""
+        """Removes all tokens."""
         self.lengths, self.gaps = [0] * self._batch, [0] * self._batch
         self.extent = self._extents[0]
 
     def past(self) -> dict[str, Bound]:
-        """Graph input -> the part of the buffer that is read."""
+        """Graph input -> the part of the buffer that the graph reads."""
         return self._bound("past")
 
     def present(self) -> dict[str, Bound]:
-        """Graph output -> the same buffer, for forms that write into the cache they read."""
+        """Graph output -> the same buffer, for forms that update the cache in place."""
         return self._bound("present")
 
     def _bound(self, side: str) -> dict[str, Bound]:
-        found: dict[str, Bound] = {}
+        tensors: dict[str, Bound] = {}
         for group in self._groups:
             bound = group.bound(self._batch, self.extent)
-            found |= {getattr(cache, side): bound[cache.name] for cache in group.states}
-        return found
+            tensors |= {getattr(cache, side): bound[cache.name] for cache in group.states}
+        return tensors
 
     def append(self, new: NewStates, rows: Sequence[int] | None = None) -> None:
-        """Writes new keys and values behind each row's length.
+        """Writes new keys and values after each row's last token. Lengths do not change.
 
         Args:
-            new: What the segment made.
-            rows: Which rows of the batch; None: all.
+            new: Keys and values from a run.
+            rows: Rows of the batch; None: all.
         """
         count = new.count
         self._reserve(self.longest() + count)
         first, *others = self.lengths
-        for group, made in zip(self._groups, new.arrays, strict=True):
+        for group, added in zip(self._groups, new.arrays, strict=True):
             whole = group.array(self._batch, self.extent)
             if rows is None and all(length == first for length in others):
-                whole[:, :, :, first : first + count] = made
+                whole[:, :, :, first : first + count] = added
                 continue
             for row in range(self._batch) if rows is None else rows:
                 length = self.lengths[row]
-                whole[:, row, :, length : length + count] = made[:, row]
+                whole[:, row, :, length : length + count] = added[:, row]
 
     def _reserve(self, places: int) -> None:
-        """Makes graphs read at least so many places of a row; what is there moves apart."""
+        """Increases the extent to at least that many tokens, and moves the cache contents."""
         before = self.extent
         if places <= before:
             return
-        self.extent = after = next(one for one in self._extents if one >= places)
+        self.extent = after = next(extent for extent in self._extents if extent >= places)
         for group in self._groups:
             old, new = group.array(self._batch, before), group.array(self._batch, after)
-            # From the end on: none is overwritten before it has moved.
+            # Backwards, so that nothing is overwritten before it was moved.
             for row in reversed(range(self._batch)):
                 for head in reversed(range(group.heads)):
                     if row or head:
@@ -205,20 +205,20 @@ class TokenStates:
     def rows(self, name: str) -> Array:
         """A cache's buffer ``[batch, heads, extent, size]``, for tests and audits."""
         group, number = self._place[name]
-        found: Array = group.array(self._batch, self.extent)[number]
-        return found
+        cache: Array = group.array(self._batch, self.extent)[number]
+        return cache
 
 
 class NewStates:
-    """Keys and values that a run made of new tokens, before they are appended.
+    """Keys and values of new tokens from a run, before they are appended.
 
     Args:
         states, batch, engine: As for `TokenStates`.
         count: New tokens per row.
 
     Attributes:
-        arrays: Per form of caches ``[cache, batch, heads, count, size]``.
-        bound: Graph output -> where it goes.
+        arrays: Per shape and dtype of caches: ``[cache, batch, heads, count, size]``.
+        bound: Graph output -> its memory.
     """
 
     def __init__(
@@ -231,11 +231,11 @@ class NewStates:
         for group in groups:
             bound = group.bound(batch, count)
             self.bound |= {cache.present: bound[cache.name] for cache in group.states}
-        self._groups = groups  # which hold the memory
+        self._groups = groups  # keeps the memory allocated
 
 
 def _group(states: Sequence[TokenState], batch: int, places: int, engine: Engine) -> list[_Group]:
-    """Caches by their form, with memory for so many places of each row."""
+    """Groups caches by shape and dtype, and allocates memory for `places` tokens of each row."""
     forms: dict[tuple[int, int, np.dtype], list[TokenState]] = {}
     for cache in states:
         rows, heads, past, size = cache.axes
@@ -250,8 +250,8 @@ def _group(states: Sequence[TokenState], batch: int, places: int, engine: Engine
             slot = engine.allocate(size_bytes, sparse=True)
         except (MemoryError, ValueError, OverflowError) as error:
             raise EngineError(
-                f"{same[0].name}: caches of {batch} rows and {places} tokens need {size_bytes} "
-                "bytes, more than there are",
+                f"{same[0].name}: not enough memory: caches of {batch} rows and {places} tokens "
+                f"need {size_bytes} bytes",
                 fix="Load with a smaller capacity, or give fewer prompts at a time.",
             ) from error
         groups.append(_Group(same, heads, size, dtype, slot, region))
@@ -259,13 +259,13 @@ def _group(states: Sequence[TokenState], batch: int, places: int, engine: Engine
 
 
 class Ring:
-    """States that passed a boundary and wait for the segments behind it.
+    """Hidden states of tokens that wait at a boundary for the components behind it.
 
-    First in, first out, per row; drained as a whole, so it never wraps.
+    A queue per row. It is always emptied completely, so it never wraps.
 
     Attributes:
-        counts: Per row, how many wait.
-        positions: Per row, where they stand in the text; kept where tokens may be missing.
+        counts: Per row, the number of waiting tokens.
+        positions: Per row, their positions in the text; None if no tokens can be dropped.
     """
 
     def __init__(
@@ -282,8 +282,8 @@ class Ring:
         self.counts = [0] * batch
         self.positions: list[list[int]] | None = [[] for _ in range(batch)] if positions else None
         self._engine = engine
-        # Memory begins as zeros: what is padding must be finite, for a NaN would spoil its
-        # neighbours' attention.
+        # Engines allocate zeros: padding must be finite, because a NaN would spread through
+        # attention.
         room = min(16, capacity)
         self._slot = engine.allocate(batch * room * width * dtype.itemsize)
         self._states: Array = self._slot.array(dtype, (batch, room, width))
@@ -294,8 +294,8 @@ class Ring:
         counts: Sequence[int],
         positions: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Adds the first ``counts[row]`` of the states ``[batch, new, width]`` of each row, which
-        stand at these positions."""
+        """Adds the first ``counts[row]`` states of each row of ``[batch, new, width]``, with their
+        positions."""
         after = [a + b for a, b in zip(self.counts, counts, strict=True)]
         needed = max(after)
         if needed > self._states.shape[1]:
@@ -317,23 +317,24 @@ class Ring:
         self._states, self._slot = larger, slot
 
     def most(self) -> int:
-        """How many wait in the row where most do."""
+        """The largest number of waiting tokens of a row."""
         return max(self.counts)
 
     def states(self, start: int, stop: int) -> Array:
-        """States from `start` to `stop` of every row; those beyond a row's count are leftovers."""
-        found: Array = self._states[:, start:stop]
-        return found
+        """States `start` to `stop` of every row. Beyond a row's count, values are undefined but
+        finite."""
+        states: Array = self._states[:, start:stop]
+        return states
 
     def crop(self, counts: Sequence[int]) -> None:
-        """Forgets the newest ones of rows in which more wait."""
+        """Limits each row to its first ``counts[row]`` tokens."""
         self.counts = [min(a, b) for a, b in zip(self.counts, counts, strict=True)]
         if self.positions is not None:
             pairs = zip(self.positions, self.counts, strict=True)
             self.positions = [places[:count] for places, count in pairs]
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Removes all tokens."""
         self.counts = [0] * len(self.counts)
         if self.positions is not None:
             self.positions = [[] for _ in self.counts]

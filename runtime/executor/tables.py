@@ -1,5 +1,4 @@
-"""Embeddings: rows gathered from tables in the mapped weight store; only those that are used are
-read."""
+"""Embedding tables in the memory-mapped weight store. Only the rows that are used are read."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from edgeexit.runtime.executor.slots import dtype_of
 
 
 class Tables:
-    """The tables of a bundle's weight store, mapped when the first is needed."""
+    """The tables of a bundle's weight store, mapped on first use."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
@@ -24,7 +23,7 @@ class Tables:
         self._known: dict[tuple[int, int], NDArray[Any]] = {}
 
     def table(self, step: Gather) -> NDArray[Any]:
-        """A step's table ``[size, width]``."""
+        """The table of a step, ``[size, width]``."""
         key = step.offset, step.size
         if key not in self._known:
             if self._mapped is None:
@@ -45,12 +44,12 @@ class Tables:
 
 
 def check_ids(step: Gather, ids: NDArray[np.int64]) -> None:
-    """Refuses token ids outside the vocabulary."""
+    """Raises `InputError` for token ids outside the vocabulary."""
     bad = ids[(ids < 0) | (ids >= step.size)]
     if bad.size:
         raise InputError(
             f"token id {int(bad[0])} is outside the vocabulary (0 to {step.size - 1})",
-            fix="Use the bundle's own tokenizer.",
+            fix="Use the bundle's tokenizer.",
         )
 
 

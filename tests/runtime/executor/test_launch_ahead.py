@@ -77,7 +77,7 @@ def test_every_policy_has_shares_of_its_own_and_old_ones_are_forgotten() -> None
 
 
 def test_a_host_has_nothing_to_launch_on(toy_bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="launch_ahead: the engine cpu has no stream"):
+    with pytest.raises(UsageError, match="launch_ahead: the engine cpu has no GPU stream"):
         load(toy_bundle, launch_ahead="always")
     with pytest.raises(UsageError, match="launch_ahead='sometimes'"):
         load(toy_bundle, launch_ahead="sometimes")  # type: ignore[arg-type]
