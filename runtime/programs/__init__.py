@@ -1,1 +1,1 @@
-"""How an answer is made: one pass (`forward`), or token by token (`generate`, with its `modes`)."""
+"""Runs programs: in one pass (`forward`), or token by token (`generate`, with its `modes`)."""

@@ -1,7 +1,4 @@
-"""What a caller may ask of `Model.generate`: prompts, options, and what is refused.
-
-Everything is looked at before any work begins.
-"""
+"""Checks the arguments of `Model.generate`: prompts and options, before any work begins."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ Prompt = str | Sequence[int]
 
 
 class Options(TypedDict, total=False):
-    """The arguments of `Model.generate` besides the prompts, which `Model.chat` takes too."""
+    """The arguments of `Model.generate` except the prompts. `Model.chat` takes them, too."""
 
     inputs: Mapping[str, NDArray[Any]] | None
     max_new_tokens: int | None
@@ -59,7 +56,8 @@ def check_options(
         max_new_tokens = int(max_new_tokens)
     if not isinstance(draft_threshold, (int, float)) or not draft_threshold >= 0:
         raise UsageError(
-            f"draft_threshold is {draft_threshold!r}", fix="Use a number from 0 up; 0: never."
+            f"draft_threshold is {draft_threshold!r}",
+            fix="Use a number from 0 up; 0: no threshold.",
         )
     if drafts is not None and (not _is_count(drafts) or drafts < 1):
         raise UsageError(f"drafts is {drafts!r}", fix="Use a whole number from 1 up, or None.")
@@ -72,7 +70,7 @@ def check_options(
     for name, (is_given, suits) in given.items():
         if is_given and mode != suits:
             raise UsageError(
-                f"{name} means nothing in mode {mode}", fix=f'Leave it out, or use mode="{suits}".'
+                f"{name} has no effect in mode {mode}", fix=f'Leave it out, or use mode="{suits}".'
             )
     if on_piece is not None and not callable(on_piece):
         raise UsageError(
@@ -93,9 +91,9 @@ def _is_count(value: object) -> bool:
 
 
 def stop_strings(given: str | Sequence[str]) -> list[str]:
-    """Strings that end a text, as a list. Raises `UsageError` for what is none."""
+    """Strings that end a text, as a list. Raises `UsageError` for anything else."""
     stops = [given] if isinstance(given, str) else given
-    if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
+    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
         raise UsageError(
             f"stop is {given!r}", fix='Use a string that ends a text, or a list: stop=["\\n\\n"].'
         )
@@ -105,11 +103,11 @@ def stop_strings(given: str | Sequence[str]) -> list[str]:
 def token_rows(
     prompts: Prompt | Sequence[Prompt], encode: Callable[[str], list[int]]
 ) -> list[NDArray[np.int64]]:
-    """Prompts as rows of token ids. Raises `InputError` for what is no prompt.
+    """Prompts as rows of token ids. Raises `InputError` for invalid prompts.
 
     Args:
-        prompts: One, or several.
-        encode: Makes ids of a text.
+        prompts: One prompt, or several.
+        encode: Converts a text to token ids.
     """
     if not isinstance(prompts, (str, Sequence, np.ndarray)):
         raise InputError(
@@ -118,14 +116,14 @@ def token_rows(
         )
     if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
         raise InputError("the prompts are a number", fix="Give a list of token ids.")
-    one = isinstance(prompts, str) or _are_ids(prompts)
-    many: Sequence[Any] = [prompts] if one else prompts
-    found = []
+    single = isinstance(prompts, str) or _are_ids(prompts)
+    many: Sequence[Any] = [prompts] if single else prompts
+    rows = []
     for prompt in many:
         ids = encode(prompt) if isinstance(prompt, str) else prompt
         try:
             row = np.asarray(ids)
-        except ValueError:  # lists of unlike length
+        except ValueError:  # lists of different lengths
             row = np.asarray(ids, dtype=object)
         whole = row.dtype.kind in "iu" and row.dtype != np.uint64
         if row.ndim != 1 or row.size == 0 or not whole:
@@ -133,12 +131,12 @@ def token_rows(
                 "a prompt is empty"
                 if row.size == 0
                 else f"a prompt is {row.dtype} with {row.ndim} axes, not a list of token ids",
-                fix="Give a text, or token ids with at least one of them.",
+                fix="Give a text, or a list of at least one token id.",
             )
-        found.append(row.astype(np.int64))
-    if not found:
-        raise InputError("there is no prompt", fix="Give one.")
-    return found
+        rows.append(row.astype(np.int64))
+    if not rows:
+        raise InputError("there is no prompt", fix="Give at least one prompt.")
+    return rows
 
 
 def _are_ids(prompts: Any) -> bool:

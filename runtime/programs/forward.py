@@ -1,8 +1,8 @@
-"""What is done once per request: inputs checked, chains run over their rows, each row answered at
-the exit where its own score says so.
+"""Runs the steps of a program that run once per request: checks inputs and runs chains over rows,
+each row up to the exit at which it stops.
 
-For a classifier that is all of the program; for a model that writes, it is what its encoders and
-vision towers hand on.
+For a classifier this is the whole program. For a language model these are the encoders and vision
+towers, whose outputs the chain that writes text reads.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from edgeexit.runtime.executor.rows import Answers, RowPass
 from edgeexit.runtime.executor.tables import Tables
 
 FORMS_KEPT = 1024
-"""Forms of inputs (dtypes and shapes) that a model remembers having checked."""
+"""Combinations of input dtypes and shapes whose checks a model remembers."""
 
 
 @dataclass(slots=True)
 class Result:
-    """What a call gives. All arrays are copies, in the caller's order of rows.
+    """The result of a call. All arrays are copies, with rows in the order of the inputs.
 
     Attributes:
-        outputs: Output name -> ``[batch, ...]``, each row from the exit where it left.
-        exits: ``[batch]``, index of the exit taken.
-        exit_names: Name of that exit, per row.
+        outputs: Output name -> ``[batch, ...]``, each row from the exit at which it stopped.
+        exits: ``[batch]``, index of that exit.
+        exit_names: Per row, the name of that exit.
         scores: ``[batch]`` float32, the policy's score at that exit.
-        times_ms: Milliseconds of each component that ran, in order; empty unless asked for.
-        earlier: Chain that ran before -> name of the exit that each of its rows took.
+        times_ms: Milliseconds of each component that ran, in order; empty unless ``timed``.
+        earlier: Earlier chain -> per row, the name of the exit at which it stopped.
     """
 
     outputs: dict[str, NDArray[Any]]
@@ -50,13 +50,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Trace:
-    """Every exit's answer for every row, from `Model.trace`. Rows of a text's trace are its tokens.
+    """Outputs and scores of every exit for every row (texts: for every token), from `Model.trace`.
 
     Attributes:
         exits: Names, in order.
-        outputs: Per exit, output name -> ``[batch, ...]``. Of texts: ``token`` ``[batch, seq]``,
-            and ``logits`` ``[batch, vocabulary]`` of each row's last token.
-        scores: Per exit, score name -> ``[batch]`` float32; of texts ``[batch, seq]``.
+        outputs: Per exit, output name -> ``[batch, ...]``. For texts: ``token`` and
+            ``next_log_prob`` ``[batch, seq]``, and ``logits`` ``[batch, vocabulary]`` of each row's
+            last token.
+        scores: Per exit, score name -> ``[batch]`` float32; for texts ``[batch, seq]``.
         times_ms: Milliseconds of each component with the exit behind it.
     """
 
@@ -70,14 +71,14 @@ class InputSteps:
     """The steps of a program that run once per request.
 
     Args:
-        components: The bundle's, on an engine.
-        chains: By name; unsplit ones where those are asked for.
-        asked: Chain -> per exit, what it is opened with.
+        components: The bundle's components on an engine.
+        chains: Chains by name; for the baseline, their unsplit form.
+        asked: Chain -> per exit, the score that it is opened with.
         launch_ahead: As for `RowPass`.
 
     Attributes:
-        passes: Chain -> what runs it.
-        takes: The program's inputs that these steps take.
+        passes: Chain -> its `RowPass`.
+        takes: The program inputs that these steps read.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ class InputSteps:
         patience: Mapping[str, int],
         timed: bool = False,
     ) -> dict[str, Answers]:
-        """Runs them. Returns every chain's answers."""
-        if name := self._single:  # nothing stands around the one chain that there is
-            one = self.passes[name]
+        """Runs the steps. Returns every chain's answers."""
+        if name := self._single:  # a single chain and no other steps
+            only = self.passes[name]
             return {
-                name: one.run(inputs, sizes, decisions[name], patience=patience[name], timed=timed)
+                name: only.run(inputs, sizes, decisions[name], patience=patience[name], timed=timed)
             }
         return self.run(inputs, decisions, patience=patience, timed=timed)[1]
 
@@ -132,7 +133,7 @@ class InputSteps:
         patience: Mapping[str, int],
         timed: bool = False,
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Answers]]:
-        """Runs them. Returns the tensors that are known then, and every chain's answers."""
+        """Runs the steps. Returns all tensors (inputs and outputs), and every chain's answers."""
         known, answers = dict(inputs), {}
         for step in self._steps:
             if isinstance(step, Gather):
@@ -140,20 +141,18 @@ class InputSteps:
             elif isinstance(step, Run):
                 name = step.chain
                 feeds = self._feeds[name]
-                found = self.passes[name].run(
+                answers[name] = self.passes[name].run(
                     known,
                     sizes_of(feeds, known),
                     decisions[name],
                     patience=patience[name],
                     timed=timed,
                 )
-                answers[name] = found
-                known |= found.outputs
+                known |= answers[name].outputs
         return known, answers
 
     def trace(self, inputs: Mapping[str, NDArray[Any]], chain: str) -> Trace:
-        """Runs every component of a chain for every row; chains before it answer at their last
-        exit."""
+        """Runs every component of a chain for every row. Earlier chains use their last exit."""
         known = dict(inputs)
         for step in self._steps:
             if isinstance(step, Gather):
@@ -161,21 +160,21 @@ class InputSteps:
             elif isinstance(step, Run):
                 row_pass = self.passes[step.chain]
                 sizes = sizes_of(self._feeds[step.chain], known)
-                found, times_ns = row_pass.run_all(known, sizes)
+                answers, times_ns = row_pass.run_all(known, sizes)
                 if step.chain == chain:
                     return Trace(
                         [exit_.name for exit_ in row_pass.exits],
-                        [outputs for outputs, _ in found],
-                        [scores for _, scores in found],
+                        [outputs for outputs, _ in answers],
+                        [scores for _, scores in answers],
                         [time_ns / 1e6 for time_ns in times_ns],
                     )
-                known |= found[-1][0]
+                known |= answers[-1][0]
         raise AssertionError(f"no step runs {chain}")
 
 
 def chain_feeds(manifest: Manifest, chain: Chain) -> list[Tensor]:
-    """What the components of a chain, and the paths of its exits, take from outside."""
-    found: dict[str, Tensor] = {}
+    """Inputs of a chain's components and exits that the chain does not make itself."""
+    feeds: dict[str, Tensor] = {}
     made: set[str] = set()
     behind = exit_calls(chain)
     for name in chain.components:
@@ -183,13 +182,13 @@ def chain_feeds(manifest: Manifest, chain: Chain) -> list[Tensor]:
         for call in calls:
             component = manifest.components[call.component]
             taken = {call.inputs.get(t.name, t.name): t for t in component.inputs}
-            found |= {
+            feeds |= {
                 key: msgspec.structs.replace(t, name=key)
                 for key, t in taken.items()
-                if key not in made and key not in found
+                if key not in made and key not in feeds
             }
             made |= {tensor.name for tensor in component.outputs}
-    return list(found.values())
+    return list(feeds.values())
 
 
 def sizes_of(tensors: Sequence[Tensor], values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -203,14 +202,14 @@ def sizes_of(tensors: Sequence[Tensor], values: Mapping[str, NDArray[Any]]) -> d
 
 
 class CheckedInputs:
-    """Checks inputs against a signature, and remembers forms seen before."""
+    """Checks inputs against a signature. Remembers the dtypes and shapes that it has checked."""
 
     def __init__(self, expected: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
         self._expected, self._limits = expected, limits
         self._forms: dict[Any, dict[str, int]] = {}
 
     def sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """`check_inputs`, remembered."""
+        """`check_inputs`, cached."""
         expected = self._expected
         try:
             form: Any = tuple([(inputs[name].dtype, inputs[name].shape) for name in expected])
@@ -230,7 +229,7 @@ def check_inputs(
     """Checks inputs against a signature. Returns the size of every symbolic axis.
 
     Raises:
-        InputError: Naming the input, what is wrong, and what was expected.
+        InputError: An input is wrong; the message names it and says what is expected.
     """
     if not isinstance(inputs, Mapping):
         raise InputError(
@@ -259,7 +258,7 @@ def check_inputs(
         if value.ndim != len(tensor.axes):
             raise InputError(
                 f"input {name} has the shape {list(value.shape)}, the model takes {tensor.axes}",
-                fix="Batches have a leading axis for rows, also when there is only one.",
+                fix="Inputs have an axis for rows, even for a single row.",
             )
         for axis, size in zip(tensor.axes, value.shape, strict=True):
             known = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
@@ -272,7 +271,7 @@ def check_inputs(
                 raise InputError(
                     f"input {name} has the shape {list(value.shape)}, expected {tensor.axes}"
                     + (f" with {axis} = {known}" if isinstance(axis, str) else ""),
-                    fix="All inputs share the sizes of axes of the same name.",
+                    fix="Axes with the same name must have the same size in all inputs.",
                 )
             if isinstance(axis, str) and size > limits.get(axis, size):
                 raise InputError(

@@ -1,9 +1,9 @@
-"""How a model writes text: token by token, in one of several modes.
+"""Text generation, token by token, in one of several modes.
 
-`TextProgram` is the part of `edgeexit.runtime.model.Model` that does it. `generate` continues
-prompts and `chat` answers conversations; `edgeexit.runtime.programs.arguments` refuses invalid
-arguments. Both return a `Generation`: an iterator over pieces as they come, with statistics that
-fill while it runs.
+`TextProgram` is the part of `edgeexit.runtime.model.Model` that generates text. `generate`
+continues prompts and `chat` answers conversations; `edgeexit.runtime.programs.arguments` checks the
+arguments. Both return a `Generation`: an iterator over pieces, with statistics that are updated
+while it runs.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 128
-"""Tokens made where the caller names no number."""
+"""Default of `max_new_tokens`."""
 
 
 class TextProgram:
-    """What a model that writes text does; the rest of it is `edgeexit.runtime.model.Model`."""
+    """Text generation of a `edgeexit.runtime.model.Model`, which is its only subclass."""
 
     bundle: Bundle
     capacity: int
@@ -74,7 +74,7 @@ class TextProgram:
     _check_usable: Callable[[], Components]
 
     def _begin_texts(self, tables: Tables) -> None:
-        """Sets up what only texts need."""
+        """Sets up text generation; called by `Model`."""
         self._tables = tables
         self._session: Session | None = None
         self._paces: dict[int, dict[int, Pace]] = {}
@@ -100,33 +100,33 @@ class TextProgram:
         """Continues prompts.
 
         Args:
-            prompts: A text or a list of token ids, or several of either: a batch.
-            inputs: What earlier chains take, by name: of an encoder one row per prompt (a text is
-                encoded instead, if there are none), of what stands at placeholders in prompts one
-                row per item, in the order in which they stand.
-            max_new_tokens: The most tokens to make per row; None: 128, or as many as the capacity
-                has room for.
-            mode: ``full``: every layer for every token. ``exact``: the same tokens, drafted by an
-                early exit and verified. ``fast``: a token leaves at the exit where the policy says
-                so, and the layers behind it catch up later. ``approximate``: the same, but they
-                never do: they keep what their projections make of the exit's state.
-            draft_exit: The exit that drafts (``exact``); None: the one that pays most.
-            drafts: Tokens of a draft (``exact``); None: adapted to what is accepted.
-            draft_threshold: Stop drafting when the drafting exit's score is below.
-            sampling: How tokens are chosen; None: as the checkpoint said (`default_sampling`).
-                ``Sampling()`` takes the likeliest one.
-            stop: Strings that end a row; they are not given out.
-            audit: Compute what the last exit says to early exits' tokens, given the text so far.
-            text: Give out text as well as tokens, where the bundle has a tokenizer; False saves
-                the time that takes.
+            prompts: A text or a list of token ids; or a batch of either.
+            inputs: Inputs of earlier chains, by name. Encoders: one row per prompt (without inputs,
+                the prompt text is encoded). Images and the like: one row per item, in the order of
+                the placeholders in the prompts.
+            max_new_tokens: Most new tokens per row; None: 128, or fewer if the capacity is smaller.
+            mode: ``full``: every layer runs for every token. ``exact``: the same tokens, but an
+                early exit drafts them and the last exit verifies them. ``fast``: a token stops at
+                the first exit whose score reaches the policy's threshold; later layers catch up
+                afterwards. ``approximate``: as ``fast``, but later layers never catch up: their
+                projections compute keys and values from the exit's state.
+            draft_exit: The exit that drafts (``exact``); None: the most profitable exit.
+            drafts: Tokens per draft (``exact``); None: adapted to the acceptance rate.
+            draft_threshold: Stop drafting when the drafting exit's score is below this.
+            sampling: How tokens are chosen; None: the checkpoint's setting (`default_sampling`).
+                ``Sampling()`` takes the most likely token.
+            stop: Strings that end a row; they are not part of the result.
+            audit: Also compute the last exit's token wherever an early exit answered, given the
+                text so far (``fast``).
+            text: Return text as well as tokens, if the bundle has a tokenizer. False saves time.
             on_piece: Called with every piece before it is yielded.
 
         Raises:
-            InputError: A prompt is empty, too long for the capacity, or holds unknown token ids;
-                it has more placeholders than rows come for them, or fewer.
-            UsageError: Invalid arguments; prompts of unlike length for the unsplit graph; the
+            InputError: A prompt is empty, too long for the capacity, or has unknown token ids; or
+                its number of placeholders differs from the number of rows for them.
+            UsageError: Invalid arguments; prompts of different lengths for the unsplit graph; the
                 model does not write text.
-            StateError: The model is closed, in use, or was carried over a fork.
+            StateError: The model is closed, in use, or was loaded before a fork.
         """
         max_new_tokens = check_options(
             mode,
@@ -158,8 +158,8 @@ class TextProgram:
         rows = len(given.tokens)
         generation = Generation([[] for _ in range(rows)], [""] * rows, Statistics())
         sampler = sampler_of(self.default_sampling if sampling is None else sampling, given.tokens)
-        # Weak, or the text and its rounds would hold each other: one that is dropped in the middle
-        # shall free the model at once.
+        # A weak reference: with a cycle, a generation that is deleted before its end would block
+        # the model until garbage collection.
         generation._pieces = self._write(
             weakref.proxy(generation),
             given,
@@ -180,9 +180,9 @@ class TextProgram:
         variables: Mapping[str, Any] | None = None,
         **options: Unpack[Options],
     ) -> Generation:
-        """Answers a conversation, or several: a batch.
+        """Answers a conversation, or a batch of conversations.
 
-        Nothing is kept from one call to the next: to go on, add the answer as a message of the
+        Calls are independent. To continue a conversation, append the answer as a message of the
         assistant, then the next question.
 
         Args:
@@ -195,10 +195,10 @@ class TextProgram:
         """
         self._decoding()
         prompts = [
-            self.chat_prompt(one, tools=tools, template=template, variables=variables)
-            for one in conversations(messages)
+            self.chat_prompt(conversation, tools=tools, template=template, variables=variables)
+            for conversation in conversations(messages)
         ]
-        # The template has written the special tokens already.
+        # The template has already added the special tokens.
         return self.generate([self.encode(p, special_tokens=False) for p in prompts], **options)
 
     def chat_prompt(
@@ -209,23 +209,23 @@ class TextProgram:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text that `chat` gives the model for a conversation, made by its chat template.
+        """The prompt that `chat` creates from a conversation, with the bundle's chat template.
 
-        Special tokens are part of it, so encode it without adding any. They count as such wherever
-        they stand, in a message too: remove them from texts that you do not trust.
+        It contains the special tokens, so encode it without adding any. Special tokens inside a
+        message have their special meaning, too: remove them from texts that you do not trust.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}]``.
             tools: Functions that the model may call, as JSON schemas.
-            template: Name of the bundle's chat template; None: its default, or the one for tools.
-            variables: More for the template, as in ``{"enable_thinking": False}``.
+            template: Name of a chat template; None: the default, or the template for tools.
+            variables: Further variables of the template, as in ``{"enable_thinking": False}``.
 
         Raises:
-            InputError: The bundle has no template, the messages are none, or the template fails
-                on them or refuses them.
+            InputError: The bundle has no template, the messages are invalid, or the template fails
+                on them or rejects them.
             BundleError: The template is damaged.
             EngineError: jinja2 is missing, or too old to be safe.
-            UsageError: There is no template of that name.
+            UsageError: There is no template with that name.
         """
         return self._chat.render(messages, tools=tools, template=template, variables=variables)
 
@@ -234,8 +234,8 @@ class TextProgram:
 
         Args:
             text: Any text.
-            special_tokens: Add those that the model expects around a prompt (a first one, say);
-                what `chat_prompt` gives has them already.
+            special_tokens: Add the special tokens that the model expects around a prompt, such as
+                a start token. The result of `chat_prompt` already has them.
         """
         return encode(self._tokenizers(), text, special_tokens=special_tokens)
 
@@ -250,12 +250,12 @@ class TextProgram:
         *,
         text: bool,
     ) -> Generator[Piece, None, None]:
-        """Runs the rounds. The lock is held while the iterator lives."""
+        """Runs the rounds. Holds the lock until the iterator ends or is deleted."""
         self._check_usable()
         if not self._lock.acquire(blocking=False):
             raise StateError(
                 "the model is writing another text",
-                fix="Finish or close that generation first, or load a second model.",
+                fix="Finish or close the other generation first, or load a second model.",
             )
         try:
             ends = set(self._decoding().stop_tokens)
@@ -289,7 +289,7 @@ class TextProgram:
         return make_mode(session, mode, decisions, drafting, sampler, paces, audit=audit)
 
     def _check_mode(self, mode: ModeName, drafting: Drafting) -> None:
-        """Refuses modes and options that the bundle has nothing for."""
+        """Raises `UsageError` for modes and options that the bundle does not support."""
         if mode != "full" and self.unsplit:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
         check_mode(self.bundle, self.chain, mode, drafting)
@@ -310,7 +310,7 @@ class TextProgram:
 
     @property
     def default_sampling(self) -> Sampling:
-        """How tokens are chosen where a call does not say: as the checkpoint did."""
+        """The sampling of calls without ``sampling``: the checkpoint's setting."""
         return own_sampling(self._decoding())
 
     def _tokenizers(self) -> Any:
@@ -319,8 +319,8 @@ class TextProgram:
         return self._tokenizer
 
     def session(self, batch: int) -> Session:
-        """The state of a batch of so many texts, emptied, under the policy that holds now; kept
-        while their number stays the same."""
+        """An empty session for that many texts, under the current policy. The session is reused
+        while the number of texts stays the same."""
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch:
@@ -330,7 +330,7 @@ class TextProgram:
             if batch > largest.get("batch", batch):
                 raise InputError(
                     f"{batch} texts at a time: the engines were built for {largest['batch']}",
-                    fix="Give fewer, or build for more: edgeexit build --max-shapes.",
+                    fix="Give fewer texts, or build for more: edgeexit build --max-shapes.",
                 )
             chunk = min(CHUNK, self.capacity, largest.get("new", CHUNK))
             table = self._text_table()
@@ -351,7 +351,7 @@ class TextProgram:
         return session
 
     def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
-        """Runs the steps that come before the text, and begins it with what they make."""
+        """Runs the steps before the text, and starts the session with their outputs."""
         handed: dict[str, NDArray[Any]] = {}
         if prompts.asks_earlier and self._steps.passes:
             self._checked.sizes(prompts.inputs)
@@ -359,8 +359,8 @@ class TextProgram:
                 prompts.inputs, self._decisions, patience=self._patience
             )
             generation.statistics.earlier = {
-                name: [self._steps.passes[name].exits[k].name for k in found.exits.tolist()]
-                for name, found in answers.items()
+                name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
+                for name, earlier in answers.items()
             }
         for key in session.takes & handed.keys():
             if len(handed[key]) != len(prompts.tokens):

@@ -1,4 +1,5 @@
-"""Texts being written: pieces as they come, and what is known of them so far."""
+"""`Generation`: texts while they are being written, as an iterator over `Piece`s; and `Rounds`,
+which runs a mode and produces the pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from edgeexit.runtime.text.tokenizer import Stream
 
 @dataclass(frozen=True)
 class Piece:
-    """What came at once for one row: tokens, and the text that they make certain."""
+    """New tokens of one row, and the new text that no later token can change."""
 
     row: int
     tokens: list[int]
@@ -25,13 +26,14 @@ class Piece:
 
 @dataclass
 class Generation:
-    """Texts being written. Iterate over it, or call `finish`; closing or dropping it ends it early.
+    """Texts being written. Iterate over it, or call `finish`. To stop early, call `close` or delete
+    it.
 
     Attributes:
-        tokens: Per row, the tokens made so far; a stop token is not among them.
-        texts: Per row, the text given out so far; empty strings without a tokenizer.
-        statistics: What happened so far.
-        first_token_s: Seconds to the first token, the prompt included.
+        tokens: Per row, the tokens so far, without the stop token.
+        texts: Per row, the text so far; empty without a tokenizer.
+        statistics: Counts so far.
+        first_token_s: Seconds to the first token, prompt included.
         decode_s: Seconds from the first token to the last.
     """
 
@@ -46,8 +48,8 @@ class Generation:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second over all rows, from the second token on."""
-        made = sum(map(len, self.tokens)) - len(self.tokens)
-        return made / self.decode_s if self.decode_s and made > 0 else None
+        decoded = sum(map(len, self.tokens)) - len(self.tokens)
+        return decoded / self.decode_s if self.decode_s and decoded > 0 else None
 
     def __iter__(self) -> Generation:
         return self
@@ -55,7 +57,7 @@ class Generation:
     def __next__(self) -> Piece:
         if self._failed is not None:
             raise StateError(
-                f"this text ended with an error ({self._failed}); it is not whole",
+                f"this text ended with an error ({self._failed}) and is not complete",
                 fix="Generate it again.",
             )
         try:
@@ -67,25 +69,25 @@ class Generation:
             raise
 
     def finish(self) -> Generation:
-        """Runs to the end and returns itself."""
+        """Generates all remaining tokens. Returns itself."""
         for _ in self:
             pass
         return self
 
     def close(self) -> None:
-        """Ends it where it is; the model is free for the next text."""
+        """Stops generating. The model can then write the next text."""
         self._pieces.close()
 
 
 class Rounds:
-    """A mode's rounds, as pieces.
+    """Runs the rounds of a mode and yields their pieces.
 
     Args:
-        generation: What is filled.
-        mode: What makes tokens.
-        streams: Per row, what makes text of them; None: no text is wanted.
-        ends: Tokens that end a row, and are not given out.
-        most: The most tokens of a row.
+        generation: Receives tokens, texts and times.
+        mode: Generates the tokens.
+        streams: Per row, converts tokens to text; None: no text.
+        ends: Tokens that end a row; they are not part of the result.
+        most: Most tokens of a row.
         on_piece: Called with every piece before it is yielded.
     """
 
@@ -105,11 +107,11 @@ class Rounds:
     def run(
         self, prompts: Sequence[NDArray[np.int64]], started: float, check: Callable[[], object]
     ) -> Generator[Piece, None, None]:
-        """Takes the prompts, then makes rounds until every row has ended.
+        """Processes the prompts, then runs rounds until every row has ended.
 
         Args:
-            started: When the text began, by `time.perf_counter`.
-            check: Called before each round; raises if there must be no more.
+            started: Start of the generation, from `time.perf_counter`.
+            check: Called before each round; raises an error to stop.
         """
         generation, mode = self._generation, self._mode
         new = [[int(token)] for token in mode.prefill(prompts)]
@@ -134,7 +136,8 @@ class Rounds:
             new = mode.step(self._active, self._most - min(done))
 
     def _take(self, row: int, tokens: Sequence[int]) -> tuple[list[int], str]:
-        """Adds a round's tokens to a row, up to its end. Returns those, and the text they make."""
+        """Adds a round's tokens to a row, up to its end. Returns the added tokens and their
+        text."""
         kept, written = [], ""
         own, sampler = self._generation.tokens[row], self._mode.sampler
         stream = None if self._streams is None else self._streams[row]

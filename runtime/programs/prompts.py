@@ -1,5 +1,5 @@
-"""Prompts as a program takes them: token ids, what earlier chains are given, and where the rows
-that they hand on stand."""
+"""`Prompts`: token ids, the inputs of earlier chains (encoders, vision towers), and the positions
+in the prompt at which their output rows replace placeholder tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from edgeexit.runtime.text.tokenizer import encode_batch
 
 @dataclass(frozen=True)
 class Prompts:
-    """What `Model.generate` was given.
+    """The prompts and inputs of a call of `Model.generate`.
 
     Attributes:
-        tokens: Per row, the token ids that its text begins with.
-        inputs: What earlier chains take.
+        tokens: Per row, the token ids at the start of its text.
+        inputs: Inputs of earlier chains.
         groups: Token group -> per row, which tokens of the prompt belong to it.
-        places: The steps that put rows in the place of tokens.
+        places: The steps that replace tokens by rows of earlier chains.
     """
 
     tokens: list[NDArray[np.int64]]
@@ -35,21 +35,21 @@ class Prompts:
 
     @property
     def asks_earlier(self) -> bool:
-        """Whether chains before the text have anything to do: not where all that they make is for
-        placeholders, and the prompts have none."""
+        """Whether earlier chains must run. They need not if all their outputs replace placeholders
+        and the prompts have none."""
         return bool(self.inputs) or not self.places
 
     def prefix(
         self, handed: Mapping[str, NDArray[Any]]
     ) -> list[tuple[NDArray[np.int64], NDArray[Any]]]:
-        """Per row, where rows of other chains stand in the prompt, and those rows.
+        """Per row, the positions of rows from earlier chains in the prompt, and those rows.
 
         Raises:
             InputError: There are more placeholders than rows, or fewer.
         """
         if not self.places:
             return []
-        found = []
+        prefixes = []
         taken = {step.group: 0 for step in self.places}
         sources = {step.group: _flat(handed.get(step.source)) for step in self.places}
         for row in range(len(self.tokens)):
@@ -60,7 +60,7 @@ class Prompts:
                 taken[step.group] = start + len(places)
                 where.append(places)
                 what.append(sources[step.group][start : start + len(places)])
-            found.append((np.concatenate(where), np.concatenate(what)))
+            prefixes.append((np.concatenate(where), np.concatenate(what)))
         for step in self.places:
             there = len(sources[step.group])
             if taken[step.group] != there:
@@ -68,9 +68,9 @@ class Prompts:
                 raise InputError(
                     f"the prompts have {taken[step.group]} tokens of the group {step.group}, "
                     f"{more} than the {there} rows that {step.source} has for them",
-                    fix="Write one placeholder token for each of those rows, in their order.",
+                    fix="Write one placeholder token per row, in the order of the rows.",
                 )
-        return found
+        return prefixes
 
 
 def _flat(source: NDArray[Any] | None) -> NDArray[Any]:
@@ -86,17 +86,17 @@ def read_prompts(
     inputs: Mapping[str, NDArray[Any]] | None,
     encode: Callable[[str], list[int]] | None,
 ) -> Prompts:
-    """Prompts and inputs as the steps of a program take them.
+    """Converts prompts and inputs to the form that the steps of a program take.
 
     Raises:
-        InputError: A prompt is none, or inputs are missing.
+        InputError: A prompt is invalid, or inputs are missing.
     """
     decoding = bundle.manifest.decoding
     assert decoding is not None
     if inputs is not None and not isinstance(inputs, Mapping):
         raise InputError(
             f"inputs are a {type(inputs).__name__}, not a mapping",
-            fix="Give arrays by name: inputs={...}; `edgeexit inspect` names them.",
+            fix="Give arrays by name: inputs={...}; `edgeexit inspect` lists them.",
         )
     given = dict(inputs or {})
     if decoding.start_tokens and encode is not None:
@@ -111,15 +111,15 @@ def read_prompts(
         for group, rows_with in empty.items():
             if any(rows_with):
                 raise InputError(
-                    f"a prompt has tokens of the group {group}, and nothing is given for them",
-                    fix="Give what the program takes: inputs={...}; `edgeexit inspect` names it.",
+                    f"a prompt has tokens of the group {group}, but no inputs are given for them",
+                    fix="Give the inputs: inputs={...}; `edgeexit inspect` lists them.",
                 )
     return Prompts(rows, given, groups, places)
 
 
 def check_alike(tokens: Sequence[NDArray[np.int64]]) -> None:
-    """Raises `UsageError` for prompts of unlike length, which the unsplit graph cannot take: it
-    answers for the last place of a run."""
+    """Raises `UsageError` for prompts of different lengths. The unsplit graph cannot take them: it
+    answers only for the last token of a run."""
     lengths = {len(row) for row in tokens}
     if len(lengths) > 1:
         raise UsageError(
@@ -135,8 +135,9 @@ def _source_texts(
     inputs: Mapping[str, NDArray[Any]],
     start: Sequence[int],
 ) -> tuple[list[NDArray[np.int64]], dict[str, NDArray[Any]]]:
-    """Prompts that an encoder reads: texts, or rows of token ids; the written text then begins with
-    the start tokens. Where the encoder's inputs are given, what the text begins with."""
+    """Prompts for an encoder: texts, or rows of token ids; the generated text then begins with the
+    start tokens. If the encoder's inputs are given, prompts are the start of the generated
+    text."""
     preprocessing = bundle.manifest.preprocessing
     if inputs:
         if isinstance(prompts, (list, tuple)) and not prompts:
@@ -145,32 +146,32 @@ def _source_texts(
             return [np.array(start, np.int64)] * max(count, 1), {}
         if isinstance(prompts, str) or _texts(prompts):
             raise InputError(
-                "a text and inputs are both given, and an encoder reads one of them",
-                fix="Leave inputs out, or give no text: generate([], inputs={...}). Token ids "
-                "beside inputs are what the written text begins with.",
+                "both a text and inputs are given, but the encoder reads only one of them",
+                fix="Leave inputs out, or give no text: generate([], inputs={...}). With inputs, "
+                "token ids are the start of the generated text.",
             )
         return token_rows(prompts, lambda text: []), {}
     if not isinstance(preprocessing, TextPreprocessing):
         raise InputError(
-            f"{bundle.path}: the bundle does not say how a prompt becomes inputs",
-            fix="Give them: generate([], inputs={...}).",
+            f"{bundle.path}: the bundle has no text preprocessing for prompts",
+            fix="Give inputs: generate([], inputs={...}).",
         )
     texts = [prompts] if isinstance(prompts, str) else _texts(prompts)
     if texts and (isinstance(prompts, str) or len(texts) == len(prompts)):
-        found: dict[str, NDArray[Any]] = dict(encode_batch(bundle, texts, truncate=False))
+        encoded: dict[str, NDArray[Any]] = dict(encode_batch(bundle, texts, truncate=False))
     elif texts:
         raise InputError(
             "some prompts are texts, others token ids", fix="Give all of them in one form."
         )
     else:
-        found = _padded(preprocessing, token_rows(prompts, lambda text: []))
-    return [np.array(start, np.int64)] * len(next(iter(found.values()))), found
+        encoded = _padded(preprocessing, token_rows(prompts, lambda text: []))
+    return [np.array(start, np.int64)] * len(next(iter(encoded.values()))), encoded
 
 
 def _texts(prompts: object) -> list[str]:
-    """Those of several prompts that are texts."""
+    """The texts among several prompts."""
     several = isinstance(prompts, (list, tuple))
-    return [one for one in prompts if isinstance(one, str)] if several else []  # type: ignore[attr-defined]
+    return [text for text in prompts if isinstance(text, str)] if several else []  # type: ignore[attr-defined]
 
 
 def _padded(
@@ -182,8 +183,8 @@ def _padded(
     mask = np.zeros((len(rows), longest), np.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
-    found: dict[str, NDArray[Any]] = {preprocessing.ids: ids}
-    return found if preprocessing.mask is None else found | {preprocessing.mask: mask}
+    padded: dict[str, NDArray[Any]] = {preprocessing.ids: ids}
+    return padded if preprocessing.mask is None else padded | {preprocessing.mask: mask}
 
 
 __all__ = ["Prompts", "check_alike", "read_prompts"]

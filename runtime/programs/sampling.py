@@ -1,7 +1,7 @@
-"""Drawing tokens: processors over logits, and the rejection rule that keeps drafts exact.
+"""Sampling of tokens: logits processors, and the rejection rule that keeps drafting exact.
 
 `distribution` is a pure function of logits, settings and history, so the drafting exit and the last
-one pass through the same processors (arXiv:2211.17192). All of it is float64 on the host.
+exit use the same processors (arXiv:2211.17192). Everything is computed in float64 on the host.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 = the likeliest token, whatever `top_k` and `top_p` say.
-        top_k: Draw among that many tokens at most; 0 = all.
-        top_p: Draw among the likeliest tokens that together have this chance.
-        repetition_penalty: Divides positive logits of tokens that occurred before, multiplies
-            negative ones (CTRL, arXiv:1909.05858); 1 = none.
-        suppressed: Tokens that are never made.
-        seed: Of the draws; row r of a batch draws from a stream of its own.
+        temperature: Divides the logits. 0: take the most likely token and ignore `top_k` and
+            `top_p`.
+        top_k: Sample from the most likely tokens, at most this many; 0: all.
+        top_p: Sample from the most likely tokens with this total probability.
+        repetition_penalty: For tokens that occurred before, positive logits are divided by it and
+            negative logits multiplied (CTRL, arXiv:1909.05858). 1: no penalty.
+        suppressed: Tokens that are never generated.
+        seed: Random seed. Each row of a batch has its own random stream.
 
     Raises:
         UsageError: A value is out of range.
@@ -46,7 +47,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token is taken, as the logits are."""
+        """Whether the token with the largest unprocessed logit is taken."""
         return self.temperature == 0 and self.repetition_penalty == 1.0 and not self.suppressed
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def own_sampling(decoding: Decoding) -> Sampling:
-    """What a bundle says of how tokens are chosen; the likeliest one where it says nothing."""
+    """The sampling settings of a bundle; without settings, the most likely token is taken."""
     given = decoding.generation
     if given is None:
         return Sampling()
@@ -95,12 +96,12 @@ def own_sampling(decoding: Decoding) -> Sampling:
 
 
 def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) -> Floats64:
-    """Chances ``[vocabulary]`` of the next token, after every processor, in the order in which
-    transformers has them. With temperature 0 one token has them all.
+    """Probabilities ``[vocabulary]`` of the next token, after all processors, in the order that
+    transformers applies them. With temperature 0, a single token has probability 1.
 
     Args:
         logits: ``[vocabulary]``.
-        history: Tokens before it, prompt included; read only by the repetition penalty.
+        history: Earlier tokens, prompt included; only the repetition penalty reads them.
     """
     z = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and len(history):
@@ -117,7 +118,7 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
         only = np.zeros_like(z)
         only[z.argmax()] = 1.0
         return only
-    with np.errstate(over="ignore"):  # the largest becomes 0, whatever divides it
+    with np.errstate(over="ignore"):  # the largest logit becomes 0 for any temperature
         z = np.minimum(z, _LARGEST)
         z = (z - z.max()) / sampling.temperature
     if 0 < sampling.top_k < len(z):
@@ -137,10 +138,10 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
 
 @dataclass
 class Sampler:
-    """Draws for the rows of a batch, each from its own stream.
+    """Samples tokens for the rows of a batch, each with its own random stream.
 
     Attributes:
-        histories: Per row, prompt and tokens so far; the caller appends what was emitted.
+        histories: Per row, the prompt and the tokens so far; the caller appends new tokens.
     """
 
     sampling: Sampling
@@ -152,13 +153,13 @@ class Sampler:
         ]
 
     def chances(self, row: int, logits: NDArray, drafted: Sequence[int] = ()) -> Floats64:
-        """`distribution` behind a row's history and what was drafted since."""
+        """`distribution` after a row's history and the drafted tokens."""
         if self.sampling.repetition_penalty == 1.0:
             return distribution(logits, self.sampling, ())
         return distribution(logits, self.sampling, [*self.histories[row], *drafted])
 
     def draw(self, row: int, chances: Floats64) -> int:
-        """A token with these chances."""
+        """A random token with these probabilities."""
         total = np.cumsum(chances)
         place = np.searchsorted(total, self._streams[row].random() * total[-1], side="right")
         return int(min(place, np.flatnonzero(chances)[-1]))
@@ -166,16 +167,16 @@ class Sampler:
     def verify(
         self, row: int, drafts: Sequence[int], q: Sequence[Floats64], p: Sequence[Floats64]
     ) -> tuple[int, int]:
-        """Accepts a prefix of drafts and draws one more token, so that all of them are distributed
-        as if drawn from `p` (arXiv:2211.17192, algorithm 1).
+        """Accepts the first drafts and draws one more token, so that all of them are distributed as
+        if drawn from `p` (arXiv:2211.17192, algorithm 1).
 
         Args:
             drafts: Tokens drawn from `q`.
-            q: The drafting exit's chances at each.
-            p: The last exit's, one more than `q`.
+            q: The drafting exit's probabilities, per draft.
+            p: The last exit's probabilities, per draft and for the token after them.
 
         Returns:
-            How many drafts are accepted, and the token behind them.
+            The number of accepted drafts, and the token after them.
         """
         for place, token in enumerate(drafts):
             if self._streams[row].random() * q[place][token] >= p[place][token]:
@@ -185,7 +186,7 @@ class Sampler:
 
 
 def sampler_of(sampling: Sampling, rows: Sequence[NDArray[np.int64]]) -> Sampler | None:
-    """What chooses tokens behind these prompts; None where the graph's own choice will do."""
+    """The sampler for these prompts; None if the token that the graph outputs can be used."""
     return None if sampling.plain else Sampler(sampling, [row.tolist() for row in rows])
 
 

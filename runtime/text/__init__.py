@@ -1,1 +1,1 @@
-"""Text in and out: the bundle's `tokenizer` and its `chat` templates."""
+"""Conversion between text and tokens: the bundle's `tokenizer` and its `chat` templates."""

@@ -1,9 +1,9 @@
-"""Conversations as prompts: the bundle's chat templates, rendered in a sandbox.
+"""Converts conversations to prompts, with the bundle's chat templates in a sandbox.
 
-A template is a small Jinja program that came with the checkpoint, so it is input from outside: it
-runs in Jinja's immutable sandbox, sees copies of the messages, and reaches neither files nor
-Python. What it may use is what transformers offers to it, so that both make the same text of a
-conversation. jinja2 is imported when a template is first used.
+A template is a small Jinja program from the checkpoint, so it is not trusted: it runs in Jinja's
+immutable sandbox on copies of the messages, without access to files or Python. It can use the
+functions that transformers offers, so that both give the same prompt for a conversation. jinja2 is
+imported when a template is first used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import jinja2
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "..."}``; further keys (``tool_calls``) are the template's."""
+"""``{"role": "user", "content": "..."}``; the template may use further keys (``tool_calls``)."""
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
@@ -28,14 +28,14 @@ _FORM = 'Give a list of {"role": "user", "content": "..."}.'
 def conversations(
     messages: Sequence[Message] | Sequence[Sequence[Message]],
 ) -> Sequence[Sequence[Message]]:
-    """One conversation, or several, as several."""
+    """A list of conversations, from one conversation or several."""
     several = isinstance(messages, Sequence) and bool(messages)
-    several = several and all(isinstance(one, (list, tuple)) for one in messages)
+    several = several and all(isinstance(message, (list, tuple)) for message in messages)
     return messages if several else [messages]  # type: ignore[return-value,list-item]
 
 
 class ChatTemplates:
-    """A bundle's chat templates; each is compiled when it is first used."""
+    """A bundle's chat templates. Each is compiled when it is first used."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
@@ -49,7 +49,7 @@ class ChatTemplates:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text that a model is given to answer a conversation; see `Model.chat_prompt`."""
+        """The prompt for a conversation; see `Model.chat_prompt`."""
         chat = self._bundle.manifest.chat
         if chat is None:
             raise InputError(
@@ -60,8 +60,8 @@ class ChatTemplates:
         for name in variables or ():
             if name in ("messages", "tools"):
                 raise UsageError(
-                    f"variables names {name!r}, which is an argument of its own",
-                    fix=f"Give {name} itself.",
+                    f"variables contains {name!r}, which is a separate argument",
+                    fix=f"Use the argument {name}.",
                 )
         values = {
             **chat.tokens,
@@ -77,12 +77,12 @@ class ChatTemplates:
             return compiled.render(values)
         except EdgeExitError:
             raise
-        except Exception as error:  # a template can raise whatever Python's operators do
+        except Exception as error:  # a template can raise any exception of Python's operators
             raise InputError(
                 f"{chat.templates[name]}: the chat template fails on these messages "
                 f"({type(error).__name__}: {error})",
-                fix="Give them in the form that the model was trained with; `edgeexit inspect` "
-                "names the templates.",
+                fix="Use the message format that the model was trained with; `edgeexit inspect` "
+                "lists the templates.",
             ) from error
 
     def _compile(self, name: str, path: str) -> jinja2.Template:
@@ -91,11 +91,11 @@ class ChatTemplates:
             raw = self._bundle.read(path, limit_bytes=CHAT_TEMPLATE_LIMIT_BYTES)
             try:
                 self._compiled[name] = environment.from_string(raw.decode())
-            except Exception as error:  # Jinja's, and what Python's own compiler may raise
+            except Exception as error:  # Jinja's exceptions, and those of Python's compiler
                 where = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
                 raise BundleError(
-                    f"{path}: not a chat template that Jinja reads{where}: {error}",
-                    fix="Mend the checkpoint's chat template, then export again.",
+                    f"{path}: Jinja cannot read this chat template{where}: {error}",
+                    fix="Correct the checkpoint's chat template, then export again.",
                 ) from error
         return self._compiled[name]
 
@@ -107,37 +107,38 @@ def _choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: boo
     if wanted not in templates:
         raise UsageError(
             f"there is no chat template {wanted!r}; the bundle has {', '.join(sorted(templates))}",
-            fix="Name one of them: template=... (--chat-template).",
+            fix="Use one of them: template=... (--chat-template).",
         )
     return wanted
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Copies of messages, without keys whose value is None. Refuses what is no message."""
+    """Copies of messages, without keys whose value is None. Raises `InputError` for invalid
+    messages."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise InputError(f"messages is a {type(messages).__name__}", fix=_FORM)
     if not messages:
         raise InputError("there are no messages", fix=_FORM)
-    found = []
+    copies = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
             raise InputError(f"{where} is a {type(message).__name__}, not a message", fix=_FORM)
-        one = {k: v for k, v in _plain(message, where).items() if v is not None}
-        if not isinstance(one.get("role"), str) or not one["role"]:
+        copy = {k: v for k, v in _plain(message, where).items() if v is not None}
+        if not isinstance(copy.get("role"), str) or not copy["role"]:
             raise InputError(f"{where} has no role", fix=_FORM)
-        if "content" not in one and "tool_calls" not in one:
+        if "content" not in copy and "tool_calls" not in copy:
             raise InputError(f"{where} has no content", fix=_FORM)
-        if not isinstance(one.get("content", ""), (str, list)):
+        if not isinstance(copy.get("content", ""), (str, list)):
             raise InputError(
-                f"{where}: its content is a {type(one['content']).__name__}, not a text", fix=_FORM
+                f"{where}: its content is a {type(copy['content']).__name__}, not a text", fix=_FORM
             )
-        found.append(one)
-    return found
+        copies.append(copy)
+    return copies
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy in Python's own plain types: a template gets no object with methods of its own."""
+    """A copy in Python's built-in types, so that templates get no objects with other methods."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -150,10 +151,10 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
             _key(key, where): _plain(v, f"{where}[{key!r}]", depth + 1) for key, v in value.items()
         }
     if depth < 32 and isinstance(value, (list, tuple)):
-        return [_plain(one, f"{where}[{n}]", depth + 1) for n, one in enumerate(value)]
+        return [_plain(item, f"{where}[{n}]", depth + 1) for n, item in enumerate(value)]
     what = "is nested too deeply" if depth == 32 else f"is a {type(value).__name__}"
     raise InputError(
-        f"{where[:200]} {what}", fix="Give what JSON can hold: texts, numbers, lists, dictionaries."
+        f"{where[:200]} {what}", fix="Use JSON values: texts, numbers, lists, dictionaries."
     )
 
 
@@ -164,7 +165,7 @@ def _key(key: Any, where: str) -> str:
 
 
 def _environment(path: str) -> jinja2.Environment:
-    """What a template runs in."""
+    """The sandbox that a template runs in."""
     try:
         from edgeexit.runtime.text.chat_environment import make_environment
     except ImportError as error:

@@ -1,6 +1,7 @@
-"""What chat templates run in: Jinja's sandbox, and the names that transformers gives templates.
+"""The sandbox of chat templates: Jinja's, with the functions that transformers offers to templates.
 
-Imports jinja2, so it is imported when a template is first used.
+This module imports jinja2, so `edgeexit.runtime.text.chat` imports it when a template is first
+used.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import jinja2.utils
 from edgeexit.errors import EngineError, InputError
 
 OLDEST_JINJA = (3, 1, 6)
-"""Templates could leave the sandbox of those before (CVE-2025-27516)."""
+"""Templates can escape the sandbox of older versions (CVE-2025-27516)."""
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the model wrote, for training: here it says nothing."""
+    """``{% generation %}`` marks the model's answers, for training; it has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -36,7 +37,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Without underscored names, which Jinja itself looks up and calls unchecked."""
+    """A namespace without names that start with an underscore: Jinja calls those unchecked."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -45,12 +46,12 @@ class Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace holds no {name!r}")
+            raise jinja2.sandbox.SecurityError(f"a namespace cannot contain {name!r}")
         super().__setitem__(name, value)
 
 
 def make_environment(path: str) -> jinja2.Environment:
-    """The sandbox for the template in the bundle's file `path`, which its refusals name.
+    """The sandbox for the template in the bundle's file `path`, which its errors name.
 
     Raises:
         EngineError: jinja2 is too old to be safe.
@@ -65,8 +66,8 @@ def make_environment(path: str) -> jinja2.Environment:
 
     def raise_exception(message: object) -> None:
         raise InputError(
-            f"{path}: the chat template refuses the messages: {message}",
-            fix="Give them in the form that the model was trained with.",
+            f"{path}: the chat template rejects the messages: {message}",
+            fix="Use the message format that the model was trained with.",
         )
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -87,7 +88,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)  # the type itself has methods that would change a dictionary
+    return dict(*args, **kwargs)  # not the type, which has methods that change dictionaries
 
 
 def _to_json(
@@ -97,7 +98,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: Jinja's own filter also escapes what HTML reserves."""
+    """Plain JSON: Jinja's own filter also escapes HTML characters."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

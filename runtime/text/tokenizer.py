@@ -1,6 +1,7 @@
-"""Text in and out of a decoder: the bundle's tokenizer, pieces while they come, stop strings.
+"""The bundle's tokenizer: text to token ids, and new tokens to text while they are generated, with
+stop strings (`Stream`).
 
-How a conversation becomes a text is in `edgeexit.runtime.text.chat`.
+`edgeexit.runtime.text.chat` converts conversations to text.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from edgeexit.errors import InputError, UsageError
 from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, encoding, read_tokenizer
 
 HELD_TOKENS = 8
-"""Tokens that may wait for the rest of a character; then what they give is given out, broken."""
+"""Most tokens that wait for the rest of a character. After that, the incomplete text is output."""
 
 PROMPT_TOKENS = 8
-"""Tokens of a prompt behind which the first new one is made text of: a space between them shows
-there only."""
+"""Last tokens of the prompt that are decoded together with the first new token: only then does the
+space between them appear."""
 
 TOKENIZER_LIMIT_BYTES = 1 << 30
 
 
 def open_tokenizer(bundle: Bundle) -> Any:
-    """The bundle's tokenizer, which neither cuts nor pads.
+    """The bundle's tokenizer, without truncation and padding.
 
     Raises:
-        InputError: The bundle has none.
+        InputError: The bundle has no tokenizer.
         EngineError: The library cannot be imported.
         BundleError: The file is damaged, or the library cannot read it.
     """
@@ -44,11 +45,12 @@ def open_tokenizer(bundle: Bundle) -> Any:
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[int]:
-    """Token ids of a text. Raises `InputError` for one that is not Unicode.
+    """Token ids of a text. Raises `InputError` if the text is not valid Unicode.
 
     Args:
         tokenizer: From `open_tokenizer`.
-        special_tokens: Add those that the model expects around a text (a first one, say).
+        special_tokens: Add the special tokens that the model expects around a text, such as a start
+            token.
     """
     with encoding(f"the text {text[:40]!a}"):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
@@ -58,74 +60,75 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
 def encode_batch(
     bundle: Bundle, texts: Sequence[Text], *, truncate: bool = True
 ) -> dict[str, NDArray[Any]]:
-    """Texts, or pairs of them, to what the bundle's text preprocessing makes of them: token ids
-    ``[batch, seq]`` padded to the longest, masks, types.
+    """Applies the bundle's text preprocessing to texts, or pairs of texts: token ids
+    ``[batch, seq]`` padded to the longest, masks and token types.
 
     Args:
-        truncate: Cut what is longer than the model takes, as a classifier's own preprocessing does.
+        truncate: Truncate texts that are longer than the model's limit, as a classifier does.
 
     Raises:
-        InputError: The bundle has no text preprocessing, a text is not Unicode, or it is longer
-            than the model takes and not to be cut.
+        InputError: The bundle has no text preprocessing, a text is not valid Unicode, or a text is
+            too long and `truncate` is False.
     """
     preprocessing = bundle.manifest.preprocessing
     if not isinstance(preprocessing, TextPreprocessing):
         takes = "images" if isinstance(preprocessing, ImagePreprocessing) else "finished inputs"
         raise InputError(
             f"the bundle has no text preprocessing, it takes {takes}",
-            fix="Give those; for texts, export a checkpoint that has a tokenizer.",
+            fix=f"Give {takes}, or export a checkpoint that has a tokenizer.",
         )
-    # Its own files are the cache key: a bundle never changes, a path may come to hold another.
+    # The digest is the cache key, not the path: another bundle may be written to the same path.
     if bundle.digest not in _padding:
         _padding.clear()
         _padding[bundle.digest] = cut_and_pad(open_tokenizer(bundle), preprocessing)
     dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
-    made = encode_texts(_padding[bundle.digest], preprocessing, texts, cut=truncate)
-    return {name: value.astype(dtypes[name], copy=False) for name, value in made.items()}
+    encoded = encode_texts(_padding[bundle.digest], preprocessing, texts, cut=truncate)
+    return {name: value.astype(dtypes[name], copy=False) for name, value in encoded.items()}
 
 
 _padding: dict[str, Any] = {}
 
 
 def special_stops(tokenizer: Any, stops: Sequence[str]) -> dict[str, int]:
-    """Those stop strings that are special tokens, which texts are given out without -> their ids.
+    """Stop strings that are special tokens -> their ids. Output text has no special tokens, so
+    these are matched by id.
 
     Raises:
-        UsageError: One holds a special token and more: that never comes.
+        UsageError: A stop string contains a special token and other text: it would never match.
     """
     special = {
         token.content: number
         for number, token in tokenizer.get_added_tokens_decoder().items()
         if token.special
     }
-    found = {stop: special[stop] for stop in stops if stop in special}
+    stop_ids = {stop: special[stop] for stop in stops if stop in special}
     for stop in stops:
-        if inside := [one for one in special if one in stop and stop not in found]:
+        if inside := [token for token in special if token in stop and stop not in stop_ids]:
             raise UsageError(
-                f"the stop string {stop!r} holds the special token {inside[0]!r}, which is no part "
-                "of texts",
-                fix=f"Stop at {inside[0]!r} alone, or at what stands around it.",
+                f"the stop string {stop!r} contains the special token {inside[0]!r}, which does "
+                "not appear in output text",
+                fix=f"Stop at {inside[0]!r} alone, or at the text before or after it.",
             )
-    return found
+    return stop_ids
 
 
 class Stream:
-    """Turns one row's tokens into text as they come.
+    """Converts one row's tokens to text while they are generated.
 
-    Text is held back while its last character is incomplete, or while it could be the beginning of
-    a stop string. The prompt's text and what is given out are together the text of all tokens.
+    Text is held back while its last character is incomplete, or while it could be the start of a
+    stop string. The prompt's text followed by the output equals the text of all tokens.
 
     Args:
         tokenizer: From `open_tokenizer`.
-        stops: Strings that end the text; one may be a special token, which is no part of texts.
-        prompt: The tokens before.
+        stops: Strings that end the text. A stop string may be a special token.
+        prompt: Tokens of the prompt.
 
     Attributes:
-        text: All that was given out so far.
-        stopped: Whether a stop string came; nothing from it on is given out.
+        text: The output so far.
+        stopped: Whether a stop string was reached; it and later text are not output.
 
     Raises:
-        UsageError: A stop string holds a special token and more.
+        UsageError: A stop string contains a special token and other text.
     """
 
     def __init__(
@@ -144,7 +147,7 @@ class Stream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Takes a token. Returns the text that is certain by now."""
+        """Adds a token. Returns the new text that no later token can change."""
         if token in self._ends:
             given = self.end()
             self.stopped = True
@@ -154,14 +157,14 @@ class Stream:
         now = self._decode(self._start, len(self._tokens))
         if now.endswith("\ufffd") and len(self._tokens) - self._read < HELD_TOKENS:
             return ""
-        if now != known:  # behind a token without text the next one stands as behind those before
+        if now != known:  # else decode the next token together with the earlier ones
             self._held += now[len(known) :]
             self._start = self._read
         self._read = len(self._tokens)
         return self._release(final=False)
 
     def end(self) -> str:
-        """The text that was held back, once no token follows."""
+        """Ends the text. Returns the text that was held back."""
         if not self.stopped and self._read < len(self._tokens):
             known = self._decode(self._start, self._read)
             self._held += self._decode(self._start, len(self._tokens))[len(known) :]
@@ -169,16 +172,16 @@ class Stream:
         return self._release(final=True)
 
     def _decode(self, start: int, stop: int) -> str:
-        made: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
-        return made
+        text: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)
+        return text
 
     def _release(self, *, final: bool) -> str:
         if self.stopped:
             return ""
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
+        matches = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if matches:
             self.stopped = True
-            given = self._held[: min(found)]
+            given = self._held[: min(matches)]
         else:
             keep = 0 if final else self._beginning()
             given = self._held[: len(self._held) - keep]
@@ -187,7 +190,7 @@ class Stream:
         return given
 
     def _beginning(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is the start of a stop string."""
         for length in range(min(len(self._held), max(map(len, self._stops), default=1) - 1), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
                 return length

@@ -323,7 +323,7 @@ def test_inputs_may_be_given_and_what_the_text_begins_with(model: Model) -> None
 
 def test_inputs_and_texts_must_be_as_many(model: Model) -> None:
     inputs = inputs_of([[0, 4, 5, 2]])
-    with pytest.raises(InputError, match="a text and inputs are both given"):
+    with pytest.raises(InputError, match="both a text and inputs are given"):
         model.generate("ab", inputs=inputs)
     with pytest.raises(InputError, match="has 1 rows for 2 texts"):
         model.generate([[2], [2]], inputs=inputs).finish()

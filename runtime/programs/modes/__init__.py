@@ -1,4 +1,4 @@
-"""How the next tokens of a text come about. A mode decides what runs when: `full` (and what modes
-share), `exact` with its `drafter`, `early` (``fast`` and ``approximate``). They run an
-`edgeexit.runtime.executor.session`: the graphs bound to buffers, with caches and the shared head.
+"""Decoding modes. A mode decides which components run for which tokens: `full` (with what all modes
+share), `exact` with its `drafter`, and `early` (``fast`` and ``approximate``). `choose` creates
+them. They run an `edgeexit.runtime.executor.session.Session`.
 """

@@ -1,4 +1,4 @@
-"""Which mode writes a text: what a bundle can do, and the mode made for a session."""
+"""Checks that a bundle supports a decoding mode, and creates the mode for a session."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def make_mode(
     *,
     audit: bool,
 ) -> Mode:
-    """A mode for new texts.
+    """Creates a mode for new texts.
 
     Args:
-        decisions: What the policy says at the exits that stop, in order.
-        paces: What drafting has paid so far, for this number of texts.
+        decisions: The policy's decisions at the exits with the action ``stop``, in order.
+        paces: Measurements of drafting so far, for this number of texts.
     """
     names = ["" if exit_ is None else exit_.name for exit_ in session.exits]
     if mode == "full":
@@ -60,10 +60,10 @@ def make_mode(
             sampler=sampler,
             paces=paces,
         )
-    if not session.gates.thresholds and not any(one.consult for one in decisions[:-1]):
+    if not session.gates.thresholds and not any(d.consult for d in decisions[:-1]):
         logger.warning(
-            "mode %s: the policy takes no early exit, so every token passes all layers; give "
-            "one that does (--policy, --threshold)",
+            "mode %s: the policy uses no early exit, so every token runs through all layers; set "
+            "a policy or a threshold (--policy, --threshold)",
             mode,
         )
     behind = dict(zip((name for name in names if name), decisions, strict=True))
@@ -75,27 +75,27 @@ def make_mode(
 
 
 def check_mode(bundle: Bundle, chain: Chain, mode: ModeName, drafting: Drafting) -> None:
-    """Raises `UsageError` for modes and options that a bundle has nothing for."""
+    """Raises `UsageError` for modes and options that a bundle does not support."""
     early = [exit_.name for exit_ in chain.stops[:-1]]
     if drafting.exit is not None and drafting.exit not in early:
         raise UsageError(
-            f"draft_exit names {drafting.exit!r}; the early exits are {', '.join(early)}",
-            fix="Use one of those names.",
+            f"draft_exit is {drafting.exit!r}; the early exits are {', '.join(early)}",
+            fix="Use one of these names.",
         )
     if mode == "exact" and not early:
         raise UsageError("the bundle has no early exit to draft", fix='Use mode="full".')
     if mode == "approximate" and (reason := _unskippable(bundle, chain)):
         raise UsageError(
-            f"{bundle.path} cannot be run in mode approximate: {reason}",
+            f"{bundle.path} does not support mode approximate: {reason}",
             fix="Use another mode.",
         )
 
 
 def _unskippable(bundle: Bundle, chain: Chain) -> str:
-    """Why tokens cannot skip components; empty where they can."""
+    """Why tokens cannot skip components; empty if they can."""
     components = bundle.manifest.components
     if any(len(exit_.path) > 1 for exit_ in chain.stops):
-        return "its exits have adapters, whose states would miss the tokens that left"
+        return "its exits have adapters, whose states would lack the tokens that stopped earlier"
     for name in chain.components[1:]:
         if token_states(components[name]) and components[name].projection is None:
             return "it has no projections for tokens that skip a component"

@@ -1,8 +1,8 @@
-"""The exit that drafts: what its head says of one state per row after another.
+"""`Drafter`: the early exit that drafts tokens in mode ``exact``.
 
-Its adapter, where it has one, must see every state that passes, each once and in order. The last
-draft's state passes, but its answer is not needed: it waits, and enters the adapter's states with
-the next state that is asked about, in one run. If the draft is refused, there is no run at all.
+If the exit has an adapter, the adapter must process every token, in order; otherwise its KV cache
+has gaps. The answer for the last draft is not needed, so its state waits and is processed together
+with the next state in one run. If the draft is rejected, it is not processed at all.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from edgeexit.runtime.executor.session import Session
 
 
 class Drafter:
-    """Asks one early exit of a session.
+    """Evaluates one early exit of a session.
 
     Args:
-        number: Index of the exit.
-        head: The shared head, with the scores that are looked at.
+        number: Index of the component in front of the exit.
+        head: The exit's head, with the scores that are needed.
     """
 
     def __init__(self, session: Session, number: int, head: Head) -> None:
         self._session, self._number, self._head = session, number, head
         self._adapter = session.adapter(number)
-        # Where several new tokens are run row by row (see `Part.run`), waiting costs more than it
+        # If several new tokens run row by row (see `Part.run`), waiting takes more time than it
         # saves.
         self._waits = session.batch == 1 or (
             self._adapter is not None and self._adapter.variant.states != "in-place"
@@ -36,15 +36,16 @@ class Drafter:
         self._block = Block(1, self._one)
 
     def ask(self, states: Array) -> Answers:
-        """Answers for what the segment before the exit has just made, ``[batch, 1, width]``."""
+        """Answers for the last output of the component in front of the exit,
+        ``[batch, 1, width]``."""
         if self._adapter is None or not self._late.most():
             return self._head(self._session.adapt(self._number, self._block)[:, 0])
         self._push(states)
         return self._head(self._catch_up())
 
     def pass_by(self, states: Array) -> None:
-        """Takes what the segment before the exit has just made, ``[batch, 1, width]``, when no
-        answer is needed."""
+        """Processes the last output of the component in front of the exit, ``[batch, 1, width]``,
+        when no answer is needed."""
         if self._adapter is None:
             return
         if self._waits:
@@ -53,8 +54,8 @@ class Drafter:
             self._session.adapt(self._number, self._block)
 
     def crop(self, positions: Sequence[int]) -> None:
-        """Forgets what waits and stands at these positions ``[batch]`` or behind, which were taken
-        back everywhere else."""
+        """Removes waiting states from these positions ``[batch]`` on. Call it after cropping all
+        other states."""
         if self._adapter is not None:
             held = self._adapter.states.positions
             self._late.crop([max(a - b, 0) for a, b in zip(positions, held, strict=True)])
@@ -66,14 +67,14 @@ class Drafter:
         self._late.push(states, self._one, positions)
 
     def _catch_up(self) -> Array:
-        """Runs the adapter over all that waits. Returns each row's newest state ``[batch,
-        width]``; every row has one."""
+        """Runs the adapter over all waiting states. Returns the newest state of every row,
+        ``[batch, width]``; every row has one."""
         session, late, adapter = self._session, self._late, self._adapter
         assert adapter is not None
         newest = session.row_states("newest draft", late.states(0, 1))
         waiting = session.boundaries[self._number + 1]
         for block, ends in session.portions(late, adapter, waiting):
-            made = session.adapt(self._number, block)
+            adapted = session.adapt(self._number, block)
             for row, place in ends:
-                newest[row] = made[row, place]
+                newest[row] = adapted[row, place]
         return newest

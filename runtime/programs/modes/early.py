@@ -1,8 +1,8 @@
-"""Modes ``fast`` and ``approximate``: a token is answered by the exit whose score is good enough.
+"""Modes ``fast`` and ``approximate``: a token stops at the first exit whose score is high enough.
 
-They differ in what the components behind that exit get. `Fast` lets them catch up later, in one run
-for many tokens, so that states stay exact; `Approximate` gives them what their projections to keys
-and values make of the state that left.
+They differ in what the components behind that exit do. In `Fast` they catch up later, in one run
+for many tokens, so their states stay exact. In `Approximate` their projections compute keys and
+values from the exit's hidden state.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from edgeexit.runtime.programs.sampling import Sampler
 
 
 class Fast:
-    """Exits by score. Tokens that left wait; later components catch up in one call.
+    """Mode ``fast``. Tokens that stopped at an exit wait there; later components catch up in one
+    run.
 
     Args:
-        exits: Name of the exit behind each component; empty where there is none.
-        decisions: Per component, what the policy says of the exit behind it.
-        pending: The most tokens that may wait at a boundary before all of them are caught up.
-        audit: Also compute what the last exit says to every token that left early, once the
-            components have caught up with it.
+        exits: Name of the exit behind each component; empty: no exit.
+        decisions: Per component, the policy's decision at the exit behind it.
+        pending: Most tokens that may wait at a boundary; then all components catch up.
+        audit: Also compute the last exit's token for every token of an early exit, when the
+            components catch up.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Fast:
         self._heads = heads_of(session, decisions)
         self._pending, self.audit = pending, audit
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
-        # Per row, for every token that has not yet reached the last boundary: what an early exit
-        # answered to it, or -1 where none did or the last exit answered itself.
+        # Per row, for every token that has not reached the last boundary: the early exit's answer,
+        # or -1 if no early exit answered.
         self._emitted: list[list[int]] = [[] for _ in range(session.batch)]
         self._newest = [
             session.row_states(f"newest behind {number}", session.boundary(number + 1, 1))
@@ -69,30 +70,30 @@ class Fast:
                 self._emitted[row].append(-1)
         seen, _ = self._enter(Block(1, counts))
         tokens = self._decide(seen[:, 0], active).tolist()
-        found = [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
+        new_tokens = [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
         if any(ring.most() >= self._pending for ring in session.rings[1:]):
             self.flush()
-        return found
+        return new_tokens
 
     def force(self, tokens: Ints) -> None:
         self._current[:, 0] = tokens
 
     def flush(self) -> None:
-        """Lets every component catch up with all tokens that wait."""
+        """Lets every component process all waiting tokens."""
         for number in range(1, len(self.session.parts)):
             self._drain(number)
 
     def _look(self, number: int, block: Block) -> Array:
-        """What the head looks at of a block that a component has just run over. It enters the
-        states of the exit's own components, where it has any and will be asked."""
+        """The head's input for a block that a component has just run over. Runs the exit's adapter,
+        if it has one and the policy uses the exit."""
         final = number == len(self.session.parts) - 1
         if final or not self._decisions[number].consult:
             return self.session.boundary(number + 1, block.new)
         return self.session.adapt(number, block)
 
     def _decide(self, states: Array, active: Sequence[bool]) -> Ints:
-        """Answers for the newest token of every active row, which waits at the first boundary.
-        `states` is what the first exit's head looks at."""
+        """Answers for the newest token of every active row; these tokens wait behind the first
+        component. `states` is the input of the first exit's head."""
         undecided = [row for row, on in enumerate(active) if on]
         last = len(self.session.parts) - 1
         for number in range(last + 1):
@@ -115,13 +116,13 @@ class Fast:
         return self._current[:, 0]
 
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
-        """Those of the rows that leave at an exit."""
+        """The rows that stop at an exit."""
         decision = self._decisions[number]
         return leaving(answers[decision.score], decision, rows)
 
     def _enter(self, block: Block) -> tuple[Array, Sequence[int]]:
-        """Runs the first component, behind which tokens wait. Returns what its exit looks at, and
-        how many of it count."""
+        """Runs the first component; its tokens then wait behind it. Returns its exit's input, and
+        the number of real tokens per row."""
         block = self.session.run(0, block)
         self._wait(1, block)
         return self._look(0, block), block.counts
@@ -142,8 +143,8 @@ class Fast:
             ring.push(session.boundary(number, block.new), block.counts, positions)
 
     def _drain(self, number: int) -> Array:
-        """Runs a component over all that waits for it. Returns what the head looks at of the last
-        token of every row; that of a row of which none waited means nothing."""
+        """Runs a component over all tokens that wait for it. Returns the head's input for the last
+        token of every row; for rows without waiting tokens it is undefined."""
         session, ring = self.session, self.session.rings[number]
         newest = self._newest[number]
         if ring.most() > 1:
@@ -155,7 +156,7 @@ class Fast:
             gone = [a - b for a, b in zip(before.counts, block.counts, strict=True)]
             for row, place in ends:
                 newest[row] = seen[row, place - gone[row]]
-            for row, count in enumerate(gone):  # tokens whose group left here, all of the prompt
+            for row, count in enumerate(gone):  # prompt tokens that a gate dropped
                 del self._emitted[row][:count]
             if number + 1 < len(session.parts):
                 self._wait(number + 1, block)
@@ -164,28 +165,28 @@ class Fast:
         return newest
 
     def _audit(self, block: Block) -> None:
-        """Takes note of tokens that reached the last boundary; audits what exits said of them."""
+        """Records that tokens have reached the last boundary, and audits their early answers."""
         session, last = self.session, len(self.session.parts) - 1
         states = session.boundary(last + 1, block.new)
         head = self._heads[last]
         assert head is not None
         for row, count in enumerate(block.counts):
-            told = self._emitted[row][:count]
+            emitted = self._emitted[row][:count]
             del self._emitted[row][:count]
-            places = [place for place, token in enumerate(told) if token >= 0]
+            places = [place for place, token in enumerate(emitted) if token >= 0]
             if self.audit and places:
                 tokens = head.of([states[row, place] for place in places])["token"].tolist()
                 self.statistics.audited += len(places)
-                agreed = [told[place] == token for place, token in zip(places, tokens, strict=True)]
-                self.statistics.agreed += sum(agreed)
+                pairs = zip(places, tokens, strict=True)
+                self.statistics.agreed += sum(emitted[place] == token for place, token in pairs)
 
 
 class Approximate:
-    """Exits by score, as CALM does it (arXiv:2207.07061): the state that a token leaves with is all
-    that the components behind ever see of it, through their projections to keys and values.
+    """Mode ``approximate``, as in CALM (arXiv:2207.07061): components behind the exit compute a
+    token's keys and values from the exit's hidden state, through their projections.
 
-    Nothing is caught up, so states are not those of the full model. Prompts are not approximated:
-    their first token is the full model's.
+    They never catch up, so their states differ from the full model's. Prompts run through all
+    layers: the first token is the full model's.
 
     Args:
         exits, decisions: As for `Fast`.
@@ -239,12 +240,11 @@ class Approximate:
         self._current[:, 0] = tokens
 
     def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
-        """What a component keeps of tokens that left before it."""
+        """Adds tokens that stopped before a component to its states."""
         self.session.project(number, rows, places)
 
     def _decide(self, number: int, states: Array, undecided: list[int]) -> list[int]:
-        """Those of the rows that are answered behind a component; their tokens become the current
-        ones."""
+        """The rows that stop behind a component. Their tokens become the current tokens."""
         final = number == len(self.session.parts) - 1
         decision, head = self._decisions[number], self._heads[number]
         if not final and not decision.consult:
@@ -259,8 +259,8 @@ class Approximate:
 
 
 def heads_of(session: Session, decisions: Sequence[Decision]) -> list[Head | None]:
-    """The head of every exit that is asked, with the score that decides there; the last exit
-    always is, and needs none."""
+    """The head of every exit that is used, with the scores that decide. The last exit is always
+    used and needs no score."""
     last = len(decisions) - 1
     scores = {d.score for d in decisions[:-1] if d.consult}
     return [

@@ -1,6 +1,7 @@
-"""Mode ``exact``: an early exit drafts, the layers behind it verify; the text is the full model's.
+"""Mode ``exact``: an early exit drafts tokens and the layers behind it verify them. The text is the
+full model's.
 
-`Exact` runs the rounds; `Pace` learns from them which exit shall draft next, and how far.
+`Exact` runs the rounds. `Pace` measures them, to choose the exit and the length of the next draft.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from edgeexit.runtime.programs.sampling import Floats64, Sampler
 
 
 class Exact:
-    """Self-speculation: the first segments draft, the others verify (LayerSkip, arXiv:2404.16710).
+    """Self-speculation: the first components draft, the others verify (LayerSkip,
+    arXiv:2404.16710).
 
-    A round drafts up to `drafts` tokens with the segments before the exit, then runs those behind
-    it once over all of them. What agrees with the last exit's own greedy tokens is kept, with one
-    more token of the last exit. Nothing of the first segments is computed twice.
+    A round drafts up to `drafts` tokens with the components before the exit, then runs the
+    components behind it once over all drafts. Drafts that agree with the last exit's greedy tokens
+    are kept, followed by one more token of the last exit. The first components compute nothing
+    twice.
 
     Args:
-        exit_number: Number of the component whose exit drafts; None: of every round the one that
-            pays most by what was measured so far (`Pace`), the earliest ones being tried first.
-        drafts: The most tokens of a draft; None: as many as pay, none included.
-        threshold: Drafting stops early when the drafting exit's score is below.
-        paces: What earlier texts told of the exits, for batches of the same size; kept up.
+        exit_number: Index of the component whose exit drafts; None: in every round the exit with
+            the best measured speed (`Pace`); the earliest exits are tried first.
+        drafts: Most tokens of a draft; None: the fastest measured number, which may be 0.
+        threshold: Drafting stops when the drafting exit's score is below this.
+        paces: Measurements per exit from earlier texts in batches of the same size; updated.
     """
 
     def __init__(
@@ -52,13 +55,13 @@ class Exact:
         self._head = session.head(last)
         self._fixed, self._threshold, self._score = drafts, threshold, score
         shares = session.shares()
-        # A seed shall give the same text again, so what is drawn must not depend on times.
+        # The same seed must give the same text, so sampling must not depend on times.
         self._timed = sampler is None
         known = paces if paces is not None and self._timed else {}
         early = [number for number, exit_ in enumerate(session.exits[:-1]) if exit_ is not None]
         for number in early:
             known.setdefault(number, Pace(shares[number])).next_text()
-        # An adapter must see every token that passes: exits with adapters do not take turns.
+        # An adapter must process every token, so exits with adapters cannot alternate.
         if exit_number is None and any(session.adapter(number) for number in early):
             exit_number = early[0]
         chosen = early if exit_number is None else [exit_number]
@@ -77,7 +80,7 @@ class Exact:
         session, batch = self.session, self.session.batch
         exit_number, drafts_wanted = self._plan()
         behind, drafter = exit_number + 1, self._drafters[exit_number]
-        if not all(active):  # rows that ended need no room, and go on in vain
+        if not all(active):  # finished rows still run, but need no room
             kept_rows = [session.capacity if on else 0 for on in active]
             session.crop(kept_rows)
             drafter.crop(kept_rows)
@@ -87,54 +90,54 @@ class Exact:
         drafts = np.empty((batch, wanted), np.int64)
         chances: list[list[Floats64]] = [[] for _ in range(batch)]
         ring = session.rings[behind]
-        one = [1] * batch
-        made = 0
+        single = [1] * batch
+        drafted = 0
         started = time.perf_counter()
         while True:
             session.embed(tokens)
             states = session.run_all(0, behind, 1)
-            ring.push(states, one)
-            if made == wanted:
+            ring.push(states, single)
+            if drafted == wanted:
                 drafter.pass_by(states)
                 break
             answers = drafter.ask(states)
-            # Decided before anything is drawn: leaving out tokens once drawn would bias the rest.
+            # Decided before sampling: discarding tokens after they were drawn would bias the text.
             if self._unsure(answers, active):
                 break
-            tokens[:, 0] = self._draft(answers, drafts[:, :made], chances)
-            drafts[:, made] = tokens[:, 0]
-            made += 1
-        drafted = time.perf_counter()
-        rows = made + 1
+            tokens[:, 0] = self._draft(answers, drafts[:, :drafted], chances)
+            drafts[:, drafted] = tokens[:, 0]
+            drafted += 1
+        draft_end = time.perf_counter()
+        rows = drafted + 1
         session.boundary(behind, rows)[...] = ring.states(0, rows)
         ring.clear()
         states = session.run_all(behind, len(session.parts), rows)
         answers = self._head(states.reshape(batch * rows, -1))
-        kept, self._current = self._verify(answers, drafts[:, :made], chances)
+        kept, self._current = self._verify(answers, drafts[:, :drafted], chances)
         length = [a + b + 1 if on else a for a, b, on in zip(start, kept, active, strict=True)]
         session.crop(length)
         drafter.crop(length)
-        verified = time.perf_counter()
-        found: list[list[int]] = []
+        verify_end = time.perf_counter()
+        new_tokens: list[list[int]] = []
         tested = accepted = 0
         for row, count in enumerate(kept):
             if not active[row]:
-                found.append([])
+                new_tokens.append([])
                 continue
-            found.append([*drafts[row, :count].tolist(), int(self._current[row])])
-            tested += min(count + 1, made)
+            new_tokens.append([*drafts[row, :count].tolist(), int(self._current[row])])
+            tested += min(count + 1, drafted)
             accepted += count
             self.statistics.count(self.exits[exit_number], count)
             self.statistics.count(self.exits[-1], 1)
-            self.statistics.drafted += made
+            self.statistics.drafted += drafted
         self.statistics.tested += tested
         self.statistics.accepted += accepted
-        times = (drafted - started, verified - drafted) if self._timed else None
-        self._paces[exit_number].tell(made, tested, accepted, times)
-        return found
+        times = (draft_end - started, verify_end - draft_end) if self._timed else None
+        self._paces[exit_number].tell(drafted, tested, accepted, times)
+        return new_tokens
 
     def _room(self, wanted: int, longest: int, most: int | None) -> int:
-        """How many of the drafts wanted there is room for; a round gives one token more."""
+        """Limits the number of drafts to the room that is left; a round adds one more token."""
         room = self.session.capacity - longest - 1
         if most is not None:
             room = min(room, most - 1)
@@ -144,7 +147,7 @@ class Exact:
         self._current = tokens.copy()
 
     def _unsure(self, answers: Answers, active: Sequence[bool]) -> bool:
-        """Whether drafting shall stop: no row that is active has a score that is good enough."""
+        """Whether drafting must stop: the score of every active row is below the threshold."""
         if self._threshold <= 0:
             return False
         scores = answers[self._score].tolist()
@@ -154,32 +157,32 @@ class Exact:
     def _draft(
         self, answers: Answers, drafted: Ints, chances: list[list[Floats64]]
     ) -> NDArray[np.int64]:
-        """The drafting exit's tokens, and when they are drawn their chances."""
+        """The drafting exit's tokens. When sampling, appends their probabilities to `chances`."""
         if self.sampler is None:
             return answers["token"]
-        found = np.empty(len(drafted), np.int64)
+        tokens = np.empty(len(drafted), np.int64)
         for row, logits in enumerate(answers["logits"]):
             q = self.sampler.chances(row, logits, drafted[row].tolist())
             chances[row].append(q)
-            found[row] = self.sampler.draw(row, q)
-        return found
+            tokens[row] = self.sampler.draw(row, q)
+        return tokens
 
     def _verify(
         self, answers: Answers, drafts: Ints, chances: list[list[Floats64]]
     ) -> tuple[list[int], Ints]:
-        """Per row, how many drafts the last exit confirms, and its own token behind them."""
-        batch, made = drafts.shape
+        """Per row, the number of drafts that the last exit accepts, and its token after them."""
+        batch, count = drafts.shape
         if self.sampler is None:
-            own = answers["token"].reshape(batch, made + 1)
-            agree = drafts == own[:, :made]
-            kept = [row.index(False) if False in row else made for row in agree.tolist()]
+            own = answers["token"].reshape(batch, count + 1)
+            agree = drafts == own[:, :count]
+            kept = [row.index(False) if False in row else count for row in agree.tolist()]
             return kept, own[np.arange(batch), kept].copy()
-        logits = answers["logits"].reshape(batch, made + 1, -1)
+        logits = answers["logits"].reshape(batch, count + 1, -1)
         kept, after = [0] * batch, np.empty(batch, np.int64)
         for row in range(batch):
-            told = drafts[row].tolist()
-            p = [self.sampler.chances(row, logits[row, n], told[:n]) for n in range(made + 1)]
-            kept[row], after[row] = self.sampler.verify(row, told, chances[row], p)
+            drafted = drafts[row].tolist()
+            p = [self.sampler.chances(row, logits[row, n], drafted[:n]) for n in range(count + 1)]
+            kept[row], after[row] = self.sampler.verify(row, drafted, chances[row], p)
         return kept, after
 
     def _plan(self) -> tuple[int, int]:
@@ -193,25 +196,25 @@ class Exact:
 
 
 class Pace:
-    """What drafting at one exit was seen to bring and to cost.
+    """Measured benefit and cost of drafting at one exit.
 
-    A round of d drafts gives (1 - a^(d+1)) / (1 - a) tokens, a being the chance that a draft is
-    accepted when all before it were. It costs d + 1 runs of the layers before the exit and one of
-    those behind it, whose time grows with its d + 1 rows. What has not been measured is guessed
-    from the share of layers, so that exits are tried from the cheapest on.
+    A round of d drafts gives (1 - a^(d+1)) / (1 - a) tokens; a is the probability that a draft is
+    accepted if all drafts before it were. A round takes d + 1 runs of the layers before the exit
+    and one run of the layers behind it, whose time grows with its d + 1 rows. Until times are
+    measured, they are estimated from the share of layers, so the cheapest exits are tried first.
 
     Attributes:
-        full_s: Seconds of a round without drafts; 0 until something was measured.
-        best: The number of drafts that pays most, and its tokens per second.
+        full_s: Seconds of a round without drafts; 0 until the first measurement.
+        best: The fastest number of drafts, and its tokens per second.
     """
 
     MOST_DRAFTS = 8
     ACCEPTANCE = 0.75
-    """Assumed until drafts were tested, and slowly again while there are none."""
+    """Initial estimate of a. While no drafts are tested, a slowly returns to it."""
 
     HEAD_SHARE, SLOPE = 0.08, 0.05
-    """Guesses: what the head costs beside all layers, and by how much each further row slows the
-    layers behind the exit."""
+    """Estimates: the time of the head as a share of all layers, and the slowdown of the layers
+    behind the exit per additional row."""
 
     FADING, RETURN = 0.9, 0.005
 
@@ -223,14 +226,14 @@ class Pace:
         self.best = (0, 0.0)
 
     def guess(self, full_s: float) -> None:
-        """Assumes costs by the share of layers, a whole step taking `full_s`."""
+        """Estimates times from the share of layers; `full_s` is the time of a full step."""
         self._draft_s = full_s * (self._share + self.HEAD_SHARE)
         self._behind_s = full_s * (1 - self._share + self.HEAD_SHARE)
         self._choose()
 
     def tell(self, drafts: int, tested: int, kept: int, times: tuple[float, float] | None) -> None:
-        """Takes in a round: drafts tested and kept over all rows, and the seconds of the layers
-        before the exit and of those behind it (None: guesses stay)."""
+        """Adds a round: drafts tested and kept over all rows, and the seconds of the layers before
+        and behind the exit (None: keep the estimates)."""
         if tested:
             self._seen = self.FADING * self._seen + tested
             self._kept = self.FADING * self._kept + kept
@@ -246,7 +249,7 @@ class Pace:
         self._choose()
 
     def next_text(self) -> None:
-        """Keeps what was learnt of times, and less of what was accepted: texts differ."""
+        """Keeps the times, but reduces the weight of the acceptance, because texts differ."""
         fewer = min(1.0, 4.0 / self._seen)
         self._seen, self._kept = self._seen * fewer, self._kept * fewer
         if self.full_s:
@@ -265,7 +268,8 @@ class Pace:
 
 
 def _smooth(known_s: float, seen_s: float) -> float:
-    """A running time that follows faster down than up: what is slow once was disturbed."""
+    """A smoothed time that decreases faster than it increases: a single slow run was probably
+    disturbed."""
     return known_s + (0.5 if seen_s < known_s else 0.1) * (seen_s - known_s)
 
 

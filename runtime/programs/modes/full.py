@@ -1,12 +1,13 @@
-"""What all modes share, and the plainest one: ``full``. The others are `exact` and `early`
-(``fast``, ``approximate``).
+"""Mode ``full``, and what all modes share. The other modes are in `exact` and `early` (``fast``,
+``approximate``).
 
-Each mode is a class with `prefill` (a prompt in, the first token out) and `step` (one round: one
-token or several per row), on one set of engines. All of them keep to four rules. A token that
-passed a boundary without the components behind it waits in that boundary's ring; running a
-component drains its ring first; an exit that is asked is given every token that passes it
-(`Session.adapt`), for the states of its own components; and what states hold beyond their length
-does not count.
+A mode is a class with `prefill` (prompts in, first tokens out) and `step` (one round: one or more
+tokens per row). All modes follow four rules:
+
+- A token that has passed a boundary, but not the component behind it, waits in the boundary's ring.
+- Running a component empties its ring first.
+- The adapter of an exit that is used processes every token that passes the exit (`Session.adapt`).
+- Contents of states beyond their lengths are ignored.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Statistics:
-    """What happened while a text was written.
+    """Counts of a generation.
 
     Attributes:
-        tokens: Tokens made, over all rows.
-        exits: Exit name -> tokens that were answered there (for ``exact``: drafted there and
-            accepted; the last exit made the others).
-        drafted: Tokens drafted (``exact``).
-        accepted: How many of them the full model confirmed.
-        tested: Drafts that were compared at all: those before and at the first refusal.
-        catch_ups: Calls in which later segments caught up with states that waited (``fast``).
-        audited: Tokens of early exits that the full model's answer was computed for, too.
-        agreed: How many of those have the greedy token that the full model has.
-        earlier: Chain that ran before the text -> the exit that each of its rows took.
+        tokens: New tokens over all rows.
+        exits: Exit name -> tokens that it answered (``exact``: accepted drafts; the other tokens
+            are the last exit's).
+        drafted: Drafted tokens (``exact``).
+        accepted: Drafts that the full model accepted.
+        tested: Drafts that were compared: those up to and including the first rejected draft.
+        catch_ups: Runs in which a component processed more than one waiting token (``fast``).
+        audited: Tokens of early exits for which the full model's token was computed.
+        agreed: Audited tokens that equal the full model's greedy token.
+        earlier: Earlier chain -> per row, the exit at which it stopped.
     """
 
     tokens: int = 0
@@ -67,36 +68,37 @@ class Statistics:
 
     @property
     def alpha(self) -> float | None:
-        """Chance that a draft is accepted when all before it were: accepted ÷ tested."""
+        """Probability that a draft is accepted if all drafts before it were: accepted ÷ tested."""
         return self.accepted / self.tested if self.tested else None
 
     @property
     def agreement(self) -> float | None:
-        """Share of early exits' tokens that are those of the full model."""
+        """Share of audited tokens that equal the full model's: agreed ÷ audited."""
         return self.agreed / self.audited if self.audited else None
 
 
 class Mode(Protocol):
-    """A way to decode."""
+    """A decoding mode."""
 
     statistics: Statistics
     sampler: Sampler | None
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
-        """Takes prompts, one per row. Returns the first token of every row, ``[batch]``."""
+        """Processes prompts, one per row. Returns the first token of every row, ``[batch]``."""
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
-        """One round. Returns the new tokens of every row; those that are not active get none."""
+        """Runs one round. Returns the new tokens of every row; inactive rows get none."""
 
     def force(self, tokens: Ints) -> None:
-        """Goes on with these tokens ``[batch]`` in place of the last ones made."""
+        """Replaces the last tokens by these, ``[batch]``."""
 
 
 class Full:
-    """Every segment for every token; also the unsplit graph, whose one segment answers itself.
+    """Mode ``full``: every component runs for every token. Also runs the unsplit graph.
 
     Args:
-        asked: Indices of early exits that take the prompt, for a mode that asks them later.
+        asked: Indices of early exits that another mode uses later; their adapters process the
+            prompt.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class Full:
         self._current[:, 0] = tokens
 
     def _pass(self, block: Block) -> tuple[Array, Sequence[int]]:
-        """Runs every component, and the paths of exits that take the prompt."""
+        """Runs every component, and the adapters of the exits in `asked`."""
         session = self.session
         if not self._asked and not session.gates.any:
             return session.run_all(0, len(session.parts), block.new, block.counts), block.counts
@@ -144,14 +146,14 @@ class Full:
         return session.boundary(len(session.parts), block.new), block.counts
 
     def _answer(self, states: Array) -> Ints:
-        """Tokens for states ``[batch, width]``; the unsplit graph has answered already."""
+        """Tokens for states ``[batch, width]``; the unsplit graph outputs tokens itself."""
         head = self._head
         answers = self.session.parts[-1].answers if head is None else head(states)
         return choose(answers, self.sampler)
 
 
 def choose(answers: Answers, sampler: Sampler | None) -> Ints:
-    """One token per row of a head's answers: the greedy one, or a drawn one."""
+    """One token per row of a head's answers: the most likely token, or a sampled one."""
     if sampler is None:
         return answers["token"]
     return np.array([pick(answers, row, sampler) for row in range(len(answers["token"]))])
@@ -169,14 +171,14 @@ def last_states(
     prompts: Sequence[Ints],
     take: Callable[[Block], tuple[Array, Sequence[int]]],
 ) -> Array:
-    """Takes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``; the
-    next call overwrites it.
+    """Processes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``;
+    the next call overwrites it.
 
     Args:
-        take: What to do with a block that lies embedded before the first component; it gives the
-            states to look at, ``[batch, new, width]``, and how many of them count, per row.
+        take: Runs a block whose embeddings are at the first boundary. Returns states
+            ``[batch, new, width]``, and the number of real tokens per row.
     """
-    found: Array | None = None
+    last: Array | None = None
     lengths = [len(prompt) for prompt in prompts]
     for start in range(0, max(lengths), session.chunk):
         tokens, counts = chunk_of(prompts, start, session.chunk)
@@ -184,17 +186,17 @@ def last_states(
         states, left = take(Block(tokens.shape[1], counts))
         if session.answers_itself:
             continue
-        if found is None:
-            found = session.row_states("last of the prompts", states)
+        if last is None:
+            last = session.row_states("last of the prompts", states)
         for row, length in enumerate(lengths):
             if start < length <= start + session.chunk:
-                found[row] = states[row, left[row] - 1]
-    return states if found is None else found
+                last[row] = states[row, left[row] - 1]
+    return states if last is None else last
 
 
 def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
-    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, and how many of them
-    count, per row."""
+    """Part of every prompt, padded to the longest: tokens ``[batch, new]``, and the number of real
+    tokens per row."""
     parts = [prompt[start : start + size] for prompt in prompts]
     counts = [len(part) for part in parts]
     tokens = np.zeros((len(parts), max(counts)), np.int64)

@@ -233,7 +233,7 @@ def test_placeholders_and_rows_that_come_for_them_must_be_as_many(toys: Toys) ->
     with load(bundle) as model:
         for pixels, message in (
             (row.pixels[:1], "more than the 2 rows"),
-            (None, "nothing is given"),
+            (None, "no inputs are given"),
         ):
             given = None if pixels is None else {"pixel_values": pixels}
             with pytest.raises(InputError, match=message):
@@ -291,4 +291,4 @@ def test_fast_warns_where_nothing_may_leave(toys: Toys, caplog: pytest.LogCaptur
         assert not caplog.messages
         model.policy = toy_policy(toy, {})
         generate(model, rows, mode="fast")
-    assert "every token passes all layers" in caplog.text
+    assert "every token runs through all layers" in caplog.text

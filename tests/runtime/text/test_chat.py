@@ -165,14 +165,14 @@ def test_messages_within_messages_are_refused_when_they_have_no_end(decoder: Mod
 
 
 def test_a_template_that_refuses_says_why(decoder: Model) -> None:
-    with pytest.raises(InputError, match=r"template.strict.jinja: .*refuses.*Roles must alternate"):
+    with pytest.raises(InputError, match=r"template.strict.jinja: .*rejects.*Roles must alternate"):
         decoder.chat([USER, USER], template="strict")
 
 
 def test_arguments_that_cannot_be_meant_are_refused(decoder: Model) -> None:
     with pytest.raises(UsageError, match="'rag'; the bundle has default, llama, strict, tool_use"):
         decoder.chat([USER], template="rag")
-    with pytest.raises(UsageError, match="variables names 'messages'"):
+    with pytest.raises(UsageError, match="variables contains 'messages'"):
         decoder.chat([USER], variables={"messages": []})
     with pytest.raises(UsageError, match="mode"):
         decoder.chat([USER], mode="quick")  # type: ignore[arg-type]
@@ -200,12 +200,12 @@ def with_template(folder: Path, text: str | bytes) -> Bundle:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{% for x in %}", r"chat_template.jinja: not a chat template that Jinja reads \(line 1\)"),
+        ("{% for x in %}", r"chat_template.jinja: Jinja cannot read this chat template \(line 1\)"),
         ("a\n{% endfor %}", r"\(line 2\)"),
         ("{{ x | sparkle }}", "sparkle"),
-        ("{% generation %}", "Jinja reads"),
-        ("{% include 'x' %}{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "Jinja reads"),
-        (b"\xff\xfe", "Jinja reads.*utf-8"),
+        ("{% generation %}", "Jinja cannot read"),
+        ("{% include 'x' %}{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "Jinja cannot read"),
+        (b"\xff\xfe", "Jinja cannot read.*utf-8"),
     ],
 )
 def test_a_template_that_does_not_parse_is_named(

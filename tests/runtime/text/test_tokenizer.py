@@ -120,5 +120,5 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(tokenizer: Tokenize
 def test_a_stop_string_that_holds_a_special_token_and_more_is_refused(
     tokenizer: Tokenizer,
 ) -> None:
-    with pytest.raises(UsageError, match=r"holds the special token.*Stop at"):
+    with pytest.raises(UsageError, match=r"contains the special token.*Stop at"):
         special_stops(tokenizer, [f"{SPECIAL}\n"])
