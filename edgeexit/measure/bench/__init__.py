@@ -1,2 +1,2 @@
-"""Time against the same model unsplit: `bench` measures `cases`, of rows or of texts, in `worker`
-processes that take turns (`paired`)."""
+"""Measures a bundle's speed relative to the same model unsplit. `bench` is the entry point. `rows`
+and `texts` compute the figures of `cases`, which `worker` processes run in turns (`paired`)."""

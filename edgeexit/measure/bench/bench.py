@@ -1,10 +1,9 @@
-"""`bench`: a bundle against the same model unsplit, on this machine.
+"""`bench`: compares a bundle with the same model unsplit, on this machine.
 
-Both sides run in processes of their own, each in the thread setting in which it is fastest
-(`edgeexit.measure.bench.paired`). Rows and texts differ in how a case is called
-(`edgeexit.measure.bench.cases`) and in the figures that are made of it: `rows`, `texts`. The result
-is one JSON object that also says what it was measured on and why it should not be trusted, where
-that is so.
+Each side runs in its own process, with its fastest thread setting
+(`edgeexit.measure.bench.paired`). Rows and texts have different cases
+(`edgeexit.measure.bench.cases`) and figures (`rows`, `texts`). The result is one JSON object, with
+the environment of the measurement and warnings about its quality.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 
 MAX_OTHER_CORES = 0.10
 MAX_STEAL = 0.01
-"""Beyond these a result carries a warning."""
+"""Above these limits, a result has a warning."""
 
 TEXT_SEARCH_S = 2.0
-"""Seconds of warm-up of each thread setting that is tried with texts."""
+"""Warm-up of each thread setting in the search with texts, in seconds."""
 
 
 def bench(
@@ -43,11 +42,11 @@ def bench(
 
     Args:
         bundle: The bundle.
-        options: How; None: the defaults.
+        options: Options of the measurement; None: the defaults.
         progress: Called as ``progress(what, done, of)``.
 
     Returns:
-        The object that ``edgeexit bench --json`` prints; docs and the README describe its fields.
+        The object that ``edgeexit bench --json`` prints; the documentation describes its fields.
 
     Raises:
         MeasurementError, UsageError: With the cause and the fix.
@@ -84,11 +83,11 @@ def bench(
 
 
 def _cautions(bundle: Bundle, options: Options) -> list[str]:
-    """Why the answers behind the figures should not be trusted."""
+    """Warnings about the answers from which the figures are computed."""
     if options.policy is not None:
         return cautions(policy_for(options.policy, bundle), bundle)
     if bundle.exits_untrained:
-        return ["the early exits were never trained: this is what leaving there would save"]
+        return ["the early exits were never trained: times are valid, their answers are not"]
     return []
 
 
@@ -102,11 +101,11 @@ def _prepare(bundle: Bundle, options: Options, folder: str) -> Inputs:
 
 
 class _Sides:
-    """Opens the two sides, each in the best thread setting for it.
+    """Opens the two sides, each with its best thread setting.
 
     Attributes:
         chosen, searched: As in `Contest`.
-        cpu_s: What sides used that were closed again.
+        cpu_s: CPU seconds of sides that were closed after the search.
     """
 
     def __init__(self, bundle: Bundle, options: Options, inputs: Inputs, tell: Progress) -> None:
@@ -142,23 +141,23 @@ class _Sides:
 
         side, best, relative = best_setting(make, self._cases[kind], tried, seconds=self._seconds)
         self.chosen[kind], self.searched[kind] = str(best), relative
-        self.cpu_s += sum(one.cpu_s for one in opened if one is not side)
+        self.cpu_s += sum(other.cpu_s for other in opened if other is not side)
         return side
 
 
 def doubts(machine: dict[str, Any], restless: Sequence[str]) -> list[str]:
-    """Warnings that follow from what else the machine did."""
-    found = []
+    """Warnings about other load on the machine."""
+    warnings = []
     other, steal = machine["other_load_cores"], machine["steal_share"]
     if other is not None and other > MAX_OTHER_CORES:
-        found.append(
+        warnings.append(
             f"other processes kept {other:.2f} cores busy; close them and measure "
             "again for absolute times"
         )
     if steal is not None and steal > MAX_STEAL:
-        found.append(f"the host gave {steal:.1%} of this machine's time to other guests")
-    found += [f"{name}: its threads kept spinning between blocks" for name in restless]
-    return found
+        warnings.append(f"the host gave {steal:.1%} of this machine's time to other guests")
+    warnings += [f"{name}: its threads kept spinning between blocks" for name in restless]
+    return warnings
 
 
 __all__ = ["Options", "bench", "doubts"]

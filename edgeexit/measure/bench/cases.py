@@ -1,8 +1,8 @@
-"""What `bench` measures: a bundle's chains, and the same model unsplit, as subjects of a worker.
+"""The subjects that `bench` measures: a bundle's chains, and the same model unsplit.
 
-Both take their inputs from one file (`write_inputs`), hold them in memory, and are called as a user
-calls them: `Model.__call__` with numpy arrays, answers copied out; `Model.generate` for models that
-write, where what counts is not the worker's clock but what the generation says of itself.
+Both read their inputs from one file (`write_inputs`), keep them in memory, and use the public API:
+`Model.__call__` with numpy arrays, which returns copies; for language models `Model.generate`,
+whose own times are used instead of the worker's.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from edgeexit.runtime.programs.arguments import ModeName
 Inputs = Mapping[str, NDArray]
 
 NEW_TOKENS, SEARCH_TOKENS = 64, 32
-"""Tokens that continue a prompt where none are asked for, and in the search for thread settings."""
+"""New tokens per prompt: the default, and in the search for thread settings."""
 
 
 def write_inputs(path: Path, inputs: Sequence[Inputs]) -> None:
-    """Writes inputs (each a whole batch, or a prompt; shapes may differ) where workers read
-    them."""
-    arrays = {f"{number}/{name}": a for number, one in enumerate(inputs) for name, a in one.items()}
+    """Writes inputs (each a whole batch, or a prompt; shapes may differ) to a file for workers."""
+    arrays = {f"{number}/{name}": a for number, own in enumerate(inputs) for name, a in own.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
 def read_inputs(path: str | Path) -> list[dict[str, NDArray]]:
-    """Reads what `write_inputs` wrote, in the same order."""
-    found: dict[int, dict[str, NDArray]] = {}
+    """Reads the file of `write_inputs`, in the same order."""
+    inputs: dict[int, dict[str, NDArray]] = {}
     with np.load(path, allow_pickle=False) as file:
         for key in file.files:
             number, _, name = key.partition("/")
-            found.setdefault(int(number), {})[name] = file[key]
-    return [found[number] for number in sorted(found)]
+            inputs.setdefault(int(number), {})[name] = file[key]
+    return [inputs[number] for number in sorted(inputs)]
 
 
 def unsplit(
@@ -57,19 +56,18 @@ def unsplit(
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
 ) -> Subject:
-    """The model as one graph per chain, without exits. Its case is ``unsplit``; of a model that
-    writes also ``search``, with few tokens.
+    """The model as one graph per chain, without exits. Its case is ``unsplit``; language models
+    also have ``search``, with few tokens.
 
     Args:
-        new_tokens, capacity: Of a model that writes: how many tokens continue a prompt, and the
-            most of a text.
+        new_tokens, capacity: Language models: new tokens per prompt, and the capacity.
     """
     model = runtime.load(bundle, engine, threads=threads, capacity=capacity, unsplit=True)
     return subject_of_unsplit(model, inputs, new_tokens)
 
 
 def subject_of_unsplit(model: Model, inputs: str, new_tokens: int = NEW_TOKENS) -> Subject:
-    """The same from a loaded model."""
+    """`unsplit` from a loaded model."""
     rows = read_inputs(inputs)
     if model.writes:
         cases = _text_cases(model, rows, new_tokens, {"unsplit": {}})
@@ -90,22 +88,28 @@ def chain(
     capacity: int | None = None,
     settings: dict[str, dict[str, Any]] | None = None,
 ) -> Subject:
-    """The model split at its exits, opened with the policy's scores or with every one.
+    """The model split at its exits, opened with the policy's scores or with every score.
 
-    Cases of rows: ``all``: every exit's score consulted, none fires; ``path:EXIT``: the exits
-    before EXIT consulted, EXIT fires; ``forced:EXIT``: only EXIT consulted;
-    ``natural``: the policy decides; ``segments``: as ``all``, and the result is each segment's
-    time; ``gpu``, on one: as ``natural``, and the result is what the call asked of it
-    (`gpu_facts`). All but ``natural`` and ``gpu`` are those of the chain that answers; earlier ones
-    go to their last exits.
+    Cases of rows:
+
+    - ``all``: every exit's score is evaluated, no row stops early.
+    - ``path:EXIT``: the scores up to EXIT are evaluated, every row stops at EXIT.
+    - ``forced:EXIT``: only EXIT is evaluated, every row stops there.
+    - ``natural``: the policy decides.
+    - ``segments``: as ``all``; the record is the time of each segment.
+    - ``gpu`` (GPUs only): as ``natural``; the record is `gpu_facts`.
+
+    All except ``natural`` and ``gpu`` apply to the chain that gives the answers; earlier chains use
+    their last exit.
 
     Cases of texts: the modes by name; ``search``: as ``full``, with few tokens; ``given text``: the
-    policy on all prompts, as given texts. That opens every score, so it comes after what is timed.
+    policy evaluated on all prompts as given texts. This opens every score, so it must run after
+    timed cases.
 
     Args:
         new_tokens, capacity: As for `unsplit`.
-        settings: Further cases of texts: name -> arguments of `Model.generate`, with ``thresholds``
-            in place of the policy's if they are given.
+        settings: Further cases of texts: name -> arguments of `Model.generate`, and optionally
+            ``thresholds`` that replace the policy's.
     """
     model = runtime.load(
         bundle,
@@ -150,14 +154,14 @@ def _row_cases(model: Model, rows: Sequence[Inputs]) -> dict[str, Case]:
     if model.device_counts is not None:
         cases["gpu"] = Case(
             call=lambda number: gpu_facts(model, rows[number]),
-            read=lambda found: found,
+            read=lambda facts: facts,
             enter=cases["natural"].enter,
         )
     return cases
 
 
 def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy | Rule) -> Case:
-    """A model called under a policy."""
+    """The case of a model under a policy."""
 
     def enter() -> None:
         model.policy = policy
@@ -169,7 +173,7 @@ def policy_case(model: Model, rows: Sequence[Inputs], policy: Policy | Rule) -> 
 
 
 def on_its_way(names: Sequence[str], place: int) -> Rule:
-    """The rule under which exits before `place` are asked and do not fire, and that one fires."""
+    """A rule that evaluates the exits up to `place` and stops every row at `place`."""
     if place == len(names) - 1:
         return Rule(thresholds=OUT_OF_REACH)
     stops = dict.fromkeys(names[:place], OUT_OF_REACH) | {names[place]: ALWAYS}
@@ -184,8 +188,8 @@ def read_answers(result: Result) -> dict[str, list[int] | None]:
 
 
 def gpu_facts(model: Model, inputs: Inputs) -> dict[str, Any]:
-    """What one warm call asks of the GPU: allocations, and bytes that cross or move there; and what
-    is known of the gaps between segments (`Model.boundaries`)."""
+    """Allocations and copied bytes of one warm call on the GPU, and measurements of the gaps
+    between components (`Model.boundaries`)."""
     counts = model.device_counts
     assert counts is not None
     before = dataclasses.asdict(counts)
@@ -220,7 +224,7 @@ def _text_cases(
 
         def call(number: int) -> Generation:
             options = {"max_new_tokens": count, "text": False, **arguments}
-            options.setdefault("sampling", Sampling())  # texts of both sides shall be the same
+            options.setdefault("sampling", Sampling())  # so that both sides write the same text
             return model.generate([prompts[number]], inputs=others[number], **options).finish()
 
         return Case(call, read_generation, enter)
@@ -237,8 +241,8 @@ def _text_cases(
 
 
 def read_generation(generation: Generation) -> dict[str, Any]:
-    """What one prompt's continuation took: ``first_token_s``, ``decode_s`` for the tokens behind
-    the first, the ``tokens`` themselves, and the statistics."""
+    """The record of one prompt's generation: ``first_token_s``, ``decode_s`` (tokens after the
+    first), ``tokens``, and the statistics."""
     counts = generation.statistics
     return {
         "first_token_s": generation.first_token_s,
@@ -255,7 +259,7 @@ def read_generation(generation: Generation) -> dict[str, Any]:
 
 
 def settings(engine: str, cores: int) -> list[Any]:
-    """Thread settings worth trying for an engine: on GPUs the host's threads only wait.
+    """Thread settings to try for an engine. With a GPU, the host's threads only wait.
 
     >>> settings("cpu", 4), settings("tensorrt", 4)
     (['brief', 'blocking', 'process', 'spinning', 1, 2], ['spinning', 'blocking'])

@@ -1,4 +1,4 @@
-"""What is measured how: the options of a measurement, and the two sides that are compared."""
+"""`Options` of a measurement, and `Contest`: the two sides that are compared."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure.
+    """Options of a measurement.
 
     Attributes:
-        mode: ``latency``: one row at a time. ``throughput``: batches of `batch` rows. Texts have
-            only the first: prefill and decoding are reported apart.
+        mode: ``latency``: one row at a time. ``throughput``: batches of `batch` rows. Texts support
+            only ``latency``; prefill and decoding are reported separately.
         engine: As for `edgeexit.runtime.load`.
-        policy: Path of a policy; None: the bundle's default. Of texts: that of mode ``fast``, which
-            is measured if there is one.
-        data: Real data (see `edgeexit.measure.data`). None: the bundle's samples and no natural
-            exits; random prompts and no mode but ``full``, for what exits say to noise means
-            nothing.
+        policy: Path of a policy; None: the bundle's default. With texts, the policy of mode
+            ``fast``, which is measured only with a policy.
+        data: Real data (see `edgeexit.measure.data`). None: rows are the bundle's samples, without
+            natural exits; texts are random prompts, in mode ``full`` only, because exits give no
+            meaningful scores for noise.
         batch: Rows of a batch, for throughput.
-        seconds: How long the timed part shall take; warm-up and the search for settings are extra.
-        threads: A setting for both sides; None: search the best one for each.
-        seed: Of the order of rows, and of random prompts.
+        seconds: Duration of the timed part; warm-up and the search for thread settings are extra.
+        threads: Thread setting of both sides; None: search the best setting of each.
+        seed: Seed of the order of rows, and of random prompts.
         launch_ahead: As for `edgeexit.runtime.load`; rows only.
         prompt_tokens: Length of random prompts.
-        new_tokens: Tokens that continue each prompt.
+        new_tokens: New tokens per prompt.
     """
 
     mode: Mode = "latency"
@@ -53,10 +53,11 @@ class Options:
     new_tokens: int = NEW_TOKENS
 
     def check(self, bundle: Bundle) -> None:
-        """Refuses options that are out of range, or that the bundle has nothing for."""
+        """Raises `UsageError` for options that are out of range or that the bundle does not
+        support."""
         if not 0 < self.seconds <= 86400:
             raise UsageError(
-                f"--time {self.seconds:g}s is not a time to measure for", fix="Use 5s to an hour."
+                f"--time {self.seconds:g}s is out of range", fix="Use a time from 5s to 1h."
             )
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch} is less than 1", fix="Use 1 or more.")
@@ -64,13 +65,13 @@ class Options:
             return
         if self.mode != "latency":
             raise UsageError(
-                f"{bundle.path} is a language model, and --mode {self.mode} counts rows",
-                fix="Leave --mode out: tokens per second are reported.",
+                f"{bundle.path} is a language model, and --mode {self.mode} is for rows",
+                fix="Leave out --mode: tokens per second are reported.",
             )
         if self.launch_ahead != "never":
             raise UsageError(
-                f"{bundle.path} is a language model, and --launch-ahead is for models of one pass",
-                fix="Leave it out.",
+                f"{bundle.path} is a language model, and --launch-ahead is for rows",
+                fix="Leave out --launch-ahead.",
             )
 
 
@@ -79,10 +80,10 @@ class Contest:
     """The two sides of a measurement, ready to run.
 
     Attributes:
-        inputs: What both run.
-        unsplit, chain: The sides, each in its best thread setting.
-        chosen: Side -> that setting.
-        searched: Side -> every setting's time relative to the first one's.
+        inputs: Inputs of both sides.
+        unsplit, chain: The sides, each with its best thread setting.
+        chosen: Side -> its thread setting.
+        searched: Side -> every setting's time relative to the first setting.
         tell: Called with the progress.
     """
 
@@ -97,5 +98,5 @@ class Contest:
 
     @property
     def engine(self) -> dict[str, str]:
-        """What computes."""
+        """Engine, library and version."""
         return {key: self.chain.facts[key] for key in ("engine", "library", "version")}

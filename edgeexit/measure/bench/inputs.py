@@ -1,4 +1,4 @@
-"""What both sides of a measurement run: rows or prompts, in a file that their processes read."""
+"""Prepares the inputs of both sides, rows or prompts, in a file that their processes read."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ RANDOM_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides run.
+    """Inputs of both sides.
 
     Attributes:
         path: The file.
-        count: How many there are: rows that come alone, full batches, or prompts.
-        batch: Rows of each.
-        labels: Of each, if there are any.
-        name, digest: Of the data; the digest is None where it is not read from a data set.
-        real: Whether they are the user's data, so that exits may be taken by their scores.
-        lengths: Tokens of each prompt; empty: these are rows.
-        capacity: The most tokens of a text, prompt included; None: these are rows.
+        count: Number of inputs: single rows, full batches, or prompts.
+        batch: Rows per input.
+        labels: Labels per input; None: no labels.
+        name, digest: Name and digest of the data; the digest is None without a data set.
+        real: Whether this is the user's data; if not, natural exits are not measured.
+        lengths: Tokens of each prompt; empty for rows.
+        capacity: Largest number of tokens of a text, prompt included; None for rows.
     """
 
     path: str
@@ -51,17 +51,17 @@ class Inputs:
 def prepare_rows(
     bundle: Bundle, data: str | os.PathLike[str] | None, batch: int, folder: str, seed: int
 ) -> Inputs:
-    """Reads the data, in batches of `batch` rows drawn at random, into a file for the workers.
+    """Writes the data, in random batches of `batch` rows, to a file for the workers.
 
-    Rows of different shapes (texts) are batched in the order of the data. Rows that do not fill a
-    batch are left out.
+    Rows with different shapes (texts) keep the order of the data. Rows that do not fill a batch are
+    left out.
     """
     digest, labels = None, None
     if data is None:
         whole = _samples(bundle)
         rows = next(whole[t.name].shape[t.row_axis or 0] for t in _row_inputs(bundle))
         order = np.arange(rows) if batch == 1 else np.resize(np.arange(rows), batch)
-        made = [take_rows(bundle, whole, part) for part in np.split(order, len(order) // batch)]
+        chosen = [take_rows(bundle, whole, part) for part in np.split(order, len(order) // batch)]
         name = "samples"
     else:
         opened = open_data(data, bundle)
@@ -73,11 +73,11 @@ def prepare_rows(
             raise MeasurementError(
                 f"{name}: fewer rows than one batch of {batch}", fix="Use a smaller --batch."
             )
-        made = [one.inputs for one in batches]
-        labels = [one.labels for one in batches if one.labels is not None] or None
+        chosen = [part.inputs for part in batches]
+        labels = [part.labels for part in batches if part.labels is not None] or None
     path = Path(folder) / "inputs.npz"
-    write_inputs(path, made)
-    return Inputs(str(path), len(made), batch, labels, name, digest, real=data is not None)
+    write_inputs(path, chosen)
+    return Inputs(str(path), len(chosen), batch, labels, name, digest, real=data is not None)
 
 
 def _samples(bundle: Bundle) -> dict[str, NDArray]:
@@ -94,29 +94,29 @@ def _row_inputs(bundle: Bundle) -> list[Tensor]:
 
 
 def _shuffled(bundle: Bundle, batches: list[Batch], size: int, seed: int) -> list[Batch]:
-    """The same rows in random batches; those of unlike shapes stay in the batches they are in."""
+    """The same rows in random batches. If shapes differ, the full batches without changes."""
     shapes = {
-        (t.name, *np.delete(one.inputs[t.name].shape, t.row_axis or 0))
-        for one in batches
+        (t.name, *np.delete(part.inputs[t.name].shape, t.row_axis or 0))
+        for part in batches
         for t in _row_inputs(bundle)
     }
     if len(shapes) > len(_row_inputs(bundle)):
-        return [one for one in batches if one.rows == size]
+        return [part for part in batches if part.rows == size]
     whole = dict(batches[0].inputs)
     for tensor in _row_inputs(bundle):
-        parts = [one.inputs[tensor.name] for one in batches]
+        parts = [part.inputs[tensor.name] for part in batches]
         whole[tensor.name] = np.concatenate(parts, axis=tensor.row_axis or 0)
-    rows = sum(one.rows for one in batches)
+    rows = sum(part.rows for part in batches)
     labels = None
     if batches[0].labels is not None:
-        labels = np.concatenate([one.labels for one in batches if one.labels is not None])
+        labels = np.concatenate([part.labels for part in batches if part.labels is not None])
     order = np.random.default_rng(seed).permutation(rows)
-    made = []
+    shuffled = []
     for start in range(0, rows - size + 1, size):
-        part = order[start : start + size]
-        chosen = None if labels is None else labels[part]
-        made.append(Batch(take_rows(bundle, whole, part), chosen, size))
-    return made
+        chosen = order[start : start + size]
+        own = None if labels is None else labels[chosen]
+        shuffled.append(Batch(take_rows(bundle, whole, chosen), own, size))
+    return shuffled
 
 
 def prepare_texts(
@@ -127,7 +127,7 @@ def prepare_texts(
     folder: str,
     seed: int,
 ) -> Inputs:
-    """Reads prompts, or draws random ones, into a file for the workers."""
+    """Writes prompts, from the data or random, to a file for the workers."""
     decoding = bundle.manifest.decoding
     assert decoding is not None
     if data is None:
@@ -138,9 +138,9 @@ def prepare_texts(
     limit = bundle.manifest.limits.get("positions")
     if limit is not None and longest + new_tokens > limit:
         raise MeasurementError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones are more than the model was "
-            f"made for ({limit})",
-            fix="Lower --new-tokens, or leave out such prompts.",
+            f"a prompt of {longest} tokens and {new_tokens} new tokens exceed the model's limit of "
+            f"{limit}",
+            fix="Lower --new-tokens, or leave out long prompts.",
         )
     path = Path(folder) / "inputs.npz"
     tokens: list[Mapping[str, NDArray]] = [
@@ -161,7 +161,7 @@ def prepare_texts(
 
 
 def _length(bundle: Bundle, text: Text) -> int:
-    """Tokens of a prompt, for an encoder or a decoder."""
+    """Tokens of a prompt, which an encoder or a decoder reads."""
     preprocessing = bundle.manifest.preprocessing
     source = None
     if isinstance(preprocessing, TextPreprocessing):
@@ -173,7 +173,7 @@ def random_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
     """Prompts of random tokens.
 
     Raises:
-        MeasurementError: The program takes something besides text.
+        MeasurementError: The program needs other inputs besides text.
     """
     decoding, preprocessing = bundle.manifest.decoding, bundle.manifest.preprocessing
     assert decoding is not None
@@ -183,8 +183,8 @@ def random_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
         ids, mask = preprocessing.ids, preprocessing.mask
     if others := sorted(taken - {ids, mask}):
         raise MeasurementError(
-            f"{bundle.path}: the model takes {others[0]}, which random prompts have none for",
-            fix="Give prompts with --data, as .npz with everything that it takes.",
+            f"{bundle.path}: the model takes {others[0]}, which random prompts do not have",
+            fix="Give prompts with --data: an .npz with all inputs.",
         )
     rng = np.random.default_rng(seed)
     drawn = rng.integers(1, vocabulary(bundle, ids), (RANDOM_PROMPTS, length))

@@ -1,10 +1,9 @@
-"""Two or more sides measured against each other: each in a process of its own, in alternating
-blocks.
+"""Compares the speed of two or more sides, each in its own process, in alternating blocks.
 
-A machine's speed changes from second to second, so nothing here compares two times that are far
-apart. `alternate` runs a block of the baseline and a block of a candidate over the same inputs,
-back to back, the order turning every round; a figure is made of the ratios of such pairs. The side
-that waits sleeps (`edgeexit.measure.bench.worker`).
+A machine's speed changes from second to second, so only times that are close together are compared.
+`alternate` runs a block of the baseline and a block of a candidate over the same inputs, one right
+after the other; the order alternates from round to round. Figures are computed from the ratios of
+such pairs. The waiting side is idle (`edgeexit.measure.bench.worker`).
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ MIN_ROUNDS = 5
 SLOW_MS = 50.0
 END_S = 2.0
 LEAD_MS = 500.0
-"""Cases slower than that run no untimed input before a block: waking up is nothing to them."""
+"""Cases slower than this run no untimed input before a block: the wake-up time is negligible."""
 
 MIN_RUNS = 20
-"""Runs of a case at least: fewer do not support a median (n (1 - p) >= 10)."""
+"""Fewest runs of a case: fewer do not support a median (n (1 - p) >= 10)."""
 
 
 class Side:
-    """A subject in a process of its own. A context manager; leaving it ends the process.
+    """A subject in its own process. As a context manager, it ends the process on exit.
 
     Args:
-        subject: ``module:function`` that makes the `edgeexit.measure.bench.worker.Subject`.
-        arguments: Its keyword arguments, as JSON can carry them.
-        folder: Put on the process's import path first.
-        name: For messages.
+        subject: ``module:function`` that returns the `edgeexit.measure.bench.worker.Subject`.
+        arguments: Its keyword arguments; JSON values.
+        folder: Folder that is put first on the process's import path.
+        name: Name for messages.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Side:
         self.close()
 
     def _command(self) -> tuple[list[str], str | None]:
-        """What starts the worker, and in which folder; None: this one."""
+        """The command that starts the worker, and its working folder; None: the current folder."""
         return child_command("edgeexit.measure.bench.worker"), None
 
     def _ask(self, **order: Any) -> dict[str, Any]:
@@ -113,8 +112,7 @@ class Side:
         if not line:
             status = self._process.wait()
             raise MeasurementError(
-                f"{self.name}: its process ended with status {status} while it was asked to "
-                f"{order['do']}",
+                f"{self.name}: its process ended with status {status} during {order['do']}",
                 fix="If it was killed (-9), memory ran out: close other programs or use "
                 "a smaller batch.",
             )
@@ -130,14 +128,14 @@ class Side:
 
 @dataclass
 class Lane:
-    """A case of a side, in a contest: what it is called, and what came of it.
+    """A case of a side, with its name and its measurements.
 
     Attributes:
-        times_ms: Every timed run.
+        times_ms: Time of every timed run.
         ratios: Per block, median time ÷ the baseline's median over the same inputs.
-        mean_ratios: Per block, the same of means.
-        relative: Every run's time ÷ the median of the baseline's block beside it.
-        numbers: The input of every run; `records` holds what the case read from its result.
+        mean_ratios: Per block, the same with means.
+        relative: Every run's time ÷ the median of the paired block of the baseline.
+        numbers: Input number of every run; `records` holds the records of `Case.read`.
     """
 
     name: str
@@ -153,17 +151,17 @@ class Lane:
     expected_ms: float = 0.0
 
     def add(self, numbers: Sequence[int], block: dict[str, Any]) -> None:
-        """Takes in a block."""
+        """Adds a block."""
         self.times_ms += block["times_ms"]
         self.numbers += numbers
         self.records += block["records"]
 
 
 def warm(lanes: Sequence[Lane], *, seconds: float = WARM_UP_S) -> None:
-    """Warms every lane until it settles."""
+    """Warms up every lane until its time settles."""
     for lane in lanes:
-        found = lane.side.warm_up(lane.case, seconds=seconds)
-        lane.settled, lane.expected_ms = found["settled"], found["median_ms"]
+        result = lane.side.warm_up(lane.case, seconds=seconds)
+        lane.settled, lane.expected_ms = result["settled"], result["median_ms"]
 
 
 def alternate(
@@ -181,14 +179,15 @@ def alternate(
     """Runs rounds of paired blocks for about `seconds` and fills the lanes.
 
     Args:
-        baseline: What every lane is paired with; its own times are those of all its blocks.
-        lanes: Warmed up.
-        seconds: How long; at least `min_runs` runs of every lane, and `MIN_ROUNDS` rounds, are
-            made.
-        block_ms: Length of a block, if that is `min_block_runs` runs or more.
-        seed: Of the random order of inputs.
-        whole: A lane whose runs shall go through all inputs once before any twice.
-        tick: Called with the share of the work done.
+        baseline: The lane that every other lane is paired with; it gets the times of all its
+            blocks.
+        lanes: The other lanes, warmed up.
+        seconds: Duration. There are at least `min_runs` runs of every lane and `MIN_ROUNDS`
+            rounds.
+        block_ms: Length of a block; a block has at least `min_block_runs` runs.
+        seed: Seed of the random order of inputs.
+        whole: A lane that runs every input once before it repeats any.
+        tick: Called with the finished share (0 to 1).
 
     Returns:
         The number of rounds.
@@ -223,13 +222,13 @@ def alternate(
 
 def _run_pair(lane: Lane, baseline: Lane, numbers: list[int], *, first: Lane) -> None:
     """Runs a block of a lane and one of the baseline over the same inputs."""
-    found = {
-        one.name: one.side.run(one.case, numbers, lead=one.expected_ms < LEAD_MS)
-        for one in ([lane, baseline] if first is lane else [baseline, lane])
+    blocks = {
+        own.name: own.side.run(own.case, numbers, lead=own.expected_ms < LEAD_MS)
+        for own in ([lane, baseline] if first is lane else [baseline, lane])
     }
-    lane.add(numbers, found[lane.name])
-    baseline.add(numbers, found[baseline.name])
-    ours, theirs = found[lane.name]["times_ms"], found[baseline.name]["times_ms"]
+    lane.add(numbers, blocks[lane.name])
+    baseline.add(numbers, blocks[baseline.name])
+    ours, theirs = blocks[lane.name]["times_ms"], blocks[baseline.name]["times_ms"]
     reference = statistics.median(theirs)
     lane.ratios.append(statistics.median(ours) / reference)
     lane.relative += [time_ms / reference for time_ms in ours]
@@ -239,13 +238,14 @@ def _run_pair(lane: Lane, baseline: Lane, numbers: list[int], *, first: Lane) ->
 def best_setting(
     make: Callable[[Any], Side], case: str, settings: Sequence[Any], *, seconds: float = WARM_UP_S
 ) -> tuple[Side, Any, dict[str, float]]:
-    """Finds the thread setting in which a case is fastest: the champion meets every challenger.
+    """Finds the thread setting with which a case is fastest. The best setting so far is compared
+    with every other.
 
-    Fastest by the mean, so that a setting whose pools fight now and then does not win by its
-    median. Never more than two sides are open. The loser is closed.
+    Settings are compared by mean time: thread pools that sometimes conflict have a good median but
+    a bad mean. At most two sides are open; the slower is closed.
 
     Returns:
-        The winning side, its setting, and every setting's time relative to the first one's.
+        The fastest side, its setting, and every setting's time relative to the first setting.
     """
     champion, best = make(settings[0]), settings[0]
     relative = {str(settings[0]): 1.0}
@@ -278,33 +278,33 @@ def _duel(champion: Lane, challenger: Lane) -> float:
     for done in range(SEARCH_ROUNDS if champion.expected_ms < SLOW_MS else 3):
         numbers = [order.randrange(champion.side.inputs) for _ in range(count)]
         pair = [champion, challenger] if done % 2 else [challenger, champion]
-        found = {lane.name: lane.side.run(lane.case, numbers)["times_ms"] for lane in pair}
+        times = {lane.name: lane.side.run(lane.case, numbers)["times_ms"] for lane in pair}
         challenger.ratios.append(
-            statistics.fmean(found["challenger"]) / statistics.fmean(found["champion"])
+            statistics.fmean(times["challenger"]) / statistics.fmean(times["champion"])
         )
     return statistics.median(challenger.ratios)
 
 
 def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    """The percentiles that so many runs support: those with n (1 - p) >= 10.
+    """The percentiles that the number of runs supports: those with n (1 - p) >= 10.
 
     >>> percentiles([float(n) for n in range(1, 101)])
     {'p50': 50.5, 'p90': 90.1}
     """
     ordered = sorted(times_ms)
-    found = {}
+    values = {}
     for percent in (50, 90, 95, 99, 99.9):
         if round(len(ordered) * (100 - percent), 6) >= 1000:
             place = percent / 100 * (len(ordered) - 1)
             low = int(place)
             high = min(low + 1, len(ordered) - 1)
             value = ordered[low] + (place - low) * (ordered[high] - ordered[low])
-            found[f"p{percent:g}"] = round(value, 4)
-    return found
+            values[f"p{percent:g}"] = round(value, 4)
+    return values
 
 
 def middle_mean(values: Sequence[float]) -> float:
-    """Mean of the middle half: steady against outliers, and not drawn aside by skew as a median is.
+    """Mean of the middle half: robust against outliers, and less affected by skew than a median.
 
     >>> middle_mean([1.0, 2.0, 3.0, 100.0])
     2.5
@@ -315,7 +315,7 @@ def middle_mean(values: Sequence[float]) -> float:
 
 
 def spread(ratios: Sequence[float]) -> float:
-    """Distance of the quartiles of ratios, relative to their median."""
+    """Interquartile range of ratios, relative to their median."""
     if len(ratios) < 4:
         return 0.0
     low, middle, high = statistics.quantiles(ratios, n=4)

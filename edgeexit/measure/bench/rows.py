@@ -1,7 +1,7 @@
-"""Figures of a model that answers rows: latency of every path, or throughput of full batches.
+"""Figures of models that take rows: latency of every exit's path, or throughput of full batches.
 
-Blocks of the unsplit model and of each lane alternate (`edgeexit.measure.bench.paired`), and
-figures are made of neighbouring blocks.
+Blocks of the unsplit model and of each lane alternate (`edgeexit.measure.bench.paired`). Figures
+are computed from pairs of blocks.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def measure(contest: Contest) -> dict[str, Any]:
 
 
 def _run(contest: Contest, baseline: Lane, lanes: Sequence[Lane], natural: Lane) -> list[str]:
-    """Warms up and runs the blocks; returns what makes the figures doubtful."""
+    """Warms up and runs the blocks. Returns warnings about the figures."""
     options = contest.options
     contest.tell("warm-up", 0, 0)
     warm([baseline, *lanes], seconds=min(5.0, options.seconds / 6))
@@ -124,10 +124,11 @@ def _throughput(natural: Lane, timed: Sequence[Lane], rates: Sequence[float]) ->
 
 
 def natural_ratio(natural: Lane, rates: Sequence[float]) -> float:
-    """Expected time of a row relative to unsplit: per exit the median, weighted by the exit's rate.
+    """Expected time of a row relative to unsplit: the median per exit, weighted by the exit's rate.
 
-    A median over all rows would tell the time of the commonest exit only, and a mean would tell
-    what else the machine did. Exits that no timed row took (`_cover` ran those) are left out.
+    A median over all rows would give only the time of the most frequent exit, and a mean would
+    include disturbances of the machine. Exits at which no timed row stopped are left out (`_cover`
+    runs rows untimed).
     """
     taken: dict[int, list[float]] = {}
     for record, relative in zip(natural.records, natural.relative, strict=False):
@@ -138,10 +139,11 @@ def natural_ratio(natural: Lane, rates: Sequence[float]) -> float:
 
 
 def share_of_ideal(natural: Lane, timed: Lane) -> float:
-    """Throughput with natural exits ÷ the ideal: each row charged only for its segments.
+    """Throughput with natural exits ÷ the ideal, in which each row takes time only in the segments
+    that it passes.
 
-    A segment's charge per row is its time for a whole batch ÷ the batch; both lanes' times are
-    taken relative to the baseline blocks they are paired with.
+    A segment's time per row is its time for a full batch ÷ the batch size. The times of both lanes
+    are relative to their paired baseline blocks.
     """
     segments = np.asarray(timed.records)
     whole = segments.sum(1)
@@ -153,24 +155,23 @@ def share_of_ideal(natural: Lane, timed: Lane) -> float:
 
 
 def _unsettled(lanes: Sequence[Lane], rounds: int) -> list[str]:
-    found = [
-        f"{lane.name}: its median had not settled when warm-up ended"
+    warnings = [
+        f"{lane.name}: the median had not settled at the end of warm-up"
         for lane in lanes
         if not lane.settled
     ]
     wide = [lane for lane in lanes if spread(lane.ratios) > MAX_SPREAD]
     if wide:
         worst = max(wide, key=lambda lane: spread(lane.ratios))
-        found.append(
+        warnings.append(
             f"{len(wide)} of {len(lanes)} figures vary by more than {MAX_SPREAD:.0%} between "
             f"{rounds} blocks (worst: {worst.name}, {spread(worst.ratios):.0%})"
         )
-    return found
+    return warnings
 
 
 def _cover(natural: Lane, inputs: Inputs, seconds: float) -> list[str]:
-    """Runs the inputs that no block has reached yet, untimed, so that rates are those of the
-    data."""
+    """Runs the remaining inputs untimed, so that exit rates cover all data. Returns warnings."""
     left = sorted(set(range(inputs.count)) - set(natural.numbers))
     affordable = int(seconds * 1000 / max(natural.expected_ms, 1e-3))
     for start in range(0, min(len(left), affordable), 256):
@@ -186,8 +187,7 @@ def _cover(natural: Lane, inputs: Inputs, seconds: float) -> list[str]:
 
 
 def _times(lane: Lane, inputs: Inputs, mode: str) -> dict[str, Any]:
-    found = percentiles(lane.times_ms)
-    times = {f"{name}_ms": value for name, value in found.items()} | {
+    times = {f"{name}_ms": value for name, value in percentiles(lane.times_ms).items()} | {
         "mean_ms": round(statistics.fmean(lane.times_ms), 4),
         "runs": len(lane.times_ms),
     }
@@ -215,7 +215,8 @@ def _exit_rates(natural: Lane, exits: int) -> list[float]:
 
 
 def _accuracy(lane: Lane, inputs: Inputs, at: int | None = None) -> float | None:
-    """Share of right answers among the rows run (those that left at exit `at`); None: no labels."""
+    """Share of correct answers among the rows (only those that stopped at exit `at`, if given);
+    None: no labels."""
     if inputs.labels is None:
         return None
     right = []
@@ -223,13 +224,13 @@ def _accuracy(lane: Lane, inputs: Inputs, at: int | None = None) -> float | None
         if labels is None:
             return None
         truth = inputs.labels[number]
-        chosen = [True] * len(exits) if at is None else [one == at for one in exits]
+        chosen = [True] * len(exits) if at is None else [own == at for own in exits]
         right += [int(a == b) for a, b, c in zip(labels, truth, chosen, strict=True) if c]
     return round(statistics.fmean(right), 6) if right else None
 
 
 def _agreement(lane: Lane, baseline: Lane) -> float | None:
-    """Share of rows with the unsplit model's prediction."""
+    """Share of rows with the same prediction as the unsplit model."""
     reference = _answers(baseline)
     same = []
     for number, (_, labels) in _answers(lane).items():

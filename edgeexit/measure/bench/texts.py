@@ -1,7 +1,8 @@
-"""Figures of a model that writes: prefill and decode apart, every mode against the unsplit graph.
+"""Figures of language models: prefill and decoding separately, every mode relative to the unsplit
+graph.
 
-The writers take turns: every prompt is continued by all of them, one after the other, in a drawn
-order, and a figure is made of neighbouring turns.
+The writers take turns: every prompt is continued by all of them, one after the other in random
+order. Figures are computed from turns of the same prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MIN_TURNS = 5
 
 @dataclass
 class Writer:
-    """One way to write, and what it wrote: records of
-    `edgeexit.measure.bench.cases.read_generation`, one per turn."""
+    """One case that generates text, with one record per turn
+    (`edgeexit.measure.bench.cases.read_generation`)."""
 
     name: str
     side: Side
@@ -36,42 +37,42 @@ class Writer:
         self.records.append(record | {"prompt": number})
 
     def usual(self) -> list[dict[str, Any]]:
-        """One record per prompt: of those that continued it, the one of median time (the shorter of
-        two), so that what disturbed a single turn does not weigh."""
+        """One record per prompt: the record with the median time (of two, the shorter), so that a
+        disturbed turn has no effect."""
         of_prompt: dict[int, list[dict[str, Any]]] = {}
         for record in self.records:
             of_prompt.setdefault(record["prompt"], []).append(record)
         return [
-            sorted(records, key=lambda one: one["first_token_s"] + one["decode_s"])[
+            sorted(records, key=lambda record: record["first_token_s"] + record["decode_s"])[
                 (len(records) - 1) // 2
             ]
             for records in of_prompt.values()
         ]
 
     def prefill_ms(self) -> list[float]:
-        """Time to the first token, of every turn."""
+        """Time to the first token, per turn."""
         return [1e3 * record["first_token_s"] for record in self.records]
 
     def tokens_per_s(self) -> list[float | None]:
-        """Tokens per second behind the first, of every turn; None where nothing came behind it."""
+        """Tokens per second after the first token, per turn; None if there is only one token."""
         return [
             decoded(record) / record["decode_s"] if decoded(record) else None
             for record in self.records
         ]
 
     def total_tokens_per_s(self) -> float:
-        """All tokens behind the first ones, by all the time they took, of `usual` turns."""
+        """Tokens per second after the first tokens, over all `usual` turns together."""
         long = [record for record in self.usual() if decoded(record)]
         if not long:
             raise MeasurementError(
-                f"{self.name}: no text got longer than a token, so there is no decoding to measure",
-                fix="Give prompts that the model continues.",
+                f"{self.name}: no text has more than one token, so decoding cannot be measured",
+                fix="Give prompts that the model continues with more tokens.",
             )
         return sum(map(decoded, long)) / sum(record["decode_s"] for record in long)
 
 
 def decoded(record: dict[str, Any]) -> int:
-    """Tokens that a record's `decode_s` was spent on."""
+    """Tokens that a record's `decode_s` covers: all but the first."""
     return max(0, len(record["tokens"]) - 1)
 
 
@@ -119,7 +120,7 @@ def _by_side(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(contest: Contest, writers: Sequence[Writer]) -> int:
-    """Lets the writers take turns for about the time that was asked for; returns how many."""
+    """Lets the writers take turns for about the requested time. Returns the number of turns."""
     options, count = contest.options, contest.inputs.count
     took = 0.0
     for writer in writers:
@@ -138,8 +139,8 @@ def take_turns(
     *,
     tick: Callable[[int], None] | None = None,
 ) -> None:
-    """Lets every writer continue each of these prompts, side by side, in an order drawn anew each
-    time (with one seed), so that none always comes behind the same other."""
+    """Lets every writer continue each of these prompts, one after the other. The order is random
+    for each prompt (with a fixed seed), so that no writer always follows the same writer."""
     rng = np.random.default_rng(0)
     for turn, number in enumerate(numbers):
         for place in rng.permutation(len(writers)):
@@ -149,18 +150,18 @@ def take_turns(
 
 
 def compare(writer: Writer, baseline: Writer) -> dict[str, float]:
-    """Speed relative to a baseline that took the same turns; above 1 is faster.
+    """Speed relative to a baseline with the same turns; above 1 is faster.
 
-    ``decode`` and ``prefill`` are medians over turns, ``decode_total`` is the ratio of tokens per
-    second over all prompts together (`Writer.usual`); spreads are those between turns.
+    ``decode`` and ``prefill`` are medians over turns. ``decode_total`` is the ratio of tokens per
+    second over all prompts together (`Writer.usual`). Spreads are between turns.
     """
     total = writer.total_tokens_per_s() / baseline.total_tokens_per_s()
     pairs = zip(writer.tokens_per_s(), baseline.tokens_per_s(), strict=True)
     decode = [ours / theirs for ours, theirs in pairs if ours and theirs]
     if not decode:
         raise MeasurementError(
-            f"{writer.name}: in no turn both it and {baseline.name} wrote more than a token",
-            fix="Give prompts that the model continues.",
+            f"{writer.name}: in no turn did both it and {baseline.name} write more than one token",
+            fix="Give prompts that the model continues with more tokens.",
         )
     both = zip(writer.prefill_ms(), baseline.prefill_ms(), strict=True)
     prefill = [theirs / ours for ours, theirs in both]
@@ -174,7 +175,7 @@ def compare(writer: Writer, baseline: Writer) -> dict[str, float]:
 
 
 def summary(writer: Writer) -> dict[str, Any]:
-    """What a writer did over all turns."""
+    """Figures of a writer over all turns."""
     records = writer.records
     found: dict[str, Any] = {
         "prefill_ms": round(statistics.median(writer.prefill_ms()), 3),
@@ -204,6 +205,6 @@ def summary(writer: Writer) -> dict[str, Any]:
 
 
 def differences(writer: Writer, baseline: Writer) -> int:
-    """In how many of the turns that both took the tokens were not those of the baseline."""
+    """Number of turns in which the writer's tokens differ from the baseline's."""
     pairs = zip(writer.records, baseline.records, strict=False)
     return sum(ours["tokens"] != theirs["tokens"] for ours, theirs in pairs)

@@ -1,10 +1,10 @@
-"""One side of a measurement: a process of its own that runs cases of a subject when it is told to.
+"""The process of one side of a measurement. It runs cases of a subject on request.
 
-`main`, in a process that `edgeexit.runtime.child` starts, speaks JSON lines over its pipes;
-`edgeexit.measure.bench.paired` is the other end. A subject is ``module:function``: called with
-keyword arguments, it gives a `Subject`, whose cases each run one input. Between two orders the
-process sleeps, and it says so: after a block it waits until its own thread pools have stopped
-spinning before it answers.
+`main` runs in a process that `edgeexit.runtime.child` starts, and exchanges JSON lines with
+`edgeexit.measure.bench.paired` over pipes. A subject is a ``module:function`` that takes keyword
+arguments and returns a `Subject`. Each case of a subject runs one input. The process is idle
+between requests: after a block it waits until its thread pools have stopped spinning, and only then
+answers.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from typing import Any
 from edgeexit.errors import EdgeExitError, UsageError
 
 SETTLED_WITHIN = 0.05
-"""Warm-up ends when the median of a window is that close to the one before, twice in a row."""
+"""Warm-up ends when the medians of consecutive windows differ by at most this share, twice in a
+row."""
 
 SLOW_NS = 50_000_000
-"""Windows of slower cases are shorter: two runs for five."""
+"""Cases slower than this have windows of two runs instead of five."""
 
 CALM_STEP_S, CALM_LIMIT_S, CALM_SHARE = 0.005, 1.0, 0.1
-"""A process is calm when it used less than that share of one core during one step."""
+"""A process is calm when it used less than this share of one core during a step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        call: Runs input number `n`; the only thing inside the clock.
-        read: What to remember of its result, outside the clock: small and JSON.
+        call: Runs input number `n`. Only this is timed.
+        read: Converts the result to a small JSON record; not timed.
         enter: Called once before a block of this case.
     """
 
@@ -54,9 +55,9 @@ class Subject:
     """What one side of a measurement can run.
 
     Attributes:
-        cases: By name.
-        inputs: How many inputs there are; cases take numbers below that.
-        facts: What is known of it beforehand: settings, versions.
+        cases: Cases by name.
+        inputs: Number of inputs; cases take smaller numbers.
+        facts: Settings and versions.
         close: Called at the end.
     """
 
@@ -67,10 +68,10 @@ class Subject:
 
 
 def main() -> None:
-    """Answers orders from standard input until it ends. Whatever libraries print goes to stderr."""
+    """Answers requests from stdin until it is closed. Output of libraries goes to stderr."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends us
+    )  # Ctrl-C reaches the whole process group; the parent ends this process
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     subject: Subject | None = None
@@ -110,13 +111,13 @@ def make_subject(name: str, folder: str | None, arguments: dict[str, Any]) -> Su
         raise UsageError(
             f"subject {name}: cannot be imported ({error})", fix="Give module:function."
         ) from error
-    made = maker(**arguments)
-    assert isinstance(made, Subject), f"{name} gives a {type(made).__name__}, not a Subject"
-    return made
+    subject = maker(**arguments)
+    assert isinstance(subject, Subject), f"{name} gives a {type(subject).__name__}, not a Subject"
+    return subject
 
 
 def warm_up(subject: Subject, *, case: str, seconds: float, seed: int) -> dict[str, Any]:
-    """Runs a case until its running median settles, or for `seconds`."""
+    """Runs a case until the median of its time settles, or for `seconds`."""
     call = _enter(subject, case).call
     order = random.Random(seed)
     windows: list[float] = []
@@ -140,9 +141,10 @@ def warm_up(subject: Subject, *, case: str, seconds: float, seed: int) -> dict[s
 def run_block(
     subject: Subject, *, case: str, numbers: list[int], lead: bool = True
 ) -> dict[str, Any]:
-    """Runs the given inputs, timing each; `records` are what the case reads from its results.
+    """Runs the given inputs and times each. `records` are the records of `Case.read`.
 
-    `lead` runs one untimed first: after a pause it pays for cold caches and sleeping threads.
+    `lead` first runs one input untimed, because the first run after a pause is slow: caches are
+    cold and threads asleep.
     """
     entered = _enter(subject, case)
     call, read = entered.call, entered.read
@@ -165,14 +167,14 @@ ORDERS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def _enter(subject: Subject, case: str) -> Case:
-    found = subject.cases[case]
-    if found.enter is not None:
-        found.enter()
-    return found
+    entered = subject.cases[case]
+    if entered.enter is not None:
+        entered.enter()
+    return entered
 
 
 def _calm_down() -> bool:
-    """Waits until the process's threads sleep. False when they have not after `CALM_LIMIT_S`."""
+    """Waits until the threads of the process sleep. False if they do not within `CALM_LIMIT_S`."""
     until = time.perf_counter() + CALM_LIMIT_S
     while time.perf_counter() < until:
         before = time.process_time()

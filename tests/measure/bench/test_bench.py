@@ -276,14 +276,14 @@ def test_bench_takes_prompts_with_what_earlier_chains_take(toy: dict, tmp_path: 
     found = bench(bundle, options)
     assert found["data"]["prompts"] == 3
     assert found["modes"]["exact"]["turns_with_other_tokens_than_full"] == 0
-    with pytest.raises(MeasurementError, match="which random prompts have none for"):
+    with pytest.raises(MeasurementError, match="which random prompts do not have"):
         bench(bundle, Options(new_tokens=4, seconds=0.01, threads=1))
 
 
 def test_bench_refuses_what_is_not_for_texts(writer: Bundle) -> None:
     with pytest.raises(MeasurementError, match="made for"):
         bench(writer, Options(prompt_tokens=40, new_tokens=9, threads=1))
-    with pytest.raises(UsageError, match="--mode throughput counts rows"):
+    with pytest.raises(UsageError, match="--mode throughput is for rows"):
         bench(writer, Options(mode="throughput"))
     with pytest.raises(UsageError, match="--launch-ahead"):
         bench(writer, Options(launch_ahead="always", engine="cuda"))
