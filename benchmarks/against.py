@@ -1,12 +1,12 @@
-"""This checkout against another one of the project: what did a change cost or gain?
+"""Compares this checkout with another checkout of the project: the effect of a change on speed.
 
     python benchmarks/against.py --base ../before
     python benchmarks/against.py --base ../before --quick    # tiny shapes: does the script run?
 
 The other checkout, the base, is the commit before the unification of runtime and export. Both
-export the same checkpoints with their own code and run in processes of their own, which take turns.
-A second process of the base does all that the first one does: what it differs by is noise.
-benchmarks/README.md says what each figure means.
+export the same checkpoints with their own code and run in separate processes, which take turns.
+A second process of the base repeats everything: its difference from the first is noise.
+benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from edgeexit.runtime import load
 
 FOLDER = SCRATCH / "against"
 PLACES = ("base", "new", "again")
-"""Processes of a contest: the base, this checkout, and the base once more."""
+"""Processes of a comparison: the base, this checkout, and the base again."""
 
 PACKAGES = ("edgeexit", "export", "runtime")
 BATCH, BATCH_ROWS = 32, 128
@@ -64,7 +64,7 @@ class Checkout:
 
     Attributes:
         name: ``new`` or ``base``: its folder below `FOLDER`.
-        root: Where it lies.
+        root: Its folder.
         worker: Module whose ``main`` is the worker.
         subjects: Kind -> ``module:function``.
         prompts: The argument that names the file of prompts.
@@ -78,11 +78,11 @@ class Checkout:
 
     @property
     def folder(self) -> Path:
-        """What it made."""
+        """Folder of its results."""
         return FOLDER / self.name
 
     def run(self, command: Sequence[str]) -> dict[str, float]:
-        """Runs Python in this checkout; returns the JSON object that is its last line."""
+        """Runs Python in this checkout. Returns the JSON object in the last line of its output."""
         made = subprocess.run(
             [sys.executable, *command],
             env=os.environ | {"PYTHONPATH": str(self.root)},
@@ -96,7 +96,7 @@ class Checkout:
         return found
 
     def job(self, *arguments: object) -> dict[str, float]:
-        """Has `either` do something in a fresh process of this checkout."""
+        """Runs a job of `either` in a new process of this checkout."""
         return self.run([str(HERE / "either.py"), str(self.root), *map(str, arguments)])
 
     def policy(self, name: str, thresholds: Any, score: str = "max_prob") -> Path:
@@ -106,7 +106,8 @@ class Checkout:
         return path
 
     def describe(self) -> dict[str, Any]:
-        """Its commit, whether there are changes on top, the format and the size of its code."""
+        """Its commit, whether there are uncommitted changes, the bundle format, and the size of its
+        code."""
         bundle = json.loads((self.folder / "digits/manifest.json").read_text())
         return {
             "commit": self._git("rev-parse", "HEAD"),
@@ -123,7 +124,7 @@ class Checkout:
 
 
 def this_checkout() -> Checkout:
-    """The one that this file is in."""
+    """The checkout of this file."""
     cases = "edgeexit.measure.bench.cases"
     return Checkout(
         "new",
@@ -149,8 +150,8 @@ def base_checkout(root: Path) -> Checkout:
 
 
 class CheckoutSide(Side):
-    """A subject in a process of a checkout: ``chain`` and ``unsplit`` take rows, ``modes`` and
-    ``plain`` (the unsplit graph) prompts."""
+    """A subject in a process of a checkout. ``chain`` and ``unsplit`` take rows; ``modes`` and
+    ``plain`` (the unsplit graph) take prompts."""
 
     def __init__(
         self, checkout: Checkout, kind: str, arguments: dict[str, Any], *, name: str
@@ -167,13 +168,13 @@ class CheckoutSide(Side):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """Number and duration of measurements.
 
     Attributes:
-        seconds: Of every case of rows in every launch.
-        launches: Sets of processes for rows.
-        text_launches, turns: Sets of processes for texts, and turns of each way to write in one.
-        loads, imports, exports: Fresh processes of each.
+        seconds: Seconds per case of rows and launch.
+        launches: Launches (sets of processes) for rows.
+        text_launches, turns: Launches for texts, and turns of each case in a launch.
+        loads, imports, exports: Number of new processes for each.
     """
 
     seconds: float
@@ -193,12 +194,12 @@ EFFORTS = {
 
 @dataclass
 class Figure:
-    """New ÷ base, and base ÷ base: a ratio per pair of neighbours, launch by launch.
+    """Ratios new ÷ base and base ÷ base, one per pair of blocks or turns, launch by launch.
 
     Attributes:
-        better: Which ratios are an improvement: those ``below`` 1 or ``above`` it.
-        values: In `unit`, of every place.
-        unlike: Inputs that new and base answered differently, of those that both answered.
+        better: Ratios that are an improvement: ``below`` 1 or ``above`` 1.
+        values: Values in `unit`, per place.
+        unlike: Per input that new and base both answered, whether the answers differ.
     """
 
     unit: str
@@ -209,7 +210,7 @@ class Figure:
     unlike: list[bool] = field(default_factory=list)
 
     def add(self, values: dict[str, list[float]]) -> None:
-        """Takes in a launch of which every value stands beside those of the other places."""
+        """Adds a launch; values with the same index are paired."""
         for place, ratios in (("new", self.new), ("again", self.again)):
             pairs = zip(values[place], values["base"], strict=True)
             ratios.append([ours / theirs for ours, theirs in pairs])
@@ -217,7 +218,7 @@ class Figure:
             self.values[place] += values[place]
 
     def summary(self) -> dict[str, Any]:
-        """What is written of it."""
+        """The figure as it is written to the result."""
         new, again = (list(chain.from_iterable(one)) for one in (self.new, self.again))
         found: dict[str, Any] = {
             "new_of_base": round(statistics.median(new), 4),
@@ -239,27 +240,25 @@ class Figure:
 
 
 def main() -> None:
-    """Measures and writes one result, part by part."""
+    """Measures the parts and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="the other checkout")
     parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
     parser.add_argument(
-        "--threads", default="blocking", help="of every process: blocking, spinning or a number"
+        "--threads", default="blocking", help="for every process: blocking, spinning or a number"
     )
-    parser.add_argument("--cores", type=int, default=2, help="that all processes share")
-    parser.add_argument(
-        "--only", metavar="PARTS", help=f"measure these again, of {','.join(PARTS)}"
-    )
+    parser.add_argument("--cores", type=int, default=2, help="shared by all processes")
+    parser.add_argument("--only", metavar="PARTS", help=f"measure only these of {','.join(PARTS)}")
     given = parser.parse_args()
     parts = list(PARTS) if given.only is None else given.only.split(",")
     if unknown := [name for name in parts if name not in PARTS]:
         parser.error(f"--only {unknown[0]}: the parts are {', '.join(PARTS)}")
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= given.cores <= len(cores):
-        parser.error(f"--cores {given.cores}: there are {len(cores)}")
+        parser.error(f"--cores {given.cores}: there are only {len(cores)}")
     base = base_checkout(given.base.resolve())
     if not (base.root / f"{base.worker.replace('.', '/')}.py").is_file():
-        parser.error(f"--base {given.base}: no checkout of the commit before the unification")
+        parser.error(f"--base {given.base}: not a checkout of the commit before the unification")
     os.sched_setaffinity(0, cores[: given.cores])
     match = Match(
         this_checkout(),
@@ -291,13 +290,13 @@ def main() -> None:
             result["checkouts"] = described
         result["environment"] = environment.describe(command=command)
         result["environment"]["machine"] = watch.stop(0.0)
-        result["environment"]["machine"].pop("other_load_cores")  # children's time is not counted
+        result["environment"]["machine"].pop("other_load_cores")  # it would include our children
         save("against", result, quick=given.quick)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Both checkouts, and how they are measured."""
+    """Both checkouts, and the options of the measurement."""
 
     new: Checkout
     base: Checkout
@@ -307,34 +306,33 @@ class Match:
 
     @property
     def checkouts(self) -> dict[str, Checkout]:
-        """By name."""
+        """Name -> checkout."""
         return {"new": self.new, "base": self.base}
 
     @property
     def places(self) -> dict[str, Checkout]:
-        """Place -> whose process it is."""
+        """Place -> the checkout of its process."""
         return {place: self.new if place == "new" else self.base for place in PLACES}
 
     @property
     def shapes(self) -> list[models.Shape]:
-        """Of classifiers."""
+        """Shapes of the classifiers."""
         return list((models.QUICK if self.quick else models.SHAPES).values())
 
     @property
     def decoder(self) -> dict[str, int]:
-        """The shape of the model that writes."""
+        """Shape of the language model."""
         return decode.QUICK_SHAPE if self.quick else decode.SHAPE
 
     def in_turns(self, number: int) -> list[str]:
-        """Places in an order that turns with every round, so that none always comes first."""
+        """Places in an order that rotates with every round, so that no place is always first."""
         turn = number % len(PLACES)
         return [*PLACES[turn:], *PLACES[:turn]]
 
     def fresh(
         self, rounds: int, job: Callable[[str, Checkout], dict[str, float]]
     ) -> dict[str, dict[str, list[float]]]:
-        """Has every place do a job in a fresh process, in turns. Returns what came of it: key ->
-        place -> values."""
+        """Runs a job in a new process of every place, in turns. Returns key -> place -> values."""
         found: dict[str, dict[str, list[float]]] = {}
         for number in range(rounds):
             for place in self.in_turns(number):
@@ -349,7 +347,7 @@ class Match:
         kind: str,
         arguments: Callable[[Checkout], dict[str, Any]],
     ) -> dict[str, Side]:
-        """A process per place."""
+        """Opens a process per place."""
         sides: dict[str, Side] = {}
         for place in self.in_turns(launch):
             checkout = self.places[place]
@@ -366,11 +364,11 @@ class Match:
         means: bool = False,
         **blocks: Any,
     ) -> dict[str, dict[str, Any]]:
-        """Cases that take rows: their times, in pairs of neighbouring blocks.
+        """Measures cases of rows, in pairs of blocks.
 
         Args:
-            means: Compare mean times of blocks, for rows that leave at different exits.
-            blocks: For `alternate`.
+            means: Compare the mean times of blocks, for rows that stop at different exits.
+            blocks: Arguments of `alternate`.
         """
         figures = {case: Figure("ms") for case in cases}
         for launch in range(self.effort.launches):
@@ -402,8 +400,8 @@ class Match:
         cases: Sequence[str],
         prompts: int,
     ) -> dict[str, dict[str, Any]]:
-        """Ways to write: tokens per second behind the first, and time to the first, turn by
-        turn."""
+        """Measures cases of texts, turn by turn: tokens per second after the first token, and time
+        to the first token."""
         figures: dict[str, Figure] = {}
         for launch in range(self.effort.text_launches):
             with ExitStack() as stack:
@@ -429,7 +427,7 @@ class Match:
 
 
 def unlike(ours: Lane, theirs: Lane) -> list[bool]:
-    """Per input that both lanes ran, whether their answers (exits and labels) differ."""
+    """Per input that both lanes ran: whether their answers (exits and labels) differ."""
     found = [
         dict(zip(lane.numbers, lane.records, strict=False)) if lane.records else {}
         for lane in (ours, theirs)
@@ -438,7 +436,7 @@ def unlike(ours: Lane, theirs: Lane) -> list[bool]:
 
 
 def told(figures: dict[str, Figure]) -> dict[str, dict[str, Any]]:
-    """Summaries of figures, which are also shown."""
+    """Summaries of figures. Prints each."""
     found = {name: figure.summary() for name, figure in figures.items()}
     for name, one in found.items():
         say(
@@ -449,14 +447,14 @@ def told(figures: dict[str, Figure]) -> dict[str, dict[str, Any]]:
 
 
 def of_processes(unit: str, values: dict[str, list[float]]) -> Figure:
-    """A figure of fresh processes."""
+    """A figure from new processes."""
     figure = Figure(unit)
     figure.add(values)
     return figure
 
 
 def lines_of(folder: Path) -> int:
-    """Lines of a package's modules; linked folders are other packages."""
+    """Lines of a package's modules, without linked folders, which are other packages."""
     return sum(
         len((Path(place) / name).read_text(encoding="utf-8").splitlines())
         for place, _, names in os.walk(folder, followlinks=False)
@@ -466,7 +464,7 @@ def lines_of(folder: Path) -> int:
 
 
 def measure_lines(match: Match) -> dict[str, Any]:
-    """Lines of product code."""
+    """Compares the lines of product code."""
     lines = {
         checkout.name: sum(lines_of(checkout.root / package) for package in PACKAGES)
         for checkout in match.checkouts.values()
@@ -476,8 +474,8 @@ def measure_lines(match: Match) -> dict[str, Any]:
 
 
 def measure_imports(match: Match) -> dict[str, Any]:
-    """``import edgeexit.runtime`` in a fresh interpreter, of sources that were compiled before, as
-    pip does when it installs them."""
+    """Times ``import edgeexit.runtime`` in a new interpreter. Sources are compiled before, as pip
+    does at installation."""
     for checkout in match.checkouts.values():
         subprocess.run(
             [sys.executable, "-m", "compileall", "-q", *PACKAGES], cwd=checkout.root, check=True
@@ -487,8 +485,8 @@ def measure_imports(match: Match) -> dict[str, Any]:
 
 
 def measure_export(match: Match) -> dict[str, Any]:
-    """Makes the checkpoints, and has both checkouts export them: those of one classifier and one
-    model that writes are timed, more than once."""
+    """Creates the checkpoints and exports them with both checkouts. The exports of one classifier
+    and one language model are timed, several times."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     for checkout in match.checkouts.values():
         checkout.folder.mkdir(parents=True)
@@ -522,7 +520,8 @@ def measure_export(match: Match) -> dict[str, Any]:
 
 
 def make_checkpoints(match: Match) -> dict[str, Path]:
-    """Checkpoints with random weights, by the shape's name, each made in a process of its own."""
+    """Creates checkpoints with random weights, each in its own process. Returns shape name ->
+    checkpoint."""
     found = {}
     for shape in match.shapes:
         found[shape.name] = FOLDER / "checkpoints" / shape.name
@@ -546,7 +545,7 @@ def make_checkpoints(match: Match) -> dict[str, Path]:
 
 
 def measure_loading(match: Match) -> dict[str, Any]:
-    """Loading, and the largest memory of a process that loads and runs a little."""
+    """Measures loading time, and the peak memory of a process that loads and runs a few inputs."""
     figures = {}
     policies = {
         one.name: one.policy("out of reach", OUT_OF_REACH) for one in match.checkouts.values()
@@ -574,8 +573,8 @@ def measure_loading(match: Match) -> dict[str, Any]:
 
 
 def measure_forward(match: Match) -> dict[str, Any]:
-    """Classifiers with random weights: one row on every kind of path, the unsplit graph, and
-    batches whose rows leave everywhere alike."""
+    """Measures classifiers with random weights: one row on every kind of path, the unsplit graph,
+    and batches whose rows stop at all exits equally often."""
     found = {}
     for shape in match.shapes:
         say(f"  {shape.name}")
@@ -597,7 +596,7 @@ def measure_forward(match: Match) -> dict[str, Any]:
 
 
 def batches(match: Match, shape: models.Shape) -> Callable[[Checkout], dict[str, Any]]:
-    """Batches, and policies under which about as many rows leave at every exit."""
+    """Batches, and policies with which about the same number of rows stops at every exit."""
     whole = tokens(shape, BATCH_ROWS, 7)
     parts = [
         {name: value[start : start + BATCH] for name, value in whole.items()}
@@ -618,7 +617,8 @@ def batches(match: Match, shape: models.Shape) -> Callable[[Checkout], dict[str,
 
 
 def measure_digits(match: Match) -> dict[str, Any]:
-    """The digits example, row by row, at a threshold calibrated on its validation images."""
+    """Measures the digits example row by row, with a threshold calibrated on its validation
+    images."""
     rows, labels = digits.held_out()
     data, inputs = FOLDER / "digits-rows.npz", FOLDER / "digits.npz"
     np.savez(data, **rows, label=labels)
@@ -654,8 +654,8 @@ def measure_digits(match: Match) -> dict[str, Any]:
 
 
 def measure_decode(match: Match) -> dict[str, Any]:
-    """A Llama with random weights at full depth, split and unsplit, behind two lengths of
-    prompts."""
+    """Measures a Llama with random weights at full depth, split and unsplit, with prompts of two
+    lengths."""
     found = {}
     for length in decode.LENGTHS:
         say(f"  behind {length} tokens")
@@ -676,7 +676,8 @@ def measure_decode(match: Match) -> dict[str, Any]:
 
 
 def measure_codelm(match: Match) -> dict[str, Any]:
-    """The codelm example on test prompts; `fast` with the thresholds of benchmarks/codelm.py."""
+    """Measures the codelm example on test prompts; `fast` has the thresholds of
+    benchmarks/codelm.py."""
     tokenizer = codelm.EXAMPLE / "checkpoint/tokenizer.json"
     prompts = codelm.data.prompts("test", tokenizer, min(codelm.PROMPTS, match.effort.turns))
     inputs = FOLDER / "codelm.npz"

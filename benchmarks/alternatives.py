@@ -1,8 +1,9 @@
-"""Other ways to decode on the same graphs, to hold `edgeexit.runtime.programs.modes.full` against.
+"""Alternative decoding modes on the same graphs, to compare with
+`edgeexit.runtime.programs.modes`.
 
-`Lookup` drafts by looking for the last tokens earlier in the text (prompt lookup). `Copied` and
-`Missing` are what `Approximate` could do with tokens that skip layers: copy the keys and values of
-the layer they left behind, or leave none. `Random` leaves at random exits.
+`Lookup` drafts tokens from earlier occurrences of the last tokens (prompt lookup). `Copied` and
+`Missing` are alternatives to `Approximate` for tokens that skip layers: copy the keys and values of
+the last layer that ran, or add none. `Random` stops at random exits.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics
 
 
 class Lookup:
-    """Drafts are what followed the same last tokens earlier in the text; all components verify.
+    """Drafts the tokens that followed the same last tokens earlier in the text; all components
+    verify them.
 
-    For one row. Drafts of `most` tokens behind the longest match of up to `longest` tokens.
+    Single rows only. Drafts up to `most` tokens after the longest match of up to `longest` tokens.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Lookup:
 
 
 class Copied(Approximate):
-    """Skipped layers get a copy of the keys and values of the layer that the token left behind."""
+    """Skipped layers get a copy of the keys and values of the last layer that ran."""
 
     def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
         target = self.session.parts[number]
@@ -109,14 +111,14 @@ class Copied(Approximate):
 
 
 class Missing(Approximate):
-    """Skipped layers get nothing: later tokens do not see these there."""
+    """Skipped layers get no keys and values: later tokens cannot attend to the token there."""
 
     def _skip(self, number: int, rows: Sequence[int], places: Sequence[int]) -> None:
         pass
 
 
 class Random(Fast):
-    """Leaves at each exit with a given chance, whatever the score."""
+    """Stops at each exit with a given probability, independent of the score."""
 
     def __init__(self, *arguments: Any, chances: Sequence[float], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -124,7 +126,7 @@ class Random(Fast):
         self._rng = np.random.default_rng()
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
-        # Other draws for every prompt, the same ones whenever it comes.
+        # Each prompt has its own seed, so repetitions draw the same numbers.
         self._rng = np.random.default_rng([int(token) for token in prompts[0]])
         return super().prefill(prompts)
 

@@ -1,10 +1,10 @@
-"""What four choices of the runtime are worth on a small model: each undone, one at a time.
+"""Measures the effect of four choices of the runtime on a small model, by undoing one at a time.
 
     python benchmarks/choices.py         # after split.py, whose small bundle it uses; two minutes
 
-The ratio is the chain without the choice to the chain with it, every exit consulted and none
-firing, each in a process of its own in the same thread setting. benchmarks/README.md says what each
-is.
+The ratio is the time of the chain without the choice ÷ with it. Every exit is evaluated and no row
+stops. Both run in their own process with the same thread setting. benchmarks/README.md explains the
+choices.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What exits gain a language model: the codelm example on prompts from files it never saw.
+"""Measures the gain of exits in a language model: the codelm example on prompts from unseen files.
 
     python benchmarks/codelm.py            # the trained checkpoint of examples/codelm
     python benchmarks/codelm.py --quick    # few prompts
-    python benchmarks/codelm.py --keep --only quality    # with what truncated-N were trained since
+    python benchmarks/codelm.py --keep --only quality    # after training more truncated-N models
 
-Every way to decode continues the same 50 prompts, taking turns. benchmarks/README.md says what each
-figure means.
+All modes continue the same 50 prompts, in turns. benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -47,17 +46,16 @@ from alternatives import Copied, Missing, Random  # noqa: E402
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
 ROUNDS = 3
-"""Turns of each way on each prompt; the one of median time counts."""
+"""Turns per mode and prompt; the turn with the median time is used."""
 
 PEER_DRAFTS = [2, 4, 6, 8, 12]
-"""Lengths of drafts that transformers is tried with, besides its own setting, at the exit that
-suits it best."""
+"""Draft lengths to try with transformers, besides its default, at its fastest exit."""
 PEER_PROMPTS = 6
 
 CHOOSING_PROMPTS, ASKING_PROMPTS = 40, 6
 AGREEMENT, AIMED_AGREEMENT = 0.95, 0.96
-"""Of early exits' tokens with the last exit: what is asked for, and what thresholds are chosen for
-on other prompts."""
+"""Agreement of early exits' tokens with the last exit: the required value, and the value for which
+thresholds are chosen on other prompts."""
 
 PASSAGES, PASSAGE_TOKENS, LEAD_TOKENS = 40, 160, 32
 
@@ -67,17 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
     parser.add_argument(
-        "--truncated", type=Path, default=ROOT / "local/codelm", help="where truncated-N stand"
+        "--truncated", type=Path, default=ROOT / "local/codelm", help="folder with truncated-N"
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
-    parser.add_argument("--turns", type=int, default=ROUNDS, help="on every prompt")
+    parser.add_argument("--turns", type=int, default=ROUNDS, help="turns per prompt")
     parser.add_argument(
-        "--only", choices=[*PARTS, "smaller"], help="this part; the others as they were measured"
+        "--only", choices=[*PARTS, "smaller"], help="measure only this part, keep the others"
     )
     given = parser.parse_args()
     if given.quick and given.only:
-        parser.error("--only goes on from a whole result, and --quick makes none")
+        parser.error("--only needs a complete earlier result, so it excludes --quick")
     count = 4 if given.quick else PROMPTS
     folder = SCRATCH / "codelm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +125,7 @@ def main() -> None:
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures that were asked for."""
+    """The required figures."""
     modes, peers = result["speeds"]["modes"], result["speeds"]["transformers"]
     exact, early = modes["exact"]["total_tokens_per_s"], peers["early_exit"]["total_tokens_per_s"]
     ours = exact / modes["full"]["total_tokens_per_s"]
@@ -151,17 +149,17 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
 def choose(
     bundle: Path, prompts: list[list[int]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Score, exits and thresholds with which `fast` should be fastest, among those whose early
-    tokens (``strict``), or all of whose tokens (``loose``), agree with the last exit often enough.
-    On prompts of the training split.
+    """Score, exits and thresholds with which `fast` should be fastest, if its early tokens
+    (``strict``) or all its tokens (``loose``) agree with the last exit often enough. Chosen on
+    prompts of the training split.
 
-    Caches are exact in this mode, so what an exit says at a place does not depend on the exits
-    taken before: the model's own continuations are written once, every exit is asked everywhere,
-    and every choice of thresholds is then replayed over that. Its cost is that of the layers a
-    token needs and of asking exits, at what that was seen to take, catching up at a tenth per row.
+    Caches are exact in this mode, so an exit's answer does not depend on earlier exits. The model's
+    continuations are therefore written once, with every exit evaluated at every token, and every
+    choice of thresholds is replayed on this data. Its cost is the layers that a token needs plus
+    the measured cost of evaluating exits; catching up costs a tenth per row.
 
     Returns:
-        The choices, and what asking each early exit costs (`asking_costs`), by its name.
+        The choices, and the cost of evaluating each early exit (`asking_costs`), by its name.
     """
     with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
         names = [exit_.name for exit_ in model.exits]
@@ -193,7 +191,7 @@ def choose(
 def ask_everywhere(
     model: runtime.Model, prompts: list[list[int]]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What every exit says behind every token of the model's own continuations.
+    """Every exit's answer at every token of the model's own continuations.
 
     Returns:
         Tokens ``[exits, places]`` and scores ``[exits, places]`` by name.
@@ -217,9 +215,9 @@ def ask_everywhere(
 
 
 def asking_costs(model: runtime.Model, prompts: list[list[int]]) -> list[float]:
-    """What it takes to ask each early exit in vain, relative to a token of all layers.
+    """Cost of evaluating each early exit without stopping, relative to a token through all layers.
 
-    Each is asked alone, with a threshold out of reach, in turns with asking none.
+    Each exit is measured alone, with a threshold that is never reached, in turns with no exit.
     """
     names = [exit_.name for exit_ in model.exits]
     never = [np.inf] * (len(names) - 1)
@@ -281,7 +279,7 @@ def speeds(
     chosen: dict[str, Any],
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """All ways to decode, on all prompts in turns; models of fewer layers as plain graphs."""
+    """Measures all modes, on all prompts in turns; models with fewer layers are plain graphs."""
     common = {"prompts": str(folder / "prompts.npz"), "new_tokens": NEW_TOKENS}
     early = early_exits(folder)
     layers = [int(name.removeprefix("exit_")) for name in early]
@@ -301,7 +299,7 @@ def speeds(
     say(f"  transformers: threads {peer_setting} {peer_tried}")
     numbers = list(range(count))
     with ExitStack() as stack:
-        # How often each exit answers decides the chances of random exits.
+        # The measured exit rates give the probabilities of random exits.
         first = stack.enter_context(chain(setting))
         audit = Writer("audit", first, "audit")
         loose = Writer("audit_loose", first, "audit_loose")
@@ -364,14 +362,14 @@ def speeds(
 
 
 def early_exits(folder: Path) -> list[str]:
-    """Names of the bundle's exits but the last."""
+    """Names of the bundle's exits except the last."""
     return [exit_.name for exit_ in open_bundle(folder / "bundle").manifest.last_chain.stops[:-1]]
 
 
 def chain_side(
     folder: Path, chosen: dict[str, Any], threads: Any, chances: list[float] | None = None
 ) -> Side:
-    """The bundle in a process of its own, in every mode and every other way."""
+    """The bundle in its own process, with all modes and alternatives."""
     own = {
         "bundle": str(folder / "bundle"),
         "prompts": str(folder / "prompts.npz"),
@@ -387,7 +385,7 @@ def chain_side(
 def truncated_writers(
     stack: ExitStack, truncated: Path, folder: Path, threads: Any
 ) -> list[Writer]:
-    """Models of fewer layers, each as a plain graph in a process of its own."""
+    """Models with fewer layers, each as a plain graph in its own process."""
     writers = []
     for depth, plain in truncated_bundles(truncated, folder).items():
         own = {
@@ -405,8 +403,7 @@ def truncated_writers(
 def smaller(
     folder: Path, truncated: Path, count: int, chosen: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
-    """Models of fewer layers beside the chain alone: what `speeds` measures of them, for when the
-    rest is not wanted again."""
+    """Measures only the models with fewer layers against the chain, as `speeds` does."""
     chain = functools.partial(chain_side, folder, chosen)
     side, setting, tried = best_setting(chain, "full", settings("cpu", available_cores()))
     side.close()
@@ -429,7 +426,7 @@ def smaller(
 
 
 def truncated_models(where: Path) -> dict[int, Path]:
-    """Models of fewer layers: their number -> checkpoint."""
+    """Models with fewer layers: number of layers -> checkpoint."""
     found = {}
     for facts in sorted(where.glob("truncated-*/training.json")):
         found[json.loads(facts.read_text())["layers"]] = facts.parent
@@ -437,7 +434,7 @@ def truncated_models(where: Path) -> dict[int, Path]:
 
 
 def truncated_bundles(where: Path, folder: Path) -> dict[int, Path]:
-    """The same as bundles, of which the unsplit graph is used."""
+    """The same models as bundles, whose unsplit graph is used."""
     found = {}
     for layers, checkpoint in truncated_models(where).items():
         found[layers] = folder / f"truncated-{layers}"
@@ -448,8 +445,8 @@ def truncated_bundles(where: Path, folder: Path) -> dict[int, Path]:
 
 
 def best_drafts(side: Side, layers: list[int], numbers: list[int]) -> tuple[str, dict[str, float]]:
-    """The exit, then the length of drafts, with which transformers' self-speculation is fastest;
-    and what each took, relative to the first exit in its own setting."""
+    """The exit and then the draft length with which transformers' self-speculation is fastest; and
+    the time of each, relative to the first exit with the default length."""
     took: dict[str, float] = {}
 
     def fastest(cases: list[str]) -> str:
@@ -471,7 +468,7 @@ def whole_rate(writer: Writer) -> float:
 
 
 def exit_chances(exits: dict[str, int], early: list[str]) -> list[float]:
-    """Chance to leave at each exit, given that the token came so far."""
+    """Probability of stopping at each exit, given that the token reached it."""
     left, found = sum(exits.values()), []
     for name in early:
         found.append(exits.get(name, 0) / left if left else 0.0)
@@ -482,9 +479,8 @@ def exit_chances(exits: dict[str, int], early: list[str]) -> list[float]:
 def quality(
     bundle: Path, truncated: Path, tokenizer: Path, chosen: dict[str, Any], quick: bool
 ) -> dict[str, Any]:
-    """How often each way names the true next token of test passages, the true one then being fed.
-
-    Beside it how often it names that of the last exit, and the mean exit layer.
+    """How often each mode predicts the next token of test passages (teacher forcing), how often it
+    predicts the last exit's token, and the mean exit layer.
     """
     tokens = data.tokens("test", tokenizer).astype(np.int64)
     count = 4 if quick else PASSAGES
@@ -544,7 +540,7 @@ def mean_layer(exits: dict[str, int]) -> float:
 
 
 def forced(mode: Mode, passage: np.ndarray) -> list[int]:
-    """What a mode says to every token of a passage behind its lead, the true ones being fed."""
+    """A mode's predictions for every token of a passage after its lead (teacher forcing)."""
     said = [int(mode.prefill([passage[:LEAD_TOKENS]])[0])]
     active = [True]
     for token in passage[LEAD_TOKENS:-1]:
@@ -554,7 +550,7 @@ def forced(mode: Mode, passage: np.ndarray) -> list[int]:
 
 
 def torch_answers(checkpoint: Path, passages: list[np.ndarray]) -> np.ndarray:
-    """What a plain checkpoint says to the same tokens, in PyTorch."""
+    """A plain checkpoint's predictions for the same tokens, in PyTorch."""
     import torch
     import transformers
 
@@ -565,9 +561,9 @@ def torch_answers(checkpoint: Path, passages: list[np.ndarray]) -> np.ndarray:
 
 
 def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
-    """`exact` against `full`, token for token: drafts of 1 to 8 and adapted ones, texts alone and
-    four together. A difference is excused where the two largest logits lie closer than the largest
-    difference between the kernels for one and for several tokens that was seen here."""
+    """Compares `exact` with `full`, token by token: drafts of 1 to 8 tokens and of adapted length,
+    single texts and batches of four. A difference is excused if the two largest logits differ by
+    less than the largest difference seen here between kernels for one token and for several."""
     found: dict[str, Any] = {"texts": 0, "equal": 0, "excused": 0, "wrong": 0}
     with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
         expected = [
@@ -597,7 +593,7 @@ def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
 def compare_texts(
     model: runtime.Model, prompt: list[int], expected: list[int], made: list[int], rounding: float
 ) -> str:
-    """``equal``, ``excused`` or ``wrong``: up to the first difference."""
+    """``equal``, ``excused`` or ``wrong``, judged at the first difference."""
     if made == expected:
         return "equal"
     pairs = itertools.zip_longest(expected, made)
@@ -607,7 +603,7 @@ def compare_texts(
 
 
 def last_logits(session: Session, text: list[int]) -> np.ndarray:
-    """The last exit's logits behind a text."""
+    """The last exit's logits after a text."""
     states = last_states(session, text, session.chunk)[-1:]
     return np.array(last_head(session)(states)["logits"][0])
 
@@ -618,7 +614,7 @@ def last_head(session: Session) -> Head:
 
 
 def kernel_rounding(session: Session, text: list[int]) -> float:
-    """Largest difference of logits between a text taken at once and token by token."""
+    """Largest difference of logits between a text in one run and token by token."""
     head = last_head(session)
     at_once = last_states(session, text, session.chunk)
     one_by_one = last_states(session, text, 1)
@@ -628,7 +624,7 @@ def kernel_rounding(session: Session, text: list[int]) -> float:
 
 
 def last_states(session: Session, text: list[int], step: int) -> np.ndarray:
-    """States of the last boundary ``[seq, width]``, so many tokens at a time."""
+    """States of the last boundary ``[seq, width]``, computed in steps of several tokens."""
     return all_states(session, text, step)[-1]
 
 

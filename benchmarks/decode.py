@@ -1,10 +1,10 @@
-"""Decoding at full depth: against onnxruntime-genai, against the unsplit graph, and in memory.
+"""Decoding at full depth: speed against onnxruntime-genai and the unsplit graph, and memory.
 
     python benchmarks/decode.py            # 12 layers, width 512, random weights
     python benchmarks/decode.py --quick    # a tiny model: does the script run?
 
-Needs ``pip install onnxruntime-genai``, whose own model builder makes the peer's model from the
-same checkpoint. benchmarks/README.md says what each figure means.
+Needs ``pip install onnxruntime-genai``; its model builder converts the same checkpoint.
+benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def main() -> None:
 
 
 def make_models(folder: Path, shape: dict[str, int]) -> None:
-    """A checkpoint with random weights, the bundle, and the peer's model; each in a process."""
+    """Creates a checkpoint with random weights, the bundle, and the onnxruntime-genai model, each
+    in its own process."""
     import shutil
 
     say("  models")
@@ -107,14 +108,14 @@ def make_models(folder: Path, shape: dict[str, int]) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Runs a command; what it says is shown if it fails."""
+    """Runs a command; shows its output if it fails."""
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{made.stdout[-2000:]}\n{made.stderr[-4000:]}")
 
 
 def side(folder: Path, what: str, length: int, threads: Any, new: int = NEW_TOKENS) -> Side:
-    """One of the ways to write, in a process of its own."""
+    """One way to decode, in its own process."""
     prompts = str(folder / f"prompts-{length}.npz")
     common = {"new_tokens": new, "threads": threads, "capacity": CAPACITY}
     if what == "genai":
@@ -128,7 +129,7 @@ CASES = {"chain": "full", "unsplit": "unsplit", "genai": "genai"}
 
 
 def search(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Every side's best thread setting, on the shorter prompts, and how the others did."""
+    """Every side's best thread setting, on the shorter prompts, and the times of the others."""
     found, others = {}, {}
     for what, case in CASES.items():
         tried = PEER_SETTINGS if what == "genai" else settings("cpu", available_cores())
@@ -144,7 +145,7 @@ def search(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
 
 
 def against_peers(folder: Path, length: int, chosen: dict[str, Any], turns: int) -> dict[str, Any]:
-    """Prompts of one length, continued by all sides in turns."""
+    """Measures prompts of one length, continued by all sides in turns."""
     with ExitStack() as stack:
         writers = {
             what: Writer(what, stack.enter_context(side(folder, what, length, chosen[what])), case)
@@ -165,9 +166,9 @@ def against_peers(folder: Path, length: int, chosen: dict[str, Any], turns: int)
 
 
 def growth(folder: Path, chosen: dict[str, Any], turns: int) -> dict[str, Any]:
-    """Tokens per second behind prompts of growing length. Steepness: what a token costs behind the
-    longest prompt over what it costs behind the shortest. The chain's over genai's is taken from
-    how the two compare within turns at both lengths, for the machine changes between them."""
+    """Tokens per second after prompts of growing length. Steepness: time of a token after the
+    longest prompt ÷ after the shortest. The ratio of the chain's steepness to genai's is computed
+    from ratios within turns at both lengths, because the machine's speed changes between them."""
     found: dict[str, Any] = {"chain": {}, "genai": {}, "against_genai": {}, "spread": {}}
     for length in GROWTH:
         with ExitStack() as stack:
@@ -199,7 +200,7 @@ def growth(folder: Path, chosen: dict[str, Any], turns: int) -> dict[str, Any]:
 
 
 def memory(folder: Path, chosen: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
-    """Largest resident memory after writing behind a long prompt, above what the imports took."""
+    """Peak resident memory after generating from a long prompt, above the memory of imports."""
     from statistics import median
 
     peaks: dict[str, list[float]] = {"chain": [], "unsplit": []}

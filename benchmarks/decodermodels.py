@@ -1,5 +1,5 @@
-"""Makes the decoder that `decode.py` measures: a Llama with random weights and a tokenizer, which
-onnxruntime-genai's builder asks for.
+"""Creates the decoder that `decode.py` measures: a Llama with random weights and a tokenizer, which
+onnxruntime-genai's builder requires.
 
     python benchmarks/decodermodels.py FOLDER CONFIG      # fields of a LlamaConfig, as JSON
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """The child's command line."""
+    """Command line of the child process."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

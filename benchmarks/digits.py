@@ -1,12 +1,12 @@
-"""What exits gain on real handwriting: the digits example, over random validation/test splits.
+"""Measures the gain of exits on handwriting: the digits example, over random splits.
 
     python benchmarks/digits.py              # the trained checkpoint of examples/digits
     python benchmarks/digits.py --quick      # three splits
 
-The held-out digits (the example's validation and test images) are split anew twenty times. Each
-time a threshold is calibrated on one part and the model runs row by row over the other, in blocks
-that alternate with the same model unsplit. Beside it stand what a cut-off model, random exits and
-an oracle would do. benchmarks/README.md says what each figure means.
+The held-out digits (the example's validation and test images) are split at random twenty times.
+Each time a threshold is calibrated on one part, and the model runs row by row over the other part,
+in blocks that alternate with the same model unsplit. For comparison: truncated models, random exits
+and an oracle. benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 
 EXAMPLE = ROOT / "examples" / "digits"
 AIMED_DROP = 0.0025
-"""What calibration aims at on its part of the digits: half of the 0.5 points that the other part is
-allowed to lose, since a threshold fits the rows that it was chosen on best."""
+"""Target of the calibration on its part of the digits: half of the 0.5 points that the other part
+may lose, because a threshold fits the rows best on which it was chosen."""
 
 VALIDATION_ROWS = 400
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--score", default="max_prob")
     parser.add_argument("--risk", default="performance", choices=["performance", "consistency"])
-    parser.add_argument("--per-exit", action="store_true", help="a threshold of its own per exit")
+    parser.add_argument("--per-exit", action="store_true", help="a separate threshold per exit")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     splits = 3 if given.quick else given.splits
@@ -116,12 +116,12 @@ def main() -> None:
         ]
     )
     result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
-    result["environment"]["machine"].pop("other_load_cores")  # children's time is not counted here
+    result["environment"]["machine"].pop("other_load_cores")  # it would include our children
     save("digits", result, quick=given.quick)
 
 
 def export(checkpoint: Path, bundle: Path) -> Bundle:
-    """Exports a checkpoint in a child process, so that this one stays without torch."""
+    """Exports a checkpoint in a child process, so that this process does not import torch."""
     code = (
         "import sys; from edgeexit.export import export; "
         "from edgeexit.export.pretrained import from_pretrained; "
@@ -135,7 +135,7 @@ def export(checkpoint: Path, bundle: Path) -> Bundle:
 
 
 def held_out() -> tuple[dict[str, NDArray], NDArray[np.int64]]:
-    """The example's validation and test images, one behind the other."""
+    """The example's validation images, followed by its test images."""
     splits = (f"{EXAMPLE / 'data.py'}:{name}" for name in ("validation", "test"))
     halves = [load_function(split, "data")() for split in splits]
     rows = {name: np.concatenate([half[0][name] for half in halves]) for name in halves[0][0]}
@@ -143,13 +143,13 @@ def held_out() -> tuple[dict[str, NDArray], NDArray[np.int64]]:
 
 
 def split(rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row numbers of validation and test. Seed 0 is the example's own split."""
+    """Row numbers of the validation and test parts. Seed 0 is the example's split."""
     order = np.arange(rows) if seed == 0 else np.random.default_rng(seed).permutation(rows)
     return order[:VALIDATION_ROWS], order[VALIDATION_ROWS:]
 
 
 def take(trace: Trace, rows: NDArray[np.int64]) -> Trace:
-    """Some rows of a trace that was recorded row by row."""
+    """Selected rows of a trace that was recorded row by row."""
     assert trace.batch_size == 1 and trace.labels is not None
     return dataclasses.replace(
         trace,
@@ -169,7 +169,7 @@ def run(
     *,
     quick: bool,
 ) -> dict[str, Any]:
-    """Natural exits over every split's test rows, and the cost of every exit path."""
+    """Measures natural exits over every split's test rows, and the time of every exit's path."""
     arguments = {"bundle": str(bundle.path), "inputs": str(inputs)}
     tried = ["blocking"] if quick else settings("cpu", available_cores())
     with contextlib.ExitStack() as stack:
@@ -201,7 +201,7 @@ def run(
 def natural_blocks(
     chain: Side, baseline: Lane, number: int, test: NDArray[np.int64], block: int = 40
 ) -> dict[str, Any]:
-    """Every test row once, in random order and blocks that alternate with unsplit on the same
+    """Runs every test row once, in random order, in blocks that alternate with unsplit on the same
     rows."""
     order = np.random.default_rng(number).permutation(test).tolist()
     ours: dict[int, float] = {}
@@ -234,7 +234,8 @@ def natural_blocks(
 def figures(
     test: Trace, policy: runtime.Policy, costs: list[float], natural: dict[str, Any]
 ) -> dict[str, Any]:
-    """One split: what natural exits did, and what random exits and the oracle would have done."""
+    """Figures of one split: measured for natural exits, computed for random exits and the
+    oracle."""
     taken = np.asarray(natural["exits"])
     expected = replay(test, policy)
     right = test.predictions == test.labels
@@ -290,7 +291,7 @@ def truncated(
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
     measured: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Models cut off at a depth and trained the same way: accuracy over the splits, and time."""
+    """Truncated models that were trained the same way: accuracy over the splits, and time."""
     found = []
     if not folder.is_dir():
         say(f"no {folder.name}/ beside the checkpoint: nothing to compare with")

@@ -1,12 +1,12 @@
-"""What `against.py` has done in fresh processes of either checkout: knows the names of before and
-after the unification.
+"""The jobs that `against.py` runs in new processes of either checkout. Supports the module names
+before and after the unification.
 
     python benchmarks/either.py CHECKOUT export CHECKPOINT BUNDLE [EXITS]
     python benchmarks/either.py CHECKOUT policy FILE THRESHOLDS SCORE
     python benchmarks/either.py CHECKOUT load BUNDLE INPUTS POLICY THREADS
     python benchmarks/either.py CHECKOUT write BUNDLE PROMPTS CAPACITY THREADS
 
-Thresholds and exits are JSON; every job prints one JSON object as its last line.
+Thresholds and exits are JSON. Every job prints a JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXT_TOKENS = 32
 
 
 def export(checkpoint: str, bundle: str, exits: str = "null") -> dict[str, float]:
-    """Exports a checkpoint. Returns the seconds that took, imports apart."""
+    """Exports a checkpoint. Returns the seconds, without imports."""
     from models import warm_exporter
 
     from edgeexit import export as product
@@ -47,7 +47,7 @@ def export(checkpoint: str, bundle: str, exits: str = "null") -> dict[str, float
 
 
 def policy(path: str, thresholds: str, score: str) -> dict[str, float]:
-    """Writes a policy as the checkout reads it."""
+    """Writes a policy in the checkout's format."""
     from edgeexit import runtime
 
     found = json.loads(thresholds)
@@ -75,7 +75,7 @@ def load(bundle: str, inputs: str, policy: str, threads: str) -> dict[str, float
 
 
 def write(bundle: str, prompts: str, capacity: str, threads: str) -> dict[str, float]:
-    """Loads a model that writes and continues one prompt."""
+    """Loads a language model and continues one prompt."""
     from edgeexit import runtime
 
     with np.load(prompts) as file:
@@ -88,7 +88,7 @@ def write(bundle: str, prompts: str, capacity: str, threads: str) -> dict[str, f
 
 
 def _loading(opening: Callable[[], Any], run: Callable[[Any], object]) -> dict[str, float]:
-    """Seconds of loading, and the largest memory above that before it."""
+    """Seconds of loading, and peak memory above the memory before it."""
     import onnxruntime  # noqa: F401, its import is not part of loading
 
     from edgeexit.runtime.memory import peak_bytes
@@ -114,7 +114,7 @@ JOBS: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def main() -> None:
-    """The child's command line."""
+    """Command line of the child process."""
     import edgeexit
 
     checkout, job, *arguments = sys.argv[1:]

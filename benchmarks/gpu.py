@@ -1,13 +1,13 @@
-"""What a chain costs on a GPU, beside unsplit on the same engine: split tax by number of exits, the
-time of each exit's path, what crosses to the host, how long the GPU stands still between segments,
-and what launching them ahead gains and wastes.
+"""Measures a chain on a GPU against unsplit on the same engine: split tax by number of exits, time
+of each exit's path, bytes copied to the host, idle time of the GPU between segments, and gain and
+waste of launching ahead.
 
     python benchmarks/gpu.py --engine cuda                  # ONNX Runtime's CUDA provider
     python benchmarks/gpu.py --engine tensorrt              # builds engines for this GPU first
     python benchmarks/gpu.py --engine cpu --quick           # does the script run?
 
-The shape of BERT-base in float16, 128 tokens. Both sides live in one process and take turns, block
-by block; every figure is a median of ratios of neighbouring blocks.
+The model has the shape of BERT-base in float16, with 128 tokens. Both sides run in one process and
+take turns, block by block. Every figure is a median of ratios of neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def exit_sets(layers: int) -> list[list[int]]:
-    """Layers with an early exit: 1, 3, half of them, all but the last; evenly spread."""
+    """Layers with an early exit: 1, 3, half of them, all except the last; evenly spaced."""
     counts = sorted({1, min(3, layers - 1), layers // 2, layers - 1})
     spread = [np.linspace(0, layers, count + 2)[1:-1] for count in counts]
     return [sorted({round(place) for place in one}) for one in spread]
@@ -108,7 +108,7 @@ def build(bundle: Bundle) -> None:
 
 
 def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) -> dict[str, Any]:
-    """Everything about one set of exits."""
+    """Measures one set of exits."""
     rounds = 3 if quick else ROUNDS
     policy = Rule(score="max_prob", thresholds=OUT_OF_REACH)
     whole = load(bundle, engine, unsplit=True)
@@ -135,9 +135,9 @@ def measure(bundle: Bundle, engine: str, shape: models.Shape, *, quick: bool) ->
 
 
 def ahead(bundle: Bundle, engine: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
-    """One row, segments launched ahead beside the same model that waits: where no row leaves, which
-    is all gain, and where every row leaves at the first exit, which is all waste, for calls come
-    one behind the other. And the gaps, on the GPU's own clock."""
+    """Compares launching ahead with waiting, for one row: if no row stops (only gain), and if every
+    row stops at the first exit (only waste, because calls follow each other immediately). Also
+    measures the gaps with the GPU's clock."""
     stays = Rule(score="max_prob", thresholds=OUT_OF_REACH)
     measured = load(bundle, engine, policy=stays, launch_ahead="measured")
     always = load(bundle, engine, policy=stays, launch_ahead="always")

@@ -1,10 +1,11 @@
-"""Builds what the chain is measured against: other graphs of the same model, over the same weights.
+"""Builds the graphs that the chain is compared with: the same model with the same weights.
 
-`merged`: all segments as one graph without exits. `first K`: the segments up to exit K and its
-head, as one graph: what a model cut off there would be. `nested`: one graph with an ``If`` behind
-every exit, each inside the ``else`` of the one before. All lie beside a copy of the bundle's weight
-store, so that `Bundle` and `runtime.load(unsplit=True)` open them as they open the bundle's own
-unsplit graph.
+- `merged`: all segments as one graph without exits.
+- `first K`: the segments up to exit K and its head as one graph, that is, a truncated model.
+- `nested`: one graph with an ``If`` behind every exit, nested in the ``else`` of the exit before.
+
+All are stored next to a copy of the bundle's weight store, so that `Bundle` and
+`runtime.load(unsplit=True)` open them like the bundle's unsplit graph.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def build(bundle: Bundle, folder: Path) -> None:
     """Writes every graph."""
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS
-    shutil.copyfile(bundle.path / WEIGHTS, weights)  # a link would be refused by every reader
+    shutil.copyfile(bundle.path / WEIGHTS, weights)  # readers refuse links
     exits = bundle.manifest.last_chain.stops
     for count in range(1, len(exits) + 1):
         name = "merged" if count == len(exits) else f"first_{count}"
@@ -43,7 +44,7 @@ def build(bundle: Bundle, folder: Path) -> None:
 
 
 def open_graph(bundle: str, folder: str, name: str) -> Bundle:
-    """The bundle with one of these graphs in the place of its unsplit one."""
+    """The bundle with one of these graphs instead of its unsplit graph."""
     opened = open_bundle(bundle)
     manifest = opened.manifest
     file = f"graphs/{name}.onnx"

@@ -1,10 +1,10 @@
-"""Loading time and peak memory: the chain against the unsplit graph, in fresh processes.
+"""Loading time and peak memory: the chain against the unsplit graph, in new processes.
 
     python benchmarks/loading.py          # after split.py, whose bundles it uses; six minutes
 
-Processes take turns and import the runtime and its engine before the clock starts. Memory is the
-largest that the process held (VmHWM) above what it held before loading, after loading and four
-runs: the chain with every exit consulted and none taken.
+Processes take turns, and import the runtime and its engine before the clock starts. Memory is the
+process's peak (VmHWM) after loading and four runs, above its memory before loading. The chain
+evaluates every exit, and no row stops early.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def in_a_process(what: str, folder: Path) -> dict[str, float]:
-    """Loads in a process that was forked from nothing large, whose peak it would inherit."""
+    """Loads in a process with a small parent, because a child inherits the parent's peak."""
     command = [sys.executable, str(HERE / "loading.py"), "--one", what]
     made = subprocess.run(
         [*command, str(folder / "bundle"), str(folder / "inputs.npz")],
@@ -79,7 +79,7 @@ def in_a_process(what: str, folder: Path) -> dict[str, float]:
 
 
 def load_one(what: str, bundle: str, inputs: str) -> dict[str, float]:
-    """Loads and runs; seconds of loading, and bytes at most above those before."""
+    """Loads and runs. Returns seconds of loading, and peak bytes above those before."""
     import onnxruntime  # noqa: F401, its import is not part of loading
 
     from edgeexit import runtime
@@ -100,7 +100,7 @@ def load_one(what: str, bundle: str, inputs: str) -> dict[str, float]:
 
 
 def ratio(found: dict[str, list[dict[str, float]]], key: str) -> dict[str, float]:
-    """Chain ÷ unsplit: the median over pairs of processes, and both medians."""
+    """Chain ÷ unsplit: the median over pairs of processes; also both medians."""
     pairs = zip(found["chain"], found["unsplit"], strict=True)
     median = {what: statistics.median(one[key] for one in ones) for what, ones in found.items()}
     return {

@@ -1,8 +1,8 @@
-"""Makes the models that `split.py` measures: random weights in the shape of BERT, exits behind
-every layer.
+"""Creates the models that `split.py` measures: the shape of BERT with random weights, and an exit
+behind every layer.
 
-Run as a child process, ``python benchmarks/models.py checkpoint|export ...``, so that the memory it
-takes can be told from the caller's.
+It runs as a child process, ``python benchmarks/models.py checkpoint|export ...``, so that its
+memory can be measured separately.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_checkpoint(shape: Shape, folder: Path) -> None:
 
 
 def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
-    """Exports a checkpoint. Returns seconds, and bytes of memory above what the imports took."""
+    """Exports a checkpoint. Returns seconds, and peak bytes above the memory of imports."""
     import torch  # noqa: F401
 
     from edgeexit.export import export as write_bundle
@@ -83,7 +83,7 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, float]:
 
 
 def warm_exporter() -> None:
-    """Exports one Linear: torch.onnx and what it needs are imported at the first export."""
+    """Exports one Linear, because the first export imports torch.onnx and its dependencies."""
     import torch
 
     batch = torch.export.Dim("batch", min=1)
@@ -97,7 +97,7 @@ def warm_exporter() -> None:
 
 
 def main() -> None:
-    """The child's command line; ``export`` prints one JSON object as its last line."""
+    """Command line of the child process; ``export`` prints a JSON object as its last line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=["checkpoint", "export"])
     parser.add_argument("checkpoint", type=Path)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def as_json(shape: Shape) -> str:
-    """A shape as `main` reads it."""
+    """A shape as an argument of `main`."""
     return json.dumps(asdict(shape))
 
 

@@ -1,6 +1,7 @@
-"""Other ways to write text with the same weights: subjects for the workers of `decode.py`.
+"""Other software that generates text with the same weights, as subjects for the workers of
+`decode.py` and `codelm.py`.
 
-Every case gives records as `edgeexit.measure.bench.cases.read_generation` does.
+Every case returns records like `edgeexit.measure.bench.cases.read_generation`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from edgeexit.measure.bench.worker import Case, Subject
 def genai(
     folder: str, prompts: str, new_tokens: int, threads: Any, capacity: int | None = None
 ) -> Subject:
-    """onnxruntime-genai on the model its own builder made. Case ``genai``.
+    """onnxruntime-genai with the model of its own builder. Case ``genai``.
 
     `threads` is ``default`` (its own choice), ``blocking`` (the pool does not spin), or a number.
     """
@@ -41,7 +42,7 @@ def genai(
         params.set_search_options(
             do_sample=False, max_length=max(length, capacity or 0), min_length=0
         )
-        generator = og.Generator(model, params)  # before the clock: our caches are there too
+        generator = og.Generator(model, params)  # not timed: our caches are not either
         started = time.perf_counter()
         generator.append_tokens(np.array([rows[number]], np.int32))
         generator.generate_next_token()
@@ -65,11 +66,11 @@ def transformers_generate(
     early_exits: list[int],
     drafts: list[int],
 ) -> Subject:
-    """The checkpoint in PyTorch. Cases ``plain``, ``early_exit_LAYER`` (its own self-speculation as
-    it is set up, which drafts up to 20 tokens) and, for other lengths of drafts,
-    ``early_exit_LAYER_N``.
+    """The checkpoint in transformers with PyTorch. Cases ``plain``, ``early_exit_LAYER`` (its
+    self-speculation with default settings, which drafts up to 20 tokens) and, for other draft
+    lengths, ``early_exit_LAYER_N``.
 
-    One time for the whole text, in ``decode_s``.
+    ``decode_s`` is the time of the whole text.
     """
     import torch
     import transformers
@@ -121,10 +122,10 @@ def alternatives(
     chances: list[float],
     capacity: int,
 ) -> Subject:
-    """One loaded chain, decoded in every way there is. Cases: the runtime's modes, ``lookup``,
-    ``copied``, ``missing``, ``random``; those with exits leave by the policy ``strict``, the last
-    one by `chances`; ``fast_loose`` by the policy ``loose``. ``audit`` and ``audit_loose`` also
-    count agreement."""
+    """One loaded chain with all modes. Cases: the runtime's modes, ``lookup``, ``copied``,
+    ``missing`` and ``random``. Modes with exits use the policy ``strict``; ``random`` uses
+    `chances`; ``fast_loose`` uses the policy ``loose``. ``audit`` and ``audit_loose`` also count
+    agreement."""
     from alternatives import Copied, Lookup, Missing, Random
 
     from edgeexit import runtime
@@ -180,7 +181,7 @@ def alternatives(
 
 
 def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str) -> int:
-    """Largest resident memory of this process above what imports took: load, one text."""
+    """Peak resident memory of this process for loading and one text, above that of imports."""
     import onnxruntime  # noqa: F401, its import is not part of it
 
     from edgeexit import runtime

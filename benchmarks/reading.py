@@ -1,9 +1,9 @@
-"""How fast ONNX Runtime reads weights, which is how fast a token can be written.
+"""Measures how fast ONNX Runtime reads weights, which limits the speed of decoding.
 
     python benchmarks/reading.py
 
-One row meets one matrix after another, those of `decode.py`'s twelve layers, in each of the ways
-that ONNX Runtime has for it, in turns on one thread pool.
+One row is multiplied by the matrices of `decode.py`'s twelve layers, one after the other, with each
+of ONNX Runtime's operators for this. The operators take turns on one thread pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 
 LAYERS = 12
 MATRICES = [(512, 1024), (1024, 512), (512, 1408), (1408, 1408), (1408, 512)]
-"""Of one layer; what attention would turn from one width to the next is left out."""
+"""Matrices of one layer, one directly after the other: attention is left out."""
 
 ROUNDS, CALLS = 30, 6
 UNPACKED = {"session.disable_prepacking": "1"}
@@ -73,7 +73,7 @@ def _runner(kind: str, row: np.ndarray, settings: dict[str, str] | None = None) 
 
 
 def _graph(kind: str) -> bytes:
-    """A row through all the matrices, one after the other."""
+    """Multiplies a row by all matrices, one after the other."""
     rng = np.random.default_rng(0)
     nodes, weights, value = [], [], "x"
     if kind == "Conv":

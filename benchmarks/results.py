@@ -1,4 +1,4 @@
-"""Where results go, and the line each figure prints while a benchmark runs."""
+"""Writes the results of benchmarks, and prints progress and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = HERE / "results"
 
 
 def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
-    """Writes a result; a quick one goes to the scratch folder, for it proves nothing."""
+    """Writes a result. A quick result goes to the scratch folder, because it has no meaning."""
     folder = SCRATCH / "quick" if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -24,12 +24,12 @@ def save(name: str, result: dict[str, Any], *, quick: bool) -> Path:
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def verdict(figures: list[tuple[str, float, str, float, float]]) -> list[dict[str, Any]]:
-    """Figures against their goals: ``(name, value, "<=" or ">=", must, aim)``."""
+    """Compares figures with their goals: ``(name, value, "<=" or ">=", must, aim)``."""
     found = []
     for name, value, sign, must, aim in figures:
         holds = [value <= goal if sign == "<=" else value >= goal for goal in (must, aim)]

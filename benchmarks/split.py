@@ -1,13 +1,12 @@
-"""What splitting costs and saves: the chain against every other way to run the same early-exit
+"""Measures the cost and gain of splitting: the chain against other ways to run the same early-exit
 model.
 
     python benchmarks/split.py                 # both shapes
     python benchmarks/split.py --shape small
     python benchmarks/split.py --quick         # tiny shapes: does the script run?
 
-Every figure is a median of ratios of neighbouring blocks, each side in a process and a thread
-setting of its own (edgeexit/measure/bench/paired.py). benchmarks/README.md says what each figure
-means.
+Every figure is a median of ratios of neighbouring blocks. Each side has its own process and thread
+setting (edgeexit/measure/bench/paired.py). benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """Durations of the measurements."""
 
     seconds: float
     launches: int
@@ -55,7 +54,7 @@ EFFORTS = {
 
 
 def main() -> None:
-    """Measures the shapes asked for and writes one result."""
+    """Measures the requested shapes and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=["large", "small"], action="append")
     parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
@@ -71,12 +70,13 @@ def main() -> None:
         result[name] = measure(shape, effort, keep=given.keep)
     result["verdicts"] = verdicts(result)
     result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
-    result["environment"]["machine"].pop("other_load_cores")  # children's time is not counted here
+    result["environment"]["machine"].pop("other_load_cores")  # it would include our children
     save("split" if len(chosen) == 2 else f"split-{chosen[0]}", result, quick=given.quick)
 
 
 def import_time() -> dict[str, Any]:
-    """Seconds that ``import edgeexit.runtime`` takes in a fresh interpreter, and what it brings."""
+    """Seconds of ``import edgeexit.runtime`` in a new interpreter, and heavy modules that it
+    imports."""
     code = (
         "import time; t = time.perf_counter(); import edgeexit.runtime; "
         "t = time.perf_counter() - t; "
@@ -93,7 +93,7 @@ def import_time() -> dict[str, Any]:
 
 
 def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any]:
-    """Every figure of one shape."""
+    """Measures all figures of one shape."""
     folder = SCRATCH / shape.name
     found: dict[str, Any] = {"shape": asdict(shape)}
     say(f"{shape.name}: checkpoint, export, graphs")
@@ -135,7 +135,8 @@ def measure(shape: models.Shape, effort: Effort, *, keep: bool) -> dict[str, Any
 
 
 def prepare(shape: models.Shape, folder: Path, *, keep: bool) -> dict[str, Any]:
-    """Checkpoint, bundle and the other graphs; what the export took."""
+    """Creates the checkpoint, the bundle and the other graphs. Returns time and memory of the
+    export."""
     import json
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
@@ -175,7 +176,7 @@ def tokens(shape: models.Shape, rows: int, seed: int) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Opening:
-    """How a side is opened: its subject, what that is given, and the thread setting."""
+    """How to open a side: its subject, the subject's arguments, and the thread setting."""
 
     name: str
     subject: str
@@ -188,7 +189,7 @@ class Opening:
 
 
 class _Search:
-    """Finds the best thread setting of each side, and remembers how the others did."""
+    """Finds the best thread setting of each side, and keeps the times of the others."""
 
     def __init__(self, effort: Effort) -> None:
         self._seconds = min(2.0, effort.seconds / 4)
@@ -211,7 +212,7 @@ class _Search:
 
 
 def eager_settings(search: bool) -> list[list[Any]]:
-    """Thread counts and attention implementations that PyTorch is tried with."""
+    """Thread counts and attention implementations to try with PyTorch."""
     counts = sorted({1, available_cores()}, reverse=True)
     if not search:
         return [[counts[0], "sdpa"]]
@@ -221,10 +222,11 @@ def eager_settings(search: bool) -> list[list[Any]]:
 def split_tax(
     arguments: dict[str, Any], built: dict[str, Any], chosen: dict[str, Any], effort: Effort
 ) -> dict[str, Any]:
-    """All scores consulted, none fires, against both unsplit graphs; the larger tax counts.
+    """Split tax: all scores are evaluated and no row stops, against both unsplit graphs; the larger
+    tax is used.
 
-    Where memory lies differs from process to process and moves a ratio by some percent, so the
-    three sides are started anew several times; the figure is the median over these launches.
+    Memory addresses differ between processes and change a ratio by some percent. So the three sides
+    are started several times, and the figure is the median over these launches.
     """
     launches = []
     for _ in range(effort.launches):
@@ -274,9 +276,9 @@ def split_tax(
 def pairs(
     chain: Opening, other: Opening, kind: str, shape: models.Shape, effort: Effort
 ) -> list[dict[str, Any]]:
-    """The chain against another side, exit by exit: chain's time ÷ the other's.
+    """Compares the chain with another side, exit by exit: the chain's time ÷ the other's.
 
-    As for the split tax, both sides are started anew several times, and a figure is the median over
+    As for the split tax, both sides are started several times, and a figure is the median over
     these launches.
     """
     measured: dict[str, list[dict[str, float]]] = {}
@@ -319,7 +321,7 @@ def _pair(ours: Side, theirs: Side, case: str, effort: Effort, seed: int) -> dic
 def batches(
     shape: models.Shape, bundle: Bundle, folder: Path, threads: Any, effort: Effort
 ) -> dict[str, Any]:
-    """Batches of 32 with rows leaving at every exit alike: throughput against the ideal."""
+    """Batches of 32 whose rows stop at all exits equally often: throughput against the ideal."""
     rows, size = 128, 32
     data = folder / "rows.npz"
     np.savez(data, **tokens(shape, rows, 7))
@@ -353,7 +355,7 @@ def batches(
 
 
 def even_thresholds(bundle: Bundle, rows: dict[str, np.ndarray]) -> list[float]:
-    """Thresholds under which about the same number of these rows leaves at every exit."""
+    """Thresholds with which about the same number of these rows stops at every exit."""
     with runtime.load(bundle) as model:
         count = len(next(iter(rows.values())))
         parts = [
@@ -375,7 +377,7 @@ def even_thresholds(bundle: Bundle, rows: dict[str, np.ndarray]) -> list[float]:
 
 
 def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The goals of the project, and which level each figure reached."""
+    """The project's goals, and the level that each figure reaches."""
     figures = [("import edgeexit.runtime, s", result["imports"]["seconds"], "<=", 0.3, 0.3)]
     for name, tax, eager in (("large", (1.03, 1.0), 1.3), ("small", (1.05, 1.02), 2.5)):
         if name not in result:

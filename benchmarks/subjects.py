@@ -1,7 +1,7 @@
-"""Subjects for the workers that `split.py` starts: every way to run the same early-exit model.
+"""Subjects for the workers of `split.py`: several ways to run the same early-exit model.
 
-Each takes the bundle, the inputs' file and a thread setting, and offers the cases ``path:EXIT``
-(all exits before EXIT consulted, EXIT fires) or a single case of its own.
+Each takes the bundle, the file of inputs and a thread setting. It has the cases ``path:EXIT`` (all
+exits up to EXIT are evaluated, every row stops at EXIT) or a single case of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Threads = Any
 
 
 def graph(bundle: str, folder: str, name: str, inputs: str, threads: Threads) -> Subject:
-    """One of `graphs.build`'s graphs, bound as the bundle's own unsplit graph is."""
+    """One of the graphs of `graphs.build`, bound like the bundle's unsplit graph."""
     opened = graphs.open_graph(bundle, folder, name)
     model = runtime.load(opened, threads=threads, unsplit=True)
     return subject_of_unsplit(model, inputs)
@@ -51,7 +51,7 @@ def without(bundle: str, inputs: str, threads: Threads, choice: str) -> Subject:
 
 
 def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
-    """Every model cut off behind K layers: cases ``forced:EXIT``."""
+    """The models truncated after K layers: cases ``forced:EXIT``."""
     rows = read_inputs(inputs)
     cases, models = {}, []
     for number, exit_ in enumerate(open_bundle(bundle).manifest.last_chain.stops[:-1], start=1):
@@ -63,7 +63,7 @@ def first(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
 
 
 def forced_exits(bundle: str, inputs: str, threads: Threads) -> Subject:
-    """The chain loaded anew for each exit with the policy that forces it: cases ``forced:EXIT``."""
+    """The chain, loaded for each exit with the policy that forces it: cases ``forced:EXIT``."""
     rows = read_inputs(inputs)
     opened = open_bundle(bundle)
     exits = opened.manifest.last_chain.stops
@@ -102,7 +102,7 @@ def nested(bundle: str, folder: str, inputs: str, threads: Threads) -> Subject:
 
 
 def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
-    """A chain of sessions as one writes it first: ``run`` with numpy, every output fetched."""
+    """A naive chain of sessions: ``run`` with numpy arrays, and all outputs fetched."""
     import onnxruntime as ort
 
     opened = open_bundle(bundle)
@@ -139,8 +139,8 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
 
 
 def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subject:
-    """The same model in PyTorch, a Python ``if`` behind every layer. `threads`: count,
-    attention."""
+    """The same model in PyTorch with a Python ``if`` behind every layer. `threads`: thread count
+    and attention implementation."""
     import torch
 
     from edgeexit.export.pretrained import from_pretrained
@@ -181,7 +181,7 @@ def _paths(run: Any, names: list[str], rows: int) -> Subject:
 
 
 def policies(bundle: str, inputs: str, policies: list[str], threads: Threads) -> Subject:
-    """The chain under several policies: cases ``policy:N``; and ``path:EXIT`` as ever."""
+    """The chain under several policies: cases ``policy:N``, and ``path:EXIT``."""
     model = runtime.load(bundle, threads=threads)
     rows = read_inputs(inputs)
     names = [exit_.name for exit_ in model.exits]

@@ -177,13 +177,13 @@ def compare(writer: Writer, baseline: Writer) -> dict[str, float]:
 def summary(writer: Writer) -> dict[str, Any]:
     """Figures of a writer over all turns."""
     records = writer.records
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "prefill_ms": round(statistics.median(writer.prefill_ms()), 3),
         "tokens_per_s": round(writer.total_tokens_per_s(), 2),
         "tokens": sum(len(record["tokens"]) for record in records),
     }
     if "exits" not in records[0]:
-        return found
+        return figures
 
     def total(key: str) -> int:
         return sum(record[key] for record in records)
@@ -192,16 +192,16 @@ def summary(writer: Writer) -> dict[str, Any]:
     for record in records:
         for name, count in record["exits"].items():
             exits[name] = exits.get(name, 0) + count
-    found["exits"] = exits
+    figures["exits"] = exits
     if total("drafted"):
-        found["accepted_of_drafted"] = round(total("accepted") / total("drafted"), 4)
-        found["alpha"] = round(total("accepted") / total("tested"), 4)
+        figures["accepted_of_drafted"] = round(total("accepted") / total("drafted"), 4)
+        figures["alpha"] = round(total("accepted") / total("tested"), 4)
     if total("audited"):
-        found["agreement"] = round(total("agreed") / total("audited"), 4)
+        figures["agreement"] = round(total("agreed") / total("audited"), 4)
         wrong = total("audited") - total("agreed")
-        found["agreement_of_all_tokens"] = round(1 - wrong / found["tokens"], 4)
-        found["catch_ups"] = total("catch_ups")
-    return found
+        figures["agreement_of_all_tokens"] = round(1 - wrong / figures["tokens"], 4)
+        figures["catch_ups"] = total("catch_ups")
+    return figures
 
 
 def differences(writer: Writer, baseline: Writer) -> int:
