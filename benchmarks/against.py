@@ -199,7 +199,7 @@ class Figure:
     Attributes:
         better: Ratios that are an improvement: ``below`` 1 or ``above`` 1.
         values: Values in `unit`, per place.
-        unlike: Per input that new and base both answered, whether the answers differ.
+        differing: Per input that new and base both answered, whether the answers differ.
     """
 
     unit: str
@@ -207,7 +207,7 @@ class Figure:
     new: list[list[float]] = field(default_factory=list)
     again: list[list[float]] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=lambda: {place: [] for place in PLACES})
-    unlike: list[bool] = field(default_factory=list)
+    differing: list[bool] = field(default_factory=list)
 
     def add(self, values: dict[str, list[float]]) -> None:
         """Adds a launch; values with the same index are paired."""
@@ -234,8 +234,8 @@ class Figure:
         if len(self.new) > 1:
             for name, launches in (("launches", self.new), ("base_launches", self.again)):
                 found[name] = [round(statistics.median(one), 4) for one in launches]
-        if self.unlike:
-            found["answered_differently"] = f"{sum(self.unlike)} of {len(self.unlike)}"
+        if self.differing:
+            found["answered_differently"] = f"{sum(self.differing)} of {len(self.differing)}"
         return found
 
 
@@ -390,8 +390,8 @@ class Match:
                     for place, lane in lanes.items():
                         middle = statistics.fmean if means else statistics.median
                         figure.values[place].append(middle(lane.times_ms))
-                    figure.unlike += unlike(lanes["new"], lanes["base"])
-        return told(figures)
+                    figure.differing += differing(lanes["new"], lanes["base"])
+        return summaries(figures)
 
     def texts(
         self,
@@ -413,7 +413,7 @@ class Match:
                     numbers = [turn % prompts for turn in range(self.effort.turns)]
                     take_turns(list(writers.values()), numbers)
                     self._add(figures, case, writers)
-        return told(figures)
+        return summaries(figures)
 
     def _add(self, figures: dict[str, Figure], case: str, writers: dict[str, Writer]) -> None:
         speed = figures.setdefault(f"{case}, decode", Figure("tokens/s", "above"))
@@ -423,10 +423,10 @@ class Match:
         speed.add(dict(zip(PLACES, map(list, zip(*long, strict=True)), strict=True)))
         prefill.add({place: writer.prefill_ms() for place, writer in writers.items()})
         pairs = zip(writers["new"].records, writers["base"].records, strict=True)
-        speed.unlike += [ours["tokens"] != theirs["tokens"] for ours, theirs in pairs]
+        speed.differing += [ours["tokens"] != theirs["tokens"] for ours, theirs in pairs]
 
 
-def unlike(ours: Lane, theirs: Lane) -> list[bool]:
+def differing(ours: Lane, theirs: Lane) -> list[bool]:
     """Per input that both lanes ran: whether their answers (exits and labels) differ."""
     found = [
         dict(zip(lane.numbers, lane.records, strict=False)) if lane.records else {}
@@ -435,7 +435,7 @@ def unlike(ours: Lane, theirs: Lane) -> list[bool]:
     return [found[0][number] != found[1][number] for number in sorted(found[0].keys() & found[1])]
 
 
-def told(figures: dict[str, Figure]) -> dict[str, dict[str, Any]]:
+def summaries(figures: dict[str, Figure]) -> dict[str, dict[str, Any]]:
     """Summaries of figures. Prints each."""
     found = {name: figure.summary() for name, figure in figures.items()}
     for name, one in found.items():
@@ -481,7 +481,7 @@ def measure_imports(match: Match) -> dict[str, Any]:
             [sys.executable, "-m", "compileall", "-q", *PACKAGES], cwd=checkout.root, check=True
         )
     found = match.fresh(match.effort.imports, lambda _, checkout: checkout.run(["-c", IMPORT]))
-    return told({"import edgeexit.runtime": of_processes("s", found["seconds"])})
+    return summaries({"import edgeexit.runtime": of_processes("s", found["seconds"])})
 
 
 def measure_export(match: Match) -> dict[str, Any]:
@@ -516,7 +516,7 @@ def measure_export(match: Match) -> dict[str, Any]:
         else:
             for checkout in match.checkouts.values():
                 export(checkout.name, checkout)
-    return told(figures)
+    return summaries(figures)
 
 
 def make_checkpoints(match: Match) -> dict[str, Path]:
@@ -569,7 +569,7 @@ def measure_loading(match: Match) -> dict[str, Any]:
     )
     figures["decode, loading"] = of_processes("s", found["load_s"])
     figures["decode, peak memory"] = of_processes("bytes", found["peak_bytes"])
-    return told(figures)
+    return summaries(figures)
 
 
 def measure_forward(match: Match) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def truncated(
     """Truncated models that were trained the same way: accuracy over the splits, and time."""
     found = []
     if not folder.is_dir():
-        say(f"no {folder.name}/ beside the checkpoint: nothing to compare with")
+        say(f"no {folder.name}/ next to the checkpoint: nothing to compare with")
         return found
     depths = [path for path in folder.iterdir() if path.name.isdigit()]
     for checkpoint in sorted(depths, key=lambda path: int(path.name)):

@@ -1,10 +1,10 @@
-"""The thread settings of `load`: its default and ``blocking`` beside the command line's default.
+"""Compares thread settings of `load`: its default, ``blocking``, and the command line's default.
 
     python benchmarks/threads.py --digits BUNDLE --writer BUNDLE     # five minutes
 
-Each launch is a process of its own; launches of all settings take turns. A classifier answers rows
-at full depth with every exit asked, a language model writes in mode ``full``. Figures are medians
-of launches; ratios are to ``process``, the default of the command line, in the same turn.
+Each launch is a new process; launches of all settings take turns. A classifier runs rows at full
+depth with every exit evaluated; a language model writes in mode ``full``. Figures are medians of
+launches. Ratios are relative to ``process``, the command line's default, in the same turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS, TEXTS, NEW_TOKENS, PROMPT_TOKENS = 1500, 4, 64, 32
 
 
 def measure(bundle: str, threads: Any) -> float:
-    """Milliseconds of a row, or of a token, in this process."""
+    """Milliseconds per row, or per token, in this process."""
     policy = Rule(thresholds=OUT_OF_REACH)
     with load(bundle, threads=threads, policy=policy) as model:
         if model.writes:

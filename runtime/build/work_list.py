@@ -141,7 +141,7 @@ def _capacity(manifest: Manifest, asked: Asked) -> int:
     capacity = asked.capacity or manifest.decoding.capacity or limit or 0
     if not 2 <= capacity <= (limit or capacity):
         raise UsageError(
-            f"--capacity {capacity} is out of range (2 to {limit or 'any number'})",
+            f"--capacity {capacity} is out of range ({f'2 to {limit}' if limit else '2 or more'})",
             fix=f"The model's limit is {limit} tokens; use at most that."
             if limit
             else "Use 2 or more.",

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Threads = int | Literal["brief", "blocking", "spinning", "process"]
 BRIEF_SPIN_US = 100
-"""How long the idle threads of ``brief`` pools spin; benchmarks/results/threads.json."""
+"""Time for which idle threads of ``brief`` pools spin, in µs; benchmarks/results/threads.json."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""
 
@@ -198,7 +198,7 @@ class OnnxRuntimeEngine:
                 model,
                 options,
                 providers=providers,
-                enable_fallback=False,  # which would print, and try the same again
+                enable_fallback=False,  # it would print a message and repeat the same attempt
                 disabled_optimizers=SLOW_FUSIONS if self.name == "cpu" else None,
             )
         except Exception as error:

@@ -144,14 +144,14 @@ def _are_ids(prompts: Any) -> bool:
 
 
 def check_room(prompt: int, new: int, capacity: int, limit: int | None) -> None:
-    """Refuses a prompt that leaves no room for the new tokens asked for.
+    """Checks that a prompt and the requested new tokens fit the capacity.
 
     Args:
-        capacity: The most tokens of a text here.
-        limit: The most that the model was made for; None: any number.
+        capacity: Largest number of tokens of a text in this loaded model.
+        limit: The model's limit; None: no limit.
 
     Raises:
-        InputError: With the places that they need.
+        InputError: They do not fit.
     """
     if prompt + new <= capacity:
         return
@@ -160,14 +160,14 @@ def check_room(prompt: int, new: int, capacity: int, limit: int | None) -> None:
     elif capacity < limit:
         larger = f", or load with a larger capacity (up to {limit})"
     else:
-        larger = " (the model was made for no more)"
+        larger = " (this is the model's limit)"
     if prompt + 1 > capacity or new + 1 <= capacity:
         what = f"a prompt of {prompt} token{'s' * (prompt != 1)} and {new} new "
-        what += f"one{'s' * (new != 1)} need {prompt + new} places, the capacity is {capacity}"
+        what += f"token{'s' * (new != 1)} exceed the capacity of {capacity}"
         raise InputError(what, fix=f"Shorten the prompt or lower max_new_tokens{larger}.")
     raise InputError(
-        f"max_new_tokens is {new}, a text has {capacity} tokens at most, of which {prompt} "
-        f"{'are' if prompt > 1 else 'is'} there already",
+        f"max_new_tokens is {new}, but a text has {capacity} tokens at most, and the prompt has "
+        f"{prompt}",
         fix=f"Use at most {capacity - prompt}{larger}.",
     )
 

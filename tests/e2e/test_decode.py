@@ -238,7 +238,7 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--prompt", "x" * 200), "places, the capacity is 96"),
+        (("--prompt", "x" * 200), "exceed the capacity of 96"),
         (("--prompt", ""), "a prompt is empty"),
         (("--prompt", "x", "--exit", "exit_1"), "--draft-exit"),
         (("--prompt", "x", "--chat"), "no chat template"),

@@ -113,7 +113,7 @@ class Device:
         if int(status) == 2:  # CUDA_ERROR_OUT_OF_MEMORY
             raise DeviceMemoryError(
                 f"not enough memory on the GPU: {size_bytes} bytes requested, {self.free_bytes()} "
-                "free",
+                "are free",
                 fix="Close other programs, or use fewer rows at a time or a smaller capacity.",
             )
         ask((status,))

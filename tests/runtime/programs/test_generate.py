@@ -310,7 +310,7 @@ def test_texts_may_fill_the_capacity_to_the_last_place(
         for mode in ("full", "exact", "fast"):
             made = decoder.generate(prompts, max_new_tokens=NEW, mode=mode).finish()  # type: ignore[arg-type]
             assert all(len(tokens) == NEW or 0 not in tokens for tokens in made.tokens)
-        with pytest.raises(InputError, match=r"12 tokens and 21 new ones .* capacity is 32"):
+        with pytest.raises(InputError, match=r"12 tokens and 21 new tokens .* capacity of 32"):
             decoder.generate(prompts, max_new_tokens=NEW + 1)
 
 
@@ -329,7 +329,7 @@ def test_what_the_capacity_has_no_room_for_is_refused_before_anything_is_written
         }
         for prompt in (fills, over):
             for prompts in (prompt, [fits, prompt]):
-                with pytest.raises(InputError, match="capacity is 12.*larger capacity"):
+                with pytest.raises(InputError, match="capacity of 12.*larger capacity"):
                     decoder.generate(prompts)
         session.run(0, Block(10, [10]))
         with pytest.raises(InputError, match="segment_0: .* 10 tokens and 3 more .* 12"):
@@ -348,7 +348,7 @@ def test_caches_that_memory_has_no_room_for_are_refused() -> None:
         TokenStates([state], 3, 2**50, OnnxRuntimeEngine())
 
 
-def test_a_form_that_cannot_be_had_is_refused(decoder_bundle: Bundles) -> None:
+def test_an_unavailable_form_is_refused(decoder_bundle: Bundles) -> None:
     bundle = decoder_bundle("llama")
     with pytest.raises(
         UsageError, match=r"no states of the form 'paged' .*in-place, fixed, append"
@@ -436,18 +436,16 @@ def test_text_goes_in_and_comes_out(llama: Model) -> None:
         ([[[5, 6], [7]]], "not a list of token ids"),
         (5, "the prompts are a int"),
         (None, "the prompts are a NoneType"),
-        (list(range(1, 95)), "capacity is 96"),
+        (list(range(1, 95)), "capacity of 96"),
         ("a\ud800", r"cannot encode the text 'a\\ud800'"),
     ],
 )
-def test_prompts_that_cannot_be_meant_are_refused(
-    llama: Model, prompts: object, message: str
-) -> None:
+def test_invalid_prompts_are_refused(llama: Model, prompts: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         llama.generate(prompts, max_new_tokens=8)  # type: ignore[arg-type]
 
 
-def test_options_that_cannot_be_meant_are_refused(llama: Model, decoder_bundle: Bundles) -> None:
+def test_invalid_options_are_refused(llama: Model, decoder_bundle: Bundles) -> None:
     for wrong in (
         {"mode": "quick"},
         {"max_new_tokens": 0},

@@ -67,7 +67,7 @@ def test_the_repetition_penalty_counts_what_was_there() -> None:
         {"seed": -1},
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, float]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
 

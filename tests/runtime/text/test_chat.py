@@ -150,9 +150,7 @@ def test_a_template_sees_plain_texts_and_copies(decoder: Model) -> None:
         ([USER, []], r"messages\[1\] is a list"),
     ],
 )
-def test_messages_that_cannot_be_meant_are_refused(
-    decoder: Model, messages: Any, message: str
-) -> None:
+def test_invalid_messages_are_refused(decoder: Model, messages: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         decoder.chat(messages)
 
@@ -169,7 +167,7 @@ def test_a_template_that_refuses_says_why(decoder: Model) -> None:
         decoder.chat([USER, USER], template="strict")
 
 
-def test_arguments_that_cannot_be_meant_are_refused(decoder: Model) -> None:
+def test_invalid_arguments_are_refused(decoder: Model) -> None:
     with pytest.raises(UsageError, match="'rag'; the bundle has default, llama, strict, tool_use"):
         decoder.chat([USER], template="rag")
     with pytest.raises(UsageError, match="variables contains 'messages'"):
