@@ -1,8 +1,9 @@
-"""What is known of the shapes inside a graph: axis names, and shapes read where it is cheap.
+"""Shapes inside an ONNX graph: infers them, names their axes, and removes shape arithmetic.
 
-Exporters compute shapes from whatever tensor is at hand. A shape taken from a state ties every
-later use of it to that state's segment; one taken from the program's inputs would carry images from
-segment to segment only to count them. Axis names say which other tensor tells the same.
+Exporters compute sizes from any tensor that has the axis. A size read from a state ties its later
+uses to the segment of that state. A size read from a program input would carry that input, an
+image for example, from segment to segment only to read its shape. Axis names show which other
+tensor has the same size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Dims = tuple[int | str, ...]
 
 
 def resolve_shapes(model: ir.Model) -> None:
-    """Infers shapes and takes out the arithmetic that they make unnecessary."""
+    """Infers shapes and removes the shape arithmetic that they make unnecessary."""
     _infer(model)
     simplify(model)
     graph = model.graph
@@ -39,7 +40,7 @@ def resolve_shapes(model: ir.Model) -> None:
 
 
 def drop_shape_inputs(model: ir.Model) -> None:
-    """Removes inputs of which a graph only wants a size that its other inputs have too."""
+    """Removes inputs that a graph reads only for a size that another input has too."""
     graph = model.graph
     kept = [v for v in graph.inputs if any(not _is_shape(node) for node, _ in v.uses())]
     dropped = [v for v in graph.inputs if v not in kept and v.uses()]
@@ -55,7 +56,7 @@ def drop_shape_inputs(model: ir.Model) -> None:
 
 
 def _infer(model: ir.Model) -> None:
-    """Infers shapes, with the names of the inputs' axes as far as they reach."""
+    """Infers shapes; unknown axes get the names of the inputs' axes where these are equal."""
     known = {
         d.value for v in model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)
     }
@@ -75,14 +76,14 @@ def _infer(model: ir.Model) -> None:
                 ]
                 value.shape = ir.Shape(dims)
                 if any(isinstance(d, ir.SymbolicDim) and _is_unknown(d.value) for d in value.shape):
-                    value.shape = None  # to be inferred anew: old unknowns would stand in the way
+                    value.shape = None  # infer it again: old unknown axes would block that
     _guess_types(model.graph)
 
 
 def _guess_types(graph: ir.Graph) -> None:
-    """Where inference ends, behind operators of other domains, floats are taken to stay floats.
+    """Guesses types that inference cannot tell: operators of other domains keep float inputs float.
 
-    Guesses only matter for tensors that cross a cut, whose types are compared with what comes out.
+    A guess matters only for a tensor that crosses a cut; `prove_rows` checks its type.
     """
     for node in graph:
         floats = [v.dtype for v in node.inputs if v is not None and v.dtype in FLOATS]
@@ -91,11 +92,11 @@ def _guess_types(graph: ir.Graph) -> None:
 
 
 def _broadcast_axes(graph: ir.Graph, known: set[str | None]) -> dict[str | None, str]:
-    """Unknown axes of element-wise results that are axes of the inputs after all.
+    """Unknown axes of element-wise results -> the axes of the program's inputs that they equal.
 
     Inference cannot follow the length of a Range or Slice, such as positions up to the length of
-    the text. What is added to ``[batch, seq, hidden]`` gives ``seq`` again: its own axis there is
-    ``seq`` or 1.
+    the text. But a sum with ``[batch, seq, hidden]`` has the axis ``seq`` again, because the other
+    operand's axis is ``seq`` or 1.
     """
     same: dict[str | None, str] = {}
 
@@ -104,14 +105,14 @@ def _broadcast_axes(graph: ir.Graph, known: set[str | None]) -> dict[str | None,
         return [d if isinstance(d, int) else same.get(d.value, d.value) for d in shape]
 
     for node in graph:
-        made = node.outputs[0] if node.domain == "" and node.op_type in _ELEMENTWISE else None
-        if made is None or made.shape is None:
+        output = node.outputs[0] if node.domain == "" and node.op_type in _ELEMENTWISE else None
+        if output is None or output.shape is None:
             continue
         inputs = [read(value) for value in node.inputs]
-        for place, axis in enumerate(reversed(read(made)), start=1):
+        for position, axis in enumerate(reversed(read(output)), start=1):
             if not isinstance(axis, str) or not _is_unknown(axis):
                 continue
-            dims = {shape[-place] for shape in inputs if len(shape) >= place}
+            dims = {shape[-position] for shape in inputs if len(shape) >= position}
             named = [d for d in dims if isinstance(d, str) and d in known]
             if len(named) == 1 and not any(isinstance(d, int) and d > 1 for d in dims):
                 same[axis] = named[0]
@@ -131,46 +132,46 @@ def _of_input(node: ir.Node) -> bool:
 
 
 def _take_shapes(graph: ir.Graph, sources: Sequence[ir.Value], nodes: Iterable[ir.Node]) -> None:
-    """Reads the shapes that `nodes` read from `sources` instead, where axis names allow it."""
+    """Makes `nodes` read shapes from `sources`, where axis names allow it."""
     first = graph[0]
     home: dict[str, tuple[ir.Value, int]] = {}
     for value in sources:
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, ir.SymbolicDim) and size.value and not _is_unknown(size.value):
                 home.setdefault(size.value, (value, axis))
-    made: dict[Dims, ir.Value] = {}
+    read: dict[Dims, ir.Value] = {}
     for node in list(nodes):
         dims = _dims(node)
         if dims is None or any(isinstance(d, str) and d not in home for d in dims):
             continue
         for dim in dims:
-            if (dim,) in made:
+            if (dim,) in read:
                 continue
             if isinstance(dim, int):
-                made[(dim,)] = _constant(graph, [dim])
+                read[(dim,)] = _constant(graph, [dim])
             else:
                 source, axis = home[dim]
                 reader = ir.node("Shape", [source], {"start": axis, "end": axis + 1})
-                made[(dim,)] = _placed(graph, first, reader, f"edgeexit/size_of_{dim}", 1)
-        if dims not in made:
-            joined = ir.node("Concat", [made[(dim,)] for dim in dims], {"axis": 0})
+                read[(dim,)] = _placed(graph, first, reader, f"edgeexit/size_of_{dim}", 1)
+        if dims not in read:
+            joined = ir.node("Concat", [read[(dim,)] for dim in dims], {"axis": 0})
             name = "edgeexit/sizes_" + "_".join(map(str, dims))
-            made[dims] = _placed(graph, first, joined, name, len(dims))
+            read[dims] = _placed(graph, first, joined, name, len(dims))
         for user, _ in list(node.outputs[0].uses()):
             _fold_gather(graph, user, dims)
-        node.outputs[0].replace_all_uses_with(made[dims], replace_graph_outputs=True)
+        node.outputs[0].replace_all_uses_with(read[dims], replace_graph_outputs=True)
 
 
 def _dims(node: ir.Node) -> Dims | None:
-    """What a Shape node gives, if every part of it is a number or has a name."""
+    """Output of a Shape node, if every entry is a number or has a name."""
     data = node.inputs[0] if _is_shape(node) else None
     if data is None or data.shape is None:
         return None
     dims = [d if isinstance(d, int) else d.value for d in data.shape]
     start = node.attributes.get_int("start", 0)
     dims = dims[start : node.attributes.get_int("end", len(dims))]
-    found = tuple(d for d in dims if d is not None)
-    return found if found and len(found) == len(dims) else None
+    known = tuple(d for d in dims if d is not None)
+    return known if known and len(known) == len(dims) else None
 
 
 def _placed(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str, length: int) -> ir.Value:
@@ -194,7 +195,7 @@ def _constant(graph: ir.Graph, size: int | list[int]) -> ir.Value:
 
 
 def _fold_gather(graph: ir.Graph, node: ir.Node, dims: Dims) -> None:
-    """Replaces the choice of one fixed size out of a shape by that size."""
+    """Replaces a Gather of one fixed size from a shape by that size."""
     chosen = node.inputs[1] if node.op_type == "Gather" and node.domain == "" else None
     index = ir.convenience.get_const_tensor(chosen) if chosen is not None else None
     if index is None or index.numpy().ndim != 0:

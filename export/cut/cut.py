@@ -1,10 +1,10 @@
-"""Splits one ONNX graph at its exits, by ancestry.
+"""Splits an ONNX graph at its exits.
 
-Segment *i* is what exit *i* needs and no earlier exit did. What the cut severs crosses it, unless
-it is cheap: masks and shapes are computed anew from the program's inputs (which lose the rows that
-left), a constant is folded again, and a DequantizeLinear stands on both sides so that the quantised
-tensor crosses. `read_onnx` and `axis_names` prepare the graph; `prove_rows` finds the axis that
-holds rows.
+Segment *i* computes what exit *i* needs and no earlier exit needs. A tensor that a later segment
+uses crosses the cut, unless it is cheap: masks and shapes are computed again from the program's
+inputs (without the rows that have exited), constants are folded again, and a DequantizeLinear is
+copied to both sides so that the quantised tensor crosses. `read_onnx` and `axis_names` prepare the
+graph; `prove_rows` finds the row axis of every tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgeexit.export.trace.torch_graph import IR_VERSION
 logger = logging.getLogger(__name__)
 
 ANSWER = "logits"
-"""The program's output: what every exit and the unsplit model give."""
+"""Name of the program's output, which every exit and the unsplit model give."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Piece:
     Attributes:
         name: Its name in the chain.
         model: Its graph: inputs, carried tensors, the exit's logits, the exit's scores.
-        inputs: Names of what it takes: program inputs, then tensors that cross.
-        exit: The exit's name, which is also that of its logits.
+        inputs: Names of its inputs: program inputs, then tensors that cross.
+        exit: The exit's name, which is also the name of its logits.
         scores: Score -> tensor name.
     """
 
@@ -52,8 +52,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """A graph in pieces. `tensors` describes inputs, crossing tensors and exits by name, as far as
-    shape inference knows them; row axes are not known yet and stand at 0."""
+    """A graph cut into segments. `tensors` describes inputs, crossing tensors and exits by name, as
+    far as shape inference knows them; row axes are not known yet and set to 0."""
 
     inputs: tuple[str, ...]
     pieces: tuple[Piece, ...]
@@ -65,12 +65,13 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
     """Cuts a normalised model.
 
     Args:
-        model: Normalised, with resolved shapes and float32 outputs; only names are changed.
-        what: The file, for messages.
-        probabilities: What exits give are probabilities already, not logits.
+        model: Normalised, with resolved shapes and float32 outputs; only its names are changed.
+        what: Name of the file, for messages.
+        probabilities: Whether exits give probabilities instead of logits.
 
     Raises:
-        ExportError: The exits are not ordered, or a tensor that crosses cannot be carried.
+        ExportError: The exits are not ordered, or bundles do not support the type of a tensor that
+            crosses.
     """
     graph = model.graph
     exits = list(graph.outputs)
@@ -99,8 +100,8 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
     for value in later:
         if value.dtype not in DTYPES:
             raise ExportError(
-                f"{what}: {value.name} crosses a cut; no bundle carries {_kind(value)}",
-                fix="Cut elsewhere, or give the file as it was before an optimiser changed it.",
+                f"{what}: {value.name} crosses a cut; bundles do not support {_kind(value)}",
+                fix="Choose other exits, or give the file from before an optimiser changed it.",
             )
     axes = {d.value for v in graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)}
     tensors = {
@@ -133,17 +134,17 @@ def cut(model: ir.Model, what: str, *, probabilities: bool = False) -> Cut:
 def _used_inputs(
     inputs: Sequence[ir.Value], pieces: Sequence[Piece], unsplit: ir.Graph, what: str
 ) -> tuple[str, ...]:
-    """The program's inputs: those that a segment takes. No other is an input of the bundle."""
+    """The program's inputs that a segment takes; the bundle leaves out the others."""
     taken = {name for piece in pieces for name in piece.inputs}
     for name in [value.name for value in inputs if value.name not in taken]:
-        logger.warning("%s: no exit needs the input %s; the bundle has none", what, name)
+        logger.warning("%s: no exit needs the input %s; the bundle leaves it out", what, name)
     for value in [value for value in unsplit.inputs if value.name not in taken]:
         unsplit.inputs.remove(value)
     return tuple(value.name or "" for value in inputs if value.name in taken)
 
 
 def _piece(part: ir.Model, *, probabilities: bool) -> Piece:
-    """A segment's graph, whose last output is the exit's, with scores."""
+    """Adds scores to a segment's graph, whose last output is the exit's, and describes it."""
     drop_shape_inputs(part)
     _drop_inner_shapes(part.graph)
     logits = part.graph.outputs[-1]
@@ -160,7 +161,7 @@ def _piece(part: ir.Model, *, probabilities: bool) -> Piece:
 
 
 def annotate(model: ir.Model, tensors: dict[str, Tensor]) -> None:
-    """Writes the axes of `tensors` onto a graph's inputs and outputs."""
+    """Sets the shapes of a graph's inputs and outputs to the axes in `tensors`."""
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.name in tensors:
             value.shape = ir.Shape(tensors[value.name].axes)
@@ -175,7 +176,7 @@ def _maker(value: ir.Value) -> ir.Node:
 def _walk(
     values: Iterable[ir.Value], nature: Nature, enter: Callable[[ir.Node], bool]
 ) -> tuple[set[ir.Node], set[ir.Value], set[ir.Value]]:
-    """Goes back from values. Returns the nodes entered, the values of nodes that were not, and the
+    """Walks back from values. Returns the nodes entered, the values of nodes not entered, and the
     values without a node (graph inputs and weights)."""
     entered: set[ir.Node] = set()
     outside: set[ir.Value] = set()
@@ -203,7 +204,7 @@ def _ancestors(value: ir.Value, nature: Nature) -> set[ir.Node]:
 def _frontier(
     targets: Sequence[ir.Value], number: int, home: dict[ir.Node, int], nature: Nature
 ) -> tuple[set[ir.Value], set[ir.Value]]:
-    """What segment `number` takes to make its targets: graph inputs, and what crosses into it."""
+    """Inputs of segment `number` for its targets: graph inputs, and values that cross into it."""
     _, crossing, roots = _walk(
         targets, nature, lambda node: home[node] == number or nature.again(node)
     )
@@ -213,7 +214,8 @@ def _frontier(
 def _check_order(
     exits: list[ir.Value], needs: list[set[ir.Node]], nature: Nature, what: str
 ) -> None:
-    """Exits are ordered if what they share with the last one grows strictly and nests."""
+    """Checks that exits are ordered: each one needs all operators on the path to the last exit that
+    the exit before it needs, and more."""
     last = needs[-1] & nature.heavy
     shared = [needed & last for needed in needs]
     names = [value.name for value in exits]
@@ -228,35 +230,35 @@ def _check_order(
     if max(costs) > costs[-1]:
         deepest = costs.index(max(costs))
         raise ExportError(
-            f"{what}: exit {names[deepest]} lies deeper than the last one, {names[-1]} (it needs "
-            f"{costs[deepest]} heavy operators, {names[-1]} {costs[-1]})",
+            f"{what}: exit {names[deepest]} is deeper than the last one, {names[-1]} "
+            f"({costs[deepest]} heavy operators against {costs[-1]})",
             fix="Give the exits from shallow to deep, the model's answer last.",
         )
     for number, part in enumerate(shared):
         if not part:
             raise ExportError(
-                f"{what}: exit {names[number]} shares no computation with the last, {names[-1]}",
+                f"{what}: exit {names[number]} and the last one, {names[-1]}, share no computation",
                 fix="Name outputs of one backbone, from shallow to deep, the model's answer last.",
             )
     for number in range(1, len(exits)):
         before, after = shared[number - 1], shared[number]
         if before == after:
             raise ExportError(
-                f"{what}: exits {names[number - 1]} and {names[number]} leave at the same place",
-                fix="Keep one of them; nothing would be saved between the two.",
+                f"{what}: exits {names[number - 1]} and {names[number]} are at the same depth",
+                fix="Keep one of them; the other saves nothing.",
             )
         if missing := before - after:
             example = min(node.outputs[0].name or "" for node in missing)
             raise ExportError(
                 f"{what}: exits {names[number - 1]} and {names[number]} are not ordered: "
                 f"{names[number - 1]} needs {len(missing)} operators on the way to the last exit "
-                f"that {names[number]} does not reach ({example})",
-                fix="Exits of a chain lie on one path; leave out the one on the side branch.",
+                f"that {names[number]} does not need ({example})",
+                fix="Leave out the exit on the side branch: all exits must be on one path.",
             )
 
 
 def _name_crossing(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
-    """Gives tensors that cross names that the manifest accepts."""
+    """Renames crossing tensors to names that the manifest accepts."""
     taken = {value.name for value in [*graph.inputs, *graph.initializers.values()] if value.name}
     for owner in graph.subgraphs():
         taken |= {v.name for v in [*owner.inputs, *owner.initializers.values()] if v.name}
@@ -269,15 +271,15 @@ def _name_crossing(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
 
 
 def _kind(value: ir.Value) -> str:
-    return "a type that is not known" if value.dtype is None else value.dtype.name.lower()
+    return "an unknown type" if value.dtype is None else value.dtype.name.lower()
 
 
 def _describe(value: ir.Value, known_axes: set[str | None], what: str) -> Tensor:
     name = value.name or ""
     if value.dtype not in DTYPES:
         raise ExportError(
-            f"{what}: input {name}: no bundle carries {_kind(value)}",
-            fix="Put the conversion outside the model: engines take numbers.",
+            f"{what}: input {name}: bundles do not support {_kind(value)}",
+            fix="Convert the input to numbers outside the model.",
         )
     axes: list[str | int | None] = []
     for size in value.shape if value.shape is not None else ():
@@ -293,7 +295,7 @@ def _extract(
 ) -> ir.Model:
     graph = ir.convenience.extract(model.graph, inputs, outputs)
     graph.name = name
-    # extract collects them in a set; the same file shall give the same bundle.
+    # extract collects initializers in a set: sort them, so that bundles are reproducible.
     for weight in sorted(graph.initializers):
         value = graph.initializers.pop(weight)
         graph.register_initializer(value)
@@ -303,7 +305,7 @@ def _extract(
 
 
 def _drop_inner_shapes(graph: ir.Graph) -> None:
-    """Engines infer these again; what is wrong or unknown in them only does harm."""
+    """Removes inner shapes: engines infer them again, and wrong or unknown ones do harm."""
     outside = {*graph.inputs, *graph.outputs}
     for node in graph.all_nodes():
         for value in node.outputs:
@@ -317,7 +319,7 @@ def _rename_answer(graph: ir.Graph, what: str) -> None:
         return
     if any(value.name == ANSWER for value in graph.inputs):
         raise ExportError(
-            f"{what}: an input is named {ANSWER}, which is what the bundle's output is called",
+            f"{what}: an input is named {ANSWER}, the name of the bundle's output",
             fix="Rename the input (onnx_ir or netron's editor can) and export again.",
         )
     for value in [*graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]:

@@ -1,10 +1,10 @@
-"""Which axis of an ONNX file's inputs counts rows: found by running it, or told by the user.
+"""Finds the axis of an ONNX file's inputs that counts rows, by running the file.
 
-A file names its axes as its exporter pleased: rows may be first or not, be called ``N`` in one
-input and ``unk__7`` in the next, and two inputs may count different things (images and texts). So
-the file runs with inputs whose axes differ in size, and once more with one row less: the axis that
-the exits' first axis follows is the row axis. `edgeexit.export.cut.prove_rows` shows for every
-tensor inside whether rows can leave one by one.
+Axis names do not show it: the row axis may not be the first, it may be ``N`` in one input and
+``unk__7`` in the next, and two inputs may count different things (images and texts). So the file
+runs with inputs whose axes differ in size, and once more with one row less: the row axis is the one
+that the exits' first axis follows. The user can also give it (``--rows``).
+`edgeexit.export.cut.prove_rows` checks for every inner tensor whether rows can exit one by one.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray]
 Run = Callable[[Mapping[str, NDArray]], Arrays]
-"""Runs the file on inputs and gives its exits, both under their names in the graph."""
+"""Runs the file on inputs and returns its exits, both by their names in the graph."""
 BATCH = "batch"
 OPENED = "edgeexit_rows"
-"""What an axis is called that the user opened."""
+"""Name of a fixed axis that the user declared as the row axis (``--rows``)."""
 _RE_EXPORT = (
     "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
     'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}. If the '
-    "graph takes any number of rows although it does not say so: --rows {0}:0."
+    "graph takes any number of rows although its shape is fixed: --rows {0}:0."
 )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How an ONNX file counts rows.
+    """The row axis of an ONNX file, with samples.
 
     Attributes:
-        inputs: Inputs to run the graph with.
-        exits: What the file gives for them at every exit.
-        count: How many rows there are.
-        names: Axes of the inputs that count rows, by the names that `name_axes` gave.
+        inputs: Sample inputs.
+        exits: The file's output for them at every exit.
+        count: Number of rows of the samples.
+        names: Names of the input axes that count rows (see `name_axes`).
         axes: Input -> its row axis, where that is a fixed axis of 1.
         one: Whether the file takes one row at a time.
-        sizes: Axes that give the number of classes, and are fixed therefore -> size.
+        sizes: Axis -> size, for axes that set the number of classes; they become fixed.
     """
 
     inputs: Arrays
@@ -64,8 +64,8 @@ def name_axes(
     samples: Mapping[str, NDArray] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Gives every axis of the inputs whose size is open a name. Those that have none get one of
-    their own, and so do those that have the name of an axis of another size in the samples.
+    """Names every dynamic axis of the inputs. An axis without a name gets a unique one; so does an
+    axis whose name belongs to an axis of another size in the samples.
 
     Args:
         samples, names: As for `find_rows`.
@@ -73,7 +73,7 @@ def name_axes(
     given = {(names or {}).get(name, name): np.shape(a) for name, a in (samples or {}).items()}
     sizes: dict[str, int] = {}
     if not graph.inputs:
-        raise ExportError(f"{what}: it has no inputs", fix="Give a model that takes some.")
+        raise ExportError(f"{what}: it has no inputs", fix="Give a model with inputs.")
     for value in graph.inputs:
         if value.shape is None:
             raise ExportError(
@@ -82,8 +82,8 @@ def name_axes(
             )
         if 0 in value.shape:
             raise ExportError(
-                f"{what}: input {value.name} has an axis of size 0 ({_dims(value)}), and ONNX "
-                "Runtime takes nothing of another size",
+                f"{what}: input {value.name} has an axis of size 0 ({_dims(value)}); ONNX Runtime "
+                "accepts no other size",
                 fix="Give the axis a name: onnx.load, set dim_param of its shape, onnx.save.",
             )
         shape = given.get(value.name or "", ())
@@ -111,17 +111,18 @@ def find_rows(
     """Finds the axes that count rows, by running the file.
 
     Args:
-        graph: As `edgeexit.export.cut.read_onnx.normalise` leaves it, its axes named.
+        graph: The normalised graph, after `name_axes`.
         run: Runs the file.
-        rows: How many rows to make up.
-        samples: The user's inputs; None: inputs are made up.
+        rows: Number of rows to generate.
+        samples: The user's inputs; None: inputs are generated.
         names: Name of an input in the user's file -> its name in the graph.
-        what: The file, for messages.
-        told: Input or exit -> its row axis, where the user tells it (`told_rows` checked them).
-        step: How many rows the file takes at a time, where the user opened a fixed axis.
+        what: Name of the file, for messages.
+        told: Input or exit -> row axis given by the user and checked by `told_rows`.
+        step: Rows that the file takes at a time, where `told_rows` opened a fixed axis.
 
     Raises:
-        ExportError: No axis counts rows, or their number is fixed and not one.
+        UsageError: The user's row axis is wrong, or there are too few samples.
+        ExportError: No axis counts rows, or the number of rows is fixed and not 1.
     """
     by_user = [_dims(v)[told[v.name or ""]] for v in graph.inputs if told and v.name in told]
     inner = {d for value in graph.inputs for d in _symbols(value)[1:] if d}
@@ -140,7 +141,7 @@ def find_rows(
             raise UsageError(
                 f"--rows: for {_size(graph, inputs, chosen[0])} rows of the inputs, the exits of "
                 f"{what} give {count}",
-                fix="Leave --rows out to see which axis the exits follow, or name another.",
+                fix="Give another axis, or leave --rows out: export then looks for the row axis.",
             )
     else:
         likely = [d for d in open_axes if _size(graph, inputs, d) == count]
@@ -149,21 +150,21 @@ def find_rows(
         chosen = likely if len(likely) == 1 else _followed(graph, run, inputs, count, likely)
         if not chosen:
             raise ExportError(
-                f"{what}: the axes {', '.join(likely)} of its inputs all have {count} entries, and "
-                "the exits follow none of them alone, nor all",
-                fix="Say which axis of which input counts rows, as in "
-                f"--rows {graph.inputs[0].name}:0; give real inputs with --data.",
+                f"{what}: no row axis found: the input axes {', '.join(likely)} have {count} "
+                "entries, but the exits follow neither one of them nor all",
+                fix=f"Give the row axis, as in --rows {graph.inputs[0].name}:0, and real inputs "
+                "with --data.",
             )
     if count < 2:
         raise UsageError(
             "samples: there is only one row",
-            fix="Give two or more, to see how rows are told apart.",
+            fix="Give two or more: the row axis is found by leaving rows out.",
         )
     classes = _classes(graph, run, inputs, exits, set(open_axes) - set(chosen))
     for name, size in classes.items():
         logger.warning(
-            "%s: the number of classes is the size of the axis %s: fixed to %d, as in the samples "
-            "(--data)",
+            "%s: the axis %s sets the number of classes; it is fixed to %d, its size in the "
+            "samples (--data)",
             what,
             name,
             size,
@@ -172,7 +173,7 @@ def find_rows(
 
 
 def _whole_steps(graph: ir.Graph, inputs: Arrays, likely: Sequence[str], step: int) -> Arrays:
-    """As many rows as the file takes in whole runs."""
+    """Cuts the inputs to a multiple of `step` rows."""
     count = _size(graph, inputs, likely[0])
     if count < step:
         raise UsageError(
@@ -188,12 +189,12 @@ def _whole_steps(graph: ir.Graph, inputs: Arrays, likely: Sequence[str], step: i
 def told_rows(
     graph: ir.Graph, told: Mapping[str, int], exits: Sequence[str], what: str
 ) -> dict[str, int]:
-    """Checks the row axes that the user tells, and opens those that are fixed. Returns these:
-    input -> its number of rows.
+    """Checks the row axes that the user gives, and makes fixed ones dynamic. Returns these: input
+    -> its fixed number of rows.
 
     Args:
         told: Input or exit -> its row axis.
-        exits: The exits, which may be told too.
+        exits: Names of the exits.
 
     Raises:
         UsageError: There is no such input, or it has no such axis.
@@ -220,19 +221,19 @@ def told_rows(
             inputs[name].shape = ir.Shape(dims)
     if len(set(opened.values())) > 1:
         raise UsageError(
-            f"--rows: the inputs have fixed numbers of rows that differ ({opened})",
-            fix="Name axes of one size.",
+            f"--rows: the inputs have different fixed numbers of rows ({opened})",
+            fix="Name axes of the same size.",
         )
     return opened
 
 
-def set_rows(graph: ir.Graph, found: Rows) -> None:
-    """Names the axes that count rows ``batch``, also inside the graph; no other is called so."""
+def set_rows(graph: ir.Graph, rows: Rows) -> None:
+    """Renames the row axes to ``batch``, also inside the graph, and other axes of that name."""
     renamed: dict[str, str | int] = {BATCH: f"{BATCH}_axis"}
-    renamed |= dict.fromkeys(found.names, BATCH) | dict(found.sizes)
+    renamed |= dict.fromkeys(rows.names, BATCH) | dict(rows.sizes)
     for value in graph.inputs:
         dims = [d if d is None else renamed.get(str(d), d) for d in _dims(value)]
-        if (axis := found.axes.get(value.name or "")) is not None:
+        if (axis := rows.axes.get(value.name or "")) is not None:
             dims[axis] = BATCH
         value.shape = ir.Shape(dims)
     inputs = set(graph.inputs)
@@ -253,16 +254,16 @@ def _symbols(value: ir.Value) -> list[str | None]:
 
 
 def _count(exits: Mapping[str, NDArray], what: str) -> int:
-    """How many rows the last exit gives."""
-    for name, made in exits.items():
-        if made.dtype.kind not in "fV":
+    """Number of rows that the last exit gives."""
+    for name, logits in exits.items():
+        if logits.dtype.kind not in "fV":
             raise ExportError(
-                f"{what}: exit {name} gives {made.dtype.name}, not floating-point logits",
-                fix="Name the tensor of class logits from which that is computed.",
+                f"{what}: exit {name} gives {logits.dtype.name}, not floating-point logits",
+                fix="Name the tensor of class logits that it is computed from.",
             )
-        if made.ndim != 2:
+        if logits.ndim != 2:
             raise ExportError(
-                f"{what}: exit {name} gives {list(made.shape)}, not [rows, classes]",
+                f"{what}: exit {name} gives {list(logits.shape)}, not [rows, classes]",
                 fix="Name a tensor with one row of class logits (two classes or more) per input.",
             )
     return len(list(exits.values())[-1])
@@ -278,7 +279,7 @@ def _size(graph: ir.Graph, inputs: Mapping[str, NDArray], name: str) -> int:
 
 
 def _fixed(graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str) -> Rows:
-    """A file that takes a number of rows that nothing changes: one, or it is refused."""
+    """Handles a file with a fixed number of rows: accepts 1, refuses any other number."""
     last = list(exits)[-1]
     if count == 1:
         for axis in range(max(value.ndim for value in inputs.values())):
@@ -288,22 +289,22 @@ def _fixed(graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str
                 if len(dims := _dims(value)) > axis and dims[axis] == 1
             }
             if axes:
-                logger.warning("%s: it takes one row at a time, and so does the bundle", what)
+                logger.warning("%s: it takes one row at a time, so the bundle does too", what)
                 return Rows(inputs, exits, 1, axes=axes, one=True)
         raise ExportError(
             f"{what}: exit {last} gives one row, and no axis of an input counts rows",
-            fix="Export it again with a first axis for rows in its inputs.",
+            fix="Export it again with a batch axis as the first axis of its inputs.",
         )
     first = next((v for v in graph.inputs if (dims := _dims(v)) and dims[0] == count), None)
     if first is None:
         raise ExportError(
-            f"{what}: exit {last} gives {count} rows, and no axis of an input has as many",
+            f"{what}: exit {last} gives {count} rows, and no axis of an input has that size",
             fix="Name a tensor with one row of class logits per input; if another axis of the exit "
-            f"counts rows, say so: --rows {last}:1.",
+            f"counts rows, give it: --rows {last}:1.",
         )
     raise ExportError(
         f"{what}: the number of rows is fixed to {count} (input {first.name} is {_dims(first)}), "
-        "so no row can leave before another",
+        "so rows cannot exit one by one",
         fix=_RE_EXPORT.format(first.name),
     )
 
@@ -311,13 +312,13 @@ def _fixed(graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str
 def _followed(
     graph: ir.Graph, run: Run, inputs: Arrays, count: int, likely: Sequence[str]
 ) -> list[str]:
-    """Which axes of the same size the exits follow: one of them alone, or those that must agree."""
+    """The axes, among those of one size, that the exits follow: one, or all that must be equal."""
     tied = []
     for name in likely:
-        found = _rows_without(graph, run, inputs, [name])
-        if found == count - 1:
+        remaining = _rows_without(graph, run, inputs, [name])
+        if remaining == count - 1:
             return [name]
-        if found is None:
+        if remaining is None:
             tied.append(name)
     return tied if tied and _rows_without(graph, run, inputs, tied) == count - 1 else []
 
@@ -325,9 +326,9 @@ def _followed(
 def _classes(
     graph: ir.Graph, run: Run, inputs: Arrays, exits: Arrays, others: set[str]
 ) -> dict[str, int]:
-    """Axes whose size is the number of classes."""
+    """Axis -> size, for axes that set the number of classes."""
     classes = list(exits.values())[-1].shape[1]
-    found = {}
+    sizes = {}
     for name in sorted(others):
         size = _size(graph, inputs, name)
         if size == classes and size > 2:
@@ -336,13 +337,13 @@ def _classes(
             except ExportError:
                 continue
             if list(fewer.values())[-1].shape[1] != classes:
-                found[name] = size
-    return found
+                sizes[name] = size
+    return sizes
 
 
 def _rows_without(graph: ir.Graph, run: Run, inputs: Arrays, names: Sequence[str]) -> int | None:
-    """How many rows the last exit gives when these axes lose their last entry; None: it does not
-    run then."""
+    """Rows that the last exit gives when these axes lose their last entry; None if the file does
+    not run."""
     try:
         return len(list(run(_without(graph, inputs, names)).values())[-1])
     except ExportError:

@@ -1,5 +1,5 @@
-"""What the operators of a graph are like: which ones cost, and which a later segment may compute
-anew rather than be given what they made. `edgeexit.export.cut.cut` decides by it.
+"""Cost of a graph's nodes: which are heavy, and which a later segment computes again instead of
+receiving their outputs. `edgeexit.export.cut.cut` decides by it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OWN_DOMAINS = ("", "ai.onnx")
 
 
 class Nature:
-    """What the nodes of a graph are like: which ones cost, and which may be computed twice."""
+    """Sorts the nodes of a graph by cost: constant, cheap, heavy."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.inputs: dict[ir.Node, list[ir.Value]] = {}
@@ -33,18 +33,18 @@ class Nature:
         self._dequantise: set[ir.Node] = set()
         for node in graph:
             taken = self.inputs[node] = _inputs(node)
-            own = node.domain in _OWN_DOMAINS
+            standard = node.domain in _OWN_DOMAINS
             makers = [value.producer() for value in taken]
             if all(
                 v.is_initializer() or m in self.constant for v, m in zip(taken, makers, strict=True)
             ):
                 self.constant.add(node)
                 continue
-            if own and node.op_type in ("Shape", "Size"):
+            if standard and node.op_type in ("Shape", "Size"):
                 self.cheap.add(node)
                 continue
             big = any(_bytes(value) > _SMALL_BYTES for value in self._weights(taken))
-            if not own or big or subgraphs(node) or node.op_type in _HEAVY:
+            if not standard or big or subgraphs(node) or node.op_type in _HEAVY:
                 self.heavy.add(node)
             elif all(maker is None or maker in self.cheap | self.constant for maker in makers):
                 self.cheap.add(node)
@@ -52,29 +52,29 @@ class Nature:
                 self._dequantise.add(node)
 
     def again(self, node: ir.Node) -> bool:
-        """Whether a later segment computes this anew rather than being given it."""
+        """Whether a later segment computes this node again instead of receiving its output."""
         return node in self.cheap or node in self.constant or node in self._dequantise
 
     def _weights(self, values: Iterable[ir.Value]) -> list[ir.Value]:
-        """The initializers among values, and those that constant values are made from."""
-        found, stack, seen = [], list(values), set()
+        """The initializers among values, and those that constant values are computed from."""
+        weights, stack, seen = [], list(values), set()
         while stack:
             value = stack.pop()
             if value.is_initializer():
-                found.append(value)
+                weights.append(value)
             maker = value.producer()
             if maker in self.constant and maker not in seen:
                 seen.add(maker)
                 stack += self.inputs[maker]
-        return found
+        return weights
 
 
 def _inputs(node: ir.Node) -> list[ir.Value]:
-    """Inputs of a node, and what its subgraphs use of the graph around it."""
-    found = [value for value in node.inputs if value is not None]
+    """Inputs of a node, and the outer values that its subgraphs use."""
+    inputs = [value for value in node.inputs if value is not None]
     inner_graphs = subgraphs(node)
     if not inner_graphs:
-        return found
+        return inputs
     owned: set[ir.Value] = set()
     used: list[ir.Value] = []
     while inner_graphs:
@@ -85,7 +85,7 @@ def _inputs(node: ir.Node) -> list[ir.Value]:
             owned |= set(inner.outputs)
             used += [value for value in inner.inputs if value is not None]
             inner_graphs += subgraphs(inner)
-    return found + [value for value in dict.fromkeys(used) if value not in owned]
+    return inputs + [value for value in dict.fromkeys(used) if value not in owned]
 
 
 def _bytes(value: ir.Value) -> int:

@@ -1,7 +1,7 @@
-"""Opsets of a file: functions inlined, operators converted to what bundles hold.
+"""Opset conversion: inlines functions and converts operators to an opset that bundles support.
 
-A number alone is no reason to refuse a file: where no operator that it has changed between its
-opset and one that bundles hold, it is taken to have that one.
+A file is not refused for its opset number alone: if none of its operators changed between its opset
+and a supported one, it only gets the supported number.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from edgeexit.export.quiet import quiet
 logger = logging.getLogger(__name__)
 
 OPSETS = range(18, 24)
-"""Opsets that graphs of a bundle may have; older files are converted up to the first."""
+"""Opsets that a bundle's graphs may have; older files are converted to the first."""
 
 
 def inline(model: ir.Model, what: str) -> ir.Model:
-    """Puts functions in the place of their calls, whatever opset they are written in."""
+    """Replaces function calls by the functions' nodes, converted to the graph's opset."""
     opset = _opset(model)
     written_in = {function.opset_imports.get("", opset) for function in model.functions.values()}
     if written_in <= {opset}:
@@ -43,7 +43,7 @@ def inline(model: ir.Model, what: str) -> ir.Model:
         ) from error
     inlined = ir.from_proto(proto)
     for name, value in inlined.graph.initializers.items():
-        if name in weights:  # those in files beside it know where these are
+        if name in weights:  # keeps the references to external files
             value.const_value = weights[name].const_value
     inlined.metadata_props.update(model.metadata_props)
     return inlined
@@ -53,7 +53,7 @@ def convert(model: ir.Model, what: str) -> ir.Model:
     """Converts a model's operators to an opset of `OPSETS`.
 
     Raises:
-        ExportError: They cannot be, naming the operator that cannot.
+        ExportError: An operator cannot be converted.
     """
     opset = _opset(model)
     if opset in OPSETS:
@@ -65,38 +65,38 @@ def convert(model: ir.Model, what: str) -> ir.Model:
         return model
     if opset > target:
         raise ExportError(
-            f"{what}: it has opset {opset}, of which {', '.join(changed)} changed since {target}; "
-            f"bundles hold opset {OPSETS[0]} to {target}",
+            f"{what}: it has opset {opset}, where {', '.join(changed)} differs from opset "
+            f"{target}; bundles support opset {OPSETS[0]} to {target}",
             fix="Export it again with opset_version=20, which every supported engine reads.",
         )
-    if opset < 9 and "Scan" in changed:  # its batch axis went; no converter writes that
+    if opset < 9 and "Scan" in changed:  # opset 9 removed its batch axis; no converter does that
         raise _not_convertible(what, opset, "Scan changed its meaning in opset 9", ["Scan"])
     try:
         with quiet():
-            made = version_converter.ConvertVersionPass(target, fallback=True)(model).model
+            converted = version_converter.ConvertVersionPass(target, fallback=True)(model).model
     except Exception as error:
         raise _not_convertible(what, opset, first_line(error), changed) from error
-    if made.graph.opset_imports.get("") != target:
+    if converted.graph.opset_imports.get("") != target:
         raise _not_convertible(what, opset, "the converter has no rule", changed)
     logger.info("%s: converted from opset %d to %d", what, opset, target)
-    return made
+    return converted
 
 
 def _opset(model: ir.Model) -> int:
-    """The opset of standard operators, which some files call ``ai.onnx``."""
+    """The opset of the standard operators, whose domain some files name ``ai.onnx``."""
     imports = model.graph.opset_imports
     return imports.setdefault("", imports.pop("ai.onnx", 1))
 
 
 def _changed(model: ir.Model, opset: int, target: int) -> list[str]:
-    """Operators of a model whose definition is not the same in two opsets."""
+    """Operators of a model whose definitions differ between two opsets."""
     kinds = sorted({node.op_type for node in model.graph.all_nodes() if node.domain == ""})
     return [kind for kind in kinds if _since(kind, opset) != _since(kind, target)]
 
 
 def _since(kind: str, opset: int) -> int:
-    """The opset that defined an operator as it is in another; 0: it has none there, or what defines
-    it is newer than this onnx."""
+    """The opset that introduced an operator's definition valid in `opset`; 0 if there is none, or
+    if it is newer than the installed onnx."""
     try:
         return int(onnx.defs.get_schema(kind, opset).since_version)
     except onnx.defs.SchemaError:

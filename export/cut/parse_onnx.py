@@ -1,7 +1,7 @@
-"""An ONNX file's bytes as a graph, with what `onnx_ir` has no form for brought into one.
+"""Reads an ONNX file into an `onnx_ir` model, and replaces what `onnx_ir` does not support.
 
-Classifiers of other libraries end in maps (``ZipMap``), which are not tensors: no exit is one, and
-they leave. Sparse weights become dense ones.
+Classifiers of other libraries end in ``ZipMap``, which gives a list of maps instead of a tensor;
+such nodes are removed. Sparse weights become dense.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 _MADE_OF = "edgeexit.made_of/"
-"""Metadata of a model: what an output that is no tensor was made of."""
+"""Prefix of metadata keys: output that is a list of maps -> the tensor it was computed from."""
 
 
 def parse_onnx(path: Path) -> ir.Model:
-    """Reads a model; weights outside of the file stay there."""
+    """Reads a model; external weights stay in their files."""
     proto = onnx.load(path, load_external_data=False)
     made_of = _drop_maps(proto.graph)
     for sparse in proto.graph.sparse_initializer:
@@ -31,22 +31,22 @@ def parse_onnx(path: Path) -> ir.Model:
 
 
 def made_of(model: ir.Model, name: str) -> str | None:
-    """The tensor that an output was made of which is no tensor itself."""
+    """The tensor that an output, a list of maps, was computed from; None for other outputs."""
     return model.metadata_props.get(_MADE_OF + name)
 
 
 def _drop_maps(graph: onnx.GraphProto) -> dict[str, str]:
-    """Takes out nodes that make maps. Returns what each was made of."""
-    found: dict[str, str] = {}
+    """Removes nodes that give maps. Returns output -> the tensor it was computed from."""
+    sources: dict[str, str] = {}
     for node in list(graph.node):
         if node.op_type == "ZipMap" and node.domain == "ai.onnx.ml":
-            found |= dict.fromkeys(node.output, node.input[0])
+            sources |= dict.fromkeys(node.output, node.input[0])
             graph.node.remove(node)
     for values in (graph.output, graph.value_info):
-        kept = [value for value in values if value.name not in found]
+        kept = [value for value in values if value.name not in sources]
         del values[:]
         values.extend(kept)
-    return found
+    return sources
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:

@@ -1,6 +1,6 @@
-"""Whether what exits give are logits, or probabilities that a softmax has made of them.
+"""Finds out whether exits give logits or probabilities (the output of a softmax).
 
-Scores are computed of either; a softmax of probabilities would make everything look unsure.
+Scores are computed from either. A second softmax would make every answer look uncertain.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ _CARRIES = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsq
 def gives_probabilities(
     graph: ir.Graph, answers: Mapping[str, NDArray], outputs: Outputs | None, what: str
 ) -> bool:
-    """Says whether the outputs of a graph are probabilities: a Softmax makes them, or whatever
-    makes them, they are none below 0 and every row adds up to 1.
+    """Whether the outputs of a graph are probabilities: the result of a Softmax, or values of 0 and
+    more whose rows add up to 1.
 
     Args:
-        answers: Output -> what it gave for the samples.
-        outputs: What the user says; None: what the operators say.
-        what: The file, for messages.
+        answers: Output -> its values for the samples.
+        outputs: What the user says; None: find out.
+        what: Name of the file, for messages.
 
     Raises:
         UsageError: `outputs` is neither.
-        ExportError: Some are, others are not, or a sigmoid makes them: then each class stands for
-            itself.
+        ExportError: Only some outputs are probabilities, or one is the result of a Sigmoid, whose
+            classes are not exclusive.
     """
     if outputs not in (None, "logits", "probabilities"):
         raise UsageError(f"outputs={outputs!r}", fix='Use "logits" or "probabilities".')
     if outputs is not None:
         return outputs == "probabilities"
-    made = {value.name: _maker(value) for value in graph.outputs}
-    if by_sigmoid := [name for name, kind in made.items() if kind == "Sigmoid"]:
+    makers = {value.name: _maker(value) for value in graph.outputs}
+    if by_sigmoid := [name for name, kind in makers.items() if kind == "Sigmoid"]:
         raise ExportError(
-            f"{what}: exit {by_sigmoid[0]} comes out of a Sigmoid, so classes are not exclusive, "
-            "and scores here are those of models that choose one class",
-            fix="Name the tensor of class logits; --outputs logits takes it as it is.",
+            f"{what}: exit {by_sigmoid[0]} is the output of a Sigmoid, so classes are not "
+            "exclusive; scores are only defined for models that choose one class",
+            fix="Name the tensor of class logits, or use this one as it is: --outputs logits.",
         )
     soft = [
-        name for name, kind in made.items() if kind == "Softmax" or _adds_up(answers[name or ""])
+        name for name, kind in makers.items() if kind == "Softmax" or _adds_up(answers[name or ""])
     ]
     if not soft:
         return False
-    if other := [name for name in made if name not in soft]:
+    if other := [name for name in makers if name not in soft]:
         raise ExportError(
             f"{what}: exit {soft[0]} gives probabilities, {other[0]} does not",
-            fix="Name the tensors before the Softmax, or say what they are: --outputs.",
+            fix="Name the tensors before the Softmax, or set --outputs.",
         )
     logger.warning(
-        "%s: %s what the exits give: taken as probabilities (--outputs logits: not)",
+        "%s: the exits give probabilities (%s); if they are logits, pass --outputs logits",
         what,
-        "a Softmax makes" if "Softmax" in made.values() else "rows add up to 1 in",
+        "output of a Softmax" if "Softmax" in makers.values() else "rows add up to 1",
     )
     return True
 
@@ -73,7 +73,7 @@ def _adds_up(answers: NDArray) -> bool:
 
 
 def _maker(value: ir.Value) -> str:
-    """The operator that makes a value, past those that only carry it."""
+    """The operator that computes a value, before those that only pass it on."""
     node = value.producer()
     while node is not None and node.op_type in _CARRIES and node.inputs[0] is not None:
         before = node.inputs[0].producer()

@@ -1,8 +1,8 @@
-"""Runs what was cut, and proves which axis of every tensor holds the rows.
+"""Runs the segments, and proves which axis of every tensor holds the rows.
 
-A graph does not say which axis of an inner tensor belongs to the batch. So the segments run once
-with all rows and again with some of them: an axis that loses exactly the rows left out, with the
-values of the others unchanged, is the row axis. Where none does, rows can only leave together.
+A graph does not show which axis of an inner tensor is the batch. So the segments run once with all
+rows and again with some of them: the row axis is the one that loses exactly the rows left out, with
+the other rows' values unchanged. If a tensor has no such axis, exits apply to the whole batch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Proof:
-    """What running the segments showed.
+    """Result of running the segments.
 
     Attributes:
-        tensors: The cut's tensors with their axes and row axes as found.
-        independent: Whether every row can leave on its own.
+        tensors: The cut's tensors with the axes and row axes that were found.
+        independent: Whether rows can exit one by one.
         values: Every tensor for all rows.
     """
 
@@ -52,7 +52,7 @@ def prove_rows(
         pieces: The cut.
         paths: The segments' graph files.
         inputs: Program inputs, two rows or more.
-        what: The file, for messages.
+        what: Name of the file, for messages.
         tolerance: See `edgeexit.export.evaluate.close`.
     """
     tensors = dict(pieces.tensors)
@@ -66,10 +66,10 @@ def prove_rows(
     for name, tensor in tensors.items():
         if runs[0][name].dtype.name != tensor.dtype:
             raise ExportError(
-                f"{what}: {name} was taken to be {tensor.dtype} and is {runs[0][name].dtype.name}",
-                fix="Cut elsewhere, or give the file without an optimiser's own operators.",
+                f"{what}: {name} is {runs[0][name].dtype.name}, not {tensor.dtype} as inferred",
+                fix="Choose other exits, or give the file from before an optimiser changed it.",
             )
-    reasons = [f"it does not run with fewer rows ({failed})"] if failed else []
+    reasons = [f"a segment does not run with fewer rows ({failed})"] if failed else []
     sizes = [_axis_sizes(tensors, pieces.inputs, run) for run in runs]
     exits = {piece.exit for piece in pieces.pieces}
     for name, tensor in tensors.items():
@@ -83,7 +83,7 @@ def prove_rows(
                 parts = list(zip(subsets, found[1:], strict=True))
                 axis = row_axis(found[0], parts, rows, tolerance)
             if name in exits and axis != 0 and subsets and not failed:
-                raise ValueError("its first axis does not hold them")
+                raise ValueError("its first axis does not hold the rows")
         except ValueError as error:
             reasons.append(f"no row axis found in {name} ({error})")
         if name in exits:
@@ -91,27 +91,23 @@ def prove_rows(
         axes = _axes(tensor, axis, found, sizes)
         tensors[name] = msgspec.structs.replace(tensor, axes=axes, row_axis=axis)
     if reasons:
-        logger.warning(
-            "%s: exits apply to the whole batch: %s",
-            what,
-            reasons[0],
-        )
+        logger.warning("%s: exits apply to the whole batch: %s", what, reasons[0])
     return Proof(tensors=tensors, independent=not reasons, values=runs[0])
 
 
 def _run_pieces(pieces: Cut, paths: Sequence[Path], runs: list[dict[str, NDArray]]) -> str:
-    """Runs the segments; adds what they make to the runs. Returns why they fail with fewer rows
-    than in the first run, if they do."""
+    """Runs the segments and adds their outputs to the runs. Returns why a segment fails with fewer
+    rows than in the first run; empty if none does."""
     failed = ""
     for piece, path in zip(pieces.pieces, paths, strict=True):
         feeds = [{name: run[name] for name in piece.inputs if name in run} for run in runs]
-        bug = "The whole file ran: this is a bug in edgeexit; report it."
+        bug = "The whole file ran, so this is a bug in edgeexit; please report it."
         runs[0] |= run_graph(path, feeds[:1], fix=bug)[0]
         try:
-            made = [] if failed else run_graph(path, feeds[1:])
+            outputs = [] if failed else run_graph(path, feeds[1:])
         except ExportError as error:
-            failed, made = error.what, []
-        for run, more in zip(runs[1:], made, strict=False):
+            failed, outputs = error.what, []
+        for run, more in zip(runs[1:], outputs, strict=False):
             run |= more
     return failed
 
@@ -122,7 +118,7 @@ def row_axis(
     rows: int,
     tolerance: float = TOLERANCES["float32"],
 ) -> int | None:
-    """The axis along which rows lie; None for a tensor that is the same for all rows.
+    """The axis that holds the rows; None for a tensor that is the same for all rows.
 
     >>> state = np.arange(12.0).reshape(3, 4)
     >>> row_axis(state, [(np.array([0, 2]), state[:, [0, 2]])], rows=4)
@@ -131,11 +127,11 @@ def row_axis(
     Args:
         whole: The tensor for all rows.
         parts: Chosen rows, and the tensor for those rows only.
-        rows: How many rows there are.
+        rows: Number of all rows.
         tolerance: See `edgeexit.export.evaluate.close`.
 
     Raises:
-        ValueError: With the reason why no axis, or more than one, fits.
+        ValueError: No axis or more than one fits; the message says why.
     """
     shrunk: set[int] = set()
     for _, part in parts:
@@ -176,16 +172,16 @@ def _axis_sizes(
 def _axes(
     tensor: Tensor, axis: int | None, found: Sequence[NDArray], sizes: Sequence[Mapping[str, int]]
 ) -> list[str | int | None]:
-    """Inferred axes as far as the runs bear them out."""
+    """Inferred axes that the runs confirm; None for the others."""
     rank = found[0].ndim
     inferred = tensor.axes if len(tensor.axes) == rank else [None] * rank
     axes: list[str | int | None] = []
-    for place, name in enumerate(inferred):
+    for position, name in enumerate(inferred):
         runs = zip(found, sizes, strict=False)
-        if place == axis:
+        if position == axis:
             axes.append("batch")
         elif name != "batch" and all(
-            array.shape[place] == (run[name] if isinstance(name, str) else name)
+            array.shape[position] == (run[name] if isinstance(name, str) else name)
             for array, run in runs
         ):
             axes.append(name)

@@ -1,8 +1,8 @@
-"""An ONNX file from anywhere: read, checked, and brought into one form.
+"""Reads, checks and normalises an ONNX file.
 
-`read_onnx` refuses what is not a whole ONNX model; `normalise` leaves a graph whose outputs are the
-exits, without functions and constant nodes, in an opset that bundles may have. `find_rows` finds
-the axis that counts rows; `axis_names` and `cut` take it from there.
+`read_onnx` refuses files that are not a complete ONNX model. `normalise` returns a graph whose
+outputs are the exits, without functions and constant nodes, in an opset that bundles support.
+Next, `find_rows` finds the row axis, `axis_names` resolves shapes and `cut` splits the graph.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ DTYPES = {
     ir.DataType.UINT8: "uint8",
     ir.DataType.BOOL: "bool",
 }
-"""Types that the manifest can name."""
+"""Types that the manifest supports."""
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 EXIT_NAME_LENGTH = 100
-"""Score tensors are named after their exit, within the 128 characters of a manifest name."""
+"""Longest exit name: scores are named after their exit, and names have 128 characters at most."""
 _RANDOM = frozenset({
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",
     "Multinomial",
@@ -52,21 +52,21 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
 
     Raises:
         UsageError: There is no such file.
-        ExportError: It is not an ONNX model, or not all of one.
+        ExportError: It is not an ONNX model, or is incomplete.
     """
     path = Path(path)
     if not path.is_file():
         kind = "is a directory" if path.is_dir() else "does not exist"
         raise UsageError(f"{path} {kind}", fix="Give the path of an .onnx file.")
     try:
-        # Parsing fails with protobuf's DecodeError, reading the parsed message with many others.
+        # Parsing raises protobuf's DecodeError; conversion of the message raises many others.
         model = parse_onnx(path)
     except MemoryError:
         raise
     except Exception as error:
         raise ExportError(
-            f"{path}: not an ONNX model, or only a part of one ({first_line(error)})",
-            fix="Copy the file again, or export it again; only ONNX is read.",
+            f"{path}: not an ONNX model, or incomplete ({first_line(error)})",
+            fix="Copy or export the file again; only ONNX files can be read.",
         ) from error
     if not model.opset_imports or not len(model.graph):
         lacks = "operators" if model.opset_imports else "opset"
@@ -83,16 +83,16 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
 def normalise(
     model: ir.Model, exits: Sequence[str], what: str, *, turned: Mapping[str, int] | None = None
 ) -> ir.Model:
-    """Brings a model into one form, whatever wrote it.
+    """Brings a model into the same form, whichever tool wrote it.
 
     Args:
-        model: As `read_onnx` gives it; it is changed.
+        model: Result of `read_onnx`; changed in place.
         exits: Names of the exits' logits, from shallow to deep.
-        what: The file, for messages.
-        turned: Exit -> the axis of its rows, where that is not the first; it becomes the first.
+        what: Name of the file, for messages.
+        turned: Exit -> its row axis, where that is not the first; it becomes the first.
 
     Returns:
-        A model whose outputs are the exits in their order, under valid names.
+        A model whose outputs are the exits, in the given order and with valid names.
     """
     with quiet():
         model = inline(model, what)
@@ -117,8 +117,8 @@ def normalise(
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
-    """Shapes that a file declares inside may be wrong, and engines do not heed them: they are
-    inferred anew."""
+    """Removes inner shapes: a file may declare wrong ones, because engines ignore them.
+    `axis_names` infers them again."""
     for node in graph.all_nodes():
         for value in node.outputs:
             value.shape = None
@@ -138,8 +138,8 @@ def _turn(graph: ir.Graph, position: int, axis: int) -> None:
 
 
 def _drop_identities(model: ir.Model) -> None:
-    """Takes out Identity nodes. Inside a branch or a loop one may return a value from outside,
-    which a graph cannot return directly: those stay."""
+    """Removes Identity nodes, but not those in branches and loop bodies: there an Identity may
+    return an outer value, which a graph cannot return directly."""
     if not any(subgraphs(node) for node in model.graph):
         passes.IdentityEliminationPass()(model)
         return
@@ -151,27 +151,27 @@ def _drop_identities(model: ir.Model) -> None:
 
 
 def float_outputs(graph: ir.Graph, what: str) -> None:
-    """Casts exits to float32. Their types are known once `axis_names.resolve_shapes` ran."""
+    """Casts exits to float32. `axis_names.resolve_shapes` must run first: it finds their types."""
     for position, value in enumerate(list(graph.outputs)):
         if value.dtype not in FLOATS:
             kind = "an unknown type" if value.dtype is None else str(value.dtype).lower()
             raise ExportError(
                 f"{what}: exit {value.name} gives {kind}, not floating-point logits",
-                fix="Name the tensor of class logits from which that is computed.",
+                fix="Name the tensor of class logits that it is computed from.",
             )
         if value.dtype == ir.DataType.FLOAT:
             continue
         name = value.name
         value.name = f"{name}_{str(value.dtype).lower()}"
         node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-        made = node.outputs[0]
-        made.name, made.dtype, made.shape = name, ir.DataType.FLOAT, value.shape
+        output = node.outputs[0]
+        output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, value.shape
         graph.append(node)
-        graph.outputs[position] = made
+        graph.outputs[position] = output
 
 
 def precision_of(model: ir.Model) -> Precision:
-    """What a graph computes in: the smallest type among its weights and quantised operators."""
+    """Precision of a graph: the smallest type among its weights and quantised operators."""
     if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph):
         return "int8"
     if any(_has_small_weights(node) for node in model.graph.all_nodes()):
@@ -183,39 +183,39 @@ def precision_of(model: ir.Model) -> Precision:
 
 
 def _has_small_weights(node: ir.Node) -> bool:
-    """Whether a node takes weights in blocks that share a scale."""
+    """Whether a node takes weights that are quantised in blocks, with a scale for each."""
     if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
         return True
     return node.op_type == "DequantizeLinear" and node.attributes.get_int("block_size", 0) > 0
 
 
 def valid_name(name: str, taken: set[str]) -> str:
-    """A name that the manifest accepts and nothing else has; adds it to `taken`."""
+    """A unique name that the manifest accepts; adds it to `taken`."""
     base = re.sub(r"[^A-Za-z0-9_.:/-]", "_", name).lstrip(".:/-")[:EXIT_NAME_LENGTH] or "tensor"
-    found, count = base, 1
-    while found in taken:
+    unique, count = base, 1
+    while unique in taken:
         count += 1
-        found = f"{base}_{count}"
-    taken.add(found)
-    return found
+        unique = f"{base}_{count}"
+    taken.add(unique)
+    return unique
 
 
 def subgraphs(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node carries in its attributes (branches of an If, body of a Loop)."""
-    found: list[ir.Graph] = []
+    """The graphs in a node's attributes (branches of an If, body of a Loop)."""
+    graphs: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.is_ref():
             continue
         if attribute.type == ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
+            graphs.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
-            found.extend(attribute.as_graphs())
-    return found
+            graphs.extend(attribute.as_graphs())
+    return graphs
 
 
 def _open_sizes(graph: ir.Graph) -> None:
-    """Sizes of -1 of inputs and outputs are any size, as ONNX Runtime reads them (0 is none). So
-    are those named ``?``, which is no name: two of them need not be equal."""
+    """Makes sizes of -1 of inputs and outputs dynamic, as ONNX Runtime does (it does not for 0),
+    and those named ``?``, which need not be equal to each other."""
     for value in [*graph.inputs, *graph.outputs]:
         if value.shape is None:
             continue
@@ -230,7 +230,7 @@ def _check_wiring(graph: ir.Graph, path: Path) -> None:
             continue
         if value.producer() is None:
             raise ExportError(
-                f"{path}: nothing makes {value.name!r}; the model is not whole",
+                f"{path}: no node computes {value.name!r}; the model is incomplete",
                 fix="Copy the file again, or export it again.",
             )
 
@@ -244,17 +244,17 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
             file = _weight_file(tensor, value.name or "", path)
             if not file.is_file():
                 raise ExportError(
-                    f"{path}: {value.name!r} belongs into {file.name}, which is not there",
-                    fix="Copy the weight file to where the .onnx file is.",
+                    f"{path}: {value.name!r} is stored in {file.name}, which does not exist",
+                    fix="Copy the weight file to the folder of the .onnx file.",
                 )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if end > file.stat().st_size:
                 raise ExportError(
                     f"{path}: {value.name!r} ends at byte {end} of {file.name}, which has "
-                    f"{file.stat().st_size}",
-                    fix="Copy the weight file again; it is not whole.",
+                    f"{file.stat().st_size} bytes",
+                    fix="Copy the weight file again; it is incomplete.",
                 )
-            if file.resolve() != Path(tensor.path).absolute():  # a link, as the hub's cache has
+            if file.resolve() != Path(tensor.path).absolute():  # a link, as in the hub's cache
                 real = file.resolve()
                 value.const_value = ir.ExternalTensor(
                     real.name,
@@ -268,20 +268,20 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
 
 
 def _weight_file(tensor: ir.ExternalTensor, name: str, path: Path) -> Path:
-    """Where a weight lies. Refuses places outside of the folder, which a file from elsewhere must
-    not name; what lies in it may be a link."""
+    """The file that stores a weight. Refuses paths outside the .onnx file's folder, for security;
+    a file in it may be a link."""
     location = Path(tensor.location)
     if location.is_absolute() or ".." in location.parts:
         raise ExportError(
-            f"{path}: {name!r} is said to lie at {location}, outside of the file's folder",
-            fix="Move the weights beside the .onnx file and save it again with that place "
+            f"{path}: {name!r} is stored in {location}, outside the file's folder",
+            fix="Move the weights beside the .onnx file and save it again with that location "
             "(onnx.save_model(..., save_as_external_data=True, location=...)).",
         )
     return Path(tensor.path)
 
 
 def _choose_outputs(model: ir.Model, exits: Sequence[str], what: str) -> None:
-    """Makes the exits, and only they, the outputs of the graph; inner tensors are promoted."""
+    """Makes the exits the only outputs of the graph; they may be inner tensors."""
     graph = model.graph
     values = {value.name: value for value in [*graph.inputs, *graph.initializers.values()]}
     values |= {value.name: value for value in graph.outputs}
@@ -293,43 +293,43 @@ def _choose_outputs(model: ir.Model, exits: Sequence[str], what: str) -> None:
             inside = next((n for n in graph if name in _inner_names(n)), None)
             if inside is not None:
                 raise ExportError(
-                    f"{what}: {name!r} is inside of {inside.op_type} {inside.name}, in a branch or "
-                    "loop body, which runs as one operator",
-                    fix="Cut outside of it, or take the branch out as a file of its own: export "
-                    "the model again with that choice made.",
+                    f"{what}: {name!r} is inside {inside.op_type} {inside.name}, in a branch or "
+                    "loop body; the operator runs as a whole",
+                    fix="Choose an exit outside of it, or export the model again with the branch "
+                    "decided.",
                 )
             if (source := made_of(model, name)) is not None:
                 raise ExportError(
-                    f"{what}: {name!r} is no tensor, but a list of maps that is made of {source}",
-                    fix=f"Name {source} in its place.",
+                    f"{what}: {name!r} is a list of maps, not a tensor",
+                    fix=f"Name {source}, which it is computed from.",
                 )
             close = difflib.get_close_matches(name, [str(v) for v in values], 1, 0.8)
             guess = f"Did you mean {close[0]!r}? " if close else ""
             raise ExportError(
                 f"{what}: there is no output {name!r}",
-                fix=f"{guess}Its outputs are {', '.join(map(str, outputs))}; inner tensors will do "
-                "too.",
+                fix=f"{guess}Its outputs are {', '.join(map(str, outputs))}; inner tensors are "
+                "accepted too.",
             )
         if values[name].producer() is None:
             raise ExportError(
-                f"{what}: {name!r} is not computed, it is an input or a weight",
+                f"{what}: {name!r} is an input or a weight",
                 fix="Name outputs that hold class logits.",
             )
         if name not in outputs:
-            logger.info("%s: %s is not an output; taken from inside the graph", what, name)
+            logger.info("%s: %s is an inner tensor; it becomes an output", what, name)
     if left_out := [str(name) for name in outputs if name not in exits]:
-        logger.warning("%s: a bundle gives exits only; left out: %s", what, ", ".join(left_out))
+        logger.warning("%s: outputs that are not exits are left out: %s", what, ", ".join(left_out))
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in exits)
 
 
 def _inner_names(node: ir.Node) -> set[str | None]:
-    """Names of what is computed inside of a node's branches and bodies."""
-    found: set[str | None] = set()
+    """Names of the tensors computed in a node's branches and loop bodies."""
+    names: set[str | None] = set()
     for graph in subgraphs(node):
         for inner in graph:
-            found |= {value.name for value in inner.outputs} | _inner_names(inner)
-    return found
+            names |= {value.name for value in inner.outputs} | _inner_names(inner)
+    return names
 
 
 def _check_deterministic(graph: ir.Graph, what: str) -> None:
@@ -338,14 +338,14 @@ def _check_deterministic(graph: ir.Graph, what: str) -> None:
         switch = ir.convenience.get_const_tensor(training) if training is not None else None
         if node.op_type in _RANDOM or (switch is not None and bool(switch.numpy())):
             raise ExportError(
-                f"{what}: it draws random numbers ({node.op_type} {node.name}), so no two answers "
-                "can be compared",
+                f"{what}: it draws random numbers ({node.op_type} {node.name}), so its outputs "
+                "cannot be compared",
                 fix="Export the model in evaluation mode: model.eval() before torch.onnx.export.",
             )
 
 
 def _name_values(graph: ir.Graph, what: str) -> None:
-    """Gives inputs and exits names that the manifest accepts; keeps those of scores free."""
+    """Renames inputs and exits to names that the manifest accepts; keeps the scores' names free."""
     taken: set[str] = set()
     named = [*graph.inputs, *graph.outputs]
     wanted = [valid_name(value.name or "", taken) for value in named]
@@ -361,5 +361,5 @@ def _name_values(graph: ir.Graph, what: str) -> None:
             value.name = valid_name(f"inner_{name}", taken)
     for value, name in zip(named, wanted, strict=True):
         if value.name != name:
-            logger.info("%s: %s is called %s in the bundle", what, value.name, name)
+            logger.info("%s: %s is named %s in the bundle", what, value.name, name)
             value.name = name

@@ -1,7 +1,7 @@
-"""The user's ONNX file run as it is: what a bundle's answers are held against.
+"""Runs the user's ONNX file as it is, to compare a bundle's outputs with it.
 
-Nothing of what edgeexit does to a graph (opsets converted, functions inlined, shapes folded) is in
-it, but that exits are made outputs, and that axes are opened where the user says so.
+The file runs without edgeexit's changes (opset conversion, inlined functions, folded shapes). Only
+exits become outputs, and fixed row axes that the user gives become dynamic.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Arrays = dict[str, NDArray]
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A user's file, and how its names and axes are to be read.
+    """A user's file, and how its names map to the graph.
 
     Attributes:
         path: The file.
         inputs: Name of an input in the file -> its name in the graph.
-        exits: The same for exits.
-        told: Input or exit, by its name in the file -> its row axis, where the user tells it.
+        exits: Name of an exit in the file -> its name in the graph.
+        told: Input or exit, by its name in the file -> row axis given by the user.
     """
 
     path: Path
@@ -49,13 +49,13 @@ def open_file(
     opened: bool = True,
     optimised: bool = False,
 ) -> Callable[[Mapping[str, NDArray]], Arrays]:
-    """Opens a file. Returns what takes inputs and gives exits, both under their graph's names.
+    """Opens a file. Returns a function from inputs to exits, both by their names in the graph.
 
     Args:
-        model: The same model, normalised: run in the file's place where an exit is made inside of a
-            function, which the file has no name for.
-        folder: The bundle's, for that.
-        opened: Whether fixed axes that the user tells count rows take any number.
+        model: The same model, normalised. It runs instead of the file if an exit is inside a
+            function, where the file has no name for it.
+        folder: The bundle's folder; stores that model meanwhile.
+        opened: Whether to make fixed row axes that the user gives dynamic.
         optimised: As for `edgeexit.export.evaluate.open_graph`.
     """
     whole = onnx.load(file.path, load_external_data=False)
@@ -99,17 +99,17 @@ def _rows_first(made: NDArray, axis: int | None) -> NDArray:
 def file_answers(
     file: OnnxFile, model: ir.Model, folder: Path, rows: Rows, opened: Mapping[str, int]
 ) -> Arrays:
-    """What the file gives at every exit as ONNX Runtime runs it when nobody says otherwise.
+    """The file's outputs at every exit, with the default settings of ONNX Runtime.
 
-    That is what the bundle's samples hold. Fused operators round in another way than single ones,
-    some files' much: what a device computes is compared with what it would compute of the file.
+    They become the bundle's samples. Fused operators round differently from single ones, in some
+    files by much; a device's results are compared with what it would compute from the file.
 
     Args:
-        rows: With inputs, and the answers of the file unfused.
-        opened: Input whose fixed row axis was opened -> how many rows the file takes at a time.
+        rows: Inputs, and the file's outputs for them without fusion.
+        opened: Input whose fixed row axis was made dynamic -> rows that the file takes at a time.
 
     Raises:
-        ExportError: The opened file gives others: it is made for that number of rows.
+        ExportError: The file gives different outputs for another number of rows.
     """
     run = open_file(file, model, folder, opened=False, optimised=True)
     if not opened:
@@ -122,18 +122,18 @@ def file_answers(
             part[name] = np.take(part[name], range(start, start + size), file_axis(file, name))
         parts.append(run(part))
     exits = {name: np.concatenate([part[name] for part in parts]) for name in rows.exits}
-    for name, found in rows.exits.items():
-        if not close(found, exits[name], 10 * TOLERANCES["float32"]):
+    for name, unfused in rows.exits.items():
+        if not close(unfused, exits[name], 10 * TOLERANCES["float32"]):
             raise ExportError(
-                f"{file.path.name}: exit {name} gives other answers for {rows.count} rows at once "
-                f"than for {size} at a time; the graph is made for {size}",
+                f"{file.path.name}: exit {name} gives different outputs for {rows.count} rows at "
+                f"once than for {size} at a time; the graph only works for {size}",
                 fix="Leave --rows out, or export the model again with a dynamic batch.",
             )
     return exits
 
 
 def file_axis(file: OnnxFile, name: str) -> int:
-    """The row axis that the user tells for an input, by its name in the graph."""
+    """The row axis that the user gives for an input, by its name in the graph."""
     return next(axis for old, axis in file.told.items() if file.inputs.get(old) == name)
 
 

@@ -1,4 +1,4 @@
-"""Inputs to run an ONNX file with: the user's, or made up to suit what the graph does with them."""
+"""Inputs to run an ONNX file with: the user's, or random ones that fit the graph's use of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.read_onnx import DTYPES
 
 MOST_ROWS = 16
-"""Rows of a user's samples that are used; a few are enough for a reference."""
+"""Rows used of the user's samples; a few are enough for a reference."""
 _SAME_VALUES = frozenset(
     {"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand"}
 )
 _TABLES = {"EmbedLayerNormalization": {0: 2, 1: 4}}
-"""Operators of other domains that look ids up: input of ids -> input of the table."""
+"""Lookup operators of other domains: input of ids -> input of the table."""
 
 
 def sample_inputs(
@@ -26,12 +26,12 @@ def sample_inputs(
     samples: Mapping[str, NDArray] | None,
     names: Mapping[str, str],
 ) -> dict[str, NDArray]:
-    """Inputs to run a graph with.
+    """Returns inputs to run a graph with.
 
     Args:
         graph: A normalised graph.
-        rows: Axes that are thought to count rows -> how many to make up.
-        samples: The user's inputs; None: inputs are made up.
+        rows: Axes that may count rows -> number of rows to generate.
+        samples: The user's inputs; None: inputs are generated.
         names: Name of an input in the user's file -> its name in the graph.
     """
     if samples is not None:
@@ -41,15 +41,15 @@ def sample_inputs(
     for value in graph.inputs:
         for size in value.shape or ():
             if isinstance(size, ir.SymbolicDim) and size.value and size.value not in sizes:
-                # Images shrink by strides, so their sides start large; no two sizes are equal.
+                # Strides shrink images, so their sides start large; all sizes differ.
                 step = 32 if len(value.shape or ()) >= 4 else 1
                 start = 64 if step == 32 else 6
                 sizes[size.value] = start + step * len(sizes)
-    found = {}
+    inputs = {}
     for value in graph.inputs:
         shape = [d if isinstance(d, int) else sizes[d.value or ""] for d in value.shape or ()]
-        found[value.name or ""] = _made_up(value, shape, seed)
-    return found
+        inputs[value.name or ""] = _made_up(value, shape, seed)
+    return inputs
 
 
 def _given_inputs(
@@ -66,7 +66,7 @@ def _given_inputs(
         kind = "is missing" if name in wanted else "is not an input"
         raise UsageError(f"samples: {name} {kind}", fix=f"The model takes {', '.join(wanted)}.")
     sizes: dict[str, int] = {}
-    found = {}
+    inputs = {}
     for value in graph.inputs:
         name, array = value.name or "", given[value.name or ""]
         expected = DTYPES.get(value.dtype) if value.dtype is not None else None
@@ -85,16 +85,16 @@ def _given_inputs(
         for axis, dim in enumerate(dims):
             if dim in rows:
                 array = np.take(array, range(min(MOST_ROWS, array.shape[axis])), axis)
-        found[name] = array
-    return found
+        inputs[name] = array
+    return inputs
 
 
 def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> NDArray:
     kind = DTYPES.get(value.dtype) if value.dtype is not None else None
     if kind is None or kind == "bfloat16":
         raise ExportError(
-            f"input {value.name} has a type for which no values can be made up ({value.dtype})",
-            fix="Put the conversion outside the model: engines take numbers.",
+            f"input {value.name}: sample values cannot be generated for the type {value.dtype}",
+            fix="Convert the input to numbers outside the model.",
         )
     dtype = np.dtype(kind)
     bound = _bound(value)
@@ -102,12 +102,12 @@ def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> ND
         return seed.integers(0, bound, shape).astype(dtype)
     is_mask = dtype.kind == "b" or "mask" in (value.name or "").lower()
     if dtype.kind in "iu" and not is_mask and len(shape) >= 2:
-        # Codes of some kind: the same one everywhere would hide what a model does with them.
+        # Probably codes: different ones, because the effect of a constant would not show.
         codes = seed.integers(0, 2, shape).astype(dtype)
         codes[..., 0] = 1
         return codes
     if dtype.kind in "biu" or is_mask:
-        # A mask, most likely: ones, with padding behind every row but the first.
+        # Probably a mask: ones, with padding at the end of every row but the first.
         ones = np.ones(shape, dtype)
         if len(shape) >= 2 and shape[-1] > 2:
             for row in range(1, shape[0]):
@@ -117,8 +117,8 @@ def _made_up(value: ir.Value, shape: list[int], seed: np.random.Generator) -> ND
 
 
 def _bound(value: ir.Value) -> int | None:
-    """Entries of the smallest table that an input of ids is looked up in, or how many ids a one-hot
-    code tells apart; None if nothing says so."""
+    """Number of valid ids of an input: the size of the smallest table that it indexes, or of its
+    one-hot code; None if neither is found."""
     bounds = []
     stack, seen = [value], {value}
     while stack:
@@ -141,7 +141,7 @@ def _bound(value: ir.Value) -> int | None:
 
 
 def _codes(value: ir.Value | None, *, one_hot: bool) -> list[int]:
-    """The bound that a constant gives: a depth, or all the ids that something is compared with."""
+    """The bound that a constant sets: a one-hot depth, or the largest id of a comparison."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in _SAME_VALUES:
             break

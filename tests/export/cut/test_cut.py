@@ -605,10 +605,10 @@ RANDOM = STRAIGHT.replace("r1 = Relu(h1)", "noise = RandomNormalLike(h1)\n    r1
         (STRAIGHT, [], UsageError, ["no early exit"]),
         (STRAIGHT, ["a", "", "c"], UsageError, ["''"]),
         (STRAIGHT, ["b", "a", "c"], ExportError, ["not ordered", "--exits a,b,c"]),
-        (STRAIGHT, ["a", "c", "b"], ExportError, ["exit c lies deeper than the last one, b"]),
+        (STRAIGHT, ["a", "c", "b"], ExportError, ["exit c is deeper than the last one, b"]),
         (SIDE_BRANCH, EXITS, ExportError, ["a and b", "not ordered"]),
-        (SAME_PLACE, EXITS, ExportError, ["a and b", "the same place"]),
-        (NOTHING_SHARED, ["a", "c"], ExportError, ["exit a", "shares no computation"]),
+        (SAME_PLACE, EXITS, ExportError, ["a and b", "the same depth"]),
+        (NOTHING_SHARED, ["a", "c"], ExportError, ["exit a", "share no computation"]),
         (
             STRAIGHT.replace("N, 8", "2, 8"),
             EXITS,
@@ -674,7 +674,7 @@ def test_file_is_refused_when_it_is_missing_or_not_onnx(straight: Path, tmp_path
         ("folder.onnx", UsageError, "is a directory"),
         ("text.onnx", ExportError, "not an ONNX model"),
         ("empty.onnx", ExportError, "not an ONNX model"),
-        ("half.onnx", ExportError, "not an ONNX model, or only a part"),
+        ("half.onnx", ExportError, "not an ONNX model, or incomplete"),
     ):
         with pytest.raises(error, match=word) as caught:
             export_onnx(tmp_path / name, tmp_path / "bundle", exits=EXITS)
@@ -698,7 +698,7 @@ def test_file_is_refused_when_its_weights_are_missing_or_short(
     with pytest.raises(ExportError, match=r"model\.data, which has"):
         export_onnx(path, tmp_path / "bundle", exits=EXITS)
     data.unlink()
-    with pytest.raises(ExportError, match=r"model\.data, which is not there"):
+    with pytest.raises(ExportError, match=r"model\.data, which does not exist"):
         export_onnx(path, tmp_path / "bundle", exits=EXITS)
     assert os.listdir(tmp_path) == ["model.onnx"]
 

@@ -59,7 +59,7 @@ def test_links_are_followed_as_the_hubs_cache_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["parent", "absolute"])
 def test_weights_outside_of_the_folder_are_refused(tmp_path: Path, where: str) -> None:
     location = "../weights/w.data" if where == "parent" else str(tmp_path / "weights/w.data")
-    with pytest.raises(ExportError, match=r"outside of the file's folder.*Move the weights"):
+    with pytest.raises(ExportError, match=r"outside the file's folder.*Move the weights"):
         export_onnx(outside(tmp_path, location), tmp_path / "b", exits=["a", "b", "c"])
 
 
@@ -163,7 +163,7 @@ def test_probabilities_are_seen_and_scored_as_such(
     path = write(tmp_path / "m.onnx", SOFT)
     with caplog.at_level(logging.WARNING):
         bundle = export_onnx(path, tmp_path / "b", exits=["a", "b", "c"])
-    assert "a Softmax makes what the exits give" in caplog.text
+    assert "the exits give probabilities (output of a Softmax)" in caplog.text
     expected = answers_of(path, ["a", "b", "c"], FEEDS)
     with load(bundle, all_scores=True) as model:
         trace = model.trace(FEEDS)
@@ -198,7 +198,7 @@ def test_the_user_says_what_exits_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        (SOFT.replace("a = Softmax(za)", "a = Sigmoid(za)"), "exit a comes out of a Sigmoid"),
+        (SOFT.replace("a = Softmax(za)", "a = Sigmoid(za)"), "exit a is the output of a Sigmoid"),
         (SOFT.replace("a = Softmax(za)", "a = Relu(za)"), "exit b gives probabilities"),
     ],
 )
