@@ -1,2 +1,2 @@
-"""Exits attached to a model, as one torch module for training and export: those of a
-`classifier`, those of a `decoder`, and how checkpoints hold both (`saved`)."""
+"""Models with exits, as one torch module for training and export: a `classifier`, a `decoder`, an
+`encoder_decoder`; `saved` writes their exits into checkpoints."""

@@ -1,9 +1,9 @@
-"""A classifier with exits: any trunk of layers, a light head behind some of them.
+"""A classifier with exits: layers, with a light head behind some of them.
 
-A family's file describes its model as a `Trunk`: a stem, layers that map a state to the next, and
-the model's own head. `ExitClassifier` puts exit heads behind chosen layers, runs as one torch
-module for training (`forward` gives the logits of every exit), and offers the contract for export
-(`split_model`).
+A family's file describes its model as a `Trunk`: a stem, layers that map one state to the next, and
+the model's own head. `ExitClassifier` adds exit heads behind chosen layers. It is one torch module
+for training (`forward` gives the logits of every exit); `split_model` gives the contract for
+export.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from edgeexit.export.exits.saved import (
 
 @dataclass(frozen=True)
 class Trunk:
-    """What a family says of its model.
+    """A family's description of its model.
 
     Attributes:
-        inputs: What the model takes.
+        inputs: The model's inputs.
         stem: ``(*inputs) -> (state, *context)``.
         layers: Each ``(state, *context) -> state``; an exit can stand behind any of them.
         state_axes: Axes of the state behind the stem and behind each layer (``layers + 1``
             entries).
-        context: What every layer reads besides the state (a mask); made by the stem once.
-        pool: ``state -> [batch, features]``, what an exit head looks at.
+        context: What every layer reads besides the state (a mask); the stem computes it once.
+        pool: ``state -> [batch, features]``, the input of an exit head.
         widths: Features that `pool` gives behind each layer.
-        pre_norm: Whether states leave the layers unnormalised, so that exit heads need a norm.
+        pre_norm: Whether the layers' outputs are unnormalised, so that exit heads need a norm.
         head: The model's own head, ``state -> logits [batch, classes]``: the last exit.
         classes: Number of labels.
         example: ``example(rows)`` makes a realistic input.
@@ -64,22 +64,22 @@ class Trunk:
 
 
 class PlainLayer(nn.Module):
-    """A layer of transformers': older ones return a tuple, newer ones the state."""
+    """A layer of transformers, whose older versions return a tuple and newer ones the state."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, state: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
-        made = self.layer(state, *context)
-        return made[0] if isinstance(made, tuple) else made
+        output = self.layer(state, *context)
+        return output[0] if isinstance(output, tuple) else output
 
 
 class ExitHead(nn.Module):
-    """A light exit head: pool, LayerNorm where the trunk leaves states unnormalised, one Linear.
+    """A light exit head: pool, LayerNorm where states are unnormalised, one Linear.
 
-    A second dense layer (BERT's pooler) in every exit would be one more matrix of weights to
-    read at each exit, whether or not a row leaves there.
+    A second dense layer (BERT's pooler) would be one more matrix of weights to read at each exit,
+    whether or not a row stops there.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class ExitClassifier(nn.Module):
     Args:
         model: The transformers (or other) model that owns the weights.
         trunk: Its description; modules are shared with `model`, not copied.
-        exits: Layers (1 = behind the first) that get an exit head, the last one excepted: there the
-            model's own head answers.
+        exits: Layers (1 = behind the first) that get an exit head; the last layer has the model's
+            own head.
 
     Attributes:
         trained: Whether the exit heads' weights came from a checkpoint or from training.
@@ -148,19 +148,20 @@ class ExitClassifier(nn.Module):
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Writes the model as transformers does, and the exits beside it as safetensors.
+        """Writes the model as transformers does, and the exits as safetensors in the same folder.
 
         Args:
-            state_dict: Weights to write in place of this module's own, which in a training on
-                several devices may be spread over them.
+            state_dict: Weights to write instead of this module's own, which may be distributed over
+                several devices during training.
         """
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
-        own = None if state_dict is None else weights_of(state_dict, "heads.")
-        save_exits(folder, SavedExits(self.exit_layers), self.heads, own)
+        weights = None if state_dict is None else weights_of(state_dict, "heads.")
+        save_exits(folder, SavedExits(self.exit_layers), self.heads, weights)
 
     def split_model(self) -> SplitModel:
-        """The contract for export: a component per exit, from the boundary before it to its own."""
+        """The contract for export: one component per exit, with the layers since the exit before
+        it, and the unsplit model."""
         trunk = self.trunk
         borders = [0, *self.exit_layers, self.depth]
         logits = Tensor(name="logits", dtype="float32", axes=["batch", trunk.classes])
@@ -220,7 +221,7 @@ class ExitClassifier(nn.Module):
 
 
 class _Layers(nn.Module):
-    """Stem (or not), some layers, a head: a segment, or the whole model without exits."""
+    """A segment (stem if it is the first, layers, head), or the whole model without exits."""
 
     def __init__(
         self,

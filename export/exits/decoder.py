@@ -1,14 +1,14 @@
-"""A causal language model with exits: a trunk of decoder layers, one head that all exits share,
-and for some exits an adapter before it.
+"""A causal language model with exits: decoder layers, one head that all exits share, and adapters
+for some exits.
 
 A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
-state, what each layer does before and after attention, and the head. Attention itself, its states
-and its masks belong to nobody's layer: training uses torch's own (`ExitDecoder`), export chooses a
+state, what each layer does before and after attention, and the head. Attention, its states and its
+masks are not part of the layers: training uses torch's attention (`ExitDecoder`), export chooses a
 form for the engine (`edgeexit.export.trace.attention`).
 
-An adapter is layers like the trunk's that one exit has for itself. The shared head was made for
-states of the last layer; an adapter brings those of an early one closer to it, for the price of a
-layer (Kangaroo, arXiv:2404.18911, drafts with one).
+An adapter is one or more layers between an exit's state and the head. The shared head expects
+states of the last layer; an adapter makes an early state more similar to them, at the cost of its
+layers (Kangaroo, arXiv:2404.18911, drafts with such an adapter).
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
 @dataclass(frozen=True)
 class DecoderTrunk:
-    """What a family says of its model.
+    """A family's description of its model.
 
     Attributes:
-        embedding: ``[vocabulary, embedded]``; a token's row of it is what the first segment gets.
+        embedding: ``[vocabulary, embedded]``; the first segment takes the rows of its tokens.
         stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``; None where the
             embedding is the first state.
         layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
             rotated, and ``after(state, attended) -> state``.
         head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
         width: Size of a state.
-        positions: The most positions that the model was made for; None: any number.
-        capacity: Tokens that a text can have where nobody asks for another number; None:
-            `positions`. One of the two is given.
+        positions: The most positions that the model supports; None: any number.
+        capacity: Default limit of a text, in tokens; None: `positions`. One of the two must be
+            given.
         float32: Modules that stay in float32 (`edgeexit.export.contract.SplitModel`).
         stop_tokens: Token ids that end a text.
     """
@@ -81,15 +81,15 @@ class DecoderTrunk:
 
 
 class ExitDecoder(nn.Module):
-    """A causal language model with exits behind some layers, all answering with the shared head.
+    """A causal language model with exits behind some layers; all exits share the head.
 
     Args:
         model: The transformers model that owns the weights.
         trunk: Its description; modules are shared with `model`, not copied.
-        exits: Layers (1 = behind the first) with an exit; the last layer always answers.
-        adapters: Those of these layers whose exit has an adapter, of one layer or, as a mapping, of
-            so many. A new adapter is a copy of the model's last layers, as EE-Tuning
-            (arXiv:2402.00518) starts: of use once it is trained.
+        exits: Layers (1 = behind the first) with an exit; the last layer always has one.
+        adapters: Exit layers with an adapter of one layer; as a mapping: exit layer -> number of
+            adapter layers. A new adapter is a copy of the model's last layers (EE-Tuning,
+            arXiv:2402.00518, starts so too); it must be trained.
 
     Attributes:
         adapters: Exit name -> its adapter's layers.
@@ -105,13 +105,13 @@ class ExitDecoder(nn.Module):
         super().__init__()
         self.model = model
         self.trunk = trunk
-        # No modules of this one: their weights are in the model, and would be saved twice.
+        # Not registered as submodules: their weights are in the model and would be saved twice.
         self.layers = list(trunk.layers)
         self.depth = len(trunk.layers)
         self.exit_layers = check_layers(exits, self.depth)
         self.adapters = nn.ModuleDict()
         for layer, count in check_adapters(adapters, self.exit_layers, self.depth).items():
-            copies = [copy.deepcopy(one) for one in trunk.layers[self.depth - count :]]
+            copies = [copy.deepcopy(last) for last in trunk.layers[self.depth - count :]]
             self.adapters[f"exit_{layer}"] = nn.ModuleList(copies)
         self.name = type(model).__name__
         self.tokenizer_folder: Path | None = None
@@ -120,7 +120,7 @@ class ExitDecoder(nn.Module):
         self._layer = self._through_layer
         self._head = trunk.head.__call__
         self._heads = trunk.heads
-        # Where the embedding is held: FSDP puts other parameters in the place of a module's own.
+        # The module and attribute of the embedding: FSDP replaces a module's parameters.
         self._embedding = next(
             (
                 (module, name)
@@ -132,17 +132,17 @@ class ExitDecoder(nn.Module):
         )
 
     def compile(self, **options: Any) -> None:
-        """Compiles one layer and the head rather than the whole pass (`torch.compile` with these
-        options): all layers share that code, whichever exits are asked for and layers dropped."""
+        """Compiles one layer and the head (`torch.compile` with these options) instead of the whole
+        pass: all layers share that code, with any choice of exits and dropped layers."""
         self._layer = torch.compile(self._through_layer, **options)
         self._head = torch.compile(self.trunk.head, **options)
 
     @property
     def adapter_sizes(self) -> dict[int, int]:
-        """Exits with an adapter: layer -> how many layers it has."""
+        """Exits with an adapter: exit layer -> number of adapter layers."""
         return {
-            int(name.removeprefix("exit_")): len(cast("nn.ModuleList", own))
-            for name, own in self.adapters.items()
+            int(name.removeprefix("exit_")): len(cast("nn.ModuleList", adapter))
+            for name, adapter in self.adapters.items()
         }
 
     def forward(
@@ -153,13 +153,13 @@ class ExitDecoder(nn.Module):
         skipped: Sequence[int] = (),
         source: Sequence[torch.Tensor] = (),
     ) -> dict[int, torch.Tensor]:
-        """Logits of exits over whole sequences, for training and as a reference.
+        """Logits of exits for whole sequences, for training and as a reference.
 
         Args:
             input_ids: ``[batch, seq]``, no padding.
-            exits: Layers whose logits to give; None: all exits and the last layer.
+            exits: Layers whose logits to return; None: all exits and the last layer.
             skipped: Layers (1 = the first) left out of this pass (layer dropout).
-            source: What layers read besides, of an encoder
+            source: The encoder's output, if there is one
                 (`edgeexit.export.exits.encoder_decoder.ExitEncoderDecoder.encode`).
 
         Returns:
@@ -173,17 +173,17 @@ class ExitDecoder(nn.Module):
         embedding = self.trunk.embedding if held is None else getattr(*held)
         embedded = functional.embedding(input_ids, embedding)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
-        found = {}
+        logits = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
             if number not in skipped:
                 state = self._layer(layer, state, positions, *source)
             if number in wanted:
-                seen = state
-                for own in self._adapter(number):
-                    seen = self._layer(own, seen, positions, *source)
-                flat = self._head(seen.reshape(-1, self.trunk.width))
-                found[number] = flat.unflatten(0, input_ids.shape)
-        return found
+                adapted = state
+                for adapter_layer in self._adapter(number):
+                    adapted = self._layer(adapter_layer, adapted, positions, *source)
+                flat = self._head(adapted.reshape(-1, self.trunk.width))
+                logits[number] = flat.unflatten(0, input_ids.shape)
+        return logits
 
     def _through_layer(
         self,
@@ -196,28 +196,29 @@ class ExitDecoder(nn.Module):
         return layer.after(state, causal_attention(q, k, v, self._heads, positions))
 
     def _adapter(self, layer: int) -> list[CutLayer]:
-        """The adapter's layers of the exit behind a layer; none where it has no adapter."""
+        """Adapter layers of the exit behind a layer; empty if it has no adapter."""
         name = f"exit_{layer}"
         return list(_typed(self.adapters[name])) if name in self.adapters else []  # type: ignore[arg-type]
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Writes the model as transformers does, behind which layers it has exits, and the adapters
-        beside it as safetensors.
+        """Writes the model as transformers does; adds the list of exits, and the adapters as
+        safetensors.
 
         Args:
-            state_dict: Weights to write in place of this module's own, which in a training on
-                several devices may be spread over them.
+            state_dict: Weights to write instead of this module's own, which may be distributed over
+                several devices during training.
         """
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
-        own = None if state_dict is None else weights_of(state_dict, "adapters.")
-        save_exits(folder, SavedExits(self.exit_layers, self.adapter_sizes), self.adapters, own)
+        weights = None if state_dict is None else weights_of(state_dict, "adapters.")
+        exits = SavedExits(self.exit_layers, self.adapter_sizes)
+        save_exits(folder, exits, self.adapters, weights)
 
     def split_model(self) -> SplitModel:
-        """The contract for export: layers between exits with their states, adapters with theirs,
-        and the shared head.
+        """The contract for export: segments and adapters with their states, the shared head, and
+        the unsplit model.
 
         Raises:
             UsageError: There is no early exit.
@@ -280,7 +281,7 @@ class ExitDecoder(nn.Module):
     def _segments(
         self, embedded: Tensor, stacks: Stacks
     ) -> tuple[list[Component], list[Component], list[Exit]]:
-        """Layers between exits, adapters, and the exits."""
+        """Segments (the layers between exits), adapters, and the exits."""
         trunk = self.trunk
         also = self._also_read()
         segments: list[Component] = []
@@ -319,11 +320,11 @@ class ExitDecoder(nn.Module):
         return segments, adapters, exits
 
     def _also_read(self) -> tuple[Tensor, ...]:
-        """What layers take besides states and positions."""
+        """Inputs of layers besides states and positions."""
         return ()
 
     def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
-        """What layers from `start` to before `stop` keep, layer by layer."""
+        """States of the layers from `start` to before `stop`, layer by layer."""
         return _token_states(self.trunk.heads, _layer_names(start, stop))
 
     def _reference(self, inputs: Values) -> Values:
@@ -368,8 +369,8 @@ def _token_states(heads: Heads, layers: Sequence[str]) -> tuple[TokenState, ...]
 def check_adapters(
     given: Iterable[int] | Mapping[int, int], exits: Sequence[int], depth: int
 ) -> dict[int, int]:
-    """Exits with an adapter: layer -> its number of layers, from shallow to deep. Raises
-    `UsageError` for ones that cannot be."""
+    """Exits with an adapter: exit layer -> number of adapter layers, from shallow to deep. Raises
+    `UsageError` for invalid ones."""
     sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
     for layer, count in sizes.items():
         if layer not in exits:
@@ -380,8 +381,9 @@ def check_adapters(
             )
         if not isinstance(count, int) or not 1 <= count <= depth:
             raise UsageError(
-                f"adapters: {count!r} layers cannot be had for the exit behind layer {layer}",
-                fix=f"Give a number from 1 to {depth}; 1 is the usual one.",
+                f"adapters: {count!r} layers for the exit behind layer {layer} are out of range "
+                f"(1 to {depth})",
+                fix="Give 1, the usual number, or more.",
             )
     return {layer: sizes[layer] for layer in exits if layer in sizes}
 

@@ -1,13 +1,11 @@
 """An encoder-decoder that writes text, with exits in both.
 
-Its decoder is one of `edgeexit.export.exits.decoder` whose layers also read what the encoder made
-of the source.
+The decoder is that of `edgeexit.export.exits.decoder`; its layers also read the encoder's output.
 
-An exit of the encoder has no module: the state that stands there is handed to the decoder as it
-is. Its score says how little the last layer changed it (`saturation`; MuE, CVPR 2023, which has one
-decision for all rows: here each row has its own, and padding does not count). Keys and values of
-the decoder's cross attention are made of that state once per prompt, by one component for each
-segment of the decoder.
+An exit of the encoder has no module: it passes its state to the decoder as it is. Its score,
+`saturation`, is high if the last layer changed the state little (MuE, CVPR 2023, which decides for
+all rows together; here each row has its own score, without padding). One component for each segment
+of the decoder computes the keys and values of cross attention from that state, once per prompt.
 """
 
 from __future__ import annotations
@@ -50,18 +48,18 @@ EXAMPLE_TOKENS = 12
 
 @dataclass(frozen=True)
 class EncoderTrunk:
-    """What a family says of its encoder.
+    """A family's description of its encoder.
 
     Attributes:
-        embedding: ``[vocabulary, width]``; a token's row of it is what the stem gets.
-        stem: ``embedded [batch, source, width] -> state``, alike.
+        embedding: ``[vocabulary, width]``; the stem takes the rows of its tokens.
+        stem: ``embedded [batch, source, width] -> state`` of the same shape.
         layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding.
-        positions: The longest source; None: of any length.
-        start_tokens: What a decoder's text begins with.
-        pad_token: Token id that fills short sources.
-        bias: What is added to scores by distance; each layer gets it as a third argument,
+        positions: The longest source, in tokens; None: any length.
+        start_tokens: Token ids that a decoder's text begins with.
+        pad_token: Token id that pads short sources.
+        bias: Added to attention scores by distance; each layer gets it as a third argument,
             ``[heads, source, source]``.
-        norm: What a state passes before the decoder reads it, that of an exit as the last one's.
+        norm: Applied to a state before the decoder reads it, also to the state of an exit.
     """
 
     embedding: torch.Tensor
@@ -86,7 +84,7 @@ class ExitEncoderDecoder(ExitDecoder):
         encoder_exits: Those of the encoder.
 
     Attributes:
-        preprocessing, preprocessing_sample: How a text becomes ids, and a sample of it.
+        preprocessing, preprocessing_sample: How a text becomes token ids, and a sample.
     """
 
     def __init__(
@@ -108,11 +106,11 @@ class ExitEncoderDecoder(ExitDecoder):
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, layers: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the decoder reads of a source: `forward` takes it as `source`.
+        """The encoder's output, which `forward` takes as `source`.
 
         Args:
-            input_ids, attention_mask: ``[batch, source]``; ones and zeros (padding).
-            layers: After how many layers the state is handed over; None: all.
+            input_ids, attention_mask: ``[batch, source]``; the mask is 0 at padding, else 1.
+            layers: Number of layers to run; None: all.
         """
         encoder, read = self.encoder, attention_mask.bool()
         state = encoder.stem(functional.embedding(input_ids, encoder.embedding))
@@ -124,16 +122,16 @@ class ExitEncoderDecoder(ExitDecoder):
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Writes the model as transformers does, and behind which layers it has exits; the weights
-        are those of `state_dict` where it is given."""
+        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
+        and adds the list of exits."""
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
         exits = SavedExits(self.exit_layers, encoder=self.encoder_exit_layers)
         save_exits(folder, exits, self.adapters)
 
     def split_model(self) -> SplitModel:
-        """The contract for export: the encoder in segments and unsplit, what makes cross keys and
-        values, and the decoder as any other.
+        """The contract for export: the encoder in segments and unsplit, the components that compute
+        cross keys and values, and the decoder's (`ExitDecoder.split_model`).
 
         Raises:
             UsageError: The decoder has no early exit.
@@ -196,7 +194,7 @@ class ExitEncoderDecoder(ExitDecoder):
         return Tensor(name="source", dtype="float32", axes=["batch", "source", width])
 
     def _makers(self) -> Iterator[Component]:
-        """What makes the cross keys and values of each segment of the decoder."""
+        """Components that compute the cross keys and values, one for each decoder segment."""
         for number, (start, stop) in enumerate(itertools.pairwise(self._borders)):
             made = [
                 state.tensor
@@ -229,12 +227,12 @@ class ExitEncoderDecoder(ExitDecoder):
         return (SOURCE_MASK,)
 
     def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
-        found: list[TokenState | PromptState] = []
+        states: list[TokenState | PromptState] = []
         for layer in range(start, stop):
             segment = sum(border <= layer for border in self._borders[1:])
-            found += super()._held(layer, layer + 1)
-            found += self._cross_states(layer + 1, segment)
-        return tuple(found)
+            states += super()._held(layer, layer + 1)
+            states += self._cross_states(layer + 1, segment)
+        return tuple(states)
 
     def _through_layer(
         self,
@@ -264,8 +262,8 @@ class ExitEncoderDecoder(ExitDecoder):
 
     def _reference(self, inputs: Values) -> Values:
         source = self.encode(inputs[SOURCE_IDS.name], inputs[SOURCE_MASK.name])
-        found = self(inputs["tokens"], source=source)
-        return {f"exit_{layer}": logits for layer, logits in found.items()}
+        by_layer = self(inputs["tokens"], source=source)
+        return {f"exit_{layer}": logits for layer, logits in by_layer.items()}
 
 
 ENCODED = "encoder_state"
@@ -276,13 +274,17 @@ def _maker(segment: int) -> str:
 
 
 def unread_of(read: torch.Tensor) -> torch.Tensor:
-    """What attention does not see of a source: ``[batch, source]`` to ``[batch, 1, 1, source]``."""
+    """The mask of source tokens that attention ignores, ``[batch, 1, 1, source]`` bool.
+
+    Args:
+        read: ``[batch, source]``, 0 at padding.
+    """
     return ~read.bool()[:, None, None]
 
 
 def saturation(before: torch.Tensor, after: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """How alike the states are that come into a layer and leave it: the cosine of the two, all
-    tokens of a row in one vector, without padding (MuE, CVPR 2023).
+    """Cosine similarity of a layer's input and output, with all tokens of a row as one vector and
+    without padding (MuE, CVPR 2023).
 
     Args:
         before, after: ``[batch, source, width]``.
@@ -297,7 +299,7 @@ def saturation(before: torch.Tensor, after: torch.Tensor, read: torch.Tensor) ->
 
 
 class _Segment(nn.Module):
-    """Layers of the encoder, and how little the last of them changes."""
+    """Layers of the encoder, and the `saturation` of the last one."""
 
     def __init__(
         self, encoder: EncoderTrunk, start: int, stop: int, *, scored: bool = True
@@ -318,7 +320,7 @@ class _Segment(nn.Module):
 
 
 def _biases(bias: RelativeBias | None, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the encoder's layers get besides: nothing, or biases ``[heads, source, source]``."""
+    """Further arguments of the encoder's layers: none, or biases ``[heads, source, source]``."""
     if bias is None:
         return ()
     places = torch.arange(state.shape[1], device=state.device)
