@@ -1,7 +1,7 @@
-"""Architecture families: one short file each, which says what a model's stem, layers and head are.
+"""Architecture families: one short file each, which describes a model's stem, layers and head.
 
-To add one, write a function ``trunk(model) -> Trunk`` in a new file (for images ``trunk(model,
+To add a family, write a function ``trunk(model) -> Trunk`` in a new file (for images ``trunk(model,
 size)``, with the height and width that preprocessing gives) and list its model type in
-`edgeexit.export.pretrained.FAMILIES`; `bert` and `vit` are the examples to follow. For a language
-model the function is ``trunk(model) -> DecoderTrunk``, the list `DECODERS` and the example `opt`.
+`edgeexit.export.pretrained.FAMILIES`; follow `bert` or `vit`. For a language model write
+``trunk(model) -> DecoderTrunk`` and list it in `DECODERS`; follow `opt`.
 """

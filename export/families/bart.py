@@ -1,4 +1,4 @@
-"""BART for conditional generation: learned positions, LayerNorm behind every part, an encoder."""
+"""BART for conditional generation: encoder and decoder, learned positions, post-norm layers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from edgeexit.export.trace.attention import Heads, read_source, split_heads
 
 def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTrunk]:
     """Describes a BART model: its encoder and its decoder."""
-    config, own = model.config, model.model
+    config, base = model.config, model.model
     size = config.d_model // config.encoder_attention_heads
-    words = own.encoder.embed_tokens
+    words = base.encoder.embed_tokens
     encoder = EncoderTrunk(
         embedding=words.weight * words.embed_scale,
-        stem=_Source(own.encoder),
-        layers=[_EncoderLayer(layer, size) for layer in own.encoder.layers],
+        stem=_Source(base.encoder),
+        layers=[_EncoderLayer(layer, size) for layer in base.encoder.layers],
         positions=config.max_position_embeddings,
         start_tokens=start_tokens(model),
         pad_token=config.pad_token_id or 0,
     )
-    words = own.decoder.embed_tokens
+    words = base.decoder.embed_tokens
     heads = config.decoder_attention_heads
     decoder = DecoderTrunk(
         embedding=words.weight * words.embed_scale,
-        stem=_Stem(own.decoder),
-        layers=[_Layer(layer) for layer in own.decoder.layers],
+        stem=_Stem(base.decoder),
+        layers=[_Layer(layer) for layer in base.decoder.layers],
         head=_Head(model),
         heads=Heads(queries=heads, keys=heads, size=config.d_model // heads),
         width=config.d_model,
@@ -42,14 +42,15 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
 
 
 def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
-    """What a text begins with: the decoder's start, and a first token where one is forced."""
+    """Token ids that a text begins with: the start token, and a forced first token if there is
+    one."""
     generation, config = model.generation_config, model.config
     start = generation.decoder_start_token_id
     start = config.decoder_start_token_id if start is None else start
     start = config.bos_token_id if start is None else start
     if start is None:
         raise ExportError(
-            "the model does not say what a text begins with",
+            "the model has no start token for the decoder's text",
             fix="Set decoder_start_token_id in its config.json.",
         )
     forced = generation.forced_bos_token_id
@@ -57,7 +58,7 @@ def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
 
 
 class _Places(nn.Module):
-    """Adds the position's own embedding, whose table starts two rows late, and normalises."""
+    """Adds position embeddings, whose table has an offset of two rows, and normalises."""
 
     def __init__(self, half: nn.Module) -> None:
         super().__init__()
@@ -66,16 +67,16 @@ class _Places(nn.Module):
         self.norm = half.layernorm_embedding
 
     def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        own = nn.functional.embedding(positions + self.offset, self.table)  # type: ignore[arg-type]
-        return self.norm(embedded + own)  # type: ignore[operator]
+        places = nn.functional.embedding(positions + self.offset, self.table)  # type: ignore[arg-type]
+        return self.norm(embedded + places)  # type: ignore[operator]
 
 
 class _Stem(_Places):
-    """A token's embedding, which comes scaled, to the decoder's first state."""
+    """Maps a token's scaled embedding to the decoder's first state."""
 
 
 class _Source(_Places):
-    """A source's embeddings, which come scaled, to the encoder's first state."""
+    """Maps a source's scaled embeddings to the encoder's first state."""
 
     def forward(self, embedded: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         positions = torch.arange(embedded.shape[1], device=embedded.device)
@@ -83,7 +84,7 @@ class _Source(_Places):
 
 
 class _EncoderLayer(nn.Module):
-    """A layer that sees all of the source but its padding."""
+    """An encoder layer, which attends to the whole source without its padding."""
 
     def __init__(self, layer: nn.Module, size: int) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class _EncoderLayer(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A decoder layer, cut open around both of its attentions."""
+    """A decoder layer, split around self-attention and cross-attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -130,12 +131,12 @@ class _Layer(nn.Module):
 
 
 def _feed_forward(layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
-    made = layer.fc2(layer.activation_fn(layer.fc1(state)))  # type: ignore[operator]
-    return layer.final_layer_norm(state + made)  # type: ignore[operator]
+    update = layer.fc2(layer.activation_fn(layer.fc1(state)))  # type: ignore[operator]
+    return layer.final_layer_norm(state + update)  # type: ignore[operator]
 
 
 class _Head(nn.Module):
-    """Vocabulary projection and the bias beside it."""
+    """Vocabulary projection and its bias."""
 
     def __init__(self, model: BartForConditionalGeneration) -> None:
         super().__init__()

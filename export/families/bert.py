@@ -1,4 +1,4 @@
-"""BERT and RoBERTa classifiers: post-norm layers, an additive mask, the first token's state."""
+"""BERT and RoBERTa classifiers: post-norm layers, an additive mask, pooling of the first token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeexit.export.families.text import AdditiveMask, first_token, text_exampl
 
 
 def trunk(model: BertForSequenceClassification | RobertaForSequenceClassification) -> Trunk:
-    """Describes a BERT or RoBERTa classifier; both have the same parts under other names."""
+    """Describes a BERT or RoBERTa classifier; both have the same parts with different names."""
     config = model.config
     base = getattr(model, model.base_model_prefix)
     offset = 0 if base.__class__.__name__.startswith("Bert") else config.pad_token_id + 1
@@ -38,10 +38,10 @@ def trunk(model: BertForSequenceClassification | RobertaForSequenceClassificatio
 
 
 class _Stem(nn.Module):
-    """Token ids to embeddings, attention mask to what is added to attention logits.
+    """Maps token ids to embeddings, and the attention mask to an additive mask.
 
-    RoBERTa counts positions from `padding offset` over the tokens that are not padding; here
-    positions follow the mask, which is the same for padding on the right.
+    RoBERTa counts the positions of tokens that are not padding, starting at `offset`. Here
+    positions follow the mask, which gives the same numbers if padding is on the right.
     """
 
     def __init__(self, embeddings: nn.Module, offset: int | None) -> None:
@@ -69,7 +69,7 @@ class _Stem(nn.Module):
 
 
 class _Head(nn.Module):
-    """BERT: pooler and classifier. RoBERTa: its classification head, which pools by itself."""
+    """BERT: pooler and classifier. RoBERTa: its classification head, which includes pooling."""
 
     def __init__(
         self, pooler: nn.Module | None, classifier: nn.Module, dropout: nn.Module | None

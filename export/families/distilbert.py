@@ -1,4 +1,4 @@
-"""DistilBERT classifiers: post-norm layers as BERT's, no token types, two dense layers on top."""
+"""DistilBERT classifiers: post-norm layers like BERT's, no token types, two dense layers on top."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trunk(model: DistilBertForSequenceClassification) -> Trunk:
     config, base = model.config, model.distilbert
     width = config.dim
     layers = base.transformer.layer
-    # transformers 4 asks its eager attention which tokens to keep, 5 for what to add to its logits.
+    # Eager attention takes a 0/1 mask in transformers 4 and an additive mask in transformers 5.
     additive = "attention_mask" in inspect.signature(layers[0].forward).parameters
     axes: list[Axis] = ["batch", 1, 1, "seq"] if additive else ["batch", "seq"]
     names = ["input_ids", "attention_mask"]
@@ -38,7 +38,7 @@ def trunk(model: DistilBertForSequenceClassification) -> Trunk:
 
 
 class _Stem(nn.Module):
-    """Token ids to embeddings, attention mask to the form the layers take."""
+    """Maps token ids to embeddings, and the attention mask to the form that the layers take."""
 
     def __init__(self, embeddings: nn.Module, mask: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Stem(nn.Module):
 
 
 class _Head(nn.Module):
-    """Dense, ReLU, classifier over the first token."""
+    """Dense layer, ReLU and classifier, applied to the first token."""
 
     def __init__(self, dense: nn.Module, dropout: nn.Module, classifier: nn.Module) -> None:
         super().__init__()

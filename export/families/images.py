@@ -1,4 +1,4 @@
-"""What image families share: sizes as configurations write them, a stem, an example input."""
+"""Shared code of the image families: image sizes of configurations, a stem, an example input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def image_size(size: int | Iterable[int]) -> list[int]:
 
 
 def image_example(shape: Sequence[int]) -> Callable[[int], dict[str, torch.Tensor]]:
-    """A maker of random images ``[rows, channels, height, width]``, normalised as models expect."""
+    """Returns a function that makes random images ``[rows, channels, height, width]``, normalised
+    as models expect."""
 
     def example(rows: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(rows)
@@ -24,7 +25,7 @@ def image_example(shape: Sequence[int]) -> Callable[[int], dict[str, torch.Tenso
 
 
 class PixelStem(nn.Module):
-    """Pixels to the first state: patch embeddings, a feature map."""
+    """Maps pixels to the first state: patch embeddings or a feature map."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()

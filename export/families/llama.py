@@ -1,5 +1,5 @@
-"""Llama and Qwen3 causal models: RMS norm before, rotary positions, a gated MLP; Qwen3 normalises
-queries and keys as well.
+"""Llama and Qwen3 causal models: pre-norm layers with RMS norm, rotary positions, a gated MLP.
+Qwen3 also normalises queries and keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from edgeexit.export.trace.attention import Heads
 
 
 def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
-    """Describes a Llama or Qwen3 model; both have the same parts under the same names."""
+    """Describes a Llama or Qwen3 model; both have the same parts with the same names."""
     config = model.config
     _refuse_what_is_not_covered(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -36,17 +36,17 @@ def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
 
 
 def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
-    """What ends a text: ``eos_token_id`` of the model's configuration, and of that for generation,
-    where the end of a turn is often found."""
-    found: list[int] = []
+    """Token ids that end a text: ``eos_token_id`` of the model's configuration and of its
+    generation configuration, which often has the end of a turn."""
+    tokens: list[int] = []
     for config in (model.config, model.generation_config):
         given = getattr(config, "eos_token_id", None)
-        found += [] if given is None else [given] if isinstance(given, int) else given
-    return tuple(dict.fromkeys(found))
+        tokens += [] if given is None else [given] if isinstance(given, int) else given
+    return tuple(dict.fromkeys(tokens))
 
 
 class _Layer(nn.Module):
-    """A decoder layer, cut open around its attention."""
+    """A decoder layer, split around its attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Head(nn.Module):
 def _tables(
     model: LlamaForCausalLM | Qwen3ForCausalLM, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[positions, size / 2]``, as transformers' own module computes them."""
+    """Cosines and sines ``[positions, size / 2]``, computed by transformers' own module."""
     positions = torch.arange(model.config.max_position_embeddings)[None]
     with torch.no_grad():
         cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
@@ -100,16 +100,17 @@ def _refuse_what_is_not_covered(config: object) -> None:
     kind = rope.get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ExportError(
-            f"the model's rotary positions are {kind}: they change with the length of the text",
-            fix="Use a model with fixed ones (default, linear, yarn, llama3).",
+            f"the model's rotary positions ({kind}) change with the length of the text",
+            fix="Use a model with fixed rotary positions (default, linear, yarn, llama3).",
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            "the model rotates only a part of each head", fix="Use a model that rotates all of it."
+            "the model rotates only a part of each head",
+            fix="Use a model that rotates whole heads.",
         )
     kinds = getattr(config, "layer_types", None) or []
     if "sliding_attention" in kinds:
         raise ExportError(
-            "the model has layers with sliding-window attention, whose caches forget",
+            "the model has layers with sliding-window attention, which is not supported",
             fix="Use a model with full attention in every layer.",
         )

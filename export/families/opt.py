@@ -1,4 +1,4 @@
-"""OPT causal models: learned positions, LayerNorm before or after, a plain MLP with biases."""
+"""OPT causal models: learned positions, pre-norm or post-norm layers, a plain MLP with biases."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trunk(model: OPTForCausalLM) -> DecoderTrunk:
 
 
 class _Stem(nn.Module):
-    """Adds the position's own embedding, whose table starts two rows late."""
+    """Adds position embeddings, whose table has an offset of two rows."""
 
     def __init__(self, project: nn.Module | None, positions: nn.Module) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class _Stem(nn.Module):
         self.offset = int(positions.offset)  # type: ignore[arg-type]
 
     def forward(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        own = nn.functional.embedding(positions + self.offset, self.table)  # type: ignore[arg-type]
-        return self.project(embedded) + own
+        places = nn.functional.embedding(positions + self.offset, self.table)  # type: ignore[arg-type]
+        return self.project(embedded) + places
 
 
 class _Layer(nn.Module):
-    """A decoder layer, cut open around its attention."""
+    """A decoder layer, split around its attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Layer(nn.Module):
 
 
 class _Head(nn.Module):
-    """Final norm where there is one, projection to the embedding's width, vocabulary projection."""
+    """Final norm and projection to the embedding's width (each optional), vocabulary projection."""
 
     def __init__(
         self, norm: nn.Module | None, project: nn.Module | None, projection: nn.Module

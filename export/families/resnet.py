@@ -1,8 +1,8 @@
 """ResNet image classifiers: residual blocks, global average pooling.
 
-An exit stands behind residual blocks, numbered from 1 through all stages: of ResNet-50's blocks
-(3, 4, 6, 3) the stages end behind blocks 3, 7, 13 and 16, so ``exits=[3, 7, 13]`` puts one behind
-each stage but the last. `stage_ends` gives those numbers for any model.
+Each residual block counts as a layer, numbered from 1 through all stages. ResNet-50 has stages of
+3, 4, 6 and 3 blocks, which end at blocks 3, 7, 13 and 16: ``exits=[3, 7, 13]`` puts an exit behind
+each stage except the last. `stage_ends` gives these numbers for any model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgeexit.export.exits.classifier import Trunk
 from edgeexit.export.families.images import PixelStem, image_example
 
 PIXELS = (224, 224)
-"""Height and width where a checkpoint says nothing: the weights would take any."""
+"""Height and width if the checkpoint gives none; the weights accept any size."""
 
 
 def trunk(model: ResNetForImageClassification, size: tuple[int, int] | None = None) -> Trunk:
@@ -41,7 +41,7 @@ def trunk(model: ResNetForImageClassification, size: tuple[int, int] | None = No
 
 
 def stage_ends(model: ResNetForImageClassification) -> list[int]:
-    """Number of the last block of every stage."""
+    """Numbers of the last block of each stage."""
     return list(accumulate(len(stage.layers) for stage in model.resnet.encoder.stages))
 
 
@@ -53,9 +53,9 @@ def global_average(state: torch.Tensor) -> torch.Tensor:
 def _state_sizes(
     model: ResNetForImageClassification, shape: Sequence[int]
 ) -> list[tuple[int, int, int]]:
-    """Channels, height and width behind the stem and every block, as one black image finds them."""
+    """Channels, height and width behind the stem and every block, found by a run."""
     training = model.training
-    model.eval()  # batch statistics are the model's, not the black image's
+    model.eval()  # the black image must not change batch statistics
     with torch.no_grad():
         states = [model.resnet.embedder(torch.zeros(1, *shape, dtype=model.dtype))]
         for block in _blocks(model):
@@ -69,7 +69,7 @@ def _blocks(model: ResNetForImageClassification) -> list[nn.Module]:
 
 
 class _Head(nn.Module):
-    """Global average, then the model's classifier (which flattens first)."""
+    """Global average, then the model's classifier (which flattens its input)."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()

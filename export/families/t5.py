@@ -1,6 +1,7 @@
-"""T5 and mT5 for conditional generation: relative positions, RMS norm before every part, an encoder
-whose last norm the decoder needs. Versions differ in the feed-forward part (plain or gated) and in
-the head (the embedding, with states scaled, or weights of its own).
+"""T5 and mT5 for conditional generation: an encoder and a decoder, relative positions, pre-norm
+layers with RMS norm. The decoder reads the encoder's state after the encoder's last norm. Versions
+differ in the feed-forward part (plain or gated) and in the head (the embedding with scaled states,
+or separate weights).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from edgeexit.export.trace.attention import Heads, read_source, split_heads
 from edgeexit.export.trace.relative_bias import RelativeBias
 
 CAPACITY = 512
-"""Tokens of a text where a configuration has no ``n_positions``, which bounds nothing either."""
+"""Default limit of a text, in tokens, if the configuration has no ``n_positions``; relative
+positions set no limit."""
 
 
 def trunk(
@@ -57,8 +59,7 @@ def trunk(
 
 
 def _bias(stack: nn.Module) -> RelativeBias:
-    """What a stack's first layer holds for all of them, with buckets as transformers computes
-    them."""
+    """The bias that a stack's first layer stores for all layers, with transformers' buckets."""
     attention = stack.block[0].layer[0].SelfAttention  # type: ignore[index,union-attr]
     farthest = attention.relative_attention_max_distance
     ahead = 0 if attention.is_decoder else farthest
@@ -72,12 +73,12 @@ def _bias(stack: nn.Module) -> RelativeBias:
 
 
 class _EncoderLayer(nn.Module):
-    """A layer that sees all of the source but its padding."""
+    """An encoder layer, which attends to the whole source without its padding."""
 
     def __init__(self, layer: nn.Module, size: int) -> None:
         super().__init__()
-        own, self.feed_forward = layer.layer  # type: ignore[misc]
-        self.attention = _Attention(own)
+        attention, self.feed_forward = layer.layer  # type: ignore[misc]
+        self.attention = _Attention(attention)
         self.size = size
 
     def forward(self, state: torch.Tensor, read: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -88,12 +89,12 @@ class _EncoderLayer(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A decoder layer, cut open around both of its attentions."""
+    """A decoder layer, split around self-attention and cross-attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        own, cross, self.feed_forward = layer.layer  # type: ignore[misc]
-        self.attention, self.cross_attention = _Attention(own), _Attention(cross)
+        attention, cross, self.feed_forward = layer.layer  # type: ignore[misc]
+        self.attention, self.cross_attention = _Attention(attention), _Attention(cross)
 
     def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.attention(state)
@@ -112,14 +113,14 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """The norm and the projections of an attention: without its biases, which only the first one
-    of a stack has, all layers are alike."""
+    """The norm and the projections of an attention. The bias is left out: only the first layer of a
+    stack has it, and without it all layers are alike."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        own = part.SelfAttention if hasattr(part, "SelfAttention") else part.EncDecAttention
+        inner = part.SelfAttention if hasattr(part, "SelfAttention") else part.EncDecAttention
         self.norm = part.layer_norm
-        self.query, self.key, self.value, self.output = own.q, own.k, own.v, own.o  # type: ignore[union-attr]
+        self.query, self.key, self.value, self.output = inner.q, inner.k, inner.v, inner.o  # type: ignore[union-attr]
 
     def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = self.norm(state)  # type: ignore[operator]
@@ -127,7 +128,7 @@ class _Attention(nn.Module):
 
 
 class _Head(nn.Module):
-    """Final norm and vocabulary projection, before which T5 1.0 scales states."""
+    """Final norm and vocabulary projection; T5 1.0 scales states between the two."""
 
     def __init__(self, model: T5ForConditionalGeneration | MT5ForConditionalGeneration) -> None:
         super().__init__()
@@ -141,8 +142,8 @@ class _Head(nn.Module):
 
 @torch.no_grad()
 def _scale_of(model: T5ForConditionalGeneration | MT5ForConditionalGeneration) -> float:
-    """What the model multiplies states by before the projection. One token is run to see it, for
-    versions of transformers say it in different settings of the configuration."""
+    """The factor of states before the projection. It is found by running one token, because
+    versions of transformers use different settings of the configuration."""
     token, source = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, model.config.d_model)
     state = model.decoder(input_ids=token, encoder_hidden_states=source).last_hidden_state
     logits = model(encoder_outputs=(source,), decoder_input_ids=token).logits

@@ -1,4 +1,4 @@
-"""What text families share: the additive mask, the pooled token, an example input."""
+"""Shared code of the text classifiers' families: masks, pooling of a token, an example input."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ EXAMPLE_TOKENS = 32
 
 
 class AdditiveMask(nn.Module):
-    """Ones (tokens) and zeros (padding) ``[batch, seq]`` to 0 and -max ``[batch, 1, 1, seq]``.
+    """Maps ones (tokens) and zeros (padding) ``[batch, seq]`` to 0 and -max ``[batch, 1, 1, seq]``.
 
-    Made once by the stem and carried: it has a row axis, so it is compacted like the state, and
-    four nodes fewer run in every later segment.
+    The stem computes the mask once and segments pass it on, which saves four nodes in every later
+    segment. It has a row axis, so rows that exit are removed from it as from the state.
     """
 
     def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -23,9 +23,9 @@ class AdditiveMask(nn.Module):
 
 
 class KeptMask(nn.Module):
-    """Ones (tokens) and zeros (padding) ``[batch, seq]``, as the state's type.
+    """Casts ones (tokens) and zeros (padding) ``[batch, seq]`` to the state's type.
 
-    For layers that see to padding themselves.
+    For layers that take such a mask.
     """
 
     def forward(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,13 +40,14 @@ def first_token(state: torch.Tensor) -> torch.Tensor:
 def text_example(
     names: Sequence[str], vocabulary: int, pad_id: int
 ) -> Callable[[int], dict[str, torch.Tensor]]:
-    """A maker of random token ids with padding on the right: every row has another length."""
+    """Returns a function that makes random token ids; rows differ in length, with padding on the
+    right."""
 
     def example(rows: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(rows)
         shape = (rows, EXAMPLE_TOKENS)
         ids = torch.randint(0, vocabulary, shape, generator=generator)
-        # Padding among the tokens is nothing a tokenizer makes, and RoBERTa counts positions by it.
+        # No tokenizer puts padding among the tokens, and RoBERTa's positions depend on it.
         ids = torch.where(ids == pad_id, (pad_id + 1) % vocabulary, ids)
         lengths = torch.tensor(
             [EXAMPLE_TOKENS - (3 * row) % (EXAMPLE_TOKENS - 2) for row in range(rows)]

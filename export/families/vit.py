@@ -1,7 +1,7 @@
-"""ViT image classifiers: pre-norm layers over patches, the state of the class token.
+"""ViT image classifiers: pre-norm layers over patches, pooling of the class token.
 
-States leave the layers unnormalised: exit heads bring a norm of their own, and the model's last
-norm belongs to its head.
+The layers' outputs are unnormalised: exit heads have a norm, and the model's last norm is part of
+its head.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def trunk(model: ViTForImageClassification, size: tuple[int, int] | None = None)
 
     Args:
         model: The classifier.
-        size: Height and width that preprocessing gives, where known. Positions are learnt, so it
-            must be the model's own.
+        size: Height and width that preprocessing gives, if known. Positions are learned, so the
+            size must be the model's.
     """
     config, base = model.config, model.vit
     own = image_size(config.image_size)
