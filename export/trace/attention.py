@@ -1,10 +1,10 @@
-"""Forms of attention with a cache, one module each: the same numbers for different engines.
+"""Forms of attention with a cache, one module each, which compute the same for different engines.
 
 A decoder's segment is exported once per form. `InPlace` is ONNX Runtime's GroupQueryAttention,
-which appends to the cache it reads. `Fixed` does the same in standard operators, for engines that
-know opset 24. `Append` is the plain form that every engine takes: it gives the new keys and values,
-and the runtime appends them. Caches are ``[batch, heads, capacity, size]``; how much of each row is
-filled comes in as lengths, whose kinds are `edgeexit.bundle.manifest.LENGTHS`.
+which appends to the cache that it reads. `Fixed` does the same with standard operators, for engines
+that support opset 24. `Append` runs on every engine: it returns the new keys and values, and the
+runtime appends them. Caches are ``[batch, heads, capacity, size]``. The filled length of each row
+is an input; `edgeexit.bundle.manifest.LENGTHS` has its kinds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from edgeexit.export.trace.rotary import angles, rotate, rotations, turn
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _PLACES = Tensor(name="places", dtype="int64", axes=["batch", "new"])
 FLOAT32_ATTENTION = "float32-attention"
-"""What fused attention asks of an engine in float32 only: GPUs have it in half precision."""
+"""Engine feature that fused attention requires in float32; GPUs only have it in half precision."""
 ATTENTION_BIAS = "attention-bias"
-"""What fused attention asks of an engine where a bias is added to its scores."""
+"""Engine feature that fused attention requires where a bias is added to its scores."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Heads:
         queries: Attention heads.
         keys: Heads of keys and values; each serves ``queries / keys`` query heads.
         size: Width of one head.
-        rotary: Tables ``(cos, sin)``, each ``[positions, size / 2]``: the two halves of a query or
-            key are turned by them (RoPE, arXiv:2104.09864). None: positions enter elsewhere.
-        bias: What is added to scores by the distance of query and key. It needs as many heads of
-            keys as of queries, and token states without gaps: a key stands at its place in them.
-        scale: What scores are multiplied by; None: ``size ** -0.5``.
+        rotary: Tables ``(cos, sin)``, each ``[positions, size / 2]``, that rotate the two halves of
+            a query or key (RoPE, arXiv:2104.09864). None: the model has no rotary positions.
+        bias: Added to scores by the distance between query and key. It needs as many key heads as
+            query heads, and token states without gaps: a key's index there is its position.
+        scale: Factor of the scores; None: ``size ** -0.5``.
     """
 
     queries: int
@@ -55,7 +55,7 @@ class Heads:
 
     @property
     def scaling(self) -> float:
-        """What scores are multiplied by."""
+        """Factor of the scores."""
         return self.size**-0.5 if self.scale is None else self.scale
 
     def scaled(self, q: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Heads:
         return q if self.scaling == 1.0 else q * self.scaling
 
     def on(self, device: torch.device) -> Heads:
-        """The same with its tables on a device."""
+        """A copy with its tables on a device."""
         if self.rotary is None or self.rotary[0].device == device:
             return self
         cos, sin = self.rotary
@@ -71,10 +71,10 @@ class Heads:
 
 
 class InPlace(nn.Module):
-    """GroupQueryAttention: past and present are one buffer, so nothing is copied.
+    """GroupQueryAttention: past and present share one buffer, so nothing is copied.
 
-    Can be exported, not run: the operator is ONNX Runtime's own. It takes heads whose size is a
-    multiple of 16.
+    For export only: torch cannot run the operator, which is ONNX Runtime's own. The head size must
+    be a multiple of 16.
     """
 
     states: StateForm = "in-place"
@@ -95,10 +95,10 @@ class InPlace(nn.Module):
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What layers share: `shared`."""
+        """The values that layers share (`shared`)."""
         if self.bias is None:
             return (positions, *lengths)
-        # The operator takes a bias of exactly as many keys as the longest row has.
+        # The operator's bias must have exactly as many keys as the longest row.
         most = lengths[self.lengths.index("most")].item()
         torch._check(most >= 0)
         seen = torch.arange(most, device=positions.device)
@@ -112,7 +112,7 @@ class InPlace(nn.Module):
         past: tuple[torch.Tensor, torch.Tensor],
         shared: Sequence[torch.Tensor],
     ) -> Made:
-        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        """q, k, v ``[batch, new, heads * size]``. Returns the output and the whole caches."""
         heads, rotary = self.heads, self.heads.rotary is not None
         positions, last, most, *bias = shared
         inputs: list[torch.Tensor | None] = [q, k, v, *past, last, most]
@@ -135,15 +135,15 @@ class InPlace(nn.Module):
 
 
 class Fixed(nn.Module):
-    """TensorScatter and Attention of opset 24: past and present are one buffer of a size that an
+    """TensorScatter and Attention of opset 24: past and present share one buffer, whose size an
     engine may fix when it is built (TensorRT does).
 
-    Can be exported, not run. What a token sees is said by a mask and nothing else: engines disagree
-    on what ``is_causal`` and ``nonpad_kv_seqlen`` mean for several new tokens behind a past (the
-    operator's definition was corrected in onnx 1.23), and an early TensorRT parser passes over the
-    latter in silence. Queries are scaled here and not by the operator, or TensorRT would multiply
-    the whole cache. TensorRT has kernels for heads of 16 to 256 whose size is a multiple of 8, in
-    float16 and bfloat16.
+    For export only: torch cannot run the operators. Only a mask decides which tokens a query sees:
+    engines disagree on ``is_causal`` and ``nonpad_kv_seqlen`` if several new tokens follow a past
+    (onnx 1.23 corrected the operator's definition), and an early TensorRT parser silently ignores
+    the latter. The graph scales queries before the operator; else TensorRT would multiply the whole
+    cache. TensorRT has kernels for head sizes of 16 to 256 that are a multiple of 8, in float16 and
+    bfloat16.
     """
 
     states: StateForm = "fixed"
@@ -169,8 +169,8 @@ class Fixed(nn.Module):
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What layers share (`shared`): which places of the cache each new token sees, as a mask
-        or as a bias that is very low elsewhere."""
+        """The values that layers share (`shared`): which cache entries each new token sees, as a
+        mask or as a bias that is very low for the other entries."""
         (filled,) = lengths
         last = filled.unsqueeze(1) + torch.arange(positions.shape[1], device=positions.device)
         places = torch.arange(capacity, device=positions.device)
@@ -187,7 +187,7 @@ class Fixed(nn.Module):
         past: tuple[torch.Tensor, torch.Tensor],
         shared: Sequence[torch.Tensor],
     ) -> Made:
-        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and whole caches."""
+        """q, k, v ``[batch, new, heads * size]``. Returns the output and the whole caches."""
         heads, (positions, filled, seen) = self.heads, shared
         q, k, v = (
             split_heads(x, count, heads.size)
@@ -199,8 +199,8 @@ class Fixed(nn.Module):
                 for x in (q, k)
             )
         key, value = (
-            _operator("TensorScatter", [whole, made, filled], {"axis": -2}, like=whole)
-            for whole, made in zip(past, (k, v), strict=True)
+            _operator("TensorScatter", [whole, new, filled], {"axis": -2}, like=whole)
+            for whole, new in zip(past, (k, v), strict=True)
         )
         attended = _operator(
             "Attention",
@@ -214,17 +214,17 @@ class Fixed(nn.Module):
 def _operator(
     name: str, inputs: Sequence[torch.Tensor], attributes: dict[str, Any], like: torch.Tensor
 ) -> torch.Tensor:
-    """An operator of opset 24 whose output has the form of `like`."""
+    """An operator of opset 24 whose output has the type and shape of `like`."""
     return torch.onnx.ops.symbolic(
         name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=Fixed.opset
     )
 
 
 class Append(nn.Module):
-    """Attention over the cache and the new tokens in operators that every engine has (opset 20).
+    """Attention over the cache and the new tokens with operators that every engine has (opset 20).
 
-    The scores of cached and new keys stand beside each other under one softmax; what lies beyond a
-    row's length is masked.
+    One softmax covers the scores of cached and new keys; cache entries beyond a row's length are
+    masked.
     """
 
     states: StateForm = "append"
@@ -253,9 +253,9 @@ class Append(nn.Module):
     def prepare(
         self, positions: torch.Tensor, lengths: Sequence[torch.Tensor], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """What layers share (`shared`): which of the cached and of the new keys each new token does
-        not see (each query, where several share keys) or biases that are very low there, and
-        rotations."""
+        """The values that layers share (`shared`): masks of the cached and of the new keys that
+        each new token (each query, where several share keys) does not see, or biases that are very
+        low there; and rotations."""
         (filled,) = lengths
         new, shared = positions.shape[1], self.heads.queries // self.heads.keys
         beyond = torch.arange(capacity, device=positions.device) >= filled.reshape(-1, 1, 1, 1)
@@ -279,8 +279,8 @@ class Append(nn.Module):
         past: tuple[torch.Tensor, torch.Tensor],
         shared: Sequence[torch.Tensor],
     ) -> Made:
-        """q, k, v ``[batch, new, heads * size]``. Returns what was attended, and the new keys and
-        values ``[batch, heads, new, size]``."""
+        """q, k, v ``[batch, new, heads * size]``. Returns the output, and the new keys and values
+        ``[batch, heads, new, size]``."""
         heads, (beyond, later, *turns) = self.heads, shared
         past_key, past_value = past
         q, k, v = (
@@ -310,12 +310,12 @@ class Append(nn.Module):
 
 
 def _masked(scores: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
-    """Scores or biases, as low as can be for keys that are not seen."""
+    """Sets scores or biases of unseen keys to the lowest value of the type."""
     return scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
 
 
 def _bias(heads: Heads, keys: str | None) -> Tensor:
-    """Describes what is added to scores, of so many keys."""
+    """Describes the bias that is added to scores, with `keys` as its last axis."""
     axes: list[str | int | None] = ["batch", heads.queries, "new", keys]
     return Tensor(name="bias", dtype="float32", axes=axes)
 
@@ -324,20 +324,20 @@ AnyForm = InPlace | Fixed | Append
 
 
 def forms(heads: Heads) -> tuple[type[AnyForm], ...]:
-    """The forms that such heads can have, fastest first: a runtime takes the first one whose
+    """The forms that support these heads, fastest first: the runtime takes the first form whose
     requirements its engine meets."""
-    found: list[type[AnyForm]] = [Append]
+    supported: list[type[AnyForm]] = [Append]
     if heads.size % 8 == 0 and 16 <= heads.size <= 256:
-        found.insert(0, Fixed)
+        supported.insert(0, Fixed)
     if heads.size % 16 == 0:
-        found.insert(0, InPlace)
-    return tuple(found)
+        supported.insert(0, InPlace)
+    return tuple(supported)
 
 
 def causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Causal attention over whole sequences. q ``[batch, seq, queries * size]``, result alike."""
+    """Causal attention over whole sequences. q and the result: ``[batch, seq, queries * size]``."""
     q, k, v = (
         split_heads(x, count, heads.size)
         for x, count in ((q, heads.queries), (k, heads.keys), (v, heads.keys))
@@ -353,7 +353,7 @@ def causal_attention(
             q, k, v, is_causal=True, scale=heads.scaling
         )
         return join_heads(attended)
-    bias = heads.bias(positions[:1], positions[:1])  # rows of whole sequences stand alike
+    bias = heads.bias(positions[:1], positions[:1])  # all rows have the same positions
     later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
     attended = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=_masked(bias, later), scale=heads.scaling
@@ -370,14 +370,14 @@ def read_source(
     scale: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention over a source, every token of which sees all others.
+    """Attention over a whole source: no causal mask.
 
     Args:
         q: ``[batch, new, heads * size]``.
         key, value: ``[batch, heads, source, size]``.
-        unread: What is not seen, bool ``[batch, 1, 1, source]``.
-        scale: What scores are multiplied by; None: ``size ** -0.5``.
-        bias: What is added to them, ``[..., heads, new, source]``.
+        unread: Source tokens to ignore, bool ``[batch, 1, 1, source]``.
+        scale: Factor of the scores; None: ``size ** -0.5``.
+        bias: Added to the scores, ``[..., heads, new, source]``.
 
     Returns:
         ``[batch, new, heads * size]``.

@@ -1,6 +1,7 @@
-"""Components to ONNX graphs, with what the exporter derives from their logits.
+"""Traces components to ONNX graphs, and adds scores and greedy tokens.
 
-Graphs have the names of the manifest: inputs, lengths and pasts in, outputs and presents out.
+Graphs use the manifest's names: inputs, lengths and past states are inputs; outputs and present
+states are outputs.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def graph_of_form(
 
     Args:
         component, form: What to trace.
-        opset: That of the graph, unless the form needs a newer one.
-        pieces: What was traced before, of components that have layers alike.
-        values: An example of every input, with at least two rows (the exporter would freeze one);
-            None: zeros.
-        derived: What to add behind logits.
+        opset: Opset of the graph, unless the form needs a newer one.
+        pieces: Cache of traced layers, shared by components with equal layers.
+        values: An example of every input, with two rows or more (the exporter would fix a size of
+            1); None: zeros.
+        derived: What to compute from logits.
     """
     pieces = Pieces() if pieces is None else pieces
     inputs, states = component.taken(form)
@@ -53,19 +54,19 @@ def graph_of_form(
         model = graph_from_module(form.body, taken, made, known, **options)  # type: ignore[arg-type]
     if "onnxruntime-operators" in form.requires:
         fuse(model)
-    for one in derived:
-        logits = next(value for value in model.graph.outputs if value.name == one.logits)
-        place = 1 + list(model.graph.outputs).index(logits)
-        if one.scores is not None:
-            scores = append_scores(model.graph, logits, one.scores)
+    for addition in derived:
+        logits = next(value for value in model.graph.outputs if value.name == addition.logits)
+        position = 1 + list(model.graph.outputs).index(logits)
+        if addition.scores is not None:
+            scores = append_scores(model.graph, logits, addition.scores)
             model.graph.outputs.extend(scores.values())
-        if one.token is not None:
-            model.graph.outputs.insert(place, append_token(model.graph, logits, one.token))
+        if addition.token is not None:
+            model.graph.outputs.insert(position, append_token(model.graph, logits, addition.token))
     return model
 
 
 def graph_of_projection(component: Component, *, opset: int, pieces: Pieces) -> ir.Model:
-    """The graph of what a component's states keep of a token that skips it."""
+    """The graph that computes a component's token states for tokens that skip the component."""
     assert component.projection is not None
     values = {tensor.name: _zeros(tensor) for tensor in component.inputs}
     what, made = f"{component.name}, projection", component.present("append")

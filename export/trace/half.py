@@ -1,9 +1,9 @@
-"""Precision as a property of the graph: a model in half precision, made before export.
+"""Converts a model to half precision before export.
 
-Every float32 weight, state and tensor between components becomes float16 or bfloat16; the program's
-inputs and answers, and all scores, stay float32, with the casts inside the components, so that
-callers and policies see no difference. So do modules that would overflow (`SplitModel.float32`),
-and with them the states that they are added to.
+Float32 weights, states and tensors between components become float16 or bfloat16. The program's
+inputs and outputs and all scores stay float32; components contain the casts, so callers and
+policies see no difference. Modules that would overflow (`SplitModel.float32`) also stay float32,
+and so do the states that their outputs are added to.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Described = TypeVar("Described", Tensor, TokenState)
 
 
 def to_half(model: SplitModel, dtype: torch.dtype = torch.float16) -> SplitModel:
-    """A copy of a model that computes in float16 or bfloat16, its states included. The original's
-    weights are left as they are, and so is what `reference` compares with."""
+    """A copy of a model that computes in float16 or bfloat16, states included. The original's
+    weights do not change, and `reference` still uses them."""
     halves = _Halves(dtype, _kept(model), model.float32)
     steps = [
         dataclasses.replace(step, output=halves.tensor(step.output), weight=step.weight.to(dtype))
@@ -46,7 +46,7 @@ def to_half(model: SplitModel, dtype: torch.dtype = torch.float16) -> SplitModel
 
 
 def _kept(model: SplitModel) -> set[str]:
-    """Names of tensors that stay in float32: what callers give, answers, scores."""
+    """Names of tensors that stay in float32: the program's inputs and outputs, and scores."""
     kept = {tensor.name for tensor in [*model.inputs, *model.last_chain.outputs]}
     for chain in model.chains.values():
         for exit_ in chain.exits:
@@ -61,8 +61,8 @@ def _kept(model: SplitModel) -> set[str]:
 
 
 class _Halves:
-    """Components in half precision, which have modules and weights in common as their originals
-    do."""
+    """Converts components to half precision. Modules and weights that the originals share are
+    converted once and shared again."""
 
     def __init__(self, dtype: torch.dtype, kept: set[str], float32: Sequence[str]) -> None:
         self.dtype, self.kept, self.float32 = dtype, kept, float32
@@ -128,7 +128,7 @@ class _Halves:
         return self._modules[id(module)][1]
 
     def _stays(self, weight: str) -> bool:
-        """Whether a weight is of a module that stays in float32."""
+        """Whether a weight belongs to a module that stays in float32."""
         return not set(self.float32).isdisjoint(weight.split(".")[:-1])
 
     def _weight(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -141,13 +141,13 @@ class _Halves:
 
 
 class _Half(nn.Module):
-    """Runs a module in half precision; outputs that are not carried come back as float32.
+    """Runs a module in half precision; outputs that are not carried are cast to float32.
 
     Args:
         module: Copied, not changed.
-        carried: Per output, whether it stays in half precision; those behind them do.
+        carried: Per output, whether it stays in half precision; further outputs do.
         dtype: float16 or bfloat16.
-        float32: Names of modules in it that stay in float32; then inputs come as they are needed.
+        float32: Names of submodules that stay in float32; if there are any, inputs are not cast.
     """
 
     def __init__(
@@ -166,10 +166,10 @@ class _Half(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.casts:
             inputs = tuple(x.to(self.dtype) if x.dtype == torch.float32 else x for x in inputs)
-        made = self.module(*inputs)
-        made = made if isinstance(made, tuple) else (made,)
-        carried = [*self.carried, *[True] * (len(made) - len(self.carried))]
+        outputs = self.module(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        carried = [*self.carried, *[True] * (len(outputs) - len(self.carried))]
         return tuple(
             x if stays or x.dtype != self.dtype else x.float()
-            for x, stays in zip(made, carried, strict=True)
+            for x, stays in zip(outputs, carried, strict=True)
         )

@@ -1,9 +1,9 @@
-"""Layers on top of each other to one graph: traced in pieces, each piece once, and joined.
+"""Traces a stack of layers in pieces, each piece once, and joins copies of them to one graph.
 
-torch needs seconds to trace a layer, and as many again for every further one that computes the
-same with other weights. So what all layers share, one layer of each kind and what comes behind them
-are traced alone, weights as inputs, and `Pieces.graph` puts a graph together from copies of them.
-Parts of a model have pieces in common; they share one `Pieces`.
+torch needs seconds to trace a layer, and as long again for every layer that computes the same with
+other weights. So the entry, one layer of each kind and the head are traced separately, with a
+layer's weights as inputs, and `Pieces.graph` joins copies of them. Components of a model that have
+equal layers share one `Pieces`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgeexit.export.trace import torch_graph
 
 
 class Pieces:
-    """What was traced so far."""
+    """Cache of traced pieces."""
 
     def __init__(self) -> None:
         self._traced: dict[tuple[int, int], tuple[nn.Module, ir.Model]] = {}
@@ -41,15 +41,16 @@ class Pieces:
         opset: int,
         what: str,
     ) -> ir.Model:
-        """One graph of a stack.
+        """Returns the graph of a stack.
 
         Args:
             stack: What to trace.
-            inputs: What its entry takes.
-            outputs: What it gives besides what layers make; empty if that is all.
-            own: What layers take besides state and shared tensors, in equal shares in their order.
-            made: What layers give besides the state, likewise.
-            values: An example of every input and of what layers take, two rows or more.
+            inputs: Inputs of its entry.
+            outputs: Outputs of the stack besides those of layers; may be empty.
+            own: Inputs of layers besides state and shared tensors: an equal share for each layer,
+                in order.
+            made: Outputs of layers besides the state, likewise.
+            values: An example of every input, with two rows or more.
             what: The graph's name.
         """
         with torch.no_grad():
@@ -66,7 +67,7 @@ class Pieces:
             what=f"{what}, entry",
         )
         carried, *common = join.add(entry, "entry", [join.values[tensor.name] for tensor in inputs])
-        found: list[ir.Value] = []
+        of_layers: list[ir.Value] = []
         for number, layer in enumerate(stack.layers):
             name = f"layer_{number + 1}"
             takes, gives = (_share(part, number, len(stack.layers)) for part in (own, made))
@@ -79,14 +80,14 @@ class Pieces:
                 [carried, *(join.values[tensor.name] for tensor in takes), *common],
                 layer.weights,
             )
-            found += more
-        leaving = [carried] if outputs else []
+            of_layers += more
+        of_stack = [carried] if outputs else []
         if stack.head is not None:
             head = self._trace(
                 stack.head, [stack.state], outputs, known, opset=opset, what=f"{what}, head"
             )
-            leaving = join.add(head, "head", [carried])
-        return join.finish([*leaving, *found], [*outputs, *made], opset)
+            of_stack = join.add(head, "head", [carried])
+        return join.finish([*of_stack, *of_layers], [*outputs, *made], opset)
 
     def _trace_layer(
         self,
@@ -122,7 +123,7 @@ class Pieces:
         what: str,
         weights: Sequence[str] = (),
     ) -> ir.Model:
-        """A copy of the piece's graph; traced when it is first asked for."""
+        """A copy of the piece's graph, which is traced at the first call."""
         known = self._traced.get((id(module), opset))
         if known is None:
             called = _WithWeights(module, weights) if weights else module
@@ -135,11 +136,11 @@ class Pieces:
 
 
 class _WithWeights(nn.Module):
-    """A module that takes tensors of its own as its last inputs."""
+    """A module that takes its weights as its last inputs."""
 
     def __init__(self, module: nn.Module, weights: Sequence[str]) -> None:
         super().__init__()
-        self._module = (module,)  # not as a submodule, or tracing would find its weights
+        self._module = (module,)  # not a submodule, or tracing would make its weights constants
         self.weights = list(weights)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -149,7 +150,7 @@ class _WithWeights(nn.Module):
 
 
 class _Join:
-    """A graph that grows by copies of pieces."""
+    """A graph under construction, to which copies of pieces are appended."""
 
     def __init__(self, inputs: Sequence[Tensor], what: str) -> None:
         self.what = what
@@ -166,17 +167,17 @@ class _Join:
         inputs: Sequence[ir.Value],
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> list[ir.Value]:
-        """Appends a piece, which is used up. Returns what it gives."""
+        """Appends a piece, whose nodes move here. Returns its outputs."""
         graph = piece.graph
         self.opsets |= piece.opset_imports
-        own = [self._weight(f"{name}/{key}", x) for key, x in (weights or {}).items()]
-        for value, given in zip(list(graph.inputs), [*inputs, *own], strict=True):
+        of_layer = [self._weight(f"{name}/{key}", x) for key, x in (weights or {}).items()]
+        for value, given in zip(list(graph.inputs), [*inputs, *of_layer], strict=True):
             value.replace_all_uses_with(given)
         outputs = list(graph.outputs)
         graph.inputs.clear()
         graph.outputs.clear()
         for value in list(graph.initializers.values()):
-            # What a piece holds itself (tables, small constants) is the same in all its copies.
+            # All copies of a piece share its initializers (tables, small constants).
             kept = self.initializers.setdefault(f"{graph.name}/{value.name}", value)
             del graph.initializers[str(value.name)]
             if kept is value:
@@ -193,7 +194,7 @@ class _Join:
         return outputs
 
     def finish(self, values: Sequence[ir.Value], outputs: Sequence[Tensor], opset: int) -> ir.Model:
-        """The graph, with these values as outputs under their names."""
+        """Returns the graph, with these values as its named outputs."""
         graph = ir.Graph(
             list(self.values.values()),
             list(values),
@@ -216,7 +217,7 @@ class _Join:
         return value
 
     def _transposed(self, node: ir.Node) -> bool:
-        """Leaves out a node that would turn a weight, which is stored turned instead."""
+        """Whether a node transposes a weight; then the weight is stored transposed instead."""
         [weight] = node.inputs[:1]
         if node.op_type != "Transpose" or weight is None or weight.name not in self._weights:
             return False
@@ -238,7 +239,7 @@ def _described(name: str, value: torch.Tensor) -> Tensor:
 
 
 def _share(tensors: Sequence[Tensor], number: int, of: int) -> Sequence[Tensor]:
-    """The part of the tensors that belongs to one of so many layers."""
+    """The tensors of layer `number`, of `of` layers with equal shares."""
     each = len(tensors) // of
     return tensors[number * each : (number + 1) * each]
 

@@ -1,7 +1,8 @@
-"""A trunk's layers as stacks: with their caches in every form of attention, and as projections.
+"""Describes a trunk's layers as `Stack`s: with their caches in every form of attention, and as
+projections.
 
-`Stacks` describes to the exporter what `edgeexit.export.exits.decoder` makes of a model. Layers
-that compute alike are found by trying, so a family's file need not say which are.
+`edgeexit.export.exits.decoder` builds its components with `Stacks`. It compares layers by running
+them, so a family's file need not say which layers compute the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from edgeexit.export.trace.rotary import angles, rotations, turn
 
 
 class CutLayer(Protocol):
-    """What a trunk's layer module offers besides being an ``nn.Module``."""
+    """Methods of a trunk's layer module, an ``nn.Module``: `before` and `after` attention."""
 
     def before(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -28,8 +29,8 @@ class CutLayer(Protocol):
 
 
 class ReadingLayer(CutLayer, Protocol):
-    """A layer with a second attention, over what an encoder made: `before` and `between` stand
-    before the two, `after` behind both."""
+    """A layer with a second attention, over the encoder's output: `before` self-attention,
+    `between` the two, and `after` both. `cross` gives the second one's keys and values."""
 
     def between(
         self, state: torch.Tensor, attended: torch.Tensor
@@ -42,15 +43,15 @@ _UNREAD = Tensor(name="unread", dtype="bool", axes=["batch", 1, 1, "source"])
 
 
 class Stacks:
-    """Makes stacks that have as many modules in common as can be, for each is traced once.
+    """Makes stacks that share modules where possible, because each module is traced once.
 
     Args:
         heads: Shape of attention.
         width: Size of a state.
-        stem: ``(embedded, positions) -> state``, before the first layer, if there is any.
-        head: ``state [rows, width] -> logits``, behind the last.
-        reading: Layers also attend over a source (`ReadingLayer`), whose mask comes in behind
-            positions.
+        stem: ``(embedded, positions) -> state``, before the first layer; optional.
+        head: ``state [rows, width] -> logits``, behind the last layer.
+        reading: Whether layers also attend over a source (`ReadingLayer`); its mask is then an
+            input after positions.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Stacks:
     def forms(
         self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
     ) -> tuple[Form, ...]:
-        """Layers with their caches, in every form that the heads can have."""
+        """Layers with their caches, in every form that supports the heads."""
         entries = self._first_entries if stem else self._entries
         kinds = [self._kind(layer) for layer in layers]
         return tuple(
@@ -103,8 +104,8 @@ class Stacks:
         )
 
     def projection(self, layers: Sequence[nn.Module]) -> Stack:
-        """Keys and values that layers would make of one state, were it the input of each of them
-        (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
+        """Computes the keys and values of all layers from one state, as if it were the input of
+        each layer (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
         return Stack(
             entry=self._rotations,
             state=self._state,
@@ -121,7 +122,7 @@ class Stacks:
 
 
 class _Kind:
-    """What is traced for layers that compute alike, one of which is `layer`."""
+    """Modules to trace for all layers that compute the same as `layer`."""
 
     def __init__(self, layer: nn.Module, attentions: Sequence[AnyForm], heads: Heads) -> None:
         self.layer = layer
@@ -130,7 +131,7 @@ class _Kind:
 
 
 class _Entry(nn.Module):
-    """The first state, and what attention's layers share."""
+    """Computes the first state, and the values that attention's layers share."""
 
     def __init__(self, stem: nn.Module | None, attention: AnyForm, reading: bool) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class _CachedLayer(nn.Module):
 
 
 class _LastToken(nn.Module):
-    """The head on each row's last token."""
+    """Applies the head to each row's last token."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class _LastToken(nn.Module):
 
 
 class _Rotations(nn.Module):
-    """The entry of projections: the state as it is, and by what keys are turned."""
+    """The entry of projections: passes the state on, and computes the rotations of keys."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class _Rotations(nn.Module):
 
 
 class _ProjectingLayer(nn.Module):
-    """Keys and values that a layer makes of a state, which goes on as it is."""
+    """Computes a layer's keys and values from a state, and passes the state on."""
 
     def __init__(self, layer: nn.Module, heads: Heads) -> None:
         super().__init__()
@@ -220,7 +221,7 @@ class _ProjectingLayer(nn.Module):
 
 
 class _WithoutAttention(nn.Module):
-    """All that a layer computes itself."""
+    """Everything that a layer computes except attention."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -228,15 +229,15 @@ class _WithoutAttention(nn.Module):
 
     def forward(self, state: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, ...]:
         layer = cast("CutLayer", self.layer)
-        found = (*layer.before(state), layer.after(state, attended))
+        outputs = (*layer.before(state), layer.after(state, attended))
         if not hasattr(layer, "between"):
-            return found
+            return outputs
         reading = cast("ReadingLayer", layer)
-        return (*found, *reading.between(state, attended), *reading.cross(state))
+        return (*outputs, *reading.between(state, attended), *reading.cross(state))
 
 
 def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """A layer's tensors by their names in the modules here, which hold it as ``layer``."""
+    """A layer's tensors by their names in this file's modules, where the layer is ``layer``."""
     return {f"layer.{name}": value.detach() for name, value in _tensors(layer).items()}
 
 
@@ -245,8 +246,8 @@ def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _alike(known: nn.Module, layer: nn.Module, width: object, heads: Heads) -> bool:
-    """Whether a layer differs from a known one by its weights alone: the same modules with the same
-    settings, and, with its weights in the known one, the same numbers to the bit."""
+    """Whether a layer differs from a known one only in its weights: same modules, same settings,
+    and bit-identical outputs if the known layer runs with its weights."""
     if layer is known:
         return True
     if repr(layer) != repr(known) or _shapes(layer) != _shapes(known):
@@ -257,8 +258,8 @@ def _alike(known: nn.Module, layer: nn.Module, width: object, heads: Heads) -> b
     attended = torch.randn(2, 3, heads.queries * heads.size, generator=generator)
     with torch.no_grad():
         expected = _WithoutAttention(layer)(state, attended)
-        found = functional_call(_WithoutAttention(known), _weights(layer), (state, attended))
-    return all(map(torch.equal, expected, found))
+        outputs = functional_call(_WithoutAttention(known), _weights(layer), (state, attended))
+    return all(map(torch.equal, expected, outputs))
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

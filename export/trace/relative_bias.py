@@ -1,9 +1,9 @@
-"""Relative positions: what attention adds to a score for how far the key stands from its query.
+"""Relative positions: a bias that attention adds to a score by the distance of key and query.
 
-Distances share buckets, finer near by than far away, and every head has a number for each bucket
-(T5, arXiv:1910.10683, section 2.1). From some distance on the bucket stays the same, so all there
-is to store is one row per distance up to there, whatever the length of a text.
-`edgeexit.export.trace.attention` adds the bias in every form, a family's encoder layers themselves.
+Distances are grouped in buckets, smaller for short distances, and every head has a bias for each
+bucket (T5, arXiv:1910.10683, section 2.1). All distances beyond a maximum have the same bucket, so
+one row per distance up to it is enough for texts of any length. `edgeexit.export.trace.attention`
+adds the bias in every form; a family's encoder layers add it themselves.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class RelativeBias(nn.Module):
     """Biases of attention scores by distance.
 
     Args:
-        weight: ``[buckets, heads]``, the model's own: it is shared, and trained with the model.
-        buckets: Bucket of every distance (position of the query less that of the key), from
-            `-ahead` on. What lies beyond either end has the bucket at that end.
-        ahead: How many distances to later keys there are; 0 in causal attention.
+        weight: ``[buckets, heads]``, shared with the model and trained with it.
+        buckets: Bucket of every distance (position of the query minus that of the key), starting
+            at `-ahead`. Distances beyond either end have the bucket at that end.
+        ahead: Number of distances to later keys; 0 in causal attention.
     """
 
     def __init__(self, weight: torch.Tensor, buckets: torch.Tensor, ahead: int = 0) -> None:
@@ -30,7 +30,7 @@ class RelativeBias(nn.Module):
         self.ahead = ahead
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Positions ``[..., new]`` and ``[..., seen]`` to biases ``[..., heads, new, seen]``."""
+        """Biases ``[..., heads, new, seen]`` for positions ``[..., new]`` and ``[..., seen]``."""
         distances = queries.unsqueeze(-1) - keys.unsqueeze(-2)
         if self.ahead:
             distances = distances + self.ahead

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys turned by where they stand (RoPE, arXiv:2104.09864)."""
+"""Rotary positions: rotates queries and keys by their positions (RoPE, arXiv:2104.09864)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgeexit.bundle.manifest import Tensor
 def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Turns queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
+    """Rotates queries or keys ``[batch, heads, new, size]`` by their positions ``[batch, new]``."""
     return turn(x, *angles(cos, sin, positions))
 
 
@@ -22,13 +22,13 @@ def angles(
 
 
 def rotations(size: int) -> tuple[Tensor, ...]:
-    """Describes `angles` for heads of a size."""
+    """Describes the tensors of `angles` for heads of this size."""
     axes: list[str | int | None] = ["batch", 1, "new", size // 2]
     return tuple(Tensor(name=name, dtype="float32", axes=axes) for name in ("cos", "sin"))
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the halves of ``x [batch, heads, new, size]`` by `angles`."""
+    """Rotates the halves of ``x [batch, heads, new, size]`` by `angles`."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 

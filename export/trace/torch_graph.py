@@ -1,8 +1,8 @@
-"""Modules to ONNX graphs: one at a time through ``torch.onnx.export``.
+"""Exports a torch module to an ONNX graph with ``torch.onnx.export``.
 
-`graph_from_module` gives an `onnx_ir` model whose inputs, outputs and axes have the contract's
-names; `simplify` removes the shape arithmetic that torch leaves behind (benchmarks/README.md shows
-what that is worth). Weights stay where torch has them until the store writes them.
+`graph_from_module` returns an `onnx_ir` model whose inputs, outputs and axes have the contract's
+names, without torch's shape arithmetic (`simplify`; benchmarks/README.md has its effect). Weights
+stay in torch's memory until the weight store writes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgeexit.export.quiet import quiet
 
 DEFAULT_OPSET = 20
 IR_VERSION = 10
-"""What ONNX Runtime 1.23 and TensorRT 10.3 read."""
+"""The IR version that ONNX Runtime 1.23 and TensorRT 10.3 can read."""
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -89,12 +89,12 @@ def graph_from_module(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What the manifest calls a type of torch's."""
+    """The manifest's name of a torch type."""
     return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
 
 
 def save_graph(model: ir.Model, path: str) -> None:
-    """Writes a graph whose large tensors are in the weight store already."""
+    """Writes a graph whose large tensors the weight store has already written."""
     model.producer_name = "edgeexit"
     model.producer_version = None
     with open(path, "wb") as file:
@@ -102,7 +102,7 @@ def save_graph(model: ir.Model, path: str) -> None:
 
 
 class _Positional(nn.Module):
-    """Gives a module the signature ``(*inputs)``, whatever names its own arguments have."""
+    """Gives a module the signature ``(*inputs)``, whatever its arguments are named."""
 
     def __init__(self, module: nn.Module, count: int) -> None:
         super().__init__()
@@ -110,15 +110,16 @@ class _Positional(nn.Module):
         self.count = count
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = self.module(*inputs)
-        return made if isinstance(made, tuple) else (made,)
+        outputs = self.module(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
-    """Gives every output its contract name and axes; an input among them gets a node of its own."""
+    """Gives every output its contract name and axes. Adds an Identity node to an output that is
+    also an input."""
     if len(graph.outputs) != len(outputs):
         raise ExportError(
-            f"{graph.name}: the module gives {len(graph.outputs)} tensors, its component names "
+            f"{graph.name}: the module returns {len(graph.outputs)} tensors, its component lists "
             f"{len(outputs)}",
             fix="List every tensor that forward returns in the component's outputs, in order.",
         )
@@ -133,12 +134,12 @@ def name_outputs(graph: ir.Graph, outputs: Sequence[Tensor]) -> None:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Names every node after the torch module it came from, ``self_attn.q_proj/MatMul_3``: engines
-    name nodes when they refuse or time them."""
+    """Names every node after its torch module, for example ``self_attn.q_proj/MatMul_3``: engines
+    print these names in errors and profiles."""
     for number, node in enumerate(graph.all_nodes()):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
-        module = module.removeprefix("module").removeprefix(".")  # `_Positional` holds it as that
+        module = module.removeprefix("module").removeprefix(".")  # its name in `_Positional`
         node.name = f"{module}/{node.op_type}_{number}".removeprefix("/")
 
 
@@ -151,39 +152,39 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _one_table() -> Iterator[None]:
-    """Lets torch keep its table of operators while it exports.
+    """Caches torch's table of operators during an export.
 
-    It makes one for every graph, which takes longer than most segments take to be exported. Where a
-    version of torch has another way, nothing is changed.
+    torch builds the table for every graph, which takes longer than the export of most segments.
+    Versions of torch that work differently are left alone.
     """
     where = "torch.onnx._internal.exporter._registration"
-    found = importlib.util.find_spec(where)
-    registry = getattr(importlib.import_module(where), "ONNXRegistry", None) if found else None
-    made = getattr(registry, "from_torchlib", None)
-    if registry is None or made is None:
+    spec = importlib.util.find_spec(where)
+    registry = getattr(importlib.import_module(where), "ONNXRegistry", None) if spec else None
+    build = getattr(registry, "from_torchlib", None)
+    if registry is None or build is None:
         yield
         return
-    own = registry.__dict__["from_torchlib"]
-    registry.from_torchlib = staticmethod(functools.partial(_table, made))
+    original = registry.__dict__["from_torchlib"]
+    registry.from_torchlib = staticmethod(functools.partial(_table, build))
     try:
         yield
     finally:
-        registry.from_torchlib = own
+        registry.from_torchlib = original
 
 
 _tables: dict[tuple[Any, ...], Any] = {}
 
 
-def _table(made: Any, *arguments: Any, **named: Any) -> Any:
+def _table(build: Any, *arguments: Any, **named: Any) -> Any:
     key = (*arguments, *sorted(named.items()))
     if key not in _tables:
-        _tables[key] = made(*arguments, **named)
+        _tables[key] = build(*arguments, **named)
     return _tables[key]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the exporter says that means nothing to a user (missing torchvision,
+    """Silences messages of the exporter that do not matter to a user (missing torchvision,
     renamings)."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
