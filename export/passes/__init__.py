@@ -1,3 +1,2 @@
-"""Rewrites of whole graphs: shape arithmetic removed (`simplify`), operators of ONNX Runtime
-(`ort_fusions`), segments merged (`merge`), products in int8 (`quantise`, on data of
-`calibration`)."""
+"""Rewrites whole graphs: `simplify` removes shape arithmetic, `ort_fusions` uses ONNX Runtime's own
+operators, `merge` joins segments, and `quantise` writes int8 bundles with data of `calibration`."""

@@ -1,7 +1,6 @@
-"""Data for int8: what ranges of activations are measured on, and what answers are compared on.
+"""Selects data for int8: batches to measure ranges of activations on, and batches to compare.
 
-Rows of one-pass models stay in the batches they come in; a text of a model that writes is a batch
-of its own.
+Rows of one-pass models stay in their batches. For models that write text, each text is a batch.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from edgeexit.errors import UsageError
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS, CALIBRATION_TEXTS = 256, 64
-"""Rows, or texts, that set the ranges of activations."""
+"""Number of rows, or texts, that ranges of activations are measured on."""
 COMPARED_ROWS, COMPARED_BYTES = 256, 4 << 20
 COMPARED_TEXTS, COMPARED_TOKENS = 16, 64
-"""Rows, or texts and tokens of each, behind those, whose float32 answers the bundle keeps."""
+"""Number of further rows, or texts and tokens of each, whose float32 outputs the bundle stores."""
 
 Rows = Mapping[str, NDArray[Any]]
 
 
 def split(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
-    """Batches that set ranges, and batches to compare: others, where there are more.
+    """Batches to measure ranges on, and batches to compare (the same ones if there are no more).
 
     Raises:
         UsageError: There is too little data.
@@ -52,16 +51,16 @@ def _rows(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list
             break
     if count(first) < 2:
         raise UsageError(
-            f"{manifest.name}: int8 needs data to measure the ranges of activations, two rows at "
-            "least",
+            f"{manifest.name}: int8 needs data (two rows or more) to measure the ranges of "
+            "activations",
             fix=f"Give --calibration-data with some hundred rows ({CALIBRATION_ROWS} are used).",
         )
     return first, rest or first
 
 
 def _texts(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
-    """Texts that set ranges, none of them longer than the model takes; and texts to compare, all of
-    one length. Each is a batch of its own."""
+    """Texts to measure ranges on, cropped to the model's limit, and texts to compare, all of one
+    length. Each is a batch."""
     assert manifest.decoding is not None
     name, limit = manifest.decoding.tokens, manifest.limits.get("positions")
     texts: list[Rows] = []
@@ -78,14 +77,14 @@ def _texts(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], lis
         )
     if len(texts) < CALIBRATION_TEXTS:
         logger.warning(
-            "ranges of activations are measured on %d texts; %d are better",
+            "ranges of activations are measured on %d texts; %d are recommended",
             len(texts),
             CALIBRATION_TEXTS,
         )
     first, others = texts[:CALIBRATION_TEXTS], texts[CALIBRATION_TEXTS:] or texts
     lengths = [text[name].shape[1] for text in others]
     length = min(COMPARED_TOKENS, int(np.median(lengths)))
-    long = [text for text, own in zip(others, lengths, strict=True) if own >= length]
+    long = [text for text, size in zip(others, lengths, strict=True) if size >= length]
     return first, [_cropped(text, name, length) for text in long[:COMPARED_TEXTS]]
 
 
@@ -94,13 +93,13 @@ def _cropped(text: Rows, name: str, length: int) -> Rows:
 
 
 def count(batches: Iterable[Rows]) -> int:
-    """Rows in batches."""
+    """Number of rows in batches."""
     return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    """Rows of all batches. Batches of texts differ in length: the shorter ones get more padding,
-    zeros, which their masks leave out."""
+    """Rows of all batches in one array. Shorter texts are padded with zeros, which their masks
+    exclude."""
     most = tuple(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))
     padded = [
         np.pad(part, [(0, 0), *((0, m - n) for m, n in zip(most, part.shape[1:], strict=True))])

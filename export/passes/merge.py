@@ -1,9 +1,8 @@
-"""Segments merged into one graph: the opposite of splitting.
+"""Merges segments into one graph: the opposite of splitting.
 
-`merge` puts graphs of a chain one behind the other, keeps the outputs asked for and drops whatever
-leads to none of them, exits above all. The baseline of every figure is the faster of this and the
-model's own direct export, and a plan that leaves exits out merges the segments between those it
-keeps.
+`merge` joins the graphs of a chain, keeps the wanted outputs and removes all nodes that these do
+not need, mostly exits. The baseline of every figure is the faster of such a graph and the model's
+direct export. A plan that skips exits merges the segments between the exits that it keeps.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from edgeexit.errors import ExportError
 
 
 def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "merged") -> ir.Model:
-    """Merges graphs in order; a later one takes what an earlier one made by the tensor's name.
+    """Merges graphs in order; a later graph takes an earlier one's outputs by their names.
 
     Args:
-        graphs: Used up: their nodes move into the result.
-        outputs: Names of outputs of any of them, in the order wanted.
-        name: Of the new graph.
+        graphs: Consumed: their nodes move into the result.
+        outputs: Names of outputs of any graph, in the wanted order.
+        name: Name of the new graph.
 
     Returns:
-        A model whose inputs are those that no graph makes. Only what crosses a boundary keeps its
-        shape: axis names of other values mean something else in each graph.
+        A model whose inputs are those that no graph computes. Only tensors that cross a boundary
+        keep their shapes: the axis names of others have a different meaning in each graph.
     """
     known: dict[str, ir.Value] = {}
     inputs: list[ir.Value] = []
@@ -42,7 +41,7 @@ def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "me
             else:
                 inputs.append(value)
                 known[str(value.name)] = value
-        own = {str(value.name): value for value in graph.outputs}
+        made = {str(value.name): value for value in graph.outputs}
         graph.inputs.clear()
         graph.outputs.clear()
         for value in list(graph.initializers.values()):
@@ -53,14 +52,15 @@ def merge(graphs: Sequence[ir.Model], outputs: Sequence[str], *, name: str = "me
             graph.remove(node)
             node.name = f"{number}/{node.name or len(nodes)}"
             for value in node.outputs:
-                if value.name and own.get(value.name) is not value:
+                if value.name and made.get(value.name) is not value:
                     value.name = f"{number}/{value.name}"
                     value.shape = None
             nodes.append(node)
-        known |= own
+        known |= made
     if missing := [output for output in outputs if output not in known]:
         raise ExportError(
-            f"{name}: no segment makes {missing[0]}", fix="Name outputs of the segments merged."
+            f"{name}: no segment gives {missing[0]}",
+            fix="Name outputs of the segments that are merged.",
         )
     merged = ir.Model(
         ir.Graph(

@@ -1,9 +1,9 @@
-"""ONNX Runtime's own operators in place of several standard ones, for graphs that only it runs.
+"""Replaces standard operators by ONNX Runtime's own, for graphs that only ONNX Runtime runs.
 
-Writing one token is mostly reading weights; the small nodes between the matrices are what a graph
-can save. `fuse` makes one node of each RMS norm (torch writes seven), one of a residual sum and the
-norm behind it, and one matrix of those for queries, keys and values. What that is worth is in
-benchmarks/README.md.
+Most of the time of one token goes into reading weights; a graph can only save the small nodes
+between matrices. `fuse` makes one node of each RMS norm (torch writes seven), one of a residual sum
+and the norm after it, and one matrix product of those for queries, keys and values.
+benchmarks/README.md has the effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MICROSOFT = "com.microsoft"
 
 
 def fuse(model: ir.Model) -> None:
-    """Fuses what is there to fuse in a graph from torch that asks for ``onnxruntime-operators``."""
+    """Fuses operators of a graph from torch that requires ``onnxruntime-operators``."""
     fuse_rms_normalization(model)
     if not any(_mixed(node) for node in model.graph):
         fuse_skip_rms_normalization(model)
@@ -29,7 +29,7 @@ def fuse(model: ir.Model) -> None:
 
 
 def _mixed(node: ir.Node) -> bool:
-    """Whether a norm takes states in one precision to another, which the one of a sum cannot."""
+    """Whether a norm's state and weight differ in type, which the fused sum and norm forbids."""
     if node.op_type != "SimplifiedLayerNormalization":
         return False
     state, weight = node.inputs[:2]
@@ -37,10 +37,10 @@ def _mixed(node: ir.Node) -> bool:
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:
-    """Gives attention one matrix product for queries, keys and values where nothing stands between.
+    """Merges the products for queries, keys and values, if attention takes them directly.
 
-    The weights stay three in the file, which other forms share; the engine joins them when it loads
-    the graph.
+    The file keeps three weights, because other forms share them; the engine joins them when it
+    loads the graph.
     """
     products = [None if value is None else value.producer() for value in attention.inputs[:3]]
     weights = []

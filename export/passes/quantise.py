@@ -1,15 +1,14 @@
-"""int8 bundles: products of weights and activations in 8 bits, everything else in float32.
+"""Writes int8 bundles: products of weights and activations in 8 bits, everything else in float32.
 
-A float32 bundle is taken component by component. Those that chains run are quantised by ONNX
-Runtime's quantiser, with ranges of activations measured on what the float32 components before them
-hand over; the unsplit graphs are quantised over the same data, so their ranges are the same. Exit
-heads, adapters, scores, normalisations, products of two activations (attention's) and states stay
-in float32. Scales are symmetric, and per channel for weights, which is what TensorRT takes.
-Components have one form, the one that every engine runs, and no projection.
+ONNX Runtime's quantiser quantises each component that a chain of the float32 bundle runs. Ranges of
+activations are measured on the outputs of the float32 components before it. The unsplit graphs are
+quantised with the same data, so their ranges are the same. Exit heads, adapters, scores,
+normalisations, products of two activations (in attention) and states stay in float32. Scales are
+symmetric, and per channel for weights, as TensorRT requires. Components have one form, the one that
+every engine runs, and no projection.
 
-What the quantised graphs answer to the sample becomes the reference of the bundle. What the exits
-answer in float32 to other data is kept beside it, for ``edgeexit check`` to count what quantising
-changed.
+The bundle's reference is the output of the quantised graphs for the sample. The bundle also stores
+the exits' float32 outputs for other data, so that ``edgeexit check`` can count what changed.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ def quantise_bundle(
     Args:
         whole: The float32 bundle.
         folder: Gets graphs, weights, samples and the tokenizer.
-        batches: Inputs of the program, of which `edgeexit.export.passes.calibration` takes some
-            to set the ranges, and others whose float32 answers are kept.
-        tell: Told of every component that is quantised, and of what comes after them.
+        batches: Inputs of the program. `edgeexit.export.passes.calibration` takes some to measure
+            ranges on, and others whose float32 outputs are stored.
+        tell: Called with the name of each step, for progress.
 
     Returns:
         The manifest to commit.
@@ -86,13 +85,13 @@ class _Quantised:
 
     Args:
         whole: The float32 bundle.
-        folder: That of the new bundle.
-        scratch: For files on the way.
-        first, rest: Batches that set ranges, and batches to compare.
+        folder: The new bundle's folder.
+        scratch: Folder for temporary files.
+        first, rest: Batches to measure ranges on, and batches to compare.
 
     Attributes:
-        reference: What the quantised graphs answer to the float32 bundle's sample.
-        float32: What the exits answer in float32 to the batches to compare.
+        reference: The quantised graphs' outputs for the float32 bundle's sample.
+        float32: The exits' float32 outputs for the batches to compare.
     """
 
     def __init__(
@@ -122,7 +121,8 @@ class _Quantised:
         manifest = self.whole.manifest
         if isinstance(step, Place):
             raise ExportError(
-                f"{manifest.name}: models that place {step.source} among tokens have no int8",
+                f"{manifest.name}: int8 is not supported for models that place {step.source} "
+                "among tokens",
                 fix="Export it in float32 or float16.",
             )
         if isinstance(step, Gather):
@@ -136,7 +136,7 @@ class _Quantised:
         return step
 
     def component(self, name: str) -> Component:
-        """A component as the new bundle has it: quantised, or the last of its forms as it was."""
+        """A component of the new bundle: quantised, or the last of its forms unchanged."""
         if name not in self._done:
             component = self.whole.manifest.components[name]
             graph = ir.load(self.whole.file(component.variants[-1].graph))
@@ -166,18 +166,18 @@ class _Quantised:
             walk.hand_on(chain)
 
     def _ask(self, exit_: Exit) -> None:
-        """Asks an exit. Logits of whole texts are too large to be kept for many of them."""
+        """Stores an exit's outputs, without logits of whole texts, which are too large."""
         [small] = self._small.ask(exit_)
         self.reference |= reference_sample({}, {exit_.name: small}, every_token=self._texts)
         parts = self._compared.ask(exit_)
-        known = {name: stacked([part[name] for part in parts]) for name in parts[0]}
-        found = reference_sample({}, {exit_.name: known}, every_token=self._texts)
+        outputs = {name: stacked([part[name] for part in parts]) for name in parts[0]}
+        sample = reference_sample({}, {exit_.name: outputs}, every_token=self._texts)
         for name in (LOGITS, "gap") if self._texts else ():
-            found.pop(f"{exit_.name}/{name}", None)
-        self.float32 |= found
+            sample.pop(f"{exit_.name}/{name}", None)
+        self.float32 |= sample
 
     def _quantise(self, name: str, chain: Chain, walk: Walk) -> None:
-        """Writes a component in int8, with ranges measured on what it is given in a walk."""
+        """Writes a component in int8, with ranges measured on its inputs in a walk."""
         self.tell(f"{name}, int8")
         component = self.whole.manifest.components[name]
         model = ir.load(self.whole.file(component.variants[-1].graph))
@@ -209,13 +209,13 @@ def heads(graph: ir.Graph, component: Component, chain: Chain, name: str) -> lis
     """Nodes of exit heads in a component's graph.
 
     Args:
-        graph: Of the component.
-        component, name: What it is.
-        chain: That runs it, in parts or as a whole.
+        graph: The component's graph.
+        component, name: The component.
+        chain: The chain that runs it, as a segment or as the unsplit model.
 
     Returns:
-        Names of the nodes that only exits behind the component need. Those of the last component
-        all are such: there it is the last product, the head's own.
+        Names of the nodes that only the component's exits need. In the last component exits need
+        all nodes; there it is the last product, which belongs to the head.
     """
     exits = [e for e in chain.exits if e.behind == name and not e.path and LOGITS in e.outputs]
     answers = {tensor for e in exits for tensor in [*e.outputs.values(), *e.scores.values()]}
@@ -233,14 +233,14 @@ def heads(graph: ir.Graph, component: Component, chain: Chain, name: str) -> lis
 
 
 def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
-    found: set[ir.Node] = set()
+    entered: set[ir.Node] = set()
     open_ = list(values)
     while open_:
         node = open_.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in entered:
+            entered.add(node)
             open_ += [value for value in node.inputs if value is not None]
-    return found
+    return entered
 
 
 def quantise(
@@ -250,13 +250,13 @@ def quantise(
 
     Args:
         source: The file, in float32; names of its nodes are unique.
-        target: Where the new one goes, with its weights beside it.
+        target: Path of the new file; its weights are written beside it.
         batches: Inputs.
-        excluded: Names of nodes that stay as they are; so do products of two activations.
+        excluded: Names of nodes to leave in float32, besides products of two activations.
         what: The component, for messages.
 
     Raises:
-        ExportError: The quantiser refuses it.
+        ExportError: The quantiser fails.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
@@ -291,13 +291,13 @@ def quantise(
             )
     except Exception as error:
         raise ExportError(
-            f"{what}: the quantiser refuses it ({first_line(error)})",
+            f"{what}: the quantiser fails ({first_line(error)})",
             fix="Export it in float32 or float16.",
         ) from error
 
 
 def _of_activations(source: Path) -> list[str]:
-    """Products that no weight takes part in: attention's own."""
+    """Names of the products without a weight: those in attention."""
     graph = ir.load(source).graph
     return [
         str(node.name)
@@ -309,8 +309,8 @@ def _of_activations(source: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _any_pool() -> Iterator[None]:
-    """Lets the quantiser measure in a process that has installed ONNX Runtime's global pool: its
-    sessions ask for a pool of their own, which none may have beside that."""
+    """Lets the quantiser run in a process that has installed ONNX Runtime's global thread pool: its
+    sessions ask for their own pools, which ONNX Runtime then refuses."""
     import onnxruntime
     from onnxruntime.quantization.calibrate import CalibraterBase
 
@@ -319,17 +319,17 @@ def _any_pool() -> Iterator[None]:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.infer_session = host_session(self.augmented_model_path, options)
 
-    own = CalibraterBase.create_inference_session
+    original = CalibraterBase.create_inference_session
     CalibraterBase.create_inference_session = create
     try:
         yield
     finally:
-        CalibraterBase.create_inference_session = own
+        CalibraterBase.create_inference_session = original
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Keeps the quantiser's advice, which it gives to the root logger, from users' terminals."""
+    """Hides the quantiser's advice, which it writes to the root logger."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -339,7 +339,7 @@ def _hushed() -> Iterator[None]:
 
 
 def _copy_rest(whole: Bundle, folder: Path) -> list[str]:
-    """Tokenizer, chat templates, and samples that are not there yet, which it returns."""
+    """Copies the tokenizer, chat templates and further samples. Returns the samples."""
     samples = []
     for name in whole.manifest.files:
         if not name.startswith("graphs/") and name != WEIGHTS and not (folder / name).exists():

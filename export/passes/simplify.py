@@ -1,9 +1,9 @@
-"""Takes shape arithmetic out of a graph that its own shape annotations make unnecessary.
+"""Removes shape arithmetic that a graph's shape annotations make unnecessary.
 
 Tracing turns ``x.view(batch, seq, heads, size)`` into Shape, Gather and Concat nodes that compute
-what the annotations already say. A Reshape whose target keeps axes of its input needs none of
-them: 0 copies an axis, -1 stands for one that is left. Segments gain most: each would compute
-shapes anew.
+what the annotations already say. A Reshape to axes of its input needs none of them: 0 in its target
+copies an axis, -1 stands for the remaining one. Segments gain most, because each of them would
+compute the shapes again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir.passes.common as passes
 
 
 def simplify(model: ir.Model) -> int:
-    """Folds Reshape targets, then removes what nothing uses. Returns how many were folded."""
+    """Folds Reshape targets, then removes unused nodes. Returns the number of folded targets."""
     folded = 0
     for node in list(model.graph):
         if node.op_type == "Reshape" and node.domain == "" and len(node.inputs) == 2:
@@ -25,13 +25,13 @@ def simplify(model: ir.Model) -> int:
 
 def _fold_reshape(graph: ir.Graph, node: ir.Node) -> bool:
     data, target = node.inputs
-    made = node.outputs[0]
+    output = node.outputs[0]
     if data is None or target is None or target.is_initializer() or target.const_value is not None:
         return False
-    if data.shape is None or made.shape is None:
+    if data.shape is None or output.shape is None:
         return False
     sizes, free = [], 0
-    for axis, size in enumerate(made.shape):
+    for axis, size in enumerate(output.shape):
         if isinstance(size, int):
             sizes.append(size)
         elif axis < len(data.shape) and _same(size, data.shape[axis]):
@@ -39,7 +39,7 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node) -> bool:
         else:
             sizes.append(-1)
             free += 1
-    if free > 1 or 0 in [size for size in made.shape if isinstance(size, int)]:
+    if free > 1 or 0 in [size for size in output.shape if isinstance(size, int)]:
         return False
     name = "edgeexit/shape_" + "_".join(str(size).replace("-", "m") for size in sizes)
     if name not in graph.initializers:
@@ -54,7 +54,7 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _same(left: int | ir.SymbolicDim, right: int | ir.SymbolicDim) -> bool:
-    """Whether two axes have the same size for certain: equal names (unknown ones are not)."""
+    """Whether two axes certainly have the same size: equal numbers or names."""
     if isinstance(left, int) or isinstance(right, int):
         return left == right
     return left.value is not None and left.value == right.value

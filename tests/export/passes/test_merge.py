@@ -62,5 +62,5 @@ def test_merge_keeps_shapes_of_boundaries_only(toy_bundle: Bundle) -> None:
 
 
 def test_merge_names_the_output_when_no_segment_makes_it(toy_bundle: Bundle) -> None:
-    with pytest.raises(ExportError, match="no segment makes nothing"):
+    with pytest.raises(ExportError, match="no segment gives nothing"):
         merge(_segments(toy_bundle)[:2], ["nothing"])

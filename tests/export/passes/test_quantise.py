@@ -183,7 +183,7 @@ def test_flips_are_counted_against_float32(bundles: tuple[Bundle, Bundle]) -> No
 
 
 def test_too_little_data_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="two rows at least"):
+    with pytest.raises(UsageError, match="two rows or more"):
         export(make(), tmp_path / "bundle", dtype="int8", calibration=lambda bundle: iter([]))
     assert list(tmp_path.iterdir()) == []
 
