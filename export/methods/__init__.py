@@ -1,12 +1,11 @@
-"""How exits learn: one module per method, and one trainer for all of them.
+"""Training of exits: one module per method, and one trainer for all methods.
 
-A method (`method.Method`) says which part of a model is trained and by what loss: `joint` trains a
-classifier with all its exits, or the exit heads alone behind a frozen backbone; `layerskip` trains
-a language model that can be left early, `adapters` the adapters of one that is frozen. `training`
-has `ExitTrainer`, which is transformers' `Trainer` with a method: schedule, checkpoints and
-resumption, precision, logging and several devices are those of `TrainingArguments`. Where exits are
-is decided when they are attached (`edgeexit.export.pretrained.from_pretrained`); a method changes
-weights only.
+A method (`method.Method`) says which part of a model is trained, and with which loss. `joint`
+trains a classifier with all its exits, or only the exit heads on a frozen backbone. `layerskip`
+trains a language model with early exits, `adapters` the adapters of a frozen one. `training` has
+`ExitTrainer`: transformers' `Trainer` with a method. Schedule, checkpoints and resumption,
+precision, logging and several devices are set with `TrainingArguments`. Exits are attached before
+training (`edgeexit.export.pretrained.from_pretrained`); a method only changes weights.
 
     from transformers import TrainingArguments
 

@@ -1,9 +1,9 @@
-"""Training of adapters alone: the model stays bit for bit as it is, and its early exits learn to
-say what its last layer says (Kangaroo, arXiv:2404.18911).
+"""Trains only the adapters of early exits, to predict what the last layer predicts; the model does
+not change (Kangaroo, arXiv:2404.18911).
 
-That is what a draft is held against in ``exact`` decoding, so the model's own answers are all there
-is to learn from: any text will do that is like what the model will write. Where the model itself
-is trained, `edgeexit.export.methods.layerskip` trains adapters with it.
+``exact`` decoding compares drafts with the last layer, so its outputs are the only target. The
+training text should be similar to what the model will write. To train the model too, use
+`edgeexit.export.methods.layerskip`, which also trains adapters.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from edgeexit.export.methods.method import Batch, Forward, Loss, Method
 
 @dataclass(frozen=True)
 class AdapterDistillation(Method):
-    """Trains every adapter of an `ExitDecoder` behind its frozen layers.
+    """Trains all adapters of an `ExitDecoder`; its other layers are frozen.
 
-    The loss is the mean, over adapters and tokens, of the cross-entropy of the exit's answer
-    against the probabilities that the last layer gives, in nats. Batches are those of
+    The loss is the mean, over adapters and tokens, of the cross-entropy between the exit's
+    prediction and the last layer's probabilities, in nats. Batches are those of
     `edgeexit.export.methods.layerskip.LayerSkip`.
     """
 
@@ -53,7 +53,7 @@ class AdapterDistillation(Method):
         logits = forward(tokens, exits=[*model.adapter_sizes, model.depth])
         last = logits[model.depth]
         losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]
-        return torch.stack(losses).mean(), {f"exit_{n}": one for n, one in logits.items()}
+        return torch.stack(losses).mean(), {f"exit_{n}": z for n, z in logits.items()}
 
     def count(self, inputs: Batch) -> torch.Tensor:
         return (tokens_and_targets(inputs)[1] != IGNORED).sum()

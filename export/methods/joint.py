@@ -1,8 +1,7 @@
-"""Training of a classifier's exits: all of the model together, or the exit heads alone on a frozen
-backbone.
+"""Trains a classifier with exits: the whole model, or only the exit heads on a frozen backbone.
 
 The loss is a weighted mean of the exits' cross-entropies (BranchyNet, arXiv:1709.01686). With
-distillation each early exit also learns from the last one's softened answers (arXiv:1905.08094).
+distillation each early exit also learns from the last exit's softened outputs (arXiv:1905.08094).
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ class Joint(Method):
     Batches hold the model's inputs and ``labels`` ``[batch]``, class numbers.
 
     Attributes:
-        weights: One per exit that is trained, shallow to deep: the last exit is one of them unless
-            the backbone is frozen. None: equal.
-        distillation: Share of the early exits' loss that comes from the last exit's answers, from
+        weights: One per trained exit, shallow to deep; the last exit is trained unless the backbone
+            is frozen. None: equal weights.
+        distillation: Share of the early exits' loss that comes from the last exit's outputs, from
             0 to 1.
         temperature: Softens both sides of the distillation.
-        freeze_backbone: Train the exit heads only. Backbone and last head stay bit for bit as they
-            are, and run as they will on the device: without dropout and with their batch statistics
-            fixed.
+        freeze_backbone: Train only the exit heads. Backbone and last head do not change, and run as
+            on the device: without dropout and with fixed batch statistics.
     """
 
     weights: Sequence[float] | None = None
@@ -55,14 +53,14 @@ class Joint(Method):
                 fix="Read the checkpoint with exits=[...].",
             )
         weights = self._weights(model)
-        if not all(math.isfinite(one) and one >= 0 for one in weights) or not sum(weights):
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
             raise UsageError(
                 f"Joint: weights {weights} are invalid", fix="Give numbers >= 0, not all of them 0."
             )
         if not 0 <= self.distillation <= 1:
             raise UsageError(
                 f"Joint: distillation {self.distillation} is out of range (0 to 1)",
-                fix="Give the share of the loss that the last exit's answers make up.",
+                fix="Give the share of the loss that comes from the last exit's outputs.",
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(
@@ -96,14 +94,14 @@ class Joint(Method):
         model.provenance["exits"] = "trained"
 
     def _weights(self, model: ExitClassifier) -> list[float]:
-        """One per exit that is trained."""
+        """One weight per trained exit."""
         count = len(model.heads) + (not self.freeze_backbone)
         if self.weights is None:
             return [1.0] * count
         if len(self.weights) != count:
             raise UsageError(
                 f"Joint: {len(self.weights)} weights for {count} exits",
-                fix="Give one per exit that is trained, shallow to deep.",
+                fix="Give one weight per trained exit, shallow to deep.",
             )
         return [float(weight) for weight in self.weights]
 
@@ -126,7 +124,7 @@ def exit_loss(
     Args:
         logits: Of every exit, shallow to deep, each ``[batch, classes]``.
         labels: ``[batch]``, class numbers.
-        weights: One per exit; 0 leaves an exit's own loss out.
+        weights: One per exit; 0 leaves out the exit's loss.
     """
     weights = [1.0] * len(logits) if weights is None else weights
     target = functional.log_softmax(logits[-1].detach() / temperature, dim=-1)

@@ -1,9 +1,9 @@
-"""LayerSkip training (arXiv:2404.16710): a decoder that can be left early with its one shared head.
+"""LayerSkip training (arXiv:2404.16710): a decoder with early exits that share its head.
 
-Two things are added to plain language modelling. Layers are dropped at random, deeper ones more
-often, so that no state relies on what comes next; and early exits have losses of their own through
-the shared head, and through their adapters where they have any. It is what makes drafting with the
-first layers worth while (``exact`` decoding).
+It adds two things to plain language modelling. Layers are dropped at random, deeper ones more
+often, so that states depend less on later layers. Early exits have losses of their own, through the
+shared head and through their adapters if they have any. This training makes drafting with the first
+layers worthwhile (``exact`` decoding).
 """
 
 from __future__ import annotations
@@ -23,31 +23,30 @@ from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
 
 IGNORED = -100
-"""The label of a token that is not learned, as everywhere in transformers."""
+"""Label of a token that the loss ignores, as in transformers."""
 
 
 @dataclass(frozen=True)
 class LayerSkip(Method):
-    """Trains all weights of an `ExitDecoder`, those of adapters too, with layer dropout and
-    early-exit losses.
+    """Trains all weights of an `ExitDecoder`, adapters included, with layer dropout and early-exit
+    losses.
 
-    Every step trains the last layer's answer and that of one exit, taking turns (the rotational
-    curriculum; one head more a step whatever the number of exits). An evaluation asks all of them
-    and drops no layer.
+    Every step trains the last layer and one exit, in rotation (the rotational curriculum), so a
+    step runs one head more for any number of exits. An evaluation uses all exits and drops no
+    layer.
 
-    Batches hold ``input_ids`` ``[batch, seq]`` and, where not every token is to be learned,
-    ``labels``: the same ids, -100 where there is nothing to learn, as transformers' data collators
-    make them. Padding is on the right.
+    Batches hold ``input_ids`` ``[batch, seq]`` and, optionally, ``labels``: the same ids, with -100
+    for tokens to ignore, as transformers' data collators make them. Padding is on the right.
 
     Attributes:
-        dropout: p_max, the chance that the last layer is dropped from a step; see `dropout_rates`.
+        dropout: p_max, the chance that the last layer is dropped in a step; see `dropout_rates`.
             A layer is dropped for the whole batch, which saves its time (the paper draws per
             sample).
         exit_scale: e_scale of the paper, see `exit_weights`.
-        weights: Exit layer -> weight of its loss beside 1 for the last layer, in place of the
-            paper's. 0 for all of them and no dropout is plain language modelling.
-        distillation: Share of an exit's loss that comes from the last layer's answers instead of
-            the text. `exact` and `fast` ask exits to agree with the last layer, not to be right.
+        weights: Exit layer -> weight of its loss; the last layer's weight is 1. None: the paper's
+            weights. With 0 for all exits and no dropout this is plain language modelling.
+        distillation: Share of an exit's loss that comes from the last layer's outputs instead of
+            the text. `exact` and `fast` decoding need exits that agree with the last layer.
     """
 
     dropout: float = 0.1
@@ -65,7 +64,7 @@ class LayerSkip(Method):
         if not 0 <= self.distillation <= 1:
             raise UsageError(
                 f"LayerSkip: distillation {self.distillation} is out of range (0 to 1)",
-                fix="Give the share of an exit's loss that the last layer's answers make up.",
+                fix="Give the share of an exit's loss that comes from the last layer's outputs.",
             )
         if unknown := sorted(set(self.weights or {}) - set(model.exit_layers)):
             raise UsageError(
@@ -73,7 +72,7 @@ class LayerSkip(Method):
                 fix="Give weights to exits only.",
             )
         weights = self._weights(model)
-        if not all(math.isfinite(one) and one >= 0 for one in weights.values()):
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()):
             raise UsageError(f"LayerSkip: weights {weights} are invalid", fix="Give numbers >= 0.")
 
     def inputs(self, model: ExitDecoder) -> list[str]:
@@ -85,7 +84,7 @@ class LayerSkip(Method):
         skipped: list[int] = []
         if step is not None:
             early = early[step % len(early) :][:1] if early else []
-            # From the step alone: alike in every process, and after a resumption.
+            # The step is the seed: the same draws in every process and after a resumption.
             draws = torch.rand(depth, generator=torch.Generator().manual_seed(step)).tolist()
             rates = dropout_rates(depth, self.dropout)
             skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
@@ -99,7 +98,7 @@ class LayerSkip(Method):
                 of_exit = (1 - self.distillation) * of_exit + self.distillation * agreeing
             loss = loss + weights[layer] * of_exit
         total = 1 + sum(weights[layer] for layer in early)
-        return loss / total, {f"exit_{layer}": one for layer, one in logits.items()}
+        return loss / total, {f"exit_{layer}": z for layer, z in logits.items()}
 
     def count(self, inputs: Batch) -> torch.Tensor:
         return (tokens_and_targets(inputs)[1] != IGNORED).sum()
@@ -117,7 +116,7 @@ class LayerSkip(Method):
 
 
 def check_decoder(method: str, model: nn.Module) -> None:
-    """Raises `UsageError` for a model that is not a language model without an encoder."""
+    """Raises `UsageError` unless a model is a language model without an encoder."""
     if not isinstance(model, ExitDecoder) or isinstance(model, ExitEncoderDecoder):
         raise UsageError(
             f"{method} trains language models without an encoder, not {type(model).__name__}",
@@ -126,7 +125,7 @@ def check_decoder(method: str, model: nn.Module) -> None:
 
 
 def dropout_rates(depth: int, highest: float) -> list[float]:
-    """Chance of every layer to be dropped: p_max (exp(l ln 2 / (L - 1)) - 1), l from 0.
+    """Dropout chance of each layer: p_max (exp(l ln 2 / (L - 1)) - 1), l from 0.
 
     >>> [round(rate, 3) for rate in dropout_rates(3, 0.2)]
     [0.0, 0.083, 0.2]
@@ -136,8 +135,8 @@ def dropout_rates(depth: int, highest: float) -> list[float]:
 
 
 def exit_weights(exits: list[int], depth: int, scale: float) -> dict[int, float]:
-    """Weights of the exits' losses beside 1 for the last layer's: the paper's, which grow
-    quadratically with depth, divided by that of the last layer.
+    """Weights of the exits' losses, relative to 1 for the last layer: the paper's weights, which
+    grow quadratically with depth, divided by that of the last layer.
 
     >>> exit_weights([2, 3], 4, scale=1.0)
     {2: 0.16666666666666666, 3: 0.5}
@@ -147,8 +146,8 @@ def exit_weights(exits: list[int], depth: int, scale: float) -> dict[int, float]
 
 
 def tokens_and_targets(inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[batch, seq - 1]`` of a batch and what follows each; -100 where that is padding
-    or is not to be learned.
+    """Token ids ``[batch, seq - 1]`` of a batch, and the token that follows each; -100 if that is
+    padding or its label is -100.
 
     Raises:
         UsageError: There are no ids, or padding comes before a token.
@@ -176,11 +175,11 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def agreement_loss(logits: torch.Tensor, last: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of an exit's logits ``[batch, seq, vocabulary]`` against what the last
-    layer's say, over targets ``[batch, seq]`` that are not -100, in nats; no gradient flows into
-    the last layer's."""
-    said = last.detach().flatten(0, 1).float().softmax(-1)
-    each = functional.cross_entropy(logits.flatten(0, 1).float(), said, reduction="none")
+    """Mean cross-entropy of an exit's logits ``[batch, seq, vocabulary]`` against the last layer's
+    probabilities, over targets ``[batch, seq]`` that are not -100, in nats. No gradient flows into
+    the last layer's logits."""
+    expected = last.detach().flatten(0, 1).float().softmax(-1)
+    each = functional.cross_entropy(logits.flatten(0, 1).float(), expected, reduction="none")
     counted = targets.flatten() != IGNORED
     return each.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 

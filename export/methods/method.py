@@ -1,7 +1,8 @@
-"""What a method says of a training: the part of the model that learns, and the loss of a batch.
+"""`Method`, the interface of a training method: the part of the model to train, and the loss of a
+batch.
 
 `edgeexit.export.methods.training.ExitTrainer` does the rest. A method that needs more than a loss
-(a second optimizer, an evaluation every so many steps) brings a callback of transformers with it.
+(a second optimizer, an evaluation every N steps) comes with a callback of transformers.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from torch import nn
 from edgeexit.errors import UsageError
 
 Batch = Mapping[str, torch.Tensor]
-"""What a data collator gives."""
+"""Output of a data collator."""
 
 Forward = Callable[..., Any]
-"""Calls the model, with its arguments and results."""
+"""Calls the model; same arguments and results."""
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """A scalar, and logits by exit, from shallow to deep."""
 
 
 class Method(abc.ABC):
-    """How the exits of a model learn.
+    """A training method.
 
-    Subclasses are frozen dataclasses: their settings are written into checkpoints, and a training
-    is resumed with the settings that it was started with. `model` is always an `ExitClassifier` or
-    `ExitDecoder`, as it was given to the trainer.
+    Subclasses are frozen dataclasses: checkpoints store their settings, and a training must be
+    resumed with the same settings. `model` is always the `ExitClassifier` or `ExitDecoder` that was
+    given to the trainer.
     """
 
     @abc.abstractmethod
@@ -42,24 +43,25 @@ class Method(abc.ABC):
         """The loss of a batch: a mean over its targets.
 
         Args:
-            model: For what it says of itself. Not called: it may be wrapped in another module.
-            forward: Calls it, in the precision and on the devices of the training.
+            model: The model, to read its attributes. Do not call it: it may be wrapped in another
+                module.
+            forward: Calls the model, in the precision and on the devices of the training.
             inputs: The batch.
-            step: Optimizer steps before this one: the same in every process, and after a
-                resumption. What is drawn at random for a step is drawn from it. None: an
-                evaluation, where nothing is.
+            step: Number of optimizer steps before this one: the same in every process, and after a
+                resumption. Use it as the seed of random draws. None: an evaluation, without random
+                draws.
         """
 
     @abc.abstractmethod
     def inputs(self, model: Any) -> list[str]:
-        """Columns of a data set that `loss` reads, labels aside."""
+        """Columns of a data set that `loss` reads, without labels."""
 
     def part(self, model: Any) -> nn.Module:
-        """What is trained: the model, or a module in it. The rest is frozen."""
+        """The part to train: the model, or a module in it. The rest is frozen."""
         return model
 
     def count(self, inputs: Batch) -> torch.Tensor:
-        """Number of targets that the loss of a batch is the mean of: its rows."""
+        """Number of targets in a batch, of which `loss` is the mean; by default its rows."""
         return torch.tensor(len(next(iter(inputs.values()))))
 
     @abc.abstractmethod
@@ -68,7 +70,7 @@ class Method(abc.ABC):
 
 
 def column(inputs: Batch, name: str, fix: str) -> torch.Tensor:
-    """A column of a batch. Raises `UsageError` where there is none."""
+    """A column of a batch. Raises `UsageError` if it does not exist."""
     if name not in inputs:
         raise UsageError(
             f"training: a batch has no {name!r} (it has {_listed(inputs)})",

@@ -1,10 +1,10 @@
 """`ExitTrainer`: transformers' `Trainer` for models with exits.
 
 A method (`edgeexit.export.methods.method.Method`) gives the loss and names the part that is
-trained. Added here is what `Trainer` leaves to models of transformers: what is frozen is frozen
-wholly, the loss is the mean over all that a step sees (several batches, several processes),
-checkpoints are what `edgeexit.export.pretrained.from_pretrained` reads, and a loss that is not
-finite ends the training before it reaches the weights.
+trained. This module adds what `Trainer` leaves to models of transformers: frozen parts take no
+gradients and stay in eval mode, the loss is the mean over all batches and processes of a step,
+`edgeexit.export.pretrained.from_pretrained` reads the checkpoints, and a loss that is not finite
+ends the training before it changes the weights.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from edgeexit.export.exits.saved import load_exits, read_exits
 from edgeexit.export.methods.method import Batch, Method
 
 METHOD = "method.txt"
-"""In a checkpoint: the method it was made with and its settings."""
+"""File in a checkpoint: the training method and its settings."""
 
 STATE = "trainer_state.json"
-"""What `Trainer` writes last into a checkpoint: one without it is not complete."""
+"""File that `Trainer` writes last into a checkpoint: without it a checkpoint is incomplete."""
 
 UNSUPPORTED = (
     "label_smoothing_factor",
@@ -40,30 +40,32 @@ UNSUPPORTED = (
     "gradient_checkpointing",
     "activation_checkpointing",
 )
-"""Training arguments that change a model or loss of transformers' own."""
+"""Training arguments that only work for transformers' own models and losses."""
 
 
 class ExitTrainer(transformers.Trainer):
-    """Trains exits by a method.
+    """Trains exits with a method.
 
     Args:
-        model: What is trained, in place. After `train` it is in eval mode, and says that its exits
-            are trained.
-        method: `Joint`, `LayerSkip`, `AdapterDistillation`, or one of your own.
-        args: `transformers.TrainingArguments`; everything that is no matter of the method.
-        others: What `transformers.Trainer` takes besides: `train_dataset`, `eval_dataset`,
+        model: The model to train, in place. After `train` it is in eval mode and its exits are
+            marked as trained.
+        method: `Joint`, `LayerSkip`, `AdapterDistillation`, or your own.
+        args: `transformers.TrainingArguments`: all settings that do not belong to the method.
+        others: Further arguments of `transformers.Trainer`: `train_dataset`, `eval_dataset`,
             `data_collator`, `processing_class`, `callbacks`, `compute_metrics` (its predictions are
             the logits of every exit, shallow to deep).
 
-    Matrices decay by `args.weight_decay`; biases, norms, class tokens and positions do not.
+    Weight decay (`args.weight_decay`) applies to matrices, but not to biases, norms, class tokens
+    and positions.
 
     Raises:
-        UsageError: The method's settings are invalid or not for this model, or an argument has no
-            meaning for models with exits.
+        UsageError: The method's settings are invalid or do not fit the model, or an argument is not
+            supported for models with exits.
         ExportError: In `train`: the loss is not finite, or a checkpoint is damaged.
     """
 
-    # Losses are means over a whole step already; to 4.57 the same is said by the attribute below.
+    # Losses are already the mean of a whole step. transformers up to 4.57 reads this from
+    # `model_accepts_loss_kwargs`, which __init__ sets.
     loss_is_scaled_for_ga = True
     model_wrapped: nn.Module
 
@@ -77,17 +79,17 @@ class ExitTrainer(transformers.Trainer):
         method.check(model)
         _refuse(model, args, others)
         self.exits, self.method = model, method
-        self._decaying = {name for name, one in model.named_parameters() if _decays(one)}
+        self._decaying = {name for name, weight in model.named_parameters() if _decays(weight)}
         super().__init__(model, args, **others)
         self.model_accepts_loss_kwargs = True
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **others: Any
     ) -> TrainOutput:
-        """Trains, or goes on from a checkpoint; arguments and result are those of `Trainer.train`.
+        """Trains, or resumes from a checkpoint; arguments and result are those of `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder; True: the last complete one in
+            resume_from_checkpoint: A checkpoint's folder; True: the last complete checkpoint in
                 ``args.output_dir``.
         """
         folder = _checkpoint(self.args.output_dir, resume_from_checkpoint)
@@ -104,8 +106,8 @@ class ExitTrainer(transformers.Trainer):
         return output
 
     def _ended(self, folder: Path) -> TrainOutput | None:
-        """The result of a training that made all of its steps before: `Trainer` would make one
-        more."""
+        """The result of a training that has already made all its steps (`Trainer` would make one
+        more step); else None."""
         state = transformers.TrainerState.load_from_json(str(folder / STATE))
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not 0 < self.args.max_steps <= state.global_step:
@@ -117,8 +119,8 @@ class ExitTrainer(transformers.Trainer):
         return TrainOutput(state.global_step, 0.0, {})
 
     def _unwrap(self) -> None:
-        """Leaves the model as it was given, or another training would take it for one that is
-        wrapped already: in one precision, on one device."""
+        """Removes the wrapper from the model; else another training would take it as already
+        prepared for a precision and a device."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
@@ -136,10 +138,10 @@ class ExitTrainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """The method's loss. In training it is weighted by the batch's share of the step's targets,
-        so that several batches and processes give what one batch would."""
+        so that several batches and processes give the same as one batch."""
         training = model.training
         if training:
-            self.exits.eval()  # `Trainer` puts all of it in train mode
+            self.exits.eval()  # `Trainer` puts the whole model in train mode
             self.method.part(self.exits).train()
         step = self.state.global_step if training else None
         loss, logits = self.method.loss(self.exits, model, inputs, step)
@@ -155,7 +157,7 @@ class ExitTrainer(transformers.Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Batch], device: torch.device
     ) -> torch.Tensor | None:
-        """The targets of a step: those of all its batches, as a mean over the processes, whose
+        """Number of targets in all batches of a step: the mean over processes, because their
         gradients are averaged."""
         if not batch_samples:
             return None
@@ -172,36 +174,36 @@ class ExitTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
-        """Loss, logits of every exit, and labels of a batch of an evaluation."""
+        """Loss, logits of every exit, and labels of an evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        each = tuple(one.detach() for one in logits.values())
+        each = tuple(z.detach() for z in logits.values())
         return loss.detach(), each[0] if len(each) == 1 else each, inputs.get("labels")
 
-    # What is read of a data set, and what decays
+    # Columns of a data set, and weight decay
 
     def _set_signature_columns_if_needed(self) -> None:
-        """`Trainer` reads names from the model's `forward`, which takes any."""
+        """Sets the columns to read. `Trainer` takes them from `forward`, which accepts any name."""
         self._signature_columns = [*self.method.inputs(self.exits), "labels", "label", "label_ids"]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters with weight decay."""
-        names = (name for name, _ in model.named_parameters())
-        # FSDP 1 renames and flattens parameters before the optimizer is made.
-        return [one for one in names if one.replace("_fsdp_wrapped_module.", "") in self._decaying]
+        # FSDP 1 renames and flattens parameters before the optimizer is created.
+        names = {n: n.replace("_fsdp_wrapped_module.", "") for n, _ in model.named_parameters()}
+        return [name for name, original in names.items() if original in self._decaying]
 
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model with its exits, by default into ``args.output_dir``: what
-        `edgeexit.export.pretrained.from_pretrained` reads. Call it in every process."""
+        """Writes the model with its exits, by default into ``args.output_dir``, as
+        `edgeexit.export.pretrained.from_pretrained` reads it. Call it in every process."""
         super().save_model(output_dir, _internal_call)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin and "FULL" not in str(plugin.state_dict_type) and not _internal_call:
-            # `Trainer` leaves a model that is saved in shards to a tool that merges them.
+            # `Trainer` only writes shards here, which a separate tool would have to merge.
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save(
@@ -235,27 +237,27 @@ class ExitTrainer(transformers.Trainer):
         path = folder / METHOD
         if path.is_file() and (written := path.read_text().strip()) != str(self.method):
             raise UsageError(
-                f"{folder}: a checkpoint of another training, {written}; this is {self.method}",
-                fix="Resume it with the method it was made with, or train into another output_dir.",
+                f"{folder}: the checkpoint was trained with {written}, not with {self.method}",
+                fix="Resume with the checkpoint's method, or train into another output_dir.",
             )
 
 
 def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
-    """Loads what `save_pretrained` wrote into a model that has the same exits.
+    """Loads a checkpoint of `save_pretrained` into a model with the same exits.
 
     Raises:
-        ExportError: A file is damaged, or is of another model or of other exits.
+        ExportError: A file is damaged, or belongs to another model or other exits.
     """
     saved = read_exits(folder)
     modules = model.heads if isinstance(model, ExitClassifier) else model.adapters
     if saved.layers != model.exit_layers:
         raise ExportError(
-            f"{folder}: a checkpoint with exits behind layers {saved.layers}, not "
+            f"{folder}: the checkpoint has exits behind layers {saved.layers}, the model behind "
             f"{model.exit_layers}",
-            fix="Resume with the exits it was trained with, or train into another output_dir.",
+            fix="Resume with the checkpoint's exits, or train into another output_dir.",
         )
     try:
-        # By transformers' own reader: it knows shards, tied weights and renamed ones.
+        # transformers' own reader supports shards, tied weights and renamed weights.
         read = type(model.model).from_pretrained(folder, dtype="auto")  # type: ignore[attr-defined]
         model.model.load_state_dict(read.state_dict())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -268,7 +270,7 @@ def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
 
 
 def _refuse(model: nn.Module, args: transformers.TrainingArguments, others: dict[str, Any]) -> None:
-    """Raises `UsageError` for what `Trainer` would take and not do."""
+    """Raises `UsageError` for arguments that `Trainer` would accept but not follow."""
     if given := [name for name in ("model_init", "compute_loss_func") if others.get(name)]:
         raise UsageError(f"{given[0]} is not supported with exits", fix="Write a Method.")
     if given := [name for name in UNSUPPORTED if getattr(args, name, None)]:
@@ -277,19 +279,20 @@ def _refuse(model: nn.Module, args: transformers.TrainingArguments, others: dict
     if args.fsdp and wrapped and isinstance(model, ExitDecoder):
         raise UsageError(
             "fsdp_config: transformer_layer_cls_to_wrap is not supported for language models, "
-            "whose layers are not run as one module",
+            "because their layers do not run as one module",
             fix="Leave it out: all weights are sharded together.",
         )
     if args.n_gpu > 1:
         raise UsageError(
             f"training: one process with {args.n_gpu} GPUs (DataParallel) is not supported",
             fix="Start one process per GPU: torchrun --nproc-per-node "
-            f"{args.n_gpu} or accelerate launch; or choose one with CUDA_VISIBLE_DEVICES=0.",
+            f"{args.n_gpu} or accelerate launch; or choose one GPU with CUDA_VISIBLE_DEVICES=0.",
         )
 
 
 def _decays(parameter: nn.Parameter) -> bool:
-    """Matrices decay; biases, norms, class tokens and positions (whose first axis is 1) do not."""
+    """Whether weight decay applies: to matrices, but not to biases, norms, class tokens and
+    positions (their first axis is 1)."""
     return parameter.ndim > 1 and parameter.shape[0] > 1
 
 
@@ -300,30 +303,30 @@ def _checkpoint(output_dir: str, given: str | os.PathLike[str] | bool | None) ->
     if given is not True:
         if not (Path(given) / STATE).is_file():
             raise UsageError(
-                f"{given}: not a checkpoint to resume from ({STATE} is not there)",
+                f"{given}: not a checkpoint to resume from (it has no {STATE})",
                 fix="Give a folder checkpoint-N that a training wrote.",
             )
         return Path(given)
     if (found := last_checkpoint(output_dir)) is None:
         raise UsageError(
             f"{output_dir}: there is no checkpoint to resume from",
-            fix="Train without resume_from_checkpoint first; save_steps says how often one is "
-            "written.",
+            fix="Train without resume_from_checkpoint first; save_steps sets how often "
+            "checkpoints are written.",
         )
     return found
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The last complete checkpoint of a training; None where there is none. One whose writing was
-    interrupted does not count."""
-    found = Path(output_dir).glob(f"checkpoint-*/{STATE}")
-    steps = {int(n): one.parent for one in found if (n := one.parent.name[11:]).isdecimal()}
+    """The last complete checkpoint of a training; None if there is none. A checkpoint whose writing
+    was interrupted does not count."""
+    states = Path(output_dir).glob(f"checkpoint-*/{STATE}")
+    steps = {int(n): file.parent for file in states if (n := file.parent.name[11:]).isdecimal()}
     return steps[max(steps)] if steps else None
 
 
 @contextlib.contextmanager
 def _only(part: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Only the part takes gradients; afterwards all is as it was, in eval mode."""
+    """Freezes all but the part of a model, which is unfrozen and in eval mode afterwards."""
     parameters = set(map(id, part.parameters()))
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
     try:

@@ -252,9 +252,9 @@ def test_resuming_is_refused_when_the_checkpoint_does_not_fit(tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"there is no checkpoint to resume from. Train without"):
         train(tmp_path, make(), method, rows, **given, resume=True)
     train(tmp_path, make(), method, rows, **given)
-    with pytest.raises(UsageError, match=r"checkpoint-2: a checkpoint of another training, Layer"):
+    with pytest.raises(UsageError, match=r"checkpoint-2: the checkpoint was trained with Layer"):
         train(tmp_path, make(), LayerSkip(dropout=0.1), rows, **given, resume=True)
-    with pytest.raises(ExportError, match=r"exits behind layers \[1, 2\], not \[2, 3\]"):
+    with pytest.raises(ExportError, match=r"behind layers \[1, 2\], the model behind \[2, 3\]"):
         other = LayerSkip(dropout=0.5, weights={2: 1.0, 3: 0.5})
         (tmp_path / "checkpoint-2/method.txt").write_text(f"{other}\n")
         train(tmp_path, decoder([2, 3]), other, rows, **given, resume=True)
