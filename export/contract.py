@@ -1,9 +1,10 @@
-"""The contract of a model: what the exporter needs to know of it, and all it knows.
+"""The contract between a model and the exporter: `SplitModel`, everything that the exporter knows
+of a model.
 
-A `SplitModel` is a bundle's manifest with torch modules in the place of graphs: components, the
-chains that run them, and the steps of the program, the last two in the manifest's own structs. The
-classes of `edgeexit.export.exits` return one; a user's own model does the same through ``edgeexit
-export -m module:function``. `edgeexit.export.describe` checks it.
+A `SplitModel` is a bundle's manifest with torch modules instead of graphs: components, the chains
+that run them, and the steps of the program. Chains and steps are the manifest's own structs. The
+classes of `edgeexit.export.exits` return a `SplitModel`; for a model of your own, a function does
+(``edgeexit export -m module:function``). `edgeexit.export.describe` checks it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ Values = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One of the layers of a `Stack`.
+    """A layer of a `Stack`.
 
     Attributes:
-        module: ``forward(state, *own, *shared)`` returns ``(state, *made)``. Layers that compute
-            alike have one module in common, which is traced once.
-        weights: What is the layer's own: parameters and buffers, by their names in the module.
+        module: ``forward(state, *states, *shared)`` returns ``(state, *present)``. Layers that
+            compute the same share one module, which is traced once.
+        weights: The layer's parameters and buffers, by their names in the module.
     """
 
     module: nn.Module
@@ -53,15 +54,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers on top of each other, in the pieces that they are exported in.
+    """A stack of layers, in the pieces that are traced.
 
     Attributes:
-        entry: ``forward(*inputs)`` returns ``(state, *shared)``: the first state, and what all
-            layers share (masks, rotations).
-        state: What goes from layer to layer.
-        shared: What they share.
+        entry: ``forward(*inputs)`` returns ``(state, *shared)``: the first state, and the tensors
+            that all layers share (masks, rotations).
+        state: The tensor passed from layer to layer.
+        shared: The shared tensors.
         layers: From the first to the last.
-        head: ``forward(state)`` gives the outputs; None if that is the state itself.
+        head: ``forward(state)`` returns the outputs; None if the state is the output.
     """
 
     entry: nn.Module
@@ -73,17 +74,16 @@ class Stack:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write the graph of a component, for engines that offer every feature in
-    `requires`.
+    """One form of a component's graph, for engines that have every feature in `requires`.
 
     Attributes:
         body: A module, which is traced whole, or a `Stack`, which is traced layer by layer.
-            ``forward(*inputs, *lengths, *states)`` of a module returns ``(*outputs, *present)``; a
-            token state enters as its past. The entry of a stack takes ``(*inputs, *lengths)`` and
-            the first state, whose past says how much it can hold; each layer takes its share of the
-            states and makes its share of the present ones.
+            ``forward(*inputs, *lengths, *states)`` of a module returns ``(*outputs, *present)``,
+            where a token state is given by its past. The entry of a stack takes
+            ``(*inputs, *lengths)`` and the past of the first state, whose shape has the capacity;
+            each layer takes its share of the states and returns its share of the present states.
         requires, states, lengths: As in `edgeexit.bundle.manifest.Variant`.
-        opset: The lowest ONNX opset that its graph can have.
+        opset: Lowest ONNX opset of its graph.
     """
 
     body: nn.Module | Stack
@@ -95,16 +95,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Component:
-    """Everything that runs is one: a segment, a head, an adapter, a gate, the unsplit model.
+    """A part of the model that runs: a segment, a head, an adapter, a gate, the unsplit model.
 
     Attributes:
-        name: Unique in the model; the graph's file name.
-        inputs, outputs: Tensors besides states and lengths. The exporter adds what it derives from
-            class logits (`SplitModel`).
-        forms: Fastest first; the last one runs on every engine.
-        states: What it keeps of every token, or reads of a prompt.
-        projection: Layers that take nothing of their own and make of the state that comes in what
-            the token states keep: for tokens that skip the component (``approximate`` decoding).
+        name: Unique in the model; also the name of the graph's file.
+        inputs, outputs: Tensors, without states and lengths. The exporter adds the outputs that
+            follow from class logits (`SplitModel`).
+        forms: Fastest first; the last form runs on every engine.
+        states: What the component stores per token, or reads of a prompt.
+        projection: Layers that compute the token states from the component's input only, for tokens
+            that skip the component (``approximate`` decoding).
     """
 
     name: str
@@ -120,7 +120,7 @@ class Component:
         return [state for state in self.states if isinstance(state, TokenState)]
 
     def taken(self, form: Form) -> tuple[list[Tensor], list[Tensor]]:
-        """What a form's graph takes: inputs and lengths, and the states."""
+        """Inputs of a form's graph: inputs and lengths, and the states."""
         lengths = [length(kind, f"lengths/{kind}") for kind in form.lengths]
         states = [
             _tensor(state, state.past, "past") if isinstance(state, TokenState) else state.tensor
@@ -129,13 +129,13 @@ class Component:
         return [*self.inputs, *lengths], states
 
     def present(self, form: StateForm) -> list[Tensor]:
-        """What a graph gives of the token states: what is ``new``, or whole ones (``past``)."""
+        """Token states that a graph returns: the ``new`` entries, or whole states (``past``)."""
         grown = "new" if form == "append" else "past"
         return [_tensor(state, state.present, grown) for state in self.token_states]
 
 
 def length(kind: Length, name: str) -> Tensor:
-    """A graph's input of one of the kinds of `edgeexit.bundle.manifest.LENGTHS`."""
+    """A graph's input for a kind of length (`edgeexit.bundle.manifest.LENGTHS`)."""
     dtype, axes = LENGTHS[kind]
     return Tensor(name=name, dtype=dtype, axes=list(axes), row_axis=0 if axes else None)  # type: ignore[arg-type]
 
@@ -147,11 +147,11 @@ def _tensor(state: TokenState, name: str, grown: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Table:
-    """A step that looks ids up in a table: an embedding, whose rows the runtime gathers.
+    """A step that looks up ids in a table, an embedding for example; the runtime gathers the rows.
 
     Attributes:
-        ids: The tensor of ids.
-        output: What is found, ``[batch, new, width]``.
+        ids: Name of the tensor of ids.
+        output: The gathered rows, ``[batch, new, width]``.
         weight: The table, ``[size, width]``.
         when: As in `edgeexit.bundle.manifest.Gather`.
     """
@@ -162,7 +162,7 @@ class Table:
     when: When = "token"
 
     def step(self, offset: int) -> Gather:
-        """The manifest's step, for a table that begins at this byte of the store."""
+        """The manifest's step, for a table that begins at this byte of the weight store."""
         size = self.weight.shape[0]
         return Gather(ids=self.ids, output=self.output, size=size, offset=offset, when=self.when)
 
@@ -171,32 +171,33 @@ class Table:
 class SplitModel:
     """A model that can be split.
 
-    An exit whose outputs have ``logits`` ``[batch, classes]`` gets the scores that follow from them
-    (`edgeexit.bundle.manifest.SCORES`): the exporter adds them to the graph, and ``token``, the
-    greedy one, where a chain's outputs have it and no module makes it. `scores` of a contract's
-    exit are further ones that a module computes itself.
+    If an exit's outputs have ``logits`` ``[batch, classes]``, the exporter adds the scores that
+    follow from them to the graph (`edgeexit.bundle.manifest.SCORES`). It also adds ``token``, the
+    greedy token, if a chain's outputs have it and no module computes it. `scores` of an exit are
+    further scores, which a module computes.
 
     Attributes:
-        name: For people; the bundle's name.
+        name: Name of the bundle.
         task: e.g. ``text-classification``.
-        inputs: What a caller gives. The symbolic axes of all tensors are those of the inputs and of
-            the token states.
-        components: In an order in which each comes behind those that make what it takes.
-        chains, steps: As in the manifest; the last chain that runs gives the answer.
-        example: ``example(rows)`` makes a realistic input of that many rows, ``{name: tensor}``. It
-            is what reference samples are computed from.
-        reference: ``reference(inputs)`` gives, per exit, logits ``[rows, seq, classes]`` of every
-            token of an example. None: the modules are run one after the other.
-        decoding: How it writes text, if it does; the tokenizer's own stop token is added.
-        limits: Symbolic axis (or ``positions``) -> the largest size that the model was made for.
+        inputs: Inputs of the program. Symbolic axes of other tensors must be axes of the inputs or
+            of the token states.
+        components: Each after those whose outputs it takes.
+        chains, steps: As in the manifest; the last chain that runs gives the model's output.
+        example: ``example(rows)`` returns a realistic input of that many rows, ``{name: tensor}``.
+            The reference samples are computed from it.
+        reference: ``reference(inputs)`` returns, per exit, logits ``[rows, seq, classes]`` of every
+            token of an example. None: run the modules one after the other.
+        decoding: Settings of text generation, if the model writes text; the tokenizer's stop token
+            is added.
+        limits: Symbolic axis (or ``positions``) -> the largest size that the model supports.
         float32: Modules that overflow in half precision, by the last part of their names
-            (transformers' ``_keep_in_fp32_modules``): there they compute in float32, and what
-            components hand on, to which their outputs were added, is float32.
-        tokenizer: What stands in a ``tokenizer.json``, for text preprocessing.
-        tokenizer_folder: Where a tokenizer's files and chat templates are, if there are any.
-        preprocessing_sample: Raw data and what the model's own preprocessing makes of it, so that a
-            device can check that it does the same: ``image`` uint8 ``[height, width(, 3)]``, or
-            ``text`` strings ``[n]``; and ``expected/<input>`` for every input.
+            (transformers' ``_keep_in_fp32_modules``). They compute in float32, and so do the states
+            between components that their outputs are added to.
+        tokenizer: Content of a ``tokenizer.json``, for text preprocessing.
+        tokenizer_folder: Folder of the tokenizer's files and chat templates, if there are any.
+        preprocessing_sample: Raw data and the result of the model's own preprocessing, so that a
+            device can check its own: ``image`` uint8 ``[height, width(, 3)]``, or ``text`` strings
+            ``[n]``; and ``expected/<input>`` for every input.
     """
 
     name: str
@@ -229,11 +230,11 @@ class SplitModel:
 
     @property
     def last_chain(self) -> Chain:
-        """The chain that answers: of the last step that runs one."""
+        """The chain that gives the model's output: that of the last step that runs a chain."""
         runs = [step.chain for step in self.steps if isinstance(step, Run)]
         return self.chains[runs[-1]]
 
 
 def exit_giver(exit_: Exit) -> str:
-    """The component that gives an exit's answer."""
+    """The component that computes an exit's outputs."""
     return exit_.path[-1].component if exit_.path else exit_.behind

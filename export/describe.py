@@ -1,7 +1,7 @@
-"""What a bundle will say of a model: its manifest, made before anything is traced.
+"""Makes a bundle's manifest from a contract, before anything is traced.
 
-The exporter adds to components what follows from class logits (`Derived`), so that modules need not
-compute it. A contract is checked as the manifest that it leads to.
+The exporter adds outputs that follow from class logits to components (`Derived`), so that modules
+need not compute them. `check` validates a contract by validating its manifest.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 @dataclass(frozen=True)
 class Derived:
-    """What is added to a component behind logits.
+    """Outputs that are added to a component, computed from its logits.
 
     Attributes:
         logits: The tensor ``[batch, classes]``.
-        scores: Prefix of the scores' names; None adds none.
-        token: Name of the greedy token; None adds none.
+        scores: Prefix of the scores' names; None: no scores.
+        token: Name of the greedy token; None: no token.
     """
 
     logits: str
@@ -57,34 +57,35 @@ class Derived:
 
 
 def derived_at(model: SplitModel, exit_: Exit) -> Derived | None:
-    """What is added for an exit; None where it gives no logits."""
+    """Outputs added for an exit; None if it has no logits."""
     if LOGITS not in exit_.outputs:
         return None
     giver, token = exit_giver(exit_), exit_.outputs.get(TOKEN)
     if token in [tensor.name for tensor in model.component(giver).outputs]:
         token = None
-    # Exits may share a head; an exit without a path has its component for itself.
+    # Exits may share a head; an exit without a path does not share its component.
     return Derived(exit_.outputs[LOGITS], giver if exit_.path else exit_.name, token)
 
 
 def derived_of(model: SplitModel) -> dict[str, list[Derived]]:
-    """Component -> what is added to it."""
-    found: dict[str, list[Derived]] = {component.name: [] for component in model.components}
+    """Component -> outputs added to it."""
+    additions: dict[str, list[Derived]] = {component.name: [] for component in model.components}
     for chain in model.chains.values():
         for exit_ in chain.exits:
-            derived, own = derived_at(model, exit_), found[exit_giver(exit_)]
-            own += [] if derived is None or derived in own else [derived]
+            derived, known = derived_at(model, exit_), additions[exit_giver(exit_)]
+            known += [] if derived is None or derived in known else [derived]
         for name in chain.unsplit[-1:]:
-            made = [tensor.name for tensor in model.component(name).outputs]
-            if LOGITS in made and TOKEN not in made and TOKEN in [t.name for t in chain.outputs]:
-                found[name].append(Derived(LOGITS, token=TOKEN))
-    return found
+            outputs = [tensor.name for tensor in model.component(name).outputs]
+            wanted = TOKEN in [tensor.name for tensor in chain.outputs]
+            if wanted and LOGITS in outputs and TOKEN not in outputs:
+                additions[name].append(Derived(LOGITS, token=TOKEN))
+    return additions
 
 
 def manifest_of(
     model: SplitModel, precision: Precision, provenance: dict[str, str] | None = None
 ) -> Manifest:
-    """The manifest, but for files, samples, the places of tables in the store and what the
+    """The manifest, without files, samples, offsets of tables in the weight store, and what the
     tokenizer adds."""
     derived = derived_of(model)
     return Manifest(
@@ -105,25 +106,24 @@ def manifest_of(
 
 
 def check(model: SplitModel) -> None:
-    """Raises `ExportError` for the first part of a contract that cannot be exported."""
+    """Raises `ExportError` for the first invalid part of a contract."""
     for chain in model.chains.values():
         if not chain.exits:
             raise ExportError(
                 f"{model.name}: the model has no exits",
-                fix="Attach some with edgeexit.export.pretrained.from_pretrained(path, "
-                "exits=[...]) and train them with edgeexit.export.methods.joint; a model without "
-                "exits needs no edgeexit.",
+                fix="Attach exits with edgeexit.export.pretrained.from_pretrained(path, "
+                "exits=[...]) and train them with edgeexit.export.methods.joint.",
             )
     names = [component.name for component in model.components]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ExportError(
             f"{model.name}: there are two components named {repeated[0]}",
-            fix="Names are unique in a model: graphs are named after them.",
+            fix="Give every component its own name.",
         )
-    if model.reference is None and any(one.token_states for one in model.components):
+    if model.reference is None and any(c.token_states for c in model.components):
         raise ExportError(
             f"{model.name}: a model that writes text needs a reference",
-            fix="Give reference=..., which says what its exits answer.",
+            fix="Give reference=..., a function that returns the logits of its exits.",
         )
     _check_axes(model)
     folder = model.tokenizer_folder
@@ -140,12 +140,12 @@ def check(model: SplitModel) -> None:
     except BundleError as error:
         raise ExportError(
             f"{model.name}: {error.what.removeprefix('manifest.json: ')}",
-            fix="Correct what the model says of itself (edgeexit.export.contract).",
+            fix="Correct the model's contract (edgeexit.export.contract).",
         ) from error
 
 
 def _check_axes(model: SplitModel) -> None:
-    """Symbolic axes are those of the inputs and of token states."""
+    """Refuses symbolic axes that neither inputs nor token states have."""
     states = [state for component in model.components for state in component.token_states]
     known = {axis for tensor in model.inputs for axis in tensor.axes}
     known |= {axis for state in states for axis in state.axes}
@@ -163,15 +163,15 @@ def _component(
     component: Component, derived: Sequence[Derived], precision: Precision
 ) -> structs.Component:
     outputs = list(component.outputs)
-    for one in derived:
-        if one.token is not None:
-            place = 1 + [tensor.name for tensor in outputs].index(one.logits)
-            outputs.insert(place, Tensor(name=one.token, dtype="int64", axes=["batch"]))
-        scores = one.score_tensors.values()
+    for addition in derived:
+        if addition.token is not None:
+            position = 1 + [tensor.name for tensor in outputs].index(addition.logits)
+            outputs.insert(position, Tensor(name=addition.token, dtype="int64", axes=["batch"]))
+        scores = addition.score_tensors.values()
         outputs += [Tensor(name=name, dtype="float32", axes=["batch"]) for name in scores]
     variants = []
     for number, form in enumerate(component.forms, start=1):
-        alike = [one.states for one in component.forms[:number]].count(form.states)
+        alike = [other.states for other in component.forms[:number]].count(form.states)
         suffix = f".{form.states}" + (f"-{alike}" if alike > 1 else "")
         variants.append(
             Variant(

@@ -1,4 +1,4 @@
-"""Silence: what libraries log for their own authors stays out of the user's log, but at DEBUG."""
+"""Hides log messages of libraries that do not matter to users; at level DEBUG they are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Silences these loggers; without names, those of the graph libraries."""
+    """Silences these loggers; by default those of the graph libraries."""
     loggers = [logging.getLogger(name) for name in names or ("onnx_ir", "onnxscript")]
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         loggers = []

@@ -1,7 +1,7 @@
-"""Samples of a bundle: inputs, and what the model gives for them before it became a bundle.
+"""Samples of a bundle: inputs, and the original model's outputs for them.
 
-`torch_reference` runs a model's modules one after the other, where it has no reference of its own;
-`reference_sample` says how the arrays are named.
+`torch_reference` computes them with the model's own reference, or else by running its modules;
+`reference_sample` names the arrays; `write_samples` writes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REFERENCE = "reference"
 
 
 def write_samples(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Writes one file of samples; returns its path in the bundle."""
+    """Writes a file of samples. Returns its path in the bundle."""
     (folder / "samples").mkdir(exist_ok=True)
     path = f"samples/{name}.npz"
     np.savez(folder / path, **arrays)  # type: ignore[arg-type]
@@ -43,16 +43,16 @@ def reference_sample(
     """The reference sample of a bundle.
 
     Args:
-        inputs: What the program takes.
-        answers: Exit (or ``unsplit``) -> its outputs and its own scores.
-        every_token: Logits are those of every token of texts, ``[rows, seq, classes]``, of which
-            the last token's are kept; then there are, ``[rows, seq]``, the greedy ``token``, how
-            far its logit is above the next (``gap``), and scores.
-        probabilities: What is called logits are probabilities already.
+        inputs: Inputs of the program.
+        answers: Exit (or ``unsplit``) -> its outputs and the scores that modules compute.
+        every_token: Whether logits are those of every token, ``[rows, seq, classes]``. Then the
+            sample has the last token's logits, and, ``[rows, seq]``, the greedy ``token``, the
+            difference of its logit to the next (``gap``), and scores.
+        probabilities: Whether the logits are probabilities instead.
     """
-    found = {f"input/{name}": value for name, value in inputs.items()}
-    for exit_, own in answers.items():
-        logits = own.get("logits")
+    sample = {f"input/{name}": value for name, value in inputs.items()}
+    for exit_, outputs in answers.items():
+        logits = outputs.get("logits")
         derived = {}
         if logits is not None and every_token:
             largest = np.partition(logits, -2, axis=-1)[..., -2:]
@@ -63,28 +63,28 @@ def reference_sample(
             }
         if logits is not None and exit_ != "unsplit":
             derived |= reference_scores(logits, probabilities=probabilities)
-        found |= {f"{exit_}/{name}": value for name, value in {**own, **derived}.items()}
-    return found
+        sample |= {f"{exit_}/{name}": value for name, value in {**outputs, **derived}.items()}
+    return sample
 
 
 def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict[str, Values]]:
-    """The reference sample of a model, as torch computes it, and what its modules were given:
-    component -> values, none for a model that has a reference of its own."""
+    """The reference sample of a model, computed by torch, and the inputs of its modules: component
+    -> values, empty for a model that has its own reference."""
     inputs = model.example(SAMPLE_ROWS)
     _check_example(model, inputs)
     given = {name: value.numpy() for name, value in inputs.items()}
     if model.reference is not None:
         logits = model.reference(inputs)
-        own = {exit_: {"logits": value.numpy()} for exit_, value in logits.items()}
-        return reference_sample(given, own, every_token=True), {}
+        outputs = {exit_: {"logits": value.numpy()} for exit_, value in logits.items()}
+        return reference_sample(given, outputs, every_token=True), {}
     examples: dict[str, Values] = {}
 
     def evaluate(name: str, feeds: list[Values]) -> list[Values]:
         examples.setdefault(name, feeds[0])
         component = model.component(name)
-        made = component.forms[-1].body(*feeds[0].values())  # type: ignore[operator]
-        made = made if isinstance(made, tuple) else (made,)
-        return [{t.name: x for t, x in zip(component.outputs, made, strict=True)}]
+        outputs = component.forms[-1].body(*feeds[0].values())  # type: ignore[operator]
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [{t.name: x for t, x in zip(component.outputs, outputs, strict=True)}]
 
     walk = Walk(manifest, [inputs], evaluate)
     answers: dict[str, Values] = {}
@@ -102,7 +102,7 @@ def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict
     if model.last_chain.unsplit:
         [known] = alone.known
         answers["unsplit"] = {t.name: known[t.name] for t in model.last_chain.outputs}
-    arrays = {exit_: {k: v.numpy() for k, v in own.items()} for exit_, own in answers.items()}
+    arrays = {name: {k: v.numpy() for k, v in values.items()} for name, values in answers.items()}
     return reference_sample(given, arrays, every_token=False), examples
 
 
@@ -111,15 +111,15 @@ def _check_example(model: SplitModel, inputs: Values) -> None:
         value = inputs.get(tensor.name)
         if value is None:
             raise ExportError(
-                f"{model.name}: example() gives no {tensor.name}",
-                fix="Give an example for every input.",
+                f"{model.name}: example() does not return {tensor.name}",
+                fix="Return an example for every input.",
             )
         expected = TORCH_DTYPES.get(tensor.dtype)
         if value.dtype != expected or value.ndim != len(tensor.axes):
             raise ExportError(
-                f"{model.name}: example() gives {tensor.name} as {value.dtype} with {value.ndim} "
-                f"axes, the contract says {tensor.dtype}{tensor.axes}",
-                fix="Make the two agree.",
+                f"{model.name}: example() returns {tensor.name} as {value.dtype} with {value.ndim} "
+                f"axes, but the contract has {tensor.dtype}{tensor.axes}",
+                fix="Correct example() or the contract's inputs.",
             )
 
 

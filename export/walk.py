@@ -1,8 +1,9 @@
-"""A program taken step by step on the workstation, one component at a time, for every row and
-token: without policies, each text in one run from empty states.
+"""Runs a program on the workstation, one component at a time, without policies: every row and token
+passes every component, and a text runs at once from empty states.
 
-Torch modules give a model's reference that way, float32 graphs what ranges of activations are
-measured on, quantised ones the answers of an int8 bundle.
+Export uses it to compute a model's reference (with torch modules), the data that ranges of
+activations are measured on (with float32 graphs) and the reference of an int8 bundle (with
+quantised graphs).
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.export.evaluate import run_graph
 
 Known = dict[str, Any]
-"""Tensor -> its value, an array of numpy's or torch's."""
+"""Tensor name -> value, a numpy array or a torch tensor."""
 Evaluate = Callable[[str, list[Known]], list[Known]]
-"""``evaluate(component, feeds)`` gives what the component makes of each of them."""
+"""``evaluate(component, feeds)`` returns the component's outputs for each feed."""
 
 
 class Walk:
-    """Batches on their way through a program, each by itself.
+    """Runs separate batches through a program.
 
     Args:
-        manifest: The program; of components, the last form counts.
+        manifest: The program; the last form of each component is used.
         batches: Inputs of the program.
         evaluate: Runs components.
 
     Attributes:
-        known: Per batch, the tensors that were made and not yet forgotten.
+        known: Per batch, the tensors that were computed and not yet forgotten.
     """
 
     def __init__(
@@ -67,22 +68,22 @@ class Walk:
         return cls(bundle.manifest, batches, evaluate)
 
     def branch(self) -> Walk:
-        """Another walk from here, which leaves this one as it is."""
+        """A copy that continues from here; this walk does not change."""
         other = Walk(self.manifest, (), self.evaluate)
         other.known = [dict(known) for known in self.known]
         return other
 
     def look_up(self, step: Gather, table: NDArray[Any]) -> None:
-        """Takes a step that looks ids up in a table."""
+        """Runs a step that looks up ids in a table."""
         for known in self.known:
             known[step.output.name] = table[known[step.ids]]
 
     def feeds(self, name: str, names: Mapping[str, str] | None = None) -> list[Known]:
-        """What a component is given, lengths and states included.
+        """Inputs of a component, lengths and states included.
 
         Args:
             name: The component.
-            names: Its input -> the tensor that it takes, where that has another name.
+            names: Input -> tensor that it takes, where the names differ.
         """
         component = self.manifest.components[name]
         for state in component.states:
@@ -93,13 +94,13 @@ class Walk:
     def run(
         self, name: str, graph: Path | None = None, names: Mapping[str, str] | None = None
     ) -> None:
-        """Runs a component, or another graph in its place. `names` as for `feeds`."""
+        """Runs a component, or another graph instead. `names`: see `feeds`."""
         component = self.manifest.components[name]
         feeds = self.feeds(name, names)
         made = self.evaluate(name, feeds) if graph is None else run_graph(graph, feeds)
         first = component.inputs[0].name
         for known, feed, answers in zip(self.known, feeds, made, strict=True):
-            # Tokens of texts, where a component takes rows, come back as they were.
+            # If a component takes tokens as rows, its outputs get the shape of texts again.
             given = known[(names or {}).get(first, first)]
             shape = given.shape[:2] if given.ndim > feed[first].ndim else None
             for tensor in component.outputs:
@@ -108,7 +109,7 @@ class Walk:
                     known[tensor.name] = value
 
     def ask(self, exit_: Exit) -> list[Known]:
-        """What an exit answers: its scores and its outputs, a batch each."""
+        """An exit's scores and outputs, per batch."""
         walk = self.branch()
         for call in exit_.path:
             walk.run(call.component, names=call.inputs)
@@ -116,12 +117,12 @@ class Walk:
         return [{n: known[t] for n, t in named.items() if t in known} for known in walk.known]
 
     def hand_on(self, chain: Chain) -> None:
-        """Makes the answer of a chain's last exit known to later steps."""
+        """Passes the outputs of a chain's last exit to later steps."""
         for known, answers in zip(self.known, self.ask(chain.exits[-1]), strict=True):
             known |= {tensor.name: answers[tensor.name] for tensor in chain.outputs}
 
     def forget(self, chain: Chain, number: int) -> None:
-        """Drops tensors that nothing takes any more behind the component of this number."""
+        """Drops tensors that nothing needs after the chain's component of this number."""
         later = set(chain.components[number + 1 :])
         exits = [exit_ for exit_ in chain.exits if exit_.behind in later]
         later |= self.manifest.components.keys() - set(chain.components)
@@ -137,7 +138,7 @@ class Walk:
 
 
 def table_of(bundle: Bundle, step: Gather) -> NDArray[Any]:
-    """A step's table ``[size, width]``, mapped."""
+    """A step's table ``[size, width]``, memory-mapped."""
     width = step.output.axes[-1]
     assert isinstance(width, int)
     shape = (step.size, width)
@@ -159,7 +160,7 @@ def _feed(component: Component, known: Known, names: Mapping[str, str]) -> Known
         feed[f"lengths/{kind}"] = np.full([rows] * len(axes), lengths[kind], dtype)
     for state in component.states:
         if isinstance(state, TokenState):
-            # One place, of which nothing counts.
+            # A past of one entry, all of it beyond the length.
             sizes = {"batch": rows}
             shape = [sizes.get(a, 1) if isinstance(a, str) else int(a or 1) for a in state.axes]
             feed[state.past] = np.zeros(shape, state.dtype)

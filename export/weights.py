@@ -1,8 +1,8 @@
-"""The weight store: every tensor of every graph once, found again by its content.
+"""The weight store: one file with the tensors of all graphs, each tensor once.
 
-`WeightStore` appends tensors of 1 KiB and more to one file and gives each graph external references
-into it. The SHA-256 of dtype-free bytes is the key, so a tensor that several graphs use (segments
-and the unsplit graph, tied weights) takes its place once. Nothing is held in memory but the keys.
+`WeightStore` appends tensors of 1 KiB and more to the file and makes the graphs refer to it. Its
+key is the SHA-256 of a tensor's bytes without the dtype, so a tensor of several graphs (segments
+and the unsplit graph, tied weights) is stored once. Only the keys stay in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SMALL_ALIGNMENT, _PAGE = 64, 4096
 
 
 class WeightStore:
-    """Appends tensors to ``weights.bin`` and remembers where each one lies."""
+    """Appends tensors to ``weights.bin`` and remembers their offsets."""
 
     def __init__(self, bundle_folder: Path) -> None:
         self.path = bundle_folder / WEIGHTS
@@ -29,7 +29,7 @@ class WeightStore:
         self.path.touch()
 
     def externalize(self, graph: ir.Graph) -> None:
-        """Moves every initializer of 1 KiB and more into the store, also those of subgraphs."""
+        """Moves initializers of 1 KiB and more into the store, also those of subgraphs."""
         with self.path.open("r+b") as file:
             for owner in [graph, *graph.subgraphs()]:
                 for value in owner.initializers.values():
@@ -53,7 +53,7 @@ class WeightStore:
                     )
 
     def place(self, tensor: ir.TensorProtocol) -> int:
-        """Puts one tensor into the store, if it is not there yet. Returns where it begins."""
+        """Adds a tensor to the store, unless it is there. Returns its offset in bytes."""
         with self.path.open("r+b") as file:
             return self._place(tensor, file)[0]
 
