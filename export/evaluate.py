@@ -1,5 +1,5 @@
-"""Graphs run on the workstation, to compare them: with ONNX Runtime where it is installed, else
-with onnx's own reference evaluator; and when two results are the same.
+"""Runs graphs on the workstation and compares results. Graphs run with ONNX Runtime if it is
+installed, else with onnx's reference evaluator; `close` decides whether two results are equal.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from edgeexit.errors import ExportError
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2, "int4": 2e-2}
-"""Per precision: how far a row may move with the size of its batch, per largest value."""
+"""Precision -> how much a row's result may depend on its batch, relative to the largest value."""
 REAL_INPUTS = (
-    "If the inputs made up for the model do not suit it, give real ones (--data, an .npz with two "
-    "rows or more); else check the file with the tool that wrote it."
+    "If the generated inputs do not suit the model, give real ones (--data, an .npz with two rows "
+    "or more); else check the file with the tool that wrote it."
 )
 _FUNCTION = re.compile(
     r"^[^()]*\w+::[^()]*\([^()]*(\([^()]*\)[^()]*)*\)( const)?( \[with [^]]*\])? "
 )
-"""A C++ function with its arguments, where ONNX Runtime says that it stopped."""
+"""A C++ function with its arguments, as in messages of ONNX Runtime."""
 
 
 def run_graph(
@@ -36,10 +36,10 @@ def run_graph(
     reference: bool | None = None,
     fix: str = REAL_INPUTS,
 ) -> list[dict[str, NDArray]]:
-    """Runs a graph file on several batches. Returns every output, by name.
+    """Runs a graph file on several batches. Returns all outputs, by name.
 
     Raises:
-        ExportError: It does not run, with the evaluator's reason.
+        ExportError: The file does not run; the message has the evaluator's reason.
     """
     run = open_graph(path, reference=reference, fix=fix)
     return [run(batch) for batch in batches]
@@ -53,19 +53,19 @@ def open_graph(
     reference: bool | None = None,
     fix: str = REAL_INPUTS,
 ) -> Callable[[Mapping[str, NDArray]], dict[str, NDArray]]:
-    """Opens a graph file to run it. Returns what gives every output, by name.
+    """Opens a graph file. Returns a function from inputs to all outputs, by name.
 
-    Operators run one by one, unfused, so that a graph and its pieces round alike.
+    Operators run unfused, so that a graph and its segments round in the same way.
 
     Args:
-        optimised: Run it as ONNX Runtime does when nobody says otherwise.
-        content: What to take in the place of the file's own content; its weights are found as the
-            file's are.
+        content: A model to run instead of the file's content; its weights are read from the file's
+            folder.
+        optimised: Use the default optimisation of ONNX Runtime.
         reference: Use onnx's reference evaluator; None: only if ONNX Runtime is not installed.
-        fix: What to tell the user to do if it does not run.
+        fix: The error's fix if the graph does not run.
 
     Raises:
-        ExportError: It cannot be opened or run, with the evaluator's reason.
+        ExportError: The graph cannot be loaded or run; the message has the evaluator's reason.
     """
     if reference is None:
         reference = importlib.util.find_spec("onnxruntime") is None
@@ -75,14 +75,14 @@ def open_graph(
     def refusal(error: Exception, does: str, fix: str) -> ExportError:
         return ExportError(f"{path.name}: {name} cannot {does} it: {engine_reason(error)}", fix=fix)
 
-    # Evaluators raise whatever their operators do; all of it means that the graph does not run.
+    # Operators may raise any error; all mean that the graph does not run.
     try:
         outputs, run = (
             _reference(path, content) if reference else _onnxruntime(path, content, optimised)
         )
     except Exception as error:
-        own = "Check the file with the tool that wrote it; it must run on this machine's CPU."
-        raise refusal(error, "load", own if fix == REAL_INPUTS else fix) from error
+        cpu = "Check the file with the tool that wrote it; it must run on this machine's CPU."
+        raise refusal(error, "load", cpu if fix == REAL_INPUTS else fix) from error
 
     def run_once(batch: Mapping[str, NDArray]) -> dict[str, NDArray]:
         try:
@@ -123,11 +123,11 @@ def _onnxruntime(path: Path, content: bytes | None, optimised: bool) -> tuple[li
 
 
 def host_session(source: str | bytes, options: Any) -> Any:
-    """A session on the host, also in a process that has installed ONNX Runtime's global pool: no
-    session may have a pool of its own beside that."""
+    """A session on the host. It also works in a process that has installed ONNX Runtime's global
+    thread pool, where sessions must not have their own."""
     import onnxruntime
 
-    # With its own fallback, ONNX Runtime prints what failed to standard output.
+    # With its fallback enabled, ONNX Runtime prints errors to standard output.
     settings: Any = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
     try:
         return onnxruntime.InferenceSession(source, options, **settings)
@@ -139,8 +139,8 @@ def host_session(source: str | bytes, options: Any) -> Any:
 
 
 def engine_reason(error: BaseException) -> str:
-    """What ONNX Runtime says went wrong, without what it puts before it: the kind of error, places
-    in its own sources, names of templates.
+    """ONNX Runtime's reason for an error, without the kind of error, locations in its sources and
+    names of templates.
 
     >>> engine_reason(RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status "
     ...     "code returned while running Add node. Name:'a' Status Message: /src/math.cc:12 void "
@@ -151,25 +151,25 @@ def engine_reason(error: BaseException) -> str:
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from .+? failed: ?", "", text)
     node = re.match(r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' ", text)
-    said = text.split("Status Message: ", 1)[-1]
-    said = re.sub(r"^(\S+/)?[\w.]+\.(cc|h|cpp|hpp):\d+ ", "", said)
-    said = _FUNCTION.sub("", said)
+    reason = text.split("Status Message: ", 1)[-1]
+    reason = re.sub(r"^(\S+/)?[\w.]+\.(cc|h|cpp|hpp):\d+ ", "", reason)
+    reason = _FUNCTION.sub("", reason)
     if node is not None:
-        said = f"{node[1]} node {node[2]!r}: {said}"
-    return said if len(said) <= 400 else f"{said[:200]} ... {said[-200:]}"
+        reason = f"{node[1]} node {node[2]!r}: {reason}"
+    return reason if len(reason) <= 400 else f"{reason[:200]} ... {reason[-200:]}"
 
 
 def tolerance_of(graph: ir.Graph, precision: str) -> float:
-    """How far results may lie apart. Scales that are found at run time tie rows to each other by
-    about one step, which must be seen: such graphs are held to what float32 promises."""
+    """Allowed difference of results. Scales computed at run time make rows depend on each other by
+    about one quantisation step. To detect that, such graphs get the tolerance of float32."""
     if any(node.op_type == "DynamicQuantizeLinear" for node in graph.all_nodes()):
         precision = "float32"
     return TOLERANCES[precision]
 
 
 def close(found: NDArray, expected: NDArray, tolerance: float) -> bool:
-    """Whether two results are equal within `tolerance` times their largest value; one step where
-    quantised, exactly where they are integers or truth values."""
+    """Whether two results are equal: floats within `tolerance` times the largest value, 8-bit
+    integers within 1, other integers and bools exactly."""
     if found.shape != expected.shape:
         return False
     if found.dtype.name in ("int8", "uint8"):

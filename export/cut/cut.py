@@ -232,13 +232,13 @@ def _check_order(
         raise ExportError(
             f"{what}: exit {names[deepest]} is deeper than the last one, {names[-1]} "
             f"({costs[deepest]} heavy operators against {costs[-1]})",
-            fix="Give the exits from shallow to deep, the model's answer last.",
+            fix="Give the exits from shallow to deep, the model's output last.",
         )
     for number, part in enumerate(shared):
         if not part:
             raise ExportError(
                 f"{what}: exit {names[number]} and the last one, {names[-1]}, share no computation",
-                fix="Name outputs of one backbone, from shallow to deep, the model's answer last.",
+                fix="Name outputs of one backbone, from shallow to deep, the model's output last.",
             )
     for number in range(1, len(exits)):
         before, after = shared[number - 1], shared[number]

@@ -1,4 +1,5 @@
-"""An ONNX file with ordered exit outputs becomes a bundle: read, normalised, cut, compared."""
+"""Exports an ONNX file with ordered exit outputs: `export_onnx` reads, normalises and cuts it,
+compares the segments with it, and writes the bundle."""
 
 from __future__ import annotations
 
@@ -51,23 +52,23 @@ def export_onnx(
 ) -> Bundle:
     """Cuts an ONNX file at its exits and writes the bundle.
 
-    The file's opset is kept (below 18 it is converted to 18), and so is its precision; exits and
-    scores are float32 always. What the segments answer is compared with the file before anything is
-    kept.
+    The bundle keeps the file's opset (below 18 it is converted to 18) and precision; exits and
+    scores are always float32. The segments' outputs are compared with the file's before the bundle
+    is written.
 
     Args:
-        path: The ONNX file; its weights may lie in files beside it.
+        path: The ONNX file; its weights may be stored in files beside it.
         output: The bundle's directory; must not exist unless `overwrite`.
         exits: Names of the tensors that hold an exit's logits ``[batch, classes]``, from shallow to
-            deep; the last one is the model's answer. Tensors inside the graph may be named too.
-        name: The bundle's name; the file's, if left out.
-        samples: Input name -> array with two rows or more, to compute the reference from; inputs
-            are made up if left out.
+            deep; the last one is the model's own output. Inner tensors are accepted too.
+        name: The bundle's name; None: the file's name.
+        samples: Input name -> array with two rows or more, to compute the reference from; None:
+            inputs are generated.
         labels: Names of the classes.
-        outputs: What exits give: ``logits``, or ``probabilities`` that a softmax made. None: what
-            the operators before them say.
-        rows: Input or exit -> the axis that counts its rows, where running the file cannot tell; a
-            fixed axis of an input is opened, if the file's answers stay the same.
+        outputs: What exits give: ``logits`` or ``probabilities``. None: find out
+            (`edgeexit.export.cut.probabilities`).
+        rows: Input or exit -> its row axis; None: find it by running the file. A fixed axis of an
+            input becomes dynamic, if the file's outputs stay the same.
 
     Raises:
         UsageError: `path`, `exits`, `rows` or `samples` are invalid.
@@ -114,15 +115,14 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Source:
-    """An ONNX file in the one form that it is cut in.
+    """An ONNX file, ready to be cut.
 
     Attributes:
         path: The file.
         what: Its name, for messages.
         model: Normalised, with resolved shapes and float32 exits.
-        rows: The axis that counts rows; inputs, and what the file answers at every exit when its
-            operators run one by one.
-        reference: What it answers as ONNX Runtime runs it by default.
+        rows: The row axis, sample inputs, and the file's outputs for them with unfused operators.
+        reference: The file's outputs with ONNX Runtime's default optimisation.
     """
 
     path: Path
@@ -145,9 +145,9 @@ def _read(
     model = normalise(model, exits, what, turned={n: told[n] for n in exits if n in told})
     if len(own_inputs) != len(model.graph.inputs):
         raise ExportError(
-            f"{what}: not a whole ONNX model: {len(own_inputs)} inputs without a weight, "
-            f"{len(model.graph.inputs)} after weights were taken out",
-            fix="Copy the file again, or export it again.",
+            f"{what}: not a complete ONNX model: {len(own_inputs)} inputs without weights, "
+            f"{len(model.graph.inputs)} after weights were removed",
+            fix="Copy or export the file again.",
         )
     inputs = {old: v.name or "" for old, v in zip(own_inputs, model.graph.inputs, strict=True)}
     name_axes(model.graph, what, samples, inputs)
@@ -178,7 +178,7 @@ def _read(
 
 
 def _answers(source: _Source, labels: Sequence[str]) -> Arrays:
-    """What the file answers at every exit; completes the shapes of the exits."""
+    """The file's outputs at every exit, checked; sets the shapes of the graph's exits."""
     answers, rows = dict(source.rows.exits), source.rows.count
     for value in source.model.graph.outputs:
         name = value.name or ""
@@ -202,7 +202,7 @@ def _write_segments(
     precision: str,
     tell: Callable[[str], None],
 ) -> Proof:
-    """Writes the graphs, and compares what the segments answer with the file."""
+    """Writes the graphs, and compares the segments' outputs with the file's."""
     paths = [folder / f"graphs/{piece.name}.onnx" for piece in pieces.pieces]
     for piece, place in zip(pieces.pieces, paths, strict=True):
         tell(f"segment {piece.name}")
@@ -226,7 +226,7 @@ def _write_segments(
 
 
 def _manifest(source: _Source, pieces: Cut, proof: Proof, precision: Precision) -> Manifest:
-    """The manifest to commit, but for what the caller says of the model."""
+    """The manifest, without name, task, labels and samples."""
     tensors = proof.tensors
     inputs = [tensors[name] for name in pieces.inputs]
     answer = msgspec.structs.replace(tensors[pieces.pieces[-1].exit], name=ANSWER)
@@ -275,7 +275,7 @@ def _manifest(source: _Source, pieces: Cut, proof: Proof, precision: Precision) 
 
 
 def check_exits(exits: Sequence[str]) -> None:
-    """Refuses names of exits that cannot be meant."""
+    """Refuses invalid names of exits."""
     if isinstance(exits, str):
         raise UsageError("exits is one string", fix=f"Give a list: exits={exits.split(',')}.")
     for exit_ in exits:
@@ -284,19 +284,18 @@ def check_exits(exits: Sequence[str]) -> None:
         if list(exits).count(exit_) > 1:
             raise UsageError(
                 f"exits: {exit_} is given twice",
-                fix="Name each exit once; in --exits a name that holds a comma stands in double "
-                "quotes.",
+                fix="Name each exit once; in --exits, put a name with a comma in double quotes.",
             )
     if len(exits) < 2:
         raise UsageError(
             f"exits: there is no early exit ({', '.join(exits) or 'none'} given)",
-            fix="Name two outputs or more, from shallow to deep, the model's answer last, as in "
+            fix="Name two outputs or more, from shallow to deep, the model's output last, as in "
             "--exits logits_3,logits_6,logits.",
         )
 
 
 def _check_logits(value: ir.Value, found: np.ndarray, rows: int, what: str) -> np.ndarray:
-    """Completes the shape of an exit from what it gave; refuses what is not logits by row."""
+    """Sets an exit's shape from its values; refuses values that are not logits per row."""
     if found.ndim != 2 or found.shape[0] != rows or found.shape[1] < 2:
         raise ExportError(
             f"{what}: exit {value.name} gives {list(found.shape)} for {rows} rows, not "
@@ -314,7 +313,7 @@ def _check_classes(answers: Mapping[str, np.ndarray], what: str) -> None:
             raise ExportError(
                 f"{what}: exit {exit_} has {found.shape[1]} classes, the last exit ({last}) "
                 f"{logits.shape[1]}",
-                fix="Exits answer the same question; name tensors with logits of the same classes.",
+                fix="Name tensors with logits of the same classes.",
             )
 
 

@@ -1,5 +1,5 @@
-"""Exits in a checkpoint's folder: where they stand in ``edgeexit.json``, their weights as
-safetensors beside it."""
+"""Writes and reads exits in a checkpoint's folder: ``edgeexit.json`` lists their layers,
+``exits.safetensors`` has their weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EXITS_WEIGHTS = "exits.safetensors"
 
 @dataclass(frozen=True)
 class SavedExits:
-    """What a checkpoint says of its exits.
+    """The exits of a checkpoint.
 
     Attributes:
-        layers: Those that have an exit; None when it says nothing.
-        adapters: Exits of a decoder with layers of their own: layer -> how many.
-        encoder: Layers of an encoder before the decoder that have an exit.
+        layers: Layers with an exit; None if the checkpoint does not list exits.
+        adapters: Decoder exits with an adapter: exit layer -> number of adapter layers.
+        encoder: Encoder layers with an exit.
     """
 
     layers: list[int] | None = None
@@ -37,10 +37,10 @@ class SavedExits:
 def save_model(
     model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes a model with exits' own model as transformers does.
+    """Writes the transformers model inside a model with exits.
 
     Args:
-        state_dict: Weights of the whole in place of what the model holds.
+        state_dict: Weights of the model with exits, to write instead of the model's own.
     """
     weights = None if state_dict is None else weights_of(state_dict, "model.")
     model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
@@ -52,11 +52,11 @@ def save_exits(
     modules: nn.ModuleDict,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes exits into a checkpoint's folder, with the weights of what they have for
-    themselves.
+    """Writes exits into a checkpoint's folder.
 
     Args:
-        weights: Of these modules, in place of what the modules hold.
+        modules: The exits' heads or adapters.
+        weights: Weights to write instead of the modules' own.
     """
     config: dict[str, object] = {"format": 1, "exits": exits.layers}
     if exits.adapters:
@@ -65,33 +65,32 @@ def save_exits(
         config["encoder_exits"] = exits.encoder
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     if len(modules):
-        held = modules.state_dict() if weights is None else weights
-        save_file({k: v.detach().contiguous() for k, v in held.items()}, folder / EXITS_WEIGHTS)
+        weights = modules.state_dict() if weights is None else weights
+        save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / EXITS_WEIGHTS)
 
 
 def read_exits(folder: Path) -> SavedExits:
-    """Reads what a checkpoint says of its exits."""
+    """Reads the list of a checkpoint's exits."""
     config = folder / EXITS_CONFIG
     if not config.is_file():
         return SavedExits()
     with translated(config, "cannot be read", "Save the exits again with save_pretrained."):
-        found = json.loads(config.read_text(encoding="utf-8"))
-        layers, adapters = found["exits"], found.get("adapters", {})
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        layers, adapters = saved["exits"], saved.get("adapters", {})
         if not all(isinstance(layer, int) for layer in layers):
             raise ValueError("exits is not a list of layer numbers")
         if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
             raise ValueError("adapters does not map layer numbers to numbers of layers")
-        encoder = found.get("encoder_exits")
+        encoder = saved.get("encoder_exits")
         if encoder is not None and not all(isinstance(layer, int) for layer in encoder):
             raise ValueError("encoder_exits is not a list of layer numbers")
         return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()}, encoder)
 
 
 def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> None:
-    """Loads what the exits of some layers have for themselves; others that a checkpoint holds stay
-    unread."""
+    """Loads the heads or adapters of the exits behind these layers, and no others."""
     path = folder / EXITS_WEIGHTS
-    fix = "Use exits saved with this very checkpoint."
+    fix = "Use exits that were saved with this checkpoint."
     with translated(path, "does not fit the model", fix):
         weights = load_file(path)
         for name in (f"exit_{layer}" for layer in layers):
@@ -99,15 +98,15 @@ def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> N
 
 
 def weights_of(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those of one module of a state dict, by their names in the module."""
+    """The weights of a module in a state dict, by their names in the module."""
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def check_layers(exits: Iterable[int], depth: int, name: str = "exits") -> list[int]:
-    """Exit layers in order, without the last layer. Raises `UsageError` for ones that cannot be.
+    """Exit layers in order, without the last layer. Raises `UsageError` for invalid ones.
 
     Args:
-        name: What to call them in messages.
+        name: Name of the option, for messages.
     """
     layers = list(exits)
     for layer in layers:

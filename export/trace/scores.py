@@ -1,8 +1,7 @@
-"""What follows from an exit's logits: the scores, which say how safe it is to stop, and the greedy
-token.
+"""Computes scores, which show how safe it is to stop, and the greedy token from an exit's logits.
 
-`append_scores` writes the scores into a graph, for components from torch and for cut ONNX graphs
-alike; `reference_scores` computes the same in float64, for samples and tests. z = logits, p =
+`append_scores` and `append_token` add nodes to a graph, for components from torch and for cut ONNX
+graphs; `reference_scores` computes the scores in float64, for samples and tests. z = logits, p =
 softmax(z) over N classes; every score is float32 ``[batch]``, higher = safer:
 
 - ``max_prob``: max p;
@@ -22,24 +21,24 @@ from edgeexit.bundle.manifest import SCORES
 from edgeexit.errors import ExportError
 
 TINY = 1e-30
-"""What a probability of 0 counts as where its logarithm is taken."""
+"""Smallest probability whose logarithm is taken; a probability of 0 counts as this."""
 
 
 def append_scores(
     graph: ir.Graph, logits: ir.Value, prefix: str, *, probabilities: bool = False
 ) -> dict[str, ir.Value]:
-    """Adds the nodes for every score of `SCORES` behind `logits` ``[batch, classes]``.
+    """Adds nodes that compute every score of `SCORES` from `logits` ``[batch, classes]``.
 
-    Each score hangs on nodes of its own where it can, so that an engine that is asked for one of
-    them runs the fewest nodes (two for ``max_prob``). The new values are not made graph outputs.
+    Scores share few nodes, so that an engine that computes one score runs as few as possible (two
+    for ``max_prob``). The new values do not become graph outputs.
 
     Args:
-        probabilities: `logits` are probabilities already.
+        probabilities: Whether `logits` are probabilities instead.
     """
     classes = logits.shape[-1] if logits.shape is not None and len(logits.shape) == 2 else None
     if not isinstance(classes, int) or classes < 2:
         raise ExportError(
-            f"{logits.name}: logits have the shape {logits.shape}, scores need [batch, classes] "
+            f"{logits.name}: logits have the shape {logits.shape}; scores need [batch, classes] "
             "with a fixed number of two or more classes",
             fix="Name an exit output that holds one row of class logits per input.",
         )
@@ -71,8 +70,8 @@ def append_scores(
 
 
 def append_token(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
-    """Adds the greedy token ``[batch]``, so that logits need not cross to the host. It is not made
-    a graph output."""
+    """Adds the greedy token ``[batch]``, so that logits need not be copied to the host. It does not
+    become a graph output."""
     node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
     node.name = name
     graph.append(node)
@@ -84,8 +83,8 @@ def append_token(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
 def reference_scores(
     logits: np.ndarray, *, probabilities: bool = False
 ) -> Mapping[str, np.ndarray]:
-    """The scores of `logits` ``[batch, classes]``, or of what are probabilities already, in
-    float64, rounded once to float32.
+    """The scores of `logits` (or probabilities) ``[batch, classes]``, computed in float64 and
+    rounded to float32 at the end.
 
     >>> {name: float(score[0]) for name, score in reference_scores(np.zeros((1, 4))).items()}
     {'max_prob': 0.25, 'margin': 0.0, 'entropy': 0.0}
@@ -93,7 +92,7 @@ def reference_scores(
     z = np.asarray(logits, np.float64)
     if probabilities:
         z = np.log(np.maximum(z, TINY))
-    with np.errstate(invalid="ignore"):  # of what is no number, no score is one
+    with np.errstate(invalid="ignore"):  # scores of NaN logits are NaN
         log_p = z - z.max(-1, keepdims=True)
         log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
         p = np.exp(log_p)
