@@ -1,12 +1,12 @@
-"""Every error edgeexit raises on purpose, and the exit code each one gives the command line.
+"""The errors that edgeexit raises deliberately, with their exit codes on the command line.
 
-    EdgeExitError            anything below: what, where, why, and how to fix it
+    EdgeExitError            base class: what, where, why, and how to fix it
     ├── UsageError           called with invalid arguments
-    │   ├── OutputExistsError    the output is there already and was not to be replaced
+    │   ├── OutputExistsError    the output exists and overwriting was not allowed
     │   └── OutputBusyError      another process is writing the same output
     ├── ExportError          the model or graph cannot be split as asked
-    ├── BundleError          the bundle is not whole, not ours, or not as it was exported
-    │   ├── FormatError          another major format, or a feature unknown here
+    ├── BundleError          the bundle is incomplete, invalid, or changed after export
+    │   ├── FormatError          this edgeexit does not support the format or a feature
     │   └── IntegrityError       a file is missing, unlisted, linked, resized or altered
     ├── PolicyError          a policy does not fit the bundle it is used with
     ├── InputError           the inputs of a model do not fit its signature
@@ -14,7 +14,7 @@
     ├── EngineError          the engine library is missing, refuses a graph, or fails
     ├── StateError           a model was used after close, from two threads, or after a fork
     ├── MeasurementError     a measurement could not be made
-    └── CheckError           everything worked and a check did not hold (exit code 3)
+    └── CheckError           the command ran and a check failed (exit code 3)
 
 >>> error = UsageError("--exits: 'a' is not a layer number", fix="Give numbers, as in 3,6.")
 >>> print(error)
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 
 class EdgeExitError(Exception):
-    """Base of every error raised on purpose.
+    """Base of every error that edgeexit raises deliberately.
 
     Args:
         what: One sentence: where, what, and why. It starts with the name of the file, flag,
@@ -61,7 +61,7 @@ class UsageError(EdgeExitError):
 
 
 class OutputExistsError(UsageError):
-    """The output is there already and was not to be replaced."""
+    """The output exists and overwriting was not allowed."""
 
 
 class OutputBusyError(UsageError):
@@ -73,11 +73,11 @@ class ExportError(EdgeExitError):
 
 
 class BundleError(EdgeExitError):
-    """The bundle is not whole, not ours, or not as it was exported."""
+    """The bundle is incomplete, invalid, or changed after export."""
 
 
 class FormatError(BundleError):
-    """The bundle's format is newer than this edgeexit, or it needs a feature unknown here."""
+    """This edgeexit does not support the bundle's format or a feature that it requires."""
 
 
 class IntegrityError(BundleError):
@@ -109,13 +109,13 @@ class MeasurementError(EdgeExitError):
 
 
 class CheckError(EdgeExitError):
-    """Everything worked and a check did not hold."""
+    """The command ran and a check failed."""
 
     exit_code = 3
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its kind if it says nothing.
+    """The message of a library's exception in one line; its class name if it has no message.
 
     >>> first_line(MemoryError()), first_line(ValueError("a\\nb"))
     ('MemoryError', 'a')

@@ -1,8 +1,7 @@
-"""The bundle: the whole contract between workstation and device.
+"""The bundle: the files that the workstation exports and the device runs.
 
-`manifest` holds its structs, `layout` the names of its files. `reader` opens one so that nothing is
-trusted: `validate` checks what the manifest refers to, `validate_steps` walks its program, and
-`tensor_forms` says which tensors fit together. `writer` makes a bundle that is whole or not there,
-`onnx_wire` reads ONNX files without onnx, and `policy` says when rows stop. Needs numpy and
-msgspec.
+`manifest` holds the structs of ``manifest.json``, `layout` the file names. `reader` opens a bundle
+and checks all of it: `validate` checks references in the manifest, `validate_steps` the program,
+and `tensor_forms` which tensors match. `writer` writes bundles atomically, `onnx_wire` reads ONNX
+files without onnx, and `policy` decides when rows stop. Needs numpy and msgspec.
 """

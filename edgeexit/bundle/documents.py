@@ -1,4 +1,4 @@
-"""JSON documents of known form: manifests, policies, lists of engines."""
+"""Decodes JSON documents into structs: manifests, policies, lists of engines."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 def decode(raw: bytes | str, form: type[T]) -> T:
-    """Reads a document.
+    """Decodes a JSON document.
 
     Raises:
-        ValueError: It is not JSON, or not of that form, whatever msgspec raises over it.
+        ValueError: The document is not JSON, or does not match `form`.
 
     >>> decode(b"[1, 2]", list[int])
     [1, 2]
@@ -30,7 +30,7 @@ def decode(raw: bytes | str, form: type[T]) -> T:
 
 
 def convert(value: object, form: type[T]) -> T:
-    """The same of what was read already, and may be of another form."""
+    """Converts a decoded value into `form`. Raises ValueError if it does not match."""
     try:
         return msgspec.convert(value, form)
     except (msgspec.MsgspecError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""The files of a bundle: where each is stored, and which names are refused."""
+"""The files of a bundle: their names, and the check of file names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_relative(name: str, where: str = MANIFEST) -> None:
     if bad:
         raise IntegrityError(
             f"{where}: the file name {name!r} may point outside its folder",
-            fix="Names are relative, with '/' between parts and without '..'. Make it again.",
+            fix="Names are relative, with '/' between parts and without '..'. Export again.",
         )
 
 

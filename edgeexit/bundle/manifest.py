@@ -1,13 +1,13 @@
-"""What a bundle says about itself: the structs of ``manifest.json`` (format 2).
+"""The manifest of a bundle: the structs of ``manifest.json`` (format 2).
 
 Everything that runs is a `Component`: a graph with named inputs, outputs and states. A `Chain` is
-components in order with the exits behind them; the program is a list of steps that run chains,
-look rows up in tables and place rows of one tensor among the tokens of another. All steps share one
+components in order with the exits behind them. The program is a list of steps that run chains,
+look up rows in tables and place rows of one tensor among the tokens of another. All steps share one
 namespace of tensors.
 
-Plain data. The exporter fills them in, the runtime reads them; nothing here opens a file. The
-bundle on disk, with its checks, is `edgeexit.bundle.reader`. Unknown fields of a newer minor format
-are ignored; ``requires`` names features that a reader must know (docs/compatibility.md).
+The structs are plain data: the exporter writes them, the runtime reads them, and nothing here opens
+a file (see `edgeexit.bundle.reader`). Readers ignore unknown fields of a newer minor format;
+``requires`` names features that a reader must support (docs/compatibility.md).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LENGTHS: dict[str, tuple[str, list[str]]] = {
     "most": ("int32", []),
     "prompt": ("int64", ["batch"]),
 }
-"""What a graph may ask to be told, as dtype and axes of its input ``lengths/KIND``: how many tokens
-of each row are cached (past), the place of each row's last new token (last = past + new - 1), the
-largest number of tokens in any row, the new ones included (most), and how many of each row's new
-tokens are of its prompt (prompt)."""
+"""Dtype and axes of the optional graph inputs ``lengths/KIND``. past: number of cached tokens of
+each row. last: position of each row's last new token (past + new - 1). most: largest number of
+tokens in any row, new ones included. prompt: how many of each row's new tokens belong to its
+prompt."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
 Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
@@ -50,20 +50,19 @@ StateForm = Literal["append", "in-place", "fixed"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of the manifest's structs: defaults left out of the JSON.
+    """Base of the manifest's structs. The JSON omits defaults.
 
-    Each struct says `frozen` and `kw_only` itself: msgspec does not hand the second one down, and
-    type checkers neither.
+    Each struct repeats `frozen` and `kw_only`: neither msgspec nor type checkers inherit `kw_only`.
     """
 
 
 class Tensor(Struct, frozen=True, kw_only=True):
-    """A named tensor that enters or leaves a graph.
+    """A named input or output of a graph.
 
-    `axes` gives a name for an axis of any size, a number for a fixed one, and null for one whose
-    size follows from the others in a way the manifest does not say. ``batch`` counts rows, ``new``
-    the tokens of a row that one run takes. `row_axis` is the axis along which rows (inputs of a
-    batch) lie; null for a tensor that is the same for all rows.
+    `axes` has a name for an axis of any size, a number for a fixed axis, and null for an axis whose
+    size depends on the others in a way that the manifest does not state. ``batch`` is the number of
+    rows, ``new`` the number of tokens per row in one run. `row_axis` is the index of the row
+    (batch) axis; null for a tensor that all rows share.
     """
 
     name: Name
@@ -75,19 +74,19 @@ class Tensor(Struct, frozen=True, kw_only=True):
 class Variant(Struct, frozen=True, kw_only=True):
     """One form of a graph, for engines that offer every feature in `requires`.
 
-    Forms with token states differ in what they do with them: ``append`` gives what the new tokens
-    add, and the runtime appends it; ``in-place`` gives the whole state, and past and present are
-    one buffer; ``fixed`` does the same for engines whose capacity (the axis ``past``) is a number
-    when they are built. `lengths` are the kinds (`LENGTHS`) that the graph takes besides its
-    inputs.
+    `states` says how the graph updates token states. ``append``: it outputs the entries of the new
+    tokens, and the runtime appends them. ``in-place``: it outputs the whole state; past and present
+    share a buffer. ``fixed``: like ``in-place``, for engines that fix the capacity (the axis
+    ``past``) when they are built. `lengths` are the kinds (`LENGTHS`) that the graph takes besides
+    its inputs.
 
     Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
-    standard ones up to that opset), ``cache-update`` (TensorScatter may write into the buffer it
-    reads), ``float32-attention`` (fused attention takes float32), ``attention-bias`` (and adds a
-    bias to its scores).
+    standard operators up to that opset), ``cache-update`` (TensorScatter may write into the buffer
+    that it reads), ``float32-attention`` (fused attention takes float32), ``attention-bias`` (fused
+    attention adds a bias to its scores).
 
-    `precision` is what the graph computes in; of a graph whose weights alone have 4 bits ``int4``,
-    for engines choose what they multiply them in.
+    `precision` is the precision that the graph computes in. It is ``int4`` for a graph with 4-bit
+    weights; the engine chooses the precision of their products.
     """
 
     graph: str
@@ -98,10 +97,11 @@ class Variant(Struct, frozen=True, kw_only=True):
 
 
 class TokenState(Struct, frozen=True, kw_only=True, tag="token"):
-    """What a component keeps of every token: keys or values of a layer.
+    """A state that a component keeps for every token: keys or values of a layer.
 
-    It grows by what each run adds and has a length per row. `axes` are ``[batch, heads, past,
-    size]``, of which ``past`` grows; `past` and `present` are the graph's input and output.
+    Each run adds entries for its new tokens; each row has its own length. `axes` are ``[batch,
+    heads, past, size]``, of which ``past`` grows. `past` and `present` name the graph's input and
+    output.
     """
 
     name: Name
@@ -113,11 +113,11 @@ class TokenState(Struct, frozen=True, kw_only=True, tag="token"):
 
 
 class PromptState(Struct, frozen=True, kw_only=True, tag="prompt"):
-    """What is made once for a prompt and then only read: cross keys and values, statistics of a
-    prompt's states.
+    """A state that is computed once for a prompt and then only read: cross keys and values,
+    statistics of a prompt's states.
 
-    `maker` names the component that makes it, before the component that reads it first runs over a
-    prompt; `tensor` is the maker's output and this component's input.
+    The component `maker` computes it before this component first runs on a prompt. `tensor` is the
+    maker's output and this component's input.
     """
 
     tensor: Tensor
@@ -127,10 +127,10 @@ class PromptState(Struct, frozen=True, kw_only=True, tag="prompt"):
 class Component(Struct, frozen=True, kw_only=True):
     """A graph, in one or more variants: a segment, a head, an adapter, a gate, a maker of states.
 
-    Its inputs are tensors that come before it by name; a component whose inputs have no axis
-    ``new``, given a tensor that has one, takes chosen tokens as its rows. `projection` is a graph
-    that takes the same inputs, no lengths, and gives only what the token states keep of the new
-    tokens: for tokens that skip the component.
+    Its inputs are earlier tensors, by name. If its inputs have no axis ``new`` and it receives a
+    tensor that has one, selected tokens become its rows. `projection` is a graph for tokens that
+    skip the component: it takes the same inputs without lengths and outputs only the token states
+    of the new tokens.
     """
 
     variants: Annotated[list[Variant], Meta(min_length=1)]
@@ -141,20 +141,20 @@ class Component(Struct, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """A component on the path of an exit. `inputs` gives a component's input -> the tensor that it
-    takes, where their names differ."""
+    """A component on the path of an exit. `inputs` maps inputs of the component to tensors whose
+    names differ."""
 
     component: Name
     inputs: dict[Name, Name] = {}
 
 
 class Exit(Struct, frozen=True, kw_only=True):
-    """A place where the model may answer, or let a group of tokens go.
+    """A place where the model may answer, or drop a group of tokens.
 
-    It stands behind the component `behind`, and is asked by running the components of `path` in
-    order (an adapter, then a head; a gate). `outputs` maps each output of the chain to the tensor
-    that holds it at this exit, `scores` each score to its float32 tensor ``[batch]``: outputs of
-    the last component of the path, or of `behind` where there is no path. `action` is ``stop``, or
+    The exit follows the component `behind`; the components of `path` (an adapter, then a head; a
+    gate) compute its answer in order. `outputs` maps each output of the chain to its tensor at this
+    exit, `scores` each score to its float32 tensor ``[batch]``. These tensors are outputs of the
+    last component of the path, or of `behind` if the path is empty. `action` is ``stop``, or
     ``drop`` for the token group `tokens`.
     """
 
@@ -170,9 +170,9 @@ class Exit(Struct, frozen=True, kw_only=True):
 class Chain(Struct, frozen=True, kw_only=True):
     """Components in order, and the exits behind them; the last exit always answers.
 
-    `outputs` is what every exit that stops gives: the program's answer, or what later steps take.
-    `unsplit` names the components that are the same chain without exits, for measurements; the last
-    of them makes the outputs under their names. `rows` says whether rows of a batch may leave at
+    Every exit that stops gives `outputs`: the program's answer, or inputs of later steps.
+    `unsplit` names components that compute the same chain without exits, for measurements; the last
+    of them gives the outputs under the same names. `rows` says whether rows of a batch may take
     different exits.
     """
 
@@ -184,20 +184,20 @@ class Chain(Struct, frozen=True, kw_only=True):
 
     @property
     def stops(self) -> list[Exit]:
-        """Exits that answer, in order; the last one always does."""
+        """The exits that answer, in order; the last exit always answers."""
         return [exit_ for exit_ in self.exits if exit_.action == "stop"]
 
 
 class Run(Struct, frozen=True, kw_only=True, tag="run"):
-    """A step that runs a chain: once per request (``input``), or for a prompt and every token after
-    it (``token``; only the chain that writes the text)."""
+    """A step that runs a chain: once per request (``input``), or for the prompt and every later
+    token (``token``; only the chain that writes the text)."""
 
     chain: Name
     when: When = "input"
 
 
 class Gather(Struct, frozen=True, kw_only=True, tag="gather"):
-    """A step that looks ids up in a table: an embedding.
+    """A step that looks up ids in a table: an embedding.
 
     The runtime gathers the rows from the weight store, where the table ``[size, width]`` of the
     output's dtype begins at byte `offset`.
@@ -211,8 +211,8 @@ class Gather(Struct, frozen=True, kw_only=True, tag="gather"):
 
 
 class Place(Struct, frozen=True, kw_only=True, tag="place"):
-    """A step that puts rows of one tensor ``[batch, tokens, width]`` in the place of a token
-    group's tokens in another: image features among the embeddings of a prompt."""
+    """A step that replaces the tokens of a token group in one tensor with rows of another
+    ``[batch, tokens, width]``: image features among the embeddings of a prompt."""
 
     source: Name
     target: Name
@@ -223,10 +223,10 @@ Step = Run | Gather | Place
 
 
 class TokenGroup(Struct, frozen=True, kw_only=True):
-    """Tokens of a prompt that something else than text stands for.
+    """Placeholder tokens of a prompt, which are replaced with other data than text.
 
-    `token` is the id that marks their places. `mask` names the feed, bool ``[batch, new]``, that
-    says which of the new tokens belong to the group, for components that take it.
+    `token` is the id of the placeholder. `mask` names the feed, bool ``[batch, new]``, that marks
+    the new tokens of the group for components that take it.
     """
 
     token: Annotated[int, Meta(ge=0)]
@@ -234,12 +234,11 @@ class TokenGroup(Struct, frozen=True, kw_only=True):
 
 
 class GenerationDefaults(Struct, frozen=True, kw_only=True):
-    """How tokens are chosen where the caller does not say: what a checkpoint's
-    ``generation_config.json`` asks for.
+    """Default sampling settings, from the checkpoint's ``generation_config.json``.
 
-    `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave none out. Tokens that
-    occurred before have positive logits divided and negative ones multiplied by
-    `repetition_penalty`; those in `suppressed` are never made.
+    `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 exclude no token. For tokens
+    that occurred before, `repetition_penalty` divides positive logits and multiplies negative ones.
+    Tokens in `suppressed` are never chosen.
     """
 
     temperature: Annotated[float, Meta(ge=0)] = 0.0
@@ -253,11 +252,10 @@ class Decoding(Struct, frozen=True, kw_only=True):
     """How a program writes text token by token.
 
     `chain` runs for every token and gives ``token`` and ``logits``. `tokens` is the program's input
-    of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` that says where each token
-    stands. Where `start_tokens` are given, a text begins with them, and the prompt is the
-    program's other input (an encoder's). `capacity` is how many tokens a text can have where nobody
-    asks for another number; None: the limit ``positions``, which a model with relative positions
-    does not have.
+    of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` with each token's position.
+    With `start_tokens`, a text begins with them, and the prompt is the program's other input (an
+    encoder's). `capacity` is the default for the largest number of tokens of a text; None: the
+    limit ``positions``, which a model with relative positions does not have.
     """
 
     chain: Name
@@ -273,8 +271,8 @@ class Decoding(Struct, frozen=True, kw_only=True):
 class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
     """Image to tensor: decode, resize, crop, scale, normalise; channels first.
 
-    With `shortest_edge` the image is resized so that its shorter side has that many pixels and its
-    centre of `height` x `width` is cut out; without it the image is resized to `height` x `width`.
+    With `shortest_edge`, the image is resized so that its shorter side has that many pixels, and
+    its centre of `height` x `width` is cropped. Without, it is resized to `height` x `width`.
     value = (pixel * scale - mean[channel]) / std[channel]
     """
 
@@ -306,10 +304,10 @@ Preprocessing = ImagePreprocessing | TextPreprocessing
 class Chat(Struct, frozen=True, kw_only=True):
     """How a conversation becomes a prompt: the checkpoint's own chat templates (Jinja).
 
-    `templates` maps a name to a file in UTF-8; ``default`` is used where none is named, and
-    ``tool_use``, where there is one, when tools are given. `tokens` gives the special tokens that
-    templates name: variable (``bos_token``) -> text. A reader may ignore all of it: it then
-    continues texts, but cannot hold conversations.
+    `templates` maps a name to a file in UTF-8. ``default`` is used if no template is named,
+    ``tool_use`` (if present) if tools are given. `tokens` maps variables of the templates to
+    special tokens: ``bos_token`` -> text. A reader may ignore chat templates: it then continues
+    texts, but cannot hold conversations.
     """
 
     templates: Annotated[dict[Name, str], Meta(min_length=1)]
@@ -326,10 +324,10 @@ class File(Struct, frozen=True, kw_only=True):
 class Manifest(Struct, frozen=True, kw_only=True):
     """The whole of ``manifest.json``.
 
-    `inputs` is what a caller gives, `outputs` what the program's last chain answers with. `limits`
-    gives the largest size of a symbolic axis that the model was made for (positions of a text
-    model, say); `files` lists every other file of the bundle. There is no policy in it: thresholds
-    are calibrated on the bundle as it is, so they cannot be a part of it.
+    `inputs` are the program's inputs, `outputs` the outputs of its last chain. `limits` maps a
+    symbolic axis to the largest size that the model supports (positions of a text model, for
+    example). `files` lists every other file of the bundle. The manifest has no policy: thresholds
+    are calibrated on a finished bundle.
     """
 
     format: Annotated[str, Meta(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
@@ -352,13 +350,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def last_chain(self) -> Chain:
-        """The chain that answers: of the last step that runs one."""
+        """The chain that answers: that of the last `Run` step."""
         runs = [step.chain for step in self.steps if isinstance(step, Run)]
         return self.chains[runs[-1]]
 
     @property
     def outputs(self) -> list[Tensor]:
-        """What the program answers with."""
+        """The outputs of the program."""
         return self.last_chain.outputs
 
 

@@ -1,9 +1,8 @@
-"""Reads what the device needs from an ONNX file, without onnx and without running anything.
+"""Reads and edits ONNX files without onnx: names, external tensors, outputs, axis sizes.
 
-An ONNX file is a protocol-buffer message. The device has no onnx package, and an engine must not
-see a graph before it was checked, so this walks the wire format itself and takes only names: the
-graph's inputs and outputs, and where its tensors say their data lies. Field numbers are those of
-onnx.proto.
+An ONNX file is a protocol-buffer message. The device has no onnx package, and a graph is checked
+before an engine opens it, so this module parses the wire format: the names of the graph's inputs
+and outputs, and where the data of its tensors is stored. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class External:
-    """Where a tensor of the graph says its data lies: `length` bytes at `offset` of `location`."""
+    """Where a tensor's data is stored: `length` bytes at `offset` of the file `location`."""
 
     tensor: str
     location: str
@@ -45,7 +44,7 @@ class GraphFile:
 
 
 def read_graph_file(data: bytes) -> GraphFile:
-    """Parses an ONNX model. Raises ValueError, with a reason, for bytes that are not one."""
+    """Parses an ONNX model. Raises ValueError, with the reason, if `data` is not a model."""
     found = GraphFile()
     graphs = 0
     for number, value in _fields(data):
@@ -53,7 +52,7 @@ def read_graph_file(data: bytes) -> GraphFile:
             graphs += 1
             _read_graph(_message(value), found, depth=0)
         elif number == _MODEL_TRAINING:
-            raise ValueError("it carries training information, which a bundle never has")
+            raise ValueError("it contains training information, which a bundle never has")
         elif number == _MODEL_FUNCTIONS:
             for inner, node in _fields(_message(value)):
                 if inner == _FUNCTION_NODE:
@@ -61,7 +60,7 @@ def read_graph_file(data: bytes) -> GraphFile:
                 elif inner == _FUNCTION_ATTRIBUTE:
                     _read_attribute(_message(node), found, depth=0)
     if graphs != 1:
-        raise ValueError("it holds no graph" if graphs == 0 else "it holds more than one graph")
+        raise ValueError("it has no graph" if graphs == 0 else "it has more than one graph")
     found.inputs = [name for name in found.inputs if name not in found.initializers]
     return found
 
@@ -132,7 +131,7 @@ def _read_tensor(data: bytes, found: GraphFile) -> str:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 19:
-        raise ValueError(f"an external tensor gives {text[:40]!r} where a byte count belongs")
+        raise ValueError(f"an external tensor has {text[:40]!r} instead of a byte count")
     return int(text)
 
 
@@ -142,7 +141,7 @@ def _name_of_value(data: bytes) -> str:
 
 def _message(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise ValueError("a number stands where a message belongs")
+        raise ValueError("it has a number instead of a message")
     return value
 
 
@@ -188,10 +187,10 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def keep_outputs(data: bytes, outputs: Collection[str]) -> bytes:
-    """The same ONNX model with only these outputs, and without what only the others needed.
+    """The same ONNX model with only these outputs, without nodes that only other outputs need.
 
-    An exit emits every cheap score so that choosing one needs no new export; a run needs one. On a
-    small model the nodes of the others cost some percent (benchmarks/results/choices.json).
+    An exit has every cheap score, so that choosing a score needs no new export. A run needs one
+    score; on a small model the other scores cost some percent (benchmarks/results/choices.json).
 
     Args:
         data: A model that `read_graph_file` accepts, with its nodes in topological order.
@@ -233,10 +232,10 @@ def _keep_graph_outputs(data: bytes, outputs: set[str]) -> bytes:
 
 
 def fix_axes(data: bytes, sizes: Mapping[str, int]) -> bytes:
-    """The same ONNX model with numbers for some of its named axes, wherever a value has them.
+    """The same ONNX model with fixed sizes for some of its named axes.
 
-    An engine that fixes a size when it is built reads it from the file: TensorRT refuses a cache
-    whose axis ``past`` is only a name.
+    Engines that fix a size at build time read it from the file: TensorRT refuses a cache whose axis
+    ``past`` has only a name.
 
     Args:
         data: A model that `read_graph_file` accepts.
@@ -262,7 +261,7 @@ def fix_axes(data: bytes, sizes: Mapping[str, int]) -> bytes:
 
 
 def _rewrite(data: bytes, path: Sequence[int], change: Callable[[bytes], bytes]) -> bytes:
-    """The same message with every one at a path of field numbers changed."""
+    """The same message with `change` applied to every message at a path of field numbers."""
     if not path:
         return change(data)
     parts = []
@@ -274,7 +273,7 @@ def _rewrite(data: bytes, path: Sequence[int], change: Callable[[bytes], bytes])
 
 
 def _node_names(data: bytes) -> tuple[set[str], set[str]]:
-    """Names a node takes (those its subgraphs take from outside included) and names it makes."""
+    """The names of a node's inputs, those of its subgraphs included, and of its outputs."""
     inputs: set[str] = set()
     outputs: set[str] = set()
     for number, value in _fields(data):
@@ -290,7 +289,7 @@ def _node_names(data: bytes) -> tuple[set[str], set[str]]:
 
 
 def _graph_names(data: bytes) -> set[str]:
-    """Every name that a subgraph's nodes take or that it gives, those from outside among them."""
+    """All names of inputs of a subgraph's nodes and of its outputs, outer names included."""
     names: set[str] = set()
     for number, value in _fields(data):
         if number == _GRAPH_NODE:

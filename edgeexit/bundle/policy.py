@@ -1,9 +1,9 @@
-"""When to stop: the policy, its file, and what it decides at each exit.
+"""Policies: when rows stop. Reads and writes ``policy.json`` and resolves rules at exits.
 
-A policy has a rule for every chain that has exits. It is made for one bundle (`calibrate` binds it
-to the digest) and stands beside it, never in it. At an exit a row stops when its score is at least
-the exit's threshold, and, with patience t, the last t + 1 exits that were asked predict the same
-class (PABEE's count). NaN is at least nothing.
+A policy has a rule for every chain with exits. `calibrate` binds it to one bundle by its digest;
+its file is stored beside the bundle, never in it. A row stops at an exit when its score is at least
+the exit's threshold and, with patience t, the last t + 1 exits that ran predict the same class
+(PABEE's count). A NaN score never stops a row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgeexit.errors import PolicyError
 POLICY_FORMAT = "2.0"
 NEVER, ALWAYS = math.inf, -math.inf
 OUT_OF_REACH = 3.4028234663852886e38
-"""The largest float32: a threshold that is compared with, and met by no score. For measurements."""
+"""The largest float32: a threshold that no score reaches, for measurements of the comparison."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,11 +37,11 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         thresholds: Stop when score >= threshold: one number for all exits, one per exit in order
             (the last exit, which always answers, left out), or a mapping from exit names. ``inf``
-            = never, ``-inf`` = always; exits a mapping leaves out never fire. Only a mapping
-            speaks of exits at which a token group leaves.
-        score: Which of the exits' scores counts.
+            = never, ``-inf`` = always; exits missing from a mapping never stop a row. Only a
+            mapping can have thresholds of exits that drop token groups.
+        score: Name of the score to compare.
         patience: 0, or how many further exits must have predicted the same before a row stops.
-        first: Name of the first exit where rows may stop; None = the first there is.
+        first: Name of the first exit where rows may stop; None = the first exit.
         last: Name of the last exit where rows may stop early; None = the last but one.
     """
 
@@ -57,9 +57,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rules: Chain -> its rule.
-        bundle: Digest of the bundle it was made for; None = for any bundle it fits.
-        engine: What it was calibrated on, by name and version; for people and certificates.
-        calibration: How it was made: data, risk, measured figures.
+        bundle: Digest of the bundle that it was made for; None = any bundle that it fits.
+        engine: Name and version of the engine used for calibration; informational.
+        calibration: Data, risk and measured figures of the calibration.
     """
 
     rules: dict[str, Rule]
@@ -70,10 +70,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule says at one exit: whether to ask it, the threshold there, and of which score.
+    """A rule at one exit: whether to run the exit, its threshold, and the score to compare.
 
-    An exit that never fires is not asked: its score is not computed at all. Only with patience it
-    is, if the rule allows it, for its prediction counts.
+    An exit that never stops a row does not run. With patience it runs, if the rule allows the exit,
+    because its prediction counts.
     """
 
     consult: bool
@@ -85,14 +85,14 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
     """Resolves a rule against the exits of a chain that stop, in order; the last always answers.
 
     Raises:
-        PolicyError: It names an unknown exit or score, or has the wrong number of thresholds.
+        PolicyError: The rule has an unknown exit or score, or the wrong number of thresholds.
     """
     if not isinstance(rule.score, str):
-        raise PolicyError(f"score is {rule.score!r}, not a text", fix="Give a name.")
+        raise PolicyError(f"score is {rule.score!r}, not a string", fix="Give a score's name.")
     early = [exit_.name for exit_ in exits[:-1]]
     thresholds = _by_name(rule.thresholds, early)
     if not isinstance(rule.patience, int) or rule.patience < 0:
-        raise PolicyError(f"patience {rule.patience!r} is no count", fix="Use 0, 1, 2 or more.")
+        raise PolicyError(f"patience {rule.patience!r} is not a count", fix="Use 0, 1, 2 or more.")
     if rule.patience and any("logits" not in exit_.outputs for exit_ in exits):
         raise PolicyError(
             "patience compares predicted classes, and an exit of this chain has no logits",
@@ -102,7 +102,7 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
     high = _position(rule.last, early, "last", len(early) - 1)
     if early and low > high:
         raise PolicyError(
-            f"the first exit allowed ({rule.first}) lies behind the last ({rule.last})",
+            f"the first allowed exit ({rule.first}) is after the last ({rule.last})",
             fix="Swap them.",
         )
     decisions = []
@@ -121,7 +121,7 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
 
 
 def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
-    """Exits of a chain at which a token group may leave -> their thresholds; others never fire."""
+    """Exits of a chain that may drop a token group -> thresholds; exits without one never drop."""
     drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
     if not isinstance(rule.thresholds, dict):
         return {}
@@ -132,16 +132,16 @@ def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
 
 
 def decisions_of(policy: Policy, chain: Chain, name: str) -> list[Decision]:
-    """What a policy says at the exits of a chain that stop.
+    """The decisions of a policy at a chain's stopping exits.
 
     Raises:
-        PolicyError: It has no rule for a chain that has early exits, or the rule does not fit.
+        PolicyError: The policy has no rule for a chain with early exits, or the rule does not fit.
     """
     return decide(rule_of(policy, chain, name), chain.stops)
 
 
 def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
-    """The rule for a chain. Raises `PolicyError` if there is none, and the chain has exits."""
+    """The rule for a chain. Raises `PolicyError` if a chain with early exits has no rule."""
     rule = policy.rules.get(name)
     if rule is None:
         if len(chain.exits) > 1:
@@ -159,11 +159,11 @@ def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
 
 
 def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bundle) -> Policy:
-    """A policy that fits a bundle: a rule alone is for the one chain that has exits; errors name
-    the file where one is given.
+    """Makes a policy for a bundle and checks that it fits.
 
     Args:
-        given: None: no row stops early. A bundle has no thresholds of its own.
+        given: A policy, its file, or a rule for the only chain with exits. None: no row stops
+            early, because a bundle has no thresholds.
 
     Raises:
         PolicyError: It was made for another bundle, or does not fit its chains.
@@ -194,25 +194,25 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
     if not isinstance(given.engine, dict):
         raise PolicyError(f"engine is {given.engine!r}, not a mapping", fix="Leave it out.")
     if not isinstance(given.bundle, (str, type(None))):
-        raise PolicyError(f"bundle is {given.bundle!r}, not a text", fix="Give a digest.")
+        raise PolicyError(f"bundle is {given.bundle!r}, not a string", fix="Give a digest.")
     if given.bundle is not None and given.bundle != bundle.digest:
         raise PolicyError(
             f"the policy was made for the bundle {given.bundle[:12]}…, this one is "
             f"{bundle.digest[:12]}…",
-            fix="Calibrate again on this bundle; thresholds do not carry over.",
+            fix="Calibrate again on this bundle; thresholds are valid for one bundle only.",
         )
     if unknown := sorted(given.rules.keys() - chains.keys()):
         raise PolicyError(
             f"the policy has a rule for the chain {unknown[0]!r}; the bundle has "
             f"{', '.join(sorted(chains))}",
-            fix="Use those names.",
+            fix="Use these chain names.",
         )
     decoding = bundle.manifest.decoding
     for name, chain in chains.items():
         decisions_of(given, chain, name)
         if decoding is not None and name == decoding.chain and rule_of(given, chain, name).patience:
             raise PolicyError(
-                f"patience counts exits of one pass, and the chain {name} writes text",
+                f"patience is not supported for the chain {name}, which writes text",
                 fix="Use a policy without patience.",
             )
         drop_thresholds(given.rules.get(name, Rule()), chain)
@@ -220,12 +220,12 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
 
 
 def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None) -> list[str]:
-    """Why early answers under a policy should not be trusted: exits that were never trained,
-    thresholds that nobody calibrated. Empty if it never stops early, or for none of these reasons.
+    """Warnings about early answers: untrained exits, thresholds without calibration. Empty if
+    neither applies, or if the policy never stops early.
 
     Args:
-        policy: One that fits the bundle.
-        chains: Those whose exits count; None: all.
+        policy: A policy that fits the bundle.
+        chains: Chains to look at; None: all.
     """
     names = bundle.manifest.chains if chains is None else chains
     early = [
@@ -238,20 +238,19 @@ def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None
     found = []
     if bundle.exits_untrained:
         found.append(
-            "the early exits of this bundle were never trained: times are real, answers mean "
-            "nothing"
+            "the early exits of this bundle are untrained: times are valid, answers are meaningless"
         )
     if not policy.calibration:
         found.append(
-            "the thresholds are not calibrated: how many early answers differ from those of the "
-            "last exit is not known; edgeexit trace and edgeexit calibrate find thresholds for a "
-            "risk that you accept"
+            "the thresholds are not calibrated: the share of early answers that differ from the "
+            "last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds for an "
+            "accepted risk"
         )
     return found
 
 
 def _only_chain(chains: Mapping[str, Chain]) -> str:
-    """The chain that a rule without a name is for."""
+    """The chain of a rule that is given without a chain name."""
     with_exits = [name for name, chain in chains.items() if len(chain.exits) > 1]
     if len(with_exits) > 1:
         raise PolicyError(
@@ -262,17 +261,17 @@ def _only_chain(chains: Mapping[str, Chain]) -> str:
 
 
 def _float32_above(threshold: float) -> float:
-    """The smallest float32 that is no less: scores are float32, so it decides alike, and however
-    it is compared."""
+    """The smallest float32 that is not below `threshold`. Scores are float32, so decisions are the
+    same in any precision of the comparison."""
     with np.errstate(over="ignore"):
         rounded = np.float32(threshold)
-    if float(rounded) < threshold:  # numpy alone would round the threshold first
+    if float(rounded) < threshold:  # without float(), numpy rounds the threshold first
         rounded = np.nextafter(rounded, np.float32(np.inf))
     return float(rounded)
 
 
 def forced(exits: Sequence[Exit], name: str) -> Rule:
-    """The rule under which every row leaves at the exit `name` and no other is asked."""
+    """The rule with which every row stops at the exit `name` and no other exit runs."""
     if name == exits[-1].name:
         return Rule(thresholds=NEVER)
     return Rule(thresholds={name: ALWAYS}, first=name, last=name)
@@ -284,7 +283,7 @@ def _position(name: str | None, early: list[str], field: str, default: int) -> i
     if name not in early:
         raise PolicyError(
             f"{field} names the exit {name!r}; the early exits are {', '.join(early) or 'none'}",
-            fix="Use one of those names.",
+            fix="Use one of these names.",
         )
     return early.index(name)
 
@@ -297,7 +296,7 @@ def _by_name(
             raise PolicyError(
                 f"thresholds name the exit {unknown[0]!r}; the early exits are "
                 f"{', '.join(early) or 'none'}",
-                fix="Use those names; the last exit always answers and has no threshold.",
+                fix="Use these names; the last exit always answers and has no threshold.",
             )
         return _checked(thresholds)
     if isinstance(thresholds, list):
@@ -324,7 +323,7 @@ def _checked(thresholds: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
-    """Reads ``policy.json``. Raises `PolicyError` naming what is wrong with it."""
+    """Reads ``policy.json``. Raises `PolicyError` with the cause if it is not a valid policy."""
     path = Path(path)
     fix = "Give the file that `edgeexit calibrate -o` wrote."
     try:
@@ -348,18 +347,16 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
 
 
 def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
-    """Writes a policy as JSON, whole or not at all.
+    """Writes a policy as JSON, atomically.
 
-    JSON has no infinity, so the thresholds never and always are spelled out.
+    JSON has no infinity, so such thresholds are written as "never" and "always".
     """
     raw: dict[str, Any] = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
     for name, rule in policy.rules.items():
         raw["rules"][name]["thresholds"] = _to_json(rule.thresholds)
-    path = Path(path).resolve()  # through links, so that they stay
+    path = Path(path).resolve()  # keep links: replace their target
     if path.exists() and not path.is_file():
-        raise PolicyError(
-            f"{path} is not a file, and would be replaced by one", fix="Choose another -o."
-        )
+        raise PolicyError(f"{path} exists and is not a regular file", fix="Choose another -o.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
-"""The bundle on disk: reading it so that nothing is trusted.
+"""Opens a bundle and verifies every file in it.
 
 A bundle is a directory that never changes after export: ``manifest.json``, ``graphs/`` with one
 weight store, ``samples/``, and the tokenizer with its chat templates. Its digest is the SHA-256 of
-the manifest, which holds the SHA-256 of every other file. `open_bundle` refuses anything that is
-not exactly what the manifest lists, before an engine sees it; `edgeexit.bundle.writer` makes
-bundles.
+the manifest, which has the SHA-256 of every other file. `open_bundle` refuses a directory that
+differs from its manifest before an engine opens a file; `edgeexit.bundle.writer` writes bundles.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ class Bundle:
 
     Attributes:
         path: Its directory.
-        manifest: What it says about itself.
-        digest: SHA-256 of ``manifest.json`` in hex: the name that engines and policies are bound
-            to.
+        manifest: Its manifest.
+        digest: SHA-256 of ``manifest.json`` in hex; engines and policies are bound to it.
     """
 
     path: Path
@@ -54,16 +52,16 @@ class Bundle:
     digest: str
 
     def file(self, name: str) -> Path:
-        """Path of a listed file. Raises `IntegrityError` for one that is not listed."""
+        """Path of a listed file. Raises `IntegrityError` if the manifest does not list it."""
         if name not in self.manifest.files:
             raise IntegrityError(f"{name}: not listed in the manifest of {self.path}", fix=RECOPY)
         return self.path / name
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
-        """The content of a listed file, held against its digest once more.
+        """Reads a listed file and checks its digest again.
 
         Raises:
-            IntegrityError: It is not listed, larger than `limit_bytes`, or not as it was exported.
+            IntegrityError: The file is not listed, larger than `limit_bytes`, or changed.
         """
         self.file(name)
         raw = read_regular(self.path, name, limit_bytes=limit_bytes)
@@ -78,15 +76,15 @@ class Bundle:
 
     @property
     def exits_untrained(self) -> bool:
-        """Whether its exits were never trained: they show what leaving saves, and no answers."""
+        """Whether its exits are untrained: they serve to measure latency, not to answer."""
         return self.manifest.provenance.get("exits") == "untrained"
 
 
 class Unchanged:
-    """Knows how a bundle's files were when it was opened, for those who read them again later.
+    """Detects changes of a bundle's files after it was opened.
 
-    Graphs are held against the manifest's digests, the weight store against its inode, size and
-    time: hashing it would take too long.
+    Graphs are compared with the manifest's digests, the weight store with its inode, size and
+    modification time: hashing it would take too long.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -95,14 +93,14 @@ class Unchanged:
         self._weights = self._stat()
 
     def require_unchanged(self, names: Iterable[str]) -> None:
-        """Raises `IntegrityError` if one of these graphs, or the weights, changed meanwhile."""
+        """Raises `IntegrityError` if one of these graphs, or the weight store, has changed."""
         fix = "Load the bundle again."
         for name in names:
             try:
                 found = sha256_of(self._root / name)
             except OSError as error:
                 raise IntegrityError(
-                    f"{name}: gone since the bundle was loaded ({error.strerror})", fix=fix
+                    f"{name}: missing since the bundle was loaded ({error.strerror})", fix=fix
                 ) from error
             if found != self._files[name].sha256:
                 raise IntegrityError(f"{name}: changed since the bundle was loaded", fix=fix)
@@ -120,16 +118,16 @@ class Unchanged:
 def open_bundle(
     path: str | os.PathLike[str], *, verify: Literal["quick", "full"] = "quick"
 ) -> Bundle:
-    """Opens a bundle and refuses it unless it is exactly what its manifest says.
+    """Opens a bundle and checks it against its manifest.
 
-    Every opening checks names, links, sizes, the graphs' inputs and external tensors, and hashes
-    files up to 4 MiB. ``verify="full"`` hashes the weight store too (seconds per GiB).
+    It always checks names, links, sizes, the graphs' inputs and external tensors, and hashes files
+    up to 4 MiB. ``verify="full"`` hashes the weight store too (seconds per GiB).
 
     Raises:
-        BundleError: One of its kinds, naming the file and the reason.
+        BundleError: The bundle is invalid; the message has the file and the cause.
     """
     if verify not in ("quick", "full"):
-        raise UsageError(f"verify={verify!r} is not a way to verify", fix='Use "quick" or "full".')
+        raise UsageError(f"verify={verify!r} is not supported", fix='Use "quick" or "full".')
     root = Path(path)
     if not root.is_dir():
         kind = "is a file, not a bundle directory" if root.exists() else "does not exist"
@@ -143,7 +141,7 @@ def open_bundle(
         )
     if not (root / MANIFEST).exists() and not (root / "graphs").exists():
         raise BundleError(
-            f"{root} is not a bundle: there is no {MANIFEST} in it",
+            f"{root} is not a bundle: it has no {MANIFEST}",
             fix="Give the directory that `edgeexit export -o` made.",
         )
     raw = read_regular(root, MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
@@ -199,7 +197,7 @@ def _check_files(bundle: Bundle, *, full: bool) -> None:
         if name not in bundle.manifest.files:
             raise IntegrityError(
                 f"{name}: in the bundle but not in its manifest",
-                fix="Remove it; results and policies belong beside a bundle, never in it.",
+                fix="Remove it; store results and policies beside a bundle, not in it.",
             )
 
 
@@ -242,7 +240,7 @@ def _check_graph(bundle: Bundle, name: str, inputs: set[str], outputs: set[str])
         )
         if not inside:
             raise IntegrityError(
-                f"{name}: tensor {tensor.tensor!r} lies outside the weight store "
+                f"{name}: tensor {tensor.tensor!r} is outside the weight store "
                 f"({tensor.location!r}, {tensor.length} bytes at {tensor.offset})",
                 fix=RECOPY,
             )
@@ -265,8 +263,8 @@ def _owned_files(root: Path) -> Iterator[str]:
 
 
 def regular_size(root: Path, name: str) -> int:
-    """Size of a regular file below `root`; raises `IntegrityError` for links, and where it is
-    missing or something else."""
+    """Size of a regular file below `root`. Raises `IntegrityError` if it is missing, a link, or
+    not a regular file."""
     path = root
     try:
         for part in name.split("/"):
@@ -274,7 +272,7 @@ def regular_size(root: Path, name: str) -> int:
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 raise IntegrityError(
-                    f"{name}: {path} is a link", fix="Links are not followed: put the file there."
+                    f"{name}: {path} is a link", fix="Replace the link with the file itself."
                 )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IntegrityError(f"{name}: missing from {root}", fix=RECOPY) from error
@@ -286,7 +284,7 @@ def regular_size(root: Path, name: str) -> int:
 
 
 def read_regular(root: Path, name: str, *, limit_bytes: int) -> bytes:
-    """Content of such a file; raises `IntegrityError` if it is larger than allowed."""
+    """Content of a regular file. Raises `IntegrityError` if it is larger than `limit_bytes`."""
     size = regular_size(root, name)
     if size > limit_bytes:
         raise IntegrityError(

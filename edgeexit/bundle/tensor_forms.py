@@ -1,4 +1,4 @@
-"""Forms of tensors as a manifest gives them: where their rows are, and which forms fit together."""
+"""Checks of the tensors in a manifest: their row axis, and whether two tensors match."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tensors = dict[str, Tensor]
 
 
 def describe(tensor: Tensor) -> str:
-    """A tensor in a message.
+    """A tensor as messages show it.
 
     >>> describe(Tensor(name="state", dtype="float32", axes=["batch", "new", 64]))
     "state float32['batch', 'new', 64]"
@@ -21,17 +21,17 @@ def describe(tensor: Tensor) -> str:
 
 
 def check_rows(where: str, tensor: Tensor | TokenState) -> None:
-    """Refuses a tensor whose rows are not along the axis named batch."""
+    """Refuses a tensor whose row axis is not the axis named batch."""
     found = [number for number, axis in enumerate(tensor.axes) if axis == "batch"]
     if found != ([] if tensor.row_axis is None else [tensor.row_axis]):
         raise BundleError(
             f"{where} has the axes {tensor.axes}, so its row_axis cannot be {tensor.row_axis}",
-            fix="Rows are along the axis named batch. Export again.",
+            fix="The row axis is the axis named batch. Export again.",
         )
 
 
 def same_form(given: Tensor, promised: Tensor) -> bool:
-    """Whether one tensor can be stored as the other: only open axes may differ."""
+    """Whether the tensors match: only axes of open size may differ."""
     return (given.dtype, given.row_axis, len(given.axes)) == (
         promised.dtype,
         promised.row_axis,
@@ -48,7 +48,7 @@ def check_answer(
     """Checks that an exit gives exactly the outputs of its chain.
 
     Args:
-        where: How messages name the exit.
+        where: The exit, for messages.
         chain: Its chain.
         outputs: Output of the chain -> the tensor that holds it.
         given: The tensors that the exit has.
@@ -56,16 +56,16 @@ def check_answer(
     promised = {tensor.name: tensor for tensor in chain.outputs}
     if outputs.keys() != promised.keys():
         raise BundleError(
-            f"{where} gives {sorted(outputs)}, the chain promises {sorted(promised)}",
+            f"{where} gives {sorted(outputs)}, the chain has the outputs {sorted(promised)}",
             fix=EXPORT_AGAIN,
         )
     for name, output in promised.items():
         made = given.get(outputs[name])
         if made is None:
-            raise BundleError(f"{where} does not make {name}", fix=EXPORT_AGAIN)
+            raise BundleError(f"{where} does not compute {name}", fix=EXPORT_AGAIN)
         if not same_form(made, output):
             raise BundleError(
-                f"{where} gives {describe(made)}, the chain promises {describe(output)}",
+                f"{where} gives {describe(made)}, the chain has the output {describe(output)}",
                 fix=EXPORT_AGAIN,
             )
 

@@ -1,8 +1,9 @@
-"""What a manifest says about itself, checked before anything is done with it.
+"""Checks of a manifest that need no files.
 
-`check_structure` looks at names first: whatever is referred to exists, and whatever exists is used.
-Then `edgeexit.bundle.validate_steps` walks the program, and last come the rules of programs that
-write text. `graph_signatures` says what each graph file must take and give.
+`check_structure` checks names first: every reference must exist, and every component must be used.
+Then `edgeexit.bundle.validate_steps` checks the program step by step, and at last the rules for
+programs that write text are checked. `graph_signatures` lists the expected inputs and outputs of
+each graph file.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from edgeexit.errors import BundleError, IntegrityError
 
 
 def check_structure(manifest: Manifest) -> None:
-    """Checks everything that can be said of a manifest without its files.
+    """Checks all of a manifest that can be checked without its files.
 
     Raises:
-        BundleError, IntegrityError: With what is wrong, and where.
+        BundleError, IntegrityError: With the cause and the place.
     """
     _check_files(manifest)
     _check_inputs(manifest)
@@ -57,7 +58,7 @@ def check_structure(manifest: Manifest) -> None:
 
 
 def graph_signatures(manifest: Manifest) -> Iterable[tuple[str, set[str], set[str]]]:
-    """Every graph file with the names of the inputs and outputs that it must have."""
+    """Every graph file with the names of its expected inputs and outputs."""
     for component in manifest.components.values():
         inputs = {tensor.name for tensor in component.inputs}
         outputs = {tensor.name for tensor in component.outputs}
@@ -76,7 +77,7 @@ def graph_signatures(manifest: Manifest) -> Iterable[tuple[str, set[str], set[st
 
 
 def _check_files(manifest: Manifest) -> None:
-    """File names stay inside the bundle, and files that are used are listed."""
+    """Checks that file names stay inside the bundle and that used files are listed."""
     for name in manifest.files:
         check_relative(name)
     wanted = [name for name, _, _ in graph_signatures(manifest)]
@@ -93,7 +94,7 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_inputs(manifest: Manifest) -> None:
-    """Something has rows, preprocessing makes inputs that exist, and limits are sizes."""
+    """Checks that an input has rows, that preprocessing makes known inputs, and limits."""
     if not any("batch" in tensor.axes for tensor in manifest.inputs):
         raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix=EXPORT_AGAIN)
     made: list[str | None] = []
@@ -106,15 +107,15 @@ def _check_inputs(manifest: Manifest) -> None:
     for name in made:
         if name is not None and name not in inputs:
             raise BundleError(
-                f"{MANIFEST}: preprocessing makes {name}, which is no input", fix=EXPORT_AGAIN
+                f"{MANIFEST}: preprocessing makes {name}, which is not an input", fix=EXPORT_AGAIN
             )
     for axis, size in manifest.limits.items():
         if size < 1:
-            raise BundleError(f"{MANIFEST}: the limit of {axis} is {size}", fix=EXPORT_AGAIN)
+            raise BundleError(f"{MANIFEST}: the limit of {axis} is {size} (< 1)", fix=EXPORT_AGAIN)
 
 
 def _check_components(manifest: Manifest) -> None:
-    """Components that are named exist, the others are used, and each is sound by itself."""
+    """Checks that named components exist, that all are used, and each component by itself."""
     used: set[str] = set()
     for where, name in _named_components(manifest):
         if name not in manifest.components:
@@ -127,7 +128,7 @@ def _check_components(manifest: Manifest) -> None:
 
 
 def _named_components(manifest: Manifest) -> Iterable[tuple[str, str]]:
-    """Every component that chains, paths of exits and states name, and where."""
+    """Every component that a chain, the path of an exit or a state names, with the place."""
     chained = []
     for chain_name, chain in manifest.chains.items():
         where = f"{MANIFEST}: chain {chain_name}"
@@ -140,7 +141,7 @@ def _named_components(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 
 def _makers(manifest: Manifest, names: Iterable[str]) -> set[str]:
-    """The components that make prompt states of others."""
+    """The components that compute prompt states of these components."""
     components = [manifest.components[name] for name in names if name in manifest.components]
     states = [state for component in components for state in component.states]
     return {state.maker for state in states if isinstance(state, PromptState)}
@@ -157,8 +158,8 @@ def _check_component(where: str, component: Component) -> None:
         if [int if isinstance(axis, int) else axis for axis in state.axes] != form:
             raise BundleError(
                 f"{where}: the state {state.name} has the axes {state.axes}",
-                fix="They are [batch, heads, past, size] with numbers for heads and size. Export "
-                "again.",
+                fix="Axes of states are [batch, heads, past, size] with numbers for heads and "
+                "size. Export again.",
             )
     lengths = {f"lengths/{kind}" for variant in component.variants for kind in variant.lengths}
     taken = [tensor.name for tensor in component.inputs] + [state.past for state in tokens]
@@ -173,20 +174,18 @@ def _check_component(where: str, component: Component) -> None:
     if component.projection is not None and component.projection.lengths:
         raise BundleError(f"{where} has a projection that takes lengths", fix=EXPORT_AGAIN)
     if component.projection is not None and not tokens:
-        raise BundleError(
-            f"{where} has a projection, but keeps nothing of tokens", fix=EXPORT_AGAIN
-        )
+        raise BundleError(f"{where} has a projection, but no token states", fix=EXPORT_AGAIN)
 
 
 def _check_chains(manifest: Manifest) -> None:
-    """Every chain is run by one step, and its exits are in order."""
+    """Checks that one step runs each chain, and that its exits are in order."""
     names = [exit_.name for chain in manifest.chains.values() for exit_ in chain.exits]
     _check_distinct(names, f"{MANIFEST}: two exits are named")
     run = [step.chain for step in manifest.steps if isinstance(step, Run)]
     for name in run:
         if name not in manifest.chains:
             raise BundleError(
-                f"{MANIFEST}: a step runs {name}, which is no chain", fix=EXPORT_AGAIN
+                f"{MANIFEST}: a step runs {name}, which is not a chain", fix=EXPORT_AGAIN
             )
     for name, chain in manifest.chains.items():
         if run.count(name) != 1:
@@ -199,7 +198,7 @@ def _check_chains(manifest: Manifest) -> None:
 
 
 def _check_roles(manifest: Manifest, where: str, chain: Chain) -> None:
-    """A component has one place in a chain, or is on paths of exits, or makes states."""
+    """Checks that a component is part of a chain, of exit paths, or makes states: one of them."""
     _check_distinct(chain.components, f"{where} names", " twice")
     _check_distinct(chain.unsplit, f"{where}, unsplit names", " twice")
     on_paths: set[str] = set()
@@ -219,12 +218,12 @@ def _check_roles(manifest: Manifest, where: str, chain: Chain) -> None:
         set(chain.unsplit) & _makers(manifest, chain.unsplit)
     ):
         raise BundleError(
-            f"{where}: {both[0]} makes states and has a place of its own", fix=EXPORT_AGAIN
+            f"{where}: {both[0]} makes states and is a component of its own", fix=EXPORT_AGAIN
         )
 
 
 def _check_exit_order(where: str, chain: Chain) -> None:
-    """Exits are behind components of the chain, in order, and the last one always answers."""
+    """Checks that exits follow components of the chain, in order, and that the last answers."""
     places = {name: number for number, name in enumerate(chain.components)}
     for exit_ in chain.exits:
         if exit_.behind not in places:
@@ -246,13 +245,13 @@ def _check_exit_order(where: str, chain: Chain) -> None:
         )
     if len(last.path) > 1:
         raise BundleError(
-            f"{where}: exit {last.name} has an adapter, but it answers as the whole model",
-            fix="The path of the last exit is at most its head. Export again.",
+            f"{where}: the last exit, {last.name}, has an adapter",
+            fix="The path of the last exit may have only a head. Export again.",
         )
 
 
 def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
-    """The rules of a program that writes text."""
+    """Checks a program that writes text."""
     runs = [step for step in manifest.steps if isinstance(step, Run)]
     if (runs[-1].chain, runs[-1].when) != (decoding.chain, "token"):
         raise BundleError(
@@ -262,8 +261,8 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
         )
     if others := [run.chain for run in runs[:-1] if run.when == "token"]:
         raise BundleError(
-            f"{MANIFEST}: the chain {others[0]} runs for every token, and writes no text",
-            fix="Chains before the one that writes run once per request. Export again.",
+            f"{MANIFEST}: the chain {others[0]} runs for every token, but writes no text",
+            fix="Only the chain that writes text runs for every token. Export again.",
         )
     check_text_chain(manifest, decoding)
     outputs = {tensor.name: tensor for tensor in manifest.chains[decoding.chain].outputs}
@@ -282,19 +281,18 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
     _check_tokens(manifest, decoding)
     if "positions" not in manifest.limits and decoding.capacity is None:
         raise BundleError(
-            f"{MANIFEST}: limits do not say how many positions a text has, and decoding has no "
-            "capacity",
+            f"{MANIFEST}: neither limits.positions nor decoding.capacity is given",
             fix=EXPORT_AGAIN,
         )
     if decoding.start_tokens and len(manifest.inputs) < 2:
         raise BundleError(
-            f"{MANIFEST}: texts begin with start tokens, but no other input is the prompt",
+            f"{MANIFEST}: texts begin with start tokens, but there is no input for the prompt",
             fix=EXPORT_AGAIN,
         )
 
 
 def _check_feeds(manifest: Manifest, decoding: Decoding) -> None:
-    """Token ids and positions are int64 ``[batch, new]``."""
+    """Checks that token ids and positions are int64 ``[batch, new]``."""
     given: list[tuple[str, Tensor]] = [("positions", decoding.positions)]
     given += [("tokens", tensor) for tensor in manifest.inputs if tensor.name == decoding.tokens]
     if len(given) < 2:
@@ -308,7 +306,7 @@ def _check_feeds(manifest: Manifest, decoding: Decoding) -> None:
 
 
 def _check_tokens(manifest: Manifest, decoding: Decoding) -> None:
-    """One table is looked up for every token, and it has every token that is named."""
+    """Checks that one table is looked up for every token, and that it has all named tokens."""
     tables = [s for s in manifest.steps if isinstance(s, Gather) and s.ids == decoding.tokens]
     if [table.when for table in tables] != ["token"]:
         raise BundleError(
@@ -332,7 +330,7 @@ def _check_tokens(manifest: Manifest, decoding: Decoding) -> None:
 
 
 def _check_distinct(names: Sequence[str], before: str, after: str = "") -> None:
-    """Refuses a name that is there twice; the message has it between two texts."""
+    """Refuses a repeated name; the message is `before`, the name, `after`."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BundleError(f"{before} {repeated[0]}{after}", fix=EXPORT_AGAIN)
 

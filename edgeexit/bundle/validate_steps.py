@@ -1,9 +1,8 @@
-"""The steps of a program, walked as the runtime will run them: every tensor is made before it is
-taken, once, and in the form in which it is taken.
+"""Checks the steps of a program in the order in which they run: every tensor must be computed once,
+before its use, and with the expected dtype and axes.
 
-All steps share one namespace. What a chain makes inside stays in the chain; what its exits hand on
-is known to later steps under the names of the chain's outputs. Components on the path of an exit
-make tensors for that exit alone.
+All steps share one namespace. Later steps see only the outputs of a chain, not the tensors inside
+it. Tensors of components on the path of an exit are visible to that exit only.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ _FREQUENCY: dict[When, str] = {"input": "once per request", "token": "for every 
 
 
 def check_steps(manifest: Manifest) -> None:
-    """Walks the program of a manifest whose names are checked (`edgeexit.bundle.validate`).
+    """Checks the program of a manifest whose names `edgeexit.bundle.validate` has checked.
 
     Raises:
-        BundleError, IntegrityError: Naming the step, component or exit, and the tensor.
+        BundleError, IntegrityError: With the step, component or exit, and the tensor.
     """
     walk = _Walk(manifest)
     for number, step in enumerate(manifest.steps, start=1):
@@ -52,13 +51,13 @@ def check_steps(manifest: Manifest) -> None:
 
 @dataclass
 class _Scope:
-    """A chain that is being walked, or the same chain without exits.
+    """The chain that is being checked, or the same chain without exits.
 
     Attributes:
-        where: How messages name it.
-        components: What runs, in order.
-        inside: What its components have made so far.
-        makers: Every tensor that was made in it -> the component that makes it.
+        where: Its name in messages.
+        components: Its components in order.
+        inside: Outputs of the components so far.
+        makers: Every tensor computed in it -> the component that computes it.
     """
 
     where: str
@@ -70,12 +69,12 @@ class _Scope:
 
 
 class _Walk:
-    """What is known between two steps.
+    """The tensors known between two steps.
 
     Attributes:
-        known: Program inputs, feeds, rows of tables, and what chains handed on.
-        handed: Of these, what chains handed on -> the chain.
-        taken: Of these, what chains have taken so far.
+        known: Program inputs, feeds, rows of tables, and outputs of chains.
+        handed: Output of a chain -> the chain.
+        taken: Known tensors that a chain has used so far.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -97,7 +96,7 @@ class _Walk:
                 self._add(f"{MANIFEST}: decoding", mask, "token")
 
     def gather(self, where: str, step: Gather) -> None:
-        """Checks a table's ids, its place in the weight store, and what is found in it."""
+        """Checks a table's ids, its place in the weight store, and its output."""
         inputs = {tensor.name: tensor for tensor in self.manifest.inputs}
         ids, output, store = inputs.get(step.ids), step.output, self.manifest.files.get(WEIGHTS)
         if ids is None or ids.dtype not in ("int64", "int32"):
@@ -128,11 +127,11 @@ class _Walk:
         source, target = self.known.get(step.source), self.known.get(step.target)
         if source is None or step.source not in self.handed:
             raise BundleError(
-                f"{where}: no chain before it hands on {step.source}", fix=EXPORT_AGAIN
+                f"{where}: no earlier chain has the output {step.source}", fix=EXPORT_AGAIN
             )
         if target is None or step.target not in gathered:
             raise BundleError(
-                f"{where}: {step.target} is not the output of a table before it", fix=EXPORT_AGAIN
+                f"{where}: {step.target} is not the output of an earlier table", fix=EXPORT_AGAIN
             )
         if self._made_when[step.target] == "input":
             raise BundleError(
@@ -152,7 +151,7 @@ class _Walk:
             )
 
     def run(self, where: str, step: Run) -> None:
-        """Checks a chain, the same chain without exits, and what it hands on."""
+        """Checks a chain, the same chain without exits, and its outputs."""
         chain = self.manifest.chains[step.chain]
         scope = _Scope(where, step.chain, chain.components, step.when)
         for name in chain.components:
@@ -171,7 +170,7 @@ class _Walk:
             check_rows(f"{where}: {tensor.name}", tensor)
             if chain.rows == "independent" and len(chain.stops) > 1 and tensor.row_axis is None:
                 raise BundleError(
-                    f"{where}: rows leave one by one, but {tensor.name} is one for all rows",
+                    f"{where}: rows are independent, but {tensor.name} has no row axis",
                     fix=EXPORT_AGAIN,
                 )
             self._add(where, tensor, step.when)
@@ -195,8 +194,8 @@ class _Walk:
     def _states(
         self, scope: _Scope, where: str, component: Component, taken: Collection[str]
     ) -> Tensors:
-        """Checks the states of a component that takes these tensors. Returns what the makers of
-        its states make."""
+        """Checks the states of a component that takes these tensors. Returns the outputs of the
+        makers of its states."""
         if scope.when == "input" and any(variant.lengths for variant in component.variants):
             raise BundleError(
                 f"{where} takes lengths of texts, but its chain runs once per request",
@@ -238,15 +237,14 @@ class _Walk:
         for wanted in maker.inputs:
             if wanted.name in scope.inside and wanted.name not in taken:
                 raise BundleError(
-                    f"{where} takes {wanted.name}, which does not come into the component",
+                    f"{where} takes {wanted.name}, which is not an input of the component",
                     fix=EXPORT_AGAIN,
                 )
             self._take(scope, where, wanted, wanted.name, scope.inside)
         return self._made(scope, where, state.maker)
 
     def _made(self, scope: _Scope, where: str, name: str) -> Tensors:
-        """What a component makes; nothing else in the chain or before it makes a tensor of the same
-        name."""
+        """The outputs of a component. Refuses names that something else has computed before."""
         outputs = {tensor.name: tensor for tensor in self.manifest.components[name].outputs}
         for tensor in outputs:
             if tensor in self.known or scope.makers.setdefault(tensor, name) != name:
@@ -264,7 +262,7 @@ class _Walk:
         for tensor in [*exit_.outputs.values(), *exit_.scores.values()]:
             if tensor not in given:
                 raise BundleError(
-                    f"{where} names {tensor}, which is no output of {giver}", fix=EXPORT_AGAIN
+                    f"{where} names {tensor}, which is not an output of {giver}", fix=EXPORT_AGAIN
                 )
         for score, tensor in exit_.scores.items():
             if (given[tensor].dtype, given[tensor].axes) != ("float32", ["batch"]):
@@ -277,14 +275,14 @@ class _Walk:
             return
         if exit_.tokens is not None:
             raise BundleError(
-                f"{where} answers, so the token group {exit_.tokens} cannot leave there",
+                f"{where} answers, so it cannot drop the token group {exit_.tokens}",
                 fix=EXPORT_AGAIN,
             )
         check_answer(where, chain, exit_.outputs, given)
 
     def _call(self, scope: _Scope, where: str, call: Call, local: Tensors) -> Tensors:
-        """A component on the path of an exit. If its inputs have no axis ``new``, it takes chosen
-        tokens as rows."""
+        """Checks a component on the path of an exit. If its inputs have no axis ``new``, it takes
+        selected tokens as rows."""
         component, where = self.manifest.components[call.component], f"{where}, {call.component}"
         if unknown := sorted(call.inputs.keys() - {tensor.name for tensor in component.inputs}):
             raise BundleError(f"{where} has no input {unknown[0]}", fix=EXPORT_AGAIN)
@@ -300,12 +298,12 @@ class _Walk:
             raise BundleError(f"{where}: there is no token group {exit_.tokens}", fix=EXPORT_AGAIN)
         if scope.when == "input":
             raise BundleError(
-                f"{where}: tokens of a prompt leave, but the chain runs once per request",
+                f"{where} drops tokens of a prompt, but the chain runs once per request",
                 fix=EXPORT_AGAIN,
             )
         if not exit_.path or len(exit_.scores) != 1 or exit_.outputs:
             raise BundleError(
-                f"{where}: an exit where tokens leave has a path, one score and no outputs",
+                f"{where}: an exit that drops tokens needs a path, one score and no outputs",
                 fix=EXPORT_AGAIN,
             )
 
@@ -319,7 +317,7 @@ class _Walk:
         *,
         chosen: bool = False,
     ) -> None:
-        """Checks that a tensor is there, in the form that is wanted."""
+        """Checks that a tensor exists with the expected dtype and axes."""
         there = inside.get(name)
         if there is None:
             there = self.known.get(name)
@@ -330,7 +328,7 @@ class _Walk:
         axes: Sequence[Axis] = there.axes
         if chosen:
             axes = [axis for axis in axes if axis != "new"]
-        # Rows are along the axis named batch in both, so axes say where they are.
+        # The row axis is the axis named batch in both, so row_axis needs no comparison.
         if (there.dtype, axes) != (wanted.dtype, wanted.axes):
             raise BundleError(
                 f"{where} takes {describe(wanted)}, but {describe(there)} is given",
@@ -338,7 +336,7 @@ class _Walk:
             )
 
     def _check_time(self, where: str, tensor: Tensor, when: When) -> None:
-        """Refuses a tensor that is not there whenever a step runs."""
+        """Refuses a tensor that does not exist yet when a step runs."""
         made = self._made_when[tensor.name]
         if when == "input" and made == "token":
             raise BundleError(
@@ -347,25 +345,25 @@ class _Walk:
             )
 
     def _missing(self, scope: _Scope, where: str, name: str) -> BundleError:
-        """Why a tensor is not there."""
+        """The error for a missing tensor, with the cause."""
         chains, own = self.manifest.chains, scope.chain
         order = [step.chain for step in self.manifest.steps if isinstance(step, Run)]
         makers = [c for c in order if c != own and name in self._made_by(chains[c])]
         later = [c for c in makers if order.index(c) > order.index(own)]
         handed_on = {tensor.name for tensor in chains[own].outputs}
         if name in self._outputs_of(scope.components):
-            why = "which the chain makes only later"
+            why = "which the chain computes only later"
         elif later and handed_on & self._taken_by(chains[later[0]]):
             why = (
-                f"which the chain {later[0]} makes from an output of {own}: chains that need each "
-                "other cannot run"
+                f"which the chain {later[0]} computes from an output of {own}: the chains depend "
+                "on each other"
             )
         elif later:
-            why = f"which the later chain {later[0]} makes"
+            why = f"which the later chain {later[0]} computes"
         elif makers:
-            why = f"which stays inside the chain {makers[0]}: it is none of its outputs"
+            why = f"which is not an output of the chain {makers[0]} that computes it"
         else:
-            why = "which nothing before it makes"
+            why = "which nothing computes before"
         return BundleError(f"{where} takes {name}, {why}", fix=EXPORT_AGAIN)
 
     def _made_by(self, chain: Chain) -> set[str]:

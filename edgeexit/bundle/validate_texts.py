@@ -1,6 +1,6 @@
-"""The chain that writes text, as it is run: one state of each token goes along the components.
+"""Checks the chain that writes text: its components pass on exactly one state per token.
 
-Tokens may wait at any boundary in between, and a state is all that waits.
+Decoding may pause a token between any two components and keeps only that state of it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from edgeexit.errors import BundleError
 
 
 def check_text_chain(manifest: Manifest, decoding: Decoding) -> None:
-    """Refuses components that hand on, or take, more of each token than its state.
+    """Refuses components that pass on, or take, more than one state per token.
 
     Raises:
-        BundleError: Naming the component or exit, and the tensor.
+        BundleError: With the component or exit, and the tensor.
     """
     chain = manifest.chains.get(decoding.chain)
     tables = [s.output.name for s in manifest.steps if isinstance(s, Gather) and s.when == "token"]
     if chain is None or not tables:
-        return  # refused elsewhere
+        return  # `edgeexit.bundle.validate` refuses it
     feeds = {decoding.positions.name}
     feeds |= {group.mask for group in decoding.groups.values() if group.mask is not None}
     where = f"{MANIFEST}: chain {decoding.chain}"
@@ -38,7 +38,7 @@ def _check_row(
     tables: Sequence[str],
     feeds: Collection[str],
 ) -> dict[str, str]:
-    """Checks components that run one after the other. Returns what each hands on."""
+    """Checks components that run in sequence. Returns component -> the state that it passes on."""
     coming = list(tables)
     states: dict[str, str] = {}
     for number, name in enumerate(names):
@@ -47,8 +47,8 @@ def _check_row(
         made = _of_tokens(component.outputs)
         if len(made) > 1 or (not made and number + 1 < len(names)):
             raise BundleError(
-                f"{here} hands on {', '.join(made) or 'nothing'} of each token, not one state",
-                fix="Tokens wait between components as one state each. Export again.",
+                f"{here} passes on {', '.join(made) or 'nothing'} per token, not one state",
+                fix="Components of this chain pass on one state per token. Export again.",
             )
         coming = made
         if made:
@@ -71,7 +71,7 @@ def _check_path(
         coming = _of_tokens(component.outputs)
         if len(coming) != 1:
             raise BundleError(
-                f"{here} hands on {', '.join(coming) or 'nothing'} of each token, not one state",
+                f"{here} passes on {', '.join(coming) or 'nothing'} per token, not one state",
                 fix=EXPORT_AGAIN,
             )
     for call in exit_.path[-1:]:
@@ -80,8 +80,8 @@ def _check_path(
         if taken != coming:
             raise BundleError(
                 f"{where}: {call.component} takes {', '.join(taken) or 'nothing'}",
-                fix=f"What answers for a token takes its state, {', '.join(coming)}, and nothing "
-                "else. Export again.",
+                fix=f"The last component of a path takes only the state {', '.join(coming)}. "
+                "Export again.",
             )
 
 
@@ -94,8 +94,8 @@ def _check_taken(
 ) -> None:
     if far := [name for name in taken if name not in coming and name not in feeds]:
         raise BundleError(
-            f"{where} takes {far[0]} of each token, which does not come from the component before",
-            fix="Hand it on in the state that goes from component to component. Export again.",
+            f"{where} takes {far[0]} per token, which the component before does not pass on",
+            fix="Pass it on in the state from component to component. Export again.",
         )
 
 

@@ -1,8 +1,8 @@
-"""Writing a bundle so that it is whole or not there.
+"""Writes bundles atomically.
 
-`BundleWriter` fills a temporary sibling of the output, writes the manifest last, reads everything
-back as `edgeexit.bundle.reader` does, and renames. Whatever goes wrong before that (an error,
-Ctrl-C, a full disk) leaves nothing behind.
+`BundleWriter` fills a temporary directory beside the output, writes the manifest last, checks the
+result with `edgeexit.bundle.reader`, and renames it. After an error, Ctrl-C or a full disk, no
+files remain.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from edgeexit.errors import (
 
 
 class BundleWriter:
-    """Writes a bundle that is whole or not there.
+    """Writes a bundle atomically.
 
-    Files go into a temporary sibling of `output`; `commit` writes the manifest and renames. Leaving
-    the ``with`` block in any other way (an error, Ctrl-C) removes the sibling.
+    Files are written to a temporary directory beside `output`; `commit` writes the manifest and
+    renames the directory. Leaving the ``with`` block without `commit` removes it.
 
     Args:
-        output: Where the bundle shall stand. Must not exist unless `overwrite`.
-        overwrite: Replace what is there; the old bundle stays until the new one is whole.
+        output: Directory of the bundle. Must not exist unless `overwrite`.
+        overwrite: Replace an existing bundle; it stays until the new bundle is complete.
     """
 
     def __init__(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -78,10 +78,9 @@ class BundleWriter:
         return self._folder
 
     def commit(self, manifest: Manifest) -> Bundle:
-        """Hashes every file, writes the manifest, and puts the bundle in its place.
+        """Hashes every file, writes the manifest, and moves the bundle to `output`.
 
-        Returns the bundle as `open_bundle` reads it back, so that what was written was also
-        checked.
+        Returns the bundle, opened and checked by `open_bundle`.
         """
         with reporting_full_disk(self.output):
             files = {}
@@ -119,8 +118,8 @@ class BundleWriter:
                 os.rename(aside, self.output)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputBusyError(
-                    f"{self.output}: another export put a bundle there meanwhile",
-                    fix="Keep that one, or export again with --overwrite.",
+                    f"{self.output}: another export has written this bundle meanwhile",
+                    fix="Keep that bundle, or export again with --overwrite.",
                 ) from error
             raise
         finally:
@@ -128,9 +127,9 @@ class BundleWriter:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _clear_leftovers(self) -> None:
-        """Removes what an export to the same place left when it was killed.
+        """Removes leftovers of a killed export to the same output.
 
-        An old bundle that was moved aside, and whose successor never came, goes back to its place.
+        An old bundle that was moved aside and not yet replaced is moved back.
         """
         parent = self.output.absolute().parent
         name = re.escape(self.output.name)
@@ -146,7 +145,7 @@ class BundleWriter:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuses an output that exists, or that is not a bundle when it is to be replaced."""
+    """Refuses an output that exists; with `overwrite`, one that is not a bundle."""
     if not (output.exists() or output.is_symlink()):
         return
     if not overwrite:
@@ -156,18 +155,18 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise OutputExistsError(
             f"{output} is not a bundle (no {MANIFEST}), so --overwrite does not replace it",
-            fix="Choose another -o, or remove it yourself.",
+            fix="Choose another -o, or remove the directory.",
         )
     for path in output.iterdir():
         if path.name not in (MANIFEST, *OWNED_FOLDERS):
             raise OutputExistsError(
-                f"{output} holds {path.name}, which is not the bundle's and would be lost",
-                fix="Move it away: what is yours stands beside a bundle, never in it.",
+                f"{output} has {path.name}, which is not part of the bundle and would be lost",
+                fix="Move it out of the bundle; store other files beside it.",
             )
 
 
 class reporting_full_disk:
-    """Context manager: turns an operating system's refusal to write into an error with a remedy."""
+    """Context manager: turns an OSError of a write into a `BundleError` with a fix."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -185,12 +184,12 @@ class reporting_full_disk:
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BundleError(
-                f"{self.output}: the disk is full; nothing was left behind",
+                f"{self.output}: the disk is full; no partial files remain",
                 fix="Free some space or choose another -o, then run the same command again.",
             ) from error
         raise BundleError(
             f"{self.output}: cannot be written ({error.strerror or error})",
-            fix="Choose a directory that can be written.",
+            fix="Choose a writable directory.",
         ) from error
 
 

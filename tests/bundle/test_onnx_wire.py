@@ -204,7 +204,7 @@ def test_deep_nesting_is_read_to_a_limit_and_refused_beyond_it() -> None:
         (b"\x3a\x05", "middle of a field"),
         (b"\x3a\xff", "middle of a number"),
         (b"\x3a" + b"\xff" * 11, "middle of a number"),
-        (b"\x38\x01", "a number stands where a message belongs"),
+        (b"\x38\x01", "it has a number instead of a message"),
         (b"\x3b", "wire type 3"),
         (b"\xba\x80\x80\x80\x80\x01\x00", "field number too large"),
         (b"\xa2\x01\x00", "training"),

@@ -93,7 +93,7 @@ def test_first_and_last_bound_the_exits_consulted(
         (Rule(patience="two"), "patience 'two'"),  # type: ignore[arg-type]
         (Rule(first="z"), "first names the exit 'z'"),
         (Rule(last="d"), "last names the exit 'd'"),
-        (Rule(first="c", last="a"), "lies behind"),
+        (Rule(first="c", last="a"), "is after"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_refused(rule: Rule, message: str) -> None:
@@ -264,7 +264,7 @@ def test_a_policy_is_written_through_a_link_and_not_onto_a_device(tmp_path: Path
     assert (tmp_path / "link.json").is_symlink()
     assert read_policy(tmp_path / "real.json") == of(thresholds=0.5)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PolicyError, match="not a file"):
+    with pytest.raises(PolicyError, match="not a regular file"):
         write_policy(of(), tmp_path / "pipe")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

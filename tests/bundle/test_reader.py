@@ -84,7 +84,7 @@ def test_open_refuses_a_path_that_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleError, match="is a file"):
         open_bundle(tmp_path / "file")
-    with pytest.raises(BundleError, match=r"is not a bundle: there is no manifest\.json"):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
         open_bundle(tmp_path)
     (tmp_path / "graphs").mkdir()
     with pytest.raises(IntegrityError, match=r"manifest\.json: missing"):
@@ -257,7 +257,7 @@ def test_open_refuses_a_weight_outside_the_store_in_a_nested_graph(toy_copy: Pat
         )
 
     edit_graph(toy_copy, hide)
-    with pytest.raises(IntegrityError, match=r"'inner' lies outside the weight store"):
+    with pytest.raises(IntegrityError, match=r"'inner' is outside the weight store"):
         open_bundle(toy_copy)
 
 
@@ -438,7 +438,7 @@ def test_writer_refuses_an_output_that_exists_unless_told_to_overwrite(
     with pytest.raises(OutputExistsError, match=r"exists.*--overwrite"):
         write_toy(toy, tmp_path / "bundle")
     (tmp_path / "bundle" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"holds notes.txt.*would be lost"):
+    with pytest.raises(OutputExistsError, match=r"has notes.txt.*would be lost"):
         write_toy(make_toy(seed=3), tmp_path / "bundle", overwrite=True)
     (tmp_path / "bundle" / "notes.txt").unlink()
     new = write_toy(make_toy(seed=3), tmp_path / "bundle", overwrite=True)

@@ -202,7 +202,7 @@ NAMES: Cases = {
     ),
     "projection of nothing": (
         lambda raw: component(raw, "s1").update(projection=component(raw, "s1")["variants"][0]),
-        "has a projection, but keeps nothing of tokens",
+        "has a projection, but no token states",
     ),
     "rows along an axis that is not there": (
         lambda raw: component(raw, "s0")["outputs"][0].update(row_axis=2),
@@ -242,7 +242,7 @@ NAMES: Cases = {
     ),
     "step without a chain": (
         lambda raw: raw["steps"].append({"type": "run", "chain": "main"}),
-        "main, which is no chain",
+        "main, which is not a chain",
     ),
     "chain that no step runs": (
         lambda raw: other_chain(raw, "x") or raw["steps"].pop(0),
@@ -260,7 +260,7 @@ NAMES: Cases = {
         lambda raw: raw.update(
             preprocessing={"type": "image", "input": "pixels", "height": 2, "width": 2}
         ),
-        "preprocessing makes pixels, which is no input",
+        "preprocessing makes pixels, which is not an input",
     ),
     "chat without tokenizer": (
         lambda raw: raw.update(chat={"templates": {"default": raw["samples"][0]}}),
@@ -281,26 +281,26 @@ NAMES: Cases = {
 TENSORS: Cases = {
     "input that nothing makes": (
         lambda raw: component(raw, "s2")["inputs"][0].update(name="h7"),
-        "component s2 takes h7, which nothing before it makes",
+        "component s2 takes h7, which nothing computes before",
     ),
     "input that is made later": (
         lambda raw: component(raw, "s1")["inputs"][0].update(name="h2"),
-        "component s1 takes h2, which the chain makes only later",
+        "component s1 takes h2, which the chain computes only later",
     ),
     "input that stays inside another chain": (
         lambda raw: other_chain(raw, "x") or component(raw, "s0")["inputs"][0].update(
             name="o/state"
         ),
-        "takes o/state, which stays inside the chain second",
+        "takes o/state, which is not an output of the chain second",
     ),
     "input that a later chain makes": (
         chain_that_takes_a_later_output,
-        "component s0 takes other, which the later chain second makes",
+        "component s0 takes other, which the later chain second computes",
     ),
-    "chains that need each other": (
+    "the chains depend on each other": (
         chains_that_need_each_other,
-        "chain second, component o takes logits, which the chain forward makes from an output of "
-        "second: chains that need each other cannot run",
+        "chain second, component o takes logits, which the chain forward computes from an output of "
+        "second: the chains depend on each other",
     ),
     "input of another size": (
         lambda raw: component(raw, "s2")["inputs"][0].update(axes=["batch", 7]),
@@ -327,15 +327,15 @@ TENSORS: Cases = {
     ),
     "exit without the output promised": (
         lambda raw: exit_(raw, "exit_2").update(outputs={"boxes": "logits_1"}),
-        "exit exit_2 gives ['boxes'], the chain promises ['logits']",
+        "exit exit_2 gives ['boxes'], the chain has the outputs ['logits']",
     ),
     "exit with another number of classes": (
         lambda raw: component(raw, "s1")["outputs"][1].update(axes=["batch", 9]),
-        "the chain promises logits",
+        "the chain has the output logits",
     ),
     "exit that names no output": (
         lambda raw: exit_(raw, "exit_2").update(outputs={"logits": "logits_0"}),
-        "no output of s1",
+        "not an output of s1",
     ),
     "score that is no score": (
         lambda raw: exit_(raw, "exit_2").update(scores={"max_prob": "logits_1"}),
@@ -343,7 +343,7 @@ TENSORS: Cases = {
     ),
     "exit that answers and lets tokens go": (
         lambda raw: exit_(raw, "exit_2").update(tokens="image"),
-        "answers, so the token group image cannot leave there",
+        "answers, so it cannot drop the token group image",
     ),
     "one output for all rows": (
         lambda raw: chain(raw)["outputs"][0].update(axes=[1, 3], row_axis=None)
@@ -351,15 +351,15 @@ TENSORS: Cases = {
             component(raw, name)["outputs"][place].update(axes=[1, 3], row_axis=None)
             for name, place in [("s0", 1), ("s1", 1), ("s2", 1), ("s3", 0), ("unsplit", 0)]
         ],
-        "rows leave one by one, but logits is one for all rows",
+        "rows are independent, but logits has no row axis",
     ),
     "unsplit that gives something else": (
         lambda raw: component(raw, "unsplit")["outputs"][0].update(name="boxes"),
-        "unsplit does not make logits",
+        "unsplit does not compute logits",
     ),
     "unsplit that takes what only the chain makes": (
         lambda raw: component(raw, "unsplit")["inputs"].append(tensor("h0", "batch", 6)),
-        "unsplit, component unsplit takes h0, which nothing before it makes",
+        "unsplit, component unsplit takes h0, which nothing computes before",
     ),
     "step for tokens without text": (
         lambda raw: raw["steps"][0].update(when="token"),
@@ -458,7 +458,7 @@ TEXTS: Cases = {
     ),
     "state of an open size": (
         lambda raw: component(raw, "s1")["states"][0].update(axes=["batch", 1, "past", "size"]),
-        "They are [batch, heads, past, size] with numbers for heads and size",
+        "Axes of states are [batch, heads, past, size] with numbers for heads and size",
     ),
     "state with rows along another axis": (
         lambda raw: component(raw, "s1")["states"][0].update(row_axis=1),
@@ -486,11 +486,11 @@ TEXTS: Cases = {
     ),
     "maker that takes what does not come into the component": (
         lambda raw: component(raw, "mean")["inputs"][0].update(name="h0"),
-        "maker mean takes h0, which does not come into the component",
+        "maker mean takes h0, which is not an input of the component",
     ),
     "maker that takes what is made later": (
         lambda raw: component(raw, "mean")["inputs"][0].update(name="h3"),
-        "maker mean takes h3, which the chain makes only later",
+        "maker mean takes h3, which the chain computes only later",
     ),
     "maker with states": (
         lambda raw: component(raw, "mean").update(states=[token_state()]),
@@ -502,7 +502,7 @@ TEXTS: Cases = {
     ),
     "maker on a path": (
         lambda raw: component(raw, "s2")["states"][0].update(maker="gate"),
-        "gate makes states and has a place of its own",
+        "gate makes states and is a component of its own",
     ),
     "maker that makes a tensor again": (
         lambda raw: component(raw, "mean")["outputs"].append(tensor("h0", "batch", 6)),
@@ -527,7 +527,7 @@ TEXTS: Cases = {
         lambda raw: exit_(raw, "exit_4")["path"].insert(
             0, {"component": "adapter", "inputs": {"state": "h3"}}
         ),
-        "exit exit_4 has an adapter, but it answers as the whole model",
+        "the last exit, exit_4, has an adapter",
     ),
     "adapter twice": (
         lambda raw: exit_(raw, "exit_1")["path"].insert(0, exit_(raw, "exit_1")["path"][0]),
@@ -539,15 +539,15 @@ TEXTS: Cases = {
     ),
     "path that takes what nothing makes": (
         lambda raw: exit_(raw, "exit_2")["path"][0].update(inputs={"state": "h9"}),
-        "exit exit_2, head takes h9, which nothing before it makes",
+        "exit exit_2, head takes h9, which nothing computes before",
     ),
     "path that takes what is made behind the exit": (
         lambda raw: exit_(raw, "exit_2")["path"][0].update(inputs={"state": "h3"}),
-        "exit exit_2, head takes h3, which the chain makes only later",
+        "exit exit_2, head takes h3, which the chain computes only later",
     ),
     "path that takes another exit's tensor": (
         lambda raw: exit_(raw, "exit_2")["path"][0].update(inputs={"state": "adapted"}),
-        "exit exit_2, head takes adapted, which nothing before it makes",
+        "exit exit_2, head takes adapted, which nothing computes before",
     ),
     "head of another width": (
         lambda raw: component(raw, "head")["inputs"][0].update(axes=["batch", 9]),
@@ -580,25 +580,25 @@ TEXTS: Cases = {
     "gate without a path": (
         lambda raw: exit_(raw, "gate").update(path=[], scores={})
         or raw["components"].pop("gate"),
-        "an exit where tokens leave has a path, one score and no outputs",
+        "an exit that drops tokens needs a path, one score and no outputs",
     ),
     "gate without a score": (
         lambda raw: exit_(raw, "gate").update(scores={}),
-        "an exit where tokens leave has a path, one score and no outputs",
+        "an exit that drops tokens needs a path, one score and no outputs",
     ),
     "gate with two scores": (
         lambda raw: exit_(raw, "gate")["scores"].update(more="gate/score"),
-        "an exit where tokens leave has a path, one score and no outputs",
+        "an exit that drops tokens needs a path, one score and no outputs",
     ),
     "gate that answers": (
         lambda raw: exit_(raw, "gate").update(outputs={"token": "gate/score"}),
-        "an exit where tokens leave has a path, one score and no outputs",
+        "an exit that drops tokens needs a path, one score and no outputs",
     ),
     "gate in a chain without a prompt": (
         lambda raw: exit_(raw, "vision_1").update(
             action="drop", tokens="image", outputs={}
         ),
-        "tokens of a prompt leave, but the chain runs once per request",
+        "drops tokens of a prompt, but the chain runs once per request",
     ),
     "table outside the store": (
         lambda raw: step(raw, "gather").update(offset=raw["files"][WEIGHTS]["bytes"]),
@@ -633,19 +633,19 @@ TEXTS: Cases = {
     ),
     "placed rows that nothing makes": (
         lambda raw: step(raw, "place").update(source="frames"),
-        "step 3: no chain before it hands on frames",
+        "step 3: no earlier chain has the output frames",
     ),
     "placed rows that no chain makes": (
         lambda raw: step(raw, "place").update(source="pixel_values"),
-        "step 3: no chain before it hands on pixel_values",
+        "step 3: no earlier chain has the output pixel_values",
     ),
     "rows placed in what is no table's": (
         lambda raw: step(raw, "place").update(target="features"),
-        "features is not the output of a table",
+        "features is not the output of an earlier table",
     ),
     "rows placed before the table": (
         lambda raw: raw["steps"].insert(1, raw["steps"].pop(2)),
-        "embedded is not the output of a table before it",
+        "embedded is not the output of an earlier table",
     ),
     "rows placed too late": (
         lambda raw: raw["steps"].append(raw["steps"].pop(2)),
@@ -696,7 +696,7 @@ TEXTS: Cases = {
     ),
     "mask that nothing feeds": (
         lambda raw: raw["decoding"]["groups"]["image"].update(mask=None),
-        "gate takes tokens/image, which nothing before it makes",
+        "gate takes tokens/image, which nothing computes before",
     ),
     "stop token outside the vocabulary": (
         lambda raw: raw["decoding"].update(stop_tokens=[2, 24]),
@@ -743,7 +743,7 @@ TEXTS: Cases = {
     ),
     "no limit of positions": (
         lambda raw: raw.update(limits={}),
-        "limits do not say how many positions",
+        "neither limits.positions nor decoding.capacity",
     ),
     "tokens of another form": (
         lambda raw: raw["inputs"][0].update(axes=["batch", 5]),
@@ -759,29 +759,29 @@ TEXTS: Cases = {
     ),
     "two chains for every token": (
         second_text_chain,
-        "the chain front runs for every token, and writes no text",
+        "the chain front runs for every token, but writes no text",
     ),
     "two states of each token": (
         lambda raw: second_state(raw, "s0"),
-        "component s0 hands on h0, more of each token, not one state",
+        "component s0 passes on h0, more per token, not one state",
     ),
     "two states of each token, unsplit": (
         lambda raw: second_state(raw, "unsplit_front"),
-        "unsplit, component unsplit_front hands on h1, more of each token, not one state",
+        "unsplit, component unsplit_front passes on h1, more per token, not one state",
     ),
     "two states of each token, adapted": (
         lambda raw: second_state(raw, "adapter"),
-        "exit exit_1, adapter hands on adapted, more of each token, not one state",
+        "exit exit_1, adapter passes on adapted, more per token, not one state",
     ),
     "state from farther back": (
         lambda raw: component(raw, "s2")["inputs"].append(tensor("h0", "batch", "new", 8)),
-        "component s2 takes h0 of each token, which does not come from the component before",
+        "component s2 takes h0 per token, which the component before does not pass on",
     ),
     "state from farther back, adapted": (
         lambda raw: component(raw, "adapter")["inputs"].append(
             tensor("embedded", "batch", "new", 8)
         ),
-        "adapter takes embedded of each token, which does not come from the component before",
+        "adapter takes embedded per token, which the component before does not pass on",
     ),
     "head that takes a whole prompt's tensor": (
         lambda raw: component(raw, "head")["inputs"].append(tensor("pixel_values", "batch", 3)),
@@ -821,17 +821,17 @@ ENCODERS: Cases = {
         lambda raw: raw["steps"].insert(2, raw["steps"].pop(1)) or raw["steps"].append(
             raw["steps"].pop(2)
         ),
-        "maker cross_0 takes encoder_state, which the later chain encoder makes",
+        "maker cross_0 takes encoder_state, which the later chain encoder computes",
     ),
     "encoder that needs the decoder": (
         lambda raw: component(raw, "e0")["inputs"].append(
             tensor("token", "batch", dtype="int64")
         ),
-        "component e0 takes token, which the later chain decoder makes",
+        "component e0 takes token, which the later chain decoder computes",
     ),
     "cross keys that come from inside the encoder": (
         lambda raw: component(raw, "cross_0")["inputs"][0].update(name="read2"),
-        "maker cross_0 takes read2, which stays inside the chain encoder",
+        "maker cross_0 takes read2, which is not an output of the chain encoder",
     ),
     "decoder that runs once per request": (
         lambda raw: run_of(raw, "decoder").update(when="input"),
@@ -862,7 +862,7 @@ def test_graphs_take_inputs_lengths_past_and_what_makers_made(manifests: dict[st
 def test_start_tokens_without_another_input_are_refused(manifests: dict[str, Raw]) -> None:
     raw = copy.deepcopy(manifests["plain"])
     raw["decoding"]["start_tokens"] = [2]
-    with pytest.raises(BundleError, match="texts begin with start tokens, but no other input"):
+    with pytest.raises(BundleError, match="texts begin with start tokens, but there is no input"):
         check(raw)
 
 

@@ -60,7 +60,7 @@ def test_export_leaves_nothing_when_the_disk_is_full(quiet_cli: Cli, torch_model
     ran = quiet_cli("export", "-m", torch_model, "-o", "bundle", preexec_fn=limit)
     assert ran.code == 1, ran.err
     assert "Traceback" not in ran.err
-    assert "bundle: the disk is full; nothing was left behind. Free some space" in ran.err
+    assert "bundle: the disk is full; no partial files remain. Free some space" in ran.err
     assert left_in(quiet_cli.folder) == ["user_model.py"]
 
 

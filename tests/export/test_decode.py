@@ -413,7 +413,7 @@ def _of_another_width(raw: Any) -> None:
     [
         (_unknown, "there is no component adapter_9"),
         (_of_another, "exit_1, adapter_2 takes state_2"),
-        (_headless, "exit_1 names logits, which is no output of adapter_1"),
+        (_headless, "exit_1 names logits, which is not an output of adapter_1"),
         (_at_the_end, "exit_4 has an adapter, but it answers as"),
         (_of_another_width, "head takes state .* but adapted_1 float32"),
     ],
@@ -485,7 +485,7 @@ def _with(model: SplitModel, **changes: Any) -> SplitModel:
         (_nowhere, "there is no component adapter_3"),
         (_without_exits, "the model has no exits"),
         (_open_end, "chain main does not end with an exit"),
-        (_unmade, "segment_1 takes gone, which nothing before it makes"),
+        (_unmade, "segment_1 takes gone, which nothing computes before"),
         (_of_an_unknown_axis, "adapted_1 has the axis 'rows', which no input"),
     ],
 )

@@ -142,7 +142,7 @@ def test_rows_leave_where_the_reference_says_under_any_policy(
     try:
         model.policy = policy
     except PolicyError as error:
-        assert "lies behind" in str(error)
+        assert "is after" in str(error)
         return
     result = model(inputs)
     np.testing.assert_array_equal(
@@ -483,7 +483,7 @@ def test_a_bundle_that_changed_after_loading_is_not_read_again(
         check(model(inputs), records, "max_prob")
         shutil.rmtree(toy_copy)
         model.policy = Rule(thresholds=0.75)
-        with pytest.raises(IntegrityError, match="gone since"):
+        with pytest.raises(IntegrityError, match="missing since"):
             model(inputs)
         model.policy = Rule()
         check(model(inputs), records, "max_prob")
