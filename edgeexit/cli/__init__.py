@@ -1,8 +1,8 @@
-"""The command line: one verb per module, each imported only when it is used.
+"""The command line: one module per command, imported only when it runs.
 
-`main` runs a verb and turns what comes out of it into what a shell understands: exit code 0 (done),
-1 (failed), 2 (wrong usage) or 3 (a check did not hold), and one line on stderr. Errors raised on
-purpose show no traceback; bugs always do. ``edgeexit --help`` imports neither torch nor an engine.
+`main` runs a command and returns exit code 0 (done), 1 (failed), 2 (wrong usage) or 3 (a check
+failed), with one line on stderr for an error. An `EdgeExitError` shows no traceback; bugs always
+do. ``edgeexit --help`` imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ VERBS = {
     "check": "Verify a bundle on this device against its reference samples.",
     "build": "Build TensorRT engines of a bundle, for this device or ahead of time.",
     "trace": "Record every exit's scores and predictions for a data set.",
-    "calibrate": "Choose thresholds from a trace, for the largest risk that you accept.",
-    "run": "Answer inputs, and show which exit answered.",
+    "calibrate": "Choose thresholds from a trace for a maximum risk.",
+    "run": "Run inputs and show which exit answered.",
     "bench": "Measure latency and throughput against the same model unsplit.",
-    "doctor": "Show what this machine has, and the command that installs what is missing.",
+    "doctor": "Show hardware and packages, and how to install missing ones.",
 }
-"""Every verb and its one-line help, in the order in which a user meets them."""
+"""Every command and its one-line help, in the order of a typical workflow."""
 
 INTERRUPTED = 130
 
@@ -41,11 +41,11 @@ class LazyGroup(click.Group):
     """A group whose commands are the modules ``edgeexit.cli.<verb>``, imported when used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs, in the order of `VERBS`."""
+        """The commands, in the order of `VERBS`."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Imports the verb's module and returns its ``command``."""
+        """Imports the command's module and returns its ``command``."""
         if name not in VERBS:
             return None
         command = importlib.import_module(f"edgeexit.cli.{name}").command
@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Lists the verbs without importing them."""
+        """Lists the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
@@ -63,8 +63,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Early exits that save real time on real devices.
 
-    A model with exits becomes a bundle on the workstation (export); the device checks it,
-    calibrates when to stop, runs it, and measures what that gained.
+    The workstation exports a model with exits as a bundle. The device checks the bundle, calibrates
+    when to stop, runs it, and measures the speedup.
     """
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     interrupted: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        # Libraries may turn it into an error of theirs, and log that.
+        # Libraries may turn the interrupt into an error of their own and log it.
         interrupted.append(number)
         logging.disable(logging.CRITICAL)
         raise KeyboardInterrupt
@@ -86,17 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not interrupted:
             raise
         code = INTERRUPTED
-    if interrupted and code:  # where something swallowed it, the verb has come to its end
+    if interrupted and code:  # code 0: a library swallowed the interrupt and the command finished
         _say("interrupted")
         code = INTERRUPTED
     sys.exit(code)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    """Runs the command line. Returns its exit code, having said what went wrong."""
+    """Runs the command line. Prints errors and returns the exit code."""
     try:
         code = cli.main(args=arguments, prog_name="edgeexit", standalone_mode=False)
-        if sys.stdout is not None:  # None: it was closed before Python started
+        if sys.stdout is not None:  # None: closed before Python started
             sys.stdout.flush()
     except click.Abort:
         code = INTERRUPTED
@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say(f"error: {error}")
         code = error.exit_code
     except BrokenPipeError:
-        # The reader has what it wanted (`| head`). Python would complain again at its end.
+        # The reader closed the pipe (`| head`). Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
@@ -127,7 +127,7 @@ def _say(line: str) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Leaves as after an error, so that nothing half-written stays behind."""
+    """Exits as after an error, so that no partial files remain."""
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""``edgeexit bench``: a bundle against the same model unsplit, on this machine."""
+"""``edgeexit bench``: measures a bundle against the same model unsplit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(ms|s|m|min|h)", value)
     if not found or float(found[1]) <= 0:
         raise click.BadParameter(
-            f"{value!r} is not a time; give one with its unit, as in 30s or 2m."
+            f"{value!r} is not a time. Give a number with a unit, as in 30s or 2m."
         )
     return float(found[1]) * _UNITS_S[found[2]]
 
@@ -37,7 +37,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.Choice(["latency", "throughput"]),
     default="latency",
     show_default=True,
-    help="One row at a time, or full batches; language models have no throughput.",
+    help="Latency: one row at a time; throughput: full batches (not for language models).",
 )
 @click.option("--data", metavar="DATA", help="Real inputs (and labels), or prompts.")
 @click.option(
@@ -54,13 +54,13 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     callback=_seconds,
     metavar="TIME",
     help="Length of the timed part: a number and ms, s, m or h. Warm-up and the search for thread "
-    "settings come on top.",
+    "settings take additional time.",
 )
 @click.option(
     "--threads",
     callback=read_threads,
     metavar="N|brief|blocking|spinning|process",
-    help="Thread setting of both sides; default: the fastest for each, found by a short search.",
+    help="Threads of bundle and unsplit model; default: the fastest for each, from a short search.",
 )
 @click.option(
     "--prompt-tokens",
@@ -81,18 +81,18 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.Choice(["never", "measured", "always"]),
     default="never",
     show_default=True,
-    help="On a GPU: launch the next segment while a score is read back; measured: where that "
+    help="On a GPU: launch the next segment while a score is read back; measured: only where that "
     "saves time. Not for language models.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the random order of rows.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Also write the result as JSON here."
+    "-o", "--output", type=click.Path(path_type=Path), help="Also write the result to this file."
 )
 @click.option(
     "--plot",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Also draw the result here (.png or .svg; needs matplotlib).",
+    help="Also plot the result to this file (.png or .svg; needs matplotlib).",
 )
 @engine_option
 @overwrite_option
@@ -109,8 +109,8 @@ def command(
 ) -> None:
     """Measure BUNDLE against the same model unsplit.
 
-    Each side runs in a process of its own, in the thread setting in which it is fastest; they take
-    turns, and ratios are made of what ran side by side.
+    Bundle and unsplit model run in separate processes, each with its fastest thread setting. They
+    run in turns, and ratios compare runs of the same turn.
 
     Examples:
 
@@ -127,7 +127,7 @@ def command(
 
     if options["engine"] == "cpu" and options["launch_ahead"] != "never":
         raise UsageError(
-            "--launch-ahead is for GPUs: on a processor nothing waits for a score",
+            "--launch-ahead is for GPUs: on a CPU there is no wait for a score",
             fix="Leave it out, or use --engine cuda or tensorrt.",
         )
     add_current_directory()
@@ -180,7 +180,7 @@ def _print_texts(result: dict[str, Any]) -> None:
             f"threads: unsplit {result['threads']['unsplit']}, chain {result['threads']['modes']}; "
             f"{machine['processor']}, {machine['cores']} cores, "
             f"{machine['engine']['library']} {machine['engine']['version']}",
-            *([] if len(result["modes"]) > 1 else ["other modes: give real prompts with --data"]),
+            *([] if len(result["modes"]) > 1 else ["for other modes, give prompts with --data"]),
             *_given_text(result["fast_on_given_text"]),
             *(f"warning: {text}" for text in result["warnings"]),
         ],
@@ -222,7 +222,7 @@ def _print(result: dict[str, Any]) -> None:
         rows.append(_row("natural", result["natural"], throughput))
     notes = [
         "",
-        f"split tax {result['split_tax']:.3f} (all scores consulted, none fires)",
+        f"split tax {result['split_tax']:.3f} (all scores compared, no early exit)",
         f"threads: unsplit {result['unsplit']['threads']}, chain {result['chain']['threads']}; "
         f"{machine['processor']}, {machine['cores']} cores, "
         f"{result['chain']['engine']['library']} {result['chain']['engine']['version']}",
@@ -236,7 +236,7 @@ def _print(result: dict[str, Any]) -> None:
     if natural is not None and throughput:
         notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")
     if natural is None:
-        notes.append("no natural exits: give real inputs with --data")
+        notes.append("for natural exits, give real inputs with --data")
     notes += _gpu_notes(result["gpu"], [exit_["name"] for exit_ in result["exits"]])
     notes += [f"warning: {text}" for text in result["warnings"]]
     print_table(
@@ -248,7 +248,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _gpu_notes(found: dict[str, Any] | None, names: list[str]) -> list[str]:
-    """What a warm call asked of the GPU, and what stood still between its segments."""
+    """Transfers and allocations of a warm call on a GPU, and idle times between segments."""
     if found is None:
         return []
     call = found["a_call"]

@@ -1,4 +1,4 @@
-"""``edgeexit build``: TensorRT engines of a bundle, for this device or ahead of time."""
+"""``edgeexit build``: builds TensorRT engines of a bundle, for this device or ahead of time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @click.option(
     "--capacity",
     type=click.IntRange(min=2),
-    help="Language models: most tokens of a text, prompt included; default: the model's limit.",
+    help="Language models: maximum tokens of a text with its prompt; default: the model's limit.",
 )
 @click.option(
     "--states",
@@ -71,19 +71,19 @@ SHAPES = "INPUT:SIZExSIZE,..."
 @click.option(
     "--without-unsplit",
     is_flag=True,
-    help="Build no engine of the unsplit model, which bench compares with.",
+    help="Do not build the engine of the unsplit model (used by bench).",
 )
 @click.option("--sign", type=click.Path(path_type=Path), help="Sign engines with this SSH key.")
 @click.option(
     "--import",
     "source",
     type=click.Path(path_type=Path),
-    help="Import engines that were built elsewhere: signed ones, or any with --trust.",
+    help="Import engines built on another machine: signed ones, or any with --trust.",
 )
 @click.option(
     "--allowed-signers",
     type=click.Path(path_type=Path),
-    help="File of allowed signers, as for ssh-keygen; default: ~/.config/edgeexit/allowed_signers.",
+    help="Allowed signers (ssh-keygen format); default: ~/.config/edgeexit/allowed_signers.",
 )
 @click.option("--trust", is_flag=True, help="Import without checking signatures.")
 @json_option
@@ -92,9 +92,9 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     """Build TensorRT engines of a bundle: one per component.
 
     Engines are stored in a cache (~/.cache/edgeexit), under a key of everything that determines
-    them. Engines that are there already are not built again unless they are damaged. Of several
-    sets that fit a device, the one that was built or requested last is used. Shapes are written as
-    for trtexec (ids:1x128) or Polygraphy (ids:[1,128]).
+    them. Cached engines are not built again unless they are damaged. If several sets fit a device,
+    the set built or requested last is used. Write shapes as for trtexec (ids:1x128) or Polygraphy
+    (ids:[1,128]).
 
     Examples:
 
@@ -144,13 +144,13 @@ def _import(
 
     if trust and allowed_signers is not None:
         raise UsageError(
-            "--trust and --allowed-signers contradict each other", fix="Give one of them."
+            "--trust and --allowed-signers exclude each other", fix="Give one of them."
         )
     for name, value in others.items():
         if value is not None and value is not False:
             raise UsageError(
-                f"--{name.replace('_', '-')} does not go with --import",
-                fix="Imported engines are used as they were built.",
+                f"--{name.replace('_', '-')} cannot be used with --import",
+                fix="Leave it out: imported engines are used as they were built.",
             )
     folders = import_engines(
         source,
@@ -194,7 +194,7 @@ def _build(
     asked = _asked(bundle, **options)
     library = find_library(rtx=True if targets else None)
     if timing_cache is not None and library.rtx:
-        raise UsageError("--timing-cache: TensorRT-RTX has none", fix="Leave it out.")
+        raise UsageError("--timing-cache: TensorRT-RTX has no timing cache", fix="Leave it out.")
     works = work_of(
         bundle.manifest,
         library.features,
@@ -223,22 +223,20 @@ def _build(
 def _check_destination(
     targets: Sequence[int], output: Path | None, engine_dir: Path | None, sign: Path | None
 ) -> None:
-    """Refuses options that contradict each other about where engines go."""
+    """Refuses conflicting options for the destination of engines."""
     if bool(targets) != (output is not None):
         raise UsageError(
-            "--target and -o go together: engines for other machines do not belong in this one's "
-            "cache",
+            "--target and -o require each other: engines for other machines are not stored in this "
+            "machine's cache",
             fix="Give both, or neither to build for this device.",
         )
     if sign is not None and not targets:
-        raise UsageError("--sign is for engines of other machines", fix="Add --target and -o.")
+        raise UsageError("--sign is for engines for other machines", fix="Add --target and -o.")
     if output is not None and engine_dir is not None:
-        raise UsageError(
-            "-o and --engine-dir name two folders", fix="Leave --engine-dir out: -o is for targets."
-        )
+        raise UsageError("-o and --engine-dir exclude each other", fix="Leave out --engine-dir.")
     if sign is not None and not sign.is_file():
         raise UsageError(
-            f"--sign {sign}: there is no such key", fix="Create one: ssh-keygen -t ed25519."
+            f"--sign {sign}: key not found", fix="Create a key: ssh-keygen -t ed25519."
         )
 
 
@@ -252,7 +250,7 @@ def _asked(
     states: StateForm | None,
     **others: Any,
 ) -> Asked:
-    """The sizes that the options ask for."""
+    """Reads the sizes that the options request."""
     from edgeexit.runtime.build.profiles import Asked, axis_sizes, parse_shapes
 
     if (capacity or states) and bundle.manifest.decoding is None:
@@ -297,7 +295,7 @@ def _build_sets(
                     bundle, works, library, target, root, options=options, progress=progress
                 )
             except KeyboardInterrupt:
-                click.echo("finished engines are kept; run it again to continue", err=True)
+                click.echo("finished engines are kept; run the command again to continue", err=True)
                 raise
             made.append(_described(folder) | {"built": len(some)})
     return made
@@ -346,7 +344,7 @@ def parse_bytes(text: str) -> int:
     amount = 0.0 if found is None else float(found[1]) * units[found[2]]
     if not 1 <= amount < 1 << 60:
         raise UsageError(
-            f"--memory-limit {text[:40]}: not an amount of memory",
+            f"--memory-limit {text[:40]}: not a memory size",
             fix="Give it as 512MiB or 2GiB.",
         )
     return int(amount)

@@ -1,4 +1,4 @@
-"""``edgeexit calibrate``: from a trace to a policy."""
+"""``edgeexit calibrate``: makes a policy from a trace."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
     "--max-risk",
     required=True,
     metavar="SHARE",
-    help="Largest mean loss against the last exit, as a share: 0.5% or 0.005.",
+    help="Maximum mean loss against the last exit, as a share: 0.5% or 0.005.",
 )
-@click.option("--score", help="The score that is compared; default: max_prob.")
+@click.option("--score", help="Score to compare with thresholds; default: max_prob.")
 @click.option(
     "--risk",
     type=click.Choice(["consistency", "performance"]),
     default="consistency",
     show_default=True,
-    help="What counts as a loss. consistency: a prediction that differs from the last exit's; "
-    "performance: a wrong one where the last exit is right (needs labels).",
+    help="Definition of a loss. consistency: the prediction differs from the last exit's; "
+    "performance: it is wrong and the last exit is right (needs labels).",
 )
 @click.option("--per-exit", is_flag=True, help="One threshold per exit, found greedily.")
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="Refuse a trace that was not made with this bundle.",
+    help="Refuse a trace of another bundle.",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The policy (.json)."
@@ -51,7 +51,7 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
     "--plot",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Also draw the trade-off here (.png or .svg; needs matplotlib).",
+    help="Also plot the trade-off to this file (.png or .svg; needs matplotlib).",
 )
 @overwrite_option
 @output_options
@@ -69,10 +69,10 @@ def command(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Choose thresholds from a trace, for the largest risk that you accept.
+    """Choose thresholds from a trace for a maximum risk.
 
-    Takes the loosest threshold whose measured risk, and that of every stricter one, stays within
-    --max-risk. Exit code 3 if none does. The figures are measured on this data, not certified.
+    Takes the loosest threshold whose measured risk, and that of every stricter threshold, is within
+    --max-risk. Exit code 3 if there is none. The figures are measured on this data, not certified.
 
     Examples:
 
@@ -119,7 +119,7 @@ def _require_bundle(recorded: Trace, trace: Path, bundle: Path) -> None:
     digest = open_bundle(bundle).digest
     if digest != recorded.bundle:
         raise PolicyError(
-            f"{trace}: made with the bundle {recorded.bundle[:12]}…, {bundle} is {digest[:12]}…",
+            f"{trace}: trace of the bundle {recorded.bundle[:12]}…, {bundle} is {digest[:12]}…",
             fix="Trace this bundle.",
         )
 
@@ -151,7 +151,7 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
     rows = "rows" if trace.texts is None else f"tokens of {trace.texts} texts"
     texts = trace.next_log_probs is not None
     print_table(
-        f"{trace.data.get('name', path)}: {trace.rows} {rows}; every exit on its own",
+        f"{trace.data.get('name', path)}: {trace.rows} {rows}; each exit alone",
         ("exit", "accuracy", "agrees with last", f"AUROC {score}", "ms up to it")
         + (("perplexity",) if texts else ()),
         [
@@ -170,7 +170,7 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
 
 def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str) -> None:
     print_table(
-        f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct outcomes)",
+        f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct results)",
         ("threshold", "risk", "mean segments", "ms", *exits, ""),
         [
             (
@@ -207,7 +207,8 @@ def _summary(about: dict[str, Any], trace: Trace) -> str:
 
 
 def _some(curve: Curve, chosen: int, count: int) -> list[int]:
-    """At most `count` points, evenly over the curve, with the first, the chosen and the last."""
+    """At most `count` evenly spaced points of the curve, with the first, the chosen and the last
+    point."""
     total = len(curve.thresholds)
     if total <= count:
         return list(range(total))

@@ -1,5 +1,5 @@
-"""``edgeexit export --calibration-data``: read before the long work, so that its faults are said at
-once."""
+"""``edgeexit export --calibration-data``: reads the data before the export, so that errors in it
+are reported immediately."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
-    """Batches of as much data as int8 takes for a model.
+    """Reads batches of the data, as many as an int8 export uses.
 
     Raises:
-        DataError: It cannot be read, or does not fit the model.
-        UsageError: It is too little.
+        DataError: The data cannot be read, or does not fit the model.
+        UsageError: There is too little data.
     """
     from edgeexit.export.passes.calibration import split as shares
     from edgeexit.export.write import describe_bundle

@@ -1,4 +1,4 @@
-"""``edgeexit check``: is this bundle right on this device?"""
+"""``edgeexit check``: verifies a bundle on this device against its reference samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @engine_options
 @click.option(
-    "--policy", type=click.Path(path_type=Path), help="Check the decisions of this policy, too."
+    "--policy", type=click.Path(path_type=Path), help="Also check the decisions of this policy."
 )
 @click.option(
     "--atol", type=click.FloatRange(min=0), help="Absolute tolerance; default: by precision."
@@ -42,9 +42,9 @@ def command(
 ) -> None:
     """Verify a bundle on this device against its reference samples.
 
-    Hashes every file, then compares every exit's outputs and scores, decisions or texts, the
+    Hashes every file, then compares outputs and scores of every exit, decisions or texts, the
     unsplit graphs and the preprocessing. Exit code 3 if something differs. For int8 bundles it also
-    counts the decisions that differ from float32.
+    counts decisions that differ from float32.
 
     Examples:
 
@@ -118,7 +118,7 @@ def _print_flips(flips: list[Flips], what: str, score: str, *, of_policy: bool) 
 def _print_sum(report: Report, *, verbose: bool) -> None:
     held = sum(c.passed for c in report.comparisons)
     click.echo(
-        f"{held} of {len(report.comparisons)} comparisons hold "
+        f"{held} of {len(report.comparisons)} comparisons passed "
         f"(atol {report.atol:g}, rtol {report.rtol:g})" + ("" if verbose else "; -v shows all")
     )
 
@@ -133,7 +133,7 @@ def _of(count: int, rows: int) -> str:
 
 
 def _worst(comparisons: list[Comparison]) -> list[Comparison]:
-    """The largest difference of each place."""
+    """The comparison with the largest difference for each place."""
     worst: dict[str, Comparison] = {}
     for one in comparisons:
         before = worst.get(one.where)

@@ -1,4 +1,4 @@
-"""What every verb shares: progress on stderr, one JSON object on stdout, tables."""
+"""Output helpers of all commands: progress on stderr, one JSON object on stdout, tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import click
 from edgeexit.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, of)``; `of` is 0 where the end is not known."""
+"""Called as ``progress(what, done, of)``; `of` is 0 if the total is unknown."""
 
 
 @contextlib.contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, if that is a terminal; otherwise a function that does nothing."""
+    """A progress bar on stderr if it is a terminal; otherwise a function that does nothing."""
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, of: None
         return
@@ -41,7 +41,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON object. Infinite and undefined numbers, which JSON lacks, become null."""
+    """Prints one JSON object. Infinity and NaN become null, as JSON has neither."""
     click.echo(json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""Conversations on the command line: prompts as messages of a user, or files of messages."""
+"""Reads conversations for ``edgeexit run``: prompts as user messages, or files of messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Conversation:
 
 
 def asked(prompts: Sequence[str], system: str | None) -> list[Conversation]:
-    """A conversation per prompt: the user's first message, behind one of the system's if given."""
+    """One conversation per prompt: a user message, after the system message if there is one."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [Conversation([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
 
@@ -34,8 +34,8 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Reads the conversation of a ``.json`` file, or those of a ``.jsonl`` file, one per line.
 
     Raises:
-        DataError: The file cannot be read or is of another form; names file and line. What is
-            wrong with a message is left to the model to say.
+        DataError: The file cannot be read or has another format; with file and line. The model
+            checks the messages themselves.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         return [_conversation(text, str(path))]
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise DataError(f"{path}: it holds no conversation", fix=_FORM)
+        raise DataError(f"{path}: it has no conversation", fix=_FORM)
     return [_conversation(line, f"{path}: line {number}") for number, line in lines]
 
 

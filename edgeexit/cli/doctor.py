@@ -1,4 +1,4 @@
-"""``edgeexit doctor``: what this machine has, and the command that helps."""
+"""``edgeexit doctor``: shows hardware and packages, and how to install missing ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from edgeexit.cli.options import json_option, verbosity_options
 @json_option
 @verbosity_options
 def command(as_json: bool, verbose: int, quiet: bool) -> None:
-    """Show what this machine has, and the command that installs what is missing.
+    """Show hardware and packages, and how to install missing ones.
 
-    Exit code 1 if something that is installed cannot work.
+    Exit code 1 if an installed package cannot work.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``edgeexit export``: a checkpoint, a torch model or an ONNX file becomes a bundle."""
+"""``edgeexit export``: makes a bundle from a checkpoint, a torch model or an ONNX file."""
 
 from __future__ import annotations
 
@@ -44,48 +44,47 @@ DTYPES = {
 @click.option(
     "--exits",
     metavar="LIST",
-    help='Checkpoints: layers, as in 3,6,9, or "all". ONNX: outputs in order, the last one last.',
+    help='Checkpoints: layers, as in 3,6,9, or "all". ONNX: names of the exit outputs in order.',
 )
 @click.option(
     "--untrained-exits",
     metavar="LIST",
-    help="Layers that get new, random exits: to measure latency before training.",
+    help="Layers with new, random exits, to measure latency before training.",
 )
 @click.option(
     "--adapters",
     metavar="LIST",
-    help="Language models: exits with layers of their own before the head; default: those saved "
-    'with the checkpoint, "none": without. Beside --untrained-exits: new ones too.',
+    help="Language models: exits with their own layers (adapters) before the head; default: those "
+    'saved with the checkpoint; "none": no adapters. With --untrained-exits: new adapters.',
 )
 @click.option(
     "--adapter",
     "merged",
     multiple=True,
     metavar="DIR",
-    help="Checkpoints: a peft adapter (LoRA) that is merged into the weights; may be given several "
+    help="Checkpoints: a peft adapter (LoRA) to merge into the weights; may be given several "
     "times.",
 )
 @click.option(
     "--encoder-exits",
     metavar="LIST",
-    help="Encoder-decoders: layers of the encoder with an exit; default: those saved with the "
-    "checkpoint, or none.",
+    help="Encoder-decoders: encoder layers with an exit; default: those saved with the checkpoint, "
+    "or none.",
 )
 @click.option(
     "--opset",
     type=int,
-    help="ONNX opset of the graphs; default: 20; ONNX files keep theirs from 18 up.",
+    help="ONNX opset of the graphs; default: 20. ONNX files keep their opset (18 or newer).",
 )
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    help="Precision of the graphs; default: float32; ONNX files keep theirs.",
+    help="Precision of the graphs; default: float32. ONNX files keep their precision.",
 )
 @click.option(
     "--calibration-data",
     metavar="DATA",
-    help="--dtype int8: data to measure the ranges of activations on; any form that `trace --data` "
-    "takes.",
+    help="--dtype int8: data to measure activation ranges on, in any format of `trace --data`.",
 )
 @click.option("--name", help="Name of the bundle; default: that of the model.")
 @click.option(
@@ -96,21 +95,21 @@ DTYPES = {
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="ONNX: a text file with one class name per line; checkpoints bring theirs.",
+    help="ONNX: a text file with one class name per line.",
 )
 @click.option(
     "--outputs",
     type=click.Choice(["logits", "probabilities"]),
-    help="ONNX: what the exits give; default: probabilities where a Softmax makes them.",
+    help="ONNX: type of the exit outputs; default: probabilities after a Softmax, else logits.",
 )
 @click.option(
     "--rows",
     multiple=True,
     metavar="NAME:AXIS",
-    help="ONNX: the axis of an input or exit that counts rows, as in images:0; default: found by "
-    "running the file. A fixed axis is opened. May be given several times.",
+    help="ONNX: row axis of an input or exit, as in images:0; default: detected by running the "
+    "file. A fixed axis becomes dynamic. May be given several times.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @output_options
 def command(
     model: str,
@@ -144,7 +143,7 @@ def command(
     writing |= {} if opset is None else {"opset": opset}
     if (options["calibration_data"] is not None) != (writing.get("dtype") == "int8"):
         raise UsageError(
-            "--dtype int8 and --calibration-data go together: ranges of activations are measured",
+            "--dtype int8 and --calibration-data require each other",
             fix="Give both, or neither.",
         )
     with progress_bar(quiet) as progress:
@@ -172,33 +171,33 @@ def command(
         )
         if bundle.exits_untrained:
             click.echo(
-                "its exits are untrained: they show what leaving would save, and what they say is "
-                "no answer; thresholds are found by `edgeexit calibrate`",
+                "the exits are untrained: use the bundle to measure latency only, its early "
+                "answers are meaningless",
                 err=True,
             )
 
 
 def _require_extra() -> None:
-    """Refuses to begin where the extra `export` is not installed."""
+    """Raises `ExportError` if the extra `export` is not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"exporting needs {', '.join(missing)}, which this environment does not have",
+            f"export needs {', '.join(missing)}, not installed in this environment",
             fix='Export on the workstation, or install it: pip install "edgeexit[export]".',
         )
 
 
 def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
-    """Cuts an ONNX file at its exits."""
+    """Exports an ONNX file."""
     refused = {
         "adapters": ("adapters are for checkpoints of language models", "Leave it out."),
-        "encoder_exits": ("an ONNX file has no encoder apart from the rest", "Leave it out."),
+        "encoder_exits": ("not supported for ONNX files", "Leave it out."),
         "untrained_exits": (
-            "an ONNX file cannot be given new exits",
-            "Add the exits before the model becomes ONNX, and name its outputs with --exits.",
+            "not supported for ONNX files",
+            "Add exits before the conversion to ONNX, and name their outputs with --exits.",
         ),
-        "dtype": ("an ONNX file keeps its own", "Leave it out, or convert the file before."),
-        "opset": ("an ONNX file keeps its own", "Leave it out, or convert the file before."),
+        "dtype": ("not supported for ONNX files", "Leave it out, or convert the file first."),
+        "opset": ("not supported for ONNX files", "Leave it out, or convert the file first."),
     }
     for name, (why, fix) in refused.items():
         if {**options, **writing}.get(name) is not None:
@@ -207,8 +206,9 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
         raise UsageError("--adapter is for checkpoints, not for ONNX files", fix="Leave it out.")
     if options["exits"] is None:
         raise UsageError(
-            f"{model}: which outputs are exits?",
-            fix="Name them in order, the model's own last: --exits logits_3,logits_6,logits.",
+            f"{model}: --exits is missing: which outputs are exits is unknown",
+            fix="Name them in order, the model's last output at the end: "
+            "--exits logits_3,logits_6,logits.",
         )
     if not Path(model).is_file():
         raise UsageError(f"{model} does not exist", fix="Give an ONNX file.")
@@ -232,7 +232,7 @@ def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[st
 
 
 def _row_axis(text: str) -> tuple[str, int]:
-    """An input's name and the number of its row axis; names may hold colons themselves."""
+    """An input's name and the index of its row axis. Names may contain colons."""
     name, _, axis = text.rpartition(":")
     if not name or not (axis.isascii() and axis.isdigit()):
         raise UsageError(
@@ -242,8 +242,7 @@ def _row_axis(text: str) -> tuple[str, int]:
 
 
 def _labels(path: Path) -> list[str]:
-    """Class names, one a line; editors put marks before the first and blank lines behind the
-    last."""
+    """Reads class names, one per line. Ignores a byte order mark and blank lines at the end."""
     try:
         names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -257,26 +256,24 @@ def _labels(path: Path) -> list[str]:
         )
     if repeated := [name for name in names if names.count(name) > 1]:
         raise DataError(
-            f"{path}: two classes are called {repeated[0]!r} (lines "
+            f"{path}: two classes have the name {repeated[0]!r} (lines "
             f"{', '.join(str(n) for n, name in enumerate(names, 1) if name == repeated[0])})",
-            fix="Give every class a name of its own.",
+            fix="Give every class a unique name.",
         )
     return names
 
 
 def _names(text: str) -> list[str]:
-    """Names between commas; one that holds a comma itself stands in double quotes."""
+    """Splits names at commas; a name with a comma is written in double quotes."""
     [row] = csv.reader([text], skipinitialspace=True)
     return [name.strip() for name in row if name.strip()]
 
 
 def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
-    """Splits a checkpoint, or what a function returns."""
+    """Exports a checkpoint or the model that a function returns."""
     for name in ("data", "labels", "outputs", "rows"):
         if options[name] not in (None, ()):
-            raise UsageError(
-                f"--{name} is for ONNX files; this model brings its own", fix="Leave it out."
-            )
+            raise UsageError(f"--{name} is for ONNX files only", fix="Leave it out.")
     split = _split(model, options)
     from edgeexit.export import export
 
@@ -305,19 +302,19 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
     if ":" in model and not Path(model).exists():
         if any(one is not None for one in exits):
             raise UsageError(
-                f"{model}: the function says itself where its exits are",
+                f"{model}: options for exits cannot be used with a function",
                 fix="Leave out --exits, --untrained-exits, --adapters and --encoder-exits.",
             )
         if options["merged"]:
             raise UsageError(
-                "--adapter is for checkpoints", fix="Merge it in the function, and leave this out."
+                "--adapter is for checkpoints", fix="Merge the adapter in the function."
             )
         split = _from_function(model)
     else:
         split = _from_checkpoint(model, *exits, merged=options["merged"])
     if options["task"] not in (None, split.task):
         raise UsageError(
-            f"--task {options['task']}: {model} is made for {split.task}", fix="Leave --task out."
+            f"--task {options['task']}: the task of {model} is {split.task}", fix="Leave it out."
         )
     if options["name"] is not None:
         split = dataclasses.replace(split, name=options["name"])
@@ -352,7 +349,7 @@ def _from_checkpoint(
     from edgeexit.export.pretrained import from_pretrained
 
     if exits is not None and untrained_exits is not None:
-        raise UsageError("--exits and --untrained-exits together", fix="Give one of them.")
+        raise UsageError("--exits and --untrained-exits exclude each other", fix="Give one.")
     option, text = (
         ("--exits", exits) if untrained_exits is None else ("--untrained-exits", untrained_exits)
     )
@@ -385,7 +382,7 @@ def _layers(text: str, option: str, word: str = "all") -> list[int]:
 
 
 def _all_layers(model: str, merged: Sequence[str]) -> list[int]:
-    """Every layer of a checkpoint; `from_pretrained` without new exits tells how many there are."""
+    """The numbers of all layers of a checkpoint but the last."""
     from edgeexit.export.pretrained import from_pretrained
 
     return list(range(1, from_pretrained(model, exits=[], adapter=merged, untrained=True).depth))

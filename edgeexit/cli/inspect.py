@@ -1,4 +1,4 @@
-"""``edgeexit inspect``: what is in a bundle."""
+"""``edgeexit inspect``: shows the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from edgeexit.errors import EngineError, UsageError
     "axes",
     multiple=True,
     metavar="NAME=SIZE",
-    help="Size of an axis, as in seq=128; default: that of the samples, batch 1.",
+    help="Size of an axis, as in seq=128; default: its size in the samples, batch 1.",
 )
 @output_options
 def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, quiet: bool) -> None:
     """Show what is in a bundle: its parts, the bytes that cross each boundary, its engines.
 
-    The engines are TensorRT's, in the cache; of several that fit a device, the last one is used.
+    The engines are those in the TensorRT engine cache. If several fit a device, the last is used.
 
     Examples:
 
@@ -42,7 +42,7 @@ def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, qu
     found = describe(opened, axis_sizes(opened, _sizes(axes, known)))
     try:
         found["engines"] = describe_cache(opened)
-    except EngineError as error:  # the bundle can be shown without them
+    except EngineError as error:  # show the bundle without its engines
         found["engines"] = []
         click.echo(f"engines are not shown: {error}", err=True)
     if as_json:
@@ -57,8 +57,8 @@ def _sizes(axes: tuple[str, ...], known: set[str]) -> dict[str, int]:
         name, _, number = text.partition("=")
         if name not in known or not (number.isascii() and number.isdigit()) or int(number) < 1:
             raise UsageError(
-                f"--axis {text}: not the size of an axis of this bundle",
-                fix=f"Its axes are {', '.join(sorted(known))}; write --axis {sorted(known)[0]}=4.",
+                f"--axis {text}: not NAME=SIZE of an axis of this bundle",
+                fix=f"Axes: {', '.join(sorted(known))}. Example: --axis {sorted(known)[0]}=4.",
             )
         sizes[name] = int(number)
     return sizes
@@ -81,7 +81,7 @@ def _show(found: dict[str, Any], path: Path) -> None:
 
 
 def _show_program(found: dict[str, Any], path: Path) -> None:
-    """What the program takes and answers, and what it needs besides graphs."""
+    """Shows inputs, outputs, steps and limits, labels, preprocessing and text files."""
     writes = ", writes text" if found["writes"] else ""
     click.echo(f"{found['name']} ({found['task']}{writes}), format {found['format']}")
     click.echo(f"{path}, digest {found['digest'][:16]}…")
@@ -92,7 +92,7 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
     if found["limits"]:
         click.echo("limits: " + ", ".join(f"{k} <= {v}" for k, v in found["limits"].items()))
     if found["capacity"]:
-        click.echo(f"capacity: {found['capacity']} tokens, where --capacity does not say otherwise")
+        click.echo(f"capacity: {found['capacity']} tokens (default of --capacity)")
     labels = found["labels"]
     if labels:
         click.echo(
@@ -110,7 +110,7 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
 
 
 def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
-    """A chain's components, what crosses behind each, and the exits there."""
+    """Shows a chain's components, the tensors that cross their boundaries, and the exits."""
     keeps = any(one["state_bytes_per_token"] for one in chain["components"])
     rows = []
     for component in chain["components"]:
@@ -129,9 +129,9 @@ def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
             )
         )
     columns = ["component", "precision", "exit", "scores", "weights", "crosses its boundary"]
-    columns += ["bytes", *(["states a token"] if keeps else [])]
-    apart = "on their own" if chain["rows"] == "independent" else "together"
-    print_table(f"chain {name} (rows leave {apart}; sizes at {axes})", columns, rows)
+    columns += ["bytes", *(["states per token"] if keeps else [])]
+    exits = "per row" if chain["rows"] == "independent" else "for the whole batch"
+    print_table(f"chain {name} (exits {exits}; sizes at {axes})", columns, rows)
     for component in chain["components"]:
         for maker in dict.fromkeys(state["made_by"] for state in component["prompt_states"]):
             made = [s["name"] for s in component["prompt_states"] if s["made_by"] == maker]
@@ -144,14 +144,14 @@ def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
 
 
 def _path(exit_: dict[str, Any]) -> list[str]:
-    """What an exit does, where it is more than to ask a head."""
+    """Lines about the adapter or gate of an exit, if it has one."""
     drops = exit_["action"] == "drop"
     found = []
     for part in exit_["path"][: None if drops else -1]:
         what = f"drops {exit_['tokens']} tokens, its gate" if drops else "has an adapter"
         graph, keeps = part["graphs"][0], part["state_bytes_per_token"]
         line = f"{exit_['name']} {what}: {graph['graph']}, weights {size(graph['weights_bytes'])}"
-        found.append(line + (f", states {size(keeps)} a token" if keeps else ""))
+        found.append(line + (f", states {size(keeps)} per token" if keeps else ""))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Options that several verbs share, one by one and in groups."""
+"""Options that several commands share, single and in groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ engine_option = click.option(
     type=click.Choice(ENGINES),
     default="cpu",
     show_default=True,
-    help="Engine that computes.",
+    help="Engine to run on.",
 )
 
 
@@ -46,8 +46,9 @@ threads_option = click.option(
     show_default=True,
     callback=read_threads,
     metavar="N|brief|blocking|spinning|process",
-    help="Threads of the engine: a number, a pool per graph that spins briefly, sleeps or spins "
-    "when idle, or one pool for the process; with a GPU: how the host waits.",
+    help="Threads of the engine: a number; or a pool per graph that, when idle, spins briefly "
+    "(brief), sleeps (blocking) or spins (spinning); or one pool for the process. With a GPU: how "
+    "the host waits.",
 )
 
 
@@ -57,7 +58,7 @@ def engine_options(function: F) -> F:
 
 
 def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> int:
-    """Sets up logging to stderr; libraries' own chatter only with -v."""
+    """Sets up logging to stderr; logs of libraries are shown only with -v."""
     quiet = bool(context.params.get("quiet"))
     level = (
         logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
@@ -91,7 +92,7 @@ def verbosity_options(function: F) -> F:
     )(function)
 
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 
 
 def output_options(function: F) -> F:

@@ -1,4 +1,4 @@
-"""``edgeexit run``: answers, and the exits that gave them."""
+"""``edgeexit run``: runs inputs and shows the answers and the exits that gave them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
-"""Kinds of input that models take which answer, and which write."""
+"""Input options of models that answer rows, and of models that write text."""
 
 
 @click.command("run")
@@ -45,16 +45,16 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     help="When to stop: a file from calibrate; default: no early exits.",
 )
 @click.option(
-    "--threshold", type=float, help="Stop where max_prob (0 to 1) is at least this; no policy."
+    "--threshold", type=float, help="Stop where max_prob is at least this (0 to 1); no policy."
 )
-@click.option("--exit", "exit_name", metavar="NAME", help="Let this exit answer everything.")
-@click.option("--rows", type=click.IntRange(min=1), help="Use only so many rows of the data.")
+@click.option("--exit", "exit_name", metavar="NAME", help="Stop all rows at this exit.")
+@click.option("--rows", type=click.IntRange(min=1), help="Use only this many rows of the data.")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Rows that run together.",
+    help="Rows per batch.",
 )
 @writing_options
 @engine_options
@@ -65,7 +65,7 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
 )
 @output_options
 def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
-    """Answer inputs, and show which exit answered.
+    """Run inputs and show which exit answered.
 
     Examples:
 
@@ -100,13 +100,13 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
 
 
 def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
-    """The one kind of input that was given; what the bundle takes is said where there is none."""
+    """The input option that was given. Raises `UsageError` if it is not exactly one."""
     names = {"data": "data", "image": "images", "text": "texts", "prompt": "prompts"}
     names["messages"] = "messages"
     given = [kind for kind, name in names.items() if options[name]]
     if len(given) == 1:
         return given[0]
-    what = f"--{given[0]} and --{given[1]} contradict each other: " if given else ""
+    what = f"--{given[0]} and --{given[1]} exclude each other: " if given else ""
     answers, writes = (" or ".join(f"--{kind}" for kind in k) for k in (OF_ROWS, OF_TEXT))
     fix = f"Give {answers}; a language model: {writes}."
     if bundle.is_dir():
@@ -115,27 +115,27 @@ def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
 
 
 def _check_stopping(options: Mapping[str, Any]) -> None:
-    """Refuses options about when to stop that contradict each other or are out of range."""
+    """Refuses stopping options that exclude each other or are out of range."""
     threshold = options["threshold"]
     choices = (options["policy"], threshold, options["exit_name"])
     if sum(choice is not None for choice in choices) > 1:
         raise UsageError(
-            "--policy, --threshold and --exit contradict each other", fix="Give one of them."
+            "--policy, --threshold and --exit exclude each other", fix="Give one of them."
         )
     if threshold is not None and not (0 <= threshold <= 1 or math.isinf(threshold)):
         raise UsageError(
-            f"--threshold {threshold:g}: max_prob is a probability",
-            fix="Give one from 0 to 1, as in --threshold 0.9; inf never stops.",
+            f"--threshold {threshold:g} is out of range (0 to 1)",
+            fix="Give a probability, as in --threshold 0.9; inf never stops.",
         )
 
 
 def _check_no_rows(options: Mapping[str, Any]) -> None:
-    """Refuses what only models take that answer rows."""
+    """Refuses options that are only for models that answer rows."""
     if options["exit_name"] is not None:
         raise UsageError(
             "--exit is for models that answer rows",
-            fix="--mode exact --draft-exit NAME drafts with one exit; a policy with a threshold "
-            "for that exit alone lets it answer.",
+            fix="To draft with one exit, use --mode exact --draft-exit NAME; to stop at one exit, "
+            "a policy with a threshold for only that exit.",
         )
     if options["rows"] is not None:
         raise UsageError("--rows is for --data", fix="Leave it out.")
@@ -147,7 +147,7 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
     writes = opened.manifest.decoding is not None
     takes = OF_TEXT if writes else OF_ROWS
     if kind not in takes:
-        does = "writes text" if writes else "answers rows, it does not write text"
+        does = "writes text" if writes else "does not write text"
         raise UsageError(
             f"--{kind}: {bundle} {does}", fix=f"Give {' or '.join(f'--{one}' for one in takes)}."
         )
@@ -163,24 +163,24 @@ def _policy(bundle: Bundle, path: Path | None, threshold: float | None) -> Polic
 
 
 def _say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
-    """Says on stderr why early answers should not be trusted, if they should not."""
+    """Prints warnings about untrained exits and uncalibrated thresholds on stderr."""
     from edgeexit.bundle.policy import cautions
 
     manifest, found = bundle.manifest, []
     last = manifest.last_chain.stops[-1].name
     chains = set(manifest.chains)
     if manifest.decoding is not None and options["mode"] not in EARLY:
-        chains.remove(manifest.decoding.chain)  # there the policy is not asked
+        chains.remove(manifest.decoding.chain)  # this mode does not use its policy
     if policy is not None:
         found = cautions(policy, bundle, chains)
     elif bundle.exits_untrained and options["exit_name"] not in (None, last):
-        found = [f"the exit {options['exit_name']} was never trained: its answers mean nothing"]
+        found = [f"the exit {options['exit_name']} is untrained: its answers are meaningless"]
     for caution in found:
         click.echo(f"warning: {caution}", err=True)
 
 
 def _of_last_chain(bundle: Bundle, rule: Rule) -> Policy:
-    """A policy with a rule for the chain that answers; earlier ones go to their last exits."""
+    """A policy with a rule for the chain that answers; earlier chains run to their last exits."""
     from edgeexit.bundle.policy import Policy, Rule
 
     last = bundle.manifest.last_chain
@@ -197,7 +197,7 @@ def _answer(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Runs rows and shows what came out."""
+    """Runs rows and shows the answers."""
     from edgeexit.bundle.policy import forced
     from edgeexit.runtime import load
 
@@ -213,7 +213,7 @@ def _answer(
         found: list[dict[str, Any]] = []
         for batch in _batches(bundle, options):
             if not found and (verbose or as_json):
-                model(batch.inputs)  # the first call also binds buffers, which its times would show
+                model(batch.inputs)  # warm-up: the first call also binds buffers
             result = model(batch.inputs, timed=True)
             found += _answers(bundle, batch, result, first=len(found))
             if rows is not None and len(found) >= rows:
@@ -234,14 +234,14 @@ def _answer(
     labelled = [row for row in found if "label" in row and "class" in row]
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
-        click.echo(f"{right} of {len(labelled)} right")
+        click.echo(f"{right} of {len(labelled)} correct")
 
 
 def _warn_of_no_numbers(found: list[dict[str, Any]]) -> None:
     rows = [row["row"] for row in found if row.pop("no_number")]
     if rows:
         logger.warning(
-            "row %d%s: the model answers NaN or infinity, which is no answer: look at its input",
+            "row %d%s: the outputs have NaN or infinity; check the input",
             rows[0],
             f" and {len(rows) - 1} more" if len(rows) > 1 else "",
         )

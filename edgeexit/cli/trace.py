@@ -1,4 +1,4 @@
-"""``edgeexit trace``: what every exit says about a data set."""
+"""``edgeexit trace``: records every exit's scores and predictions for a data set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Rows, or texts, that run together; times are in ms per batch of this size.",
+    help="Rows, or texts, per batch; times are in ms per batch of this size.",
 )
 @overwrite_option
 @output_options

@@ -1,4 +1,4 @@
-"""``edgeexit run`` of a model that writes: prompts continued, conversations answered."""
+"""``edgeexit run`` for models that write text: continues prompts and answers conversations."""
 
 from __future__ import annotations
 
@@ -50,14 +50,15 @@ _OPTIONS = (
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
-        help="Language models: most new tokens of a text; default: 128.",
+        help="Language models: maximum new tokens of a text; default: 128.",
     ),
     click.option(
         "--capacity",
         type=click.IntRange(min=2),
-        help="Language models: most tokens of a text, prompt included; default: the model's limit.",
+        help="Language models: maximum tokens of a text with its prompt; default: the model's "
+        "limit.",
     ),
-    click.option("--stream", is_flag=True, help="Language models: print text as it comes."),
+    click.option("--stream", is_flag=True, help="Language models: print text as it is generated."),
     click.option(
         "--draft-exit",
         metavar="NAME",
@@ -71,37 +72,38 @@ _OPTIONS = (
     click.option(
         "--audit",
         is_flag=True,
-        help="--mode fast: how often the last exit agrees with early tokens, given what was "
-        "written so far; and on the prompts as given text, where no exit reads its own mistakes.",
+        help="--mode fast: show how often the last exit agrees with early tokens, in the generated "
+        "text and in the prompts.",
     ),
     click.option(
         "--stop",
         "stops",
         multiple=True,
-        help="Language models: a string that ends the text and is not printed.",
+        help="Language models: a string that ends the text; it is not printed.",
     ),
     click.option(
         "--temperature",
         type=float,
-        help="Language models: draw tokens; 0: the likeliest; default: as the checkpoint says.",
+        help="Language models: sampling temperature; 0: greedy; default: the checkpoint's.",
     ),
-    click.option("--top-k", type=int, help="Language models: draw among so many tokens."),
+    click.option("--top-k", type=int, help="Language models: sample from this many tokens."),
     click.option(
         "--top-p",
         type=float,
-        help="Language models: draw among the likeliest tokens of this total probability (0 to 1).",
+        help="Language models: sample from the likeliest tokens of this total probability (0 to "
+        "1).",
     ),
-    click.option("--seed", type=int, help="Language models: seed of the draws."),
+    click.option("--seed", type=int, help="Language models: random seed of sampling."),
 )
 EARLY = ("fast", "approximate")
-"""Modes in which tokens are answered by early exits."""
+"""Modes in which early exits answer tokens."""
 GENERATING = ("mode", "max_new_tokens", "draft_exit", "drafts", "audit")
 DRAWING = ("temperature", "top_k", "top_p", "seed")
 TALKING = ("system_prompt", "chat_template", "chat_template_kwargs")
 
 
 def writing_options(function: F) -> F:
-    """Adds the options of models that write. The function gets them by name; `writing_given`
+    """Adds the options of models that write text. The function gets them by name; `read_writing`
     reads them."""
     for option in reversed(_OPTIONS):
         function = option(function)
@@ -110,14 +112,14 @@ def writing_options(function: F) -> F:
 
 @dataclass(frozen=True)
 class Writing:
-    """What the options ask of a model that writes.
+    """The options of a model that writes text.
 
     Attributes:
         inputs: Prompts, or conversations.
         templates: Arguments of `Model.chat_prompt`.
         generating: Arguments of `Model.generate`.
-        drawing: Arguments of `Sampling`; empty: the likeliest token is taken.
-        stream: Whether the text is shown while it comes.
+        drawing: Arguments of `Sampling` that replace the model's defaults.
+        stream: Whether to print the text as it is generated.
     """
 
     inputs: list[str] | list[Conversation]
@@ -128,14 +130,14 @@ class Writing:
 
 
 def writing_given(options: Mapping[str, Any]) -> list[str]:
-    """Options of models that write that were given, but prompts and messages."""
+    """The given options of models that write text, without prompts and messages."""
     names = [*GENERATING, "stops", *DRAWING, *TALKING, "capacity", "stream", "chat"]
     return [name for name in names if options[name] not in (None, False, ())]
 
 
 def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
-    """Reads the options. Raises `UsageError` for those that contradict each other, or that would do
-    nothing."""
+    """Reads the options. Raises `UsageError` for options that exclude each other or have no
+    effect."""
     given = set(writing_given(options))
     generating = {name: options[name] for name in GENERATING if name in given}
     drawing = {name: options[name] for name in DRAWING if name in given}
@@ -147,8 +149,8 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
         )
     if options["messages"] is not None and "system_prompt" in given:
         raise UsageError(
-            "--messages brings its own messages, --system-prompt is for --chat",
-            fix='Put {"role": "system", "content": "..."} first in the file.',
+            "--messages and --system-prompt exclude each other",
+            fix='Put {"role": "system", "content": "..."} first in the file of --messages.',
         )
     templates = {
         "template": options["chat_template"],
@@ -160,14 +162,14 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
     elif options["chat"]:
         inputs = asked(options["prompts"], options["system_prompt"])
     if options["stream"] and (as_json or len(inputs) > 1):
-        raise UsageError("--stream shows one text as it comes", fix="Give one --prompt, no --json.")
+        raise UsageError("--stream is for one text", fix="Give one --prompt, and no --json.")
     if options["stops"]:
         generating["stop"] = options["stops"]
     return Writing(inputs, templates, generating, drawing, options["stream"])
 
 
 def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Path | None) -> None:
-    """Refuses options that the mode would ignore, and a mode without what it needs."""
+    """Refuses options without effect in the mode, and early modes without thresholds."""
     of_modes = {
         "threshold": (threshold is not None, EARLY),
         "audit": ("audit" in given, ("fast",)),
@@ -177,12 +179,12 @@ def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Pat
     for option, (is_given, modes) in of_modes.items():
         if is_given and mode not in modes:
             raise UsageError(
-                f"--{option} does nothing in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
+                f"--{option} has no effect in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
             )
     if mode in EARLY and threshold is None and policy is None:
         raise UsageError(
-            f"--mode {mode} needs thresholds, and a bundle has none of its own",
-            fix="Calibrate some: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
+            f"--mode {mode} needs thresholds",
+            fix="Calibrate them: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
             "calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
         )
 
@@ -196,7 +198,7 @@ def write(
     as_json: bool,
     quiet: bool = False,
 ) -> None:
-    """Continues prompts or answers conversations, and tells where the tokens came from."""
+    """Continues prompts or answers conversations, and shows which exits gave the tokens."""
     import msgspec
 
     from edgeexit.runtime import load
@@ -233,12 +235,12 @@ def write(
             click.echo(start + text)
     click.echo(_summary(made), err=True)
     if given is not None:
-        click.echo(f"{given.describe()} (the prompts; trace and calibrate take more)", err=True)
+        click.echo(f"{given.describe()} (prompts only; for more text: edgeexit trace)", err=True)
 
 
 def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | None:
-    """The policy on the prompts, as given texts. None where an encoder reads those, or each is a
-    single token."""
+    """Evaluates the policy on the prompts as given texts. None if an encoder reads the prompts, or
+    if every prompt has a single token."""
     from edgeexit.measure.given_text import on_given_texts
 
     decoding = model.bundle.manifest.decoding
@@ -249,28 +251,28 @@ def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | No
 
 
 def _check_drawing(given: Mapping[str, Any], sampling: Sampling) -> None:
-    """Refuses options that do nothing."""
+    """Refuses sampling options without effect."""
     draws = [name for name in given if name != "temperature"]
     if draws and sampling.temperature == 0:
         raise UsageError(
-            f"--{draws[0].replace('_', '-')} does nothing where the likeliest token is taken",
+            f"--{draws[0].replace('_', '-')} has no effect with greedy decoding",
             fix="Add --temperature.",
         )
 
 
 def _own_settings(own: Sampling, given: Mapping[str, Any]) -> str:
-    """What the checkpoint says of how tokens are chosen, where the options do not."""
+    """The checkpoint's sampling settings that the options do not replace."""
     plain = type(own)()
     found = [
         f"{name} {value if not isinstance(value, tuple) else f'{len(value)} tokens'}"
         for name in own.__struct_fields__
         if (value := getattr(own, name)) != getattr(plain, name) and name not in given
     ]
-    return f"as the checkpoint says: {', '.join(found)}" if found else ""
+    return f"sampling settings of the checkpoint: {', '.join(found)}" if found else ""
 
 
 def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[str]]:
-    """What the model is given, the prompts as texts, and what is shown before each answer."""
+    """The model's inputs, the prompts as texts, and the text to print before each answer."""
     rows: list[str | list[int]] = []
     prompts: list[str] = []
     before: list[str] = []
@@ -279,12 +281,12 @@ def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[st
         if isinstance(one, str):
             prompts.append(one)
             rows.append(one)
-            # What an encoder reads is not continued.
+            # The text that an encoder reads is not continued.
             before.append("" if decoding is not None and decoding.start_tokens else one)
         else:
             prompts.append(model.chat_prompt(one.messages, tools=one.tools, **writing.templates))
             rows.append(model.encode(prompts[-1], special_tokens=False))
-            before.append("")  # the prompt is the template's
+            before.append("")  # do not print the template's prompt
     return rows, prompts, before
 
 
@@ -314,7 +316,6 @@ def _summary(made: Generation) -> str:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")
     if statistics.agreement is not None:
         said.append(
-            f"given what was written so far, the last exit agrees with {statistics.agreement:.1%} "
-            "of early tokens"
+            f"the last exit agrees with {statistics.agreement:.1%} of early tokens in this text"
         )
     return "; ".join(said)

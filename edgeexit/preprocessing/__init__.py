@@ -1,2 +1,2 @@
-"""What users give becomes what models take: pictures by Pillow, texts by tokenizers. The same code
-runs on the device and, at export, beside transformers' own."""
+"""Preprocessing: images to tensors with Pillow, texts to token ids with tokenizers. The device runs
+this code; at export, its results are compared with those of transformers."""

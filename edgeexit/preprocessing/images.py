@@ -1,8 +1,8 @@
-"""Pictures as a model takes them, by Pillow, which is imported when the first one comes.
+"""Image preprocessing with Pillow, which is imported with the first image.
 
-A file is read as transformers' own loader reads it: turned as its EXIF orientation says. The
-exporter holds all of this against the checkpoint's processor, on files and arrays; `edgeexit check`
-does so again on the device, on the sample that the exporter made.
+Files are rotated by their EXIF orientation, as transformers' loader does. The exporter compares the
+results with the checkpoint's processor, on files and arrays; `edgeexit check` compares them again
+on the device, on a sample in the bundle.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from edgeexit.errors import DataError, EngineError, InputError, first_line
 
 IMAGE_LIMIT_PIXELS = 256 << 20
 ImageSource = Any
-"""A ``PIL.Image.Image``; Pillow is not imported here for its types."""
+"""A ``PIL.Image.Image``, without an import of Pillow."""
 
 
 def import_pillow() -> Any:
-    """Imports ``PIL.Image``, or raises `EngineError` with the extra that brings it."""
+    """Imports ``PIL.Image``. Raises `EngineError` with the extra to install if it fails."""
     try:
         import PIL.Image
     except ImportError as error:
@@ -40,28 +40,28 @@ def import_pillow() -> Any:
 def open_image(
     path: Path, where: str, update: Callable[[bytes], None] | None = None
 ) -> ImageSource:
-    """Reads an image file whole, turned as its EXIF orientation says.
+    """Reads an image file and rotates the image by its EXIF orientation.
 
     Args:
         path: The file.
-        where: What to call it in messages.
-        update: Is given the file's bytes.
+        where: Its name in messages.
+        update: Called with the file's bytes.
 
     Raises:
-        DataError: It is no image that Pillow reads.
+        DataError: Pillow cannot read the file as an image.
         EngineError: Pillow is not installed.
     """
     pillow = import_pillow()
     from PIL.ImageOps import exif_transpose as transpose
 
-    fix = "Give a readable image file, or take it out of the data."
+    fix = "Give a readable image file, or remove it from the data."
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{where}: not a regular file", fix=fix)
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror})", fix=fix) from error
-    except ValueError as error:  # NUL or lone surrogates, which no file name can hold
+    except ValueError as error:  # NUL or lone surrogates, invalid in file names
         raise DataError(f"{where}: {str(path)!a} is not a file name", fix=fix) from error
     if update is not None:
         update(raw)
@@ -73,7 +73,7 @@ def open_image(
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
             image = transpose(image)
-    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+    except Exception as error:  # Pillow's decoders raise many types for a damaged file
         reason = first_line(error).split("<_io")[0].strip()
         raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
     return image
@@ -113,14 +113,14 @@ def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> 
 
 
 def _check_resized(preprocessing: ImagePreprocessing, image: ImageSource) -> None:
-    """Refuses a picture so long that resizing by its shorter side makes an enormous one."""
+    """Refuses an image whose resized longer side would be too large."""
     short, long = sorted(image.size)
     edge = preprocessing.shortest_edge
     if not short or (edge is not None and edge * (edge * long // short) > IMAGE_LIMIT_PIXELS):
         raise InputError(
-            f"a picture of {image.width} x {image.height} pixels cannot be resized to a shorter "
+            f"an image of {image.width} x {image.height} pixels cannot be resized to a shorter "
             f"side of {edge or preprocessing.width}",
-            fix="Cut it to a usual shape.",
+            fix="Crop it to a usual aspect ratio.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Texts as a model takes them, by tokenizers, which is imported when the first one comes."""
+"""Text preprocessing with tokenizers, which is imported with the first text."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Text = str | tuple[str, str]
 
 
 def read_tokenizer(raw: bytes, name: str) -> Any:
-    """A ``tokenizers.Tokenizer`` that neither cuts nor pads, out of ``tokenizer.json``.
+    """Reads ``tokenizer.json``: a ``tokenizers.Tokenizer`` without truncation and padding.
 
     Args:
-        raw: The file.
-        name: What to call it in messages.
+        raw: Content of the file.
+        name: Its name in messages.
 
     Raises:
         EngineError: tokenizers cannot be imported.
-        BundleError: It cannot read the file.
+        BundleError: tokenizers cannot read the file.
     """
     try:
         import tokenizers
@@ -36,20 +36,20 @@ def read_tokenizer(raw: bytes, name: str) -> Any:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-    except Exception as error:  # tokenizers raises bare Exception, too
+    except Exception as error:  # tokenizers also raises bare Exception
         raise BundleError(
             f"{name}: tokenizers {tokenizers.__version__} cannot read it ({error})",
             fix="Install a newer tokenizers, or export again from a checkpoint that it can read.",
         ) from error
-    # A checkpoint's file may carry what its training cut and padded to.
+    # The file may contain the truncation and padding of the training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def cut_and_pad(tokenizer: Any, preprocessing: TextPreprocessing) -> Any:
-    """The tokenizer, cutting at the most tokens that the model takes and padding to the longest
-    text of a batch."""
+    """Makes the tokenizer truncate to the model's maximum length and pad to the longest text of a
+    batch."""
     tokenizer.enable_truncation(preprocessing.max_length)
     tokenizer.enable_padding(pad_id=preprocessing.pad_id, pad_token=preprocessing.pad_token)
     return tokenizer
@@ -57,7 +57,7 @@ def cut_and_pad(tokenizer: Any, preprocessing: TextPreprocessing) -> Any:
 
 @contextlib.contextmanager
 def encoding(what: str) -> Iterator[None]:
-    """Turns what tokenizers raises over a text, bare Exception among it, into an `InputError`."""
+    """Turns exceptions of tokenizers, bare Exception included, into an `InputError`."""
     try:
         yield
     except Exception as error:
@@ -70,14 +70,14 @@ def encoding(what: str) -> Iterator[None]:
 def encode_texts(
     tokenizer: Any, preprocessing: TextPreprocessing, texts: Sequence[Text], *, cut: bool = True
 ) -> dict[str, NDArray[np.int64]]:
-    """Texts to the inputs ``[batch, seq]`` that `TextPreprocessing` names.
+    """Converts texts to the inputs ``[batch, seq]`` that `TextPreprocessing` names.
 
     Args:
         tokenizer: From `cut_and_pad`.
-        cut: Cut what is longer than the model takes, as a classifier's own preprocessing does.
+        cut: Truncate texts that are longer than the model's limit, as classifiers do.
 
     Raises:
-        InputError: A text is not Unicode, or longer than the model takes and not to be cut.
+        InputError: A text is not valid Unicode, or is too long and `cut` is false.
     """
     with encoding(f"one of the texts {str(list(texts))[:60]!a}"):
         encodings = tokenizer.encode_batch(list(texts))

@@ -299,8 +299,8 @@ TENSORS: Cases = {
     ),
     "the chains depend on each other": (
         chains_that_need_each_other,
-        "chain second, component o takes logits, which the chain forward computes from an output of "
-        "second: the chains depend on each other",
+        "chain second, component o takes logits, which the chain forward computes from an output "
+        "of second: the chains depend on each other",
     ),
     "input of another size": (
         lambda raw: component(raw, "s2")["inputs"][0].update(axes=["batch", 7]),

@@ -60,16 +60,16 @@ def test_a_path_that_does_not_exist_is_named(cli: Cli, arguments: list[str]) -> 
         (["calibrate", "t", "--max-risk", "-1", "-o", "p"], "--max-risk -1"),
         (["run", "b"], "one kind of input"),
         (["run", "b", "--text", "a", "--image", "b.png"], "one kind of input"),
-        (["run", "b", "--text", "a", "--exit", "e", "--threshold", "1"], "contradict"),
-        (["run", "b", "--prompt", "a", "--audit"], "does nothing in mode full"),
+        (["run", "b", "--text", "a", "--exit", "e", "--threshold", "1"], "exclude each other"),
+        (["run", "b", "--prompt", "a", "--audit"], "has no effect in mode full"),
         (["run", "b", "--prompt", "a", "--threshold", "1", "--mode", "exact"], "mode exact"),
-        (["run", "b", "--text", "a", "--threshold", "5"], "max_prob is a probability"),
-        (["run", "b", "--text", "a", "--threshold", "nan"], "max_prob is a probability"),
+        (["run", "b", "--text", "a", "--threshold", "5"], "is out of range (0 to 1)"),
+        (["run", "b", "--text", "a", "--threshold", "nan"], "is out of range (0 to 1)"),
         (["bench", "b", "--launch-ahead", "sometimes"], "sometimes"),
         (["bench", "b", "--launch-ahead", "measured"], "--launch-ahead is for GPUs"),
         (["run", "b", "--prompt", "a", "--drafts", "2", "--mode", "fast"], "--mode exact"),
         (["run", "b", "--prompt", "a", "--rows", "5"], "--rows is for --data"),
-        (["export", "-m", "m.onnx", "-o", "b"], "which outputs are exits?"),
+        (["export", "-m", "m.onnx", "-o", "b"], "which outputs are exits"),
         (["export", "-m", "m.onnx", "--exits", "a", "--dtype", "fp16", "-o", "b"], "--dtype"),
         (["export", "-m", "m.onnx", "--untrained-exits", "1", "-o", "b"], "--untrained-exits"),
     ],
@@ -165,7 +165,7 @@ def test_calibrate_refuses_a_trace_of_another_bundle(
 ) -> None:
     cli("trace", toy_bundle.path, "--data", toy_data, "-o", "trace.npz")
     options = ("--max-risk", "1%", "-o", "policy.json", "--bundle", vit_bundle.path)
-    assert_clear(cli("calibrate", "trace.npz", *options), 1, "trace.npz: made with the bundle")
+    assert_clear(cli("calibrate", "trace.npz", *options), 1, "trace.npz: trace of the bundle")
 
 
 def test_calibrate_needs_labels_for_the_performance_risk(cli: Cli, toy_bundle: Bundle) -> None:
@@ -217,7 +217,7 @@ def test_rows_that_are_no_numbers_are_said(cli: Cli, toy_bundle: Bundle) -> None
     options = ("--data", "d.npz", "--threshold", "0")
     ran = cli("run", toy_bundle.path, *options, "--json")
     assert ran.code == 0 and "d.npz: x holds NaN or infinity in row 2 and 1 more" in ran.err
-    assert "row 2: the model answers NaN" in ran.err
+    assert "row 2: the outputs have NaN" in ran.err
     exits = [row["exit"] for row in ran.json["rows"]]
     assert exits[:2] == ["exit_1"] * 2 and exits[2] == "exit_4"
     assert "no_number" not in ran.json["rows"][0] and ran.json["rows"][2]["score"] is None
@@ -258,7 +258,7 @@ def test_a_trace_that_fails_leaves_nothing(cli: Cli, toy_bundle: Bundle) -> None
         (["--exits", "3,1"], 2, "not in order"),
         (["--exits", "1,1"], 2, "layer 1 is given twice"),
         (["--exits", "9"], 2, "there is no layer 9"),
-        (["--exits", "1", "--untrained-exits", "2"], 2, "together"),
+        (["--exits", "1", "--untrained-exits", "2"], 2, "exclude each other"),
         (["--task", "translation"], 2, "--task translation"),
         (["--opset", "3"], 2, "opset 3"),
         (["--data", "d.npz"], 2, "--data is for ONNX"),

@@ -79,7 +79,7 @@ def test_what_the_checkpoint_says_of_sampling_is_done_and_said(
     assert made.code == 0
     run = ("run", tmp_path / "bundle", "--prompt", "a", "--max-new-tokens", "12", "--json")
     own = cli(*run, "--seed", "3")
-    assert "as the checkpoint says: temperature 0.7, top_k 50, top_p 0.9" in own.err
+    assert "sampling settings of the checkpoint: temperature 0.7, top_k 50, top_p 0.9" in own.err
     again = cli(*run, "--seed", "3", "--temperature", "0.7")
     assert again.json["texts"] == own.json["texts"] and "temperature" not in again.err
     greedy = cli(*run, "--temperature", "0")
@@ -198,7 +198,10 @@ def test_files_that_hold_no_conversation_are_named(
         (("--chat",), "one kind of input"),
         (("--prompt", "x", "--messages", "x.json"), "one kind of input"),
         (("--prompt", "x", "--system-prompt", "y"), "--system-prompt is for conversations"),
-        (("--messages", "x.json", "--system-prompt", "y"), "brings its own messages"),
+        (
+            ("--messages", "x.json", "--system-prompt", "y"),
+            "--messages and --system-prompt exclude",
+        ),
         (("--text", "x", "--chat"), "--chat is for models that write text"),
         (("--text", "x", "--capacity", "50"), "--capacity is for models that write text"),
         (("--prompt", "x", "--capacity", "100000"), "capacity 100000 is out of range"),

@@ -250,7 +250,7 @@ def test_rows_without_an_axis_are_refused(text: str) -> None:
     "content, words",
     [
         ("cat\n\ndog\n", "line 2 is blank"),
-        ("cat\ndog\ncat\n", r"two classes are called 'cat' \(lines 1, 3\)"),
+        ("cat\ndog\ncat\n", r"two classes have the name 'cat' \(lines 1, 3\)"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path: Path, content: str, words: str) -> None:
