@@ -127,8 +127,8 @@ def check(model: SplitModel) -> None:
         )
     _check_axes(model)
     folder = model.tokenizer_folder
-    held = folder is not None and has_tokenizer(Path(folder))
-    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer or held else None
+    has_files = folder is not None and has_tokenizer(Path(folder))
+    tokenizer = "tokenizer/tokenizer.json" if model.tokenizer or has_files else None
     try:
         manifest = manifest_of(model, "float32")
         graphs = [v.graph for c in manifest.components.values() for v in c.variants]

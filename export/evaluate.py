@@ -167,16 +167,16 @@ def tolerance_of(graph: ir.Graph, precision: str) -> float:
     return TOLERANCES[precision]
 
 
-def close(found: NDArray, expected: NDArray, tolerance: float) -> bool:
+def close(result: NDArray, expected: NDArray, tolerance: float) -> bool:
     """Whether two results are equal: floats within `tolerance` times the largest value, 8-bit
     integers within 1, other integers and bools exactly."""
-    if found.shape != expected.shape:
+    if result.shape != expected.shape:
         return False
-    if found.dtype.name in ("int8", "uint8"):
-        return bool(np.all(np.abs(found.astype(np.int64) - expected.astype(np.int64)) <= 1))
-    if found.dtype.kind in "biu":
-        return bool(np.array_equal(found, expected))
-    left, right = found.astype(np.float64), expected.astype(np.float64)
+    if result.dtype.name in ("int8", "uint8"):
+        return bool(np.all(np.abs(result.astype(np.int64) - expected.astype(np.int64)) <= 1))
+    if result.dtype.kind in "biu":
+        return bool(np.array_equal(result, expected))
+    left, right = result.astype(np.float64), expected.astype(np.float64)
     finite = np.abs(right[np.isfinite(right)])
     scale = float(finite.max()) if finite.size else 1.0
     return bool(np.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True))

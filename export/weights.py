@@ -38,8 +38,8 @@ class WeightStore:
                         continue
                     if tensor.nbytes < INLINE_LIMIT_BYTES:
                         if isinstance(tensor, ir.ExternalTensor):
-                            held = np.array(tensor.numpy())
-                            value.const_value = ir.Tensor(held, tensor.dtype, name=tensor.name)
+                            array = np.array(tensor.numpy())
+                            value.const_value = ir.Tensor(array, tensor.dtype, name=tensor.name)
                         continue
                     offset, length = self._place(tensor, file)
                     value.const_value = ir.ExternalTensor(

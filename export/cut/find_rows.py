@@ -355,8 +355,8 @@ def _without(graph: ir.Graph, inputs: Arrays, names: Sequence[str]) -> Arrays:
     for value in graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
             if symbol in names:
-                held = fewer[value.name or ""]
-                fewer[value.name or ""] = np.take(held, range(held.shape[axis] - 1), axis)
+                array = fewer[value.name or ""]
+                fewer[value.name or ""] = np.take(array, range(array.shape[axis] - 1), axis)
     return fewer
 
 

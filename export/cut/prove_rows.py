@@ -76,19 +76,19 @@ def prove_rows(
         if name in by_row:
             tensors[name] = msgspec.structs.replace(tensor, row_axis=by_row[name])
             continue
-        found = [run[name] for run in runs if name in run]
+        values = [run[name] for run in runs if name in run]
         axis: int | None = None
         try:
-            if len(runs) > 1 and len(found) == len(runs):
-                parts = list(zip(subsets, found[1:], strict=True))
-                axis = row_axis(found[0], parts, rows, tolerance)
+            if len(runs) > 1 and len(values) == len(runs):
+                parts = list(zip(subsets, values[1:], strict=True))
+                axis = row_axis(values[0], parts, rows, tolerance)
             if name in exits and axis != 0 and subsets and not failed:
                 raise ValueError("its first axis does not hold the rows")
         except ValueError as error:
             reasons.append(f"no row axis found in {name} ({error})")
         if name in exits:
             axis = 0
-        axes = _axes(tensor, axis, found, sizes)
+        axes = _axes(tensor, axis, values, sizes)
         tensors[name] = msgspec.structs.replace(tensor, axes=axes, row_axis=axis)
     if reasons:
         logger.warning("%s: exits apply to the whole batch: %s", what, reasons[0])
@@ -170,14 +170,14 @@ def _axis_sizes(
 
 
 def _axes(
-    tensor: Tensor, axis: int | None, found: Sequence[NDArray], sizes: Sequence[Mapping[str, int]]
+    tensor: Tensor, axis: int | None, arrays: Sequence[NDArray], sizes: Sequence[Mapping[str, int]]
 ) -> list[str | int | None]:
     """Inferred axes that the runs confirm; None for the others."""
-    rank = found[0].ndim
+    rank = arrays[0].ndim
     inferred = tensor.axes if len(tensor.axes) == rank else [None] * rank
     axes: list[str | int | None] = []
     for position, name in enumerate(inferred):
-        runs = zip(found, sizes, strict=False)
+        runs = zip(arrays, sizes, strict=False)
         if position == axis:
             axes.append("batch")
         elif name != "batch" and all(

@@ -36,7 +36,7 @@ class Trunk:
     Attributes:
         inputs: The model's inputs.
         stem: ``(*inputs) -> (state, *context)``.
-        layers: Each ``(state, *context) -> state``; an exit can stand behind any of them.
+        layers: Each ``(state, *context) -> state``; any of them can have an exit.
         state_axes: Axes of the state behind the stem and behind each layer (``layers + 1``
             entries).
         context: What every layer reads besides the state (a mask); the stem computes it once.

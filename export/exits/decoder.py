@@ -169,8 +169,8 @@ class ExitDecoder(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
         self._heads = self._heads.on(input_ids.device)
-        held = self._embedding
-        embedding = self.trunk.embedding if held is None else getattr(*held)
+        place = self._embedding
+        embedding = self.trunk.embedding if place is None else getattr(*place)
         embedded = functional.embedding(input_ids, embedding)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
         logits = {}
@@ -300,12 +300,12 @@ class ExitDecoder(nn.Module):
                 )
             )
             path, looked_at = [], state
-            if own := cast("list[nn.Module]", self._adapter(stop)):
+            if adapter := cast("list[nn.Module]", self._adapter(stop)):
                 name, looked_at = f"adapter_{stop}", _state(f"adapted_{stop}", trunk.width)
-                names = [f"{name}/{layer}" for layer in _layer_names(0, len(own))]
-                held = _token_states(trunk.heads, names)
+                names = [f"{name}/{layer}" for layer in _layer_names(0, len(adapter))]
+                states = _token_states(trunk.heads, names)
                 adapters.append(
-                    Component(name, (state, POSITIONS), (looked_at,), stacks.forms(own), held)
+                    Component(name, (state, POSITIONS), (looked_at,), stacks.forms(adapter), states)
                 )
                 path.append(Call(component=name))
             path.append(Call(component="head", inputs={"state": looked_at.name}))

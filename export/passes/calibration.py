@@ -38,16 +38,16 @@ def split(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list
 def _rows(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
     first: list[Rows] = []
     rest: list[Rows] = []
-    left = iter(batches)
-    for batch in left:
+    remaining = iter(batches)
+    for batch in remaining:
         first.append(batch)
         if count(first) >= CALIBRATION_ROWS:
             break
-    held = 0
-    for batch in left:
+    size = 0
+    for batch in remaining:
         rest.append(batch)
-        held += sum(value.nbytes for value in batch.values())
-        if count(rest) >= COMPARED_ROWS or held >= COMPARED_BYTES:
+        size += sum(value.nbytes for value in batch.values())
+        if count(rest) >= COMPARED_ROWS or size >= COMPARED_BYTES:
             break
     if count(first) < 2:
         raise UsageError(

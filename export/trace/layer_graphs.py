@@ -210,9 +210,9 @@ class _Join:
         return model
 
     def _weight(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        held = ir.tensor(tensor.detach().contiguous(), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(held.dtype))
-        value.const_value = held
+        stored = ir.tensor(tensor.detach().contiguous(), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(stored.dtype))
+        value.const_value = stored
         self._weights[name], self.initializers[name] = tensor, value
         return value
 
