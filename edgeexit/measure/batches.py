@@ -1,7 +1,7 @@
-"""Rows that run together, and the labels that they may have.
+"""Data sets as batches of rows with optional labels.
 
-A `DataSet` gives batches, whatever it was read from: `edgeexit.measure.data` opens files and
-functions, `raw_data` images and texts, `texts` what a model that writes reads.
+A `DataSet` yields batches. `edgeexit.measure.data` opens it from files and functions, `raw_data`
+from images and texts, `texts` from prompts of a model that writes text.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from edgeexit.errors import DataError, UsageError, first_line
 
 LABEL = "label"
 Update = Callable[[bytes], None]
-"""Takes what was read, for the digest of a data set."""
+"""Called with bytes that were read, for the digest of a data set."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together.
+    """Rows that run in one batch.
 
     Attributes:
-        inputs: By name.
+        inputs: Name -> array.
         labels: ``[batch]`` class indices, or None.
-        rows: How many rows they are.
-        numbers: The place of each row in the data set, where batches are not in its order.
+        rows: Number of rows.
+        numbers: Index of each row in the data set, if batches are in another order.
     """
 
     inputs: dict[str, NDArray]
@@ -45,9 +45,9 @@ class DataSet:
     """A data set opened for a bundle.
 
     Attributes:
-        name: File, folder or function, without the folders it is in.
-        rows: How many there are; None where only reading tells.
-        most_rows: The most rows that the bundle takes at once; None: any number.
+        name: Name of the file, folder or function, without parent folders.
+        rows: Number of rows; None if it is unknown before reading.
+        most_rows: The largest batch that the bundle takes; None: any size.
     """
 
     name: str
@@ -58,11 +58,11 @@ class DataSet:
     most_rows: int | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields batches of at most `batch_size` rows. A data set is read once."""
+        """Yields batches of at most `batch_size` rows. A data set can be read only once."""
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is less than 1", fix="Use 1 or more.")
         if self._read:
-            raise UsageError(f"{self.name} was read already", fix="Open the data again.")
+            raise UsageError(f"{self.name}: already read", fix="Open the data again.")
         self._read = True
         batch_size = min(batch_size, self.most_rows or batch_size)
         count = 0
@@ -79,45 +79,45 @@ class DataSet:
             count += batch.rows
             yield batch
         if not count:
-            raise DataError(f"{self.name}: it holds no rows", fix="Give at least one row.")
+            raise DataError(f"{self.name}: there are no rows", fix="Give at least one row.")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content that was read; complete after the last batch."""
+        """SHA-256 of the data read so far; complete after the last batch."""
         return str(self._digest.hexdigest())
 
 
 def read_npz(
     path: Path, fix: str = "Write it with numpy.savez(path, **arrays), one array per input."
 ) -> dict[str, NDArray]:
-    """Reads every array of a ``.npz``, refusing pickles. Raises `DataError`."""
+    """Reads every array of a ``.npz`` file. Raises `DataError`, also for pickled objects."""
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, not an archive")
+                raise ValueError("it is a single array, not an archive")
             with archive:
                 return {name: archive[name] for name in archive.files}
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
-        reason = "it holds pickled objects" if "pickle" in str(error) else first_line(error)
+    except Exception as error:  # numpy, zipfile and zlib raise many types for a damaged file
+        reason = "it has pickled objects" if "pickle" in str(error) else first_line(error)
         raise DataError(f"{path.name}: cannot be read as .npz ({reason})", fix=fix) from error
 
 
 def refuse_misnamed_label(arrays: Mapping[str, NDArray], bundle: Bundle, where: str) -> None:
-    """Raises `DataError` for an array of labels under a name that looks like theirs."""
+    """Raises `DataError` if an array has a name like ``labels`` instead of ``label``."""
     inputs = {tensor.name for tensor in bundle.manifest.inputs}
     for name in arrays:
         if name.lower() in (LABEL, "labels") and name not in inputs:
             raise DataError(
                 f"{where}: {name} is not an input of the model ({input_names(bundle)})",
-                fix=f"Labels are called {LABEL}: numpy.savez(path, **inputs, {LABEL}={name}).",
+                fix=f"Name labels {LABEL}: numpy.savez(path, **inputs, {LABEL}={name}).",
             )
 
 
 def take_rows(
     bundle: Bundle, inputs: Mapping[str, NDArray], rows: NDArray[np.int64]
 ) -> dict[str, NDArray]:
-    """Those rows of a program's inputs; all of an input that is the same for every row."""
+    """Selects rows of a program's inputs. Inputs without a row axis are kept."""
     axes = {tensor.name: tensor.row_axis for tensor in bundle.manifest.inputs}
     return {
         name: value
@@ -128,7 +128,7 @@ def take_rows(
 
 
 def row_count(bundle: Bundle, inputs: Mapping[str, NDArray]) -> int:
-    """How many rows a program's inputs have; of a model that writes, how many texts they are."""
+    """Number of rows in a program's inputs (texts, for a model that writes text)."""
     decoding = bundle.manifest.decoding
     tensors = [t for t in bundle.manifest.inputs if t.row_axis is not None and t.name in inputs]
     tensors.sort(key=lambda tensor: decoding is None or tensor.name != decoding.tokens)
@@ -136,7 +136,7 @@ def row_count(bundle: Bundle, inputs: Mapping[str, NDArray]) -> int:
 
 
 def label_index(value: object, labels: Sequence[str], classes: int | None, where: str) -> int:
-    """Index of a label given by name or number. Raises `DataError` for one that is not a label."""
+    """Index of a label given by name or number. Raises `DataError` for an unknown label."""
     if isinstance(value, str) and value in labels:
         return labels.index(value)
     limit = len(labels) or classes
@@ -144,7 +144,7 @@ def label_index(value: object, labels: Sequence[str], classes: int | None, where
         if value >= 0 and (limit is None or value < limit):
             return int(value)
         raise DataError(
-            f"{where}: the label {value} is not a class from 0 to {(limit or 1) - 1}",
+            f"{where}: the label {value} is out of range (0 to {(limit or 1) - 1})",
             fix="Give the index or the name of one of the bundle's labels (`edgeexit inspect`).",
         )
     some = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
@@ -155,7 +155,7 @@ def label_index(value: object, labels: Sequence[str], classes: int | None, where
 
 
 def class_count(bundle: Bundle) -> int | None:
-    """Number of classes that the logits have; None where the manifest leaves it open."""
+    """Number of classes of the logits; None if the manifest does not state it."""
     for output in bundle.manifest.outputs:
         if output.name == "logits" and len(output.axes) == 2 and isinstance(output.axes[1], int):
             return output.axes[1]

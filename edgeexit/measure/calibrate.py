@@ -1,12 +1,13 @@
-"""Thresholds from a trace: the sweep.
+"""Chooses thresholds from a trace.
 
-One threshold for all exits is lowered from "never" over every score that occurs. Risk is the mean
-over rows of a loss against the last exit: ``consistency``, 1 where the prediction differs (needs no
-labels), or ``performance``, max(0, loss(exit) - loss(last)) with 0/1 loss. The loosest threshold is
-taken for which the measured risk holds **and holds for all stricter ones**: a risk that dips again
-behind a gap is luck. The result is a measured figure on this data, not a certificate.
+A sweep lowers one threshold for all exits from "never" over every score in the trace. The risk is
+the mean loss of rows against the last exit: ``consistency``, 1 if the prediction differs (needs no
+labels), or ``performance``, max(0, loss(exit) - loss(last)) with 0/1 loss. The result is the
+loosest threshold whose measured risk **and that of all stricter thresholds** is within the limit:
+below a threshold that exceeds it, a low risk is chance. The figures are measured on this data, not
+certified.
 
-Of a model that writes, a row is a token: the risk is the share of tokens, and what it is of single
+For a model that writes text, a row is a token: the risk is a share of tokens. The loss of single
 texts is reported too.
 """
 
@@ -26,15 +27,15 @@ from edgeexit.measure.trace import NO_LABEL, Trace, replay
 
 Risk = Literal["consistency", "performance"]
 _ROUNDING = 1e-12
-"""A risk of k/n must not fail a limit of k/n because of how the two were rounded."""
+"""Tolerance for rounding: a risk of k/n must be within a limit of k/n."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Every distinct outcome of a common threshold, strict to loose; entry 0 is "never".
+    """Every distinct result of a common threshold, strict to loose; entry 0 is "never".
 
     Attributes:
-        thresholds: ``[point]``; a row leaves where score >= threshold.
+        thresholds: ``[point]``; a row stops if score >= threshold.
         risks: ``[point]``, mean loss against the last exit.
         depths: ``[point]``, mean number of segments run.
         shares: ``[point, exit]``, share of rows that each exit answers.
@@ -50,13 +51,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """What a trace says of one exit when every row is answered there.
+    """Figures of one exit if it answers every row of a trace.
 
     Attributes:
-        accuracy: Share of right predictions; NaN without labels.
-        agreement: Share of rows where it predicts what the last exit predicts.
-        auroc: How well the score ranks rows that agree above rows that do not; NaN if all or none
-            do.
+        accuracy: Share of correct predictions; NaN without labels.
+        agreement: Share of rows with the same prediction as the last exit.
+        auroc: How well the score ranks rows that agree above rows that do not; NaN if all rows
+            agree, or none.
         cumulative_ms: Time per row up to this exit.
         perplexity: Of the texts, if rows are tokens and it predicts all of them; otherwise NaN.
     """
@@ -83,11 +84,11 @@ def losses(trace: Trace, risk: Risk) -> NDArray[np.float64]:
 
 
 def sweep(trace: Trace, score: str, risk: Risk = "consistency") -> Curve:
-    """The whole curve of a common threshold.
+    """Computes the curve of a common threshold.
 
-    A row leaves at exit k exactly while the threshold lies above every earlier score and not above
-    the one at k, so each row changes its exit only at the running maxima of its scores. Sorting
-    those gives the curve in n log n steps, n = rows x exits.
+    A row stops at exit k if the threshold is above every earlier score and not above the score at
+    k. A row therefore changes its exit only at the running maxima of its scores. Sorting these
+    maxima gives the curve in n log n steps, n = rows x exits.
     """
     usable = _usable_scores(trace, score)
     loss = losses(trace, risk)
@@ -96,7 +97,8 @@ def sweep(trace: Trace, score: str, risk: Risk = "consistency") -> Curve:
     before = np.vstack([np.full((1, rows), -np.inf), reached[:-1]])
     exit_of, row_of = np.nonzero(np.isfinite(reached) & (reached > before))
     thresholds = reached[exit_of, row_of]
-    # Going loose, a row comes from the exit of its next larger running maximum, or the last one.
+    # At a looser threshold, a row moves from the exit of its next larger running maximum, or from
+    # the last exit.
     later = np.full((exits - 1, rows), exits - 1)
     following = np.full(rows, exits - 1)
     for number in range(exits - 2, -1, -1):
@@ -129,19 +131,18 @@ def sweep(trace: Trace, score: str, risk: Risk = "consistency") -> Curve:
 
 
 def choose(curve: Curve, max_risk: float) -> int:
-    """Index of the loosest point that, with all stricter ones, stays within the risk.
+    """Index of the loosest point whose risk, and that of all stricter points, is within the limit.
 
     Raises:
-        CheckError: Only "never" does.
+        CheckError: Only "never" is within the limit.
     """
     over = np.flatnonzero(curve.risks > max_risk + _ROUNDING)
     chosen = int(over[0]) - 1 if len(over) else len(curve.risks) - 1
     if chosen == 0:
         first = f"{curve.risks[1]:.4%}" if len(curve.risks) > 1 else "none"
         raise CheckError(
-            f"no threshold keeps the risk within {max_risk:.4%} (the strictest has {first}): run "
-            "the full model",
-            fix="Allow more risk, use more data, or train the exits further.",
+            f"no threshold keeps the risk within {max_risk:.4%} (the strictest has {first})",
+            fix="Allow more risk, use more data, train the exits further, or run the full model.",
         )
     return chosen
 
@@ -149,18 +150,18 @@ def choose(curve: Curve, max_risk: float) -> int:
 def calibrate(
     trace: Trace, *, max_risk: float, score: str, risk: Risk = "consistency", per_exit: bool = False
 ) -> tuple[Policy, Curve, int]:
-    """A policy for a risk. Returns it with the curve of the common threshold and the point chosen.
+    """Chooses a policy for a maximum risk. Returns policy, curve and index of the chosen point.
 
     Args:
-        trace: What the exits said.
-        max_risk: Largest mean loss against the last exit, as a fraction.
-        score: Which score.
-        risk: What counts as a loss.
+        trace: The recorded exits.
+        max_risk: Maximum mean loss against the last exit, as a fraction.
+        score: Name of the score to compare.
+        risk: Definition of the loss.
         per_exit: Starting from the common threshold, lower the thresholds of single exits greedily
             while the risk allows.
 
     Raises:
-        CheckError: Nothing passes; run the full model.
+        CheckError: No threshold is within the limit.
     """
     if risk == "performance":
         trace = trace.labelled()
@@ -185,7 +186,7 @@ def calibrate(
 
 
 def _measured(trace: Trace, risk: Risk, taken: NDArray[np.int64]) -> dict[str, Any]:
-    """What a policy comes to on the trace it was made from; `taken` are the exits of its rows."""
+    """Figures of a policy on its trace; `taken` are the exits of the rows."""
     loss = losses(trace, risk)[taken, np.arange(trace.rows)]
     per_row_ms = cumulative_ms(trace)
     measured = {
@@ -217,7 +218,7 @@ def _measured(trace: Trace, risk: Risk, taken: NDArray[np.int64]) -> dict[str, A
 
 
 def figures(trace: Trace, score: str) -> list[ExitFigures]:
-    """Accuracy, agreement and ranking of every exit on its own."""
+    """Accuracy, agreement and ranking of each exit alone."""
     agrees = trace.predictions == trace.predictions[-1]
     per_row_ms = cumulative_ms(trace)
     return [
@@ -266,12 +267,12 @@ def auroc(scores: NDArray, positive: NDArray[np.bool_]) -> float:
 
 
 def cumulative_ms(trace: Trace) -> NDArray[np.float64]:
-    """Time per row ``[exit]`` up to each exit, from medians over runs of full size."""
+    """Time per row ``[exit]`` up to each exit, from medians over full-size runs."""
     return np.cumsum(trace.segment_ms()) / trace.rows_per_run
 
 
 def default_score(trace: Trace, score: str | None) -> str:
-    """The score asked for, or ``max_prob``, or the first there is. Raises `UsageError`."""
+    """`score` if given, else ``max_prob`` or the first score. Raises `UsageError`."""
     if score is None:
         return "max_prob" if "max_prob" in trace.scores else next(iter(trace.scores))
     if score not in trace.scores:
@@ -282,9 +283,10 @@ def default_score(trace: Trace, score: str | None) -> str:
 
 
 def _usable_scores(trace: Trace, score: str) -> NDArray[np.float64]:
-    """Scores ``[early exit, row]`` as thresholds see them.
+    """Scores ``[early exit, row]`` to compare with thresholds.
 
-    NaN is below everything, and rows that can only leave together leave when the lowest does.
+    NaN becomes the lowest score. If exits apply to the whole batch, all rows of a batch get the
+    lowest score in it.
     """
     values = trace.scores[score][:-1].astype(np.float64)
     values = np.where(np.isnan(values), -np.inf, values)
@@ -305,10 +307,10 @@ _LEVELS = 64
 def _greedy(
     trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float, common: float
 ) -> dict[str, float]:
-    """Lowers one exit's threshold at a time, where it saves most time for the risk it adds.
+    """Lowers one exit's threshold at a time: the one that saves most time for its added risk.
 
-    Once from "never" and once from the common threshold; the faster outcome is taken, so the result
-    is never slower than the common threshold on this data.
+    It starts once from "never" and once from the common threshold and takes the faster result,
+    which is never slower than the common threshold on this data.
     """
     search = _Search(trace, score, loss, max_risk)
     found = [search.descend(start) for start in (NEVER, common)]
@@ -317,7 +319,7 @@ def _greedy(
 
 
 class _Search:
-    """What a greedy search measures again and again."""
+    """State of the greedy search."""
 
     def __init__(
         self, trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float
@@ -331,7 +333,7 @@ class _Search:
 
     @staticmethod
     def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """At most `_LEVELS` of an exit's scores, evenly over their ranks, strict to loose."""
+        """At most `_LEVELS` of an exit's scores, evenly spaced in rank, strict to loose."""
         finite = np.unique(values[np.isfinite(values)])
         places = np.linspace(0, len(finite) - 1, min(_LEVELS, len(finite))).round().astype(np.int64)
         return finite[np.unique(places)][::-1]

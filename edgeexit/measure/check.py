@@ -1,10 +1,9 @@
-"""Is this bundle right on this device? Every answer against the reference samples.
+"""Checks a bundle on this device: compares its outputs with the reference samples.
 
-The samples hold what the model computed for a few rows or texts before it became a bundle. Rows run
-together, each alone, and under policies that make them leave at different exits; texts whole, token
-by token and in pieces, and written in the modes ``full`` and ``exact``. So splitting, binding and
-compacting are compared, not only the graphs. The unsplit graphs and the declared preprocessing are
-compared too.
+The samples are outputs of the original model for a few rows or texts. Rows run as a batch, one by
+one, and with policies that stop them at different exits. Texts run whole, token by token and in
+pieces, and are generated in the modes ``full`` and ``exact``. This checks splitting, binding and
+compaction as well as the graphs. The unsplit graphs and the preprocessing are compared too.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from edgeexit.runtime.text.tokenizer import encode_batch
 REFERENCE = "samples/reference.npz"
 PREPROCESSING = "samples/preprocessing.npz"
 GREY_LEVELS = 2.0
-"""Image libraries round resized pixels differently, by one grey level or, at borders, two."""
+"""Tolerance for resized pixels: image libraries differ by one grey level, at borders by two."""
 
 NEW_TOKENS = 8
-"""Tokens that modes are compared on."""
+"""Number of tokens to compare between modes."""
 
 LOGITS_SIZE = 10
-"""The order of logits: tokens count as equally likely where their logits differ by less than
-rounding moves a number of that size."""
+"""Magnitude of logits: two tokens are equally likely if their logits differ by less than the
+rounding error of a number of this size."""
 
 Threads = int | Literal["brief", "blocking", "spinning", "process"]
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """A model, what its samples say, and the comparisons so far."""
+    """A model, its samples, and the comparisons so far."""
 
     model: Model
     samples: Mapping[str, NDArray]
@@ -54,7 +53,7 @@ class _Checked:
 
     @property
     def rows(self) -> int:
-        """Rows, or texts, of the sample."""
+        """Number of rows, or texts, in the sample."""
         return row_count(self.model.bundle, self.inputs)
 
 
@@ -70,15 +69,14 @@ def check(
     """Compares a loaded bundle with its samples.
 
     Args:
-        model: The bundle, opened with ``verify="full"`` if weights shall be hashed. Its policy is
+        model: The bundle; open it with ``verify="full"`` to hash the weights. Its policy is
             restored afterwards.
-        policy: A policy to check beside those made here; decisions are those of models that do not
-            write.
+        policy: A policy to check in addition to those made here, if the model does not write text.
         atol: Absolute tolerance; None = by precision.
         rtol: Relative tolerance; None = by precision.
-        threads: Threads of the unsplit graphs; None: as `load` chooses.
-        closing: Close the model before the unsplit graphs are opened, so that weights are not in
-            memory twice.
+        threads: Threads of the unsplit graphs; None: the default of `load`.
+        closing: Close the model before the unsplit graphs are opened, so that memory holds the
+            weights only once.
 
     Raises:
         BundleError: There are no samples, or they do not fit the manifest.
@@ -106,17 +104,17 @@ def check(
     if PREPROCESSING in bundle.manifest.samples:
         try:
             _check_preprocessing(bundle, judge)
-        except EngineError as error:  # a device that feeds tensors needs no image or text library
+        except EngineError as error:  # a device may have no image or text library
             notes.append(f"preprocessing was not compared: {error}")
     return Report(judge.comparisons, one.rows, judge.atol, judge.rtol, notes)
 
 
 def _samples(model: Model) -> Mapping[str, NDArray]:
-    """The reference samples; everything that the answering chain is compared with is there."""
+    """Reads the reference samples. Raises `BundleError` if an array is missing."""
     bundle = model.bundle
     if REFERENCE not in bundle.manifest.samples:
         raise BundleError(
-            f"{REFERENCE}: the bundle holds no reference samples", fix="Export it again."
+            f"{REFERENCE}: the bundle has no reference samples", fix="Export the bundle again."
         )
     samples = read_npz(bundle.file(REFERENCE))
     expected = [f"input/{tensor.name}" for tensor in bundle.manifest.inputs]
@@ -131,17 +129,17 @@ def _samples(model: Model) -> Mapping[str, NDArray]:
 
 
 def _check_rows(one: _Checked, name: str, chain: Chain) -> None:
-    """Exits of a chain that runs once per request, as far as the samples have them."""
+    """Compares exits that the samples have, of a chain that runs once per request."""
     made = ask(one.model, one.inputs, chain=name).arrays
     _compare_exits(one, chain, made, f"batch of {one.rows}")
-    # Rows of a chain that they leave together may depend on each other.
+    # If exits apply to the whole batch, its rows may depend on each other.
     if not one.model.writes and chain.rows == "independent":
         alone = ask_in_batches(one.model, one.inputs, 1, chain=name)
         _compare_exits(one, chain, alone, "rows alone")
 
 
 def _check_texts(one: _Checked) -> None:
-    """Exits over whole texts, token by token and in pieces."""
+    """Compares exits on whole texts, token by token and in pieces."""
     chain = one.model.chain
     _compare_exits(one, chain, ask(one.model, one.inputs).arrays, "whole texts")
     if _reads_whole_prompts(one.model):
@@ -151,7 +149,7 @@ def _check_texts(one: _Checked) -> None:
 
 
 def _reads_whole_prompts(model: Model) -> bool:
-    """Whether something is made of all tokens of a prompt: in pieces that is something else."""
+    """Whether a state depends on all tokens of a prompt, so that a prompt cannot run in pieces."""
     components = model.bundle.manifest.components
     calls = [call.component for exit_ in model.chain.exits for call in exit_.path]
     return any(
@@ -181,7 +179,7 @@ def _compare_exits(one: _Checked, chain: Chain, made: Mapping[str, NDArray], how
 
 
 def _check_decisions(one: _Checked, given: Policy | None) -> None:
-    """Runs policies and compares the exit taken, and what it answered, with the reference."""
+    """Runs policies and compares the exits taken and their outputs with the reference."""
     model = one.model
     every = np.arange(one.rows)
     orders = [every, every[::-1].copy()] + ([every[1:]] if one.rows > 2 else [])
@@ -193,7 +191,7 @@ def _check_decisions(one: _Checked, given: Policy | None) -> None:
 
 
 def _rules(one: _Checked, name: str, chain: Chain, given: Policy | None) -> dict[str, Rule]:
-    """Rules for a chain that the samples tell the decisions of: by title."""
+    """Title -> rule of a chain whose decisions the samples determine."""
     early = chain.stops[:-1]
     known = [
         {score for score in exit_.scores if f"{exit_.name}/{score}" in one.samples}
@@ -217,7 +215,7 @@ def _rules(one: _Checked, name: str, chain: Chain, given: Policy | None) -> dict
 def _compare_decisions(
     one: _Checked, name: str, rule: Rule, subset: NDArray[np.int64], label: str
 ) -> None:
-    """Runs some rows under the rule of a chain and compares what happens with the reference."""
+    """Runs some rows with the rule of a chain and compares exits and outputs with the reference."""
     model, chain = one.model, one.model.chains[name]
     names = [exit_.name for exit_ in chain.stops]
     result = model(take_rows(model.bundle, one.inputs, subset))
@@ -237,9 +235,9 @@ def _compare_decisions(
 def _decided(
     one: _Checked, chain: Chain, rule: Rule, subset: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The exits that rows take by the samples' scores, and whether rounding cannot change them.
+    """The exits that rows take by the samples' scores, and whether rounding may not change them.
 
-    The rule is written out here a second time, on purpose: the reference decides by itself.
+    It does not use the runtime's code for rules, so that the reference is independent.
     """
     samples, independent = one.samples, chain.rows == "independent"
     early = [exit_.name for exit_ in chain.stops[:-1]]
@@ -275,7 +273,7 @@ def _threshold(rule: Rule, early: list[str], number: int) -> float:
 
 
 def _middle(scores: NDArray) -> float:
-    """Between the two scores around the median, so that no score is at the threshold."""
+    """A threshold between the two scores around the median, so that no score equals it."""
     ordered = np.sort(scores[np.isfinite(scores)].astype(np.float64))
     if not len(ordered):
         return math.inf
@@ -284,7 +282,7 @@ def _middle(scores: NDArray) -> float:
 
 
 def _check_drafting(one: _Checked) -> None:
-    """Texts of the mode ``exact`` are those of ``full``."""
+    """Checks that the mode ``exact`` writes the same texts as ``full``."""
     model, others = one.model, dict(one.inputs)
     decoding = model.bundle.manifest.decoding
     assert decoding is not None
@@ -292,9 +290,9 @@ def _check_drafting(one: _Checked) -> None:
     prompts = [decoding.start_tokens or row.tolist() for row in tokens]
     count = max(1, min(NEW_TOKENS, model.capacity - max(map(len, prompts))))
     options: dict[str, Any] = {"inputs": others, "max_new_tokens": count, "text": False}
-    options["sampling"] = Sampling()  # whatever the checkpoint says of how tokens are chosen
+    options["sampling"] = Sampling()  # greedy, not the checkpoint's settings
     full = model.generate(prompts, **options).finish().tokens
-    # The states of an adapter are kept by drafting alone, so each drafts once.
+    # Only drafting keeps the states of an adapter, so each exit drafts once.
     early = model.exits[:-1]
     drafting = [exit_.name for n, exit_ in enumerate(early) if n == 0 or len(exit_.path) > 1]
     for name in drafting:
@@ -311,24 +309,24 @@ def _written_apart(
     row: int,
     exact: list[int],
 ) -> bool:
-    """Whether a text differs from that of the mode ``full`` where the model's two tokens were not
-    equally likely: kernels for one row and for several round differently."""
+    """Whether a text differs from that of the mode ``full`` at a token where the two candidates
+    were not equally likely: kernels for one row and for several round differently."""
     if full[row] == exact:
         return False
     decoding = one.model.bundle.manifest.decoding
     assert decoding is not None
     pairs = list(zip(full[row], exact, strict=False))
     place = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    # The other rows run too, for inputs of earlier chains may be those of all texts.
+    # The other rows run too: inputs of earlier chains may be for all texts.
     texts = [[*p, *f[:place]] for p, f in zip(prompts, full, strict=True)]
     texts = [text + text[-1:] * (len(texts[row]) - len(text)) for text in texts]
     try:
         made = one.model.trace({**one.inputs, decoding.tokens: np.array(texts)}).outputs[-1]
-    except InputError:  # the model wrote a placeholder token, which stands for nothing here
+    except InputError:  # the model wrote a placeholder token, for which there is no data
         return True
     logits = made["logits"][row]
     likely, other = (
-        # A text that is shorter ended with a stop token, which is not among its tokens.
+        # A shorter text ended with a stop token, which its tokens do not include.
         logits[text[place : place + 1] or decoding.stop_tokens].max()
         for text in (full[row], exact)
     )
@@ -336,10 +334,10 @@ def _written_apart(
 
 
 def _check_unsplit(one: _Checked, threads: Threads | None, *, closing: bool) -> list[str]:
-    """Compares the graphs without exits with the last exits; returns what could not be."""
+    """Compares the unsplit graphs with the last exits. Returns notes on what was not compared."""
     model = one.model
     if without := [name for name, chain in model.chains.items() if not chain.unsplit]:
-        return [f"the unsplit graphs were not compared: there are none of the chain {without[0]}"]
+        return [f"the unsplit graphs were not compared: the chain {without[0]} has none"]
     engine = model.describe_engine()["engine"]
     texts: dict[str, Any] = {}
     if model.writes:

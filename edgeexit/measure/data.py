@@ -1,8 +1,8 @@
-"""Data sets for commands: files and functions become batches that fit a bundle.
+"""Opens data sets of the commands: files and functions, as batches that fit a bundle.
 
-``.npz`` keyed by the manifest's input names, plus ``label``; images and texts in files
-(`edgeexit.measure.raw_data`); texts for a model that writes (`edgeexit.measure.texts`);
-``module:function``. All but ``.npz`` and texts are read batch by batch, and every error names the
+Formats: ``.npz`` keyed by the manifest's input names, plus ``label``; images and texts in files
+(`edgeexit.measure.raw_data`); texts for a model that writes text (`edgeexit.measure.texts`);
+``module:function``. All but ``.npz`` and texts for writing are read batch by batch. Errors have the
 file and the row.
 """
 
@@ -46,10 +46,10 @@ def open_data(source: str | os.PathLike[str], bundle: Bundle) -> DataSet:
 
     Args:
         source: Path of a ``.npz``, ``.jsonl`` or folder of images, or ``module:function``.
-        bundle: Says which inputs, labels and preprocessing there are, and whether rows are texts.
+        bundle: Its manifest has the inputs, labels and preprocessing.
 
     Raises:
-        DataError: It cannot be read or does not fit, naming file and row; also when iterated.
+        DataError: The data cannot be read or does not fit; also raised while reading batches.
     """
     opened = _open(os.fspath(source), bundle)
     return dataclasses.replace(opened, most_rows=bundle.manifest.limits.get("batch"))
@@ -65,7 +65,7 @@ def _open(text: str, bundle: Bundle) -> DataSet:
             return open_texts(text, bundle)
         if path.exists():
             raise DataError(
-                f"{text}: not a form of texts, and {bundle.manifest.name} writes text",
+                f"{text}: unsupported format for {bundle.manifest.name}, which writes text",
                 fix='Give a .jsonl with {"text": "..."} per line, a .npz of token ids, or '
                 "module:function.",
             )
@@ -77,7 +77,7 @@ def _open(text: str, bundle: Bundle) -> DataSet:
         return open_lines(path, bundle)
     if function:
         return _function(text, bundle)
-    what = f"{text}: not a form of data" if path.exists() else f"{text} does not exist"
+    what = f"{text}: unsupported format" if path.exists() else f"{text} does not exist"
     raise DataError(what, fix=_FORMS)
 
 
@@ -99,10 +99,10 @@ def _npz(path: Path, bundle: Bundle) -> DataSet:
 def _checked(
     arrays: Mapping[str, Any], bundle: Bundle, where: str
 ) -> tuple[dict[str, NDArray], int]:
-    """The inputs in the manifest's order, and how many rows they have."""
+    """Checks the inputs. Returns them in the manifest's order, and the number of rows."""
     manifest = bundle.manifest
     expected = {tensor.name: tensor for tensor in manifest.inputs}
-    # How many rows a graph takes at once says nothing of how many a data set has.
+    # The batch limit of a graph does not limit the size of a data set.
     limits = {axis: size for axis, size in manifest.limits.items() if axis != "batch"}
     try:
         sizes = check_inputs(expected, arrays, limits)
@@ -112,7 +112,7 @@ def _checked(
 
 
 def _warn_of_no_numbers(inputs: Mapping[str, NDArray], bundle: Bundle, where: str) -> None:
-    """Says which rows hold NaN or infinity: what a model answers to them is no answer."""
+    """Logs a warning with the rows that have NaN or infinity."""
     axes = {tensor.name: tensor.row_axis for tensor in bundle.manifest.inputs}
     for name, value in inputs.items():
         if value.dtype.kind != "f" or np.isfinite(value).all():
@@ -126,8 +126,8 @@ def _warn_of_no_numbers(inputs: Mapping[str, NDArray], bundle: Bundle, where: st
             more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
             which = f"in row {rows[0]}{more}"
         logger.warning(
-            "%s: %s holds NaN or infinity %s: the answer is no answer, and a score of NaN reaches "
-            "no threshold",
+            "%s: %s has NaN or infinity %s: outputs are meaningless, and a NaN score never stops "
+            "a row",
             where,
             name,
             which,

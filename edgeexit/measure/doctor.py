@@ -1,7 +1,7 @@
-"""What a machine has, what is missing, and the command that helps.
+"""Reports hardware, packages and problems of a machine, with the commands that fix them.
 
-Only looks: nothing is installed or changed, and no library that is merely reported is imported. A
-problem is something that is installed and cannot work; a missing extra is not one.
+It installs and changes nothing. It imports no reported library into this process. A problem is an
+installed package that cannot work; a missing extra is not a problem.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("tensorrt-rtx", "cuda-bindings"),
     ),
     "tensorrt": ("TensorRT engines on servers", ("tensorrt", "cuda-bindings")),
-    "text": ("texts as data and as prompts", ("tokenizers", "jinja2")),
+    "text": ("texts as data and prompts", ("tokenizers", "jinja2")),
     "images": ("images as data", ("pillow",)),
-    "plot": ("pictures of calibrate and bench", ("matplotlib",)),
+    "plot": ("plots of calibrate and bench", ("matplotlib",)),
     "export": (
-        "make bundles",
+        "export bundles",
         ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors"),
     ),
 }
-"""Extra -> what it adds, and the packages that it brings."""
+"""Extra -> its purpose and its packages."""
 
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass
 class Diagnosis:
-    """What was found.
+    """The report.
 
     Attributes:
         machine: Processor, cores, memory, GPU, system.
-        packages: Package -> version, None where it is not installed.
-        providers: What ONNX Runtime offers.
-        extras: Extra -> what it adds, whether it is complete, and the command that installs it.
-        problems: What is broken, each with the command that repairs it.
+        packages: Package -> version, None if it is not installed.
+        providers: Execution providers of ONNX Runtime.
+        extras: Extra -> its purpose, whether it is complete, and the command that installs it.
+        problems: What is broken, each with the command that fixes it.
     """
 
     machine: dict[str, Any]
@@ -81,7 +81,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Looks at this machine and this Python."""
+    """Inspects this machine and this Python environment."""
     found = Diagnosis(machine=_machine(), packages={name: _version(name) for name in PACKAGES})
     _check_onnxruntime(found)
     for extra, (adds, packages) in EXTRAS.items():
@@ -101,15 +101,15 @@ def _check_onnxruntime(found: Diagnosis) -> None:
         wanted = "cuda" if found.machine["gpus"] else "cpu"
         found.problems.append(
             {
-                "what": "onnxruntime and onnxruntime-gpu are both installed; each overwrote files "
-                "of the other",
+                "what": "onnxruntime and onnxruntime-gpu are both installed and overwrite each "
+                "other's files",
                 "fix": f"{_pip()} uninstall -y {' '.join(_ORT_PACKAGES)} && "
                 f'{_pip()} install --force-reinstall --no-deps "{_keep(wanted)}"',
             }
         )
     if importlib.util.find_spec("onnxruntime") is None:
         return
-    # In a process of its own: a broken library may take the process down with it.
+    # In a separate process: a broken library may crash it.
     asked = subprocess.run(
         [
             sys.executable,
@@ -166,7 +166,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _cgroup_cores() -> float | None:
-    """Cores that the control group allows; None without a limit."""
+    """CPU limit of the control group in cores; None without a limit."""
     quota = (_first_line("/sys/fs/cgroup/cpu.max") or "max").split()
     if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
         return int(quota[0]) / int(quota[1])

@@ -12,7 +12,7 @@ from edgeexit.runtime.engines.tensorrt.precision import Types, built_otherwise, 
 
 
 def describe_cache(bundle: Bundle, root: Path | None = None) -> list[dict[str, Any]]:
-    """The finished engines of a bundle. Of those that fit a device, the last is used."""
+    """Lists the finished engines of a bundle. If several fit a device, the last is used."""
     found = engine_cache.list_engines(
         engine_cache.default_root() if root is None else root, bundle.digest
     )

@@ -1,7 +1,7 @@
-"""What a figure was measured on, and what else the machine was doing meanwhile.
+"""The environment of a measurement: hardware, versions, and other load on the machine.
 
-`Watch` reads the kernel's counters before and after; `describe` names processor, versions, bundle
-and command. Every result carries both, without names of people, hosts or folders.
+`Watch` reads the kernel's counters before and after a measurement; `describe` returns processor,
+versions and command. Every result has both, without names of people, hosts or folders.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def without_folders(command: list[str]) -> list[str]:
 
 
 class Watch:
-    """Counts the machine's busy and stolen time from its making to `stop`."""
+    """Counts the machine's busy and stolen time from its creation to `stop`."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -52,12 +52,12 @@ class Watch:
         self._load_before = os.getloadavg()[0]
 
     def stop(self, own_cpu_s: float) -> dict[str, Any]:
-        """Figures since the start. `own_cpu_s`: what the measurement itself used.
+        """Figures since the start. `own_cpu_s` is the CPU time of the measurement itself.
 
         Returns:
-            Load averages, `steal_share` (of all time, taken by other guests of the host) and
-            `other_load_cores` (cores that other processes kept busy), null where the kernel counts
-            nothing.
+            Load averages, `steal_share` (share of time taken by other guests of the host) and
+            `other_load_cores` (cores busy with other processes); null if the kernel has no
+            counters.
         """
         elapsed = time.perf_counter() - self._started
         found: dict[str, Any] = {
@@ -111,7 +111,7 @@ def _versions() -> dict[str, str]:
 
 
 def read_text(path: str) -> str:
-    """Content of a file of the system; empty where it cannot be read."""
+    """Content of a system file; empty if it cannot be read."""
     try:
         return Path(path).read_text(errors="replace").strip()
     except OSError:

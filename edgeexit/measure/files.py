@@ -1,4 +1,4 @@
-"""Results on disk: written whole or not at all."""
+"""Writes result files atomically, and checks output paths."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Calls ``write(file)`` on a temporary sibling and puts it in the place of `path`.
+    """Calls ``write(file)`` on a temporary file beside `path`, then renames it to `path`.
 
     Raises:
-        UsageError: `path` is a directory, or is inside a bundle, which never changes.
-        MeasurementError: The operating system refuses; nothing is left behind.
+        UsageError: `path` is a directory, or is inside a bundle.
+        MeasurementError: The file cannot be written; no partial file remains.
     """
     path = Path(path)
     check_output(path)
-    path = path.resolve()  # through links, so that they stay
+    path = path.resolve()  # keep links: replace their target
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         os.replace(partial, path)
     except OSError as error:
         raise MeasurementError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was left behind",
+            f"{path}: cannot be written ({error.strerror or error}); no partial file remains",
             fix="Free some space, or choose another -o.",
         ) from error
     finally:
@@ -42,19 +42,17 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 def check_output(
     path: Path, *inputs: str | os.PathLike[str] | None, overwrite: bool = True
 ) -> None:
-    """Refuses an output before work is spent on it: one that is an input, is no file, is inside a
-    bundle, or exists without `overwrite`."""
+    """Refuses an output, before long work, that is also an input, is not a regular file, is inside
+    a bundle, or exists without `overwrite`."""
     for given in inputs:
         there = given is not None and os.path.exists(given) and path.exists()
         if given is not None and there and os.path.samefile(given, path):
-            raise UsageError(
-                f"{path} is what is read, and would be replaced", fix="Give another name with -o."
-            )
+            raise UsageError(f"{path} is both input and output", fix="Give another name with -o.")
     if path.is_dir():
         raise UsageError(f"{path} is a directory", fix="Give the name of a file with -o.")
     if path.exists() and not path.is_file():
         raise UsageError(
-            f"{path} is a device or a pipe, which would be replaced by a file",
+            f"{path} is a device or a pipe, not a regular file",
             fix="Give the name of a file with -o; --json writes to stdout.",
         )
     if path.exists() and not overwrite:
@@ -63,7 +61,7 @@ def check_output(
         if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
             raise UsageError(
                 f"{path} is inside the bundle {parent.name}",
-                fix="Results and policies belong beside a bundle, never in it; choose another -o.",
+                fix="Store results and policies beside the bundle: choose another -o.",
             )
         if parent.exists() and not parent.is_dir():
             raise UsageError(f"{parent} is a file, not a directory", fix="Choose another -o.")

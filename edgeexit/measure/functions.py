@@ -1,4 +1,4 @@
-"""Functions of the user's own, named on the command line: ``module:function``."""
+"""Loads user functions given on the command line as ``module:function``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # A module missing inside the user's own module is another fault than a wrong name.
+        # A module may be missing inside the user's module, not the user's module itself.
         if error.name is None:
             raise
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise UsageError(
                 f"{what} {spec}: it needs the module {error.name}, which is not installed",
-                fix=f"Install what brings {error.name} into this environment.",
+                fix=f"Install {error.name} in this environment.",
             ) from error
         raise UsageError(f"{what} {spec}: there is no module {error.name}", fix=fix) from error
     except FileNotFoundError as error:

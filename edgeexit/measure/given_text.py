@@ -1,10 +1,9 @@
-"""What a policy does on texts that are given (teacher forcing): agreement and perplexity.
+"""Evaluates a policy on given texts (teacher forcing): agreement and perplexity.
 
-The audit of mode ``fast`` asks the last exit about a text that early exits have begun. A model goes
-along with a bad beginning, so exits that write nonsense still find agreement there. On a given text
-every exit reads the same words, which somebody else wrote: what it says there is what it is worth.
-Catch-up keeps the states of ``fast`` exact, so these are the exits that ``fast`` takes on this
-text; of ``approximate`` they are not.
+The audit of mode ``fast`` compares exits on the text that early exits have generated. A model tends
+to continue a bad text, so agreement there can be high even if the exits are bad. On a given text,
+all exits read the same words, so the figures show their quality. The exits taken are those of mode
+``fast``, whose states are exact; mode ``approximate`` may take others.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.runtime import Model
 
 FEW_TOKENS = 200
-"""Below so many tokens, figures are no more than a hint."""
+"""With fewer tokens, figures are only a rough estimate."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ class GivenText:
     """A policy on given texts.
 
     Attributes:
-        tokens: Tokens that another one follows.
-        exits: Exit -> how many of them it answers.
-        agreement: Share of the tokens that leave early for which the last exit predicts the same
-            token; None: none leaves early.
-        agreement_of_all_tokens: The same of all tokens; those that do not leave early agree.
-        perplexity: Of the texts, by the exits that the policy takes.
-        perplexity_full: Of the texts, by the last exit.
+        tokens: Number of tokens that have a next token.
+        exits: Exit -> number of tokens that it answers.
+        agreement: Share of early tokens for which the last exit predicts the same token; None if
+            no token is early.
+        agreement_of_all_tokens: The same for all tokens; tokens of the last exit count as agreeing.
+        perplexity: Perplexity of the texts with the exits that the policy takes.
+        perplexity_full: Perplexity of the texts at the last exit.
     """
 
     tokens: int
@@ -48,7 +47,7 @@ class GivenText:
     perplexity_full: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, rounded, for a report; None in place of infinity."""
+        """The fields, rounded, for a report; infinity becomes None."""
 
         def plain(value: Any) -> Any:
             if not isinstance(value, float):
@@ -63,23 +62,23 @@ class GivenText:
         agrees = ""
         if self.agreement is not None:
             agrees = f", and the last exit agrees with {self.agreement:.1%} of those"
-        few = f" (only {self.tokens} tokens: a hint)" if self.tokens < FEW_TOKENS else ""
+        few = f" (only {self.tokens} tokens: imprecise)" if self.tokens < FEW_TOKENS else ""
         return (
-            f"on given text{few}: {early / self.tokens:.0%} of tokens leave early{agrees}; "
+            f"on given text{few}: {early / self.tokens:.0%} of tokens exit early{agrees}; "
             f"perplexity {self.perplexity:.4g}, at full depth {self.perplexity_full:.4g}"
         )
 
 
 def judge(trace: Trace, policy: Policy | Rule) -> GivenText | None:
-    """A policy, or the rule of the chain that writes, on the texts of a trace. None: its rows are
-    no tokens, or none of them has another one behind it."""
+    """Evaluates a policy, or a rule of the chain that writes, on the texts of a trace. None if its
+    rows are not tokens, or if no token has a next token."""
     if trace.next_log_probs is None:
         return None
     return of_exits(trace, replay(trace, policy))
 
 
 def of_exits(trace: Trace, taken: NDArray[np.int64]) -> GivenText | None:
-    """The same for exits that were chosen already, one per row of the trace."""
+    """The same for given exits, one per row of the trace."""
     assert trace.next_log_probs is not None
     known = ~np.isnan(trace.next_log_probs[-1])
     if not known.any():
@@ -106,16 +105,16 @@ def on_given_texts(
     texts: Sequence[Sequence[int]],
     inputs: Sequence[Mapping[str, NDArray]] | None = None,
 ) -> GivenText | None:
-    """The model's policy on texts, as token ids.
+    """Evaluates the model's policy on texts given as token ids.
 
     Args:
-        model: One that writes. It opens its components again with every score, if they were not
-            opened so, and keeps them: time it before.
-        texts: Each at least one token.
-        inputs: Per text, what earlier chains take, with one row.
+        model: A model that writes text. It reopens its components with all scores, if it has not
+            done so, and keeps them: measure times before.
+        texts: Token ids, at least one per text.
+        inputs: Per text, the inputs of earlier chains, with one row.
 
     Returns:
-        None if no text has a second token.
+        None if every text has a single token.
     """
     others = inputs or [{} for _ in texts]
     pairs = zip(texts, others, strict=True)

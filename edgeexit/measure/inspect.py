@@ -1,4 +1,4 @@
-"""What is in a bundle, as plain data: components, exits, what crosses each boundary, weights."""
+"""Describes a bundle as plain data: components, exits, tensors at boundaries, weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from edgeexit.measure.check import REFERENCE
 
 
 def axis_sizes(bundle: Bundle, given: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Sizes of the symbolic axes for one row: those given, else those of the reference sample."""
+    """Sizes of the symbolic axes for one row: as given, else as in the reference sample."""
     sizes: dict[str, int] = {}
     if REFERENCE in bundle.manifest.samples:
         samples = read_npz(bundle.file(REFERENCE))
@@ -38,7 +38,7 @@ def axis_sizes(bundle: Bundle, given: Mapping[str, int] | None = None) -> dict[s
 
 
 def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Everything `edgeexit inspect` shows. Sizes in bytes; None where an axis is not known.
+    """All data of `edgeexit inspect`. Sizes are in bytes; None if an axis size is unknown.
 
     Args:
         bundle: The opened bundle.
@@ -70,7 +70,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _step(step: Step) -> str:
-    """A step of the program, in words."""
+    """A step of the program, for people."""
     if isinstance(step, Run):
         return f"run {step.chain} ({step.when})"
     if isinstance(step, Gather):
@@ -79,7 +79,7 @@ def _step(step: Step) -> str:
 
 
 def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Components in order, with what crosses behind each and the exits there."""
+    """Components in order, each with the tensors behind it and its exits."""
     components = bundle.manifest.components
     made: dict[str, Tensor] = {}
     found = []
@@ -134,7 +134,7 @@ def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
 
 
 def _exit(bundle: Bundle, exit_: Exit) -> dict[str, Any]:
-    """An exit, and the components that stand on its path."""
+    """An exit and the components of its path."""
     return {
         "name": exit_.name,
         "action": exit_.action,
@@ -162,7 +162,7 @@ def _graphs(bundle: Bundle, component: Component) -> list[dict[str, Any]]:
 
 
 def _state_bytes(component: Component) -> int:
-    """What a component keeps of one token of one row."""
+    """Bytes of a component's states per token and row."""
     tensors = [
         Tensor(name=state.name, dtype=state.dtype, axes=state.axes)
         for state in component.states
@@ -172,7 +172,7 @@ def _state_bytes(component: Component) -> int:
 
 
 def tensor_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int | None:
-    """Bytes of a tensor for given axis sizes; None when one of its axes is not known."""
+    """Bytes of a tensor for given axis sizes; None if an axis size is unknown."""
     shape = [sizes.get(axis) if isinstance(axis, str) else axis for axis in tensor.axes]
     if any(size is None for size in shape):
         return None

@@ -1,4 +1,4 @@
-"""Comparisons with reference samples, and the tolerances that decide them."""
+"""Comparisons with reference samples, and their tolerances."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ TOLERANCES = {
     # up to 1.4 % of the largest logit apart.
     "int4": (1e-1, 5e-2),
 }
-"""Precision -> absolute and relative tolerance, where the user gives none."""
+"""Precision -> default absolute and relative tolerance."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing compared.
+    """The result of one comparison.
 
     Attributes:
         where: The exit, ``unsplit`` or ``preprocessing``.
-        what: The output or score, and how it was run.
+        what: The output or score, and how the rows ran.
         difference: Largest absolute difference; infinite for NaN against a number or another shape.
         passed: Whether every element is within atol + rtol * abs(reference).
     """
@@ -42,9 +42,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons, with the tolerances they were judged by.
+    """All comparisons, with their tolerances.
 
-    `notes` says what could not be compared here, and why.
+    `notes` lists what was not compared, and why.
     """
 
     comparisons: list[Comparison]
@@ -55,11 +55,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether all of them held."""
+        """Whether all comparisons passed."""
         return all(one.passed for one in self.comparisons)
 
     def require(self) -> None:
-        """Raises `CheckError` naming the worst comparison if one did not hold."""
+        """Raises `CheckError` with the worst comparison if a comparison failed."""
         failed = [one for one in self.comparisons if not one.passed]
         if failed:
             worst = max(failed, key=lambda one: one.difference)
@@ -67,8 +67,8 @@ class Report:
                 f"{worst.where}: {worst.what} differs from the reference by {worst.difference:.3g} "
                 f"(allowed: {self.atol:g} + {self.rtol:g} x value); {len(failed)} of "
                 f"{len(self.comparisons)} comparisons failed",
-                fix="If the device computes in lower precision on purpose, allow more with --atol "
-                "and --rtol; otherwise export again, or try another version of the engine.",
+                fix="If the device is meant to compute in lower precision, increase --atol and "
+                "--rtol; otherwise export again, or try another version of the engine.",
             )
 
 
@@ -104,11 +104,11 @@ class Judge:
         self.comparisons.append(Comparison(where, what, float(apart.max(initial=0.0)), passed))
 
     def count(self, where: str, what: str, wrong: int) -> None:
-        """Takes in how many answers differ where none may."""
+        """Adds a comparison that must be exact; `wrong` answers differ."""
         self.comparisons.append(Comparison(where, what, float(wrong), not wrong))
 
     def near(self, scores: NDArray, threshold: float) -> NDArray[np.bool_]:
-        """Scores so close to a threshold that either decision is right."""
+        """Marks scores so close to a threshold that both decisions are acceptable."""
         with np.errstate(invalid="ignore"):
             near = np.abs(scores - threshold) <= self.atol + self.rtol * np.abs(scores)
         return np.asarray(near & np.isfinite(scores), np.bool_)

@@ -1,10 +1,10 @@
-"""Pictures of what `calibrate` and `bench` print, as PNG or SVG by the file's suffix.
+"""Plots of the results of `calibrate` and `bench`, as PNG or SVG by the file's suffix.
 
-`check_plot` refuses a file before anything is measured; `plot_calibration` and `plot_bench` draw
-the same structs that the tables are made of. matplotlib (the extra ``plot``) is imported when a
-picture is drawn, without pyplot: no window, no display, no state that stays.
+`check_plot` checks the file name before a measurement; `plot_calibration` and `plot_bench` plot the
+data of the printed tables. matplotlib (the extra ``plot``) is imported when a plot is drawn,
+without pyplot, so that no window, display or global state is involved.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; shapes differ too.
+Colours are from the palette of Okabe and Ito for colour-blind readers; shapes differ too.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 POINTS = 2000
-"""Points of a curve that are drawn at most: more than a line has pixels."""
+"""Maximum number of plotted points of a curve: more than the width in pixels."""
 RISKS = {
     "consistency": "whose prediction differs from the last exit's",
     "performance": "that the last exit predicts right and the policy wrong",
 }
 BLUE, ORANGE, GREY, DARK = "#0072B2", "#D55E00", "#B8B8B8", "#404040"
 _STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # names are the user's: a $ in one starts no formula
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "text.parse_math": False,  # user names may contain $
+    "font.family": "DejaVu Sans",  # shipped with matplotlib
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,17 +46,17 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "svg.fonttype": "none",  # words stay words: they can be searched and copied
+    "svg.fonttype": "none",  # keep text as text, to search and copy
     "svg.hashsalt": "edgeexit",  # equal figures give equal files
 }
 
 
 def check_plot(path: Path, *others: str | os.PathLike[str] | None) -> None:
-    """Refuses a picture before work is spent on it.
+    """Checks the file name of a plot before a measurement.
 
     Args:
-        path: The picture.
-        others: Files that are read or written beside it.
+        path: File of the plot.
+        others: Other input and output files.
 
     Raises:
         UsageError: The suffix is neither .png nor .svg, or the file cannot be written there.
@@ -64,14 +64,14 @@ def check_plot(path: Path, *others: str | os.PathLike[str] | None) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
-            f"--plot {path}: the suffix {path.suffix or '(none)'} names no kind of picture",
+            f"--plot {path}: unsupported suffix {path.suffix or '(none)'}",
             fix="Give a file that ends in .png or .svg.",
         )
     check_output(path, *others)
     for other in others:
         if other is not None and Path(other).resolve() == path.resolve():
             raise UsageError(
-                f"--plot {path}: -o names the same file", fix="Give the picture another name."
+                f"--plot {path}: -o has the same file", fix="Give the plot another name."
             )
     if importlib.util.find_spec("matplotlib") is None:
         raise MeasurementError(
@@ -89,16 +89,16 @@ def plot_calibration(
     *,
     score: str,
 ) -> None:
-    """Draws the trade-off of a calibration: risk against threshold and against mean depth, and
-    every exit on its own beside the share of rows that it answers.
+    """Plots the trade-off of a calibration: risk against threshold and mean depth, each exit alone,
+    and the share of rows that it answers.
 
     Args:
         path: Ends in .png or .svg.
-        curve: Every outcome of a common threshold.
-        chosen: The point of it that was chosen.
+        curve: Every result of a common threshold.
+        chosen: Index of the chosen point.
         exits: Figures of every exit, in order.
-        calibration: What the policy records of itself (`Policy.calibration`).
-        score: The score that the thresholds compare.
+        calibration: `Policy.calibration` of the chosen policy.
+        score: The score that is compared with thresholds.
     """
     what = "tokens" if "texts" in calibration else "rows"
     with _figure(path, width=10.0, height=7.0) as figure:
@@ -114,18 +114,18 @@ def plot_calibration(
         below.set_title("Each exit alone")
         _bars(shares, list(calibration["exit_shares"].values()), [one.name for one in exits])
         shares.set_ylabel(f"share of {what} (%)")
-        shares.set_title("Where they leave under the chosen policy")
+        shares.set_title("Exits taken with the chosen policy")
 
 
 def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
-    """Draws a result of `edgeexit.measure.bench.bench.bench` against the unsplit model.
+    """Plots a result of `edgeexit.measure.bench.bench.bench` against the unsplit model.
 
     Rows one at a time: the time of every exit's path; full batches: rows per second. Language
     models: tokens per second and the time to the first token, of every mode.
 
     Args:
         path: Ends in .png or .svg.
-        result: What ``edgeexit bench --json`` prints.
+        result: The object that ``edgeexit bench --json`` prints.
     """
     machine, data = result["environment"], result["data"]["name"]
     with _figure(path, width=10.0, height=max(3.2, 1.6 + 0.3 * _lines(result))) as figure:
@@ -144,7 +144,7 @@ def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _lines(result: Mapping[str, Any]) -> int:
-    """Lines that the picture needs room for."""
+    """Number of lines that the plot needs space for."""
     if "modes" in result:
         return len(result["modes"]) + 1
     return len(result["exits"]) + (2 if result["mode"] == "latency" else 6)
@@ -152,7 +152,7 @@ def _lines(result: Mapping[str, Any]) -> int:
 
 @contextmanager
 def _figure(path: Path, *, width: float, height: float) -> Iterator[Figure]:
-    """A figure in this module's style, whatever the user's own is; written at the end."""
+    """A figure in this module's style, not the user's; written to the file at the end."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -176,7 +176,7 @@ def _title(figure: Figure, text: str) -> None:
 def _draw_risk(
     left: Axes, right: Axes, curve: Curve, chosen: int, calibration: Mapping[str, Any]
 ) -> None:
-    """The curve twice, over thresholds and over depths, with the limit and the choice."""
+    """Plots the curve over thresholds and over depths, with the limit and the chosen point."""
     count = len(curve.thresholds)
     points = np.unique(np.r_[np.linspace(0, count - 1, min(count, POINTS)).round(), chosen])
     points = points.astype(np.int64)
@@ -234,7 +234,7 @@ def _percent(value: float) -> str:
 
 
 def _name(axes: Axes, names: Sequence[str]) -> None:
-    """Writes names under an axis, turned where they have no room side by side."""
+    """Writes names under an axis, rotated if they are too long."""
     turned: dict[str, Any] = {}
     if sum(map(len, names)) > 40:
         turned = {"rotation": 45, "ha": "right"} if len(names) <= 12 else {"rotation": 90}
@@ -242,7 +242,7 @@ def _name(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names that leave room for what they name."""
+    """Shortens long names."""
     return [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
 
 
@@ -259,7 +259,7 @@ def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
         _draw_rates(beside, result)
     for place, (name, found) in enumerate(lanes):
         colour = {"unsplit": DARK, "natural exits": ORANGE}.get(name, BLUE)
-        # No further than p90: beyond it are the pauses of a busy machine, which dwarf the rest.
+        # Up to p90 only: longer times come from other load and would dominate the plot.
         median, end = found["p50_ms"], found.get("p90_ms", found["p50_ms"])
         axes.plot([median, end], [place, place], color=colour, linewidth=3)
         axes.plot(median, place, "o", color=colour)
@@ -270,7 +270,7 @@ def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
     axes.set_xlabel("time per row (ms); dot: median, line: to the 90th percentile")
-    axes.set_title("Time on the way to each exit")
+    axes.set_title("Time up to each exit")
 
 
 def _draw_throughput(figure: Figure, result: Mapping[str, Any]) -> None:
@@ -293,11 +293,11 @@ def _draw_throughput(figure: Figure, result: Mapping[str, Any]) -> None:
 
 
 def _draw_rates(axes: Axes, result: Mapping[str, Any]) -> None:
-    """Where rows leave."""
+    """Plots the share of rows per exit."""
     rows = [(one["name"], 100 * one["rate"], 0.0, BLUE) for one in result["exits"]]
     _lying_bars(axes, rows, [_percent(rate) for _, rate, _, _ in rows])
     axes.set_xlabel("share of rows (%)")
-    axes.set_title(f"Where rows leave (score {result['policy']['score']})")
+    axes.set_title(f"Exits taken (score {result['policy']['score']})")
 
 
 def _draw_modes(figure: Figure, result: Mapping[str, Any]) -> None:
@@ -326,9 +326,9 @@ def _draw_modes(figure: Figure, result: Mapping[str, Any]) -> None:
 def _lying_bars(
     axes: Axes, bars: Sequence[tuple[str, float, float, str]], labels: Sequence[str]
 ) -> None:
-    """Bars from the left, each ``(name, value, half of its spread, colour)``, with a label behind.
+    """Horizontal bars, each ``(name, value, half of its spread, colour)``, with a label behind.
 
-    The first one is on top.
+    The first bar is on top.
     """
     for place, ((_, value, half, colour), label) in enumerate(zip(bars, labels, strict=True)):
         axes.barh(place, value, color=colour, xerr=half or None, ecolor=DARK)
@@ -339,7 +339,7 @@ def _lying_bars(
 
 
 def _label(axes: Axes, text: str, x: float, y: float) -> None:
-    """Writes beside a point, over whatever lines pass there."""
+    """Writes a label beside a point, on top of lines."""
     axes.annotate(
         text,
         (x, y),

@@ -1,7 +1,7 @@
-"""What every exit says of inputs, for any program: of every row, or of every token of texts.
+"""Runs inputs through all exits of a chain: outputs and scores per row, or per token of texts.
 
-All that compares or calibrates asks exits here. Arrays are named as in the samples that exporters
-leave in bundles: ``EXIT/NAME``.
+`check`, `trace` and `quantisation_effect` use it. Arrays are named ``EXIT/NAME``, as in the samples
+of a bundle.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from edgeexit.runtime import Model
 
 @dataclass(frozen=True)
 class Answers:
-    """What every exit of a chain says of a batch.
+    """Outputs and scores of all exits of a chain for a batch.
 
     Attributes:
-        arrays: ``EXIT/NAME`` -> outputs and scores ``[batch, ...]``; of texts ``token`` and scores
-            ``[batch, seq]``, and the ``logits`` of each row's last token ``[batch, vocabulary]``.
-        times_ms: Per exit, milliseconds of the components that lead to it from the exit before.
+        arrays: ``EXIT/NAME`` -> outputs and scores ``[batch, ...]``; for texts, ``token`` and
+            scores ``[batch, seq]``, and ``logits`` of each row's last token ``[batch,
+            vocabulary]``.
+        times_ms: Per exit, milliseconds of the components since the exit before.
     """
 
     arrays: dict[str, NDArray]
@@ -39,7 +40,7 @@ def ask(
     chain: str | None = None,
     step: int | None = None,
 ) -> Answers:
-    """Asks every exit of a chain about a batch. Arguments as for `Model.trace`."""
+    """Runs every exit of a chain on a batch. Arguments as for `Model.trace`."""
     trace = model.trace(inputs, chain=chain, step=step)
     pairs = zip(trace.exits, trace.outputs, trace.scores, strict=True)
     arrays = {f"{e}/{k}": v for e, outputs, scores in pairs for k, v in (outputs | scores).items()}
@@ -60,7 +61,7 @@ def ask_in_batches(
     *,
     chain: str | None = None,
 ) -> dict[str, NDArray]:
-    """Asks every exit of a chain about so many rows, or texts, at a time."""
+    """Runs every exit of a chain on the rows, or texts, batch by batch."""
     parts = []
     rows = row_count(model.bundle, inputs)
     for start in range(0, rows, size):
@@ -76,7 +77,7 @@ def predictions(arrays: Mapping[str, NDArray], exit_: str) -> NDArray[np.int64]:
 
 
 def chain_named(model: Model, name: str | None) -> Chain:
-    """A chain of a model; None: the one that answers. Raises `UsageError` for an unknown one."""
+    """A chain of a model; None: the answering chain. Raises `UsageError` for an unknown name."""
     name = model.chain_name if name is None else name
     if name not in model.chains:
         raise UsageError(

@@ -1,10 +1,10 @@
-"""Which decisions a quantised bundle takes that the model in float32 would not.
+"""Counts decisions of a quantised bundle that differ from the float32 model.
 
-Quantising moves scores a little, and a score near its threshold moves to the other side. The bundle
-holds inputs with the float32 answers to them (`edgeexit.export.passes.quantise`): data behind what
-set the ranges of activations, where there was more. Here the device's own answers are compared with
-those. The counts are informational: a policy calibrated on the quantised bundle does not depend on
-float32.
+Quantisation changes scores slightly, and a score near its threshold may cross it. The bundle has
+inputs with their float32 answers (`edgeexit.export.passes.quantise`), from the calibration data
+that was not used for activation ranges, if there was any. This module compares the device's answers
+with them. The counts are informational: a policy calibrated on the quantised bundle does not depend
+on float32.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from edgeexit.runtime import Model
 FLOAT32 = "samples/float32.npz"
 BATCH = 32
 SCORE = "entropy"
-"""The score whose decisions are compared where no policy names one."""
+"""The score to compare if there is no policy."""
 
 
 @dataclass(frozen=True)
 class Flips:
-    """What differs at one exit.
+    """Differences at one exit.
 
     Attributes:
         exit: Its name.
-        rows: How many were compared: rows, or tokens of texts.
-        answers: Rows that get another class or token.
-        decisions: Rows that leave here in one precision and not in the other; None at the last
-            exit, and where the policy never leaves.
-        score: Largest difference of the score that decides.
+        rows: Number of compared rows, or tokens of texts.
+        answers: Number of rows with another class or token.
+        decisions: Number of rows that stop here in only one precision; None at the last exit, and
+            at exits where the policy never stops.
+        score: Largest difference of the compared score.
     """
 
     exit: str
@@ -48,17 +48,17 @@ class Flips:
 
 
 def has_float32(bundle: Bundle) -> bool:
-    """Whether the bundle says what the model answered in float32."""
+    """Whether the bundle has float32 answers."""
     return FLOAT32 in bundle.manifest.samples
 
 
 def count_flips(model: Model, policy: Policy | Rule | None = None) -> list[Flips]:
-    """Counts, exit by exit, for the inputs that the bundle holds.
+    """Counts differences per exit for the inputs in the bundle.
 
     Args:
-        model: Best opened with all its scores.
-        policy: Whose thresholds decide; None: the median of the float32 entropy scores at each
-            exit, where most decisions are close.
+        model: The bundle, preferably loaded with all scores.
+        policy: Gives the thresholds; None: the median of the float32 entropy scores at each exit,
+            where most decisions are close.
     """
     bundle = model.bundle
     decisions = None

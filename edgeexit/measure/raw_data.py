@@ -1,7 +1,7 @@
-"""Images and texts in files, which the bundle's own preprocessing turns into inputs.
+"""Data sets of images and texts in files, converted by the bundle's preprocessing.
 
-A folder of images, with a sub-folder per label or none; or ``.jsonl`` with ``{"text": ...}`` or
-``{"image": path}`` and ``"label"``. Files are read batch by batch.
+Formats: a folder of images, with one sub-folder per label or without labels; or ``.jsonl`` with
+``{"text": ...}`` or ``{"image": path}`` and ``"label"``. Files are read batch by batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 def open_folder(path: Path, bundle: Bundle) -> DataSet:
-    """A folder of images as a data set."""
+    """Opens a folder of images as a data set."""
     preprocessing = _images_wanted(bundle, str(path))
     rows = _image_rows(path, bundle)
     if not rows:
@@ -58,12 +58,12 @@ def open_folder(path: Path, bundle: Bundle) -> DataSet:
 
 
 def _image_rows(path: Path, bundle: Bundle) -> list[tuple[Path, int | None]]:
-    """The images of a folder with the labels that their own folders give them."""
+    """The images of a folder, labelled by the names of their sub-folders."""
     found, folders = _image_files(path), sorted(f for f in path.iterdir() if f.is_dir())
     folders = [folder for folder in folders if not folder.name.startswith(".")]
     if found and folders:
         raise DataError(
-            f"{path}: images and folders side by side ({found[0].name}, {folders[0].name})",
+            f"{path}: both images and folders ({found[0].name}, {folders[0].name})",
             fix="Put images into one folder per label, or all into one folder without labels.",
         )
     labels = bundle.manifest.labels
@@ -92,7 +92,7 @@ def _images_wanted(bundle: Bundle, where: str) -> ImagePreprocessing:
     if not isinstance(preprocessing, ImagePreprocessing):
         raise DataError(
             f"{where}: the bundle has no image preprocessing",
-            fix=f"Give the inputs themselves as .npz: {input_names(bundle)}.",
+            fix=f"Give the model's inputs as .npz: {input_names(bundle)}.",
         )
     return preprocessing
 
@@ -100,7 +100,7 @@ def _images_wanted(bundle: Bundle, where: str) -> ImagePreprocessing:
 def _pixels(
     preprocessing: ImagePreprocessing, images: Sequence[ImageSource], names: Sequence[str]
 ) -> NDArray:
-    """What the model takes of images. Raises `DataError` naming the one that cannot be taken."""
+    """Preprocesses images. Raises `DataError` with the name of an image that is refused."""
     found = []
     for image, name in zip(images, names, strict=True):
         try:
@@ -123,12 +123,12 @@ def _labels(labels: Sequence[int | None]) -> NDArray[np.int64] | None:
 
 
 def open_lines(path: Path, bundle: Bundle) -> DataSet:
-    """A ``.jsonl`` file of texts or images as a data set."""
+    """Opens a ``.jsonl`` file of texts or images as a data set."""
     preprocessing = bundle.manifest.preprocessing
     if preprocessing is None:
         raise DataError(
-            f"{path.name}: the bundle declares no preprocessing, for texts or for images",
-            fix=f"Give the inputs themselves as .npz: {input_names(bundle)}.",
+            f"{path.name}: the bundle has no preprocessing for texts or images",
+            fix=f"Give the model's inputs as .npz: {input_names(bundle)}.",
         )
     key = "text" if isinstance(preprocessing, TextPreprocessing) else "image"
 
@@ -153,7 +153,7 @@ def open_lines(path: Path, bundle: Bundle) -> DataSet:
 
 
 def json_object(line: str | bytes, where: str, example: str) -> dict[str, Any]:
-    """The object of a line of ``.jsonl``. Raises `DataError` naming `where`."""
+    """Parses the JSON object of a line. Raises `DataError` with `where`."""
     fix = f"Write one object per line: {example}"
     try:
         row = json.loads(line)
@@ -187,7 +187,7 @@ def _batch(
     ]
     if any(index is None for index in indices) and any(index is not None for index in indices):
         where = part[indices.index(None)][0]
-        raise DataError(f"{where}: it has no label, others have", fix="Label every row, or none.")
+        raise DataError(f"{where}: the label is missing", fix="Label every row, or no row.")
     preprocessing = bundle.manifest.preprocessing
     if isinstance(preprocessing, ImagePreprocessing):
         images = [

@@ -1,8 +1,8 @@
-"""Texts for models that write: prompts that they continue, and whole texts that a trace reads.
+"""Data sets for models that write text: prompts to continue, and whole texts for traces.
 
-``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; ``.npz`` keyed by the
-program's inputs; or ``module:function`` that gives a list of texts, of lists of ids, or of such
-objects. Where an encoder reads the prompt, ``target`` is the text that the decoder writes.
+Formats: ``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; ``.npz`` keyed by
+the program's inputs; or ``module:function`` that returns a list of texts, of lists of ids, or of
+such objects. If an encoder reads the prompt, ``target`` is the text of the decoder.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from edgeexit.runtime.text.tokenizer import encode, encode_batch, open_tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """A text for a model that writes.
+    """A text for a model that writes text.
 
     Attributes:
-        tokens: What the decoder reads of it.
-        inputs: What earlier chains take, with one row.
+        tokens: Token ids for the decoder.
+        inputs: Inputs of earlier chains, with one row.
     """
 
     tokens: list[int]
@@ -43,12 +43,12 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
 
     Args:
         source: A ``.jsonl`` or ``.npz`` file, or ``module:function``.
-        bundle: Of a model that writes.
-        targets: Where an encoder reads the prompt, also the text that the decoder writes; otherwise
-            that is only begun.
+        bundle: Of a model that writes text.
+        targets: If an encoder reads the prompt, also read the decoder's text. Without, the
+            decoder's text has only the start tokens.
 
     Raises:
-        DataError: The texts cannot be read or do not fit; names file and line.
+        DataError: The texts cannot be read or do not fit; with file and line.
     """
     if source.endswith(".npz"):
         return _from_arrays(Path(source), bundle, targets=targets)
@@ -67,12 +67,12 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
 
 
 def open_texts(source: str, bundle: Bundle) -> DataSet:
-    """Texts as a data set: rows of a batch are texts of one length."""
+    """Opens texts as a data set: rows of a batch are texts of one length."""
     return as_data(read_texts(source, bundle, targets=True), bundle, Path(source).name)
 
 
 def as_data(texts: Sequence[Text], bundle: Bundle, name: str) -> DataSet:
-    """Texts as a data set of this name: rows of a batch are texts of one length."""
+    """Makes a data set of texts: rows of a batch are texts of one length."""
     decoding = bundle.manifest.decoding
     assert decoding is not None
     rows = [{decoding.tokens: np.array([text.tokens])} | text.inputs for text in texts]
@@ -101,13 +101,13 @@ def _together(rows: list[dict[str, NDArray]], numbers: list[int]) -> Batch:
 
 
 def vocabulary(bundle: Bundle, ids: str) -> int:
-    """How many token ids the table has that an input of ids is looked up in."""
+    """Number of rows of the table in which an input of ids is looked up."""
     steps = bundle.manifest.steps
     return next((s.size for s in steps if isinstance(s, Gather) and s.ids == ids), 1 << 31)
 
 
 class _Reader:
-    """Makes token ids of texts, as a program takes them."""
+    """Converts texts to a program's token ids."""
 
     def __init__(self, bundle: Bundle, *, targets: bool) -> None:
         decoding = bundle.manifest.decoding
@@ -130,19 +130,19 @@ class _Reader:
                 fix='Write lines like {"text": "...", "target": "..."}.',
             )
         written = self._ids(row["target"], self._tokens, where)
-        # A tokenizer may itself begin a text with what the start tokens end with.
+        # A tokenizer may begin a text with tokens that the start tokens already end with.
         shared = next(
             n for n in range(len(self._start), -1, -1) if self._start[-n:] == written[:n] or not n
         )
         return Text([*self._start, *written[shared:]], inputs)
 
     def _source(self, given: Any, where: str) -> dict[str, NDArray]:
-        """What an encoder takes of a text or of token ids."""
+        """The encoder's inputs for a text or token ids."""
         preprocessing = self._bundle.manifest.preprocessing
         if not isinstance(preprocessing, TextPreprocessing):
             raise DataError(
-                f"{where}: the bundle does not say how a prompt becomes inputs",
-                fix="Give the inputs themselves as .npz.",
+                f"{where}: the bundle has no preprocessing for prompts",
+                fix="Give the model's inputs as .npz.",
             )
         if isinstance(given, str):
             return encode_batch(self._bundle, [given])
@@ -161,14 +161,14 @@ class _Reader:
         known = isinstance(given, (list, tuple)) and len(given) > 0
         if not known or not all(isinstance(n, int) and 0 <= n < limit for n in given):
             raise DataError(
-                f"{where} is empty or has something in it that is no token id",
+                f"{where} is empty or has invalid token ids",
                 fix=f"Give texts, or lists of ids from 0 to {limit - 1}.",
             )
         return list(given)
 
 
 def _lines(source: str) -> list[tuple[str, Any]]:
-    """The objects of a file's lines, with where each is."""
+    """The objects of a file's lines, each with its file and line for messages."""
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -202,8 +202,8 @@ def _from_arrays(path: Path, bundle: Bundle, *, targets: bool) -> list[Text]:
     except InputError as error:
         raise DataError(
             f"{path.name}: {error.what}",
-            fix=f"{bundle.manifest.name} writes text: give the token ids of texts as "
-            f"{', '.join(expected)}, or texts as .jsonl.",
+            fix=f"{bundle.manifest.name} writes text: give token ids as {', '.join(expected)}, "
+            "or texts as .jsonl.",
         ) from error
     tokens = arrays.pop(decoding.tokens, None)
     return [

@@ -1,11 +1,11 @@
-"""Traces: what every exit says about a data set, recorded once and replayed under any policy.
+"""Traces: scores and predictions of every exit for a data set, to replay with any policy.
 
-One run executes every component for every row and keeps, per row and exit, the scores and the
-prediction, the label if there is one, and the time of every segment. `replay` then tells in
-milliseconds where each row would have left under a policy: exact for a classifier, because an exit
-changes nothing that was computed before it. Of a model that writes, rows are the tokens of given
-texts, and labels the tokens that follow; what an early token changes behind it is not replayed.
-`edgeexit.measure.trace_file` keeps traces on disk.
+`record` runs every component for every row and keeps the scores and prediction per row and exit,
+the labels, and the time of every segment. `replay` computes in milliseconds at which exit each row
+would stop with a policy. This is exact for a classifier, as an exit does not change earlier
+results. For a model that writes text, rows are tokens of given texts and labels the next tokens;
+the effect of an early token on later tokens is not replayed. `edgeexit.measure.trace_file` reads
+and writes trace files.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from edgeexit.runtime import Model
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
 
 NO_LABEL = -1
-"""Label of a token that none follows."""
+"""Label of a token without a next token."""
 TIMED_RUNS, TIMED_TOKENS = 3, 32
-"""Texts that are run token by token for the times of a trace, and tokens of each."""
+"""Number of texts to run token by token for the times of a trace, and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,22 @@ class Trace:
 
     Attributes:
         bundle: Digest of the bundle.
-        engine: What computed it (`Model.describe_engine`).
+        engine: Engine and version (`Model.describe_engine`).
         data: ``name`` and ``digest`` of the data set.
         exits: Names in order; the last one always answers.
         scores: Score name -> ``[exit, row]`` float32.
         predictions: ``[exit, row]``, the class or token with the largest logit.
-        labels: ``[row]`` classes or tokens, `NO_LABEL` where there is none; None: there are none.
-        batch_rows: ``[batch]``, rows of each batch that ran.
+        labels: ``[row]`` classes or tokens, `NO_LABEL` for rows without; None: no labels.
+        batch_rows: ``[batch]``, rows of each batch.
         times_ms: ``[run, segment]`` milliseconds; segment k ends at exit k.
-        batch_size: Rows per batch that were asked for; the last batch may have fewer.
-        independent: Whether rows of a batch may leave at different exits.
-        chain: The chain whose exits they are.
-        other_chains: Other chains of the bundle with exits -> a score that they have.
-        groups: ``[row]``, the text that a token is of, by its place in the data; None: rows are no
-            tokens.
+        batch_size: Requested rows per batch; the last batch may have fewer.
+        independent: Whether rows of a batch may take different exits.
+        chain: The traced chain.
+        other_chains: Other chains of the bundle with exits -> one of their scores.
+        groups: ``[row]``, index of the text of each token in the data; None: rows are not tokens.
         timed_rows: ``[run]``, rows of each run of `times_ms`; None: those of the batches.
-        next_log_probs: ``[exit, row]``, log-probability that an exit gives to the token that
-            follows (NaN where none does); None: rows are no tokens.
+        next_log_probs: ``[exit, row]``, log-probability of the next token at an exit (NaN without
+            a next token); None: rows are not tokens.
     """
 
     bundle: str
@@ -81,12 +80,12 @@ class Trace:
 
     @property
     def texts(self) -> int | None:
-        """Number of texts; None: rows are no tokens."""
+        """Number of texts; None: rows are not tokens."""
         return None if self.groups is None else len(np.unique(self.groups))
 
     @property
     def rows_per_run(self) -> int:
-        """Rows of the runs that `segment_ms` tells the times of."""
+        """Rows of the runs that `segment_ms` uses."""
         return int(self._timed_rows.max())
 
     @property
@@ -94,20 +93,20 @@ class Trace:
         return self.batch_rows if self.timed_rows is None else self.timed_rows
 
     def segment_ms(self) -> NDArray[np.float64]:
-        """Median time of each segment over the runs of full size, in ms per run."""
+        """Median time of each segment over full-size runs, in ms per run."""
         full = self._timed_rows == self._timed_rows.max()
         return np.asarray(np.median(self.times_ms[full], axis=0), np.float64)
 
     def labelled(self) -> Trace:
-        """The same trace of the rows that have a label.
+        """The trace with only the rows that have a label.
 
         Raises:
-            DataError: None has.
+            DataError: No row has a label.
         """
         if self.labels is None:
             raise DataError(
-                f"the trace of {self.data.get('name', 'this data')} has no labels, which the risk "
-                '"performance" needs',
+                f"the trace of {self.data.get('name', 'this data')} has no labels; the risk "
+                '"performance" needs them',
                 fix="Trace data with labels, or use --risk consistency, which needs none.",
             )
         kept = self.labels != NO_LABEL
@@ -136,19 +135,19 @@ def record(
 ) -> Trace:
     """Runs every component for every row of a data set.
 
-    The first batch runs once more before it counts, so that its times are those of a warm engine.
-    Times of a model that writes are those of single tokens.
+    The first batch runs twice, and the first run is a warm-up. The times of a model that writes
+    text are those of single tokens.
 
     Args:
-        model: Best opened with all its scores.
+        model: The bundle, preferably loaded with all scores.
         data: From `edgeexit.measure.data.open_data`.
-        batch_size: Rows, or texts, that run together.
-        chain: Whose exits; None: those of the chain that answers.
-        token_times: Of a model that writes, also run some texts token by token for the times;
-            without, `times_ms` are those of whole texts.
+        batch_size: Rows, or texts, per batch.
+        chain: The chain to trace; None: the chain that answers.
+        token_times: For a model that writes text, also run some texts token by token for the
+            times; without, `times_ms` are those of whole texts.
 
     Raises:
-        MeasurementError: An exit predicts nothing, or the exits share no score.
+        MeasurementError: An exit has no logits, or the exits have no score in common.
         DataError: The data cannot be read or does not fit.
     """
     name = model.chain_name if chain is None else chain
@@ -189,17 +188,17 @@ def record(
 
 
 def _traceable(name: str, chain: Chain) -> tuple[list[str], list[str]]:
-    """Exits of a chain, and the scores that all of them have. Raises `MeasurementError`."""
+    """Exits of a chain, and the scores that they have in common. Raises `MeasurementError`."""
     exits = chain.stops
     if missing := [exit_.name for exit_ in exits if "logits" not in exit_.outputs]:
         raise MeasurementError(
             f"exit {missing[0]} of the chain {name} gives no logits, so it predicts no class",
-            fix="Its thresholds are yours to choose: try some, and look at what the last chain "
-            "then answers (bench, run). Trace a chain whose exits answer with logits.",
+            fix="Trace a chain whose exits have logits. For this chain, choose thresholds by "
+            "trial: compare the answers and times of the last chain (run, bench).",
         )
     scores = sorted(set.intersection(*(set(exit_.scores) for exit_ in exits)))
     if not scores:
-        raise MeasurementError("the exits share no score", fix="Export again with scores.")
+        raise MeasurementError("the exits have no score in common", fix="Export again with scores.")
     return [exit_.name for exit_ in exits], scores
 
 
@@ -217,7 +216,7 @@ def _said(answers: Answers, exits: list[str], scores: list[str]) -> dict[str, ND
 
 
 def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
-    """Labels of a batch, if it has any; of tokens also the texts that they are of."""
+    """Labels of a batch, if it has any; for tokens also the index of their text."""
     if tokens is None:
         return {} if batch.labels is None else {"labels": batch.labels}
     assert batch.numbers is not None
@@ -234,7 +233,7 @@ def _joined(
     batches: Sequence[Mapping[str, NDArray]],
     **run: Any,
 ) -> Trace:
-    """A trace of all batches; `run` is what is known of the run as a whole."""
+    """Joins the batches to a trace; `run` has the fields of the run as a whole."""
     found = {key: np.concatenate([one[key] for one in batches], axis=-1) for key in batches[0]}
     prefix = "score/"
     return Trace(
@@ -260,7 +259,7 @@ def _joined(
 def _token_times(
     model: Model, inputs: Mapping[str, NDArray], tokens: str
 ) -> tuple[list[list[float]], NDArray[np.int64]]:
-    """Times of single tokens, as in decoding: milliseconds per run and segment, and rows."""
+    """Measures single tokens, as in decoding: milliseconds per run and segment, and rows."""
     few = dict(inputs)
     if not model.bundle.manifest.decoding.groups:  # type: ignore[union-attr]
         few[tokens] = few[tokens][:, :TIMED_TOKENS]
@@ -271,10 +270,10 @@ def _token_times(
 
 
 def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:
-    """Index of the exit ``[row]`` where each row leaves under a policy, or a rule for its chain.
+    """Index of the exit ``[row]`` where each row stops with a policy, or a rule for the chain.
 
     Raises:
-        PolicyError: The policy does not fit the bundle that the trace was made with.
+        PolicyError: The policy does not fit the bundle of the trace.
     """
     if isinstance(policy, Policy):
         if policy.bundle not in (None, trace.bundle):

@@ -1,4 +1,4 @@
-"""Traces on disk: a ``.npz`` without pickles, read strictly."""
+"""Reads and writes trace files: ``.npz`` without pickles, with all arrays checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OPTIONAL = {
 
 
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Writes a trace, whole or not at all."""
+    """Writes a trace atomically."""
     about = {name: getattr(trace, name) for name in _ABOUT}
     about |= {"format": TRACE_FORMAT, "scores": list(trace.scores)}
     arrays = {name: getattr(trace, name) for name in (*_ARRAYS, *_OPTIONAL)}
@@ -41,7 +41,7 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Reads a trace. Raises `DataError` naming what is wrong with it."""
+    """Reads a trace. Raises `DataError` with the cause if it is invalid."""
     path = Path(path)
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
@@ -90,10 +90,10 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 def _check(trace: Trace) -> None:
-    """Raises `ValueError` for arrays that do not fit each other."""
+    """Raises `ValueError` if the arrays are invalid or inconsistent."""
     rows, exits, batch_rows = trace.rows, len(trace.exits), trace.batch_rows
     if not exits or not trace.scores or len(set(trace.exits)) != exits:
-        raise ValueError("it names no exits or scores, or an exit twice")
+        raise ValueError("it has no exits or scores, or an exit twice")
     runs = len(batch_rows) if trace.timed_rows is None else len(trace.timed_rows)
     shapes: dict[str, tuple[NDArray[Any] | None, tuple[int, ...]]] = {
         "predictions": (trace.predictions, (exits, rows)),
@@ -117,11 +117,11 @@ def _check(trace: Trace) -> None:
     if rows == 0 or batch_rows.min() < 1 or batch_rows.sum() != rows:
         raise ValueError(f"its batches hold {batch_rows.sum()} rows, its predictions {rows}")
     if trace.timed_rows is not None and (runs == 0 or trace.timed_rows.min() < 1):
-        raise ValueError("timed_rows holds values that are no numbers of rows")
+        raise ValueError("timed_rows has invalid numbers of rows")
     if not (np.isfinite(trace.times_ms).all() and (trace.times_ms >= 0).all()):
-        raise ValueError("times_ms holds values that are not times")
+        raise ValueError("times_ms has invalid times")
     if trace.groups is not None and trace.groups.min() < 0:
-        raise ValueError("groups holds values that are no numbers of texts")
+        raise ValueError("groups has invalid indices of texts")
 
 
 def _take(arrays: dict[str, NDArray], name: str, kind: type, axes: int) -> NDArray[Any]:

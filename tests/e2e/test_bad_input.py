@@ -178,11 +178,11 @@ def test_calibrate_needs_labels_for_the_performance_risk(cli: Cli, toy_bundle: B
 def test_an_output_is_never_an_input(cli: Cli, toy_bundle: Bundle, toy_data: Path) -> None:
     before = toy_data.read_bytes()
     ran = cli("trace", toy_bundle.path, "--data", toy_data, "-o", toy_data)
-    assert_clear(ran, 2, "is what is read", "another name")
+    assert_clear(ran, 2, "is both input and output", "another name")
     assert toy_data.read_bytes() == before
     assert cli("trace", toy_bundle.path, "--data", toy_data, "-o", "t.npz").code == 0
     ran = cli("calibrate", "t.npz", "--max-risk", "50%", "-o", "t.npz")
-    assert_clear(ran, 2, "is what is read", "another name")
+    assert_clear(ran, 2, "is both input and output", "another name")
 
 
 def test_results_that_exist_are_replaced_when_asked_alone(
@@ -226,7 +226,7 @@ def test_rows_that_are_no_numbers_are_said(cli: Cli, toy_bundle: Bundle) -> None
 def test_labels_under_another_name_are_said(cli: Cli, toy_bundle: Bundle) -> None:
     np.savez(cli.folder / "d.npz", **make_inputs(4), labels=np.zeros(4, np.int64))
     ran = cli("trace", toy_bundle.path, "--data", "d.npz", "-o", "t.npz")
-    assert_clear(ran, 1, "d.npz: labels is not an input", "Labels are called label")
+    assert_clear(ran, 1, "d.npz: labels is not an input", "Name labels label")
 
 
 def test_run_without_input_names_what_the_bundle_takes(cli: Cli, toy_bundle: Bundle) -> None:

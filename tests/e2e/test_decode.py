@@ -268,7 +268,7 @@ def test_an_audit_is_told_as_json(cli: Cli, writer: Path) -> None:
     assert given["tokens"] == len("def f(x):") - 1  # its tokens are bytes
     assert given["perplexity"] > 1 and given["perplexity_full"] > 1
     shown = cli("run", writer, "--prompt", "def f(x):", *fast)
-    assert "on given text (only 8 tokens: a hint)" in shown.err
+    assert "on given text (only 8 tokens: imprecise)" in shown.err
 
 
 def test_fast_without_thresholds_names_the_way_to_them(cli: Cli, writer: Path) -> None:
@@ -341,7 +341,7 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
         (("run",), "one kind of input. Give --prompt or --messages."),
         (("run", "--prompt", "w5", "--max-new-tokens", "6000"), "max_new_tokens is 6000, a text"),
         (("trace", "--data", "x", "-o", "t.npz"), "x: not a form of texts"),
-        (("trace", "--data", "d.npz", "-o", "t.npz"), "writes text: give the token ids of texts"),
+        (("trace", "--data", "d.npz", "-o", "t.npz"), "writes text: give token ids as"),
         (("trace", "--data", "x.npz", "-o", "t.npz"), "x.npz does not exist"),
         (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "side"), "no chain 'side'"),
         (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "encoder"), "gives no logits"),

@@ -77,7 +77,7 @@ def _spoil(arrays: dict[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
         ("rows", r"input shift has the shape \[4, 1\]"),
         ("empty", "is empty"),
         ("labels", r"label has the shape \[4\], the inputs have 5 rows"),
-        ("label value", "row 2: the label 3 is not a class from 0 to 2"),
+        ("label value", "row 2: the label 3 is out of range (0 to 2"),
         ("label name", "row 0: 'a' is not a label"),
         ("label kind", "row 0: '0.0' is not a label"),
     ],
@@ -387,5 +387,5 @@ def test_data_is_refused_when_it_is_not_there(
 
 def test_data_is_refused_when_its_ending_is_unknown(toy_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("a,b")
-    with pytest.raises(DataError, match="not a form of data"):
+    with pytest.raises(DataError, match="unsupported format"):
         read(tmp_path / "d.csv", toy_bundle)

@@ -112,7 +112,7 @@ def test_a_file_that_is_written_or_read_beside_it_is_refused(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="same file"):
         check_plot(plot, None, tmp_path / "elsewhere" / ".." / "same.svg")
     plot.write_text("read")
-    with pytest.raises(UsageError, match="would be replaced"):
+    with pytest.raises(UsageError, match="both input and output"):
         check_plot(plot, plot)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match="is a directory"):

@@ -179,7 +179,7 @@ def _spoil(arrays: dict[str, np.ndarray], what: str) -> None:
         ("a pickle", "pickled objects"),
         ("wrong rows", r"labels has the shape \[22\], expected \[23\]"),
         ("wrong dtype", "score/max_prob is float64"),
-        ("negative time", "not times"),
+        ("negative time", "invalid times"),
         ("wrong batches", "27 rows"),
         ("not JSON", "not a trace"),
         ("newer format", "trace format 3.0"),
