@@ -1,12 +1,12 @@
 """The workstation side: a torch model with exits, or an ONNX graph with exit outputs, becomes a
 bundle.
 
-`contract` is what a model must offer. `pretrained` makes it of a checkpoint: `families` holds one
-file per architecture, `exits` attaches exits to what that describes, `methods` trains them.
-`trace` turns torch modules into ONNX, `cut` splits an ONNX graph at its exits, `passes` rewrites
-graphs, `weights` keeps every tensor once, `samples` says what the model answers. `write` puts all
-of it together (`export`), `cut.export_onnx` does so for ONNX files. Everything here may import
-torch; nothing in `edgeexit.runtime` may import anything here.
+`contract` defines a model that can be exported. `pretrained` makes it from a checkpoint: `families`
+has one file per architecture, `exits` attaches exits, `methods` trains them. `trace` turns torch
+modules into ONNX, `cut` splits an ONNX graph at its exits, `passes` rewrites graphs, `weights`
+stores every tensor once, `samples` computes reference outputs. `write` combines them (`export`);
+`cut.export_onnx` exports ONNX files. All modules here may import torch; `edgeexit.runtime` must not
+import them.
 """
 
 from __future__ import annotations

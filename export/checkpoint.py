@@ -1,7 +1,7 @@
-"""Reading checkpoints: found, whole, and with nothing in them that the model would not take.
+"""Finds and reads checkpoints with transformers.
 
-transformers reads the files. Whatever it raises over a damaged or a foreign one becomes an error
-that names the file; what it would leave out without a word is said, or refused.
+Exceptions of transformers for damaged or unsupported files become errors with the file's name.
+Weights that transformers would ignore silently cause a warning or an error.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Checkpoint:
     Attributes:
         path: What the caller gave, for messages.
         folder: Where it is.
-        config: As transformers reads it.
-        adapters: peft's, to be merged into it.
+        config: Its configuration, read by transformers.
+        adapters: peft adapters to merge into it.
     """
 
     path: str | Path
@@ -54,13 +54,13 @@ class Checkpoint:
 
     @property
     def text_folder(self) -> Path:
-        """Where its tokenizer is: an adapter may have been trained with one of its own."""
+        """The folder of its tokenizer: an adapter may have its own tokenizer."""
         own = None if self.adapters is None else self.adapters.tokenizer_folder
         return self.folder if own is None else own
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a bundle made of it says of its origin."""
+        """Origin of the weights, for the manifest."""
         found = {"model_type": str(self.config.model_type)}
         return found if self.adapters is None else found | {"merged_adapters": str(self.adapters)}
 
@@ -68,10 +68,10 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, adapter: str | Path | Iterable[str | Path] | None = None
 ) -> Checkpoint:
-    """Finds a checkpoint, and what is to be merged into it, and reads its configuration.
+    """Finds a checkpoint and the adapters to merge, and reads its configuration.
 
     Raises:
-        ExportError: As `find_checkpoint` and `read_config`; or an adapter is none, or damaged.
+        ExportError: As `find_checkpoint` and `read_config`; or an adapter is invalid or damaged.
     """
     folder = find_checkpoint(path)
     config = read_config(path, folder)
@@ -83,10 +83,10 @@ def open_checkpoint(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint's directory; a hub id's is fetched into (or found in) the hub's cache.
+    """The checkpoint's directory. A hub id is downloaded to the hub's cache if it is not there.
 
     Raises:
-        ExportError: There is none, or the hub does not give it.
+        ExportError: The directory does not exist, or the hub does not have the id.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -110,7 +110,7 @@ def find_checkpoint(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{path}: neither a directory nor found on the hub ({first_line(error)})",
-            fix="Check the name and the network, or fetch it elsewhere and give the directory.",
+            fix="Check the name and the network, or download it elsewhere and give the directory.",
         ) from error
     return Path(found)
 
@@ -120,20 +120,20 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
 
     Args:
         path: What the caller gave, for messages.
-        folder: Where it lies.
+        folder: Its directory.
 
     Raises:
-        ExportError: It is no checkpoint, its weights are quantised, or they are an adapter's.
+        ExportError: The folder is not a checkpoint, is an adapter, or has quantised weights.
     """
     if (folder / "manifest.json").is_file():
-        raise ExportError(f"{path} is a bundle already", fix="Give the checkpoint it was made of.")
+        raise ExportError(f"{path} is a bundle", fix="Give the checkpoint it was made from.")
     if is_adapter(folder):
         raise refuse_adapter(path, folder)
     if not (folder / "config.json").exists() and (other := _of_another_kind(folder)):
         raise ExportError(f"{path}: {other[0]}", fix=other[1])
     fix = "Give a directory with config.json, as save_pretrained writes."
     with translated(path, UNREADABLE, fix, folder=folder):
-        # Looked at first, for transformers would ask for the quantiser's library.
+        # Checked first: transformers would require the quantiser's library.
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("config.json is not a JSON object")
@@ -141,8 +141,8 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
             raise _quantised(path, quantised)
         if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
             raise ExportError(
-                f"{path}: its model is Python code of its own (auto_map in config.json), which is "
-                "not run",
+                f"{path}: its model is custom Python code (auto_map in config.json), which is not "
+                "run",
                 fix="Export it to ONNX with exit outputs and give that file, or give it as "
                 "module:function.",
             )
@@ -152,7 +152,7 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
 
 
 def _of_another_kind(folder: Path) -> tuple[str, str] | None:
-    """What a folder without ``config.json`` holds instead, and what helps."""
+    """What a folder without ``config.json`` contains instead, and the fix."""
     names = sorted(one.name for one in folder.iterdir())
     if not names:
         return "the folder is empty", "Give a directory with config.json and weights."
@@ -169,21 +169,21 @@ def _of_another_kind(folder: Path) -> tuple[str, str] | None:
 
 
 def _refuse_packed(path: str | Path, folder: Path) -> None:
-    """Refuses weights of 8 bits or fewer about which config.json says nothing: what they mean is
-    not in them."""
+    """Refuses weights of 8 bits or fewer without a quantisation entry in config.json: their scale
+    is unknown."""
     for file in sorted(folder.glob("*.safetensors")):
-        fix = "Fetch that file again; git lfs pull gets the real ones."
+        fix = "Download the file again; git lfs pull replaces LFS pointers."
         with (
-            translated(path, f"{file.name} is not whole", fix, folder=folder),
+            translated(path, f"{file.name} is incomplete", fix, folder=folder),
             safetensors.safe_open(file, framework="np") as opened,
         ):
             for name in opened.keys():  # noqa: SIM118, it is no dictionary
                 kind = opened.get_slice(name).get_dtype()
                 if kind.startswith(("F8", "F4", "F6", "I8", "U8", "I4", "U4")):
                     raise ExportError(
-                        f"{path}: {name} is stored as {kind}, and config.json does not say what "
-                        "its numbers mean",
-                        fix="Give the checkpoint that it was made of.",
+                        f"{path}: {name} is stored as {kind}, but config.json has no "
+                        "quantisation settings",
+                        fix="Give the original checkpoint.",
                     )
 
 
@@ -192,7 +192,7 @@ def read_model(
 ) -> tuple[transformers.PreTrainedModel, list[str]]:
     """Reads a model with one of transformers' classes, in float32, and merges its adapters.
 
-    Weights of the checkpoint that it has no place for are named in a warning.
+    A warning lists weights of the checkpoint that the model does not use.
 
     Returns:
         The model, and the names of weights that neither the checkpoint nor an adapter has.
@@ -203,7 +203,7 @@ def read_model(
     path, folder, adapters = checkpoint.path, checkpoint.folder, checkpoint.adapters
     fix = "Check the checkpoint with transformers' from_pretrained."
     with translated(path, UNREADABLE, fix, folder=folder), _without_bars():
-        # Graphs are made in float32 whatever a checkpoint is stored in; export lowers on request.
+        # The model is read in float32 whatever the checkpoint's dtype; export lowers it on request.
         model, found = getattr(transformers, reader).from_pretrained(
             folder,
             config=checkpoint.config,
@@ -211,19 +211,18 @@ def read_model(
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told apart below
+            ignore_mismatched_sizes=True,  # refused below
         )
     brought = set() if adapters is None else adapters.weights
     if wrong := sorted({str(one[0]) for one in found["mismatched_keys"]} - brought):
         raise ExportError(
             f"{path}: {_some(wrong)} {'have' if len(wrong) > 1 else 'has'} another shape than "
             "config.json says",
-            fix="Give the configuration that belongs to the weights.",
+            fix="Give the configuration of these weights.",
         )
     if left := sorted(found["unexpected_keys"]):
         logger.warning(
-            "%s: %d weights of the checkpoint are not used, for the model of config.json (%s) has "
-            "no place for them: %s",
+            "%s: %d weights of the checkpoint are not used by the model of config.json (%s): %s",
             path,
             len(left),
             type(model).__name__,
@@ -236,20 +235,19 @@ def read_model(
 
 
 def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tuple[str, ...]:
-    """A classifier's names of classes, one per logit; a number where a class has no name.
+    """Class names of a classifier, one per logit; a number for a class without a name.
 
     Raises:
-        ExportError: Its logits are not those of classes of which one is right.
+        ExportError: The model is not a single-label classifier.
     """
     if config.problem_type == "multi_label_classification":
         raise ExportError(
-            f"{path}: a multi-label classifier (problem_type in config.json); scores, exits and "
-            "accuracy here are those of models that choose one class",
+            f"{path}: multi-label classifiers (problem_type in config.json) are not supported",
             fix="Export it to ONNX and serve it unsplit, or train one with a single label.",
         )
     if config.problem_type == "regression" or config.num_labels == 1:
         raise ExportError(
-            f"{path}: its one output is a number (regression), which has no classes to be sure of",
+            f"{path}: regression models (one output) are not supported",
             fix="Export it to ONNX and serve it unsplit.",
         )
     named = {int(key): str(value) for key, value in (config.id2label or {}).items()}
@@ -288,15 +286,15 @@ def _some(names: list[str]) -> str:
 def _quantised(path: str | Path, about: Any) -> ExportError:
     kind = about.get("quant_method") if isinstance(about, dict) else None
     return ExportError(
-        f"{path}: its weights are quantised already ({kind or 'quantization_config'} in "
+        f"{path}: its weights are already quantised ({kind or 'quantization_config'} in "
         "config.json)",
-        fix="Give the checkpoint that it was made of; --dtype int8 quantises while exporting.",
+        fix="Give the original checkpoint; --dtype int8 quantises during export.",
     )
 
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keeps transformers' own progress bars off stderr, which is the command line's."""
+    """Disables progress bars of transformers on stderr."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer as the device has it: one file for the library tokenizers.
+"""Makes the device's tokenizer from a checkpoint: one file for the library tokenizers.
 
-What a checkpoint's files say is not what its tokenizer does: transformers makes one out of them,
-turns older files into it, and changes what ``tokenizer.json`` says by ``tokenizer_config.json``. So
-the bundle gets what transformers made, and both are held side by side on texts of many scripts.
+transformers converts older files and changes ``tokenizer.json`` by ``tokenizer_config.json``. The
+bundle therefore gets the tokenizer that transformers makes, and both are compared on texts in many
+scripts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FILES = (
     *(TOKENIZER, "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "spm.model"),
     *("sentencepiece.bpe.model", "tekken.json"),
 )
-"""Files that a tokenizer is made of, of which a checkpoint that has one has at least one."""
+"""Files of tokenizers; a checkpoint with a tokenizer has at least one of them."""
 
-_MEND = "Mend the tokenizer's files, or move them away: the bundle then works with token ids."
+_MEND = "Repair the tokenizer's files, or remove them: the bundle then works with token ids."
 
 TEXTS = (
     "The film was better than anyone had hoped, and I would watch it again tomorrow.",
@@ -40,30 +40,30 @@ TEXTS = (
     "for i in range(10):\n    print(f'{i:>4}')  # 4 spaces\n",
     "zero\u200bwidth soft\u00adhyphen no\u00a0break \ufeffmark \u0000\u0007\ufffd",
 )
-"""What both tokenizers must make the same of."""
+"""Texts for which both tokenizers must give the same ids."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint brings a tokenizer of any generation."""
+    """Whether a checkpoint has a tokenizer in any file format."""
     return any((folder / name).is_file() for name in FILES)
 
 
 def make_tokenizer(folder: Path) -> tuple[bytes, Any] | None:
-    """The text of ``tokenizer.json`` for the device, and transformers' own tokenizer; None where
-    the checkpoint has none.
+    """The content of ``tokenizer.json`` for the device, and the tokenizer of transformers; None if
+    the checkpoint has no tokenizer.
 
-    A class that cannot be made here keeps no bundle from being made where ``tokenizer.json`` is
-    there: that is then taken as it is, and said; transformers' own is None.
+    If transformers cannot make the tokenizer but ``tokenizer.json`` exists, the file is used
+    unchanged, with a warning, and the second value is None.
 
     Raises:
-        ExportError: The files are damaged, or the two do not make the same ids of a text.
+        ExportError: The files are damaged, or the two tokenizers give different ids for a text.
     """
     if not has_tokenizer(folder):
         return None
     file = folder / TOKENIZER
     try:
         own = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged or foreign file makes it raise
+    except Exception as error:  # many types, for damaged or unsupported files
         reason = f"transformers cannot make its tokenizer ({first_line(error)})"
         if not file.is_file():
             raise ExportError(
@@ -73,11 +73,11 @@ def make_tokenizer(folder: Path) -> tuple[bytes, Any] | None:
             ) from error
         raw = file.read_bytes()
         _read(folder, raw)
-        logger.warning("%s: %s; the file is taken as it is", file, reason)
+        logger.warning("%s: %s; the file is used unchanged", file, reason)
         return raw, None
     if getattr(own, "backend_tokenizer", None) is None:
         raise _refused(
-            folder, f"{type(own).__name__} runs in Python only, and has no form for a device"
+            folder, f"{type(own).__name__} runs in Python only, which devices do not support"
         )
     with translated(folder, "its tokenizer cannot be used", _MEND):
         raw = own.backend_tokenizer.to_str().encode()
@@ -91,7 +91,7 @@ def _compare(folder: Path, text: str, expected: list[int], found: list[int]) -> 
     if expected != found:
         raise _refused(
             folder,
-            f"the device would make other ids of {text[:24]!r} than transformers: {found[:8]}, not "
+            f"ids on the device would differ for {text[:24]!r} from transformers: {found[:8]}, not "
             f"{expected[:8]}",
         )
 

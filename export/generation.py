@@ -1,7 +1,6 @@
-"""How a checkpoint says that text is to be written: its ``generation_config.json``, as
-transformers reads it.
+"""Reads a checkpoint's generation settings (``generation_config.json``) with transformers.
 
-What the runtime does goes into the bundle as its defaults; what it does not do is named.
+Supported settings become defaults in the bundle; a warning lists unsupported settings.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ UNHEEDED = {
     "exponential_decay_length_penalty": None,
     "stop_strings": None,
 }
-"""Settings that change which tokens transformers writes, and their values without effect."""
+"""Unsupported settings that change the tokens of transformers -> their value without effect."""
 
 UNHEEDED_DRAWING = {
     "min_p": None,
@@ -44,13 +43,13 @@ UNHEEDED_DRAWING = {
     "eta_cutoff": 0.0,
     "top_h": None,
 }
-"""Those that do so where tokens are drawn."""
+"""The same for settings that have an effect only with sampling."""
 
 
 def generation_of(model: PreTrainedModel, path: str | Path) -> GenerationDefaults | None:
-    """A model's own settings for generation; None where the likeliest token is taken.
+    """A model's own settings for generation; None for greedy decoding.
 
-    A warning names settings that change what transformers writes and are not heeded here.
+    A warning lists unsupported settings that change the tokens of transformers.
     """
     config = model.generation_config
     draws = bool(config.do_sample)
@@ -63,13 +62,12 @@ def generation_of(model: PreTrainedModel, path: str | Path) -> GenerationDefault
     ]
     if left:
         logger.warning(
-            "%s: text is written token by token from the model's logits; these settings of its "
-            "generation_config.json are not heeded: %s",
+            "%s: these settings of generation_config.json are not supported and have no effect: %s",
             path,
             ", ".join(left),
         )
     file = Path(path) / "generation_config.json"
-    with translated(file, "its settings cannot be used", "Correct it, or move it away."):
+    with translated(file, "its settings cannot be used", "Correct or remove the file."):
         made = GenerationDefaults(
             temperature=float(_or(config.temperature, 1.0)) if draws else 0.0,
             top_k=int(_or(config.top_k, 50)) if draws else 0,

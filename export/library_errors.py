@@ -1,8 +1,8 @@
-"""What libraries raise over a file becomes an error that names the file and what helps.
+"""Turns exceptions of libraries for a user's file into errors with the file and the fix.
 
-transformers, safetensors, peft and torch let through whatever the libraries below them raise, of
-any kind; so does a tokenizer or an image processor that a damaged file was read into. Every call
-into them that depends on a user's file stands in `translated`.
+For a damaged file, transformers, safetensors, peft and torch, tokenizers and image processors raise
+exceptions of any type. Every call of these libraries that depends on a user's file is inside
+`translated`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def translated(
     folder: Path | None = None,
     required: str = "config.json",
 ) -> Iterator[None]:
-    """Turns whatever a library raises into an `ExportError`.
+    """Context manager: turns any exception of a library into an `ExportError`.
 
     Args:
-        where: The file or folder that is read, as the user knows it.
-        does: What could not be done, as in ``transformers cannot read it``.
+        where: The file or folder, as the user gave it.
+        does: What failed, as in ``transformers cannot read it``.
         fix: What the user can do about it.
-        folder: A checkpoint's, whose files are looked at: one that is damaged is named instead.
-        required: The file that says what the others in it are.
+        folder: A checkpoint's folder; a damaged file in it is named instead of `does`.
+        required: The configuration file of the folder.
     """
     try:
         yield
@@ -45,7 +45,8 @@ def translated(
     except Exception as error:
         if folder is not None and (found := damaged_file(folder, required)):
             raise ExportError(
-                f"{where}: {found}", fix="Fetch that file again; git lfs pull gets the real ones."
+                f"{where}: {found}",
+                fix="Download the file again; git lfs pull replaces LFS pointers.",
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             raise ExportError(
@@ -60,10 +61,10 @@ def translated(
 
 
 def damaged_file(folder: Path, required: str = "config.json") -> str | None:
-    """Which file of a checkpoint cannot be what its name says, and why; None if none is seen.
+    """The first damaged file of a checkpoint, and the cause; None if all look valid.
 
     Args:
-        required: The file that says what the others are.
+        required: The configuration file of the folder.
     """
     if not (folder / required).is_file():
         kind = "is not a file" if (folder / required).exists() else "is not there"
@@ -85,7 +86,7 @@ def damaged_file(folder: Path, required: str = "config.json") -> str | None:
                 with safetensors.safe_open(file, framework="np"):
                     pass
         except (ValueError, OSError, RecursionError, safetensors.SafetensorError) as error:
-            return f"{file.name} is not whole ({first_line(error)})"
+            return f"{file.name} is incomplete ({first_line(error)})"
     return _missing_shard(folder)
 
 

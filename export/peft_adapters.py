@@ -1,8 +1,8 @@
-"""peft's adapters (LoRA and the like), merged into the weights that they were trained on.
+"""Merges peft adapters (LoRA and the like) into the weights of their base model.
 
-An adapter is a folder beside its base: ``adapter_config.json`` and weights of its own. A bundle
-holds one set of weights, so adapters are merged one after the other, by peft, and the merged model
-is held against the one that peft runs before anything else is made of it.
+An adapter is a folder with ``adapter_config.json`` and its own weights. A bundle has one set of
+weights, so peft merges adapters one after the other. Outputs of the merged model are compared with
+those of the model with separate adapters before the export.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from edgeexit.export.library_errors import translated
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOLERANCE = 1e-3
-"""How far the merged model may be from the one with the adapter beside it, in parts of its largest
-output: float32 rounds the sum of both weights once."""
+"""Tolerance between merged model and separate adapter, relative to the largest output: float32
+rounds the sum of both weights once."""
 
 _HEAD = re.compile(r"classifier(\.out_proj|\.1)?\.bias")
 """Of every family of classifiers."""
@@ -40,14 +40,14 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter_config(path: str | Path, folder: Path) -> dict[str, Any]:
-    """What an adapter says of itself.
+    """Reads the configuration of an adapter.
 
     Args:
         path: What the caller gave, for messages.
         folder: Where it is.
 
     Raises:
-        ExportError: There is none, it is damaged, or its weights are not there.
+        ExportError: The configuration or the weights are missing or damaged.
     """
     if not is_adapter(folder):
         raise ExportError(
@@ -64,7 +64,7 @@ def read_adapter_config(path: str | Path, folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(path: str | Path, folder: Path) -> ExportError:
-    """What to do about a checkpoint that is an adapter, or has one beside its weights."""
+    """The error for a checkpoint that is an adapter, or has one beside its weights."""
     try:
         about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = str(about.get("peft_type", "peft"))
@@ -73,7 +73,7 @@ def refuse_adapter(path: str | Path, folder: Path) -> ExportError:
         kind, base = "peft", "its base model"
     if (folder / "config.json").is_file():
         return ExportError(
-            f"{path}: {CONFIG} is beside the weights: a {kind} adapter that would be left out",
+            f"{path}: {CONFIG} is beside the weights: the {kind} adapter would be ignored",
             fix=f"Move the adapter's files into a folder of their own and add --adapter FOLDER "
             f"(adapter=...), or move {CONFIG} away to export the weights without it.",
         )
@@ -86,14 +86,14 @@ def refuse_adapter(path: str | Path, folder: Path) -> ExportError:
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters that are merged into one model, in order.
+    """Adapters to merge into one model, in order.
 
     Attributes:
         paths: What the caller gave, for messages.
-        folders: Where each of them is.
-        kinds: peft's name of each kind.
-        weights: Names in the base of all weights that they hold.
-        classes: How many the classifier has that one of them brings; None where none does.
+        folders: The folder of each adapter.
+        kinds: The peft type of each adapter.
+        weights: Names, in the base, of all weights in the adapters.
+        classes: Number of classes of an adapter's classifier; None if no adapter has one.
     """
 
     paths: tuple[str | Path, ...]
@@ -104,7 +104,7 @@ class Adapters:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Of the last adapter that was saved with its tokenizer."""
+        """Folder of the last adapter with a tokenizer."""
         return next((folder for folder in reversed(self.folders) if has_tokenizer(folder)), None)
 
     def __str__(self) -> str:
@@ -115,13 +115,13 @@ class Adapters:
 def open_adapters(
     given: str | Path | Iterable[str | Path] | None, find: Callable[[str | Path], Path]
 ) -> Adapters | None:
-    """Looks at adapters, in the order in which they are merged; None where none is given.
+    """Opens and checks adapters, in the order of merging; None if there are none.
 
     Args:
-        find: Gives the folder of a path or hub id.
+        find: Returns the folder of a path or hub id.
 
     Raises:
-        ExportError: One is not an adapter, or is damaged.
+        ExportError: A folder is not an adapter, or is damaged.
     """
     paths = (given,) if isinstance(given, (str, Path)) else tuple(given or ())
     if not paths:
@@ -181,17 +181,17 @@ def _merge(
     fix += f"{CONFIG}), and check it with peft's PeftModel.from_pretrained."
     does = f"peft cannot put this {kind} adapter on {type(model).__name__}"
     with warnings.catch_warnings(), translated(path, does, fix), torch.no_grad():
-        warnings.simplefilter("ignore")  # what it says about missing weights is looked at below
+        warnings.simplefilter("ignore")  # missing weights are checked below
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
         merge = getattr(adapted.base_model, "merge_and_unload", None)
         if adapted.active_peft_config.is_prompt_learning or merge is None:
             raise ExportError(
-                f"{path}: a {kind} adapter adds inputs or layers, which no weights can hold",
+                f"{path}: a {kind} adapter adds inputs or layers, so it cannot be merged",
                 fix="Export the base without it, or train an adapter that can be merged (LoRA).",
             )
         loaded = adapted.load_adapter(str(folder), "default")
         for names, what in (
-            (loaded.unexpected_keys, "weights for which the base has no place:"),
+            (loaded.unexpected_keys, "weights that the base does not have:"),
             (loaded.missing_keys, "no weights for"),
         ):
             if names:
@@ -207,16 +207,16 @@ def _merge(
     off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not off <= TOLERANCE:
         raise ExportError(
-            f"{path}: merged into the weights, the {kind} adapter gives other outputs than beside "
-            f"them (off by {off:.3g} of the largest)",
-            fix="Where the embedding and the head share their weights, train it on neither of the "
-            "two; otherwise train one that can be merged.",
+            f"{path}: outputs of the merged {kind} adapter differ from those of the separate "
+            f"adapter (by {off:.3g} of the largest)",
+            fix="If the embedding and the head share weights, train the adapter on neither of "
+            "them; otherwise train an adapter that can be merged.",
         )
     return merged
 
 
 def _inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Something that a model takes."""
+    """Example inputs of a model."""
     random = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values":

@@ -1,8 +1,8 @@
-"""The device's own image preprocessing beside the checkpoint's processor, on many pictures.
+"""Compares the device's image preprocessing with the checkpoint's processor on many images.
 
-What a manifest can say of a processor is less than processors can do, and a file is more than an
-array: it has a mode, perhaps a palette, and an orientation. So the very code that runs on the
-device is run here, and a result that differs from the processor's is refused.
+A manifest cannot express all options of processors, and image files differ in mode, palette and
+orientation. This module runs the device's code on arrays and files, and export fails if a result
+differs from the processor's.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from edgeexit.errors import ExportError
 from edgeexit.preprocessing.images import open_image, preprocess_images
 
 GREY_LEVELS = 0.05
-"""What may differ, in steps of 1/255 before normalisation: rounding, and no pixel."""
+"""Tolerance in steps of 1/255 before normalisation: covers rounding only."""
 
 SIZES = ((1.0, 1.0), (1.6, 0.9), (0.9, 1.6), (6.0, 0.6), (0.5, 2.8), (0.25, 0.25))
-"""Widths and heights of pictures, in those that the model takes."""
+"""Widths and heights of test images, relative to the model's."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned; cameras write 1 to 8."""
+"""The EXIF tag of the orientation; cameras write 1 to 8."""
 
 UNDERSTOOD = {
     *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"),
@@ -35,19 +35,19 @@ UNDERSTOOD = {
     *("image_processor_type", "processor_class", "return_tensors", "data_format", "device"),
     *("input_data_format", "disable_grouping", "default_to_square", "feature_extractor_type"),
 }
-"""Options of processors that the manifest expresses, or that change no pixel."""
+"""Options of processors that the manifest can express, or that change no pixels."""
 
 
 def compare_pictures(path: Path, schema: ImagePreprocessing, processor: Any) -> None:
-    """Holds the device's preprocessing against a processor.
+    """Compares the device's preprocessing with a processor.
 
     Args:
         path: Of the processor's file, for messages.
-        schema: What the manifest will say of it.
-        processor: transformers' own, which computes with Pillow.
+        schema: The preprocessing for the manifest.
+        processor: The processor of transformers, with Pillow.
 
     Raises:
-        ExportError: Pixels differ; options that the manifest cannot express are named.
+        ExportError: Pixels differ; the message lists options that the manifest cannot express.
     """
     step = GREY_LEVELS * schema.scale / min(abs(value) for value in schema.std)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +61,10 @@ def compare_pictures(path: Path, schema: ImagePreprocessing, processor: Any) -> 
                 else f"{list(made.shape)} instead of {list(expected.shape)}"
             )
             raise ExportError(
-                f"{path}: the device would make other pixels of {what} than {_name(processor)} "
+                f"{path}: pixels on the device would differ for {what} from {_name(processor)} "
                 f"({how}){_not_understood(processor)}",
-                fix="Change those options and fine-tune again, or move the file away: the bundle "
-                "then takes finished inputs (.npz) only.",
+                fix="Change the options and fine-tune again, or remove the file: the bundle then "
+                "takes preprocessed inputs (.npz) only.",
             )
 
 
@@ -75,43 +75,43 @@ def _name(processor: Any) -> str:
 def _not_understood(processor: Any) -> str:
     options = processor.to_dict()
     odd = sorted(k for k, v in options.items() if k not in UNDERSTOOD and v not in (None, False))
-    return f"; not understood: {', '.join(f'{k}={options[k]!r:.40}' for k in odd)}" if odd else ""
+    return f"; unsupported: {', '.join(f'{k}={options[k]!r:.40}' for k in odd)}" if odd else ""
 
 
 def _pictures(
     schema: ImagePreprocessing, processor: Any, folder: Path
 ) -> Iterator[tuple[str, Any, np.ndarray]]:
-    """What each picture is, the picture as the device has it, and ``[channel, height, width]`` that
-    the processor makes of it."""
+    """Yields a description of each test image, the image as the device reads it, and the
+    processor's result ``[channel, height, width]``."""
     for wide, high in SIZES:
         size = max(1, round(schema.width * wide)), max(1, round(schema.height * high))
         picture = _picture(size).convert(schema.mode)
         if (made := _processed(processor, picture)) is not None:
-            yield f"a picture of {size[0]} x {size[1]}", picture, made
-    if schema.mode != "RGB":  # transformers' loader gives three channels of everything
+            yield f"an image of {size[0]} x {size[1]}", picture, made
+    if schema.mode != "RGB":  # transformers' loader always returns three channels
         return
     for file in _write_files(_picture((50, 31)), folder):
         picture = open_image(file, file.name)
         with Image.open(file) as opened:
-            loaded = load_image(opened)  # as of a path, which it would leave open
+            loaded = load_image(opened)  # given a path, it would leave the file open
         if (made := _processed(processor, loaded)) is not None:
             yield f"a file ({file.stem.replace('_', ' ')} {file.suffix})", picture, made
 
 
 def _processed(processor: Any, picture: Image.Image) -> np.ndarray | None:
-    """None where the processor itself fails: what it cannot do, nobody expects."""
+    """The processor's result; None for images that the processor itself cannot process."""
     pixels = np.asarray(picture)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     try:
         made = processor(pixels, input_data_format="channels_last", return_tensors="np")
-    except Exception:  # of many kinds, for pictures that are too small or too long
+    except Exception:  # many types, for images that are too small or too long
         return None
     return np.asarray(made["pixel_values"][0], np.float32)
 
 
 def _picture(size: tuple[int, int]) -> Image.Image:
-    """Slopes, stripes and noise: no two corners are alike, and no channel is another."""
+    """A test image of slopes, stripes and noise, with distinct corners and channels."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width]
     planes = [255 * x / width, 255 * y / height, 255 - 255 * x / width]
@@ -122,7 +122,7 @@ def _picture(size: tuple[int, int]) -> Image.Image:
 
 
 def _write_files(picture: Image.Image, folder: Path) -> list[Path]:
-    """The picture in every mode that files of it come in, and turned in every way."""
+    """Writes files of the image in every file mode and EXIF orientation."""
     grey = picture.convert("L")
     clear = picture.convert("RGBA")
     clear.putalpha(grey)

@@ -1,8 +1,8 @@
-"""A checkpoint's own preprocessing, as the schema that the device executes, with a sample of it.
+"""Converts a checkpoint's preprocessing to the schema that the device executes, with a sample.
 
-transformers reads the checkpoint's files (so that old spellings and defaults mean what they mean
-there) and processes the sample; what the schema cannot express is refused, never left out.
-`edgeexit check` holds the device's result against the sample.
+transformers reads the checkpoint's files, old names and defaults included, and processes the
+sample. Steps that the schema cannot express are refused, never left out. `edgeexit check` compares
+the device's result with the sample.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SAMPLE_TEXTS = (
 )
 Sample = dict[str, np.ndarray]
 LARGEST_EDGE = 8192
-MEND = "Correct it, or move it away: the bundle then takes finished inputs (.npz) only."
+MEND = "Correct or remove the file; without it, the bundle takes preprocessed inputs (.npz) only."
 
 
 def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing, Sample] | None:
@@ -51,12 +51,12 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
         model's, neither square nor smooth.
 
     Raises:
-        ExportError: transformers cannot read it, or a step cannot be expressed.
+        ExportError: transformers cannot read it, or a step is not supported.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
-    # Pillow is what the device has; torchvision's filters round differently.
+    # The device has Pillow; filters of torchvision round differently.
     pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
     with translated(path, "transformers cannot read it", MEND):
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -64,11 +64,11 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
         )
         config = processor.to_dict()
     name = type(processor).__name__
-    with translated(path, f"what {name} does cannot be expressed", MEND):
+    with translated(path, f"options of {name} are not supported", MEND):
         schema = _checked(path, _image_schema(path, config, name, channels))
     from edgeexit.export.pictures import compare_pictures  # needs Pillow, as the processor does
 
-    with translated(path, f"{name} cannot process a picture", MEND):
+    with translated(path, f"{name} cannot process an image", MEND):
         compare_pictures(path, schema, processor)
         image = _sample_image(schema)
         last = image if image.ndim == 3 else image[..., None]
@@ -78,14 +78,14 @@ def image_preprocessing(folder: Path, channels: int) -> tuple[ImagePreprocessing
 
 
 def _checked(path: Path, schema: ImagePreprocessing) -> ImagePreprocessing:
-    """The schema, if its numbers are those of pictures."""
+    """The schema, if its numbers are valid for images."""
     schema = msgspec.convert(msgspec.to_builtins(schema), ImagePreprocessing)
     sizes = schema.height, schema.width, schema.shortest_edge or 1
     if max(sizes) > LARGEST_EDGE:
-        raise _refused(path, f"pictures of {max(sizes)} pixels a side (at most {LARGEST_EDGE})")
+        raise _refused(path, f"image size {max(sizes)} is out of range (1 to {LARGEST_EDGE})")
     numbers = [schema.scale, *schema.mean, *schema.std]
     if not all(map(math.isfinite, numbers)) or not all(schema.std) or not schema.scale:
-        raise _refused(path, f"scale, mean or std cannot be ({', '.join(map(str, numbers))})")
+        raise _refused(path, f"invalid scale, mean or std ({', '.join(map(str, numbers))})")
     return schema
 
 
@@ -94,9 +94,9 @@ def _image_schema(
 ) -> ImagePreprocessing:
     for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
         if config.get(step):
-            raise _refused(path, f"{step} cannot be expressed")
+            raise _refused(path, f"{step} is not supported")
     if not config.get("do_resize", True):
-        raise _refused(path, "do_resize is false, and a graph takes images of one size")
+        raise _refused(path, "do_resize is false, but a graph takes images of one size")
     if channels not in (1, 3):
         raise _refused(path, f"the model takes {channels} channels, images have 1 or 3")
     size = {key: value for key, value in dict(config["size"]).items() if value is not None}
@@ -109,13 +109,13 @@ def _image_schema(
             crop = crop or {"height": shortest, "width": shortest}
             shortest = int(shortest / config["crop_pct"])
     elif crop is not None and shortest is None:
-        raise _refused(path, "a crop without shortest_edge cannot be expressed")
+        raise _refused(path, "a crop without shortest_edge is not supported")
     target = crop if shortest is not None else size
     resample = _RESAMPLE.get(int(config.get("resample", 2)))
     if resample is None or target is None or not {"height", "width"} <= target.keys():
         raise _refused(
             path,
-            f"size {config['size']} with resample {config.get('resample')} cannot be expressed",
+            f"size {config['size']} with resample {config.get('resample')} is not supported",
         )
     normalise = config.get("do_normalize", True)
     return ImagePreprocessing(
@@ -164,12 +164,12 @@ def text_preprocessing(
         positions: The longest sequence that the model takes.
 
     Returns:
-        The schema, what stands in ``tokenizer.json``, and a sample ``{"text", "expected/<input>"}``
-        with padding and truncation.
+        The schema, the content of ``tokenizer.json``, and a sample ``{"text",
+        "expected/<input>"}`` with padding and truncation.
 
     Raises:
-        ExportError: transformers cannot read it, it pads on the left, or the device would make
-            other ids of some text.
+        ExportError: transformers cannot read it, it pads on the left, or ids on the device would
+            differ.
     """
     made = make_tokenizer(folder)
     if made is None:
@@ -177,9 +177,9 @@ def text_preprocessing(
     raw, tokenizer = made
     path = folder / "tokenizer.json"
     if tokenizer is None:
-        raise _refused(path, "how it pads and cuts cannot be told without transformers' tokenizer")
+        raise _refused(path, "padding and truncation are unknown without transformers' tokenizer")
     if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right":
-        raise _refused(path, "padding or truncation on the left cannot be expressed")
+        raise _refused(path, "padding or truncation on the left is not supported")
     if tokenizer.pad_token_id is None:
         raise _refused(path, "it has no padding token")
     longest = tokenizer.model_max_length

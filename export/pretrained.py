@@ -1,9 +1,8 @@
-"""`from_pretrained`: a checkpoint directory or hub id becomes a model with exits.
+"""`from_pretrained`: makes a model with exits from a checkpoint directory or hub id.
 
-The model is read with transformers, a classifier's exits from ``exits.safetensors`` beside it, the
-labels, preprocessing and tokenizer from the checkpoint's own files. A decoder's exits share its own
-head; the checkpoint only says behind which layers they were trained, and holds the adapters that
-some of them have.
+transformers reads the model; a classifier's exits are in ``exits.safetensors`` beside it; labels,
+preprocessing and tokenizer are in the checkpoint's own files. A decoder's exits share its head: the
+checkpoint has only their layer numbers and the adapters of some exits.
 """
 
 from __future__ import annotations
@@ -48,12 +47,11 @@ ENCODER_DECODERS = {
 """The same for encoder-decoders that write text: model type -> (module, class that reads it)."""
 
 LONGEST_TEXT = 4096
-"""Tokens of a text for an encoder of any length, where its tokenizer gives no number either."""
+"""Maximum tokens of an encoder's text if neither the model nor its tokenizer has a limit."""
 
 
 def name_of(path: str | Path) -> str:
-    """What a checkpoint is called: its folder's name, or that of the one above where it says
-    nothing.
+    """Name of a checkpoint: its folder's name, or the parent's if that is generic.
 
     >>> name_of("models/talker"), name_of("models/digits/checkpoint")
     ('talker', 'digits')
@@ -77,19 +75,18 @@ def from_pretrained(
         path: A checkpoint directory, or a hub id.
         exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
             checkpoint. The last layer always answers with the model's own head.
-        adapters: Decoders: those of these layers whose exit has an adapter before the shared head
-            (see `ExitDecoder`). None: those saved with the checkpoint.
+        adapters: Decoders: layers whose exit has an adapter before the shared head (see
+            `ExitDecoder`). None: those saved with the checkpoint.
         encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
             with the checkpoint, or none.
-        adapter: A folder (or hub id) of peft's, LoRA's for instance, or several: merged into the
-            checkpoint's weights in that order. A tokenizer saved with one goes before the
-            checkpoint's own.
-        untrained: Attach new, random heads (new adapters) even where the checkpoint has none: to
-            measure what exits would cost and save before training them, or to train them now.
+        adapter: A folder (or hub id) with a peft adapter such as LoRA, or several. They are merged
+            into the weights in this order. An adapter's tokenizer replaces the checkpoint's.
+        untrained: Attach new, random heads (new adapters) where the checkpoint has none, to measure
+            latency before training, or to train them.
 
     Raises:
-        ExportError: The checkpoint cannot be read, is of a family edgeexit does not know, or holds
-            no exits for the layers asked for; or an adapter cannot be read or merged.
+        ExportError: The checkpoint cannot be read, its model type is not supported, or it has no
+            exits for these layers; or an adapter cannot be read or merged.
     """
     checkpoint = open_checkpoint(path, adapter)
     config = checkpoint.config
@@ -138,8 +135,8 @@ def _classifier(
     saved = read_exits(folder).layers
     if exits is None and saved is None:
         raise ExportError(
-            f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is not there)",
-            fix="Train some with edgeexit.export.methods and save_pretrained, or pass "
+            f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is missing)",
+            fix="Train exits with edgeexit.export.methods and save_pretrained, or pass "
             "--untrained-exits 3,6,9 to measure latency before training.",
         )
     model, missing_weights = read_model(reader, checkpoint)
@@ -152,8 +149,8 @@ def _classifier(
         )
     if missing_weights:
         logger.warning(
-            "%s: the checkpoint has no weights for %s, random ones take their place: what the last "
-            "exit says is no answer either",
+            "%s: the checkpoint has no weights for %s; they are random, so answers of the last "
+            "exit are meaningless, too",
             path,
             ", ".join(missing_weights[:3]) + (", ..." if len(missing_weights) > 3 else ""),
         )
@@ -167,7 +164,7 @@ def _classifier(
     if missing and not untrained:
         raise UsageError(
             f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
-            fix="Choose among the trained ones, or pass untrained=True (--untrained-exits).",
+            fix="Choose trained exits, or pass untrained=True (--untrained-exits).",
         )
     if saved is not None and not missing:
         load_exits(classifier.heads, classifier.exit_layers, folder)
@@ -192,9 +189,9 @@ def _classifier(
 def _trunk(
     checkpoint: Checkpoint, module_name: str, model: transformers.PreTrainedModel, *more: Any
 ) -> Any:
-    """What a family's module says of a model."""
+    """The description of a model by its family's module."""
     family = importlib.import_module(f"edgeexit.export.families.{module_name}")
-    does = f"its configuration is none of a {checkpoint.config.model_type} that can be exported"
+    does = f"this configuration of {checkpoint.config.model_type} is not supported"
     with translated(checkpoint.path, does, "Correct config.json and generation_config.json."):
         return family.trunk(model.eval(), *more)
 
@@ -233,7 +230,7 @@ def _decoder(
         raise UsageError(
             f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
             f"behind layer {missing[0]} (it has, by layer: {held or 'none'})",
-            fix="Choose among those, or pass untrained=True (--untrained-exits) for new ones.",
+            fix="Choose these exits, or pass untrained=True (--untrained-exits) for new adapters.",
         )
     if loaded:
         load_exits(decoder.adapters, loaded, folder)

@@ -1,9 +1,9 @@
-"""A checkpoint's tokenizer and chat templates, as files of a bundle.
+"""Writes a checkpoint's tokenizer and chat templates into a bundle.
 
-A template lies where one of three generations of transformers wrote it: as a text or as a list of
-named texts in ``tokenizer_config.json``, or in ``chat_template.jinja`` with further ones in
-``additional_chat_templates/``. They are read as transformers reads them, but without its tokenizer
-classes: one that cannot be made here must not keep a bundle from being made.
+Depending on the version of transformers, templates are a string or a list of named strings in
+``tokenizer_config.json``, or files: ``chat_template.jinja`` and ``additional_chat_templates/``.
+This module reads them without the tokenizer classes of transformers, so that export works even if
+such a class cannot be loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from edgeexit.export.device_tokenizer import TOKENIZER, make_tokenizer
 
 DEFAULT = "default"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-_MEND = "Mend it, or move it away: the bundle then continues texts, but holds no conversations."
+_MEND = "Correct or remove the file; without it, the bundle cannot hold conversations."
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a bundle got for text in and out.
+    """The text files of a bundle.
 
     Attributes:
         tokenizer: Path of ``tokenizer.json`` in the bundle; None when the checkpoint has none.
-        chat: Its chat templates, if there are any.
-        stop_tokens: The tokenizer's own token for the end of a text, or of a turn.
+        chat: Its chat templates, if it has any.
+        stop_tokens: The tokenizer's tokens for the end of a text or of a turn.
     """
 
     tokenizer: str | None = None
@@ -45,7 +45,7 @@ def write_text_files(checkpoint: Path, bundle: Path) -> TextFiles:
     """Writes tokenizer and chat templates of a checkpoint into a bundle's folder.
 
     Raises:
-        ExportError: A file cannot be read; what it is about is named.
+        ExportError: A file cannot be read.
     """
     made = make_tokenizer(checkpoint)
     if made is None:
@@ -60,7 +60,7 @@ def write_text_files(checkpoint: Path, bundle: Path) -> TextFiles:
         file = "chat_template.jinja" if name == DEFAULT else f"chat_template.{name}.jinja"
         (folder / file).write_bytes(text.encode())
         written[name] = f"tokenizer/{file}"
-    # Where a base model was tuned to chat, often only the tokenizer was told what ends a turn.
+    # In chat models, often only the tokenizer's configuration has the end-of-turn token.
     end = tokenizer.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
     return TextFiles(
         tokenizer=f"tokenizer/{TOKENIZER}",
@@ -70,7 +70,7 @@ def write_text_files(checkpoint: Path, bundle: Path) -> TextFiles:
 
 
 def read_templates(checkpoint: Path) -> dict[str, str]:
-    """Name -> text of a checkpoint's chat templates; files go before ``tokenizer_config.json``."""
+    """Name -> text of chat templates; files take precedence over ``tokenizer_config.json``."""
     files = {DEFAULT: checkpoint / "chat_template.jinja"}
     further = sorted((checkpoint / "additional_chat_templates").glob("*.jinja"))
     files |= {path.stem: path for path in further}
@@ -85,7 +85,7 @@ def read_templates(checkpoint: Path) -> dict[str, str]:
             found = {str(one.get("name")): one.get("template") for one in given}
         elif given is not None:
             raise ExportError(
-                f"{where}: its chat_template is neither a text nor a list of named ones", fix=_MEND
+                f"{where}: chat_template is neither a string nor a list of named strings", fix=_MEND
             )
     for name, text in found.items():
         if not _NAME.fullmatch(name):
@@ -94,18 +94,18 @@ def read_templates(checkpoint: Path) -> dict[str, str]:
                 fix="Give it a name of letters, digits, _ and -.",
             )
         if not isinstance(text, str) or not _is_unicode(text):
-            raise ExportError(f"{where}: the chat template {name} is not a text", fix=_MEND)
+            raise ExportError(f"{where}: the chat template {name} is not a string", fix=_MEND)
         if len(text.encode()) > CHAT_TEMPLATE_LIMIT_BYTES:
             raise ExportError(f"{where}: the chat template {name} is larger than 1 MiB", fix=_MEND)
     return found
 
 
 def read_special_tokens(checkpoint: Path) -> dict[str, str]:
-    """``bos_token`` and the like -> text, from ``tokenizer_config.json`` and what older versions
-    wrote beside it."""
+    """``bos_token`` and the like -> text, from ``tokenizer_config.json`` and the files of older
+    versions."""
     config = _read_json(checkpoint / "tokenizer_config.json")
     beside = _read_json(checkpoint / "special_tokens_map.json")
-    # As transformers does: with added_tokens_decoder the configuration says all there is to say.
+    # As in transformers: added_tokens_decoder replaces the older files.
     merged = config if "added_tokens_decoder" in config else config | beside
     further = merged.get("extra_special_tokens")
     merged = merged | (further if isinstance(further, dict) else {})

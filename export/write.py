@@ -1,8 +1,7 @@
-"""A model into a bundle: traced, lowered to a precision, quantised, written.
+"""Exports a model: traces, lowers to a precision, quantises and writes the bundle.
 
-`export` takes the contract and returns the bundle, opened and checked, whatever the model does:
-classify, write text, or both behind encoders of their own. `edgeexit.export.cut.export_onnx` writes
-the same bundle from an ONNX file.
+`export` takes a `SplitModel` and returns the bundle, opened and checked: for classifiers, models
+that write text, and both with encoders. `edgeexit.export.cut.export_onnx` exports an ONNX file.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 OPSETS = range(18, 24)
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, of)`` while a bundle is made."""
+"""Called as ``progress(what, done, of)`` during an export."""
 Calibration = Callable[[Bundle], Iterable[Mapping[str, NDArray[Any]]]]
-"""Gives batches of inputs for the float32 bundle that it is handed."""
+"""Called with the float32 bundle; returns batches of inputs."""
 
 
 def export(
@@ -59,7 +58,7 @@ def export(
     """Splits a model at its exits and writes the bundle.
 
     Args:
-        model: What to split.
+        model: The model to split.
         output: The bundle's directory; must not exist unless `overwrite`.
         dtype: ``float32``, ``float16`` or ``int8``: what the graphs compute in. A program's inputs,
             answers and scores stay float32; of an int8 bundle also exit heads, adapters, states and
@@ -70,7 +69,7 @@ def export(
             measured.
 
     Raises:
-        ExportError: The model cannot be split; nothing is left behind.
+        ExportError: The model cannot be split; no partial files remain.
         UsageError: An option cannot be used, or there is too little data.
         OutputExistsError: `output` exists.
     """
@@ -104,7 +103,7 @@ def _write(
         model = to_half(model)
     manifest = manifest_of(model, precision, provenance() | {"opset": str(opset)})
     with BundleWriter(output, overwrite=overwrite) as writer, torch.no_grad():
-        text = _text_files(model, writer.folder)  # first: it may refuse, and is done in a moment
+        text = _text_files(model, writer.folder)  # first: it is fast and may refuse
         store = WeightStore(writer.folder)
         reference, values = torch_reference(model, manifest)
         for path, graph in _graphs(model, manifest, values, opset, tell):
@@ -144,7 +143,7 @@ def _graphs(
     opset: int,
     tell: Callable[[str], None],
 ) -> Iterator[tuple[str, ir.Model]]:
-    """Traces every graph of a model; each can be forgotten before the next is made."""
+    """Traces the graphs of a model one by one, so that memory holds one at a time."""
     pieces, derived = Pieces(), derived_of(model)
     for component in model.components:
         described = manifest.components[component.name]
@@ -170,8 +169,8 @@ def _graphs(
 
 
 def describe_bundle(model: SplitModel, folder: Path) -> Bundle:
-    """A model's bundle as far as reading data for it needs one, written into `folder` in a moment:
-    its inputs, preprocessing and tokenizer, without graphs."""
+    """Writes a bundle without graphs to `folder`, for reading data before the export: inputs,
+    preprocessing and tokenizer."""
     check(model)
     text = _text_files(model, folder)
     files = {
@@ -197,7 +196,7 @@ def _text_files(model: SplitModel, folder: Path) -> TextFiles:
 
 
 def check_options(dtype: str, opset: int, calibration: Calibration | None = None) -> None:
-    """Refuses a precision or opset that no graph here can have."""
+    """Refuses an unsupported precision or opset."""
     if dtype not in ("float32", "float16", "int8"):
         raise UsageError(f"dtype {dtype!r} is not known", fix="Use float32, float16 or int8.")
     if (dtype == "int8") != (calibration is not None):
@@ -207,13 +206,13 @@ def check_options(dtype: str, opset: int, calibration: Calibration | None = None
         )
     if opset not in OPSETS:
         raise UsageError(
-            f"opset {opset} cannot be written (18 to {OPSETS[-1]} can)",
+            f"opset {opset} is out of range (18 to {OPSETS[-1]})",
             fix=f"Use {DEFAULT_OPSET}, which every supported engine reads.",
         )
 
 
 def provenance() -> dict[str, str]:
-    """What made the bundle: versions, without names of people or machines."""
+    """Versions of the exporting software, without names of people or machines."""
     found = {"edgeexit": __version__}
     for package in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript"):
         try:
@@ -224,7 +223,7 @@ def provenance() -> dict[str, str]:
 
 
 def counter(progress: Progress | None, steps: int) -> Callable[[str], None]:
-    """A function that logs what is done next, and counts it for `progress`."""
+    """A function that logs the next step, and counts steps for `progress`."""
     done = 0
 
     def tell(what: str) -> None:

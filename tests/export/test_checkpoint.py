@@ -49,7 +49,7 @@ def refused(folder: Path, *words: str) -> None:
 def test_weights_that_were_cut_off_are_named(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    refused(copy, "model.safetensors is not whole", "Fetch that file again")
+    refused(copy, "model.safetensors is incomplete", "Download the file again")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -98,7 +98,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_weights_are_refused_by_their_kind(copy: Path, kind: str) -> None:
     configure(copy, quantization_config=QUANTISED[kind])
-    refused(copy, "quantised already", kind, "--dtype int8")
+    refused(copy, "already quantised", kind, "--dtype int8")
 
 
 def write_adapter(folder: Path) -> None:
@@ -114,7 +114,7 @@ def write_adapter(folder: Path) -> None:
 
 def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy: Path) -> None:
     write_adapter(copy)
-    refused(copy, "LORA adapter that would be left out", "--adapter FOLDER")
+    refused(copy, "LORA adapter would be ignored", "--adapter FOLDER")
 
 
 def test_an_adapter_alone_names_the_weights_that_it_belongs_to(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (_instead(""), "the folder is empty"),
     "code of its own": (
         lambda f: configure(f, auto_map={"AutoConfig": "x.Y"}, model_type="new"),
-        "Python code of its own.*not run",
+        "custom Python code.*not run",
     ),
 }
 
@@ -277,7 +277,7 @@ def test_a_head_that_the_checkpoint_lacks_is_said_to_be_random(
     make_model("bert").bert.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         made = from_pretrained(tmp_path, exits=[1], untrained=True)
-    assert "no weights for classifier.bias, classifier.weight, random ones" in caplog.text
+    assert "no weights for classifier.bias, classifier.weight; they are random" in caplog.text
     assert made.provenance["head"] == "untrained"  # type: ignore[union-attr]
 
 

@@ -341,7 +341,7 @@ def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
     model.generation_config.no_repeat_ngram_size = 3
     model.save_pretrained(tmp_path)
     from_pretrained(tmp_path, exits=[1])
-    assert "not heeded: no_repeat_ngram_size=3" in caplog.text
+    assert "have no effect: no_repeat_ngram_size=3" in caplog.text
 
 
 @pytest.mark.parametrize("family", LOWERED)

@@ -182,7 +182,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "is not there"),
     "cut": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x10\0\0"),
-        "adapter_model.safetensors is not whole",
+        "adapter_model.safetensors is incomplete",
     ),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
     "no kind": (lambda f: (f / "adapter_config.json").write_text("{}"), "names no peft_type"),
@@ -243,7 +243,7 @@ def test_an_adapter_on_one_of_two_tied_weights_is_refused(
 ) -> None:
     """Merged, it would change the other, too."""
     save_adapter(make_llama(), tmp_path / "tied", of_llama(target_modules=[module]))
-    with pytest.raises(ExportError, match="gives other outputs than beside them.*share"):
+    with pytest.raises(ExportError, match="differ from those of the separate.*share"):
         from_pretrained(llama, exits=[1], adapter=tmp_path / "tied")
 
 

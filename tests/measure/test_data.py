@@ -77,7 +77,7 @@ def _spoil(arrays: dict[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
         ("rows", r"input shift has the shape \[4, 1\]"),
         ("empty", "is empty"),
         ("labels", r"label has the shape \[4\], the inputs have 5 rows"),
-        ("label value", "row 2: the label 3 is out of range (0 to 2"),
+        ("label value", "row 2: the label 3 is out of range"),
         ("label name", "row 0: 'a' is not a label"),
         ("label kind", "row 0: '0.0' is not a label"),
     ],
@@ -154,7 +154,7 @@ def test_texts_are_cut_when_they_are_longer_than_the_model_takes(
         ('{"text": "w1", "label": 3}', "line 2: the label 3"),
         ('{"text": "w1", "label": -1}', "line 2: the label -1"),
         ('{"text": "w1", "label": true}', "line 2: 'True' is not a label"),
-        ('{"text": "w1"}', "line 2: it has no label"),
+        ('{"text": "w1"}', "line 2: the label is missing"),
         ('{"text": "w1", "label": 0, "text_pair": 1}', "line 2: 'text_pair' is not a string"),
     ],
 )
@@ -233,7 +233,7 @@ def test_folder_and_jsonl_give_the_same_pixels_when_images_are_the_same(
         (lambda folder: save_image(folder / "7/1.png", 0), "folder 7: the label 7"),
         (
             lambda folder: (save_image(folder / "1.png", 0), save_image(folder / "cat/1.png", 0)),
-            "side by side",
+            "both images and folders",
         ),
         (
             lambda folder: (folder / "broken.png").write_bytes(b"\x89PNG"),
