@@ -104,5 +104,5 @@ def test_cautions_are_for_early_answers_that_nobody_vouches_for(
     assert [word for word in cautions(early, bundle) if "not calibrated" in word]
     assert len(cautions(early, untrained)) == 2
     [untrained_alone] = cautions(calibrated, untrained)
-    assert "never trained" in untrained_alone
+    assert "are untrained" in untrained_alone
     assert cautions(early, untrained, []) == []
