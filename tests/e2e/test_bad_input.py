@@ -216,7 +216,7 @@ def test_rows_that_are_no_numbers_are_said(cli: Cli, toy_bundle: Bundle) -> None
     np.savez(cli.folder / "d.npz", **inputs)
     options = ("--data", "d.npz", "--threshold", "0")
     ran = cli("run", toy_bundle.path, *options, "--json")
-    assert ran.code == 0 and "d.npz: x holds NaN or infinity in row 2 and 1 more" in ran.err
+    assert ran.code == 0 and "d.npz: x has NaN or infinity in row 2 and 1 more" in ran.err
     assert "row 2: the outputs have NaN" in ran.err
     exits = [row["exit"] for row in ran.json["rows"]]
     assert exits[:2] == ["exit_1"] * 2 and exits[2] == "exit_4"

@@ -97,7 +97,7 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     made = run_here(
         "export", "-m", folder, "--untrained-exits", "1,2", "--adapters", "2", "-o", bundle
     )
-    assert made.code == 0 and "its exits are untrained" in made.err
+    assert made.code == 0 and "the exits are untrained" in made.err
     checked = cli("check", bundle, "--json")
     assert checked.code == 0 and checked.json["passed"]
     assert any("drafted by exit_2" in one["what"] for one in checked.json["comparisons"])
@@ -178,7 +178,7 @@ def test_conversations_are_read_from_files(cli: Cli, chat_bundle: Bundle) -> Non
         ("a.json", b"\xff", "a.json: cannot be read (it is not UTF-8)"),
         ("a.json", b"[]", "there are no messages"),
         ("a.json", b'[{"role": "user"}]', "messages[0] has no content"),
-        ("a.jsonl", b"\n", "a.jsonl: it holds no conversation"),
+        ("a.jsonl", b"\n", "a.jsonl: it has no conversation"),
         ("a.jsonl", b"[]\n\n{", "a.jsonl: line 3: not JSON"),
     ],
 )
@@ -339,8 +339,11 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
         (("run", "--data", "x.npz"), "writes text. Give --prompt or --messages"),
         (("run", "--prompt", b"\xff"), "cannot encode one of the texts"),
         (("run",), "one kind of input. Give --prompt or --messages."),
-        (("run", "--prompt", "w5", "--max-new-tokens", "6000"), "max_new_tokens is 6000, a text"),
-        (("trace", "--data", "x", "-o", "t.npz"), "x: not a form of texts"),
+        (
+            ("run", "--prompt", "w5", "--max-new-tokens", "6000"),
+            "max_new_tokens is 6000, but a text",
+        ),
+        (("trace", "--data", "x", "-o", "t.npz"), "x: unsupported format"),
         (("trace", "--data", "d.npz", "-o", "t.npz"), "writes text: give token ids as"),
         (("trace", "--data", "x.npz", "-o", "t.npz"), "x.npz does not exist"),
         (("trace", "--data", "x.jsonl", "-o", "t.npz", "--chain", "side"), "no chain 'side'"),

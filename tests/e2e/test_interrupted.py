@@ -86,5 +86,5 @@ def test_trace_leaves_nothing_when_the_disk_is_full(
     path = toy_bundle.path  # type: ignore[attr-defined]
     ran = quiet_cli("trace", path, "--data", toy_data, "-o", "trace.npz", preexec_fn=limit)
     assert ran.code == 1, ran.err
-    assert "trace.npz: cannot be written (File too large); nothing was left behind" in ran.err
+    assert "trace.npz: cannot be written (File too large); no partial file remains" in ran.err
     assert os.listdir(quiet_cli.folder) == [toy_data.name]

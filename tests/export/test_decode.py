@@ -354,7 +354,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "exits.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(ExportError, match=r"exits\.safetensors is not whole"):
+    with pytest.raises(ExportError, match=r"exits\.safetensors is incomplete"):
         from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(ExportError, match=r"exits\.safetensors: does not fit the model"):
@@ -414,7 +414,7 @@ def _of_another_width(raw: Any) -> None:
         (_unknown, "there is no component adapter_9"),
         (_of_another, "exit_1, adapter_2 takes state_2"),
         (_headless, "exit_1 names logits, which is not an output of adapter_1"),
-        (_at_the_end, "exit_4 has an adapter, but it answers as"),
+        (_at_the_end, "the last exit, exit_4, has an adapter"),
         (_of_another_width, "head takes state .* but adapted_1 float32"),
     ],
 )
@@ -480,7 +480,7 @@ def _with(model: SplitModel, **changes: Any) -> SplitModel:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (_adapted_at_the_end, "exit_4 has an adapter, but it answers as"),
+        (_adapted_at_the_end, "the last exit, exit_4, has an adapter"),
         (_one_name_for_two, "two components named adapter_1"),
         (_nowhere, "there is no component adapter_3"),
         (_without_exits, "the model has no exits"),

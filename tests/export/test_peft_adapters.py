@@ -205,7 +205,9 @@ def test_an_adapter_of_another_base_is_refused(llama: Path, adapter: Path, tmp_p
     folder = spoil(adapter, tmp_path / "deep")
     more = {name.replace("layers.1.", "layers.9."): value for name, value in weights.items()}
     save_file(more, folder / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match=r"no place: model\.layers\.9\..*base_model_name_or_path"):
+    with pytest.raises(
+        ExportError, match=r"does not have: model\.layers\.9\..*base_model_name_or_path"
+    ):
         from_pretrained(llama, exits=[1], adapter=folder)
     folder = spoil(adapter, tmp_path / "wide")
     wide = {name: torch.ones(value.shape[0], 96) for name, value in weights.items() if "_A" in name}

@@ -64,7 +64,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
             "crop_size": CROP,
             "do_center_crop": True,
         },
-        "other pixels",
+        "pixels on the device would differ",
     ),
     "PoolFormer": (
         {
@@ -74,7 +74,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
             "do_center_crop": True,
             "crop_pct": 0.9,
         },
-        "other pixels",
+        "pixels on the device would differ",
     ),
     "Donut": (
         {

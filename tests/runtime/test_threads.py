@@ -50,7 +50,7 @@ def test_the_process_pool_is_installed_when_asked_and_once(toy_bundle: Bundle) -
 def test_other_thread_settings_are_refused_after_the_process_pool(toy_bundle: Bundle) -> None:
     said = run(OTHER_SETTING, toy_bundle.path)
     assert "threads='brief' is not possible" in said
-    assert 'Load with threads="process" here too' in said
+    assert 'Load with threads="process"' in said
 
 
 PLAIN_SESSION_BESIDE = """

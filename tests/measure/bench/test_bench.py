@@ -281,7 +281,7 @@ def test_bench_takes_prompts_with_what_earlier_chains_take(toy: dict, tmp_path: 
 
 
 def test_bench_refuses_what_is_not_for_texts(writer: Bundle) -> None:
-    with pytest.raises(MeasurementError, match="made for"):
+    with pytest.raises(MeasurementError, match="exceed the model's limit"):
         bench(writer, Options(prompt_tokens=40, new_tokens=9, threads=1))
     with pytest.raises(UsageError, match="--mode throughput is for rows"):
         bench(writer, Options(mode="throughput"))

@@ -34,7 +34,7 @@ def test_texts_that_ended_at_once_count_for_nothing_and_are_not_all_there_may_be
     long, ended = record(0.1, 1.0, [1] * 11), record(0.1, 1e-9, [1])
     assert compare(writer(ended, long), writer(long, long))["decode"] == pytest.approx(1.0)
     assert compare(writer(record(0.1, 0.0, []), long), writer(ended, long))["decode_total"] == 1.0
-    with pytest.raises(MeasurementError, match="no text got longer"):
+    with pytest.raises(MeasurementError, match="no text has more than one token"):
         compare(writer(ended, ended), writer(long, long))
     with pytest.raises(MeasurementError, match="in no turn"):
         compare(writer(ended, long), writer(long, ended))
