@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Threads = int | Literal["brief", "blocking", "spinning", "process"]
 BRIEF_SPIN_US = 100
-"""Time for which idle threads of ``brief`` pools spin, in µs; benchmarks/results/threads.json."""
+"""Time for which idle threads of ``brief`` pools spin, in µs; benchmarks/threads.py measures it."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""
 

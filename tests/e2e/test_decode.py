@@ -106,7 +106,7 @@ def test_exits_with_adapters_are_exported_checked_and_shown(
     assert len(one) == len(last) == 1
     assert two[0]["name"] == "adapter_2" and two[0]["state_bytes_per_token"] == 256
     shown = cli("inspect", bundle)
-    assert "exit_2 has an adapter" in shown.out and "256 B a token" in shown.out
+    assert "exit_2 has an adapter" in shown.out and "256 B per token" in shown.out
     ran = cli(
         "run", bundle, "--prompt", "def f(", "--mode", "exact", "--draft-exit", "exit_2", "--json"
     )

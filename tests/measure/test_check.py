@@ -271,4 +271,4 @@ def test_check_notes_that_a_chain_has_no_unsplit_graph(toy: Toy, tmp_path: Path)
     with load(bundle) as model:
         report = check(model)
     assert report.passed
-    assert report.notes == ["the unsplit graphs were not compared: the chain forward"]
+    assert report.notes == ["the unsplit graphs were not compared: the chain forward has none"]
