@@ -50,8 +50,10 @@ def compare_pictures(path: Path, schema: ImagePreprocessing, processor: Any) -> 
         ExportError: Pixels differ; the message lists options that the manifest cannot express.
     """
     step = GREY_LEVELS * schema.scale / min(abs(value) for value in schema.std)
+    compared = 0
     with tempfile.TemporaryDirectory() as folder:
         for what, picture, expected in _pictures(schema, processor, Path(folder)):
+            compared += 1
             made = preprocess_images(schema, [picture])[0]
             if made.shape == expected.shape and np.abs(made - expected).max() <= step:
                 continue
@@ -66,6 +68,13 @@ def compare_pictures(path: Path, schema: ImagePreprocessing, processor: Any) -> 
                 fix="Change the options and fine-tune again, or remove the file: the bundle then "
                 "takes preprocessed inputs (.npz) only.",
             )
+    if not compared:
+        raise ExportError(
+            f"{path}: {_name(processor)} fails for every test image, so the device's preprocessing "
+            "cannot be compared with it",
+            fix="Repair the file, or remove it: the bundle then takes preprocessed inputs (.npz) "
+            "only.",
+        )
 
 
 def _name(processor: Any) -> str:

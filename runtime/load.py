@@ -13,7 +13,7 @@ from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.errors import EngineError, UsageError
-from edgeexit.runtime.engines.base import Engine
+from edgeexit.runtime.engines.base import Engine, Threads
 from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
 from edgeexit.runtime.model import Model
@@ -21,7 +21,6 @@ from edgeexit.runtime.model import Model
 logger = logging.getLogger(__name__)
 
 ENGINES = ("cpu", "cuda", "tensorrt-provider", "tensorrt")
-Threads = int | Literal["brief", "blocking", "spinning", "process"]
 
 
 def load(

@@ -31,12 +31,14 @@ def read_threads(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> int | str | None:
     """Reads ``--threads``."""
-    if value is None or value in ("brief", "blocking", "spinning", "process"):
+    from edgeexit.runtime.engines.base import POOLS
+
+    if value is None or value in POOLS:
         return value
     if value.isascii() and value.isdigit() and int(value) >= 1:
         return int(value)
     raise click.BadParameter(
-        f"{value!r} is not a number from 1 up, brief, blocking, spinning or process."
+        f"{value!r} is neither a number from 1 up nor one of {', '.join(POOLS)}."
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from edgeexit.measure.judge import Judge, Report, tolerances
 from edgeexit.measure.probe import ask, ask_in_batches, chains_before
 from edgeexit.preprocessing.images import image_from_array, preprocess_images
 from edgeexit.runtime import Model, Sampling, load
+from edgeexit.runtime.engines.base import Threads
 from edgeexit.runtime.text.tokenizer import encode_batch
 
 REFERENCE = "samples/reference.npz"
@@ -38,8 +39,6 @@ NEW_TOKENS = 8
 LOGITS_SIZE = 10
 """Magnitude of logits: two tokens are equally likely if their logits differ by less than the
 rounding error of a number of this size."""
-
-Threads = int | Literal["brief", "blocking", "spinning", "process"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Device
     from edgeexit.runtime.engines.host import HostSlot
+
+Pool = Literal["brief", "blocking", "spinning", "process"]
+Threads = int | Pool
+"""Threads of an engine, as `edgeexit.runtime.load` takes them: a number, or a kind of pool."""
+POOLS: tuple[str, ...] = get_args(Pool)
 
 
 class Place(Protocol):

@@ -21,11 +21,11 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from edgeexit.bundle.onnx_wire import keep_outputs
 from edgeexit.errors import EngineError, UsageError, first_line
-from edgeexit.runtime.engines.base import Bound, Slot
+from edgeexit.runtime.engines.base import POOLS, Bound, Slot, Threads
 from edgeexit.runtime.engines.host import HostSlot, Window
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Threads = int | Literal["brief", "blocking", "spinning", "process"]
 BRIEF_SPIN_US = 100
 """Time for which idle threads of ``brief`` pools spin, in µs; benchmarks/threads.py measures it."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
@@ -131,7 +130,7 @@ class OnnxRuntimeEngine:
         self.features = features_of(name, self._ort.__version__)
         self.threads = threads
         self._spins_briefly = _version(self._ort.__version__) >= (1, 26)
-        if not (threads in ("brief", "blocking", "spinning", "process") or _is_count(threads)):
+        if not (threads in POOLS or _is_count(threads)):
             raise UsageError(
                 f"threads={threads!r} is invalid",
                 fix='Use a number from 1 up, "brief", "blocking", "spinning" or "process".',

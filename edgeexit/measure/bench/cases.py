@@ -22,8 +22,8 @@ from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.measure.given_text import GivenText, on_given_texts
 from edgeexit.measure.probe import times_to_exits
 from edgeexit.runtime import Generation, Model, Result, Sampling
+from edgeexit.runtime.engines.base import Threads
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
-from edgeexit.runtime.load import Threads
 from edgeexit.runtime.programs.arguments import ModeName
 
 Inputs = Mapping[str, NDArray]

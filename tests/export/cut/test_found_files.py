@@ -82,7 +82,7 @@ def passes_on(name: str, operator: str) -> onnx.GraphProto:
 
 
 def with_branches(path: Path, *, in_loop: bool) -> Path:
-    """Two branches that hand an outer value on as it is; or one inside a loop."""
+    """An If whose two branches return the same outer value; or the same If inside a Loop."""
     nodes = [
         helper.make_node("MatMul", ["x", "w1"], ["h1"]),
         helper.make_node("Relu", ["h1"], ["r1"]),
