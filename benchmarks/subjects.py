@@ -116,8 +116,8 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
         if threads == "process":
             options.use_per_session_threads = False
         elif threads == "brief":
-            duration = str(onnxruntime.BRIEF_SPIN_US)
-            options.add_session_config_entry("session.intra_op.spin_duration_us", duration)
+            for entry, value in onnxruntime.BRIEF.items():
+                options.add_session_config_entry(entry, value)
         elif threads != "spinning":
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if threads != "blocking":

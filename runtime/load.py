@@ -45,7 +45,7 @@ def load(
             engines built by ``edgeexit build``, in ``$EDGEEXIT_ENGINE_DIR`` or the user's cache.
         policy: When to stop: a `Policy`, a `Rule` for the only chain with exits, or the path of a
             policy file. None: every row runs to the last exit.
-        threads: ``brief`` (one pool per session that spins for 0.1 ms before it sleeps),
+        threads: ``brief`` (one pool per session that spins for 0.1 ms at most, while a graph runs),
             ``blocking`` (it sleeps at once), ``spinning``, a number of threads, or ``process``:
             ONNX Runtime's global pool, with which other default sessions in this process fail. On a
             GPU: how the host waits for it. ``blocking`` sleeps; every other value spins, which

@@ -38,7 +38,7 @@ def read_threads(
     if value.isascii() and value.isdigit() and int(value) >= 1:
         return int(value)
     raise click.BadParameter(
-        f"{value!r} is neither a number from 1 up nor one of {', '.join(POOLS)}."
+        f"{value!r} is not a number from 1 up, {', '.join(POOLS[:-1])} or {POOLS[-1]}."
     )
 
 

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BRIEF_SPIN_US = 100
-"""Time for which idle threads of ``brief`` pools spin, in µs; benchmarks/threads.py measures it."""
+BRIEF = {"session.intra_op.spin_duration_us": "100", "session.force_spinning_stop": "1"}
+"""Settings of ``brief`` pools: idle threads spin for 0.1 ms at most, and only while a graph runs:
+they take no core from the next graph (benchmarks/results/threads.json)."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""
 
@@ -117,7 +118,7 @@ class OnnxRuntimeEngine:
 
     Args:
         name: ``cpu``, ``cuda`` or ``tensorrt-provider``.
-        threads: One pool per session that spins for `BRIEF_SPIN_US` before it sleeps (``brief``;
+        threads: One pool per session that spins briefly while a graph runs (``brief``: `BRIEF`;
             before ONNX Runtime 1.26 the same as ``blocking``), sleeps at once (``blocking``) or
             spins (``spinning``) while idle; a number of threads; or one pool per process
             (``process``, see `install_process_pool`). With a GPU: the host sleeps (``blocking``) or
@@ -248,9 +249,8 @@ class OnnxRuntimeEngine:
         if _process_pool:  # every session of the process must use it
             options.use_per_session_threads = False
         elif self.threads == "brief" and self.gpu is None and self._spins_briefly:
-            options.add_session_config_entry(
-                "session.intra_op.spin_duration_us", str(BRIEF_SPIN_US)
-            )
+            for entry, value in BRIEF.items():
+                options.add_session_config_entry(entry, value)
         elif self.threads != "spinning" or self.gpu is not None:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if _is_count(self.threads):
