@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     "--policy", type=click.Path(path_type=Path), help="Also check the decisions of this policy."
 )
 @click.option(
-    "--atol", type=click.FloatRange(min=0), help="Absolute tolerance; default: by precision."
+    "--atol",
+    type=click.FloatRange(min=0),
+    help="Tolerance relative to the spread of the logits over the rows (scores: absolute); "
+    "default: by precision.",
 )
 @click.option(
-    "--rtol", type=click.FloatRange(min=0), help="Relative tolerance; default: by precision."
+    "--rtol",
+    type=click.FloatRange(min=0),
+    help="Tolerance relative to the value; default: by precision.",
 )
 @output_options
 def command(

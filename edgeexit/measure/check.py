@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.compare import spread
 from edgeexit.bundle.manifest import Chain, ImagePreprocessing, PromptState
 from edgeexit.bundle.policy import Policy, Rule, policy_for, rule_of
 from edgeexit.bundle.reader import Bundle
@@ -71,8 +72,9 @@ def check(
         model: The bundle; open it with ``verify="full"`` to hash the weights. Its policy is
             restored afterwards.
         policy: A policy to check in addition to those made here, if the model does not write text.
-        atol: Absolute tolerance; None = by precision.
-        rtol: Relative tolerance; None = by precision.
+        atol: Tolerance relative to the spread of an exit's outputs (scores: absolute); None = by
+            precision (`edgeexit.bundle.compare.TOLERANCES`).
+        rtol: Tolerance relative to the value; None = by precision.
         threads: Threads of the unsplit graphs; None: the default of `load`.
         closing: Close the model before the unsplit graphs are opened, so that memory holds the
             weights only once.
@@ -105,7 +107,7 @@ def check(
             _check_preprocessing(bundle, judge)
         except EngineError as error:  # a device may have no image or text library
             notes.append(f"preprocessing was not compared: {error}")
-    return Report(judge.comparisons, one.rows, judge.atol, judge.rtol, notes)
+    return Report(judge.comparisons, one.rows, judge.atol, judge.rtol, [*judge.notes, *notes])
 
 
 def _samples(model: Model) -> Mapping[str, NDArray]:
@@ -173,8 +175,10 @@ def _compare_exits(one: _Checked, chain: Chain, made: Mapping[str, NDArray], how
                 wrong = int((clear & (made[key] != expected)).sum())
                 one.judge.count(exit_.name, f"greedy token, {how}", wrong)
                 continue
-            label = name if name in exit_.outputs else f"score {name}"
-            one.judge.compare(exit_.name, f"{label}, {how}", made[key], expected)
+            if name in exit_.outputs:
+                one.judge.compare(exit_.name, f"{name}, {how}", made[key], expected)
+            else:
+                one.judge.compare_score(exit_.name, f"score {name}, {how}", made[key], expected)
 
 
 def _check_decisions(one: _Checked, given: Policy | None) -> None:
@@ -228,7 +232,8 @@ def _compare_decisions(
         expected = [
             one.samples[f"{names[k]}/{output}"][row] for k, row in zip(taken, subset, strict=True)
         ]
-        one.judge.compare("decisions", f"{output} ({label})", made, np.stack(expected))
+        atol = one.judge.atol * max(spread(one.samples[f"{n}/{output}"]) for n in names)
+        one.judge.compare("decisions", f"{output} ({label})", made, np.stack(expected), atol=atol)
 
 
 def _decided(

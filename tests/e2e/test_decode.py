@@ -45,7 +45,7 @@ def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
     assert manifest.decoding is not None and manifest.decoding.stop_tokens == [0, 259]
     checked = cli("check", tmp_path / "bundle", "--json")
     assert checked.code == 0 and checked.json["passed"]
-    assert checked.json["atol"] == 2e-2
+    assert checked.json["atol"] == 4e-2
     written = cli("run", tmp_path / "bundle", "--prompt", "def f(", "--max-new-tokens", "4")
     assert written.code == 0 and written.out.startswith("def f(")
 
