@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Manifest, Run
+from edgeexit.bundle.manifest import SCORES, Manifest, Run
 from edgeexit.errors import ExportError
 from edgeexit.export.contract import SplitModel, Values
 from edgeexit.export.trace.scores import reference_scores
 from edgeexit.export.trace.torch_graph import TORCH_DTYPES
 from edgeexit.export.walk import Walk
 
+logger = logging.getLogger(__name__)
+
 Arrays = dict[str, NDArray[Any]]
 SAMPLE_ROWS = 4
 REFERENCE = "reference"
+DERIVED = frozenset({"token", "gap", *SCORES})
+"""Names of what `reference_sample` computes from logits."""
 
 
 def write_samples(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -65,6 +70,39 @@ def reference_sample(
             derived |= reference_scores(logits, probabilities=probabilities)
         sample |= {f"{exit_}/{name}": value for name, value in {**outputs, **derived}.items()}
     return sample
+
+
+def check_finite(
+    sample: Mapping[str, NDArray[Any]], what: str, fix: str = "Check the model's weights."
+) -> None:
+    """Refuses outputs that choose no answer: with NaN or +inf, or with -inf for every class. Warns
+    of others with -inf.
+
+    Args:
+        sample: ``EXIT/OUTPUT`` -> values; inputs (``input/NAME``) and derived values are ignored.
+        what: The model, for messages.
+        fix: The error's fix.
+    """
+    for key, value in sample.items():
+        exit_, _, output = key.rpartition("/")
+        if exit_ == "input" or output in DERIVED or value.dtype.kind != "f" or not value.size:
+            continue
+        rows = value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1)
+        bad = np.isnan(rows).any(-1) | np.isposinf(rows).any(-1) | np.isneginf(rows).all(-1)
+        if bad.any():
+            kind = "NaN" if np.isnan(rows[bad]).any() else "infinity"
+            raise ExportError(
+                f"{what}: exit {exit_}: {output} hold {kind} in {int(bad.sum())} of {len(rows)} "
+                "sample rows",
+                fix=fix,
+            )
+        if np.isneginf(rows).any():
+            logger.warning(
+                "%s: exit %s gives -inf for some classes, so its score entropy is NaN; use "
+                "max_prob or margin",
+                what,
+                exit_,
+            )
 
 
 def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict[str, Values]]:
@@ -123,4 +161,11 @@ def _check_example(model: SplitModel, inputs: Values) -> None:
             )
 
 
-__all__ = ["REFERENCE", "SAMPLE_ROWS", "reference_sample", "torch_reference", "write_samples"]
+__all__ = [
+    "REFERENCE",
+    "SAMPLE_ROWS",
+    "check_finite",
+    "reference_sample",
+    "torch_reference",
+    "write_samples",
+]

@@ -28,7 +28,7 @@ from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.describe import Precision, check, derived_of, manifest_of
 from edgeexit.export.passes.quantise import quantise_bundle
-from edgeexit.export.samples import REFERENCE, torch_reference, write_samples
+from edgeexit.export.samples import REFERENCE, check_finite, torch_reference, write_samples
 from edgeexit.export.text_files import TextFiles, write_text_files
 from edgeexit.export.trace.component_graphs import graph_of_form, graph_of_projection
 from edgeexit.export.trace.half import to_half
@@ -106,6 +106,8 @@ def _write(
         text = _text_files(model, writer.folder)  # first: it is fast and may refuse
         store = WeightStore(writer.folder)
         reference, values = torch_reference(model, manifest)
+        half = " Or it overflows in float16: use --dtype float32." if precision == "float16" else ""
+        check_finite(reference, model.name, f"Check the model's weights for NaN.{half}")
         for path, graph in _graphs(model, manifest, values, opset, tell):
             store.externalize(graph.graph)
             save_graph(graph, str(writer.folder / path))

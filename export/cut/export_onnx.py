@@ -18,6 +18,7 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.cut.axis_names import resolve_shapes
+from edgeexit.export.cut.compare_samples import compare_samples
 from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
 from edgeexit.export.cut.find_rows import BATCH, Rows, find_rows, name_axes, set_rows, told_rows
 from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
@@ -27,12 +28,22 @@ from edgeexit.export.cut.run_file import OnnxFile, file_answers, open_file
 from edgeexit.export.describe import FORMAT, Precision
 from edgeexit.export.evaluate import close, tolerance_of
 from edgeexit.export.library_errors import translated
-from edgeexit.export.samples import REFERENCE, SAMPLE_ROWS, reference_sample, write_samples
+from edgeexit.export.samples import (
+    REFERENCE,
+    SAMPLE_ROWS,
+    check_finite,
+    reference_sample,
+    write_samples,
+)
 from edgeexit.export.trace import torch_graph
 from edgeexit.export.weights import WeightStore
 from edgeexit.export.write import Progress, counter, provenance
 
 UNSPLIT = "unsplit"
+NOT_FINITE = (
+    "Check the model's weights and the samples for NaN; float16 overflows above 65504. If "
+    "generated inputs do not suit the model, give real ones: --data."
+)
 Arrays = dict[str, NDArray]
 
 
@@ -101,6 +112,8 @@ def export_onnx(
             every_token=False,
             probabilities=probabilities,
         )
+        paths = _paths(pieces, writer.folder)
+        proof = compare_samples(pieces, paths, inputs, sample, proof, precision, source.what)
         described = _manifest(source, pieces, proof, precision)
         return writer.commit(
             msgspec.structs.replace(
@@ -180,6 +193,13 @@ def _read(
 def _answers(source: _Source, labels: Sequence[str]) -> Arrays:
     """The file's outputs at every exit, checked; sets the shapes of the graph's exits."""
     answers, rows = dict(source.rows.exits), source.rows.count
+    for exit_, fused in source.reference.items():
+        worse = (
+            fused
+            if np.isfinite(fused).sum() < np.isfinite(answers[exit_]).sum()
+            else answers[exit_]
+        )
+        check_finite({f"{exit_}/{ANSWER}": worse}, source.what, NOT_FINITE)
     for value in source.model.graph.outputs:
         name = value.name or ""
         answers[name] = _check_logits(value, answers[name], rows, source.what)
@@ -203,7 +223,7 @@ def _write_segments(
     tell: Callable[[str], None],
 ) -> Proof:
     """Writes the graphs, and compares the segments' outputs with the file's."""
-    paths = [folder / f"graphs/{piece.name}.onnx" for piece in pieces.pieces]
+    paths = _paths(pieces, folder)
     for piece, place in zip(pieces.pieces, paths, strict=True):
         tell(f"segment {piece.name}")
         torch_graph.save_graph(piece.model, str(place))
@@ -223,6 +243,10 @@ def _write_segments(
     annotate(pieces.unsplit, proof.tensors | {ANSWER: answer})
     torch_graph.save_graph(pieces.unsplit, str(folder / f"graphs/{UNSPLIT}.onnx"))
     return proof
+
+
+def _paths(pieces: Cut, folder: Path) -> list[Path]:
+    return [folder / f"graphs/{piece.name}.onnx" for piece in pieces.pieces]
 
 
 def _manifest(source: _Source, pieces: Cut, proof: Proof, precision: Precision) -> Manifest:

@@ -1,8 +1,10 @@
 """Runs the segments, and proves which axis of every tensor holds the rows.
 
 A graph does not show which axis of an inner tensor is the batch. So the segments run once with all
-rows and again with some of them: the row axis is the one that loses exactly the rows left out, with
-the other rows' values unchanged. If a tensor has no such axis, exits apply to the whole batch.
+rows, again with some of them and with each one alone: the row axis is the one that loses exactly
+the rows left out, with the other rows' values unchanged. They also run with one row out of the
+ordinary, so that a condition on the whole batch (the mean of all rows, say) shows. If a tensor has
+no such axis, exits apply to the whole batch.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.errors import ExportError
 from edgeexit.export.cut.cut import Cut
-from edgeexit.export.evaluate import TOLERANCES, close, run_graph
+from edgeexit.export.evaluate import TOLERANCES, close, open_graph, run_graph
 
 logger = logging.getLogger(__name__)
+
+ODD_ROWS = ((0, 100.0), (0, -100.0), (-1, 100.0), (-1, -100.0))
+"""A row that is out of the ordinary, and the factor of its float inputs."""
+DEPENDS = "the values of a row depend on the other rows"
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,13 @@ def prove_rows(
     tensors = dict(pieces.tensors)
     by_row = {name: _batch_axis(tensors[name]) for name in pieces.inputs}
     rows = next(inputs[name].shape[axis] for name, axis in by_row.items() if axis is not None)
-    subsets = [np.arange(rows)[1::2], np.arange(rows)[-1:]] if rows > 1 else []
+    subsets = [np.arange(rows)[1::2]] if rows > 1 else []
+    subsets += [np.array([row]) for row in range(rows)] if rows > 1 else []
     runs: list[dict[str, NDArray]] = [dict(inputs)]
     for subset in subsets:
-        runs.append({k: _take(v, subset, by_row[k]) for k, v in inputs.items()})
+        runs.append({k: take_rows(v, subset, by_row[k]) for k, v in inputs.items()})
     failed = _run_pieces(pieces, paths, runs)
+    odd = _run_with_odd_row(pieces, paths, inputs, by_row, rows)
     for name, tensor in tensors.items():
         if runs[0][name].dtype.name != tensor.dtype:
             raise ExportError(
@@ -82,6 +90,10 @@ def prove_rows(
             if len(runs) > 1 and len(values) == len(runs):
                 parts = list(zip(subsets, values[1:], strict=True))
                 axis = row_axis(values[0], parts, rows, tolerance)
+                for ordinary, run in odd:
+                    found = take_rows(run[name], ordinary, axis)
+                    if not close(found, take_rows(values[0], ordinary, axis), tolerance):
+                        raise ValueError(DEPENDS)
             if name in exits and axis != 0 and subsets and not failed:
                 raise ValueError("its first axis does not hold the rows")
         except ValueError as error:
@@ -110,6 +122,38 @@ def _run_pieces(pieces: Cut, paths: Sequence[Path], runs: list[dict[str, NDArray
         for run, more in zip(runs[1:], outputs, strict=False):
             run |= more
     return failed
+
+
+def _run_with_odd_row(
+    pieces: Cut,
+    paths: Sequence[Path],
+    inputs: Mapping[str, NDArray],
+    by_row: Mapping[str, int | None],
+    rows: int,
+) -> list[tuple[NDArray[np.intp], dict[str, NDArray]]]:
+    """Runs the segments with one row's float inputs multiplied by a factor (`ODD_ROWS`). Returns
+    the other rows, which must not change, and the tensors. Leaves out runs that fail: the odd row
+    may be invalid for the graph."""
+    axes = {name: axis for name, axis in by_row.items() if axis is not None}
+    floats = {name: axis for name, axis in axes.items() if inputs[name].dtype.kind == "f"}
+    runs: list[tuple[NDArray[np.intp], dict[str, NDArray]]] = []
+    for row, factor in ODD_ROWS if floats and rows > 1 else ():
+        known = dict(inputs)
+        for name, axis in floats.items():
+            value = inputs[name].copy()
+            with np.errstate(over="ignore"):
+                np.moveaxis(value, axis, 0)[row] *= value.dtype.type(factor)
+            known[name] = value
+        runs.append((np.delete(np.arange(rows), row), known))
+    for piece, path in zip(pieces.pieces, paths, strict=True) if runs else ():
+        evaluate = open_graph(path)
+        for other in list(runs):
+            known = other[1]
+            try:
+                known |= evaluate({name: known[name] for name in piece.inputs})
+            except ExportError:
+                runs = [run for run in runs if run is not other]
+    return runs
 
 
 def row_axis(
@@ -146,7 +190,7 @@ def row_axis(
             raise ValueError(f"axis {axis} holds {whole.shape[axis]} entries for {rows} rows")
         expected = whole if axis is None else np.take(whole, chosen, axis=axis)
         if not close(part, expected, tolerance):
-            raise ValueError("the values of a row depend on the other rows")
+            raise ValueError(DEPENDS)
     return axis
 
 
@@ -154,7 +198,8 @@ def _batch_axis(tensor: Tensor) -> int | None:
     return tensor.axes.index("batch") if "batch" in tensor.axes else None
 
 
-def _take(value: NDArray, rows: NDArray[np.intp], axis: int | None) -> NDArray:
+def take_rows(value: NDArray, rows: NDArray[np.intp], axis: int | None) -> NDArray:
+    """Chosen rows of a tensor, which is returned whole if it has no row axis."""
     return value if axis is None else np.ascontiguousarray(np.take(value, rows, axis))
 
 

@@ -90,12 +90,13 @@ def reference_scores(
     {'max_prob': 0.25, 'margin': 0.0, 'entropy': 0.0}
     """
     z = np.asarray(logits, np.float64)
-    if probabilities:
-        z = np.log(np.maximum(z, TINY))
     with np.errstate(invalid="ignore"):  # scores of NaN logits are NaN
-        log_p = z - z.max(-1, keepdims=True)
-        log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
-        p = np.exp(log_p)
+        if probabilities:  # not scaled to add up to 1: the graph does not do that either
+            p, log_p = z, np.log(np.maximum(z, TINY))
+        else:
+            log_p = z - z.max(-1, keepdims=True)
+            log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
+            p = np.exp(log_p)
         ordered = np.partition(p, -2, axis=-1)
         entropy = -(p * log_p).sum(-1)
     return {
