@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeexit.bundle.invalid_ids import invalid_id
 from edgeexit.errors import ExportError
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 2e-2, "int4": 2e-2}
@@ -23,6 +24,7 @@ REAL_INPUTS = (
     "If the generated inputs do not suit the model, give real ones (--data, an .npz with two rows "
     "or more); else check the file with the tool that wrote it."
 )
+VALID_IDS = "Give valid ids in the samples (--data)."
 _FUNCTION = re.compile(
     r"^[^()]*\w+::[^()]*\([^()]*(\([^()]*\)[^()]*)*\)( const)?( \[with [^]]*\])? "
 )
@@ -88,6 +90,8 @@ def open_graph(
         try:
             return dict(zip(outputs, map(np.asarray, run(None, dict(batch))), strict=True))
         except Exception as error:
+            if said := invalid_id(str(error), batch):
+                raise ExportError(f"{path.name}: {said}", fix=VALID_IDS) from error
             raise refusal(error, "run", fix) from error
 
     return run_once

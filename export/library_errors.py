@@ -20,6 +20,13 @@ from edgeexit.errors import EdgeExitError, ExportError, first_line
 LFS_POINTER = b"version https://git-lfs"
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that an exception was raised for, and so on: libraries wrap the reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextlib.contextmanager
 def translated(
     where: str | Path,
@@ -55,8 +62,9 @@ def translated(
                 fix="Where you trust it, load it with torch and save the model as safetensors "
                 "(save_pretrained).",
             ) from error
+        cause = root_cause(error)
         raise ExportError(
-            f"{where}: {does} ({type(error).__name__}: {first_line(error)})", fix=fix
+            f"{where}: {does} ({type(cause).__name__}: {first_line(cause)})", fix=fix
         ) from error
 
 
@@ -102,4 +110,4 @@ def _missing_shard(folder: Path) -> str | None:
     return None
 
 
-__all__ = ["damaged_file", "translated"]
+__all__ = ["damaged_file", "root_cause", "translated"]

@@ -29,7 +29,8 @@ TOLERANCES = {
 1) plus the second times the value.
 
 Largest differences seen between torch and ONNX Runtime's CPU provider, in units of the spread, on
-untrained and trained models of up to 12 layers: float32 2.4e-5, float16 2.3e-2, int8 0.15."""
+untrained and trained models of up to 24 layers: float32 4.5e-5, float16 2.3e-2 (a ResNet whose
+logits hardly differ between rows: 5.3e-2), int8 0.15."""
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,7 @@ def _answer(
 ) -> None:
     """Runs rows and shows the answers."""
     from edgeexit.bundle.policy import forced
+    from edgeexit.measure.batches import naming_rows
     from edgeexit.runtime import load
 
     rows, exit_name = options["rows"], options["exit_name"]
@@ -212,9 +213,10 @@ def _answer(
             model.policy = _of_last_chain(bundle, forced(model.exits, exit_name))
         found: list[dict[str, Any]] = []
         for batch in _batches(bundle, options):
-            if not found and (verbose or as_json):
-                model(batch.inputs)  # warm-up: the first call also binds buffers
-            result = model(batch.inputs, timed=True)
+            with naming_rows(len(found), batch.rows):
+                if not found and (verbose or as_json):
+                    model(batch.inputs)  # warm-up: the first call also binds buffers
+                result = model(batch.inputs, timed=True)
             found += _answers(bundle, batch, result, first=len(found))
             if rows is not None and len(found) >= rows:
                 break

@@ -6,6 +6,7 @@ from images and texts, `texts` from prompts of a model that writes text.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, UsageError, first_line
+from edgeexit.errors import DataError, InputError, UsageError, first_line
 
 LABEL = "label"
 Update = Callable[[bytes], None]
@@ -85,6 +86,16 @@ class DataSet:
     def digest(self) -> str:
         """SHA-256 of the data read so far; complete after the last batch."""
         return str(self._digest.hexdigest())
+
+
+@contextlib.contextmanager
+def naming_rows(first: int, count: int) -> Iterator[None]:
+    """Context manager: names the rows of a data set in errors about inputs."""
+    try:
+        yield
+    except InputError as error:
+        rows = f"row {first}" if count == 1 else f"rows {first} to {first + count - 1}"
+        raise InputError(f"{rows}: {error.what}", fix=error.fix) from error
 
 
 def read_npz(

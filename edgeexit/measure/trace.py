@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Chain, Exit
 from edgeexit.bundle.policy import Policy, Rule, decide
 from edgeexit.errors import DataError, MeasurementError, PolicyError
-from edgeexit.measure.batches import Batch, DataSet
+from edgeexit.measure.batches import Batch, DataSet, naming_rows
 from edgeexit.measure.probe import Answers, ask, chain_named, predictions
 from edgeexit.runtime import Model
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
@@ -161,10 +161,11 @@ def record(
         inputs = dict(batch.inputs)
         if tokens is not None:
             inputs[tokens] = inputs[tokens][:, : model.capacity]
-        if not batches:
-            first = inputs
-            ask(model, first, chain=name)
-        answers = ask(model, inputs, chain=name)
+        with naming_rows(count, batch.rows):
+            if not batches:
+                first = inputs
+                ask(model, first, chain=name)
+            answers = ask(model, inputs, chain=name)
         own = None if tokens is None else inputs[tokens]
         batches.append(_said(answers, exits, scores) | _about_rows(batch, own))
         times.append(answers.times_ms)

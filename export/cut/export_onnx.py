@@ -21,6 +21,7 @@ from edgeexit.export.cut.axis_names import resolve_shapes
 from edgeexit.export.cut.compare_samples import compare_samples
 from edgeexit.export.cut.cut import ANSWER, Cut, annotate, cut
 from edgeexit.export.cut.find_rows import BATCH, Rows, find_rows, name_axes, set_rows, told_rows
+from edgeexit.export.cut.opsets import EXPORT_AGAIN
 from edgeexit.export.cut.probabilities import Outputs, gives_probabilities
 from edgeexit.export.cut.prove_rows import Proof, prove_rows
 from edgeexit.export.cut.read_onnx import float_outputs, normalise, precision_of, read_onnx
@@ -185,7 +186,8 @@ def _read(
     )
     reference = file_answers(file, model, folder, rows, opened)
     set_rows(model.graph, rows)
-    resolve_shapes(model)
+    with translated(what, "its shapes cannot be inferred", EXPORT_AGAIN):
+        resolve_shapes(model)
     float_outputs(model.graph, what)
     return _Source(path=Path(path), what=what, model=model, rows=rows, reference=reference)
 

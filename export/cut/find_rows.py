@@ -30,8 +30,8 @@ OPENED = "edgeexit_rows"
 """Name of a fixed axis that the user declared as the row axis (``--rows``)."""
 _RE_EXPORT = (
     "Export it again with a dynamic batch: torch.onnx.export(..., dynamo=True, "
-    'dynamic_shapes={{"{0}": {{0: "batch"}}}}) or dynamic_axes={{"{0}": {{0: "batch"}}}}. If the '
-    "graph takes any number of rows although its shape is fixed: --rows {0}:0."
+    'dynamic_shapes={{"{0}": {{{1}: "batch"}}}}) or dynamic_axes={{"{0}": {{{1}: "batch"}}}}. If '
+    "the graph takes any number of rows although its shape is fixed: --rows {0}:{1}."
 )
 
 
@@ -157,7 +157,7 @@ def find_rows(
             )
     if count < 2:
         raise UsageError(
-            "samples: there is only one row",
+            f"samples: there is {'only one row' if count else 'no row'}",
             fix="Give two or more: the row axis is found by leaving rows out.",
         )
     classes = _classes(graph, run, inputs, exits, set(open_axes) - set(chosen))
@@ -295,17 +295,18 @@ def _fixed(graph: ir.Graph, inputs: Arrays, exits: Arrays, count: int, what: str
             f"{what}: exit {last} gives one row, and no axis of an input counts rows",
             fix="Export it again with a batch axis as the first axis of its inputs.",
         )
-    first = next((v for v in graph.inputs if (dims := _dims(v)) and dims[0] == count), None)
-    if first is None:
+    fixed = [(v, a) for v in graph.inputs for a, size in enumerate(_dims(v)) if size == count]
+    if not fixed:
         raise ExportError(
             f"{what}: exit {last} gives {count} rows, and no axis of an input has that size",
             fix="Name a tensor with one row of class logits per input; if another axis of the exit "
             f"counts rows, give it: --rows {last}:1.",
         )
+    value, axis = min(fixed, key=lambda pair: pair[1])
     raise ExportError(
-        f"{what}: the number of rows is fixed to {count} (input {first.name} is {_dims(first)}), "
-        "so rows cannot exit one by one",
-        fix=_RE_EXPORT.format(first.name),
+        f"{what}: the number of rows is fixed to {count} (axis {axis} of input {value.name}, "
+        f"{_dims(value)}), so rows cannot exit one by one",
+        fix=_RE_EXPORT.format(value.name, axis),
     )
 
 

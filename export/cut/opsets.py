@@ -16,10 +16,12 @@ import onnx_ir.passes.common as passes
 from onnxscript import version_converter
 
 from edgeexit.errors import ExportError, first_line
+from edgeexit.export.library_errors import root_cause, translated
 from edgeexit.export.quiet import quiet
 
 logger = logging.getLogger(__name__)
 
+EXPORT_AGAIN = "Export it again with opset_version=20."
 OPSETS = range(18, 24)
 """Opsets that a bundle's graphs may have; older files are converted to the first."""
 
@@ -29,19 +31,21 @@ def inline(model: ir.Model, what: str) -> ir.Model:
     opset = _opset(model)
     written_in = {function.opset_imports.get("", opset) for function in model.functions.values()}
     if written_in <= {opset}:
-        passes.InlinePass()(model)
+        with translated(what, "its functions cannot be inlined", EXPORT_AGAIN):
+            passes.InlinePass()(model)
         return model
     weights = dict(model.graph.initializers)
     try:
         typed = onnx.shape_inference.infer_shapes(ir.to_proto(model))  # conversion needs types
         proto = onnx.inliner.inline_local_functions(typed, convert_version=True)
+        inlined = ir.from_proto(proto)
     except Exception as error:
         raise ExportError(
             f"{what}: a function is written in opset {min(written_in - {opset})}, the graph in "
-            f"{opset}, and it cannot be inlined ({first_line(error)})",
-            fix="Export it again with opset_version=20.",
+            f"{opset}, and it cannot be inlined "
+            f"({first_line(root_cause(error))})",
+            fix=EXPORT_AGAIN,
         ) from error
-    inlined = ir.from_proto(proto)
     for name, value in inlined.graph.initializers.items():
         if name in weights:  # keeps the references to external files
             value.const_value = weights[name].const_value
@@ -107,7 +111,7 @@ def _not_convertible(what: str, opset: int, why: str, changed: list[str]) -> Exp
     return ExportError(
         f"{what}: it has opset {opset}, and {', '.join(changed)} cannot be "
         f"converted to {OPSETS[0]} ({why})",
-        fix="Export it again with opset_version=20.",
+        fix=EXPORT_AGAIN,
     )
 
 

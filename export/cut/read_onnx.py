@@ -18,9 +18,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from edgeexit.errors import ExportError, UsageError, first_line
-from edgeexit.export.cut.opsets import convert, inline
+from edgeexit.export.cut.opsets import EXPORT_AGAIN, convert, inline
 from edgeexit.export.cut.parse_onnx import made_of, parse_onnx
 from edgeexit.export.describe import Precision
+from edgeexit.export.library_errors import root_cause, translated
 from edgeexit.export.quiet import quiet
 from edgeexit.export.trace.torch_graph import IR_VERSION
 
@@ -61,11 +62,11 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
     try:
         # Parsing raises protobuf's DecodeError; conversion of the message raises many others.
         model = parse_onnx(path)
-    except MemoryError:
+    except (MemoryError, ExportError):
         raise
     except Exception as error:
         raise ExportError(
-            f"{path}: not an ONNX model, or incomplete ({first_line(error)})",
+            f"{path}: not an ONNX model, or incomplete ({first_line(root_cause(error))})",
             fix="Copy or export the file again; only ONNX files can be read.",
         ) from error
     if not model.opset_imports or not len(model.graph):
@@ -76,7 +77,8 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
         )
     _check_wiring(model.graph, path)
     _open_sizes(model.graph)
-    _check_external(model.graph, path)
+    with translated(path, "its weights cannot be found", "Copy the file and its weights again."):
+        _check_external(model.graph, path)
     return model
 
 
@@ -94,14 +96,14 @@ def normalise(
     Returns:
         A model whose outputs are the exits, in the given order and with valid names.
     """
-    with quiet():
+    fix = f"Check it with onnx.checker.check_model. {EXPORT_AGAIN}"
+    with quiet(), translated(what, "its graph is not valid", fix):
         model = inline(model, what)
         passes.RemoveInitializersFromInputsPass()(model)
     _choose_outputs(model, exits, what)
-    with quiet():
+    with quiet(), translated(what, "its graph is not valid", fix):
         passes.RemoveUnusedNodesPass()(model)
-    model = convert(model, what)
-    with quiet():
+        model = convert(model, what)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _drop_identities(model)
         passes.ClearMetadataAndDocStringPass()(model)
@@ -246,6 +248,12 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
                 raise ExportError(
                     f"{path}: {value.name!r} is stored in {file.name}, which does not exist",
                     fix="Copy the weight file to the folder of the .onnx file.",
+                )
+            if tensor.length and tensor.length < tensor.nbytes:
+                raise ExportError(
+                    f"{path}: {value.name!r} has {tensor.nbytes} bytes by its shape, but a length "
+                    f"of {tensor.length} in {file.name}",
+                    fix="The file is damaged; copy or export it again.",
                 )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if end > file.stat().st_size:

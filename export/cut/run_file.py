@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgeexit.errors import ExportError
 from edgeexit.export.cut.find_rows import OPENED, Rows
 from edgeexit.export.evaluate import TOLERANCES, close, open_graph
+from edgeexit.export.library_errors import translated
 from edgeexit.export.trace.torch_graph import save_graph
 from edgeexit.export.weights import WeightStore
 
@@ -84,7 +85,9 @@ def open_file(
 def _open_normalised(
     file: OnnxFile, model: ir.Model, folder: Path, *, optimised: bool
 ) -> Callable[[Mapping[str, NDArray]], Arrays]:
-    WeightStore(folder).externalize(model.graph)
+    fix = "Copy the file and its weights again, or export it again."
+    with translated(file.path.name, "its weights cannot be read", fix):
+        WeightStore(folder).externalize(model.graph)
     place = folder / "graphs/whole.onnx"
     save_graph(model, str(place))
     run = open_graph(place, optimised=optimised)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.invalid_ids import invalid_id
 from edgeexit.bundle.manifest import Chain, Exit, Tensor
 from edgeexit.bundle.policy import Decision
+from edgeexit.errors import EdgeExitError, EngineError, InputError
 from edgeexit.runtime.engines.host import fetch
 from edgeexit.runtime.executor.components import (
     EVERY_SCORE,
@@ -98,11 +100,14 @@ class RowPass:
         plan = self._plans.plan(sizes)
         self._feed(plan, feeds)
         rows = plan.sizes["batch"]
-        if rows == 1 and not patience and not timed:
-            if self.ahead is not None:
-                return self._run_row_ahead(plan, decisions, self.ahead)
-            return self._run_row(plan, decisions)
-        return self._run_rows(plan, decisions, patience, timed)
+        try:
+            if rows == 1 and not patience and not timed:
+                if self.ahead is not None:
+                    return self._run_row_ahead(plan, decisions, self.ahead)
+                return self._run_row(plan, decisions)
+            return self._run_rows(plan, decisions, patience, timed)
+        except EngineError as error:
+            raise _of_inputs(error, feeds) from error
 
     def run_all(
         self, feeds: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
@@ -116,7 +121,10 @@ class RowPass:
         for number, behind in enumerate(self._exit_behind):
             step = self._plans.step(plan, number, EVERY_SCORE)
             started = time.perf_counter_ns()
-            self._run_step(step, number)
+            try:
+                self._run_step(step, number)
+            except EngineError as error:
+                raise _of_inputs(error, feeds) from error
             times_ns.append(time.perf_counter_ns() - started)
             if behind is not None:
                 views = {t: fetch(view).copy() for t, view in step.views.items()}
@@ -298,6 +306,13 @@ class RowPass:
         behind = self._exit_behind[number]
         assert behind is not None
         return behind
+
+
+def _of_inputs(error: EngineError, feeds: Mapping[str, NDArray[Any]]) -> EdgeExitError:
+    """The error for inputs with an id that the engine refuses; other errors as they are."""
+    if said := invalid_id(str(error.__cause__ or error), feeds):
+        return InputError(said, fix="Use the tokenizer that the model was trained with.")
+    return error
 
 
 __all__ = ["Answers", "RowPass"]

@@ -720,6 +720,7 @@ def test_output_is_kept_when_it_exists(straight: Path, tmp_path: Path) -> None:
         ({"x": np.zeros((4, 8))}, ["float64[4, 8]", "float32"]),
         ({"x": np.zeros((4, 9), np.float32)}, ["[4, 9]"]),
         ({"x": np.zeros((1, 8), np.float32)}, ["only one row"]),
+        ({"x": np.zeros((0, 8), np.float32)}, ["there is no row"]),
     ],
 )
 def test_samples_are_refused_when_they_do_not_fit(

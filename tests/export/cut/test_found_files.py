@@ -25,8 +25,8 @@ SOFT = SOFT.replace("b = MatMul(r2, vb)", "zb = MatMul(r2, vb)\n    b = Softmax(
 SOFT = SOFT.replace("c = MatMul(h3, vc)", "zc = MatMul(h3, vc)\n    c = Softmax(zc)")
 
 
-def outside(path: Path, location: str) -> Path:
-    """A file whose weights are said to lie at `location`."""
+def outside(path: Path, location: str, **entries: str) -> Path:
+    """A file whose weights are said to be at `location`, with other entries of their place."""
     model = onnx.load(write(path / "whole.onnx", STRAIGHT))
     folder = path / "weights"
     folder.mkdir()
@@ -38,6 +38,7 @@ def outside(path: Path, location: str) -> Path:
         for entry in weight.external_data:
             if entry.key == "location":
                 entry.value = location
+            entry.value = entries.get(entry.key, entry.value)
     place = path / "place"
     place.mkdir()
     (place / "m.onnx").write_bytes(model.SerializeToString())
@@ -54,6 +55,24 @@ def test_links_are_followed_as_the_hubs_cache_has_them(tmp_path: Path) -> None:
     (path.parent / "w.data").symlink_to(blob / "0123abcd")
     bundle = export_onnx(path, tmp_path / "b", exits=["a", "b", "c"])
     check_bundle(bundle, tmp_path / "whole.onnx", ["a", "b", "c"], FEEDS)
+
+
+@pytest.mark.parametrize(
+    "entries,words",
+    [
+        ({"offset": "-4"}, "in w.data with the offset '-4', which is not a number of bytes"),
+        ({"offset": "banana"}, "in w.data with the offset 'banana'"),
+        ({"length": "1e3"}, "in w.data with the length '1e3'"),
+        ({"length": "8"}, "256 bytes by its shape, but a length of 8 in w.data"),
+    ],
+)
+def test_a_wrong_place_of_weights_is_named(
+    entries: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    path = outside(tmp_path, "w.data", **entries)
+    os.replace(tmp_path / "weights/w.data", path.parent / "w.data")
+    with pytest.raises(ExportError, match=words):
+        export_onnx(path, tmp_path / "b", exits=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("where", ["parent", "absolute"])

@@ -11,9 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeexit.errors import ExportError
+from edgeexit.errors import ExportError, InputError
 from edgeexit.export import export_onnx
 from edgeexit.export.evaluate import engine_reason, run_graph
+from edgeexit.measure.data import open_data
+from edgeexit.measure.trace import record
+from edgeexit.runtime import load
 from tests.export.cut.test_cut import STRAIGHT, check_bundle, write
 
 EXITS = ["a", "b"]
@@ -107,6 +110,59 @@ def test_functions_are_inlined_whatever_opset_they_are_in(tmp_path: Path, opset:
     call = helper.make_node("AddSum", ["h1", "one"], ["r1"], domain="own")
     path = between(tmp_path / "m.onnx", [call], functions=[function], more={"one": np.array([1])})
     exported(tmp_path, path)
+
+
+def test_a_function_that_cannot_be_inlined_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """onnx's inliner converts both calls with the same names for their new constants."""
+    inside = [
+        helper.make_node("ReduceMean", ["X"], ["S"], axes=[1], keepdims=1),
+        helper.make_node("Add", ["X", "S"], ["Y"]),
+    ]
+    function = helper.make_function(
+        "own", "AddMean", ["X"], ["Y"], inside, [helper.make_opsetid("", 13)]
+    )
+    calls = [
+        helper.make_node("AddMean", ["h1"], ["once"], domain="own"),
+        helper.make_node("AddMean", ["once"], ["r1"], domain="own"),
+    ]
+    path = between(tmp_path / "m.onnx", calls, functions=[function])
+    with pytest.raises(ExportError, match=r"in opset 13, the graph in 18.*redeclared"):
+        export_onnx(path, tmp_path / "b", exits=EXITS)
+
+
+IDS = """<ir_version: 8, opset_import: ["" : 18]>
+g (int64[N, T] ids) => (float[N, 3] a, float[N, 3] b) {
+    embedded = Gather(table, ids)
+    h0 = ReduceMean <keepdims = 0> (embedded, one)
+    h1 = MatMul(h0, w1)
+    a = MatMul(h1, va)
+    h2 = MatMul(h1, w1)
+    b = MatMul(h2, vb)
+}
+"""
+
+
+def test_ids_outside_of_the_table_are_named(tmp_path: Path) -> None:
+    shapes = {"table": (20, 8), "w1": (8, 8), "va": (8, 3), "vb": (8, 3)}
+    path = write(tmp_path / "m.onnx", IDS, shapes, {"one": np.array([1])})
+    ids = np.arange(12).reshape(3, 4)
+    bundle = export_onnx(path, tmp_path / "b", exits=EXITS, samples={"ids": ids})
+    ids[2, 1] = 20
+    said = (
+        r"ids: the id 20 \(row 2 of the batch, position 1\) is not in the model's table \(0 to 19\)"
+    )
+    with pytest.raises(ExportError, match=said):
+        export_onnx(path, tmp_path / "c", exits=EXITS, samples={"ids": ids})
+    with load(bundle) as model:
+        for answer in (model, model.trace):
+            with pytest.raises(InputError, match=said):
+                answer({"ids": ids})
+        with pytest.raises(InputError, match=r"ids: the id 20 \(position 1\)"):
+            model({"ids": ids[2:]})
+        np.savez(tmp_path / "data.npz", ids=ids)
+        data = open_data(tmp_path / "data.npz", bundle)
+        with pytest.raises(InputError, match="row 2: ids: the id 20"):
+            record(model, data, batch_size=1)
 
 
 def test_old_operators_are_converted_also_inside_of_branches(tmp_path: Path) -> None:

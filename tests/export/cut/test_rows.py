@@ -167,6 +167,16 @@ def test_a_fixed_axis_is_opened_when_the_user_says_that_it_counts_rows(tmp_path:
     assert len(set(check_bundle(bundle, many, EXITS, {"x": numbers(6, 8)}))) > 1
 
 
+def test_a_fixed_number_of_rows_is_named_on_any_axis(tmp_path: Path) -> None:
+    text = TIME_FIRST.replace("float[T, N, 8]", "float[5, 2, 8]").replace("[N, 3]", "[2, 3]")
+    path = write(tmp_path / "m.onnx", text, arrays=ZERO)
+    with pytest.raises(ExportError, match=r"fixed to 2 \(axis 1 of input x, \[5, 2, 8\]") as caught:
+        export_onnx(path, tmp_path / "b", exits=["a", "b"])
+    assert "--rows x:1" in caught.value.fix and '"x": {1: "batch"}' in caught.value.fix
+    bundle = export_onnx(path, tmp_path / "b", exits=["a", "b"], rows={"x": 1})
+    assert main(bundle).rows == "independent"
+
+
 def test_a_fixed_number_of_rows_is_opened_in_whole_runs_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", STRAIGHT.replace("N, 8", "3, 8"))
     bundle = export_onnx(
