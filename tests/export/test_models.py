@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from edgeexit.bundle.manifest import ImagePreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import ExportError, UsageError
+from edgeexit.export import export
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families.resnet import stage_ends
 from edgeexit.export.preprocessing import image_preprocessing
@@ -145,6 +147,17 @@ def test_bundle_preprocessing_equals_transformers_on_the_device(
         np.testing.assert_array_equal(value, sample[f"expected/{name}"])
     lengths = sample["expected/attention_mask"].sum(-1)
     assert lengths.min() < lengths.max() == bundle.manifest.limits["seq"]
+
+
+def test_export_refuses_weights_that_give_nan(
+    classifiers: dict[str, ExitClassifier], tmp_path: Path
+) -> None:
+    broken = copy.deepcopy(classifiers["bert"])
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(ExportError, match="exit .*: logits hold NaN in 4 of 4 sample rows"):
+        export(broken.split_model(), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "resnet"])

@@ -13,6 +13,8 @@ import json
 import random
 import statistics
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -27,6 +29,15 @@ MIN_BLOCK_RUNS = 3
 MIN_ROUNDS = 5
 SLOW_MS = 50.0
 END_S = 2.0
+"""Time that a process has to end by itself, before it is killed."""
+
+ANSWER_S = 900.0
+"""A process that does not answer within this time hangs: blocks last milliseconds, loading minutes
+at most."""
+
+OVERTIME = 3.0
+"""Rounds end after this many times the asked duration, if inputs are slower than in the warm-up."""
+
 LEAD_MS = 500.0
 """Cases slower than this run no untimed input before a block: the wake-up time is negligible."""
 
@@ -42,12 +53,20 @@ class Side:
         arguments: Its keyword arguments; JSON values.
         folder: Folder that is put first on the process's import path.
         name: Name for messages.
+        answer_s: Longest time for an answer, in seconds.
     """
 
     def __init__(
-        self, subject: str, arguments: dict[str, Any], *, folder: str | None = None, name: str = ""
+        self,
+        subject: str,
+        arguments: dict[str, Any],
+        *,
+        folder: str | None = None,
+        name: str = "",
+        answer_s: float = ANSWER_S,
     ) -> None:
         self.name = name or subject
+        self._answer_s = answer_s
         self.cpu_s = 0.0
         self.restless = 0
         command, place = self._command()
@@ -79,11 +98,7 @@ class Side:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        try:
-            process.wait(timeout=END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        self._end()
         process.stdout.close()
 
     def __enter__(self) -> Side:
@@ -97,20 +112,41 @@ class Side:
     ) -> None:
         self.close()
 
+    def _end(self) -> int:
+        """Waits for the process to end, and kills it if it does not. Returns its status."""
+        try:
+            return self._process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
     def _command(self) -> tuple[list[str], str | None]:
         """The command that starts the worker, and its working folder; None: the current folder."""
         return child_command("edgeexit.measure.bench.worker"), None
 
     def _ask(self, **order: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
+        hangs = threading.Timer(self._answer_s, self._process.kill)
+        hangs.daemon = True
+        hangs.start()
+        started = time.monotonic()
         try:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            hangs.cancel()
+        if not line and time.monotonic() - started >= self._answer_s:
+            raise MeasurementError(
+                f"{self.name}: its process did not answer within {self._answer_s:g} s during "
+                f"{order['do']}, and was killed",
+                fix="Run it again; if it hangs again, try another thread setting (--threads 1), "
+                "and please report it.",
+            )
         if not line:
-            status = self._process.wait()
+            status = self._end()
             raise MeasurementError(
                 f"{self.name}: its process ended with status {status} during {order['do']}",
                 fix="If it was killed (-9), memory ran out: close other programs or use "
@@ -183,7 +219,7 @@ def alternate(
             blocks.
         lanes: The other lanes, warmed up.
         seconds: Duration. There are at least `min_runs` runs of every lane and `MIN_ROUNDS`
-            rounds.
+            rounds; other rounds end at `OVERTIME` times the duration.
         block_ms: Length of a block; a block has at least `min_block_runs` runs.
         seed: Seed of the random order of inputs.
         whole: A lane that runs every input once before it repeats any.
@@ -206,7 +242,11 @@ def alternate(
     inputs = baseline.side.inputs
     shared: list[int] = []
     own: list[int] = []
+    until = time.monotonic() + OVERTIME * seconds
     for done in range(rounds):
+        if done >= needed and time.monotonic() > until:
+            rounds = done
+            break
         for lane in lanes:
             numbers: list[int] = []
             deck = own if lane is whole else shared

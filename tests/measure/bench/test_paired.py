@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgeexit.errors import MeasurementError
 from edgeexit.measure.bench.paired import (
+    MIN_ROUNDS,
     MIN_RUNS,
     Lane,
     Side,
@@ -39,6 +40,11 @@ def make(ms=1.0, words="", fail="", threads=None):
         time.sleep((number + 1) * ms / 1000)
         if fail == "run":
             os._exit(7)
+        if fail == "hang":
+            time.sleep(600)
+        if fail == "deaf":
+            os.closerange(3, 64)  # the pipe to the parent, among others
+            time.sleep(600)
         if fail == "bug":
             raise ZeroDivisionError("a bug")
         return number
@@ -115,6 +121,32 @@ def test_side_says_so_when_its_process_dies(clockwork: str) -> None:
         pytest.raises(MeasurementError, match="ended with status 7"),
     ):
         side.run("sleep", [0])
+
+
+def test_side_says_so_when_its_process_hangs(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"fail": "hang"}, folder=clockwork, answer_s=5.0) as side,
+        pytest.raises(MeasurementError, match="did not answer within 5 s during run"),
+    ):
+        side.run("sleep", [0])
+    assert side._process.poll() is not None
+
+
+def test_side_says_so_when_its_process_closes_the_pipe_and_lives_on(clockwork: str) -> None:
+    with (
+        Side("clockwork:make", {"fail": "deaf"}, folder=clockwork) as side,
+        pytest.raises(MeasurementError, match="ended with status -9"),
+    ):
+        side.run("sleep", [0])
+
+
+def test_alternate_ends_when_inputs_are_slower_than_in_the_warm_up(clockwork: str) -> None:
+    """It measures the rounds that a figure needs, not those that were planned."""
+    with Side("clockwork:make", {"ms": 8.0}, folder=clockwork) as side:
+        one, two = (Lane(name, side, "sleep", expected_ms=1e-3) for name in ("one", "two"))
+        rounds = alternate(one, [two], seconds=0.2, block_ms=5e-3)
+    assert rounds == MIN_ROUNDS
+    assert len(two.times_ms) >= MIN_RUNS
 
 
 def test_side_is_refused_when_the_subject_does_not_exist(clockwork: str) -> None:
