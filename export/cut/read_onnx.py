@@ -245,8 +245,9 @@ def _check_external(graph: ir.Graph, path: Path) -> None:
                 continue
             file = _weight_file(tensor, value.name or "", path)
             if not file.is_file():
+                kind = "is not a file" if file.exists() else "does not exist"
                 raise ExportError(
-                    f"{path}: {value.name!r} is stored in {file.name}, which does not exist",
+                    f"{path}: {value.name!r} is stored in {file.name}, which {kind}",
                     fix="Copy the weight file to the folder of the .onnx file.",
                 )
             if tensor.length and tensor.length < tensor.nbytes:
