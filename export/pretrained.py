@@ -193,7 +193,10 @@ def _trunk(
     family = importlib.import_module(f"edgeexit.export.families.{module_name}")
     does = f"this configuration of {checkpoint.config.model_type} is not supported"
     with translated(checkpoint.path, does, "Correct config.json and generation_config.json."):
-        return family.trunk(model.eval(), *more)
+        try:
+            return family.trunk(model.eval(), *more)
+        except ExportError as error:  # families do not know the path
+            raise ExportError(f"{checkpoint.path}: {error.what}", fix=error.fix) from error
 
 
 def _decoder(

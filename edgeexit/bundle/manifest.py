@@ -253,9 +253,10 @@ class Decoding(Struct, frozen=True, kw_only=True):
 
     `chain` runs for every token and gives ``token`` and ``logits``. `tokens` is the program's input
     of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` with each token's position.
-    With `start_tokens`, a text begins with them, and the prompt is the program's other input (an
-    encoder's). `capacity` is the default for the largest number of tokens of a text; None: the
-    limit ``positions``, which a model with relative positions does not have.
+    With `start_tokens`, the prompt is the program's other input (an encoder's), and a text begins
+    with them: the first is not part of the result, the others are its first tokens. `capacity` is
+    the default for the largest number of tokens of a text; None: the limit ``positions``, which a
+    model with relative positions does not have.
     """
 
     chain: Name

@@ -43,7 +43,11 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
 
 def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
     """Token ids that a text begins with: the start token, and a forced first token if there is
-    one."""
+    one.
+
+    Raises:
+        ExportError: There is no start token, or one of them is not a token id of the model.
+    """
     generation, config = model.generation_config, model.config
     start = generation.decoder_start_token_id
     start = config.decoder_start_token_id if start is None else start
@@ -53,8 +57,17 @@ def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
             "the model has no start token for the decoder's text",
             fix="Set decoder_start_token_id in its config.json.",
         )
-    forced = generation.forced_bos_token_id
-    return (start,) if forced is None else (start, forced)
+    given = {"decoder_start_token_id": start}
+    if generation.forced_bos_token_id is not None:
+        given["forced_bos_token_id"] = generation.forced_bos_token_id
+    size = model.get_input_embeddings().weight.shape[0]
+    for name, token in given.items():
+        if type(token) is not int or not 0 <= token < size:
+            raise ExportError(
+                f"{name} is {token!r}, not a token id of the model (0 to {size - 1})",
+                fix="Correct it in generation_config.json or config.json.",
+            )
+    return tuple(given.values())
 
 
 class _Places(nn.Module):

@@ -37,12 +37,24 @@ def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
 
 def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """Token ids that end a text: ``eos_token_id`` of the model's configuration and of its
-    generation configuration, which often has the end of a turn."""
+    generation configuration, which often has the end of a turn. Ids that the model does not have
+    (-1 for none) are left out.
+
+    Raises:
+        ExportError: An entry is not a number.
+    """
     tokens: list[int] = []
     for config in (model.config, model.generation_config):
         given = getattr(config, "eos_token_id", None)
-        tokens += [] if given is None else [given] if isinstance(given, int) else given
-    return tuple(dict.fromkeys(tokens))
+        many = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
+        if wrong := [token for token in many if type(token) is not int]:
+            raise ExportError(
+                f"eos_token_id holds {wrong[0]!r}, not a token id",
+                fix="Correct config.json and generation_config.json.",
+            )
+        tokens += many
+    size = model.get_input_embeddings().weight.shape[0]
+    return tuple(token for token in dict.fromkeys(tokens) if 0 <= token < size)
 
 
 class _Layer(nn.Module):

@@ -144,20 +144,20 @@ class TextProgram:
         self._check_mode(mode, drafting)
         stops = stop_strings(stop)
         given = read_prompts(self.bundle, prompts, inputs, self.encode)
-        longest = max(len(row) for row in given.tokens)
         if max_new_tokens is None:
-            max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - longest))
+            max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))
         limit = self.bundle.manifest.limits.get("positions")
-        for row in given.tokens:
+        for row, length in zip(given.tokens, given.lengths, strict=True):
             check_ids(self._text_table(), row)
-            check_room(len(row), max_new_tokens, self.capacity, limit)
+            check_room(length, max_new_tokens, self.capacity, limit)
         if self.unsplit:
             check_alike(given.tokens)
         if given.asks_earlier:
             self._checked.sizes(given.inputs)
         rows = len(given.tokens)
         generation = Generation([[] for _ in range(rows)], [""] * rows, Statistics())
-        sampler = sampler_of(self.default_sampling if sampling is None else sampling, given.tokens)
+        sampling = self.default_sampling if sampling is None else sampling
+        sampler = sampler_of(sampling, given.tokens, self._text_table().size)
         # A weak reference: with a cycle, a generation that is deleted before its end would block
         # the model until garbage collection.
         generation._pieces = self._write(
@@ -262,14 +262,15 @@ class TextProgram:
             streams = None
             if (text and self.bundle.manifest.tokenizer is not None) or stops:
                 tokenizer = self._tokenizers()
-                streams = [Stream(tokenizer, stops, row.tolist()) for row in prompts.tokens]
+                before = zip(prompts.tokens, prompts.lengths, strict=True)
+                streams = [Stream(tokenizer, stops, row[:n].tolist()) for row, n in before]
             started = time.perf_counter()
             session = self.session(len(prompts.tokens))
             mode = make_mode(session)
             generation.statistics = mode.statistics
             self._hand_on(session, prompts, generation)
             rounds = Rounds(generation, mode, streams, ends, most, on_piece)
-            yield from rounds.run(prompts.tokens, started, self._check_usable)
+            yield from rounds.run(prompts.tokens, prompts.forced, started, self._check_usable)
             if isinstance(mode, Fast) and mode.audit:
                 mode.flush()
         finally:

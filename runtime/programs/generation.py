@@ -105,16 +105,21 @@ class Rounds:
         self._active = [True] * len(generation.tokens)
 
     def run(
-        self, prompts: Sequence[NDArray[np.int64]], started: float, check: Callable[[], object]
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        forced: Sequence[int],
+        started: float,
+        check: Callable[[], object],
     ) -> Generator[Piece, None, None]:
         """Processes the prompts, then runs rounds until every row has ended.
 
         Args:
+            forced: The tokens at the end of each prompt that are the first of its result.
             started: Start of the generation, from `time.perf_counter`.
             check: Called before each round; raises an error to stop.
         """
         generation, mode = self._generation, self._mode
-        new = [[int(token)] for token in mode.prefill(prompts)]
+        new = [[*forced, int(token)] for token in mode.prefill(prompts)]
         first = time.perf_counter()
         generation.first_token_s = first - started
         while True:

@@ -26,12 +26,19 @@ class Prompts:
         inputs: Inputs of earlier chains.
         groups: Token group -> per row, which tokens of the prompt belong to it.
         places: The steps that replace tokens by rows of earlier chains.
+        forced: Tokens at the end of each row of `tokens` that are the first of its result.
     """
 
     tokens: list[NDArray[np.int64]]
     inputs: dict[str, NDArray[Any]]
     groups: dict[str, list[NDArray[np.bool_]]]
     places: Sequence[Place]
+    forced: Sequence[int] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Per row, the tokens that are not part of its result."""
+        return [len(row) - len(self.forced) for row in self.tokens]
 
     @property
     def asks_earlier(self) -> bool:
@@ -99,7 +106,10 @@ def read_prompts(
             fix="Give arrays by name: inputs={...}; `edgeexit inspect` lists them.",
         )
     given = dict(inputs or {})
+    forced: Sequence[int] = ()
     if decoding.start_tokens and encode is not None:
+        begun = given and not _is_empty(prompts)
+        forced = () if begun else decoding.start_tokens[1:]
         rows, more = _source_texts(bundle, prompts, given, decoding.start_tokens)
         given |= more
     else:
@@ -114,7 +124,7 @@ def read_prompts(
                     f"a prompt has tokens of the group {group}, but no inputs are given for them",
                     fix="Give the inputs: inputs={...}; `edgeexit inspect` lists them.",
                 )
-    return Prompts(rows, given, groups, places)
+    return Prompts(rows, given, groups, places, forced)
 
 
 def check_alike(tokens: Sequence[NDArray[np.int64]]) -> None:
@@ -140,7 +150,7 @@ def _source_texts(
     text."""
     preprocessing = bundle.manifest.preprocessing
     if inputs:
-        if isinstance(prompts, (list, tuple)) and not prompts:
+        if _is_empty(prompts):
             first = next(iter(inputs.values()))
             count = len(first) if isinstance(first, np.ndarray) and first.ndim else 1
             return [np.array(start, np.int64)] * max(count, 1), {}
@@ -166,6 +176,10 @@ def _source_texts(
     else:
         encoded = _padded(preprocessing, token_rows(prompts, lambda text: []))
     return [np.array(start, np.int64)] * len(next(iter(encoded.values()))), encoded
+
+
+def _is_empty(prompts: object) -> bool:
+    return isinstance(prompts, (list, tuple)) and not prompts
 
 
 def _texts(prompts: object) -> list[str]:

@@ -185,8 +185,19 @@ class Sampler:
         return len(drafts), self.draw(row, p[len(drafts)])
 
 
-def sampler_of(sampling: Sampling, rows: Sequence[NDArray[np.int64]]) -> Sampler | None:
-    """The sampler for these prompts; None if the token that the graph outputs can be used."""
+def sampler_of(
+    sampling: Sampling, rows: Sequence[NDArray[np.int64]], vocabulary: int
+) -> Sampler | None:
+    """The sampler for these prompts; None if the token that the graph outputs can be used.
+
+    Raises:
+        UsageError: Every token of the vocabulary is suppressed.
+    """
+    if sum(token < vocabulary for token in set(sampling.suppressed)) == vocabulary:
+        raise UsageError(
+            f"suppressed holds all {vocabulary} tokens of the model: none is left to generate",
+            fix="Suppress fewer tokens.",
+        )
     return None if sampling.plain else Sampler(sampling, [row.tolist() for row in rows])
 
 
