@@ -27,6 +27,7 @@ from edgeexit.export.peft_adapters import (
     merge_adapters,
     open_adapters,
     refuse_adapter,
+    warn_of_other_bases,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,11 @@ def open_checkpoint(
     if adapters is not None and adapters.classes not in (None, config.num_labels):
         config = copy.deepcopy(config)
         config.num_labels = adapters.classes  # names of other classes go with it
+    if adapters is not None:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own = raw.get("_name_or_path")
+        names = [path, folder.resolve(), *([own] if isinstance(own, str) and own else [])]
+        warn_of_other_bases(adapters, path, names)
     return Checkpoint(path, folder, config, adapters)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,6 +24,8 @@ from edgeexit.errors import ExportError
 from edgeexit.export.device_tokenizer import has_tokenizer
 from edgeexit.export.library_errors import translated
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOLERANCE = 1e-3
@@ -31,6 +34,14 @@ rounds the sum of both weights once."""
 
 _HEAD = re.compile(r"classifier(\.out_proj|\.1)?\.bias")
 """Of every family of classifiers."""
+_TASKS = {
+    "SEQ_CLS": "Classification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "ConditionalGeneration",
+}
+"""peft's task type -> end of the names of transformers' classes for it."""
 _AGAIN = "Copy the adapter again, as peft's save_pretrained wrote it."
 
 
@@ -92,6 +103,8 @@ class Adapters:
         paths: What the caller gave, for messages.
         folders: The folder of each adapter.
         kinds: The peft type of each adapter.
+        bases: The base that each adapter's configuration names; empty where it names none.
+        tasks: The task type of each adapter; empty where its configuration has none.
         weights: Names, in the base, of all weights in the adapters.
         classes: Number of classes of an adapter's classifier; None if no adapter has one.
     """
@@ -99,6 +112,8 @@ class Adapters:
     paths: tuple[str | Path, ...]
     folders: tuple[Path, ...]
     kinds: tuple[str, ...]
+    bases: tuple[str, ...]
+    tasks: tuple[str, ...]
     weights: frozenset[str]
     classes: int | None
 
@@ -121,7 +136,8 @@ def open_adapters(
         find: Returns the folder of a path or hub id.
 
     Raises:
-        ExportError: A folder is not an adapter, or is damaged.
+        ExportError: A folder is not an adapter, or is damaged; or adapters have classifiers with
+            different numbers of classes.
     """
     paths = (given,) if isinstance(given, (str, Path)) else tuple(given or ())
     if not paths:
@@ -132,15 +148,86 @@ def open_adapters(
             fix='Install it: pip install "edgeexit[export]".',
         )
     folders = tuple(find(path) for path in paths)
-    kinds, names, classes = [], set(), None
+    abouts = [
+        read_adapter_config(path, folder) for path, folder in zip(paths, folders, strict=True)
+    ]
+    names: set[str] = set()
+    classes: dict[int, str | Path] = {}
+    replaced: dict[str, str | Path] = {}
     for path, folder in zip(paths, folders, strict=True):
-        kinds.append(read_adapter_config(path, folder)["peft_type"])
         with translated(path, "its weights cannot be read", _AGAIN, folder=folder, required=CONFIG):
             weights = _weights(folder)
         names |= {_plain(name) for name in weights}
-        heads = [len(v) for k, v in weights.items() if v.ndim == 1 and _HEAD.fullmatch(_plain(k))]
-        classes = heads[-1] if heads else classes
-    return Adapters(paths, folders, tuple(kinds), frozenset(names), classes)
+        for key, value in weights.items():
+            if value.ndim == 1 and _HEAD.fullmatch(_plain(key)):
+                classes[len(value)] = path
+        _warn_of_replaced(path, weights, replaced)
+    if len(classes) > 1:
+        (one, first), (other, second) = list(classes.items())[:2]
+        raise ExportError(
+            f"{first} has a classifier for {one} classes, {second} one for {other}: a bundle has "
+            "one classifier",
+            fix="Export one bundle per adapter.",
+        )
+    kinds, bases, tasks = (
+        tuple(str(about.get(key) or "") for about in abouts)
+        for key in ("peft_type", "base_model_name_or_path", "task_type")
+    )
+    return Adapters(
+        paths, folders, kinds, bases, tasks, frozenset(names), next(iter(classes), None)
+    )
+
+
+def _warn_of_replaced(
+    path: str | Path, weights: Iterable[str], replaced: dict[str, str | Path]
+) -> None:
+    """Warns of whole modules (``modules_to_save``) that an earlier adapter has, too."""
+    whole = sorted({_plain(name) for name in weights if "lora_" not in name and "ia3_" not in name})
+    if twice := [name for name in whole if name in replaced]:
+        logger.warning(
+            "%s: %s replaces that of %s: both adapters were saved with it (modules_to_save)",
+            path,
+            twice[0],
+            replaced[twice[0]],
+        )
+    replaced |= dict.fromkeys(whole, path)
+
+
+def warn_of_other_bases(adapters: Adapters, base: str | Path, names: Iterable[str | Path]) -> None:
+    """Warns of adapters that were made for another base.
+
+    Args:
+        base: What the caller gave, for messages.
+        names: All names that the base is known by: paths and hub ids. Only their last parts are
+            compared, because an adapter names its base as its author loaded it.
+    """
+    known = {_last_part(name) for name in names}
+    for path, named in zip(adapters.paths, adapters.bases, strict=True):
+        if named and _last_part(named) not in known:
+            logger.warning(
+                "%s: the adapter was made for %s (base_model_name_or_path in its %s), the base "
+                "given is %s: unless both have the same weights, the merged model is meaningless",
+                path,
+                named,
+                CONFIG,
+                base,
+            )
+
+
+def _last_part(name: str | Path) -> str:
+    r"""The part of a path or hub id that names the model.
+
+    >>> [_last_part(name) for name in ("org/Talker", "C:\\models\\talker\\", "talker/checkpoint")]
+    ['talker', 'talker', 'talker']
+    >>> _last_part("hub/models--org--talker/snapshots/0a1b2c")
+    'talker'
+    """
+    parts = [part for part in re.split(r"[/\\]", str(name).lower()) if part not in ("", ".")]
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached:
+        return cached[-1].rpartition("--")[2]
+    generic = len(parts) > 1 and parts[-1] == "checkpoint"
+    return "" if not parts else parts[-2 if generic else -1]
 
 
 def merge_adapters(
@@ -151,6 +238,13 @@ def merge_adapters(
     Raises:
         ExportError: An adapter does not fit the model, or cannot be merged.
     """
+    for path, task in zip(adapters.paths, adapters.tasks, strict=True):
+        if task in _TASKS and not type(model).__name__.endswith(_TASKS[task]):
+            raise ExportError(
+                f"{path}: an adapter for {task} (task_type in its {CONFIG}), but the base is read "
+                f"as {type(model).__name__}",
+                fix="Give an adapter for the task of the base.",
+            )
     for path, folder, kind in zip(adapters.paths, adapters.folders, adapters.kinds, strict=True):
         model = _merge(model.eval(), path, folder, kind)
     return model
@@ -178,7 +272,10 @@ def _merge(
     import peft
 
     fix = "Give the base that the adapter was trained on (base_model_name_or_path in its "
-    fix += f"{CONFIG}), and check it with peft's PeftModel.from_pretrained."
+    fix += (
+        f"{CONFIG}), after resize_token_embeddings if its vocabulary grew in training, and check "
+    )
+    fix += "it with peft's PeftModel.from_pretrained."
     does = f"peft cannot put this {kind} adapter on {type(model).__name__}"
     with warnings.catch_warnings(), translated(path, does, fix), torch.no_grad():
         warnings.simplefilter("ignore")  # missing weights are checked below
@@ -229,4 +326,11 @@ def _inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     return made | ({"decoder_input_ids": ids[:, :3]} if config.is_encoder_decoder else {})
 
 
-__all__ = ["Adapters", "is_adapter", "merge_adapters", "open_adapters", "refuse_adapter"]
+__all__ = [
+    "Adapters",
+    "is_adapter",
+    "merge_adapters",
+    "open_adapters",
+    "refuse_adapter",
+    "warn_of_other_bases",
+]

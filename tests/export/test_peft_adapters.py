@@ -214,9 +214,12 @@ def test_an_adapter_of_another_base_is_refused(llama: Path, adapter: Path, tmp_p
     save_file(weights | wide, folder / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="cannot put this LORA adapter on LlamaForCausalLM"):
         from_pretrained(llama, exits=[1], adapter=folder)
-    with pytest.raises(ExportError, match="cannot put this LORA adapter on"):
+    with pytest.raises(ExportError, match="cannot put this LORA adapter on BertFor"):
         from_pretrained(
-            save_checkpoint("bert", tmp_path / "bert"), exits=[1], adapter=adapter, untrained=True
+            save_checkpoint("bert", tmp_path / "bert"),
+            exits=[1],
+            adapter=spoil(adapter, tmp_path / "any task", task_type=None),
+            untrained=True,
         )
 
 
@@ -261,3 +264,61 @@ def test_the_command_line_merges_adapters_of_checkpoints_alone(
 def test_an_adapter_alone_says_how_it_is_given(adapter: Path) -> None:
     with pytest.raises(ExportError, match=rf"-m BASE --adapter {adapter}"):
         from_pretrained(adapter, exits=[1])
+
+
+@pytest.mark.parametrize(
+    ("named", "warns"),
+    [
+        ("some/other", True),
+        ("/elsewhere/BASE", False),
+        ("org/talker", False),
+        ("hub/models--org--talker/snapshots/0a1b", False),
+        ("", False),
+    ],
+)
+def test_an_adapter_that_names_another_base_gives_a_warning_with_both(
+    llama: Path,
+    adapter: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    named: str,
+    warns: bool,
+) -> None:
+    """The base is known by its folder, and by the name that its config.json has."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    about = json.loads((base / "config.json").read_text()) | {"_name_or_path": "org/talker"}
+    (base / "config.json").write_text(json.dumps(about))
+    folder = spoil(adapter, tmp_path / "adapter", base_model_name_or_path=named)
+    from_pretrained(base, exits=[1], adapter=folder)
+    assert ("unless both have the same weights" in caplog.text) == warns
+    assert not warns or (named in caplog.text and str(base) in caplog.text)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"])
+def test_an_adapter_for_another_task_is_refused(
+    llama: Path, adapter: Path, tmp_path: Path, task: str
+) -> None:
+    folder = spoil(adapter, tmp_path / "adapter", task_type=task)
+    with pytest.raises(ExportError, match=f"adapter for {task}.* read as LlamaForCausalLM"):
+        from_pretrained(llama, exits=[1], adapter=folder)
+
+
+def test_adapters_that_both_bring_a_classifier_are_told_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_checkpoint("bert", tmp_path / "bert")
+    folders = []
+    for name, classes in (("a", 3), ("b", 3), ("c", 7)):
+        model = transformers.BertForSequenceClassification.from_pretrained(
+            base, num_labels=classes, ignore_mismatched_sizes=True
+        )
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        save_adapter(model, tmp_path / name, config, seed=classes + len(folders))
+        folders.append(tmp_path / name)
+    made = from_pretrained(base, exits=[1], adapter=folders[:2], untrained=True)
+    assert f"{folders[1]}: classifier.bias replaces that of {folders[0]}" in caplog.text
+    last = load_file(folders[1] / "adapter_model.safetensors")
+    [bias] = [value for name, value in last.items() if name.endswith("classifier.bias")]
+    torch.testing.assert_close(made.model.classifier.bias.detach(), bias)  # type: ignore[union-attr,operator,arg-type]
+    with pytest.raises(ExportError, match="a classifier for 3 classes, .* one for 7"):
+        from_pretrained(base, exits=[1], adapter=folders[1:], untrained=True)
