@@ -20,7 +20,7 @@ from edgeexit.export.checkpoint import Checkpoint, open_checkpoint, read_labels,
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
-from edgeexit.export.exits.saved import EXITS_WEIGHTS, load_exits, read_exits
+from edgeexit.export.exits.saved import EXITS_WEIGHTS, SavedExits, load_exits, read_exits
 from edgeexit.export.generation import generation_of
 from edgeexit.export.library_errors import translated
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
@@ -68,6 +68,7 @@ def from_pretrained(
     encoder_exits: Iterable[int] | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
+    saved_exits: bool = True,
 ) -> ExitClassifier | ExitDecoder:
     """Reads a checkpoint and gives it exits.
 
@@ -83,27 +84,29 @@ def from_pretrained(
             into the weights in this order. An adapter's tokenizer replaces the checkpoint's.
         untrained: Attach new, random heads (new adapters) where the checkpoint has none, to measure
             latency before training, or to train them.
+        saved_exits: Whether to use the exits that are saved with the checkpoint. False: a warning
+            names them, if there are any.
 
     Raises:
         ExportError: The checkpoint cannot be read, its model type is not supported, or it has no
             exits for these layers; or an adapter cannot be read or merged.
     """
     checkpoint = open_checkpoint(path, adapter)
-    config = checkpoint.config
+    config, saved = checkpoint.config, _saved_exits(checkpoint, use=saved_exits)
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:
             raise UsageError(
                 f"{path}: adapters are for models without an encoder, not {config.model_type}",
                 fix="Leave them out.",
             )
-        return _encoder_decoder(checkpoint, exits, encoder_exits)
+        return _encoder_decoder(checkpoint, saved, exits, encoder_exits, untrained=untrained)
     if encoder_exits is not None:
         raise UsageError(
             f"{path}: a {config.model_type} has no encoder before a decoder",
             fix="Leave encoder_exits out (--encoder-exits).",
         )
     if config.model_type in DECODERS:
-        return _decoder(checkpoint, exits, adapters, untrained=untrained)
+        return _decoder(checkpoint, saved, exits, adapters, untrained=untrained)
     if adapters is not None:
         raise UsageError(
             f"{path}: adapters are for language models, this is a {config.model_type}",
@@ -117,11 +120,46 @@ def from_pretrained(
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
-    return _classifier(checkpoint, exits, *family, untrained=untrained)
+    return _classifier(checkpoint, saved.layers, exits, *family, untrained=untrained)
+
+
+def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
+    """The exits that are saved with a checkpoint. A warning says that they are not used, or that
+    they were trained without the adapters that are merged."""
+    found = read_exits(checkpoint.folder)
+    if not found.layers and not found.encoder:
+        return found if use else SavedExits()
+    layers = ", ".join(map(str, found.layers or []))
+    if not use:
+        logger.warning(
+            "%s: the exits that are saved with the checkpoint (behind layers %s) are ignored; "
+            "--exits uses them",
+            checkpoint.path,
+            layers,
+        )
+        return SavedExits()
+    if checkpoint.adapters is not None:
+        logger.warning(
+            "%s: the exits that are saved with the checkpoint (behind layers %s) were trained "
+            "without the adapter that is merged now: calibrate them on the bundle, or train them "
+            "again",
+            checkpoint.path,
+            layers,
+        )
+    return found
+
+
+def _origin(chosen: Iterable[int], saved: Iterable[int] | None, *, untrained: bool) -> str:
+    """What is known about exits that share the model's head: ``trained`` if they are saved with the
+    checkpoint. Any layer can have one, so other exits may be trained (LayerSkip), too."""
+    if set(chosen) <= set(saved or []):
+        return "trained"
+    return "untrained" if untrained else "unknown"
 
 
 def _classifier(
     checkpoint: Checkpoint,
+    saved: list[int] | None,
     exits: Iterable[int] | None,
     module_name: str,
     reader: str,
@@ -132,7 +170,6 @@ def _classifier(
     """A classifier; its exits have heads of their own."""
     path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
     labels = read_labels(path, config)
-    saved = read_exits(folder).layers
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is missing)",
@@ -160,15 +197,16 @@ def _classifier(
         sizes = [(images[0].height, images[0].width) if images else None]
     trunk = _trunk(checkpoint, module_name, model, *sizes)
     classifier = ExitClassifier(model, trunk, list(saved or [] if exits is None else exits))
-    missing = [layer for layer in classifier.exit_layers if layer not in (saved or [])]
+    held = [layer for layer in classifier.exit_layers if layer in (saved or [])]
+    missing = [layer for layer in classifier.exit_layers if layer not in held]
     if missing and not untrained:
         raise UsageError(
             f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
             fix="Choose trained exits, or pass untrained=True (--untrained-exits).",
         )
-    if saved is not None and not missing:
-        load_exits(classifier.heads, classifier.exit_layers, folder)
-        classifier.trained = True
+    if saved is not None:
+        load_exits(classifier.heads, held, folder)
+        classifier.trained = not missing
     classifier.eval()
     classifier.name, classifier.task = name_of(path), task
     classifier.labels = labels
@@ -201,6 +239,7 @@ def _trunk(
 
 def _decoder(
     checkpoint: Checkpoint,
+    found: SavedExits,
     exits: Iterable[int] | None,
     adapters: Iterable[int] | Mapping[int, int] | None,
     *,
@@ -208,7 +247,6 @@ def _decoder(
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
     path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
-    found = read_exits(folder)
     saved, held = found.layers, found.adapters
     if exits is None and saved is None:
         raise ExportError(
@@ -241,8 +279,8 @@ def _decoder(
     decoder.name = name_of(path)
     decoder.tokenizer_folder = checkpoint.text_folder
     decoder.generation = generation_of(model, path)
-    trained = "trained" if set(decoder.exit_layers) <= set(saved or []) else "untrained"
-    decoder.provenance = checkpoint.provenance | {"exits": trained}
+    origin = _origin(decoder.exit_layers, saved, untrained=untrained)
+    decoder.provenance = checkpoint.provenance | {"exits": origin}
     if sizes:
         decoder.provenance["adapters"] = "untrained" if missing else "trained"
     return decoder
@@ -250,12 +288,14 @@ def _decoder(
 
 def _encoder_decoder(
     checkpoint: Checkpoint,
+    saved: SavedExits,
     exits: Iterable[int] | None,
     encoder_exits: Iterable[int] | None,
+    *,
+    untrained: bool,
 ) -> ExitEncoderDecoder:
     """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
-    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
-    saved = read_exits(folder)
+    path, config = checkpoint.path, checkpoint.config
     if exits is None and saved.layers is None:
         depth = getattr(config, "num_decoder_layers", None) or config.decoder_layers
         raise ExportError(
@@ -278,9 +318,12 @@ def _encoder_decoder(
     split.name = name_of(path)
     split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path)
-    known = set(chosen) <= set(saved.layers or []) and set(own) <= set(saved.encoder or [])
-    trained = "trained" if known else "untrained"
-    split.provenance = checkpoint.provenance | {"exits": trained}
+    origins = {
+        _origin(split.exit_layers, saved.layers, untrained=untrained),
+        _origin(split.encoder_exit_layers, saved.encoder, untrained=untrained),
+    }
+    origin = next(one for one in ("untrained", "unknown", "trained") if one in origins)
+    split.provenance = checkpoint.provenance | {"exits": origin}
     takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
     if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
         split.preprocessing, _, split.preprocessing_sample = texts

@@ -241,6 +241,8 @@ def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None
             "the early exits of this bundle are untrained: times are valid, answers are meaningless"
         )
     if not policy.calibration:
+        if bundle.exits_unknown:
+            found.append("nothing says that the early exits of this bundle were trained")
         found.append(
             "the thresholds are not calibrated: the share of early answers that differ from the "
             "last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds for an "

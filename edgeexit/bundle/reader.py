@@ -79,6 +79,12 @@ class Bundle:
         """Whether its exits are untrained: they serve to measure latency, not to answer."""
         return self.manifest.provenance.get("exits") == "untrained"
 
+    @property
+    def exits_unknown(self) -> bool:
+        """Whether nothing says that its exits were trained: they share the model's own head, and
+        the checkpoint did not list them."""
+        return self.manifest.provenance.get("exits") == "unknown"
+
 
 class Unchanged:
     """Detects changes of a bundle's files after it was opened.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ import click
 
 from edgeexit.cli.calibration_data import read_calibration_data
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size
+from edgeexit.cli.export_onnx import export_file
 from edgeexit.cli.options import output_options
-from edgeexit.errors import DataError, ExportError, UsageError
+from edgeexit.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle.reader import Bundle
@@ -49,13 +49,15 @@ DTYPES = {
 @click.option(
     "--untrained-exits",
     metavar="LIST",
-    help="Layers with new, random exits, to measure latency before training.",
+    help="Layers with new, random exits, to measure latency before training; exits saved with the "
+    "checkpoint are ignored.",
 )
 @click.option(
     "--adapters",
     metavar="LIST",
     help="Language models: exits with their own layers (adapters) before the head; default: those "
-    'saved with the checkpoint; "none": no adapters. With --untrained-exits: new adapters.',
+    'saved with the checkpoint; "none": no adapters. With --untrained-exits: new adapters '
+    "(default: none).",
 )
 @click.option(
     "--adapter",
@@ -149,7 +151,7 @@ def command(
     with progress_bar(quiet) as progress:
         progress("reading the model", 0, 0)
         writing["progress"] = progress
-        export = _onnx if model.endswith(".onnx") else _torch
+        export = export_file if model.endswith(".onnx") else _torch
         bundle = export(model, output, options, writing)
     exits = [exit_.name for chain in bundle.manifest.chains.values() for exit_ in chain.exits]
     made = sum(file.bytes for file in bundle.manifest.files.values())
@@ -169,12 +171,26 @@ def command(
             f"{output}: {len(exits)} exits ({', '.join(exits)}), {size(made)}, "
             f"weights {size(bundle.weights_bytes)}"
         )
-        if bundle.exits_untrained:
-            click.echo(
-                "the exits are untrained: use the bundle to measure latency only, its early "
-                "answers are meaningless",
-                err=True,
-            )
+        if said := _about_exits(bundle, output):
+            click.echo(said, err=True)
+
+
+def _about_exits(bundle: Bundle, output: Path) -> str:
+    """What is known about the training of a bundle's exits; empty if they were trained."""
+    if bundle.exits_untrained:
+        return (
+            "the exits are untrained: use the bundle to measure latency only, its early answers "
+            "are meaningless"
+        )
+    if bundle.exits_unknown:
+        return (
+            "nothing says that these exits were trained: the checkpoint does not list them. They "
+            "share the model's own head, which predicts well from early layers only after a "
+            f"training such as LayerSkip. To measure them: edgeexit bench {output} --data TEXTS, "
+            f"or edgeexit trace {output} --data TEXTS -o tokens.npz and edgeexit calibrate "
+            "tokens.npz"
+        )
+    return ""
 
 
 def _require_extra() -> None:
@@ -185,88 +201,6 @@ def _require_extra() -> None:
             f"export needs {', '.join(missing)}, not installed in this environment",
             fix='Export on the workstation, or install it: pip install "edgeexit[export]".',
         )
-
-
-def _onnx(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
-    """Exports an ONNX file."""
-    refused = {
-        "adapters": ("adapters are for checkpoints of language models", "Leave it out."),
-        "encoder_exits": ("not supported for ONNX files", "Leave it out."),
-        "untrained_exits": (
-            "not supported for ONNX files",
-            "Add exits before the conversion to ONNX, and name their outputs with --exits.",
-        ),
-        "dtype": ("not supported for ONNX files", "Leave it out, or convert the file first."),
-        "opset": ("not supported for ONNX files", "Leave it out, or convert the file first."),
-    }
-    for name, (why, fix) in refused.items():
-        if {**options, **writing}.get(name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')}: {why}", fix=fix)
-    if options["merged"]:
-        raise UsageError("--adapter is for checkpoints, not for ONNX files", fix="Leave it out.")
-    if options["exits"] is None:
-        raise UsageError(
-            f"{model}: --exits is missing: which outputs are exits is unknown",
-            fix="Name them in order, the model's last output at the end: "
-            "--exits logits_3,logits_6,logits.",
-        )
-    if not Path(model).is_file():
-        raise UsageError(f"{model} does not exist", fix="Give an ONNX file.")
-    from edgeexit.export import export_onnx
-    from edgeexit.measure.batches import read_npz
-
-    own = ("task", "name", "outputs")
-    extra = {name: options[name] for name in own if options[name] is not None}
-    data, labels = options["data"], options["labels"]
-    if options["rows"]:
-        extra["rows"] = dict(map(_row_axis, options["rows"]))
-    if data is not None:
-        if not data.is_file():
-            raise DataError(
-                f"{data} does not exist", fix="Give a .npz keyed by the model's inputs."
-            )
-        extra["samples"] = read_npz(data)
-    if labels is not None:
-        extra["labels"] = _labels(labels)
-    return export_onnx(model, output, exits=_names(options["exits"]), **extra, **writing)
-
-
-def _row_axis(text: str) -> tuple[str, int]:
-    """An input's name and the index of its row axis. Names may contain colons."""
-    name, _, axis = text.rpartition(":")
-    if not name or not (axis.isascii() and axis.isdigit()):
-        raise UsageError(
-            f"--rows {text}: not NAME:AXIS", fix="Give an input and an axis: --rows images:0."
-        )
-    return name, int(axis)
-
-
-def _labels(path: Path) -> list[str]:
-    """Reads class names, one per line. Ignores a byte order mark and blank lines at the end."""
-    try:
-        names = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error})", fix="Give a text file, one label per line."
-        ) from error
-    names = [name.strip() for name in names]
-    if "" in names:
-        raise DataError(
-            f"{path}: line {names.index('') + 1} is blank", fix="Give one label per line."
-        )
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise DataError(
-            f"{path}: two classes have the name {repeated[0]!r} (lines "
-            f"{', '.join(str(n) for n, name in enumerate(names, 1) if name == repeated[0])})",
-            fix="Give every class a unique name.",
-        )
-    return names
-
-
-def _names(text: str) -> list[str]:
-    """Splits names at commas; a name with a comma is written in double quotes."""
-    [row] = csv.reader([text], skipinitialspace=True)
-    return [name.strip() for name in row if name.strip()]
 
 
 def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[str, Any]) -> Bundle:
@@ -367,6 +301,7 @@ def _from_checkpoint(
         encoder_exits=encoder,
         adapter=merged,
         untrained=untrained_exits is not None,
+        saved_exits=untrained_exits is None,
     ).split_model()
 
 

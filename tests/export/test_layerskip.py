@@ -178,7 +178,9 @@ def test_saved_exits_are_read_back(tmp_path: Path) -> None:
     read = from_pretrained(tmp_path)
     assert isinstance(read, ExitDecoder) and read.exit_layers == [1, 3]
     assert read.provenance["exits"] == "trained"
-    assert from_pretrained(tmp_path, exits=[2]).provenance["exits"] == "untrained"
+    assert from_pretrained(tmp_path, exits=[2]).provenance["exits"] == "unknown"
+    named = from_pretrained(tmp_path, exits=[2], untrained=True)
+    assert named.provenance["exits"] == "untrained"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from edgeexit.bundle.reader import open_bundle
-from edgeexit.cli.export import _labels, _row_axis
+from edgeexit.cli.export_onnx import _labels, _row_axis
 from edgeexit.errors import DataError, ExportError, InputError, UsageError
 from edgeexit.export import export_onnx
 from edgeexit.measure.check import check
