@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from edgeexit.errors import ExportError, first_line
+from edgeexit.export.device_tokenizer import has_tokenizer
 from edgeexit.export.library_errors import translated
 from edgeexit.export.peft_adapters import (
     Adapters,
@@ -160,8 +161,9 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
 def _of_another_kind(folder: Path) -> tuple[str, str] | None:
     """What a folder without ``config.json`` contains instead, and the fix."""
     names = sorted(one.name for one in folder.iterdir())
+    give = "Give a directory with config.json and weights."
     if not names:
-        return "the folder is empty", "Give a directory with config.json and weights."
+        return "the folder is empty", give
     if found := [name for name in names if name.endswith(".gguf")]:
         return (
             f"{found[0]} is a GGUF file, not a checkpoint",
@@ -171,6 +173,14 @@ def _of_another_kind(folder: Path) -> tuple[str, str] | None:
         )
     if found := [name for name in names if name.endswith(".onnx")]:
         return f"{found[0]} is an ONNX file", f"Give the file itself: -m {folder / found[0]}."
+    if any(name.endswith((".safetensors", ".bin")) for name in names):
+        return None
+    if has_tokenizer(folder):
+        return "the folder has a tokenizer, but no model", give
+    inside = [name for name in names if (folder / name / "config.json").is_file()]
+    if inside:
+        more = f" (and {len(inside) - 1} more)" if len(inside) > 1 else ""
+        return "the checkpoint is in a folder inside", f"Give {folder / inside[0]}{more}."
     return None
 
 
@@ -252,8 +262,10 @@ def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tupl
             fix="Export it to ONNX and serve it unsplit, or train one with a single label.",
         )
     if config.problem_type == "regression" or config.num_labels == 1:
+        why = 'problem_type "regression"' if config.problem_type == "regression" else "one label"
         raise ExportError(
-            f"{path}: regression models (one output) are not supported",
+            f"{path}: regression models are not supported ({why} in config.json): their outputs "
+            "are values, not classes",
             fix="Export it to ONNX and serve it unsplit.",
         )
     named = {int(key): str(value) for key, value in (config.id2label or {}).items()}

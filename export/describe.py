@@ -111,8 +111,7 @@ def check(model: SplitModel) -> None:
         if not chain.exits:
             raise ExportError(
                 f"{model.name}: the model has no exits",
-                fix="Attach exits with edgeexit.export.pretrained.from_pretrained(path, "
-                "exits=[...]) and train them with edgeexit.export.methods.joint.",
+                fix="Give every chain of the contract its exits, the last one included.",
             )
     names = [component.name for component in model.components]
     if repeated := [name for name in names if names.count(name) > 1]:

@@ -17,10 +17,19 @@ import transformers
 
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, open_checkpoint, read_labels, read_model
+from edgeexit.export.device_tokenizer import has_tokenizer
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
-from edgeexit.export.exits.saved import EXITS_WEIGHTS, SavedExits, load_exits, read_exits
+from edgeexit.export.exits.saved import (
+    EXITS_WEIGHTS,
+    SavedExits,
+    example_layers,
+    listed,
+    load_exits,
+    name_layers,
+    read_exits,
+)
 from edgeexit.export.generation import generation_of
 from edgeexit.export.library_errors import translated
 from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
@@ -103,7 +112,7 @@ def from_pretrained(
     if encoder_exits is not None:
         raise UsageError(
             f"{path}: a {config.model_type} has no encoder before a decoder",
-            fix="Leave encoder_exits out (--encoder-exits).",
+            fix="Leave out --encoder-exits (encoder_exits).",
         )
     if config.model_type in DECODERS:
         return _decoder(checkpoint, saved, exits, adapters, untrained=untrained)
@@ -173,15 +182,16 @@ def _classifier(
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is missing)",
-            fix="Train exits with edgeexit.export.methods and save_pretrained, or pass "
-            "--untrained-exits 3,6,9 to measure latency before training.",
+            fix="Train exits with edgeexit.export.methods and save_pretrained, or give "
+            f"--untrained-exits {listed(example_layers(_depth(config)))} (untrained=True) to "
+            "measure latency before training.",
         )
     model, missing_weights = read_model(reader, checkpoint)
     if missing_weights and not untrained:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}, "
             "which its classifier needs",
-            fix="Fine-tune it as a classifier first, or pass untrained=True (--untrained-exits) to "
+            fix="Fine-tune it as a classifier first, or use --untrained-exits (untrained=True) to "
             "measure latency with random weights.",
         )
     if missing_weights:
@@ -201,8 +211,9 @@ def _classifier(
     missing = [layer for layer in classifier.exit_layers if layer not in held]
     if missing and not untrained:
         raise UsageError(
-            f"{path}: no trained exit behind layer {missing[0]} (trained: {saved or 'none'})",
-            fix="Choose trained exits, or pass untrained=True (--untrained-exits).",
+            f"{path}: no trained exit behind layer {missing[0]} (trained: "
+            f"{listed(saved or []) or 'none'})",
+            fix="Choose trained exits, or use --untrained-exits (untrained=True).",
         )
     if saved is not None:
         load_exits(classifier.heads, held, folder)
@@ -218,10 +229,45 @@ def _classifier(
         classifier.preprocessing, classifier.preprocessing_sample = images
     elif task == "text-classification":
         names = [tensor.name for tensor in trunk.inputs]
+        _tell_of_tokenizer(checkpoint)
         if texts := text_preprocessing(checkpoint.text_folder, names, trunk.limits["seq"]):
             classifier.preprocessing, classifier.tokenizer, sample = texts
             classifier.preprocessing_sample = sample
     return classifier
+
+
+def _tell_of_tokenizer(checkpoint: Checkpoint) -> None:
+    """Warns that a bundle will not take texts."""
+    if not has_tokenizer(checkpoint.text_folder):
+        logger.warning(
+            "%s: the checkpoint has no tokenizer, so the bundle takes token ids, not texts; to add "
+            "one, save it in the same folder (tokenizer.save_pretrained)",
+            checkpoint.path,
+        )
+
+
+def depth_of(path: str | Path) -> int:
+    """Number of layers that can have an exit, the last one included.
+
+    Raises:
+        ExportError: The configuration cannot be read.
+    """
+    return _depth(open_checkpoint(path).config)
+
+
+def _depth(config: transformers.PretrainedConfig) -> int:
+    """Number of a model's layers (ResNet: blocks; encoder-decoders: those of the decoder)."""
+    if depths := getattr(config, "depths", None):
+        return sum(depths)
+    names = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
+    names = (*names, "num_hidden_layers")
+    return next((int(n) for name in names if (n := getattr(config, name, None))), 1)
+
+
+def _sizes(held: Mapping[int, int]) -> str:
+    """Adapters of a checkpoint in words."""
+    found = [f"{size} behind layer {layer}" for layer, size in held.items()]
+    return ", ".join(found) or "none"
 
 
 def _trunk(
@@ -251,8 +297,7 @@ def _decoder(
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
-            fix=f"Name layers from 1 to {config.num_hidden_layers - 1}, as in exits=[2, 4] "
-            "(--exits 2,4).",
+            fix=f"{name_layers(_depth(config))} (--exits).",
         )
     model, missing_weights = read_model("AutoModelForCausalLM", checkpoint)
     if missing_weights:
@@ -270,14 +315,15 @@ def _decoder(
     if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
         raise UsageError(
             f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
-            f"behind layer {missing[0]} (it has, by layer: {held or 'none'})",
-            fix="Choose these exits, or pass untrained=True (--untrained-exits) for new adapters.",
+            f"behind layer {missing[0]} (it has {_sizes(held)})",
+            fix="Choose these exits, or use --untrained-exits (untrained=True) for new adapters.",
         )
     if loaded:
         load_exits(decoder.adapters, loaded, folder)
     decoder.eval()
     decoder.name = name_of(path)
     decoder.tokenizer_folder = checkpoint.text_folder
+    _tell_of_tokenizer(checkpoint)
     decoder.generation = generation_of(model, path)
     origin = _origin(decoder.exit_layers, saved, untrained=untrained)
     decoder.provenance = checkpoint.provenance | {"exits": origin}
@@ -296,12 +342,11 @@ def _encoder_decoder(
 ) -> ExitEncoderDecoder:
     """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
     path, config = checkpoint.path, checkpoint.config
-    if exits is None and saved.layers is None:
-        depth = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+    if exits is None and saved.layers is None and encoder_exits is None:
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
-            fix=f"Name layers of the decoder from 1 to {depth - 1}, as in "
-            "exits=[2, 4] (--exits 2,4), and of the encoder with encoder_exits (--encoder-exits).",
+            fix=f"{name_layers(_depth(config))}, of the decoder (--exits), encoder "
+            "(--encoder-exits) or both.",
         )
     module_name, reader = ENCODER_DECODERS[config.model_type]
     model, missing_weights = read_model(reader, checkpoint)
@@ -324,6 +369,7 @@ def _encoder_decoder(
     }
     origin = next(one for one in ("untrained", "unknown", "trained") if one in origins)
     split.provenance = checkpoint.provenance | {"exits": origin}
+    _tell_of_tokenizer(checkpoint)
     takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
     if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
         split.preprocessing, _, split.preprocessing_sample = texts

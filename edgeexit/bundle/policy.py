@@ -148,7 +148,7 @@ def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
             raise PolicyError(
                 f"the policy has no rule for the chain {name}, which has exits "
                 f"({', '.join(exit_.name for exit_ in chain.exits[:-1])})",
-                fix=f'Add one: rules={{"{name}": Rule(thresholds=...)}}; Rule() never stops.',
+                fix=f'Add "{name}" to its rules; a rule without thresholds never stops.',
             )
         rule = Rule()
     drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
@@ -189,7 +189,7 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
     ):
         raise PolicyError(
             f"the rules of the policy are {given.rules!r}",
-            fix='Give a Rule for each chain: rules={"main": Rule(thresholds=...)}.',
+            fix=f"Give a Rule for each chain: {', '.join(chains)}.",
         )
     if not isinstance(given.engine, dict):
         raise PolicyError(f"engine is {given.engine!r}, not a mapping", fix="Leave it out.")

@@ -182,6 +182,11 @@ def _about_exits(bundle: Bundle, output: Path) -> str:
             "the exits are untrained: use the bundle to measure latency only, its early answers "
             "are meaningless"
         )
+    if bundle.exits_unknown and len(bundle.manifest.last_chain.exits) == 1:
+        return (
+            "nothing says that the model was trained to leave the encoder early. To compare texts: "
+            f"edgeexit run {output} --prompt TEXT, with and without --encoder-threshold 0.98"
+        )
     if bundle.exits_unknown:
         return (
             "nothing says that these exits were trained: the checkpoint does not list them. They "
@@ -289,7 +294,7 @@ def _from_checkpoint(
     )
     layers: list[int] | None = None
     if text is not None:
-        layers = _all_layers(model, merged) if text.strip() == "all" else _layers(text, option)
+        layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
     chosen: list[int] | None = None
     if adapters is not None:
         chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
@@ -311,13 +316,13 @@ def _layers(text: str, option: str, word: str = "all") -> list[int]:
         if not (part.isascii() and part.isdigit()):
             raise UsageError(
                 f"{option}: {part!r} is not a layer number",
-                fix=f'Give numbers, as in {option} 3,6,9, or "{word}".',
+                fix=f'Give numbers, as in {option} 1,2, or "{word}".',
             )
     return [int(part) for part in parts]
 
 
-def _all_layers(model: str, merged: Sequence[str]) -> list[int]:
+def _all_layers(model: str) -> list[int]:
     """The numbers of all layers of a checkpoint but the last."""
-    from edgeexit.export.pretrained import from_pretrained
+    from edgeexit.export.pretrained import depth_of
 
-    return list(range(1, from_pretrained(model, exits=[], adapter=merged, untrained=True).depth))
+    return list(range(1, depth_of(model)))

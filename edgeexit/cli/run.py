@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,12 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
 @click.option(
     "--threshold", type=float, help="Stop where max_prob is at least this (0 to 1); no policy."
 )
+@click.option(
+    "--encoder-threshold",
+    type=float,
+    help="Encoder-decoders: stop the encoder where saturation, the cosine of consecutive states, "
+    "is at least this (-1 to 1); no policy.",
+)
 @click.option("--exit", "exit_name", metavar="NAME", help="Stop all rows at this exit.")
 @click.option("--rows", type=click.IntRange(min=1), help="Use only this many rows of the data.")
 @click.option(
@@ -80,7 +86,7 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     _check_stopping(options)
     if kind in OF_TEXT:
         _check_no_rows(options)
-        writing = read_writing(options, as_json=as_json)
+        writing = read_writing(options, bundle, as_json=as_json)
     elif given := writing_given(options):
         raise UsageError(
             f"--{given[0].replace('_', '-').replace('stops', 'stop')} is for models that write "
@@ -90,7 +96,8 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     add_current_directory()
     opened = _open_for(kind, bundle)
     loading = {name: options[name] for name in ("engine", "fallback", "threads")}
-    policy = loading["policy"] = _policy(opened, options["policy"], options["threshold"])
+    thresholds = options["threshold"], options["encoder_threshold"]
+    policy = loading["policy"] = _policy(opened, options["policy"], *thresholds)
     if not quiet:
         _say_cautions(opened, policy, options)
     if kind in OF_TEXT:
@@ -127,6 +134,17 @@ def _check_stopping(options: Mapping[str, Any]) -> None:
             f"--threshold {threshold:g} is out of range (0 to 1)",
             fix="Give a probability, as in --threshold 0.9; inf never stops.",
         )
+    encoder = options["encoder_threshold"]
+    if encoder is not None and not (-1 <= encoder <= 1 or math.isinf(encoder)):
+        raise UsageError(
+            f"--encoder-threshold {encoder:g} is out of range (-1 to 1)",
+            fix="Give a cosine, as in --encoder-threshold 0.98; inf never stops.",
+        )
+    if encoder is not None and options["policy"] is not None:
+        raise UsageError(
+            "--policy and --encoder-threshold exclude each other",
+            fix="Leave one out; a policy may have a rule for the encoder.",
+        )
 
 
 def _check_no_rows(options: Mapping[str, Any]) -> None:
@@ -154,12 +172,30 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
     return opened
 
 
-def _policy(bundle: Bundle, path: Path | None, threshold: float | None) -> Policy | None:
-    from edgeexit.bundle.policy import Rule, policy_for
+def _policy(
+    bundle: Bundle, path: Path | None, threshold: float | None, encoder: float | None
+) -> Policy | None:
+    from edgeexit.bundle.policy import Policy, Rule, policy_for
 
     if path is not None:
         return policy_for(path, bundle)
-    return None if threshold is None else _of_last_chain(bundle, Rule(thresholds=threshold))
+    if threshold is None and encoder is None:
+        return None
+    policy = _of_last_chain(bundle, Rule() if threshold is None else Rule(thresholds=threshold))
+    if encoder is None:
+        return policy
+    found = [
+        name
+        for name, chain in bundle.manifest.chains.items()
+        if len(chain.exits) > 1 and all("saturation" in exit_.scores for exit_ in chain.exits)
+    ]
+    if not found:
+        raise UsageError(
+            f"--encoder-threshold: {bundle.path} has no encoder with exits",
+            fix="Leave it out, or export an encoder-decoder with --encoder-exits.",
+        )
+    rule = Rule(score="saturation", thresholds=encoder)
+    return Policy(rules={**policy.rules, **dict.fromkeys(found, rule)})
 
 
 def _say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
@@ -232,7 +268,7 @@ def _answer(
         columns.append("ms per segment")
     if any("label" in row for row in found):
         columns.append("label")
-    print_table("", columns, [_cells(row, columns) for row in found])
+    print_table("", columns, [_cells(row, columns, bundle.manifest.labels) for row in found])
     labelled = [row for row in found if "label" in row and "class" in row]
     if labelled and not quiet:
         right = sum(row["label"] == row["class"] for row in labelled)
@@ -271,7 +307,7 @@ def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
         yield Batch({preprocessing.input: pixels}, None, len(opened))
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
-        yield Batch(encode_batch(bundle, part), None, len(part))
+        yield Batch(encode_batch(bundle, part, tell=True), None, len(part))
 
 
 def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[dict[str, Any]]:
@@ -305,10 +341,23 @@ def _answers(bundle: Bundle, batch: Batch, result: Any, *, first: int) -> list[d
     return found
 
 
-def _cells(row: dict[str, Any], columns: list[str]) -> list[str]:
-    cells = [str(row["row"]), str(row.get("answer", "-")), row["exit"], f"{row['score']:.4f}"]
+def _cells(row: dict[str, Any], columns: list[str], labels: Sequence[str]) -> list[str]:
+    answer = _class(row.get("class"), labels)
+    cells = [str(row["row"]), answer, row["exit"], f"{row['score']:.4f}"]
     if "ms per segment" in columns:
         cells.append(" ".join(f"{time_ms:.3f}" for time_ms in row["batch_times_ms"]))
     if "label" in columns:
-        cells.append(str(row.get("label", "-")))
+        cells.append(_class(row.get("label"), labels))
     return cells
+
+
+def _class(number: int | None, labels: Sequence[str]) -> str:
+    """A class as its name and number; as its number if it has no name.
+
+    >>> _class(1, ["bad", "good"]), _class(1, ["0", "1"]), _class(3, []), _class(None, [])
+    ('good (1)', '1', '3', '-')
+    """
+    if number is None:
+        return "-"
+    name = labels[number] if number < len(labels) else str(number)
+    return name if name == str(number) else f"{name} ({number})"

@@ -135,13 +135,13 @@ def writing_given(options: Mapping[str, Any]) -> list[str]:
     return [name for name in names if options[name] not in (None, False, ())]
 
 
-def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
+def read_writing(options: Mapping[str, Any], bundle: Path, *, as_json: bool) -> Writing:
     """Reads the options. Raises `UsageError` for options that exclude each other or have no
     effect."""
     given = set(writing_given(options))
     generating = {name: options[name] for name in GENERATING if name in given}
     drawing = {name: options[name] for name in DRAWING if name in given}
-    _check_mode(options["mode"] or "full", given, options["threshold"], options["policy"])
+    _check_mode(options["mode"] or "full", given, options["threshold"], options["policy"], bundle)
     talks = options["chat"] or options["messages"] is not None
     if (talking := [name for name in TALKING if name in given]) and not talks:
         raise UsageError(
@@ -168,7 +168,9 @@ def read_writing(options: Mapping[str, Any], *, as_json: bool) -> Writing:
     return Writing(inputs, templates, generating, drawing, options["stream"])
 
 
-def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Path | None) -> None:
+def _check_mode(
+    mode: str, given: set[str], threshold: float | None, policy: Path | None, bundle: Path
+) -> None:
     """Refuses options without effect in the mode, and early modes without thresholds."""
     of_modes = {
         "threshold": (threshold is not None, EARLY),
@@ -184,8 +186,8 @@ def _check_mode(mode: str, given: set[str], threshold: float | None, policy: Pat
     if mode in EARLY and threshold is None and policy is None:
         raise UsageError(
             f"--mode {mode} needs thresholds",
-            fix="Calibrate them: edgeexit trace BUNDLE --data TEXTS -o tokens.npz, then edgeexit "
-            "calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
+            fix=f"Calibrate them: edgeexit trace {bundle} --data TEXTS -o tokens.npz, then "
+            "edgeexit calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
         )
 
 

@@ -204,4 +204,4 @@ def _batch(
                 f"{where}: 'text_pair' is not a string", fix="Give a string or leave it out."
             )
         texts.append(row[key] if pair is None else (row[key], pair))
-    return Batch(encode_batch(bundle, texts), _labels(indices), len(texts))
+    return Batch(encode_batch(bundle, texts, tell=True), _labels(indices), len(texts))

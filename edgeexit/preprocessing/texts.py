@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,21 +68,39 @@ def encoding(what: str) -> Iterator[None]:
 
 
 def encode_texts(
-    tokenizer: Any, preprocessing: TextPreprocessing, texts: Sequence[Text], *, cut: bool = True
+    tokenizer: Any,
+    preprocessing: TextPreprocessing,
+    texts: Sequence[Text],
+    *,
+    cut: bool = True,
+    on_cut: Callable[[int, int], object] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Converts texts to the inputs ``[batch, seq]`` that `TextPreprocessing` names.
 
     Args:
         tokenizer: From `cut_and_pad`.
         cut: Truncate texts that are longer than the model's limit, as classifiers do.
+        on_cut: Called with the row of the first truncated text, and its approximate length in
+            tokens.
 
     Raises:
-        InputError: A text is not valid Unicode, or is too long and `cut` is false.
+        InputError: A text is not valid Unicode or has no tokens, or is too long and `cut` is false.
     """
     with encoding(f"one of the texts {str(list(texts))[:60]!a}"):
         encodings = tokenizer.encode_batch(list(texts))
+    for row, encoded in enumerate(encodings):
+        if not any(encoded.attention_mask):
+            raise InputError(
+                f"the text of row {row} has no tokens: {texts[row]!a}",
+                fix="Give a text that is not empty.",
+            )
     if not cut:
         _check_whole(encodings, preprocessing.max_length)
+    elif on_cut is not None:
+        for row, encoded in enumerate(encodings):
+            if encoded.overflowing:
+                on_cut(row, _whole_length(encoded))
+                break
     columns = {preprocessing.ids: "ids", preprocessing.mask: "attention_mask"}
     columns[preprocessing.types] = "type_ids"
     return {
@@ -94,12 +112,17 @@ def encode_texts(
 
 def _check_whole(encodings: Sequence[Any], most: int) -> None:
     for row, encoding in enumerate(encodings):
-        if over := sum(len(rest.ids) for rest in encoding.overflowing):
+        if encoding.overflowing:
             raise InputError(
-                f"the text of row {row} has about {len(encoding.ids) + over} tokens, the model "
+                f"the text of row {row} has about {_whole_length(encoding)} tokens, the model "
                 f"reads at most {most}",
                 fix="Shorten it.",
             )
+
+
+def _whole_length(encoding: Any) -> int:
+    """Number of tokens of a text before truncation; special tokens may count more than once."""
+    return sum(sum(part.attention_mask) for part in (encoding, *encoding.overflowing))
 
 
 __all__ = ["Text", "cut_and_pad", "encode_texts", "encoding", "read_tokenizer"]

@@ -41,6 +41,8 @@ from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.saved import (
     SavedExits,
     check_layers,
+    listed,
+    name_layers,
     save_exits,
     save_model,
     weights_of,
@@ -224,10 +226,10 @@ class ExitDecoder(nn.Module):
             UsageError: There is no early exit.
         """
         trunk = self.trunk
-        if not self.exit_layers:
+        if not self._has_early_exit:
             raise UsageError(
                 f"{self.name}: there is no early exit",
-                fix="Name layers: exits=[2, 4] (--exits 2,4).",
+                fix=f"{name_layers(self.depth)} (--exits).",
             )
         vocabulary, width = trunk.embedding.shape
         embedded = _state("embedded", width)
@@ -319,6 +321,10 @@ class ExitDecoder(nn.Module):
             )
         return segments, adapters, exits
 
+    @property
+    def _has_early_exit(self) -> bool:
+        return bool(self.exit_layers)
+
     def _also_read(self) -> tuple[Tensor, ...]:
         """Inputs of layers besides states and positions."""
         return ()
@@ -375,9 +381,9 @@ def check_adapters(
     for layer, count in sizes.items():
         if layer not in exits:
             raise UsageError(
-                f"adapters: there is no early exit behind layer {layer!r} (exits: {list(exits)})",
-                fix="Give layers that have an exit, as in exits=[2, 4], adapters=[2] "
-                "(--exits 2,4 --adapters 2).",
+                f"adapters: there is no early exit behind layer {layer!r} (exits: "
+                f"{listed(exits) or 'none'})",
+                fix="Give layers that have an exit.",
             )
         if not isinstance(count, int) or not 1 <= count <= depth:
             raise UsageError(

@@ -98,7 +98,7 @@ class ExitEncoderDecoder(ExitDecoder):
         super().__init__(model, trunk, exits)
         self.encoder = encoder
         self.encoder_layers = list(encoder.layers)
-        self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder_exits")
+        self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder")
         self.preprocessing: TextPreprocessing | None = None
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
@@ -134,7 +134,7 @@ class ExitEncoderDecoder(ExitDecoder):
         cross keys and values, and the decoder's (`ExitDecoder.split_model`).
 
         Raises:
-            UsageError: The decoder has no early exit.
+            UsageError: Neither half has an early exit.
         """
         split = super().split_model()
         assert split.decoding is not None
@@ -222,6 +222,10 @@ class ExitEncoderDecoder(ExitDecoder):
 
     def _state(self, name: str) -> Tensor:
         return Tensor(name=name, dtype="float32", axes=["batch", "source", self.trunk.width])
+
+    @property
+    def _has_early_exit(self) -> bool:
+        return bool(self.exit_layers or self.encoder_exit_layers)
 
     def _also_read(self) -> tuple[Tensor, ...]:
         return (SOURCE_MASK,)

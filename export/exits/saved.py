@@ -102,32 +102,61 @@ def weights_of(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, to
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def check_layers(exits: Iterable[int], depth: int, name: str = "exits") -> list[int]:
+def check_layers(exits: Iterable[int], depth: int, part: str = "model") -> list[int]:
     """Exit layers in order, without the last layer. Raises `UsageError` for invalid ones.
 
     Args:
-        name: Name of the option, for messages.
+        part: The part of the model that has the layers, for messages.
     """
     layers = list(exits)
     for layer in layers:
         if not isinstance(layer, int) or not 1 <= layer <= depth:
             raise UsageError(
-                f"{name}: there is no layer {layer!r}; the model has layers 1 to {depth}",
-                fix=f"Give layer numbers from 1 to {depth - 1}; the last layer always has an exit.",
+                f"exits: there is no layer {layer!r}; the {part} has layers 1 to {depth}",
+                fix=f"{name_layers(depth)}; the last layer always has an exit.",
             )
     if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
-        raise UsageError(f"{name}: layer {repeated[0]} is given twice", fix="Name each layer once.")
+        raise UsageError(
+            f"exits of the {part}: layer {repeated[0]} is given twice", fix="Name each layer once."
+        )
     if layers != sorted(layers):
         raise UsageError(
-            f"{name}: {layers} are not in order", fix="Give them from shallow to deep."
+            f"exits of the {part}: {listed(layers)} are not in order",
+            fix="Give them from shallow to deep.",
         )
     return [layer for layer in layers if layer != depth]
+
+
+def name_layers(depth: int) -> str:
+    """How to name exits of a model, with layers that it has.
+
+    >>> name_layers(12)
+    'Name layers from 1 to 11, as in 4,8'
+    >>> name_layers(2)
+    'Name layer 1'
+    """
+    if depth < 3:
+        return "Name layer 1" if depth == 2 else "Use a model with more than one layer"
+    return f"Name layers from 1 to {depth - 1}, as in {listed(example_layers(depth))}"
+
+
+def example_layers(depth: int) -> list[int]:
+    """Layers for an example: about a third and two thirds of the depth."""
+    return sorted({max(depth // 3, 1), max(2 * depth // 3, 1)})
+
+
+def listed(layers: Iterable[int]) -> str:
+    """Layers as the command line takes them."""
+    return ",".join(map(str, layers))
 
 
 __all__ = [
     "SavedExits",
     "check_layers",
+    "example_layers",
+    "listed",
     "load_exits",
+    "name_layers",
     "read_exits",
     "save_exits",
     "save_model",

@@ -39,7 +39,8 @@ class AdapterDistillation(Method):
         if not len(model.adapters):
             raise UsageError(
                 "AdapterDistillation: the decoder has no adapters",
-                fix="Read it with exits=[2, 4], adapters=[2], untrained=True.",
+                fix="Read it with adapters: from_pretrained(path, exits=[1], adapters=[1], "
+                "untrained=True), and the layers of your choice.",
             )
 
     def part(self, model: ExitDecoder) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.saved import name_layers
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
 
 
@@ -50,7 +51,8 @@ class Joint(Method):
         if self.freeze_backbone and not len(model.heads):
             raise UsageError(
                 "Joint: there are no exit heads to train, and the backbone is frozen",
-                fix="Read the checkpoint with exits=[...].",
+                fix=f"{name_layers(model.depth)}: from_pretrained(path, exits=..., "
+                "untrained=True).",
             )
         weights = self._weights(model)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):

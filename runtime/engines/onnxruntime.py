@@ -205,8 +205,8 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"{path.parent.name}/{path.name}: ONNX Runtime {self._ort.__version__} cannot load "
                 f"it: {first_line(error)}",
-                fix="Run `edgeexit check BUNDLE` to see whether the bundle is intact. Older "
-                "versions of ONNX Runtime need an older opset (export --opset).",
+                fix=f"Run `edgeexit check {path.parent.parent}` to see whether the bundle is "
+                "intact. Older versions of ONNX Runtime need an older opset (export --opset).",
             ) from error
         if session.get_providers()[0] != PROVIDERS[self.name]:
             raise EngineError(

@@ -20,11 +20,6 @@ from edgeexit.runtime.executor.states import NewStates, TokenStates
 if TYPE_CHECKING:
     from edgeexit.runtime.executor.session import Session
 
-_REPORT = (
-    "Run `edgeexit check BUNDLE`. If the bundle is intact, please report this, with the output of "
-    "`edgeexit inspect`."
-)
-
 _Run = tuple[Callable[[], object], NewStates | None]
 """A call that runs a graph, and the new states, which must be appended after the run."""
 
@@ -36,6 +31,7 @@ class Part:
         opened = session.components[name]
         self.name, self.component, self.variant = name, opened.component, opened.variant
         self._session, self._engine, self._batch = session, session.engine, session.batch
+        self._bundle = session.components.bundle.path
         self._renamed: Mapping[str, str] = {} if call is None else call.inputs
         own = token_states(self.component)
         self._in_place = self.variant.states != "append"
@@ -105,7 +101,9 @@ class Part:
 
     def failure(self, error: Exception) -> EdgeExitError:
         """The error for a failed run."""
-        return failure(error, self.name, self._engine, _REPORT)
+        fix = f"Run `edgeexit check {self._bundle}`. If the bundle is intact, please report this, "
+        fix += "with the output of `edgeexit inspect`."
+        return failure(error, self.name, self._engine, fix)
 
     def _bind(self, key: tuple[int, int | None, int, int]) -> _Run:
         """Binds all rows, or a single row."""

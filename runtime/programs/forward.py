@@ -241,6 +241,8 @@ def check_inputs(
         unknown = sorted(str(name) for name in inputs.keys() - expected.keys())
         what = f"input {missing[0]} is missing" if missing else f"there is no input {unknown[0]}"
         takes = f"The model takes {', '.join(expected)}." if expected else "Leave inputs out."
+        if missing == ["token_type_ids"] and "input_ids" in inputs:
+            takes += " For single texts it is zeros: numpy.zeros_like(input_ids)."
         raise InputError(what, fix=takes)
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
@@ -265,7 +267,7 @@ def check_inputs(
             if size == 0:
                 raise InputError(
                     f"input {name} is empty (shape {list(value.shape)})",
-                    fix="Give at least one row.",
+                    fix=f"Give at least one {'row' if axis == 'batch' else 'entry on every axis'}.",
                 )
             if known is not None and known != size:
                 raise InputError(

@@ -6,6 +6,7 @@ stop strings (`Stream`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
 from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, encoding, read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 HELD_TOKENS = 8
 """Most tokens that wait for the rest of a character. After that, the incomplete text is output."""
@@ -58,13 +61,14 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
 
 
 def encode_batch(
-    bundle: Bundle, texts: Sequence[Text], *, truncate: bool = True
+    bundle: Bundle, texts: Sequence[Text], *, truncate: bool = True, tell: bool = False
 ) -> dict[str, NDArray[Any]]:
     """Applies the bundle's text preprocessing to texts, or pairs of texts: token ids
     ``[batch, seq]`` padded to the longest, masks and token types.
 
     Args:
         truncate: Truncate texts that are longer than the model's limit, as a classifier does.
+        tell: The first time that a text of this bundle is truncated, log a warning.
 
     Raises:
         InputError: The bundle has no text preprocessing, a text is not valid Unicode, or a text is
@@ -80,13 +84,28 @@ def encode_batch(
     # The digest is the cache key, not the path: another bundle may be written to the same path.
     if bundle.digest not in _padding:
         _padding.clear()
+        _warned.clear()
         _padding[bundle.digest] = cut_and_pad(open_tokenizer(bundle), preprocessing)
     dtypes = {tensor.name: tensor.dtype for tensor in bundle.manifest.inputs}
-    encoded = encode_texts(_padding[bundle.digest], preprocessing, texts, cut=truncate)
+
+    def warn(row: int, length: int) -> None:
+        _warned.add(bundle.digest)
+        logger.warning(
+            "the text %a has about %d tokens, the model reads the first %d: the rest is cut "
+            "(further texts are cut without a warning)",
+            str(texts[row])[:40],
+            length,
+            preprocessing.max_length,
+        )
+
+    on_cut = warn if tell and bundle.digest not in _warned else None
+    tokenizer = _padding[bundle.digest]
+    encoded = encode_texts(tokenizer, preprocessing, texts, cut=truncate, on_cut=on_cut)
     return {name: value.astype(dtypes[name], copy=False) for name, value in encoded.items()}
 
 
 _padding: dict[str, Any] = {}
+_warned: set[str] = set()
 
 
 def special_stops(tokenizer: Any, stops: Sequence[str]) -> dict[str, int]:

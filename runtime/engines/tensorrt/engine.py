@@ -255,7 +255,9 @@ def open_tensorrt(
     here = describe_device()
     library = find_library()
     root = engine_cache.default_root() if engine_dir is None else engine_dir
-    folder, engines = choose(engine_cache.list_engines(root, bundle.digest), library, here, root)
+    folder, engines = choose(
+        engine_cache.list_engines(root, bundle.digest), library, here, root, bundle.path
+    )
     return TensorRtEngine(library, folder, engines, Device(waiting=waiting))
 
 

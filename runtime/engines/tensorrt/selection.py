@@ -16,8 +16,12 @@ def choose(
     library: Library,
     here: Mapping[str, Any],
     root: Path,
+    bundle: Path,
 ) -> tuple[Path, EngineSet]:
     """The newest set of engines that fits a library and a device.
+
+    Args:
+        bundle: Where the bundle is, for messages.
 
     Raises:
         EngineError: No set fits; the message gives the reasons.
@@ -31,8 +35,8 @@ def choose(
     why = "; ".join(reasons[:4]) if reasons else "there are none"
     raise EngineError(
         f"{root}: no engines of this bundle for this device: {why}",
-        fix="Build them on this device: edgeexit build BUNDLE; or import engines from another "
-        "machine: edgeexit build BUNDLE --import DIR.",
+        fix=f"Build them on this device: edgeexit build {bundle}; or import engines from another "
+        f"machine: edgeexit build {bundle} --import DIR.",
     )
 
 

@@ -78,14 +78,14 @@ def test_the_newest_that_fits_is_taken_and_none_says_why(tmp_path: Path) -> None
             tmp_path, "a" * 64, target=MADE_FROM["target"] | {"compute_capability": capability}
         )
     sets = list_engines(tmp_path, "a" * 64)
-    folder, _ = choose(sets, RTX, HERE, tmp_path)
+    folder, _ = choose(sets, RTX, HERE, tmp_path, Path("b"))
     assert folder == sets[0][0]
     with pytest.raises(
         EngineError, match=r"is for sm89, this device is sm75.*is for sm86.*edgeexit build"
     ):
-        choose(sets, RTX, HERE | {"compute_capability": 75}, tmp_path)
-    with pytest.raises(EngineError, match=r"there are none.*edgeexit build BUNDLE"):
-        choose([], RTX, HERE, tmp_path)
+        choose(sets, RTX, HERE | {"compute_capability": 75}, tmp_path, Path("b"))
+    with pytest.raises(EngineError, match=r"there are none.*edgeexit build b;"):
+        choose([], RTX, HERE, tmp_path, Path("b"))
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is an NVIDIA driver")

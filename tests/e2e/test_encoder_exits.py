@@ -1,0 +1,84 @@
+"""Exits of an encoder alone, and thresholds for them, on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgeexit.cli import cli
+from edgeexit.errors import EdgeExitError
+from tests.encoder_decoders import FAMILIES, save_checkpoint
+
+
+def call(*arguments: object) -> Result:
+    # A pool of its own: the default, the process's pool, would be for all later tests, too.
+    threads = ("--threads", "1") if arguments[0] == "run" else ()
+    return CliRunner().invoke(cli, [str(one) for one in (*arguments, *threads)])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(FAMILIES["t5"](), tmp_path_factory.mktemp("t5") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    output = checkpoint.parent / "bundle"
+    made = call("export", "-m", checkpoint, "--encoder-exits", "1,2", "-o", output)
+    assert made.exit_code == 0, made.output
+    assert "--encoder-threshold" in made.stderr and str(output) in made.stderr
+    return output
+
+
+def test_a_threshold_for_the_encoder_stops_it_early(bundle: Path) -> None:
+    texts: dict[str, Any] = {}
+    for threshold, exit_ in (("-1", "encoder_exit_1"), ("inf", "encoder_exit_3")):
+        common = ("--prompt", "abc", "--max-new-tokens", "6", "--json")
+        ran = call("run", bundle, *common, "--encoder-threshold", threshold)
+        assert ran.exit_code == 0, ran.output
+        found = json.loads(ran.stdout)
+        assert found["statistics"]["earlier"] == {"encoder": [exit_]}
+        texts[threshold] = found["texts"][0]["tokens"]
+    assert texts["-1"] != texts["inf"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--encoder-threshold", "2"), r"--encoder-threshold 2 is out of range \(-1 to 1\)"),
+        (("--encoder-threshold", "1", "--policy", "p.json"), "exclude each other"),
+        (("--mode", "fast"), "edgeexit trace {bundle} --data"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    bundle: Path, options: tuple[str, ...], words: str
+) -> None:
+    result = call("run", bundle, "--prompt", "abc", *options)
+    assert isinstance(result.exception, EdgeExitError)
+    with pytest.raises(EdgeExitError, match=words.format(bundle=bundle)):
+        raise result.exception
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ((), "Name layers from 1 to 2, as in 1,2, of the decoder (--exits), encoder (--encoder-"),
+        (("--exits", "9"), "the model has layers 1 to 3. Name layers from 1 to 2, as in 1,2;"),
+        (("--exits", "1", "--encoder-exits", "7"), "no layer 7; the encoder has layers 1 to 3"),
+        (("--exits", "2,1"), "exits of the model: 2,1 are not in order"),
+    ],
+)
+def test_messages_name_layers_that_the_model_has(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    result = call("export", "-m", checkpoint, *options, "-o", tmp_path / "bundle")
+    assert isinstance(result.exception, EdgeExitError) and words in str(result.exception)
+
+
+def test_a_bundle_without_an_encoder_has_no_such_threshold(toy_bundle: Any) -> None:
+    result = call("run", toy_bundle.path, "--data", "d.npz", "--encoder-threshold", "0.5")
+    assert "has no encoder with exits" in str(result.exception)
