@@ -40,8 +40,8 @@ from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.saved import (
     SavedExits,
+    check_adapters,
     check_layers,
-    listed,
     name_layers,
     save_exits,
     save_model,
@@ -56,7 +56,8 @@ class DecoderTrunk:
     """A family's description of its model.
 
     Attributes:
-        embedding: ``[vocabulary, embedded]``; the first segment takes the rows of its tokens.
+        embedding: The model's own parameter ``[vocabulary, embedded]``; the first segment takes the
+            rows of its tokens, times `embedding_scale`.
         stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``; None where the
             embedding is the first state.
         layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
@@ -80,6 +81,7 @@ class DecoderTrunk:
     stop_tokens: tuple[int, ...] = ()
     capacity: int | None = None
     float32: tuple[str, ...] = ()
+    embedding_scale: float = 1.0
 
 
 class ExitDecoder(nn.Module):
@@ -173,7 +175,7 @@ class ExitDecoder(nn.Module):
         self._heads = self._heads.on(input_ids.device)
         place = self._embedding
         embedding = self.trunk.embedding if place is None else getattr(*place)
-        embedded = functional.embedding(input_ids, embedding)
+        embedded = scaled(functional.embedding(input_ids, embedding), self.trunk.embedding_scale)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
         logits = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
@@ -261,7 +263,7 @@ class ExitDecoder(nn.Module):
             components=[*segments, *adapters, unsplit, head],
             chains={"main": chain},
             steps=[
-                Table("tokens", embedded, trunk.embedding.detach()),
+                Table("tokens", embedded, scaled(trunk.embedding.detach(), trunk.embedding_scale)),
                 Run(chain="main", when="token"),
             ],
             example=functools.partial(_random_tokens, vocabulary),
@@ -337,6 +339,12 @@ class ExitDecoder(nn.Module):
         return {f"exit_{layer}": logits for layer, logits in self(inputs["tokens"]).items()}
 
 
+def scaled(embedded: torch.Tensor, scale: float) -> torch.Tensor:
+    """Embeddings times a family's scale. The product is made in each pass: trained weights change,
+    and a stored product would keep the graph of the first backward pass."""
+    return embedded if scale == 1.0 else embedded * scale
+
+
 def _random_tokens(vocabulary: int, rows: int) -> Values:
     generator = torch.Generator().manual_seed(0)
     return {"tokens": torch.randint(0, vocabulary, (rows, 12), generator=generator)}
@@ -372,26 +380,4 @@ def _token_states(heads: Heads, layers: Sequence[str]) -> tuple[TokenState, ...]
     )
 
 
-def check_adapters(
-    given: Iterable[int] | Mapping[int, int], exits: Sequence[int], depth: int
-) -> dict[int, int]:
-    """Exits with an adapter: exit layer -> number of adapter layers, from shallow to deep. Raises
-    `UsageError` for invalid ones."""
-    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
-    for layer, count in sizes.items():
-        if layer not in exits:
-            raise UsageError(
-                f"adapters: there is no early exit behind layer {layer!r} (exits: "
-                f"{listed(exits) or 'none'})",
-                fix="Give layers that have an exit.",
-            )
-        if not isinstance(count, int) or not 1 <= count <= depth:
-            raise UsageError(
-                f"adapters: {count!r} layers for the exit behind layer {layer} are out of range "
-                f"(1 to {depth})",
-                fix="Give 1, the usual number, or more.",
-            )
-    return {layer: sizes[layer] for layer in exits if layer in sizes}
-
-
-__all__ = ["DecoderTrunk", "ExitDecoder", "check_adapters"]
+__all__ = ["DecoderTrunk", "ExitDecoder", "scaled"]

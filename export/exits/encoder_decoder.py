@@ -33,7 +33,7 @@ from edgeexit.bundle.manifest import (
     TokenState,
 )
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
-from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
+from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder, scaled
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
 from edgeexit.export.trace.relative_bias import RelativeBias
@@ -51,7 +51,8 @@ class EncoderTrunk:
     """A family's description of its encoder.
 
     Attributes:
-        embedding: ``[vocabulary, width]``; the stem takes the rows of its tokens.
+        embedding: The model's own parameter ``[vocabulary, width]``; the stem takes the rows of its
+            tokens, times `embedding_scale`.
         stem: ``embedded [batch, source, width] -> state`` of the same shape.
         layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding.
         positions: The longest source, in tokens; None: any length.
@@ -70,6 +71,7 @@ class EncoderTrunk:
     pad_token: int = 0
     bias: RelativeBias | None = None
     norm: nn.Module | None = None
+    embedding_scale: float = 1.0
 
 
 class ExitEncoderDecoder(ExitDecoder):
@@ -113,7 +115,8 @@ class ExitEncoderDecoder(ExitDecoder):
             layers: Number of layers to run; None: all.
         """
         encoder, read = self.encoder, attention_mask.bool()
-        state = encoder.stem(functional.embedding(input_ids, encoder.embedding))
+        embedded = functional.embedding(input_ids, encoder.embedding)
+        state = encoder.stem(scaled(embedded, encoder.embedding_scale))
         shared = _biases(encoder.bias, state)
         for layer in itertools.islice(self.encoder_layers, layers):
             state = layer(state, read, *shared)
@@ -147,7 +150,7 @@ class ExitEncoderDecoder(ExitDecoder):
             components=[*encoder, *self._makers(), *split.components],
             chains={"encoder": chain, **split.chains},
             steps=[
-                Table(SOURCE_IDS.name, self._source, self.encoder.embedding.detach(), "input"),
+                Table(SOURCE_IDS.name, self._source, self._table, "input"),
                 Run(chain="encoder"),
                 *split.steps,
             ],
@@ -187,6 +190,10 @@ class ExitEncoderDecoder(ExitDecoder):
         names = [segment.name for segment in segments]
         chain = Chain(components=names, outputs=[given], exits=exits, unsplit=[unsplit.name])
         return [*segments, unsplit], chain
+
+    @property
+    def _table(self) -> torch.Tensor:
+        return scaled(self.encoder.embedding.detach(), self.encoder.embedding_scale)
 
     @property
     def _source(self) -> Tensor:

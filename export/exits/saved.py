@@ -1,5 +1,5 @@
 """Writes and reads exits in a checkpoint's folder: ``edgeexit.json`` lists their layers,
-``exits.safetensors`` has their weights."""
+``exits.safetensors`` has their weights; and checks layers that are chosen for exits."""
 
 from __future__ import annotations
 
@@ -127,6 +127,28 @@ def check_layers(exits: Iterable[int], depth: int, part: str = "model") -> list[
     return [layer for layer in layers if layer != depth]
 
 
+def check_adapters(
+    given: Iterable[int] | Mapping[int, int], exits: Sequence[int], depth: int
+) -> dict[int, int]:
+    """Exits with an adapter: exit layer -> number of adapter layers, from shallow to deep. Raises
+    `UsageError` for invalid ones."""
+    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
+    for layer, count in sizes.items():
+        if layer not in exits:
+            raise UsageError(
+                f"adapters: there is no early exit behind layer {layer!r} (exits: "
+                f"{listed(exits) or 'none'})",
+                fix="Give layers that have an exit.",
+            )
+        if not isinstance(count, int) or not 1 <= count <= depth:
+            raise UsageError(
+                f"adapters: {count!r} layers for the exit behind layer {layer} are out of range "
+                f"(1 to {depth})",
+                fix="Give 1, the usual number, or more.",
+            )
+    return {layer: sizes[layer] for layer in exits if layer in sizes}
+
+
 def name_layers(depth: int) -> str:
     """How to name exits of a model, with layers that it has.
 
@@ -152,6 +174,7 @@ def listed(layers: Iterable[int]) -> str:
 
 __all__ = [
     "SavedExits",
+    "check_adapters",
     "check_layers",
     "example_layers",
     "listed",

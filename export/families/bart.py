@@ -19,7 +19,8 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     size = config.d_model // config.encoder_attention_heads
     words = base.encoder.embed_tokens
     encoder = EncoderTrunk(
-        embedding=words.weight * words.embed_scale,
+        embedding=words.weight,
+        embedding_scale=float(words.embed_scale),
         stem=_Source(base.encoder),
         layers=[_EncoderLayer(layer, size) for layer in base.encoder.layers],
         positions=config.max_position_embeddings,
@@ -29,7 +30,8 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     words = base.decoder.embed_tokens
     heads = config.decoder_attention_heads
     decoder = DecoderTrunk(
-        embedding=words.weight * words.embed_scale,
+        embedding=words.weight,
+        embedding_scale=float(words.embed_scale),
         stem=_Stem(base.decoder),
         layers=[_Layer(layer) for layer in base.decoder.layers],
         head=_Head(model),

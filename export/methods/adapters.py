@@ -20,6 +20,7 @@ from edgeexit.export.methods.layerskip import (
     IGNORED,
     agreement_loss,
     check_decoder,
+    checked_tokens,
     tokens_and_targets,
 )
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
@@ -50,7 +51,7 @@ class AdapterDistillation(Method):
         return ["input_ids", "attention_mask"]
 
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
-        tokens, targets = tokens_and_targets(inputs)
+        tokens, targets = checked_tokens(model, inputs, step)
         logits = forward(tokens, exits=[*model.adapter_sizes, model.depth])
         last = logits[model.depth]
         losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]

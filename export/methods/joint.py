@@ -15,10 +15,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgeexit.bundle.manifest import Tensor
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.saved import name_layers
-from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
+from edgeexit.export.methods.method import (
+    GIVE_EXITS,
+    Batch,
+    Forward,
+    Loss,
+    Method,
+    column,
+    whole_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,10 @@ class Joint(Method):
 
     def check(self, model: Any) -> None:
         if not isinstance(model, ExitClassifier):
+            fix = "Use LayerSkip or AdapterDistillation for a language model."
+            fix = fix if isinstance(model, ExitDecoder) else GIVE_EXITS
             raise UsageError(
-                f"Joint trains classifiers, not {type(model).__name__}",
-                fix="Use LayerSkip or AdapterDistillation for a language model.",
+                f"Joint trains classifiers with exits, not {type(model).__name__}", fix=fix
             )
         if self.freeze_backbone and not len(model.heads):
             raise UsageError(
@@ -80,8 +91,11 @@ class Joint(Method):
     ) -> Loss:
         names = self.inputs(model)
         fix = f"The data set must have {', '.join(names)} and labels."
-        labels = column(inputs, "labels", fix)
-        logits = forward(**{name: column(inputs, name, fix) for name in names})
+        labels = _labels(column(inputs, "labels", fix), model.trunk.classes, step)
+        given = {tensor.name: column(inputs, tensor.name, fix) for tensor in model.trunk.inputs}
+        for tensor in model.trunk.inputs:
+            given[tensor.name] = _input(model, tensor, given[tensor.name], step)
+        logits = forward(**given)
         loss = exit_loss(
             logits,
             labels,
@@ -106,6 +120,41 @@ class Joint(Method):
                 fix="Give one weight per trained exit, shallow to deep.",
             )
         return [float(weight) for weight in self.weights]
+
+
+def _labels(labels: torch.Tensor, classes: int, step: int | None) -> torch.Tensor:
+    """Class numbers ``[batch]``. Raises `UsageError` for anything else."""
+    if labels.ndim != 1:
+        raise UsageError(
+            f"training: labels have the shape {list(labels.shape)}, not [{labels.shape[0]}]"
+            if labels.ndim
+            else "training: labels are a single number",
+            fix="Give one class number per row (one-hot labels: labels.argmax(-1)).",
+        )
+    return whole_numbers(labels, "labels", classes, step)
+
+
+def _input(
+    model: ExitClassifier, tensor: Tensor, value: torch.Tensor, step: int | None
+) -> torch.Tensor:
+    """An input of the model. Raises `UsageError` if it does not fit."""
+    if value.ndim != len(tensor.axes):
+        raise UsageError(
+            f"training: {tensor.name} has the shape {list(value.shape)}, the model takes "
+            f"{list(tensor.axes)}",
+            fix="Give rows of that shape, without the batch axis.",
+        )
+    for axis, size in zip(tensor.axes, value.shape, strict=True):
+        most = model.trunk.limits.get(str(axis), size)
+        if size > most:
+            raise UsageError(
+                f"training: {tensor.name}: {axis} is {size}, the model takes at most {most}",
+                fix="Truncate the texts.",
+            )
+    if tensor.name == "input_ids":
+        size = int(model.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return whole_numbers(value, tensor.name, size, step)
+    return value
 
 
 def exit_loss(

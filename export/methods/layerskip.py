@@ -18,9 +18,18 @@ from torch import nn
 from torch.nn import functional
 
 from edgeexit.errors import UsageError
+from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
-from edgeexit.export.methods.method import Batch, Forward, Loss, Method, column
+from edgeexit.export.methods.method import (
+    GIVE_EXITS,
+    Batch,
+    Forward,
+    Loss,
+    Method,
+    column,
+    whole_numbers,
+)
 
 IGNORED = -100
 """Label of a token that the loss ignores, as in transformers."""
@@ -88,7 +97,7 @@ class LayerSkip(Method):
             draws = torch.rand(depth, generator=torch.Generator().manual_seed(step)).tolist()
             rates = dropout_rates(depth, self.dropout)
             skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
-        tokens, targets = tokens_and_targets(inputs)
+        tokens, targets = checked_tokens(model, inputs, step)
         logits = forward(tokens, exits=[*early, depth], skipped=skipped)
         loss = token_loss(logits[depth], targets)
         for layer in early:
@@ -118,9 +127,12 @@ class LayerSkip(Method):
 def check_decoder(method: str, model: nn.Module) -> None:
     """Raises `UsageError` unless a model is a language model without an encoder."""
     if not isinstance(model, ExitDecoder) or isinstance(model, ExitEncoderDecoder):
+        classifies, writes = isinstance(model, ExitClassifier), isinstance(model, ExitDecoder)
+        fix = "Use Joint for a classifier." if classifies else GIVE_EXITS
         raise UsageError(
-            f"{method} trains language models without an encoder, not {type(model).__name__}",
-            fix="Use Joint for a classifier.",
+            f"{method} trains language models with exits and without an encoder, not "
+            f"{type(model).__name__}",
+            fix="Write a Method for it." if writes else fix,
         )
 
 
@@ -150,11 +162,20 @@ def tokens_and_targets(inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     padding or its label is -100.
 
     Raises:
-        UsageError: There are no ids, or padding comes before a token.
+        UsageError: There are no ids, shapes differ, or padding comes before a token.
     """
     ids = column(inputs, "input_ids", "Tokenize the texts: each row is a list of token ids.")
-    targets = inputs.get("labels", ids)[:, 1:]
     mask = inputs.get("attention_mask")
+    for name in ("input_ids", "labels", "attention_mask"):
+        value = inputs.get(name, ids)
+        if ids.ndim != 2 or value.shape != ids.shape:
+            expected = "[batch, tokens]" if ids.ndim != 2 else f"{list(ids.shape)}, as input_ids"
+            raise UsageError(
+                f"training: {name} has the shape {list(value.shape)}, not {expected}",
+                fix="Give a list of token ids per row; labels and attention_mask, if there are "
+                "any, have one entry per token.",
+            )
+    targets = inputs.get("labels", ids)[:, 1:]
     if mask is not None:
         if bool((mask[:, :-1] < mask[:, 1:]).any()):
             raise UsageError(
@@ -163,6 +184,32 @@ def tokens_and_targets(inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             )
         targets = targets.masked_fill(mask[:, 1:] == 0, IGNORED)
     return ids[:, :-1], targets
+
+
+def checked_tokens(
+    model: ExitDecoder, inputs: Batch, step: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokens_and_targets`, after checks against the model.
+
+    Raises:
+        UsageError: A token is not in the vocabulary, or a row is too short or too long.
+    """
+    tokens, targets = tokens_and_targets(inputs)
+    size, most = model.trunk.embedding.shape[0], model.trunk.positions
+    if not tokens.shape[1]:
+        raise UsageError(
+            "training: the rows of a batch have one token, so there is none to predict",
+            fix="Give rows of at least two tokens.",
+        )
+    if most is not None and tokens.shape[1] > most:
+        raise UsageError(
+            f"training: a row has {tokens.shape[1] + 1} tokens, the model has {most} positions",
+            fix="Cut the texts into shorter rows.",
+        )
+    return (
+        whole_numbers(tokens, "input_ids", size, step),
+        whole_numbers(targets, "labels", size, step, ignored=IGNORED),
+    )
 
 
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -189,6 +236,7 @@ __all__ = [
     "LayerSkip",
     "agreement_loss",
     "check_decoder",
+    "checked_tokens",
     "dropout_rates",
     "exit_weights",
     "token_loss",

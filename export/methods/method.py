@@ -26,6 +26,11 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """A scalar, and logits by exit, from shallow to deep."""
 
 
+GIVE_EXITS = (
+    "Give it exits: edgeexit.export.pretrained.from_pretrained(path, exits=..., untrained=True)."
+)
+
+
 class Method(abc.ABC):
     """A training method.
 
@@ -79,8 +84,46 @@ def column(inputs: Batch, name: str, fix: str) -> torch.Tensor:
     return inputs[name]
 
 
+def whole_numbers(
+    values: torch.Tensor,
+    name: str,
+    size: int,
+    step: int | None,
+    *,
+    ignored: int | None = None,
+) -> torch.Tensor:
+    """A column of class numbers or token ids as int64.
+
+    Args:
+        name: Name of the column, for messages.
+        size: Number of classes or tokens.
+        step: As in `Method.loss`. On a GPU, which would wait for it, the range is only checked in
+            the first step and in evaluations.
+        ignored: A value that stands for none.
+
+    Raises:
+        UsageError: They are not whole numbers, or not from 0 to ``size - 1``.
+    """
+    if values.is_floating_point() or values.is_complex():
+        raise UsageError(
+            f"training: {name} are {str(values.dtype).removeprefix('torch.')}, not whole numbers",
+            fix=f"Convert {name} to integers (int64).",
+        )
+    values = values.long()
+    if values.is_cuda and step:
+        return values
+    counted = values if ignored is None else values[values != ignored]
+    if wrong := counted[(counted < 0) | (counted >= size)][:1].tolist():
+        raise UsageError(
+            f"training: {name} has the value {wrong[0]}, the model has 0 to {size - 1}",
+            fix="Use the numbers that the model was made with."
+            + ("" if ignored is None else f" {ignored} marks what the loss ignores."),
+        )
+    return values
+
+
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-__all__ = ["Batch", "Forward", "Loss", "Method", "column"]
+__all__ = ["GIVE_EXITS", "Batch", "Forward", "Loss", "Method", "column", "whole_numbers"]

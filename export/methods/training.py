@@ -10,8 +10,9 @@ ends the training before it changes the weights.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from transformers.trainer_utils import TrainOutput
 from edgeexit.errors import ExportError, UsageError, first_line
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.saved import load_exits, read_exits
 from edgeexit.export.methods.method import Batch, Method
+
+logger = logging.getLogger(__name__)
 
 METHOD = "method.txt"
 """File in a checkpoint: the training method and its settings."""
@@ -76,12 +80,16 @@ class ExitTrainer(transformers.Trainer):
         args: transformers.TrainingArguments,
         **others: Any,
     ) -> None:
+        _check_kinds(method, args, others)
         method.check(model)
         _refuse(model, args, others)
+        if not model.exit_layers and not getattr(model, "encoder_exit_layers", None):
+            logger.warning("training: the model has no exits; only its last layer is trained")
         self.exits, self.method = model, method
         self._decaying = {name for name, weight in model.named_parameters() if _decays(weight)}
         super().__init__(model, args, **others)
         self.model_accepts_loss_kwargs = True
+        self.data_collator = _Collator(self.data_collator)  # type: ignore[has-type]
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **others: Any
@@ -92,6 +100,12 @@ class ExitTrainer(transformers.Trainer):
             resume_from_checkpoint: A checkpoint's folder; True: the last complete checkpoint in
                 ``args.output_dir``.
         """
+        if self.train_dataset is None or _is_empty(self.train_dataset):
+            what = "is missing" if self.train_dataset is None else "has no rows"
+            raise UsageError(
+                f"training: train_dataset {what}",
+                fix="Give rows: ExitTrainer(..., train_dataset=rows).",
+            )
         folder = _checkpoint(self.args.output_dir, resume_from_checkpoint)
         if folder is not None:
             self._check_method(folder)
@@ -242,6 +256,47 @@ class ExitTrainer(transformers.Trainer):
             )
 
 
+class _Collator:
+    """A data collator whose exceptions say what can be done."""
+
+    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        try:
+            return self.inner(rows)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"training: rows cannot be put into one batch ({first_line(error)})",
+                fix="Give rows with the same columns and shapes, or a data_collator that pads: "
+                "transformers.DataCollatorWithPadding(tokenizer).",
+            ) from error
+
+
+def _is_empty(rows: Any) -> bool:
+    return hasattr(rows, "__len__") and len(rows) == 0
+
+
+def _check_kinds(method: Method, args: transformers.TrainingArguments, others: Any) -> None:
+    """Raises `UsageError` for arguments of another kind."""
+    if not isinstance(method, Method):
+        given = method.__name__ if isinstance(method, type) else repr(method)
+        raise UsageError(
+            f"training: the method is {given}", fix="Give a method, as in Joint(distillation=0.5)."
+        )
+    if not isinstance(args, transformers.TrainingArguments):
+        raise UsageError(
+            f"training: args is a {type(args).__name__}",
+            fix="Give transformers.TrainingArguments(output_dir, ...).",
+        )
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(others.get(name), (str, os.PathLike)):
+            raise UsageError(
+                f"training: {name} is {str(others[name])[:60]!r}, not a data set",
+                fix="Give rows, each a dictionary of columns, as datasets.load_dataset reads them.",
+            )
+
+
 def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
     """Loads a checkpoint of `save_pretrained` into a model with the same exits.
 
@@ -250,12 +305,15 @@ def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
     """
     saved = read_exits(folder)
     modules = model.heads if isinstance(model, ExitClassifier) else model.adapters
-    if saved.layers != model.exit_layers:
-        raise ExportError(
-            f"{folder}: the checkpoint has exits behind layers {saved.layers}, the model behind "
-            f"{model.exit_layers}",
-            fix="Resume with the checkpoint's exits, or train into another output_dir.",
-        )
+    pairs = [("layers", saved.layers, model.exit_layers)]
+    if isinstance(model, ExitEncoderDecoder):
+        pairs.append(("layers of the encoder", saved.encoder, model.encoder_exit_layers))
+    for what, those, own in pairs:
+        if those != own:
+            raise ExportError(
+                f"{folder}: the checkpoint has exits behind {what} {those}, the model behind {own}",
+                fix="Resume with the checkpoint's exits, or train into another output_dir.",
+            )
     try:
         # transformers' own reader supports shards, tied weights and renamed weights.
         read = type(model.model).from_pretrained(folder, dtype="auto")  # type: ignore[attr-defined]
