@@ -18,10 +18,12 @@ _FORM = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, and the functions that the model may call (JSON schemas)."""
+    """Messages, and the functions that the model may call (JSON schemas). `where` names the file
+    and line."""
 
     messages: Any
     tools: Any = None
+    where: str = ""
 
 
 def asked(prompts: Sequence[str], system: str | None) -> list[Conversation]:
@@ -56,9 +58,9 @@ def _conversation(text: str, where: str) -> Conversation:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})", fix=_FORM) from error
     if isinstance(found, dict) and "messages" in found:
-        return Conversation(found["messages"], found.get("tools"))
+        return Conversation(found["messages"], found.get("tools"), where)
     if isinstance(found, list):
-        return Conversation(found)
+        return Conversation(found, where=where)
     raise DataError(f"{where}: neither a list of messages nor an object with messages", fix=_FORM)
 
 

@@ -11,7 +11,7 @@ import click
 
 from edgeexit.cli.common import print_json
 from edgeexit.cli.conversations import Conversation, asked, read_conversations, template_variables
-from edgeexit.errors import UsageError
+from edgeexit.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle.reader import Bundle
@@ -286,7 +286,13 @@ def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[st
             # The text that an encoder reads is not continued.
             before.append("" if decoding is not None and decoding.start_tokens else one)
         else:
-            prompts.append(model.chat_prompt(one.messages, tools=one.tools, **writing.templates))
+            try:
+                prompt = model.chat_prompt(one.messages, tools=one.tools, **writing.templates)
+            except InputError as error:
+                if not one.where:
+                    raise
+                raise InputError(f"{one.where}: {error.what}", fix=error.fix) from error
+            prompts.append(prompt)
             rows.append(model.encode(prompts[-1], special_tokens=False))
             before.append("")  # do not print the template's prompt
     return rows, prompts, before

@@ -69,21 +69,31 @@ class ChatTemplates:
             "add_generation_prompt": True,
             **{name: _plain(value, name) for name, value in (variables or {}).items()},
             "messages": _checked(messages),
-            "tools": None if tools is None else _plain(tools, "tools"),
+            "tools": None if tools is None else _checked_tools(tools),
         }
         name = _choose(chat.templates, template, with_tools=tools is not None)
         compiled = self._compile(name, chat.templates[name])
         try:
-            return compiled.render(values)
+            prompt = compiled.render(values)
         except EdgeExitError:
             raise
         except Exception as error:  # a template can raise any exception of Python's operators
+            fix = "Use the message format that the model was trained with; `edgeexit inspect` "
+            fix += "lists the templates."
+            if type(error).__name__ == "UndefinedError":
+                fix += " Further variables: variables={...} (--chat-template-kwargs)."
             raise InputError(
                 f"{chat.templates[name]}: the chat template fails on these messages "
                 f"({type(error).__name__}: {error})",
-                fix="Use the message format that the model was trained with; `edgeexit inspect` "
-                "lists the templates.",
+                fix=fix,
             ) from error
+        if not prompt.strip():
+            raise InputError(
+                f"{chat.templates[name]}: the chat template makes an empty prompt of these "
+                "messages",
+                fix="Name another template, or correct the checkpoint's and export again.",
+            )
+        return prompt
 
     def _compile(self, name: str, path: str) -> jinja2.Template:
         if name not in self._compiled:
@@ -133,8 +143,35 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise InputError(
                 f"{where}: its content is a {type(copy['content']).__name__}, not a text", fix=_FORM
             )
+        _check_parts(copy.get("content"), where)
         copies.append(copy)
     return copies
+
+
+def _check_parts(content: Any, where: str) -> None:
+    """Raises `InputError` for a part of a message that has another form than a text's. Parts of
+    other types are for models that take pictures; the template decides about them."""
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            what = f"{where}['content'][{number}] has no type"
+        elif part["type"] == "text" and not isinstance(part.get("text"), str):
+            what = f"{where}['content'][{number}] has no text"
+        else:
+            continue
+        raise InputError(what, fix='Give parts as {"type": "text", "text": "..."}.')
+
+
+def _checked_tools(tools: Any) -> Any:
+    """Copies of tools. Raises `InputError` unless they are a list of JSON schemas."""
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(t, Mapping) for t in tools):
+        kind = type(tools).__name__
+        raise InputError(
+            f"tools is a {kind}, not a list of JSON schemas"
+            if not isinstance(tools, (list, tuple))
+            else "tools has an entry that is not a JSON schema",
+            fix='Give [{"type": "function", "function": {"name": "...", ...}}].',
+        )
+    return _plain(tools, "tools")
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -177,7 +177,7 @@ def test_conversations_are_read_from_files(cli: Cli, chat_bundle: Bundle) -> Non
         ("a.json", b"[" * 100000, "a.json: not JSON"),
         ("a.json", b"\xff", "a.json: cannot be read (it is not UTF-8)"),
         ("a.json", b"[]", "there are no messages"),
-        ("a.json", b'[{"role": "user"}]', "messages[0] has no content"),
+        ("a.json", b'[{"role": "user"}]', "a.json: messages[0] has no content"),
         ("a.jsonl", b"\n", "a.jsonl: it has no conversation"),
         ("a.jsonl", b"[]\n\n{", "a.jsonl: line 3: not JSON"),
     ],

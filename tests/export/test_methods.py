@@ -154,7 +154,7 @@ def test_joint_refuses_when_there_is_nothing_to_train(tmp_path: Path) -> None:
     classifier = ExitClassifier(model, bert.trunk(model), [])
     with pytest.raises(UsageError, match="no exit heads to train"):
         train(tmp_path, classifier, Joint(freeze_backbone=True), first_word(16))
-    with pytest.raises(UsageError, match="Joint trains classifiers, not ExitDecoder"):
+    with pytest.raises(UsageError, match="Joint trains classifiers with exits, not ExitDecoder"):
         train(tmp_path, decoder([1]), Joint(), first_word(16))
 
 

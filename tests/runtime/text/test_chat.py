@@ -148,6 +148,8 @@ def test_a_template_sees_plain_texts_and_copies(decoder: Model) -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "TypeError"),
         ([{"role": "user", "content": "\ud800"}], "cannot encode"),
         ([USER, []], r"messages\[1\] is a list"),
+        ([{"role": "user", "content": ["Hi"]}], r"messages\[0\]\['content'\]\[0\] has no type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\]\[0\] has no text"),
     ],
 )
 def test_invalid_messages_are_refused(decoder: Model, messages: Any, message: str) -> None:
@@ -160,6 +162,28 @@ def test_messages_within_messages_are_refused_when_they_have_no_end(decoder: Mod
     endless.append(endless)
     with pytest.raises(InputError, match="nested too deeply"):
         decoder.chat([{"role": "user", "content": "Hi", "more": endless}])
+
+
+@pytest.mark.parametrize("tools", ["f", {"name": "f"}, ["f"]])
+def test_tools_of_another_form_are_refused(decoder: Model, tools: Any) -> None:
+    with pytest.raises(InputError, match="tools .*JSON schema"):
+        decoder.chat_prompt([USER], tools=tools)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("  \n", "makes an empty prompt"),
+        ("{{ frobnicate(messages) }}", "'frobnicate' is undefined.*--chat-template-kwargs"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_gives_no_prompt_is_named(chat_copy: Path, text: str, words: str) -> None:
+    with (
+        load(with_template(chat_copy, text)) as decoder,
+        pytest.raises(InputError, match=f"chat_template.jinja: .*{words}"),
+    ):
+        decoder.chat([USER])
 
 
 def test_a_template_that_refuses_says_why(decoder: Model) -> None:
