@@ -30,7 +30,7 @@ def test_a_checkpoint_becomes_a_bundle_when_layers_are_named(
 ) -> None:
     folder = chat_folder
     refused = run_here("export", "-m", folder, "-o", tmp_path / "bundle")
-    assert refused.code == 1 and "--exits 2,4" in refused.err
+    assert refused.code == 1 and "as in 1,2 (--exits)" in refused.err
     assert not (tmp_path / "bundle").exists()
     made = run_here(
         *("export", "-m", folder, "--exits", "2", "--dtype", "fp16"),

@@ -128,9 +128,10 @@ def test_run_answers_an_image_as_the_model_does(cli: Cli, vit_bundle: Bundle) ->
     ran = cli("run", vit_bundle.path, "--image", "image.png", "-v")
     assert ran.code == 0, ran.err
     row = ran.out.splitlines()[-1].split()
-    assert row[1] in ("cat", "dog", "owl")
-    assert row[2] == "exit_3"
-    assert len(row) == 4 + 3
+    names = ("cat", "dog", "owl")
+    assert row[1] in names and row[2] == f"({names.index(row[1])})"
+    assert row[3] == "exit_3"
+    assert len(row) == 5 + 3
 
 
 def test_run_stops_at_the_first_exit_when_the_threshold_is_low(

@@ -262,7 +262,7 @@ def _tensorrt_plan(trt: Any, raw: bytes) -> Any:
 
 
 def test_a_decoder_without_exits_says_how_to_name_them(decoder_folder: Families) -> None:
-    with pytest.raises(EdgeExitError, match="where its exits are.*--exits 2,4"):
+    with pytest.raises(EdgeExitError, match="where its exits are.*1 to 3, as in 1,2"):
         from_pretrained(decoder_folder("llama"))
 
 
