@@ -186,7 +186,9 @@ class SplitModel:
         example: ``example(rows)`` returns a realistic input of that many rows, ``{name: tensor}``.
             The reference samples are computed from it.
         reference: ``reference(inputs)`` returns, per exit, logits ``[rows, seq, classes]`` of every
-            token of an example. None: run the modules one after the other.
+            token of an example. For the exits of an earlier chain it may return ``EXIT/OUTPUT`` and
+            ``EXIT/SCORE``, and ``EARLIER_EXIT/EXIT``, the logits behind an early one. None: run the
+            modules one after the other.
         decoding: Settings of text generation, if the model writes text; the tokenizer's stop token
             is added.
         limits: Symbolic axis (or ``positions``) -> the largest size that the model supports.

@@ -49,7 +49,8 @@ def reference_sample(
 
     Args:
         inputs: Inputs of the program.
-        answers: Exit (or ``unsplit``) -> its outputs and the scores that modules compute.
+        answers: Exit (or ``unsplit``) -> its outputs and the scores that modules compute. What an
+            exit answers behind an early exit of an earlier chain is named ``EARLIER_EXIT/EXIT``.
         every_token: Whether logits are those of every token, ``[rows, seq, classes]``. Then the
             sample has the last token's logits, and, ``[rows, seq]``, the greedy ``token``, the
             difference of its logit to the next (``gap``), and scores.
@@ -112,9 +113,8 @@ def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict
     _check_example(model, inputs)
     given = {name: value.numpy() for name, value in inputs.items()}
     if model.reference is not None:
-        logits = model.reference(inputs)
-        outputs = {exit_: {"logits": value.numpy()} for exit_, value in logits.items()}
-        return reference_sample(given, outputs, every_token=True), {}
+        known = model.reference(inputs)
+        return reference_sample(given, _by_exit(model, known), every_token=True), {}
     examples: dict[str, Values] = {}
 
     def evaluate(name: str, feeds: list[Values]) -> list[Values]:
@@ -124,24 +124,38 @@ def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return [{t.name: x for t, x in zip(component.outputs, outputs, strict=True)}]
 
-    walk = Walk(manifest, [inputs], evaluate)
+    walks = {"": Walk(manifest, [inputs], evaluate)}
     answers: dict[str, Values] = {}
     for chain in (model.chains[step.chain] for step in model.steps if isinstance(step, Run)):
-        alone = walk.branch()
+        alone = walks[""].branch()
         for name in chain.unsplit:
             alone.run(name)
         for name in chain.components:
-            walk.run(name)
-            answers |= {e.name: walk.ask(e)[0] for e in chain.stops if e.behind == name}
+            exits = [exit_ for exit_ in chain.stops if exit_.behind == name]
+            for behind, walk in walks.items():
+                walk.run(name)
+                answers |= {f"{behind}{exit_.name}": walk.ask(exit_)[0] for exit_ in exits}
         if chain is not model.last_chain:
-            walk.hand_on(chain)
-    stops = [exit_.name for exit_ in model.last_chain.stops]
-    answers = {name: answers[name] for name in stops}
+            early = {f"{exit_.name}/": walks[""].behind(chain, exit_) for exit_ in chain.stops[:-1]}
+            for walk in walks.values():
+                walk.hand_on(chain)
+            walks |= early
     if model.last_chain.unsplit:
         [known] = alone.known
         answers["unsplit"] = {t.name: known[t.name] for t in model.last_chain.outputs}
     arrays = {name: {k: v.numpy() for k, v in values.items()} for name, values in answers.items()}
     return reference_sample(given, arrays, every_token=False), examples
+
+
+def _by_exit(model: SplitModel, reference: Values) -> dict[str, dict[str, NDArray[Any]]]:
+    """Exit -> output -> value, of the values by name that `SplitModel.reference` returns."""
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    answering = {exit_.name for exit_ in model.last_chain.stops}
+    for name, value in reference.items():
+        exit_, _, last = name.rpartition("/")
+        exit_, output = (name, "logits") if last in answering else (exit_, last)
+        found.setdefault(exit_, {})[output] = value.numpy()
+    return found
 
 
 def _check_example(model: SplitModel, inputs: Values) -> None:

@@ -116,10 +116,17 @@ class Walk:
         named = {**exit_.scores, **exit_.outputs}
         return [{n: known[t] for n, t in named.items() if t in known} for known in walk.known]
 
-    def hand_on(self, chain: Chain) -> None:
-        """Passes the outputs of a chain's last exit to later steps."""
-        for known, answers in zip(self.known, self.ask(chain.exits[-1]), strict=True):
-            known |= {tensor.name: answers[tensor.name] for tensor in chain.outputs}
+    def hand_on(self, chain: Chain, exit_: Exit | None = None) -> None:
+        """Passes the outputs of a chain's exit to later steps; None: those of the last exit."""
+        answers = self.ask(chain.exits[-1] if exit_ is None else exit_)
+        for known, outputs in zip(self.known, answers, strict=True):
+            known |= {tensor.name: outputs[tensor.name] for tensor in chain.outputs}
+
+    def behind(self, chain: Chain, exit_: Exit) -> Walk:
+        """A copy that continues behind the chain, which stopped at an early exit."""
+        other = self.branch()
+        other.hand_on(chain, exit_)
+        return other
 
     def forget(self, chain: Chain, number: int) -> None:
         """Drops tensors that nothing needs after the chain's component of this number."""

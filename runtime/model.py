@@ -207,7 +207,8 @@ class Model(TextProgram, Loaded):
             inputs: Every input. For a language model also token ids ``[batch, seq]``; all texts
                 have the same length.
             chain: The chain whose exits are traced; None: the chain that gives the answers.
-                Earlier chains use their last exit.
+                Earlier chains use their last exit; those of a language model stop where the
+                policy says.
             step: Tokens per run; None: as many as possible.
         """
         name = self.chain_name if chain is None else chain

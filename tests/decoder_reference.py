@@ -227,19 +227,20 @@ class Reference:
     def samples(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What every exit says of rows whose prompts, sources and images are of one size, by the
         names that reference samples have: of the decoder's the logits of each row's last token, and
-        for all of them the greedy token and how far its logit is above the next."""
+        for all of them the greedy token and how far its logit is above the next; again with each
+        early exit of an earlier chain before the names, what the decoder says behind it."""
         found: dict[str, list[NDArray]] = {}
         for row in rows:
-            said = {}
-            for name, one in self.trace(row).items():
-                top = np.sort(one["logits"], -1)
-                gap = top[:, -1] - top[:, -2]
-                said[name] = {**one, "logits": one["logits"][-1], "gap": gap}
+            said = self._said(row)
             last = said[[*self._toy.stops][-1]]
             said["unsplit"] = {"logits": last["logits"], "token": last["token"][-1]}
             if self._toy.encoder:
                 said |= {f"encoder_{n + 1}": one for n, one in enumerate(self.encoder(row))}
                 said["unsplit"]["encoder_state"] = said[f"encoder_{ENCODERS}"]["encoder_state"]
+            early = [f"encoder_{n + 1}" for n in range(ENCODERS - 1)] if self._toy.encoder else []
+            for exit_ in [*early, *(["vision_1"] if self._toy.prefix else [])]:
+                behind = Reference(self._toy, {exit_: -NEVER})._said(row)
+                said |= {f"{exit_}/{name}": one for name, one in behind.items()}
             for name, one in said.items():
                 for key, value in one.items():
                     found.setdefault(f"{name}/{key}", []).append(value)
@@ -252,6 +253,15 @@ class Reference:
                     arrays[f"vision_{n + 1}/{key}"] = own
             arrays["unsplit/features"] = arrays["vision_2/features"]
         return {k: v if v.dtype.kind == "i" else v.astype(np.float32) for k, v in arrays.items()}
+
+    def _said(self, row: Row) -> dict[str, dict[str, Any]]:
+        """Per exit that answers, what its samples of a row hold."""
+        said = {}
+        for name, one in self.trace(row).items():
+            top = np.sort(one["logits"], -1)
+            gap = top[:, -1] - top[:, -2]
+            said[name] = {**one, "logits": one["logits"][-1], "gap": gap}
+        return said
 
     def _layer(
         self,

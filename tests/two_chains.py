@@ -42,6 +42,11 @@ def write_two_chains(output: Path) -> Bundle:
             arrays[f"front_{number + 1}/h1"] = state.astype(np.float32)
             for score in exits[number].scores:
                 arrays[f"front_{number + 1}/{score}"] = arrays[f"exit_{number + 1}/{score}"]
+        # Behind front_1 the other segments read the state of the first one.
+        state = arrays["front_1/h1"].astype(np.float64)
+        for number, (weights, head) in enumerate(toy.layers[2:], start=3):
+            state = np.tanh(state @ weights * arrays["input/scale"] + arrays["input/shift"])
+            arrays[f"front_1/exit_{number}/logits"] = (state @ head).astype(np.float32)
         np.savez(path, **arrays)
         return writer.commit(
             msgspec.structs.replace(

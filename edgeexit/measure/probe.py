@@ -6,13 +6,15 @@ of a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Run
+from edgeexit.bundle.policy import Policy, Rule
 from edgeexit.errors import UsageError
 from edgeexit.measure.batches import row_count, take_rows
 from edgeexit.runtime import Model
@@ -90,3 +92,18 @@ def chains_before(model: Model) -> dict[str, Chain]:
     """The chains that run before the one that answers, by name."""
     runs = [step.chain for step in model.bundle.manifest.steps if isinstance(step, Run)]
     return {name: model.chains[name] for name in runs if name != model.chain_name}
+
+
+@contextmanager
+def full_depth(model: Model) -> Iterator[None]:
+    """Runs every chain to its last exit, as the references did, and restores the policy.
+
+    Without, the earlier chains of a model that writes text stop where the policy says, and what all
+    exits of its last chain answer depends on that.
+    """
+    before = model.policy
+    model.policy = Policy(rules={name: Rule() for name in model.chains})
+    try:
+        yield
+    finally:
+        model.policy = before

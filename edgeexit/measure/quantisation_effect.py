@@ -18,7 +18,7 @@ from edgeexit.bundle.policy import Policy, Rule, decisions_of, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError
 from edgeexit.measure.batches import read_npz
-from edgeexit.measure.probe import ask_in_batches, predictions
+from edgeexit.measure.probe import ask_in_batches, full_depth, predictions
 from edgeexit.runtime import Model
 
 FLOAT32 = "samples/float32.npz"
@@ -72,7 +72,8 @@ def count_flips(model: Model, policy: Policy | Rule | None = None) -> list[Flips
     if missing := [name for name in [*inputs.values(), *names] if name not in known]:
         raise BundleError(f"{FLOAT32}: there is no {missing[0]}", fix="Export the bundle again.")
     size = 1 if model.writes else min(BATCH, model.largest.get("batch", BATCH))
-    made = ask_in_batches(model, {name: known[key] for name, key in inputs.items()}, size)
+    with full_depth(model):  # as in float32
+        made = ask_in_batches(model, {name: known[key] for name, key in inputs.items()}, size)
     found = []
     for number, exit_ in enumerate(model.exits):
         key = f"{exit_.name}/{score}"

@@ -272,9 +272,19 @@ class ExitEncoderDecoder(ExitDecoder):
         return {SOURCE_IDS.name: ids, SOURCE_MASK.name: mask, "tokens": tokens}
 
     def _reference(self, inputs: Values) -> Values:
-        source = self.encode(inputs[SOURCE_IDS.name], inputs[SOURCE_MASK.name])
-        by_layer = self(inputs["tokens"], source=source)
-        return {f"exit_{layer}": logits for layer, logits in by_layer.items()}
+        encoder, mask = self.encoder, inputs[SOURCE_MASK.name]
+        state = functional.embedding(inputs[SOURCE_IDS.name], encoder.embedding)
+        borders = [0, *self.encoder_exit_layers, len(self.encoder_layers)]
+        answers: Values = {}
+        for start, stop in itertools.pairwise(borders):
+            state, score = _Segment(encoder, start, stop)(state, mask)
+            exit_ = f"encoder_exit_{stop}"
+            answers |= {f"{exit_}/{ENCODED}": state, f"{exit_}/saturation": score}
+            early = f"{exit_}/" if stop < len(self.encoder_layers) else ""
+            source = state if encoder.norm is None else encoder.norm(state)
+            by_layer = self(inputs["tokens"], source=(source, mask.bool()))
+            answers |= {f"{early}exit_{layer}": logits for layer, logits in by_layer.items()}
+        return answers
 
 
 ENCODED = "encoder_state"

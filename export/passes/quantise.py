@@ -113,8 +113,8 @@ class _Quantised:
         self.reference = reference_sample(sample, {}, every_token=self._texts)
         self.float32 = reference_sample(inputs, {}, every_token=self._texts)
         self._ranges, self._compared = Walk.of(whole, first), Walk.of(whole, rest)
-        self._small = Walk.of(whole, [sample])
-        self._walks = (self._ranges, self._compared, self._small)
+        # The sample, and again behind each early exit of an earlier chain: ``EXIT/`` -> walk.
+        self._small = {"": Walk.of(whole, [sample])}
 
     def step(self, step: Step) -> Step:
         """Quantises what a step runs. Returns the step of the new bundle."""
@@ -144,7 +144,7 @@ class _Quantised:
         return self._done[name]
 
     def _quantise_chain(self, chain: Chain, *, answering: bool) -> None:
-        alone, small = self._ranges.branch(), self._small.branch()
+        alone, small = self._ranges.branch(), self._small[""].branch()
         for name in chain.unsplit:
             self._quantise(name, chain, alone)
             alone.run(name)
@@ -152,23 +152,38 @@ class _Quantised:
         if chain.unsplit and answering and not self._texts:
             [known] = small.known
             self.reference |= {f"unsplit/{t.name}": known[t.name] for t in chain.outputs}
+        early: dict[str, Walk] = {}
         for number, name in enumerate(chain.components):
             self._quantise(name, chain, self._ranges)
-            self._small.run(name, self._path(name))
+            for walk in self._small.values():
+                walk.run(name, self._path(name))
             self._ranges.run(name)
             self._compared.run(name)
-            for exit_ in chain.stops if answering else ():
-                if exit_.behind == name:
-                    self._ask(exit_)
+            for exit_ in (exit_ for exit_ in chain.stops if exit_.behind == name):
+                self._record(exit_)
+                if answering:
+                    self._compare(exit_)
+                elif exit_ is not chain.stops[-1]:
+                    early[f"{exit_.name}/"] = self._small[""].behind(chain, exit_)
             for walk in self._walks:
                 walk.forget(chain, number)
         for walk in self._walks if not answering else ():
             walk.hand_on(chain)
+        self._small |= early
 
-    def _ask(self, exit_: Exit) -> None:
-        """Stores an exit's outputs, without logits of whole texts, which are too large."""
-        [small] = self._small.ask(exit_)
-        self.reference |= reference_sample({}, {exit_.name: small}, every_token=self._texts)
+    @property
+    def _walks(self) -> list[Walk]:
+        return [self._ranges, self._compared, *self._small.values()]
+
+    def _record(self, exit_: Exit) -> None:
+        """Stores an exit's outputs for the sample."""
+        for early, walk in self._small.items():
+            [outputs] = walk.ask(exit_)
+            named = {f"{early}{exit_.name}": outputs}
+            self.reference |= reference_sample({}, named, every_token=self._texts)
+
+    def _compare(self, exit_: Exit) -> None:
+        """Stores an exit's float32 outputs, without logits of whole texts, which are too large."""
         parts = self._compared.ask(exit_)
         outputs = {name: stacked([part[name] for part in parts]) for name in parts[0]}
         sample = reference_sample({}, {exit_.name: outputs}, every_token=self._texts)

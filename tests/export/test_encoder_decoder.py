@@ -207,9 +207,32 @@ def test_torch_and_transformers_agree_on_every_exit(
             torch.testing.assert_close(found[f"exit_{layer}"], logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_torch_and_transformers_agree_behind_every_exit_of_the_encoder(
+    split: ExitEncoderDecoder, folder: Path, layer: int
+) -> None:
+    inputs = split.split_model().example(3)
+    with torch.no_grad():
+        found = split._reference(inputs)
+        expected = shortened(read(folder), encoder=layer)(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=inputs["tokens"],
+        ).logits
+    name = f"encoder_exit_{layer}/exit_{LAYERS}"
+    torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_bundle_says_what_the_model_says(bundle: Bundle) -> None:
     with load(bundle) as model:
-        check(model).require()
+        report = check(model, policy=policy(encoder=0.9, decoder=0.3))
+    report.require()
+    assert not report.notes
+    compared = {(one.where, one.what) for one in report.comparisons}
+    assert ("encoder_exit_1", "encoder_state, batch of 4") in compared
+    behind = "logits, whole texts, encoder: all at encoder_exit_2"
+    assert {("exit_1", behind), (f"exit_{LAYERS}", behind)} <= compared
+    assert "fast" in {one.where for one in report.comparisons}
 
 
 def test_unsplit_writes_the_same(bundle: Bundle, folder: Path) -> None:
@@ -355,7 +378,11 @@ def test_int8_is_exported_and_checked(family: str, tmp_path: Path) -> None:
 
     made = export(split.split_model(), tmp_path / "int8", dtype="int8", calibration=calibration)
     with load(made) as model:
-        check(model).require()
+        report = check(model)
+    report.require()
+    assert "logits, whole texts, encoder: all at encoder_exit_1" in {
+        one.what for one in report.comparisons
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
