@@ -134,7 +134,7 @@ def command(
     if output is not None:
         check_output(output, overwrite=overwrite)
     if plot is not None:
-        check_plot(plot, output, options["data"], options["policy"])
+        check_plot(plot, output, options["data"], options["policy"], overwrite=overwrite)
     with progress_bar(quiet) as progress:
         result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
@@ -152,18 +152,18 @@ def command(
 
 def _print_texts(result: dict[str, Any]) -> None:
     machine, data = result["environment"], result["data"]
-    columns = ["mode", "first token ms", "tokens/s", "prefill", "decode", "of full", "notes"]
+    columns = ["mode", "first token ms", "x unsplit", "tokens/s", "x unsplit", "x full", "notes"]
     unsplit = result["unsplit"]
-    speed = [f"{unsplit['prefill_ms']:.2f}", f"{unsplit['tokens_per_s']:.1f}"]
-    rows = [["unsplit", *speed, "1.000", "1.000", "-", ""]]
+    first, speed = f"{unsplit['prefill_ms']:.2f}", f"{unsplit['tokens_per_s']:.1f}"
+    rows = [["unsplit", first, "1.000", speed, "1.000", "-", ""]]
     for name, found in result["modes"].items():
-        ours, full = found["against_unsplit"], found["against_full"]
+        ours, full = found["time_against_unsplit"], found["time_against_full"]
         rows.append(
             [
                 name,
                 f"{found['prefill_ms']:.2f}",
-                f"{found['tokens_per_s']:.1f}",
                 f"{ours['prefill']:.3f}",
+                f"{found['tokens_per_s']:.1f}",
                 f"{ours['decode']:.3f}",
                 f"{full['decode']:.3f}",
                 _remark(name, found),
@@ -175,9 +175,10 @@ def _print_texts(result: dict[str, Any]) -> None:
         rows,
         notes=[
             "",
-            "prefill, decode, of full: times as fast as unsplit, and as mode full",
+            "x unsplit, x full: time to the first token, then time per token, relative to the "
+            "unsplit model and to mode full; below 1 is faster",
             f"split tax of decoding {result['split_tax']:.3f} (full depth)",
-            f"threads: unsplit {result['threads']['unsplit']}, chain {result['threads']['modes']}; "
+            _threads(result["threads"]["unsplit"], result["threads"]["modes"]),
             f"{machine['processor']}, {machine['cores']} cores, "
             f"{machine['engine']['library']} {machine['engine']['version']}",
             *([] if len(result["modes"]) > 1 else ["for other modes, give prompts with --data"]),
@@ -222,8 +223,9 @@ def _print(result: dict[str, Any]) -> None:
         rows.append(_row("natural", result["natural"], throughput))
     notes = [
         "",
+        *_direction(result),
         f"split tax {result['split_tax']:.3f} (all scores compared, no early exit)",
-        f"threads: unsplit {result['unsplit']['threads']}, chain {result['chain']['threads']}; "
+        _threads(result["unsplit"]["threads"], result["chain"]["threads"]),
         f"{machine['processor']}, {machine['cores']} cores, "
         f"{result['chain']['engine']['library']} {result['chain']['engine']['version']}",
     ]
@@ -244,6 +246,25 @@ def _print(result: dict[str, Any]) -> None:
         columns,
         rows,
         notes=notes,
+    )
+
+
+def _direction(result: dict[str, Any]) -> list[str]:
+    """What the ratios are."""
+    said = "x unsplit: time relative to the unsplit model; below 1 is faster"
+    if result["natural"] is not None and result["mode"] == "latency":
+        said += "; of natural: the expected time, each exit's median weighted by its rate"
+    return [said]
+
+
+def _threads(unsplit: str, chain: str) -> str:
+    """The thread settings of both sides, and whether ratios compare like with like."""
+    said = f"threads: unsplit {unsplit}, chain {chain}"
+    if unsplit == chain:
+        return said
+    return (
+        f"{said}: each its fastest in the search, so ratios include the difference of the settings "
+        f"(same for both: --threads {unsplit})"
     )
 
 

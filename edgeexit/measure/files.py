@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import MANIFEST
 from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 
@@ -21,7 +24,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         MeasurementError: The file cannot be written; no partial file remains.
     """
     path = Path(path)
-    check_output(path)
+    _check_output(path, (), overwrite=True)
     path = path.resolve()  # keep links: replace their target
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -43,7 +46,33 @@ def check_output(
     path: Path, *inputs: str | os.PathLike[str] | None, overwrite: bool = True
 ) -> None:
     """Refuses an output, before long work, that is also an input, is not a regular file, is inside
-    a bundle, or exists without `overwrite`."""
+    a bundle, exists without `overwrite`, or cannot be written."""
+    try:
+        _check_output(path, inputs, overwrite=overwrite)
+        _check_writable(path)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"{shown(path)}: cannot be written ({reason})", fix="Choose another file."
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError if a file cannot be made beside the output, or in the nearest folder above it
+    that exists. Permissions do not tell: a file system may be read-only."""
+    path = path.resolve()
+    folder = next(parent for parent in path.parents if parent.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    for name in (f".{path.name}.{'0' * 8}.partial", *path.relative_to(folder).parts[:-1]):
+        if len(os.fsencode(name)) > longest:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
+def _check_output(
+    path: Path, inputs: Sequence[str | os.PathLike[str] | None], *, overwrite: bool
+) -> None:
     for given in inputs:
         there = given is not None and os.path.exists(given) and path.exists()
         if given is not None and there and os.path.samefile(given, path):

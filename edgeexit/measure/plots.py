@@ -51,12 +51,13 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def check_plot(path: Path, *others: str | os.PathLike[str] | None) -> None:
+def check_plot(path: Path, *others: str | os.PathLike[str] | None, overwrite: bool = True) -> None:
     """Checks the file name of a plot before a measurement.
 
     Args:
         path: File of the plot.
         others: Other input and output files.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
         UsageError: The suffix is neither .png nor .svg, or the file cannot be written there.
@@ -67,7 +68,7 @@ def check_plot(path: Path, *others: str | os.PathLike[str] | None) -> None:
             f"--plot {path}: unsupported suffix {path.suffix or '(none)'}",
             fix="Give a file that ends in .png or .svg.",
         )
-    check_output(path, *others)
+    check_output(path, *others, overwrite=overwrite)
     for other in others:
         if other is not None and Path(other).resolve() == path.resolve():
             raise UsageError(
@@ -307,12 +308,12 @@ def _draw_modes(figure: Figure, result: Mapping[str, Any]) -> None:
     lanes += list(result["modes"].items())
     bars, labels, prefills = [], [], []
     for name, found in lanes:
-        ours = found.get("against_unsplit")
+        ours = found.get("time_against_unsplit")
         half = 0.0 if ours is None else found["tokens_per_s"] * ours["decode_spread"] / 2
         colour = GREY if ours is None else BLUE
         bars.append((name, found["tokens_per_s"], half, colour))
         prefills.append((name, found["prefill_ms"], 0.0, colour))
-        ratio = "" if ours is None else f", {ours['decode']:.2f} x unsplit"
+        ratio = "" if ours is None else f", time {ours['decode']:.2f} x unsplit"
         labels.append(f"{found['tokens_per_s']:.0f}{ratio}")
     _lying_bars(speed, bars, labels)
     _lying_bars(first, prefills, [f"{found['prefill_ms']:.3g}" for _, found in lanes])

@@ -7,7 +7,7 @@ such objects. If an encoder reads the prompt, ``target`` is the text of the deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Gather, TextPreprocessing
+from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
 from edgeexit.measure.batches import LABEL, Batch, DataSet, Update, read_npz
@@ -56,6 +57,11 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
         rows: list[tuple[str, Any]] = _lines(source)
     else:
         made = load_function(source, "--data")()
+        if isinstance(made, (str, Mapping)) or not isinstance(made, Iterable):
+            raise DataError(
+                f"{source}: it returned a {type(made).__name__}",
+                fix="Return a list of texts, of lists of token ids, or of objects.",
+            )
         rows = [(f"{source}: prompt {n}", row) for n, row in enumerate(made, start=1)]
     if not rows:
         raise DataError(f"{source}: there are no prompts", fix="Give at least one.")
@@ -170,9 +176,12 @@ class _Reader:
 def _lines(source: str) -> list[tuple[str, Any]]:
     """The objects of a file's lines, each with its file and line for messages."""
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read ({error})", fix="Check the path.") from error
+        text = Path(source).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(
+            f"{shown(source)}: cannot be read ({reason})", fix="Check the path."
+        ) from error
     found = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -189,10 +198,17 @@ def _lines(source: str) -> list[tuple[str, Any]]:
 
 
 def _from_arrays(path: Path, bundle: Bundle, *, targets: bool) -> list[Text]:
-    decoding = bundle.manifest.decoding
-    assert decoding is not None
     arrays = read_npz(path)
     arrays.pop(LABEL, None)
+    return texts_of(arrays, bundle, path.name, targets=targets)
+
+
+def texts_of(
+    arrays: dict[str, NDArray], bundle: Bundle, where: str, *, targets: bool = False
+) -> list[Text]:
+    """Texts from arrays keyed by the program's inputs, one text per row. Raises `DataError`."""
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
     expected = {tensor.name: tensor for tensor in bundle.manifest.inputs}
     if decoding.start_tokens and not targets:
         del expected[decoding.tokens]
@@ -201,7 +217,7 @@ def _from_arrays(path: Path, bundle: Bundle, *, targets: bool) -> list[Text]:
         rows = check_inputs(expected, arrays, bundle.manifest.limits)["batch"]
     except InputError as error:
         raise DataError(
-            f"{path.name}: {error.what}",
+            f"{where}: {error.what}",
             fix=f"{bundle.manifest.name} writes text: give token ids as {', '.join(expected)}, "
             "or texts as .jsonl.",
         ) from error

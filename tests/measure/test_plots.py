@@ -18,7 +18,7 @@ from PIL import Image
 from edgeexit.bundle.reader import Bundle
 from edgeexit.cli.bench import command as bench_command
 from edgeexit.cli.calibrate import command as calibrate_command
-from edgeexit.errors import MeasurementError, UsageError
+from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 from edgeexit.measure.bench.bench import Options, bench
 from edgeexit.measure.calibrate import calibrate, figures
 from edgeexit.measure.plots import check_plot, plot_bench, plot_calibration
@@ -134,7 +134,11 @@ def test_calibrate_replaces_a_picture_and_writes_nothing_when_it_is_refused(tmp_
     refused = CliRunner().invoke(calibrate_command, [*given, "--plot", str(tmp_path / "plot.pdf")])
     assert isinstance(refused.exception, UsageError)
     assert not (tmp_path / "policy.json").exists()
-    done = CliRunner().invoke(calibrate_command, [*given, "--plot", str(tmp_path / "plot.svg")])
+    given += ["--plot", str(tmp_path / "plot.svg")]
+    refused = CliRunner().invoke(calibrate_command, given)
+    assert isinstance(refused.exception, OutputExistsError)
+    assert not (tmp_path / "policy.json").exists()
+    done = CliRunner().invoke(calibrate_command, [*given, "--overwrite"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "policy.json").exists()
     assert "risk (%)" in words(tmp_path / "plot.svg")
@@ -191,5 +195,5 @@ def test_bench_draws_the_speed_of_every_mode_of_a_language_model(tmp_path: Path)
     assert said.count("exact") == 2
     assert "time to the first token (ms)" in said
     exact = result["modes"]["exact"]
-    ratio = exact["against_unsplit"]["decode"]
-    assert f"{exact['tokens_per_s']:.0f}, {ratio:.2f} x unsplit" in said
+    ratio = exact["time_against_unsplit"]["decode"]
+    assert f"{exact['tokens_per_s']:.0f}, time {ratio:.2f} x unsplit" in said

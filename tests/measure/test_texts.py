@@ -16,7 +16,13 @@ from edgeexit.errors import DataError, InputError
 from edgeexit.measure.data import open_data
 from edgeexit.measure.texts import read_texts
 from edgeexit.runtime import load
-from tests.decoder_toys import START, VOCABULARY, fill_decoder_toy, make_decoder_toy
+from tests.decoder_toys import (
+    START,
+    VOCABULARY,
+    fill_decoder_toy,
+    make_decoder_toy,
+    write_decoder_toy,
+)
 from tests.decoder_words import write_with_words
 
 
@@ -142,3 +148,10 @@ def test_a_target_is_what_the_decoder_reads(tmp_path: Path, first: str) -> None:
     path.write_text('{"text": "w5"}')
     with pytest.raises(DataError, match="line 1: there is no 'target'"):
         open_data(path, bundle)
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    bundle = write_decoder_toy(make_decoder_toy(), tmp_path / "bundle")
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"tokens": [5, 6]}\n')
+    assert [text.tokens for text in read_texts(str(path), bundle)] == [[5, 6]]

@@ -31,6 +31,10 @@ MAX_STEAL = 0.01
 TEXT_SEARCH_S = 2.0
 """Warm-up of each thread setting in the search with texts, in seconds."""
 
+ROW_SEARCH_S = (1.0, 5.0)
+"""The same with rows: a sixth of ``--time``, but within these limits. With less than a second, the
+search chose by chance, and unlike settings looked like gains of splitting."""
+
 
 def bench(
     bundle: str | os.PathLike[str] | Bundle,
@@ -122,7 +126,7 @@ class _Sides:
             own["launch_ahead"] = options.launch_ahead
             self._cases = {"unsplit": "unsplit", "chain": "all"}
         self._arguments = {"unsplit": common, "chain": common | own}
-        self._seconds = TEXT_SEARCH_S if inputs.lengths else min(5.0, options.seconds / 6)
+        self._seconds = TEXT_SEARCH_S if inputs.lengths else _within(options.seconds / 6)
         self.chosen: dict[str, str] = {}
         self.searched: dict[str, dict[str, float]] = {}
         self.cpu_s = 0.0
@@ -143,6 +147,11 @@ class _Sides:
         self.chosen[kind], self.searched[kind] = str(best), relative
         self.cpu_s += sum(other.cpu_s for other in opened if other is not side)
         return side
+
+
+def _within(seconds: float) -> float:
+    shortest, longest = ROW_SEARCH_S
+    return min(longest, max(shortest, seconds))
 
 
 def doubts(machine: dict[str, Any], restless: Sequence[str]) -> list[str]:

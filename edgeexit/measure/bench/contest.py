@@ -97,6 +97,11 @@ class Contest:
     tell: Progress
 
     @property
+    def same_threads(self) -> bool:
+        """Whether both sides have the same thread setting."""
+        return self.chosen["unsplit"] == self.chosen["chain"]
+
+    @property
     def engine(self) -> dict[str, str]:
         """Engine, library and version."""
         return {key: self.chain.facts[key] for key in ("engine", "library", "version")}

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Tensor, TextPreprocessing
+from edgeexit.bundle.manifest import Gather, Tensor
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import MeasurementError
+from edgeexit.errors import DataError, MeasurementError
 from edgeexit.measure.batches import Batch, read_npz, take_rows
 from edgeexit.measure.bench.cases import write_inputs
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import open_data
-from edgeexit.measure.texts import Text, read_texts, vocabulary
+from edgeexit.measure.texts import Text, read_texts, texts_of, vocabulary
 
 RANDOM_PROMPTS = 8
 
@@ -131,7 +131,7 @@ def prepare_texts(
     decoding = bundle.manifest.decoding
     assert decoding is not None
     if data is None:
-        texts, name = random_texts(bundle, prompt_tokens, seed=seed), ""
+        texts, name = _own_texts(bundle, prompt_tokens, seed)
     else:
         texts, name = read_texts(os.fspath(data), bundle), Path(data).name
     longest = max(len(text.tokens) for text in texts)
@@ -152,7 +152,7 @@ def prepare_texts(
         len(texts),
         1,
         None,
-        name or f"{len(texts)} random prompts",
+        name,
         None,
         real=data is not None,
         lengths=tuple(_length(bundle, text) for text in texts),
@@ -162,33 +162,47 @@ def prepare_texts(
 
 def _length(bundle: Bundle, text: Text) -> int:
     """Tokens of a prompt, which an encoder or a decoder reads."""
-    preprocessing = bundle.manifest.preprocessing
-    source = None
-    if isinstance(preprocessing, TextPreprocessing):
-        source = text.inputs.get(preprocessing.ids)
+    tables = [s.ids for s in bundle.manifest.steps if isinstance(s, Gather)]
+    source = next((text.inputs[name] for name in tables if name in text.inputs), None)
     return len(text.tokens) if source is None else int(source.shape[1])
 
 
 def random_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
-    """Prompts of random tokens.
-
-    Raises:
-        MeasurementError: The program needs other inputs besides text.
-    """
-    decoding, preprocessing = bundle.manifest.decoding, bundle.manifest.preprocessing
+    """Prompts of random tokens, for the decoder or the encoder: the inputs of ids are random, their
+    masks are ones. Empty if the program takes anything else, such as images."""
+    decoding = bundle.manifest.decoding
     assert decoding is not None
-    taken = {tensor.name for tensor in bundle.manifest.inputs} - {decoding.tokens}
-    ids, mask = decoding.tokens, None
-    if decoding.start_tokens and isinstance(preprocessing, TextPreprocessing):
-        ids, mask = preprocessing.ids, preprocessing.mask
-    if others := sorted(taken - {ids, mask}):
-        raise MeasurementError(
-            f"{bundle.path}: the model takes {others[0]}, which random prompts do not have",
-            fix="Give prompts with --data: an .npz with all inputs.",
-        )
+    tables = {s.ids for s in bundle.manifest.steps if isinstance(s, Gather)} - {decoding.tokens}
+    axes = {tuple(t.axes) for t in bundle.manifest.inputs if t.name in tables}
+    others = [t for t in bundle.manifest.inputs if t.name not in {decoding.tokens, *tables}]
+    if any(t.dtype != "int64" or tuple(t.axes) not in axes for t in others):
+        return []
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(1, vocabulary(bundle, ids), (RANDOM_PROMPTS, length))
-    if ids == decoding.tokens:
+    if not tables:
+        drawn = rng.integers(1, vocabulary(bundle, decoding.tokens), (RANDOM_PROMPTS, length))
         return [Text(row.tolist()) for row in drawn]
-    masks = {} if mask is None else {mask: np.ones((1, length), np.int64)}
-    return [Text(list(decoding.start_tokens), {ids: row[None]} | masks) for row in drawn]
+    start = decoding.start_tokens or [1]
+    masks = {t.name: np.ones((1, length), np.int64) for t in others}
+    return [
+        Text(
+            list(start),
+            {n: rng.integers(1, vocabulary(bundle, n), (1, length)) for n in sorted(tables)}
+            | masks,
+        )
+        for _ in range(RANDOM_PROMPTS)
+    ]
+
+
+def _own_texts(bundle: Bundle, length: int, seed: int) -> tuple[list[Text], str]:
+    """Prompts for a bundle without data, and their name: random ones, else the samples."""
+    source = bundle.manifest.limits.get("source", length)
+    if texts := random_texts(bundle, min(length, source), seed=seed):
+        return texts, f"{len(texts)} random prompts"
+    try:
+        texts = texts_of(_samples(bundle), bundle, "samples")
+    except DataError as error:
+        raise MeasurementError(
+            f"{bundle.path}: no prompts can be made for it ({error.what})",
+            fix="Give prompts with --data: an .npz with all inputs.",
+        ) from error
+    return texts, f"{len(texts)} sample prompts"

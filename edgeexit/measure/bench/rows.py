@@ -27,6 +27,9 @@ from edgeexit.measure.bench.paired import (
 MAX_SPREAD = 0.10
 """A larger spread of ratios between blocks gives a warning."""
 
+FEW_ROWS = 30
+"""With fewer rows, exit rates, accuracy and agreement say nothing about other data."""
+
 THROUGHPUT_BLOCKS: dict[str, Any] = {"block_ms": 200.0, "min_block_runs": 1, "min_runs": 1}
 
 
@@ -42,6 +45,7 @@ def measure(contest: Contest) -> dict[str, Any]:
     warnings = _run(contest, baseline, lanes, natural)
     if inputs.real:
         warnings += _cover(natural, inputs, contest.options.seconds)
+        warnings += _few_rows(natural)
     rates = _exit_rates(natural, len(names)) if inputs.real else None
     facts = contest.chain.facts
     figures = _throughput if mode == "throughput" else _latency
@@ -78,6 +82,7 @@ def measure(contest: Contest) -> dict[str, Any]:
         "mode": mode,
         "chain": {"threads": contest.chosen["chain"], "engine": contest.engine},
         "policy": {"score": facts["score"], "thresholds": facts["thresholds"]},
+        "same_threads": contest.same_threads,
         "thread_search": contest.searched,
         "data": {
             "name": inputs.name,
@@ -183,6 +188,17 @@ def _cover(natural: Lane, inputs: Inputs, seconds: float) -> list[str]:
     return [
         f"natural exits were run on {inputs.count - len(left) + affordable} of {inputs.count} "
         "inputs; a longer --time covers more"
+    ]
+
+
+def _few_rows(natural: Lane) -> list[str]:
+    """A warning if the rates and accuracies come from too few rows."""
+    rows = sum(len(exits) for exits, _ in _answers(natural).values())
+    if rows >= FEW_ROWS:
+        return []
+    return [
+        f"rate, accuracy and agreement are of {rows} row{'s' * (rows != 1)} only, and say nothing "
+        f"about others: give at least {FEW_ROWS}"
     ]
 
 

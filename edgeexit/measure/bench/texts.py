@@ -19,6 +19,8 @@ from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.paired import Side, spread
 
 MIN_TURNS = 5
+FEW_PROMPTS = 5
+"""With fewer prompts, shares of tokens say nothing about other prompts."""
 
 
 @dataclass
@@ -103,15 +105,16 @@ def measure(contest: Contest) -> dict[str, Any]:
         "modes": {
             writer.name: summary(writer)
             | {
-                "against_unsplit": compare(writer, baseline),
-                "against_full": compare(writer, full),
+                "time_against_unsplit": time_against(writer, baseline),
+                "time_against_full": time_against(writer, full),
                 "turns_with_other_tokens_than_full": differences(writer, full),
             }
             for writer in writers[1:]
         },
         "fast_on_given_text": given,
-        "split_tax": round(1 / compare(full, baseline)["decode"], 4),
-        "warnings": [],
+        "split_tax": time_against(full, baseline)["decode"],
+        "same_threads": contest.same_threads,
+        "warnings": few_prompts(inputs.count) if inputs.real else [],
     }
 
 
@@ -147,6 +150,23 @@ def take_turns(
             writers[place].write(number)
         if tick is not None:
             tick(turn + 1)
+
+
+def few_prompts(count: int) -> list[str]:
+    """A warning if there are too few prompts to say something about others."""
+    if count >= FEW_PROMPTS:
+        return []
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    return [
+        f"accepted drafts, agreement and equal tokens are of {prompts} only, and say nothing about "
+        f"others: give at least {FEW_PROMPTS}"
+    ]
+
+
+def time_against(writer: Writer, baseline: Writer) -> dict[str, float]:
+    """Time relative to a baseline with the same turns, as `compare`; below 1 is faster. ``decode``
+    is the time per token after the first, ``prefill`` the time to the first token."""
+    return compare(baseline, writer)
 
 
 def compare(writer: Writer, baseline: Writer) -> dict[str, float]:

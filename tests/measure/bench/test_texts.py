@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from edgeexit.errors import MeasurementError
-from edgeexit.measure.bench.texts import Writer, compare, differences, summary
+from edgeexit.measure.bench.texts import (
+    Writer,
+    compare,
+    differences,
+    few_prompts,
+    summary,
+    time_against,
+)
 
 
 def writer(*records: dict[str, Any]) -> Writer:
@@ -28,6 +35,18 @@ def test_comparing_gives_speed_above_one_for_the_faster() -> None:
     assert found["decode_total"] == pytest.approx((20 / 3) / (20 / 4), abs=1e-4)
     assert found["prefill"] == pytest.approx(2.5)
     assert compare(slow, fast)["decode"] == pytest.approx(0.75)
+
+
+def test_time_below_one_is_faster() -> None:
+    fast = writer(record(0.1, 1.0, [1] * 11))
+    slow = writer(record(0.4, 2.0, [1] * 11))
+    found = time_against(fast, slow)
+    assert found["decode"] == 0.5 and found["prefill"] == 0.25 and found["decode_total"] == 0.5
+
+
+def test_few_prompts_are_told() -> None:
+    assert few_prompts(5) == []
+    assert "are of 1 prompt only" in few_prompts(1)[0]
 
 
 def test_texts_that_ended_at_once_count_for_nothing_and_are_not_all_there_may_be() -> None:
