@@ -8,6 +8,7 @@ the exit's threshold and, with patience t, the last t + 1 exits that ran predict
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import math
 import numbers
@@ -22,6 +23,7 @@ import numpy as np
 
 from edgeexit.bundle.documents import convert, decode
 from edgeexit.bundle.manifest import Chain, Exit
+from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import PolicyError
 
@@ -220,8 +222,8 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
 
 
 def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None) -> list[str]:
-    """Warnings about early answers: untrained exits, thresholds without calibration. Empty if
-    neither applies, or if the policy never stops early.
+    """Warnings about early answers: untrained exits, thresholds without calibration or with doubts
+    about it. Empty if none applies, or if the policy never stops early.
 
     Args:
         policy: A policy that fits the bundle.
@@ -248,6 +250,8 @@ def cautions(policy: Policy, bundle: Bundle, chains: Iterable[str] | None = None
             "last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds for an "
             "accepted risk"
         )
+    if isinstance(doubts := policy.calibration.get("warnings"), list):
+        found += [f"calibration of the policy: {doubt}" for doubt in doubts]
     return found
 
 
@@ -329,7 +333,7 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
     path = Path(path)
     fix = "Give the file that `edgeexit calibrate -o` wrote."
     try:
-        raw: Any = decode(path.read_bytes(), object)
+        raw: Any = decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), object)
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
         version = str(raw.pop("format", "missing"))
@@ -343,7 +347,7 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
                 rule["thresholds"] = _from_json(rule["thresholds"])
         return convert(raw, Policy)
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be read ({error.strerror})", fix=fix) from error
+        raise PolicyError(f"{shown(path)}: cannot be read ({error.strerror})", fix=fix) from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise PolicyError(f"{path}: not a policy ({error})", fix=fix) from error
 
@@ -356,20 +360,21 @@ def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     raw: dict[str, Any] = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
     for name, rule in policy.rules.items():
         raw["rules"][name]["thresholds"] = _to_json(rule.thresholds)
-    path = Path(path).resolve()  # keep links: replace their target
-    if path.exists() and not path.is_file():
-        raise PolicyError(f"{path} exists and is not a regular file", fix="Choose another -o.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path, partial, fix = Path(path), None, "Choose another -o."
     try:
+        path = path.resolve()  # keep links: replace their target
+        if path.exists() and not path.is_file():
+            raise PolicyError(f"{path} exists and is not a regular file", fix=fix)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=1) + b"\n")
         os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise PolicyError(
-            f"{path}: cannot be written ({error.strerror})", fix="Choose another -o."
-        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # loops of links, null bytes
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        reason = getattr(error, "strerror", error)
+        raise PolicyError(f"{shown(path)}: cannot be written ({reason})", fix=fix) from error
 
 
 def _to_json(value: Any) -> Any:

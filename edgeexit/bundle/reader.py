@@ -23,6 +23,7 @@ from edgeexit.bundle.documents import decode
 from edgeexit.bundle.layout import MANIFEST, OWNED_FOLDERS, RECOPY, WEIGHTS
 from edgeexit.bundle.manifest import FORMAT_MAJOR, KNOWN_FEATURES, SCORES, File, Manifest
 from edgeexit.bundle.onnx_wire import read_graph_file
+from edgeexit.bundle.paths import not_a_folder, shown
 from edgeexit.bundle.validate import check_structure, graph_signatures
 from edgeexit.errors import (
     BundleError,
@@ -135,11 +136,21 @@ def open_bundle(
     if verify not in ("quick", "full"):
         raise UsageError(f"verify={verify!r} is not supported", fix='Use "quick" or "full".')
     root = Path(path)
-    if not root.is_dir():
-        kind = "is a file, not a bundle directory" if root.exists() else "does not exist"
+    if reason := not_a_folder(root):
         raise BundleError(
-            f"{root} {kind}", fix="Give the directory that `edgeexit export -o` made."
+            f"{shown(root)} {reason}", fix="Give the directory that `edgeexit export -o` made."
         )
+    try:
+        return _open(root, full=verify == "full")
+    except OSError as error:
+        where = shown(error.filename or root)
+        raise BundleError(
+            f"{where}: cannot be read ({error.strerror})", fix="Check its permissions."
+        ) from error
+
+
+def _open(root: Path, *, full: bool) -> Bundle:
+    """Opens a directory. Raises `BundleError`, or OSError if a file cannot be read."""
     if not (root / MANIFEST).exists() and (root / "config.json").exists():
         raise BundleError(
             f"{root} is a checkpoint, not a bundle",
@@ -154,7 +165,7 @@ def open_bundle(
     manifest = decode_manifest(raw)
     bundle = Bundle(path=root, manifest=manifest, digest=hashlib.sha256(raw).hexdigest())
     check_structure(manifest)
-    _check_files(bundle, full=verify == "full")
+    _check_files(bundle, full=full)
     _check_graphs(bundle)
     return bundle
 

@@ -40,7 +40,7 @@ def read_conversations(path: Path) -> list[Conversation]:
             checks the messages themselves.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{path}: cannot be read ({reason})", fix=_FORM) from error

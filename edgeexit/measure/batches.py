@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError, UsageError, first_line
 
@@ -68,7 +69,7 @@ class DataSet:
         batch_size = min(batch_size, self.most_rows or batch_size)
         count = 0
         labelled: bool | None = None
-        for batch in self._batches(batch_size, self._digest.update):
+        for batch in self._readable(batch_size):
             has_labels = batch.labels is not None
             if labelled is not None and has_labels != labelled:
                 raise DataError(
@@ -81,6 +82,16 @@ class DataSet:
             yield batch
         if not count:
             raise DataError(f"{self.name}: there are no rows", fix="Give at least one row.")
+
+    def _readable(self, batch_size: int) -> Iterator[Batch]:
+        try:
+            yield from self._batches(batch_size, self._digest.update)
+        except OSError as error:
+            where = shown(error.filename or self.name)
+            raise DataError(
+                f"{where}: cannot be read ({error.strerror or error})",
+                fix="Check the path and its permissions.",
+            ) from error
 
     @property
     def digest(self) -> str:
@@ -157,6 +168,16 @@ def label_index(value: object, labels: Sequence[str], classes: int | None, where
         raise DataError(
             f"{where}: the label {value} is out of range (0 to {(limit or 1) - 1})",
             fix="Give the index or the name of one of the bundle's labels (`edgeexit inspect`).",
+        )
+    if isinstance(value, (float, np.floating)):
+        if np.isnan(value):
+            raise DataError(
+                f"{where}: the label is NaN, a missing value",
+                fix="Leave out rows without a label, or the labels of all rows.",
+            )
+        raise DataError(
+            f"{where}: the label {value} is a floating-point number",
+            fix="Give whole numbers, the indices of classes: labels.astype(int).",
         )
     some = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
     raise DataError(

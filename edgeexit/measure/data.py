@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.paths import not_a_file, not_a_folder, shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
 from edgeexit.measure.batches import (
@@ -51,25 +52,34 @@ def open_data(source: str | os.PathLike[str], bundle: Bundle) -> DataSet:
     Raises:
         DataError: The data cannot be read or does not fit; also raised while reading batches.
     """
-    opened = _open(os.fspath(source), bundle)
+    text = os.fspath(source)
+    try:
+        opened = _open(text, bundle)
+    except OSError as error:
+        raise DataError(
+            f"{shown(text)}: cannot be read ({error.strerror or error})",
+            fix="Check the path and its permissions.",
+        ) from error
     return dataclasses.replace(opened, most_rows=bundle.manifest.limits.get("batch"))
 
 
 def _open(text: str, bundle: Bundle) -> DataSet:
     path = Path(text)
-    lines = path.is_file() and path.suffix in (".jsonl", ".ndjson")
-    arrays = path.is_file() and path.suffix == ".npz"
-    function = not path.exists() and ":" in text
+    missing = not_a_file(path) if not_a_folder(path) else ""
+    file = not not_a_file(path)
+    lines = file and path.suffix in (".jsonl", ".ndjson")
+    arrays = file and path.suffix == ".npz"
+    function = bool(missing) and ":" in text
     if bundle.manifest.decoding is not None:
         if lines or arrays or function:
             return open_texts(text, bundle)
-        if path.exists():
+        if not missing:
             raise DataError(
                 f"{text}: unsupported format for {bundle.manifest.name}, which writes text",
                 fix='Give a .jsonl with {"text": "..."} per line, a .npz of token ids, or '
                 "module:function.",
             )
-    if path.is_dir():
+    if not not_a_folder(path):
         return open_folder(path, bundle)
     if arrays:
         return _npz(path, bundle)
@@ -77,7 +87,7 @@ def _open(text: str, bundle: Bundle) -> DataSet:
         return open_lines(path, bundle)
     if function:
         return _function(text, bundle)
-    what = f"{text}: unsupported format" if path.exists() else f"{text} does not exist"
+    what = f"{shown(text)} {missing}" if missing else f"{text}: unsupported format"
     raise DataError(what, fix=_FORMS)
 
 

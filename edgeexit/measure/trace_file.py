@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.errors import DataError
 from edgeexit.measure.batches import read_npz
 from edgeexit.measure.files import write_atomic
@@ -43,9 +44,8 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
 def read_trace(path: str | os.PathLike[str]) -> Trace:
     """Reads a trace. Raises `DataError` with the cause if it is invalid."""
     path = Path(path)
-    if not path.is_file():
-        kind = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {kind}", fix=_FIX)
+    if reason := not_a_file(path):
+        raise DataError(f"{shown(path)} {reason}", fix=_FIX)
     arrays = read_npz(path, _FIX)
     try:
         about = json.loads(str(_take(arrays, "about", np.str_, 0)))
@@ -84,7 +84,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         OverflowError,
         RecursionError,
     ) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path}: not a trace ({reason})", fix=_FIX) from error
     return trace
 

@@ -136,6 +136,11 @@ class OnnxRuntimeEngine:
                 f"threads={threads!r} is invalid",
                 fix='Use a number from 1 up, "brief", "blocking", "spinning" or "process".',
             )
+        if _is_count(threads) and int(threads) > (most := max(64, 8 * available_cores())):
+            raise UsageError(
+                f"threads={threads} is out of range (1 to {most})",
+                fix=f"This process may use {available_cores()} cores: use at most as many threads.",
+            )
         if _process_pool and threads != "process" and name == "cpu":
             raise EngineError(
                 f"threads={threads!r} is not possible: this process already uses "

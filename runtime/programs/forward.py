@@ -267,7 +267,9 @@ def check_inputs(
             if size == 0:
                 raise InputError(
                     f"input {name} is empty (shape {list(value.shape)})",
-                    fix=f"Give at least one {'row' if axis == 'batch' else 'entry on every axis'}.",
+                    fix="Give at least one row."
+                    if axis == "batch"
+                    else f"The axis {axis} has the size 0: give rows that are not empty.",
                 )
             if known is not None and known != size:
                 raise InputError(

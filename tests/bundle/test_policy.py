@@ -293,3 +293,10 @@ def test_a_policy_that_does_not_fit_the_bundle_is_refused(
 ) -> None:
     with pytest.raises(PolicyError, match=message):
         load(toy_bundle, policy=policy)
+
+
+def test_a_policy_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    write_policy(Policy(rules={"main": Rule(thresholds=0.5)}), path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_policy(path).rules == {"main": Rule(thresholds=0.5)}

@@ -61,6 +61,7 @@ def _spoil(arrays: dict[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
         "labels": lambda a: a | {"label": a["label"][:-1]},
         "label value": lambda a: a | {"label": np.array([0, 1, 3, 0, 0])},
         "label name": lambda a: a | {"label": np.array(["a", "b", "c", "d", "e"])},
+        "label nan": lambda a: a | {"label": np.array([np.nan, 1.0, 2.0, 0.0, 0.0])},
         "label kind": lambda a: a | {"label": np.array([0.0, 1.0, 2.0, 0.0, 0.0])},
     }
     return changes[what](arrays)
@@ -79,7 +80,8 @@ def _spoil(arrays: dict[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
         ("labels", r"label has the shape \[4\], the inputs have 5 rows"),
         ("label value", "row 2: the label 3 is out of range"),
         ("label name", "row 0: 'a' is not a label"),
-        ("label kind", "row 0: '0.0' is not a label"),
+        ("label nan", "row 0: the label is NaN, a missing value"),
+        ("label kind", "row 0: the label 0.0 is a floating-point number"),
     ],
 )
 def test_npz_is_refused_with_its_name_when_it_does_not_fit(

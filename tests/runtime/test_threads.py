@@ -33,6 +33,11 @@ def test_a_thread_setting_that_is_none_is_refused(toy_bundle: Bundle, threads: A
         load(toy_bundle, threads=threads)
 
 
+def test_more_threads_than_a_machine_can_use_are_refused(toy_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"threads=1000000000 is out of range \(1 to [0-9]+\)"):
+        load(toy_bundle, threads=10**9)
+
+
 def test_default_sessions_of_others_work_beside_a_loaded_model(toy_bundle: Bundle) -> None:
     for threads in ("brief", "blocking"):
         assert run(PLAIN_SESSION_BESIDE.format(threads=threads), toy_bundle.path) == "both ran"
