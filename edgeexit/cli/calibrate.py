@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli.common import fraction, print_json, print_table, share
+from edgeexit.cli.common import fraction, print_json, print_table, share, warn
 from edgeexit.cli.options import output_options, overwrite_option
-from edgeexit.errors import PolicyError
+from edgeexit.errors import PolicyError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,6 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
     "--max-risk",
-    required=True,
     metavar="SHARE",
     help="Maximum mean loss against the last exit, as a share: 0.5% or 0.005.",
 )
@@ -57,7 +56,7 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 @output_options
 def command(
     trace: Path,
-    max_risk: str,
+    max_risk: str | None,
     score: str | None,
     risk: Any,
     per_exit: bool,
@@ -73,6 +72,7 @@ def command(
 
     Takes the loosest threshold whose measured risk, and that of every stricter threshold, is within
     --max-risk. Exit code 3 if there is none. The figures are measured on this data, not certified.
+    A warning says if it has too few rows to show the risk.
 
     Examples:
 
@@ -87,10 +87,10 @@ def command(
     from edgeexit.measure.trace_file import read_trace
     from edgeexit.runtime import write_policy
 
-    limit = fraction(max_risk, "--max-risk")
+    limit = _limit(max_risk, quiet=quiet)
     check_output(output, trace, overwrite=overwrite)
     if plot is not None:
-        check_plot(plot, trace, output)
+        check_plot(plot, trace, output, overwrite=overwrite)
     recorded = read_trace(trace)
     if bundle is not None:
         _require_bundle(recorded, trace, bundle)
@@ -99,6 +99,8 @@ def command(
         recorded, max_risk=limit, score=score, risk=risk, per_exit=per_exit
     )
     write_policy(policy, output)
+    for doubt in policy.calibration["warnings"] if not quiet else ():
+        warn(doubt)
     exits = figures(recorded, score)
     if plot is not None:
         plot_calibration(plot, curve, chosen, exits, policy.calibration, score=score)
@@ -111,6 +113,19 @@ def command(
         _print_curve(curve, recorded.exits, chosen, score)
         click.echo("")
         click.echo(f"{output}: {_summary(policy.calibration, recorded)}")
+
+
+def _limit(max_risk: str | None, *, quiet: bool) -> float:
+    """Reads ``--max-risk``, and says how a number without ``%`` was understood."""
+    if max_risk is None:
+        raise UsageError(
+            "--max-risk is missing: the share of rows that may lose by stopping early",
+            fix="Give a share, as in --max-risk 0.5%.",
+        )
+    limit = fraction(max_risk, "--max-risk")
+    if not max_risk.strip().endswith("%") and limit and not quiet:
+        click.echo(f"--max-risk {max_risk} is a risk of {100 * limit:.3g} %", err=True)
+    return limit
 
 
 def _require_bundle(recorded: Trace, trace: Path, bundle: Path) -> None:

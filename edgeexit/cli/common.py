@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,26 @@ def fraction(value: str, option: str) -> float:
 def share(value: float) -> str:
     """A share as a percentage."""
     return "-" if math.isnan(value) else f"{100 * value:.2f} %"
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    click.echo(f"warning: {text}", err=True)
+
+
+def in_exit_order(shares: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Exits and their values, with numbers in names compared as numbers.
+
+    >>> in_exit_order({"exit_10": 1, "exit_2": 3})
+    [('exit_2', 3), ('exit_10', 1)]
+    """
+    return sorted(
+        shares.items(),
+        key=lambda item: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part)
+            for part in re.split(r"([0-9]+)", item[0])
+        ],
+    )
 
 
 def size(count: float) -> str:

@@ -59,17 +59,22 @@ def engine_options(function: F) -> F:
     return engine_option(threads_option(function))
 
 
+class _Lines(logging.Formatter):
+    """Log lines as the commands' own messages: ``warning: ...``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def _verbosity(context: click.Context, parameter: click.Parameter, value: int) -> int:
     """Sets up logging to stderr; logs of libraries are shown only with -v."""
     quiet = bool(context.params.get("quiet"))
     level = (
         logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(value, logging.DEBUG)
     )
-    logging.basicConfig(
-        level=max(level, logging.WARNING),
-        format="%(levelname)s: %(message)s" if not value else "%(name)s: %(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines() if not value else logging.Formatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     logging.getLogger("edgeexit").setLevel(level)
     if not value:
         warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.policy import NEVER, Policy, Rule
 from edgeexit.errors import CheckError, UsageError
 from edgeexit.measure.given_text import of_exits
+from edgeexit.measure.rows_needed import doubts, rows_needed
 from edgeexit.measure.trace import NO_LABEL, Trace, replay
 
 Risk = Literal["consistency", "performance"]
@@ -139,9 +140,10 @@ def choose(curve: Curve, max_risk: float) -> int:
     over = np.flatnonzero(curve.risks > max_risk + _ROUNDING)
     chosen = int(over[0]) - 1 if len(over) else len(curve.risks) - 1
     if chosen == 0:
-        first = f"{curve.risks[1]:.4%}" if len(curve.risks) > 1 else "none"
+        first = f"{100 * curve.risks[1]:.3g} %" if len(curve.risks) > 1 else "none"
         raise CheckError(
-            f"no threshold keeps the risk within {max_risk:.4%} (the strictest has {first})",
+            f"no threshold keeps the risk within {100 * max_risk:.3g} % "
+            f"(the strictest has {first})",
             fix="Allow more risk, use more data, train the exits further, or run the full model.",
         )
     return chosen
@@ -180,7 +182,10 @@ def calibrate(
         "uncertified": True,
         "risk": risk,
         "max_risk": max_risk,
+        "rows_needed": rows_needed(max_risk),
     } | _measured(trace, risk, taken)
+    count, what = (trace.rows, "rows") if trace.texts is None else (trace.texts, "texts")
+    calibration["warnings"] = doubts(count, what, max_risk)
     policy = Policy(rules=rules, bundle=trace.bundle, engine=trace.engine, calibration=calibration)
     return policy, curve, chosen
 

@@ -160,6 +160,24 @@ def test_calibrate_is_exit_code_3_when_nothing_passes(
     assert not (cli.folder / "policy.json").exists()
 
 
+def test_calibrate_says_what_it_understood_and_that_rows_are_few(
+    cli: Cli, toy_bundle: Bundle
+) -> None:
+    np.savez(cli.folder / "rows.npz", **make_inputs(4))
+    assert cli("trace", str(toy_bundle.path), "--data", "rows.npz", "-o", "trace.npz").code == 0
+    ran = cli("calibrate", "trace.npz", "-o", "policy.json")
+    assert_clear(ran, 2, "--max-risk is missing", "--max-risk 0.5%")
+    given = ["calibrate", "trace.npz", "--max-risk", "0.4", "-o", "policy.json"]
+    ran = cli(*given)
+    assert ran.code == 0 and "--max-risk 0.4 is a risk of 40 %" in ran.err
+    assert "warning: 4 rows cannot show a risk of 40 %" in ran.err
+    ran = cli(*given, "--json", "--overwrite")
+    assert ran.code == 0 and ran.json["calibration"]["rows_needed"] == 6
+    assert len(ran.json["calibration"]["warnings"]) == 1
+    ran = cli("run", str(toy_bundle.path), "--data", "rows.npz", "--policy", "policy.json")
+    assert "warning: calibration of the policy: 4 rows cannot show" in ran.err
+
+
 def test_calibrate_refuses_a_trace_of_another_bundle(
     cli: Cli, toy_bundle: Bundle, vit_bundle: Bundle, toy_data: Path
 ) -> None:

@@ -21,6 +21,7 @@ from edgeexit.measure.calibrate import (
     losses,
     sweep,
 )
+from edgeexit.measure.rows_needed import doubts, rows_needed
 from edgeexit.measure.trace import NO_LABEL, Trace, replay
 from edgeexit.runtime import Rule
 
@@ -239,3 +240,37 @@ def test_other_chains_with_exits_get_a_rule_that_never_stops() -> None:
     policy, _, _ = calibrate(trace, max_risk=0.5, score="max_prob")
     assert policy.rules["encoder"] == Rule(score="saturation")
     assert policy.rules["decoder"].thresholds < 1
+
+
+@given(risk=st.floats(1e-4, 0.5))
+def test_rows_needed_is_the_fewest_that_show_the_risk(risk: float) -> None:
+    count = rows_needed(risk)
+    assert count is not None
+    assert (1 - risk) ** count <= 0.05 + 1e-9
+    assert (1 - risk) ** (count - 1) > 0.05 - 1e-9
+
+
+def test_a_calibration_on_four_rows_says_that_they_show_no_risk_of_half_a_percent() -> None:
+    trace = make_trace(rows=4, exits=2)
+    trace.predictions[:] = 0
+    policy, _, _ = calibrate(trace, max_risk=0.005, score="max_prob")
+    [warning] = policy.calibration["warnings"]
+    assert warning.startswith("4 rows cannot show a risk of 0.5 %")
+    assert "up to 53 %" in warning and "at least 598 rows" in warning
+    assert policy.calibration["rows_needed"] == 598
+
+
+def test_texts_count_and_not_their_tokens_where_rows_are_tokens() -> None:
+    trace = make_trace(rows=1000, exits=2, labels=False)
+    trace.predictions[:] = 0
+    trace = dataclasses.replace(trace, groups=np.repeat(np.arange(10), 100))
+    policy, _, _ = calibrate(trace, max_risk=0.05, score="max_prob")
+    [warning] = policy.calibration["warnings"]
+    assert warning.startswith("10 texts cannot show a risk of 5 %") and "59 texts" in warning
+
+
+def test_a_calibration_on_enough_rows_has_no_warning() -> None:
+    assert doubts(598, "rows", 0.005) == []
+    assert len(doubts(597, "rows", 0.005)) == 1
+    assert doubts(10**9, "rows", 0.0)[0].startswith("no number of rows can show a risk of 0 %")
+    assert doubts(1, "rows", 0.1)[0].startswith("1 row cannot")
