@@ -18,6 +18,8 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE 
 _ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
 _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
+_TENSOR_TYPE, _TENSOR_DATA = 2, (4, 5, 7, 9, 10, 11)
+_NO_WEIGHTS = (7, 8, 9, 12, 13)  # int64, string, bool, uint32, uint64
 _SPARSE_VALUES, _SPARSE_INDICES = 1, 2
 _MAX_DEPTH = 16
 
@@ -34,12 +36,14 @@ class External:
 
 @dataclass
 class GraphFile:
-    """Names and external references found in one ONNX file, and how many nodes the graph has."""
+    """Names and external references found in one ONNX file, the bytes of weights that the file
+    itself holds, and how many nodes the graph has."""
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     initializers: set[str] = field(default_factory=set)
     externals: list[External] = field(default_factory=list)
+    inline_bytes: int = 0
     nodes: int = 0
 
 
@@ -74,6 +78,7 @@ def _read_graph(data: bytes, found: GraphFile, depth: int) -> None:
             _read_node(_message(value), found, depth)
         elif number == _GRAPH_INITIALIZER:
             name = _read_tensor(_message(value), found)
+            found.inline_bytes += _data_bytes(_message(value))
             if depth == 0:
                 found.initializers.add(name)
         elif number == _GRAPH_SPARSE:
@@ -127,6 +132,19 @@ def _read_tensor(data: bytes, found: GraphFile) -> str:
             )
         )
     return name
+
+
+def _data_bytes(data: bytes) -> int:
+    """Bytes of the data in a tensor's message; 0 for shapes, axes and the like, which are no
+    weights."""
+    fields = [(number, value) for number, value in _fields(data)]
+    if any(number == _TENSOR_TYPE and value in _NO_WEIGHTS for number, value in fields):
+        return 0
+    return sum(
+        len(value)
+        for number, value in fields
+        if number in _TENSOR_DATA and isinstance(value, bytes)
+    )
 
 
 def _count(text: str) -> int:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeexit.cli.common import print_json
+from edgeexit.cli.common import in_exit_order, print_json, warn
 from edgeexit.cli.conversations import Conversation, asked, read_conversations, template_variables
 from edgeexit.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from edgeexit.bundle.policy import Policy
     from edgeexit.bundle.reader import Bundle
     from edgeexit.measure.given_text import GivenText
     from edgeexit.runtime import Generation, Model, Sampling
@@ -205,6 +206,7 @@ def write(
 
     from edgeexit.runtime import load
 
+    _check_policy_used(bundle, loading["policy"], writing.generating.get("mode", "full"), quiet)
     with load(bundle, capacity=capacity, **loading) as model:
         rows, prompts, before = _rows(model, writing)
         sampling = msgspec.structs.replace(model.default_sampling, **writing.drawing)
@@ -238,6 +240,28 @@ def write(
     click.echo(_summary(made), err=True)
     if given is not None:
         click.echo(f"{given.describe()} (prompts only; for more text: edgeexit trace)", err=True)
+
+
+def _check_policy_used(bundle: Bundle, policy: Policy | None, mode: str, quiet: bool) -> None:
+    """Refuses a policy without effect in the mode; warns if only a part of it has an effect."""
+    from edgeexit.bundle.policy import Rule, decisions_of, drop_thresholds
+
+    decoding = bundle.manifest.decoding
+    if policy is None or decoding is None or mode in EARLY:
+        return
+    early = {
+        name
+        for name, chain in bundle.manifest.chains.items()
+        if any(d.consult for d in decisions_of(policy, chain, name)[:-1])
+    }
+    if decoding.chain not in early:
+        return
+    rule, chain = policy.rules.get(decoding.chain, Rule()), bundle.manifest.chains[decoding.chain]
+    what = f"--policy: the thresholds of the chain {decoding.chain} have no effect in mode {mode}"
+    if early == {decoding.chain} and not drop_thresholds(rule, chain):
+        raise UsageError(what, fix=f"Add --mode {' or '.join(EARLY)}, or leave out --policy.")
+    if not quiet:
+        warn(f"{what}; the rest of the policy applies")
 
 
 def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | None:
@@ -319,7 +343,7 @@ def _summary(made: Generation) -> str:
     if made.tokens_per_s is not None:
         said.append(f"then {made.tokens_per_s:.1f} tokens/s")
     said += [f"{chain}: {', '.join(exits)}" for chain, exits in statistics.earlier.items()]
-    said.append("exits " + ", ".join(f"{k} {v}" for k, v in sorted(statistics.exits.items())))
+    said.append("exits " + ", ".join(f"{k} {v}" for k, v in in_exit_order(statistics.exits)))
     if statistics.acceptance is not None:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")
     if statistics.agreement is not None:

