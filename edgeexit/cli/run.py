@@ -200,7 +200,7 @@ def _policy(
 
 def _say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
     """Prints warnings about untrained exits and uncalibrated thresholds on stderr."""
-    from edgeexit.bundle.policy import cautions
+    from edgeexit.bundle.cautions import cautions
 
     manifest, found = bundle.manifest, []
     last = manifest.last_chain.stops[-1].name

@@ -16,11 +16,13 @@ def rows_needed(max_risk: float) -> int | None:
     has a loss, the risk is within the limit with a confidence of 95 %. None: no number of rows can
     show a risk of 0.
 
-    >>> rows_needed(0.005), rows_needed(0.01), rows_needed(0.0)
-    (598, 299, None)
+    >>> rows_needed(0.005), rows_needed(0.01), rows_needed(1.0), rows_needed(0.0)
+    (598, 299, 1, None)
     """
     if max_risk <= 0:
         return None
+    if max_risk >= 1:
+        return 1
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_risk))
 
 

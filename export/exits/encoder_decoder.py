@@ -273,7 +273,8 @@ class ExitEncoderDecoder(ExitDecoder):
 
     def _reference(self, inputs: Values) -> Values:
         encoder, mask = self.encoder, inputs[SOURCE_MASK.name]
-        state = functional.embedding(inputs[SOURCE_IDS.name], encoder.embedding)
+        embedded = functional.embedding(inputs[SOURCE_IDS.name], encoder.embedding)
+        state = scaled(embedded, encoder.embedding_scale)
         borders = [0, *self.encoder_exit_layers, len(self.encoder_layers)]
         answers: Values = {}
         for start, stop in itertools.pairwise(borders):

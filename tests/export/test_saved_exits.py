@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edgeexit.bundle.policy import cautions
+from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.reader import open_bundle
 from edgeexit.cli import cli
 from edgeexit.export.exits.classifier import ExitClassifier

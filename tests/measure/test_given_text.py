@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeexit.bundle.policy import Policy, Rule, cautions, policy_for
+from edgeexit.bundle.cautions import cautions
+from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.bundle.writer import BundleWriter
 from edgeexit.measure.calibrate import calibrate

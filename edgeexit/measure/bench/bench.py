@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from edgeexit.bundle.policy import cautions, policy_for
+from edgeexit.bundle.cautions import cautions
+from edgeexit.bundle.policy import policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench import rows, texts
