@@ -154,8 +154,10 @@ class Exit(Struct, frozen=True, kw_only=True):
     The exit follows the component `behind`; the components of `path` (an adapter, then a head; a
     gate) compute its answer in order. `outputs` maps each output of the chain to its tensor at this
     exit, `scores` each score to its float32 tensor ``[batch]``. These tensors are outputs of the
-    last component of the path, or of `behind` if the path is empty. `action` is ``stop``, or
-    ``drop`` for the token group `tokens`.
+    last component of the path, or of `behind` if the path is empty. In a chain that runs once per
+    request, scores may be outputs of `behind` although there is a path, which then runs only where
+    rows stop. `action` is ``stop``, or ``drop`` for the token group `tokens`. An exit that drops
+    has one score; or neither path nor score: it drops whenever the policy allows it.
     """
 
     name: Name
@@ -222,15 +224,31 @@ class Place(Struct, frozen=True, kw_only=True, tag="place"):
 Step = Run | Gather | Place
 
 
+class ImageText(Struct, frozen=True, kw_only=True):
+    """What a prompt says where an image stands.
+
+    A user writes `placeholder` once per image; it is the text of the group's token. It is replaced
+    with `whole`, where ``{image}`` stands for `tokens` placeholders. With `in_front`, users write
+    nothing: images stand in front of the encoded prompt, before its special tokens.
+    """
+
+    placeholder: Annotated[str, Meta(min_length=1)]
+    tokens: Annotated[int, Meta(ge=1)]
+    whole: str = "{image}"
+    in_front: bool = False
+
+
 class TokenGroup(Struct, frozen=True, kw_only=True):
     """Placeholder tokens of a prompt, which are replaced with other data than text.
 
     `token` is the id of the placeholder. `mask` names the feed, bool ``[batch, new]``, that marks
-    the new tokens of the group for components that take it.
+    the new tokens of the group for components that take it. `image` says how a prompt is written if
+    the data are images.
     """
 
     token: Annotated[int, Meta(ge=0)]
     mask: Name | None = None
+    image: ImageText | None = None
 
 
 class GenerationDefaults(Struct, frozen=True, kw_only=True):

@@ -259,15 +259,24 @@ class _Walk:
             given = self._call(scope, where, call, local)
             local |= given
         giver = exit_.path[-1].component if exit_.path else exit_.behind
-        for tensor in [*exit_.outputs.values(), *exit_.scores.values()]:
-            if tensor not in given:
+        scored = given
+        if scope.when == "input" and not given.keys() & exit_.scores.values():
+            scored = {t.name: t for t in self.manifest.components[exit_.behind].outputs}
+        named = [(t, given, giver) for t in exit_.outputs.values()]
+        named += [
+            (t, scored, giver if scored is given else exit_.behind) for t in exit_.scores.values()
+        ]
+        for tensor, there, component in named:
+            if tensor not in there:
                 raise BundleError(
-                    f"{where} names {tensor}, which is not an output of {giver}", fix=EXPORT_AGAIN
+                    f"{where} names {tensor}, which is not an output of {component}",
+                    fix=EXPORT_AGAIN,
                 )
         for score, tensor in exit_.scores.items():
-            if (given[tensor].dtype, given[tensor].axes) != ("float32", ["batch"]):
+            if (scored[tensor].dtype, scored[tensor].axes) != ("float32", ["batch"]):
                 raise BundleError(
-                    f"{where}: the score {score} is {describe(given[tensor])}, not float32 [batch]",
+                    f"{where}: the score {score} is {describe(scored[tensor])}, not float32 "
+                    "[batch]",
                     fix=EXPORT_AGAIN,
                 )
         if exit_.action == "drop":
@@ -301,9 +310,10 @@ class _Walk:
                 f"{where} drops tokens of a prompt, but the chain runs once per request",
                 fix=EXPORT_AGAIN,
             )
-        if not exit_.path or len(exit_.scores) != 1 or exit_.outputs:
+        if len(exit_.scores) != bool(exit_.path) or exit_.outputs:
             raise BundleError(
-                f"{where}: an exit that drops tokens needs a path, one score and no outputs",
+                f"{where}: an exit that drops tokens has a path and one score, or neither, and no "
+                "outputs",
                 fix=EXPORT_AGAIN,
             )
 

@@ -97,6 +97,7 @@ class ExitDecoder(nn.Module):
 
     Attributes:
         adapters: Exit name -> its adapter's layers.
+        border_layers: Layers behind which a segment ends, without the last layer.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class ExitDecoder(nn.Module):
         self.layers = list(trunk.layers)
         self.depth = len(trunk.layers)
         self.exit_layers = check_layers(exits, self.depth)
+        self.border_layers = self.exit_layers
         self.adapters = nn.ModuleDict()
         for layer, count in check_adapters(adapters, self.exit_layers, self.depth).items():
             copies = [copy.deepcopy(last) for last in trunk.layers[self.depth - count :]]
@@ -156,6 +158,7 @@ class ExitDecoder(nn.Module):
         exits: Sequence[int] | None = None,
         skipped: Sequence[int] = (),
         source: Sequence[torch.Tensor] = (),
+        **inputs: torch.Tensor,
     ) -> dict[int, torch.Tensor]:
         """Logits of exits for whole sequences, for training and as a reference.
 
@@ -165,6 +168,7 @@ class ExitDecoder(nn.Module):
             skipped: Layers (1 = the first) left out of this pass (layer dropout).
             source: The encoder's output, if there is one
                 (`edgeexit.export.exits.encoder_decoder.ExitEncoderDecoder.encode`).
+            inputs: Further inputs of `embed`.
 
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
@@ -173,9 +177,7 @@ class ExitDecoder(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
         self._heads = self._heads.on(input_ids.device)
-        place = self._embedding
-        embedding = self.trunk.embedding if place is None else getattr(*place)
-        embedded = scaled(functional.embedding(input_ids, embedding), self.trunk.embedding_scale)
+        embedded = self.embed(input_ids, **inputs)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
         logits = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
@@ -188,6 +190,12 @@ class ExitDecoder(nn.Module):
                 flat = self._head(adapted.reshape(-1, self.trunk.width))
                 logits[number] = flat.unflatten(0, input_ids.shape)
         return logits
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[batch, seq, width]`` of token ids ``[batch, seq]``."""
+        place = self._embedding
+        embedding = self.trunk.embedding if place is None else getattr(*place)
+        return scaled(functional.embedding(input_ids, embedding), self.trunk.embedding_scale)
 
     def _through_layer(
         self,
@@ -290,7 +298,7 @@ class ExitDecoder(nn.Module):
         also = self._also_read()
         segments: list[Component] = []
         adapters, exits = [], []
-        borders = [0, *self.exit_layers, self.depth]
+        borders = [0, *self.border_layers, self.depth]
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
             layers, state = trunk.layers[start:stop], _state(f"state_{stop}", trunk.width)
             segments.append(
@@ -303,6 +311,8 @@ class ExitDecoder(nn.Module):
                     projection=None if start == 0 else stacks.projection(layers),
                 )
             )
+            if stop not in (*self.exit_layers, self.depth):
+                continue
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
                 name, looked_at = f"adapter_{stop}", _state(f"adapted_{stop}", trunk.width)

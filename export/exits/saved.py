@@ -27,11 +27,13 @@ class SavedExits:
         layers: Layers with an exit; None if the checkpoint does not list exits.
         adapters: Decoder exits with an adapter: exit layer -> number of adapter layers.
         encoder: Encoder layers with an exit.
+        tower: Layers of a vision tower with an exit.
     """
 
     layers: list[int] | None = None
     adapters: dict[int, int] = field(default_factory=dict)
     encoder: list[int] | None = None
+    tower: list[int] | None = None
 
 
 def save_model(
@@ -63,6 +65,8 @@ def save_exits(
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
     if exits.encoder is not None:
         config["encoder_exits"] = exits.encoder
+    if exits.tower is not None:
+        config["tower_exits"] = exits.tower
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     if len(modules):
         weights = modules.state_dict() if weights is None else weights
@@ -81,19 +85,23 @@ def read_exits(folder: Path) -> SavedExits:
             raise ValueError("exits is not a list of layer numbers")
         if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
             raise ValueError("adapters does not map layer numbers to numbers of layers")
-        encoder = saved.get("encoder_exits")
-        if encoder is not None and not all(isinstance(layer, int) for layer in encoder):
-            raise ValueError("encoder_exits is not a list of layer numbers")
-        return SavedExits(list(layers), {int(layer): n for layer, n in adapters.items()}, encoder)
+        others = {}
+        for name in ("encoder", "tower"):
+            others[name] = saved.get(f"{name}_exits")
+            if not all(isinstance(layer, int) for layer in others[name] or ()):
+                raise ValueError(f"{name}_exits is not a list of layer numbers")
+        return SavedExits(list(layers), {int(k): n for k, n in adapters.items()}, **others)
 
 
-def load_exits(modules: nn.ModuleDict, layers: Sequence[int], folder: Path) -> None:
-    """Loads the heads or adapters of the exits behind these layers, and no others."""
+def load_exits(
+    modules: nn.ModuleDict, layers: Sequence[int], folder: Path, prefix: str = "exit"
+) -> None:
+    """Loads the heads, adapters or projectors of the exits behind these layers, and no others."""
     path = folder / EXITS_WEIGHTS
     fix = "Use exits that were saved with this checkpoint."
     with translated(path, "does not fit the model", fix):
         weights = load_file(path)
-        for name in (f"exit_{layer}" for layer in layers):
+        for name in (f"{prefix}_{layer}" for layer in layers):
             modules[name].load_state_dict(weights_of(weights, f"{name}."))
 
 

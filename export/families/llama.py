@@ -1,37 +1,60 @@
-"""Llama and Qwen3 causal models: pre-norm layers with RMS norm, rotary positions, a gated MLP.
-Qwen3 also normalises queries and keys.
+"""Llama, Qwen2 and Qwen3 causal models: pre-norm layers with RMS norm, rotary positions, a gated
+MLP. Qwen2 has biases on queries, keys and values; Qwen3 normalises queries and keys.
+
+Vision-language models have one of them inside: `text_trunk` describes the part.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from edgeexit.errors import ExportError
 from edgeexit.export.exits.decoder import DecoderTrunk
 from edgeexit.export.trace.attention import Heads
 
+TEXT_MODELS = ("llama", "qwen2", "qwen3")
+"""Model types that this module describes."""
 
-def trunk(model: LlamaForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
-    """Describes a Llama or Qwen3 model; both have the same parts with the same names."""
-    config = model.config
+
+def trunk(model: LlamaForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM) -> DecoderTrunk:
+    """Describes a causal language model; all have the same parts with the same names."""
+    return text_trunk(model.model, model.lm_head, stop_tokens(model))
+
+
+def text_trunk(base: nn.Module, projection: nn.Module, stops: tuple[int, ...]) -> DecoderTrunk:
+    """Describes a language model that may be part of a larger one.
+
+    Args:
+        base: Embedding, layers and last norm (transformers' ``LlamaModel`` and the like).
+        projection: The vocabulary projection.
+        stops: Token ids that end a text.
+    """
+    config: Any = base.config
     _refuse_what_is_not_covered(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DecoderTrunk(
-        embedding=model.model.embed_tokens.weight,
+        embedding=base.embed_tokens.weight,  # type: ignore[union-attr,arg-type]
         stem=None,
-        layers=[_Layer(layer) for layer in model.model.layers],
-        head=_Head(model.model.norm, model.lm_head),
+        layers=[_Layer(layer) for layer in base.layers],  # type: ignore[union-attr]
+        head=_Head(base.norm, projection),  # type: ignore[arg-type]
         heads=Heads(
             queries=config.num_attention_heads,
             keys=config.num_key_value_heads,
             size=size,
-            rotary=_tables(model, size),
+            rotary=_tables(base, size),
         ),
         width=config.hidden_size,
         positions=config.max_position_embeddings,
-        stop_tokens=stop_tokens(model),
+        stop_tokens=stops,
     )
 
 
@@ -97,13 +120,12 @@ class _Head(nn.Module):
         return self.projection(self.norm(state))
 
 
-def _tables(
-    model: LlamaForCausalLM | Qwen3ForCausalLM, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tables(base: nn.Module, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines ``[positions, size / 2]``, computed by transformers' own module."""
-    positions = torch.arange(model.config.max_position_embeddings)[None]
+    config: Any = base.config
+    positions = torch.arange(config.max_position_embeddings)[None]
     with torch.no_grad():
-        cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+        cos, sin = base.rotary_emb(torch.zeros(1), positions)  # type: ignore[operator]
     return cos[0, :, : size // 2].contiguous(), sin[0, :, : size // 2].contiguous()
 
 

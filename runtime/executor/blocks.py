@@ -25,6 +25,14 @@ class Block:
     positions: Sequence[int | Sequence[int]] | None = None
 
 
+def have_gaps(block: Block) -> bool:
+    """Whether the positions of a row's tokens do not follow each other."""
+    return any(
+        not isinstance(places, int) and len(places) and places[-1] - places[0] >= len(places)
+        for places in block.positions or ()
+    )
+
+
 def keep_tokens(source: Array, target: Array, kept: Sequence[Sequence[int]]) -> None:
     """Copies some tokens of every row ``[batch, new, width]`` to the start of another array.
 
@@ -65,4 +73,4 @@ def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
     return positions
 
 
-__all__ = ["Block", "keep_tokens", "runs", "standing"]
+__all__ = ["Block", "have_gaps", "keep_tokens", "runs", "standing"]

@@ -148,7 +148,9 @@ def outputs_asked(
     wanted = {name: set(graph_outputs(known[name])) for name in chain.components}
     taken = {tensor.name for name in chain.components for tensor in known[name].inputs}
     for exit_ in stops:
-        if not exit_.path:
+        if scored_before_path(exit_, known):
+            wanted[exit_.behind] -= {*exit_.scores.values()} - taken
+        elif not exit_.path:
             answers = {*exit_.outputs.values(), *exit_.scores.values()}
             wanted[exit_.behind] -= answers - taken
     for number, (exit_, ask) in enumerate(zip(stops, asked, strict=True)):
@@ -161,8 +163,18 @@ def outputs_asked(
         giver = exit_.path[-1].component if exit_.path else exit_.behind
         states = {state.present for state in token_states(known[giver])}
         scores = {exit_.scores[name] for name in scores_asked(exit_, ask)}
-        wanted[giver] = wanted.get(giver, states) | scores | {*exit_.outputs.values()}
+        wanted[giver] = wanted.get(giver, states) | {*exit_.outputs.values()}
+        wanted[exit_.behind if scored_before_path(exit_, known) else giver] |= scores
     return wanted
+
+
+def scored_before_path(exit_: Exit, components: Mapping[str, Component]) -> bool:
+    """Whether an exit's scores are outputs of the component in front of it although it has a path.
+    The path then runs only where rows stop."""
+    if not exit_.path or not exit_.scores:
+        return False
+    last = components[exit_.path[-1].component]
+    return not {tensor.name for tensor in last.outputs} & {*exit_.scores.values()}
 
 
 def scores_asked(exit_: Exit, ask: str) -> list[str]:
@@ -242,6 +254,6 @@ def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
 
 __all__ = [
     "EVERY_SCORE", "NO_SCORE", "Components", "Opened", "choose_variant", "exit_calls",
-    "graph_outputs", "inputs_taken", "outputs_asked", "prompt_states", "scores_asked",
-    "token_states", "unsplit_chain",
+    "graph_outputs", "inputs_taken", "outputs_asked", "prompt_states",
+    "scored_before_path", "scores_asked", "token_states", "unsplit_chain",
 ]  # fmt: skip

@@ -2,9 +2,9 @@
 
 A component may read a prompt state (`PromptState`). The state's maker runs before the component's
 first run. A component may have a gate behind it (an exit with the action ``drop``): it scores the
-prompt once, and if its score reaches the threshold, the tokens of its group are dropped. The
-positions of the other tokens do not change, so states behind the gate hold fewer tokens than the
-text.
+prompt once, and if its score reaches the threshold, the tokens of its group are dropped. A gate
+without a score drops them always, chunk by chunk. The positions of the other tokens do not change,
+so states behind the gate hold fewer tokens than the text.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Gates:
         self.dropped: dict[str, list[bool]] = {}
         self._made: set[str] = set()
         self._groups: Mapping[str, Sequence[NDArray[np.bool_]]] = {}
+        self._over: set[str] = set()  # gates without a score whose prompts have passed
         self._scratch: Array | None = None
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
@@ -68,12 +69,20 @@ class Gates:
         self._made.clear()
         self.dropped.clear()
         self._groups = groups
+        sizes = {name: sum(int(own.sum()) for own in rows) for name, rows in groups.items()}
+        gates = [gate for behind in self._gates.values() for gate in behind]
+        self._over = {gate.name for gate in gates if not sizes.get(gate.tokens or "")}
         self.pending = self._open()
 
     def _open(self) -> bool:
         gates = [gate for behind in self._gates.values() for gate in behind]
-        asked = [gate.name for gate in gates if gate.name in self.thresholds]
-        return bool(set(asked) - self.dropped.keys()) or bool(self._makers - self._made)
+        used = [gate for gate in gates if gate.name in self.thresholds]
+        asked = {gate.name for gate in used if gate.path}
+        return (
+            bool(asked - self.dropped.keys())
+            or bool(self._makers - self._made)
+            or any(gate.name not in self._over for gate in used if not gate.path)
+        )
 
     def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
         """Writes which of a block's tokens belong to the prompt and to its groups."""
@@ -104,42 +113,58 @@ class Gates:
         """Runs the gates behind a component that has just run over a prompt. Returns the block that
         remains at the next boundary."""
         for gate in self._gates.get(number, ()):
-            if gate.name in self.thresholds and gate.name not in self.dropped:
+            if gate.name not in self.thresholds:
+                continue
+            if not gate.path and gate.name not in self._over:
+                block = self._drop(number, gate, block, [True] * self._session.batch)
+                ends, prompts = self._session.parts[number].states.positions, self._session.prompts
+                if all(end >= length for end, length in zip(ends, prompts, strict=True)):
+                    self._over.add(gate.name)
+                    self.pending = self._open()
+            elif gate.path and gate.name not in self.dropped:
                 block = self._ask(number, gate, block)
         return block
 
     def _ask(self, number: int, gate: Exit, block: Block) -> Block:
+        """Scores a prompt, and drops the group where the score reaches the threshold."""
         session = self._session
-        positions = session.positions_of(number, block)
-        self.write(block, positions)
+        self.write(block, session.positions_of(number, block))
         scores = self._scores(gate, block.new)
         threshold = self.thresholds[gate.name]
         fired = [bool(score >= threshold) for score in scores.tolist()]
+        block = self._drop(number, gate, block, fired)
+        self.pending = self._open()
+        return block
+
+    def _drop(self, number: int, gate: Exit, block: Block, fired: Sequence[bool]) -> Block:
+        """Drops a gate's group from rows of a block."""
+        session = self._session
         own = self._groups.get(gate.tokens or "", [np.zeros(0, np.bool_)] * session.batch)
         fired = [fires and bool(own[row].any()) for row, fires in enumerate(fired)]
         self.dropped[gate.name] = fired
-        self.pending = self._open()
         if not any(fired):
             return block
+        # From here on the block states its positions, even if this chunk loses no token: behind a
+        # chunk that lost all of its tokens they could not be told from the states.
+        positions = session.positions_of(number, block)
         kept = [
             [n for n, place in enumerate(places) if not (fires and _within(own[row], place))]
             for row, (places, fires) in enumerate(zip(positions, fired, strict=True))
         ]
-        for row, (places, left) in enumerate(zip(positions, kept, strict=True)):
-            if fired[row] and (not left or _within(own[row], session.prompts[row] - 1)):
+        for row, fires in enumerate(fired):
+            if fires and _within(own[row], session.prompts[row] - 1):
                 raise InputError(
                     f"{gate.name}: cannot drop the group {gate.tokens}: the prompt of row {row} "
                     "ends with tokens of that group",
                     fix="Put text after them, or use a policy that does not drop this group.",
                 )
-            assert places or not left
         counts = [len(left) for left in kept]
         states = session.boundary(number + 1, block.new)
         if self._scratch is None:
             shape = (session.batch, session.chunk, states.shape[2])
             size_bytes = int(np.prod(shape)) * states.dtype.itemsize
             self._scratch = session.engine.allocate(size_bytes).array(states.dtype, shape)
-        new = max(counts)
+        new = max(1, *counts)  # a block needs a size, even if no token is left
         keep_tokens(states, self._scratch, kept)
         session.boundary(number + 1, new)[...] = self._scratch[:, :new]
         standing = [[places[n] for n in left] for places, left in zip(positions, kept, strict=True)]

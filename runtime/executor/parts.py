@@ -65,22 +65,32 @@ class Part:
         for maker in dict.fromkeys(state.maker for state in self._prompt_states):
             self._session.gates.make(maker, self._prompt_states, new)
 
-    def run(self, new: int) -> None:
-        """Runs over the new tokens at its boundary. The caller updates lengths afterwards."""
-        if self._row_by_row(new):
+    def run(self, new: int, *, gaps: bool = False) -> None:
+        """Runs over the new tokens at its boundary. The caller updates lengths afterwards.
+
+        Args:
+            gaps: Whether positions of new tokens do not follow each other.
+        """
+        # ONNX Runtime's operator takes only the first position of a run that fills empty states,
+        # which it knows by `most`.
+        least = new + 1 if gaps and new > 1 and not self.states.longest() else 0
+        if self._row_by_row(new, gaps=gaps):
             for row, length in enumerate(self.states.lengths):
-                self._session.places.write_most(length + new)
+                self._session.places.write_most(max(length + new, least))
                 self._call(new, row)
             return
+        if least and "most" in self.variant.lengths:
+            self._session.places.write_most(least)
         new_states = self._call(new, None)
         if new_states is not None:
             self.states.append(new_states)
 
-    def _row_by_row(self, new: int) -> bool:
+    def _row_by_row(self, new: int, *, gaps: bool = False) -> bool:
         """Whether rows must run one by one: ONNX Runtime's operator supports several new tokens
-        after a past for a single row only."""
+        after a past, or with gaps between them, for a single row only."""
         several = self._batch > 1 and new > 1
-        return several and "most" in self.variant.lengths and self.states.longest() > 0
+        late = gaps or self.states.longest() > 0
+        return several and "most" in self.variant.lengths and late
 
     def _call(self, new: int, row: int | None) -> NewStates | None:
         key = new, row, self.states.extent, self._session.handed.epoch

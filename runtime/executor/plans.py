@@ -22,6 +22,7 @@ from edgeexit.runtime.executor.components import (
     Components,
     exit_calls,
     outputs_asked,
+    scored_before_path,
     scores_asked,
 )
 from edgeexit.runtime.executor.launch_ahead import Ahead, Share
@@ -43,11 +44,13 @@ class Step:
         views: Answers, as arrays over the bound buffers; with a GPU they are on the GPU
             (`edgeexit.runtime.engines.host.fetch`).
         score: View of the requested score ``[batch]``; None if the exit is not used.
+        finish: Runs the exit's path where rows stop, if `run` did not; None: `run` did.
     """
 
     run: Callable[[], object]
     views: dict[str, Array]
     score: NDArray[Any] | None
+    finish: Callable[[], object] | None = None
 
     @property
     def first_score(self) -> memoryview | None:
@@ -182,6 +185,11 @@ class Plans:
         views = {name: self._bindings.view(name, plan.sizes) for name in sorted(answers)}
         seen = views[scores[ask]] if ask in scores else None
         assert seen is None or isinstance(seen, np.ndarray)
+        # Components launched ahead leave no moment for a path of its own.
+        if self._ahead is None and scored_before_path(
+            exit_, self._components.bundle.manifest.components
+        ):
+            return Step(runs[0], views, seen, _Sequence(runs[1:]))
         return Step(runs[0] if len(runs) == 1 else _Sequence(runs), views, seen)
 
     def _bind(

@@ -123,6 +123,7 @@ class RowPass:
             started = time.perf_counter_ns()
             try:
                 self._run_step(step, number)
+                self._finish(step, number)
             except EngineError as error:
                 raise _of_inputs(error, feeds) from error
             times_ns.append(time.perf_counter_ns() - started)
@@ -242,6 +243,7 @@ class RowPass:
 
     def _answer_row(self, step: Step, number: int, *, beside: bool = False) -> Answers:
         exit_number, exit_ = self._exit_at(number)
+        self._finish(step, number)
         return Answers(
             outputs={
                 n: fetch(step.views[t], beside=beside).copy() for n, t in exit_.outputs.items()
@@ -253,6 +255,15 @@ class RowPass:
     def _run_step(self, step: Step, number: int) -> None:
         try:
             step.run()
+        except Exception as error:
+            raise self._plans.failure(error, number) from error
+
+    def _finish(self, step: Step, number: int) -> None:
+        """Runs an exit's path, if it only runs where rows stop."""
+        if step.finish is None:
+            return
+        try:
+            step.finish()
         except Exception as error:
             raise self._plans.failure(error, number) from error
 
@@ -285,6 +296,7 @@ class RowPass:
         """Copies the answers of `rows` of the current batch (None: all) to their original
         places."""
         exit_number, exit_ = self._exit_at(number)
+        self._finish(step, number)
         if rows is None and alive is None:
             answers.outputs = {n: fetch(step.views[t]).copy() for n, t in exit_.outputs.items()}
             answers.exits[:] = exit_number

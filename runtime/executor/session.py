@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Tensor
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.bindings import Bindings
-from edgeexit.runtime.executor.blocks import Block, standing
+from edgeexit.runtime.executor.blocks import Block, have_gaps, standing
 from edgeexit.runtime.executor.components import (
     NO_SCORE,
     Components,
@@ -53,6 +53,7 @@ class Session:
         takes: Tensors of earlier steps that components and makers read.
         prompts: Per row, the number of tokens in its prompt.
         group_masks: Mask -> per row, which tokens of the prompt belong to the group.
+        ragged: Whether gates may drop tokens of these texts, so that positions have gaps.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Session:
         self.places = Places(batch, chunk, self.engine, masks)
         self.bindings = Bindings(chain, manifest.components, [embedded.output], set(), self.engine)
         self.handed = Handed()
-        self.ragged = self.gates.any
+        self.ragged = False
         self._sizes = {"batch": batch, "new": chunk}
         self.parts = [Part(self, name) for name in chain.components]
         self.boundaries = [self._embedded, *(part.state for part in self.parts)]
@@ -159,7 +160,7 @@ class Session:
         ring = self._late.get(number)
         if ring is None:
             ring = self._late[number] = self._ring(self.boundaries[number + 1])
-        ring.clear()
+        ring.clear(positions=self.ragged)
         return ring
 
     def begin(
@@ -214,8 +215,10 @@ class Session:
         Raises:
             InputError: A row's states have no room for the tokens, or no tokens remain.
         """
+        if block.positions is not None and not any(block.counts):
+            return block  # a gate dropped all of its tokens
         self._advance(self.parts[number], block)
-        return self.gates.after(number, block)
+        return self.gates.after(number, block) if self.ragged else block
 
     def run_through(self, first: int, last: int, block: Block) -> Block:
         """Runs components `first` to `last` - 1 over a block, one after the other."""
@@ -295,13 +298,10 @@ class Session:
         if self.gates.pending and part.reads_prompt:
             self.gates.write(block, standing(block, states.positions))
             part.make_prompt_states(block.new)
-        part.run(block.new)
+        part.run(block.new, gaps=have_gaps(block))
         states.advance(block.counts)
         if block.positions is not None:
-            for row, (count, place) in enumerate(zip(block.counts, block.positions, strict=True)):
-                if count:
-                    end = place + count if isinstance(place, int) else place[count - 1] + 1
-                    states.gaps[row] = end - states.lengths[row]
+            states.find_gaps(block.counts, block.positions)
 
     def project(self, number: int, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Lets one token per row skip a component. The component's projection computes its keys and
@@ -325,10 +325,11 @@ class Session:
 
     def empty(self) -> None:
         """Removes all texts."""
+        self.ragged = bool(self.gates.thresholds)
         for part in self.stateful:
             part.states.clear()
         for ring in self.rings:
-            ring.clear()
+            ring.clear(positions=self.ragged)
         self.prompts, self._prefix = [0] * self.batch, []
         self.gates.begin({})
 
@@ -385,7 +386,7 @@ class Session:
         tensor = self.bindings.tensors[boundary]
         _, dtype, shape = self.bindings.bound(boundary, self._sizes)
         assert "new" in tensor.axes
-        return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine, positions=self.ragged)
+        return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine)
 
     def _path_parts(self, exit_: Exit | None) -> list[Part]:
         """The adapter: the components between a component and the head of its exit."""

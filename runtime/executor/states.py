@@ -139,6 +139,14 @@ class TokenStates:
         """Increases each row's length."""
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
 
+    def find_gaps(self, counts: Sequence[int], positions: Sequence[int | Sequence[int]]) -> None:
+        """Updates `gaps` after tokens at these positions (`edgeexit.runtime.executor.blocks.Block`)
+        were added."""
+        for row, (count, place) in enumerate(zip(counts, positions, strict=True)):
+            if count:
+                end = place + count if isinstance(place, int) else place[count - 1] + 1
+                self.gaps[row] = end - self.lengths[row]
+
     @property
     def positions(self) -> list[int]:
         """Per row, the position of its next token in the text."""
@@ -275,12 +283,10 @@ class Ring:
         width: int,
         dtype: np.dtype,
         engine: Engine,
-        *,
-        positions: bool = False,
     ) -> None:
         self.capacity = capacity
         self.counts = [0] * batch
-        self.positions: list[list[int]] | None = [[] for _ in range(batch)] if positions else None
+        self.positions: list[list[int]] | None = None
         self._engine = engine
         # Engines allocate zeros: padding must be finite, because a NaN would spread through
         # attention.
@@ -333,8 +339,12 @@ class Ring:
             pairs = zip(self.positions, self.counts, strict=True)
             self.positions = [places[:count] for places, count in pairs]
 
-    def clear(self) -> None:
-        """Removes all tokens."""
+    def clear(self, *, positions: bool | None = None) -> None:
+        """Removes all tokens.
+
+        Args:
+            positions: Whether to keep positions from now on; None: as before.
+        """
         self.counts = [0] * len(self.counts)
-        if self.positions is not None:
-            self.positions = [[] for _ in self.counts]
+        keeps = self.positions is not None if positions is None else positions
+        self.positions = [[] for _ in self.counts] if keeps else None

@@ -137,7 +137,7 @@ class Full:
     def _pass(self, block: Block) -> tuple[Array, Sequence[int]]:
         """Runs every component, and the adapters of the exits in `asked`."""
         session = self.session
-        if not self._asked and not session.gates.any:
+        if not self._asked and not session.ragged:
             return session.run_all(0, len(session.parts), block.new, block.counts), block.counts
         for number in range(len(session.parts)):
             block = session.run(number, block)

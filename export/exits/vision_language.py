@@ -1,0 +1,196 @@
+"""A vision-language model that writes text: a vision tower (`edgeexit.export.exits.tower`) before a
+decoder (`edgeexit.export.exits.decoder`), with exits in both.
+
+The tower's image tokens replace the placeholders of a prompt, one for each. Behind every segment of
+the decoder, image tokens can leave (`drop_K`): the static cut that DyVTE (NeurIPS 2025) is measured
+against. A policy says whether they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from edgeexit.bundle.manifest import (
+    Exit,
+    ImagePreprocessing,
+    ImageText,
+    Place,
+    Run,
+    TokenGroup,
+)
+from edgeexit.export.contract import SplitModel, Table, Values
+from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
+from edgeexit.export.exits.tower import CHAIN, IMAGE_FEATURES, PIXELS, ExitTower, TowerTrunk
+
+GROUP = "image"
+EXAMPLE_TOKENS = 8
+"""Text tokens of an example, besides its image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguageTrunk:
+    """A family's description of its model.
+
+    Attributes:
+        tower: The vision tower.
+        decoder: The language model.
+        placeholder: Id of the token that stands for an image token in a prompt.
+        prompt: What a prompt says for an image, where ``{image}`` are its placeholders.
+        in_front: Images stand in front of the encoded prompt, not at a place in it.
+    """
+
+    tower: TowerTrunk
+    decoder: DecoderTrunk
+    placeholder: int
+    prompt: str = "{image}"
+    in_front: bool = False
+
+
+class ExitVisionLanguage(ExitDecoder):
+    """A vision-language model with exits behind some layers of its tower and its decoder.
+
+    Args:
+        model: The transformers model that owns the weights.
+        trunk: Its description.
+        exits: Layers of the decoder with an exit (1 = behind the first).
+        tower_exits: Layers of the tower with an exit.
+        drops: Further layers of the decoder behind which image tokens can leave; they can behind
+            every exit layer.
+        adapters: As for `ExitDecoder`.
+
+    Attributes:
+        tower: The vision tower with its exits.
+        placeholder: Text of the placeholder token; None: there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trunk: VisionLanguageTrunk,
+        exits: Iterable[int],
+        tower_exits: Iterable[int] = (),
+        drops: Iterable[int] = (),
+        adapters: Iterable[int] | Mapping[int, int] = (),
+    ) -> None:
+        super().__init__(model, trunk.decoder, exits, adapters)
+        self.whole = trunk
+        self.tower = ExitTower(trunk.tower, tower_exits)
+        drop_layers = check_layers(drops, self.depth, "drops")
+        self.border_layers = sorted({*self.exit_layers, *drop_layers})
+        self.placeholder: str | None = None
+        self.preprocessing: ImagePreprocessing | None = None
+        self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings ``[batch, seq, width]`` with image tokens in place of their placeholders.
+
+        Args:
+            input_ids: ``[batch, seq]``.
+            pixel_values: ``[images, channels, height, width]``, in the order of the placeholders;
+                None: there are none.
+        """
+        embedded = super().embed(input_ids)
+        if pixel_values is None:
+            return embedded
+        places = (input_ids == self.whole.placeholder)[..., None]
+        return embedded.masked_scatter(places, self.tower(pixel_values).to(embedded.dtype))
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
+        and adds the exits of tower and decoder."""
+        folder = Path(folder)
+        save_model(self.model, folder, state_dict)
+        exits = SavedExits(self.exit_layers, self.adapter_sizes, tower=self.tower.exit_layers)
+        own = nn.ModuleDict({**self.adapters, **self.tower.projectors})
+        weights = None
+        if state_dict is not None:
+            prefixes = ("adapters.", "tower.projectors.")
+            weights = {
+                key.removeprefix(prefix): value
+                for prefix in prefixes
+                for key, value in state_dict.items()
+                if key.startswith(prefix)
+            }
+        save_exits(folder, exits, own, weights)
+
+    def split_model(self) -> SplitModel:
+        """The contract for export: the tower's components and chain, and the decoder's
+        (`ExitDecoder.split_model`)."""
+        split = super().split_model()
+        decoding = split.decoding
+        assert decoding is not None
+        [table, run] = split.steps
+        assert isinstance(table, Table)
+        main = split.chains[decoding.chain]
+        main = msgspec.structs.replace(main, exits=self._with_drops(main.exits))
+        group = TokenGroup(token=self.whole.placeholder, image=self._image_text())
+        return dataclasses.replace(
+            split,
+            task="image-text-to-text",
+            inputs=(*split.inputs, self.tower.pixels),
+            components=[*self.tower.components(), *split.components],
+            chains={CHAIN: self.tower.chain(), **split.chains, decoding.chain: main},
+            steps=[
+                Run(chain=CHAIN),
+                table,
+                Place(source=IMAGE_FEATURES, target=table.output.name, group=GROUP),
+                run,
+            ],
+            example=self._example,
+            decoding=msgspec.structs.replace(decoding, groups={GROUP: group}),
+            preprocessing=self.preprocessing,
+            preprocessing_sample=self.preprocessing_sample,
+        )
+
+    def _image_text(self) -> ImageText | None:
+        whole = self.whole
+        if self.placeholder is None:
+            return None
+        return ImageText(
+            placeholder=self.placeholder,
+            tokens=whole.tower.tokens,
+            whole=whole.prompt,
+            in_front=whole.in_front,
+        )
+
+    def _with_drops(self, exits: Sequence[Exit]) -> list[Exit]:
+        """A decoder's exits, with one that drops image tokens behind every segment but the last."""
+        drops = [
+            Exit(name=f"drop_{layer}", behind=f"segment_{number}", action="drop", tokens=GROUP)
+            for number, layer in enumerate(self.border_layers)
+        ]
+        order = {f"segment_{number}": number for number in range(len(self.border_layers) + 1)}
+        return sorted([*exits, *drops], key=lambda exit_: (order[exit_.behind], exit_.action))
+
+    def _example(self, rows: int) -> Values:
+        """Prompts of one length; every second one has an image, at a place of its own."""
+        generator = torch.Generator().manual_seed(0)
+        tokens, placeholder = self.whole.tower.tokens, self.whole.placeholder
+        length = tokens + EXAMPLE_TOKENS
+        ids = torch.randint(0, len(self.trunk.embedding), (rows, length), generator=generator)
+        ids[ids == placeholder] = 0 if placeholder else 1
+        with_image = range(0, rows, 2)
+        for row in with_image:
+            start = (row + 1) % (EXAMPLE_TOKENS - 1)
+            ids[row, start : start + tokens] = placeholder
+        shape = (len(with_image), *self.whole.tower.pixels)
+        return {"tokens": ids, PIXELS: torch.randn(shape, generator=generator)}
+
+    def _reference(self, inputs: Values) -> Values:
+        by_layer = self(inputs["tokens"], pixel_values=inputs[PIXELS])
+        return {f"exit_{layer}": logits for layer, logits in by_layer.items()}
+
+
+__all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]
