@@ -52,7 +52,7 @@ def patches_of(tower: nn.Module) -> Patches:
     norm = getattr(inner, "pre_layrnorm", None)
     stem = nn.Sequential(inner.embeddings, *([] if norm is None else [norm]))
     height, width = image_size(config.image_size)
-    pixels = (int(config.num_channels), height, width)
+    pixels = (getattr(config, "num_channels", 3), height, width)
     with torch.no_grad():
         shape = stem.eval()(torch.zeros(1, *pixels)).shape
     last = next(getattr(inner, n) for n in ("post_layernorm", "layernorm") if hasattr(inner, n))
