@@ -34,6 +34,7 @@ UNDERSTOOD = {
     *("image_mean", "image_std", "do_center_crop", "crop_size", "do_convert_rgb", "crop_pct"),
     *("image_processor_type", "processor_class", "return_tensors", "data_format", "device"),
     *("input_data_format", "disable_grouping", "default_to_square", "feature_extractor_type"),
+    *("do_image_splitting", "max_image_size", "crop_to_patches", "min_patches", "max_patches"),
 }
 """Options of processors that the manifest can express, or that change no pixels."""
 
@@ -54,7 +55,7 @@ def compare_pictures(path: Path, schema: ImagePreprocessing, processor: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         for what, picture, expected in _pictures(schema, processor, Path(folder)):
             compared += 1
-            made = preprocess_images(schema, [picture])[0]
+            made = preprocess_images(schema, [picture])
             if made.shape == expected.shape and np.abs(made - expected).max() <= step:
                 continue
             how = (
@@ -91,11 +92,11 @@ def _pictures(
     schema: ImagePreprocessing, processor: Any, folder: Path
 ) -> Iterator[tuple[str, Any, np.ndarray]]:
     """Yields a description of each test image, the image as the device reads it, and the
-    processor's result ``[channel, height, width]``."""
+    processor's result ``[tile, channel, height, width]``."""
     for wide, high in SIZES:
         size = max(1, round(schema.width * wide)), max(1, round(schema.height * high))
         picture = _picture(size).convert(schema.mode)
-        if (made := _processed(processor, picture)) is not None:
+        if (made := _try(processor, picture)) is not None:
             yield f"an image of {size[0]} x {size[1]}", picture, made
     if schema.mode != "RGB":  # transformers' loader always returns three channels
         return
@@ -103,20 +104,27 @@ def _pictures(
         picture = open_image(file, file.name)
         with Image.open(file) as opened:
             loaded = load_image(opened)  # given a path, it would leave the file open
-        if (made := _processed(processor, loaded)) is not None:
+        if (made := _try(processor, loaded)) is not None:
             yield f"a file ({file.stem.replace('_', ' ')} {file.suffix})", picture, made
 
 
-def _processed(processor: Any, picture: Image.Image) -> np.ndarray | None:
+def _try(processor: Any, picture: Image.Image) -> np.ndarray | None:
     """The processor's result; None for images that the processor itself cannot process."""
     pixels = np.asarray(picture)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     try:
-        made = processor(pixels, input_data_format="channels_last", return_tensors="np")
+        return processed(processor, pixels)
     except Exception:  # many types, for images that are too small or too long
         return None
-    return np.asarray(made["pixel_values"][0], np.float32)
+
+
+def processed(processor: Any, pixels: np.ndarray) -> np.ndarray:
+    """The processor's result ``[tile, channel, height, width]`` for one image ``[height, width,
+    channel]``."""
+    made = processor(pixels, input_data_format="channels_last", return_tensors="np")
+    values = np.asarray(made["pixel_values"], np.float32)
+    return values.reshape(-1, *values.shape[-3:])
 
 
 def _picture(size: tuple[int, int]) -> Image.Image:
@@ -161,4 +169,4 @@ def _write_files(picture: Image.Image, folder: Path) -> list[Path]:
     return written
 
 
-__all__ = ["compare_pictures"]
+__all__ = ["compare_pictures", "processed"]

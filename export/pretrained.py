@@ -31,8 +31,9 @@ from edgeexit.export.exits.saved import (
     read_exits,
 )
 from edgeexit.export.generation import generation_of
+from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.export.library_errors import translated
-from edgeexit.export.preprocessing import image_preprocessing, text_preprocessing
+from edgeexit.export.preprocessing import text_preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -228,14 +228,19 @@ class ImageText(Struct, frozen=True, kw_only=True):
     """What a prompt says where an image stands.
 
     A user writes `placeholder` once per image; it is the text of the group's token. It is replaced
-    with `whole`, where ``{image}`` stands for `tokens` placeholders. With `in_front`, users write
-    nothing: images stand in front of the encoded prompt, before its special tokens.
+    with `whole`, where ``{image}`` stands for `tokens` placeholders, once for each tile. With
+    `in_front`, users write nothing: images stand in front of the encoded prompt, before its special
+    tokens. With `tile`, an image of several tiles is instead written as `tile` for each, where
+    ``{row}`` and ``{column}`` count from 1, `row_end` behind each row, and `overview`.
     """
 
     placeholder: Annotated[str, Meta(min_length=1)]
     tokens: Annotated[int, Meta(ge=1)]
     whole: str = "{image}"
     in_front: bool = False
+    tile: str | None = None
+    row_end: str = ""
+    overview: str = ""
 
 
 class TokenGroup(Struct, frozen=True, kw_only=True):
@@ -287,11 +292,27 @@ class Decoding(Struct, frozen=True, kw_only=True):
     generation: GenerationDefaults | None = None
 
 
+class Tiles(Struct, frozen=True, kw_only=True):
+    """How an image is cut into tiles of one size, followed by an overview: the whole image at the
+    size of a tile. A single tile has no overview.
+
+    ``aspect-ratio``: the grid of `least` to `most` tiles with the ratio nearest to the image's; of
+    equal ones, the larger if the image has more than half of its pixels (InternVL). ``cover``: the
+    smallest grid that covers the image (SmolVLM, Idefics3).
+    """
+
+    rule: Literal["aspect-ratio", "cover"]
+    most: Annotated[int, Meta(ge=1, le=256)]
+    least: Annotated[int, Meta(ge=1)] = 1
+
+
 class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
     """Image to tensor: decode, resize, crop, scale, normalise; channels first.
 
     With `shortest_edge`, the image is resized so that its shorter side has that many pixels, and
-    its centre of `height` x `width` is cropped. Without, it is resized to `height` x `width`.
+    its centre of `height` x `width` is cropped. Without, it is resized to `height` x `width`. With
+    `longest_edge`, it is first resized so that its longer side has that many pixels, and the other
+    one an even number. With `tiles`, it becomes several tiles of `height` x `width`.
     value = (pixel * scale - mean[channel]) / std[channel]
     """
 
@@ -301,6 +322,8 @@ class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
     mode: Literal["RGB", "L"] = "RGB"
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     shortest_edge: Annotated[int, Meta(ge=1)] | None = None
+    longest_edge: Annotated[int, Meta(ge=1)] | None = None
+    tiles: Tiles | None = None
     scale: float = 1 / 255
     mean: list[float] = msgspec.field(default_factory=lambda: [0.0])
     std: list[float] = msgspec.field(default_factory=lambda: [1.0])

@@ -8,16 +8,18 @@ on the device, on a sample in the bundle.
 from __future__ import annotations
 
 import io
+import math
 import stat
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import ImagePreprocessing
+from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
 from edgeexit.errors import DataError, EngineError, InputError, first_line
 
 IMAGE_LIMIT_PIXELS = 256 << 20
@@ -87,28 +89,123 @@ def image_from_array(value: NDArray[np.uint8]) -> ImageSource:
 def preprocess_images(
     preprocessing: ImagePreprocessing, images: Sequence[ImageSource]
 ) -> NDArray[np.float32]:
-    """Images to ``[batch, channel, height, width]`` float32, as `ImagePreprocessing` says."""
-    return np.stack([_preprocess_image(preprocessing, image) for image in images])
+    """Images to ``[batch, channel, height, width]`` float32, as `ImagePreprocessing` says. With
+    tiles, an image has several rows (`cut_image`)."""
+    return np.concatenate([cut_image(preprocessing, image).pixels for image in images])
 
 
-def _preprocess_image(preprocessing: ImagePreprocessing, image: ImageSource) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class Cut:
+    """A preprocessed image.
+
+    Attributes:
+        pixels: ``[tile, channel, height, width]`` float32; the overview is the last tile.
+        rows, columns: The grid of tiles.
+    """
+
+    pixels: NDArray[np.float32]
+    rows: int = 1
+    columns: int = 1
+
+
+def cut_image(preprocessing: ImagePreprocessing, image: ImageSource) -> Cut:
+    """Resizes an image, and cuts it into tiles if `preprocessing` says so.
+
+    Raises:
+        InputError: The image is too long and narrow.
+    """
     _check_resized(preprocessing, image)
     resample = import_pillow().Resampling[preprocessing.resample.upper()]
+
+    def resized(source: ImageSource, width: int, height: int) -> ImageSource:
+        same = source.size == (width, height)
+        return source if same else source.resize((width, height), resample)
+
     height, width = preprocessing.height, preprocessing.width
     image = image.convert(preprocessing.mode)
+    if preprocessing.longest_edge is not None:
+        size = with_longest_edge(image.width, image.height, preprocessing.longest_edge)
+        image = resized(image, *size)
     if (edge := preprocessing.shortest_edge) is not None:
         short, long = sorted(image.size)
         longer = int(edge * long / short)
         size = (edge, longer) if image.width <= image.height else (longer, edge)
-        image = image if image.size == size else image.resize(size, resample)
+        image = resized(image, *size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    elif image.size != (width, height):
-        image = image.resize((width, height), resample)
-    pixels = np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1)
+        return Cut(
+            _normalised(preprocessing, [image.crop((left, top, left + width, top + height))])
+        )
+    if preprocessing.tiles is None:
+        return Cut(_normalised(preprocessing, [resized(image, width, height)]))
+    columns, rows = grid_of(preprocessing.tiles, image.size, (width, height))
+    whole = resized(image, columns * width, rows * height)
+    tiles = [
+        whole.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    if len(tiles) > 1:
+        # SmolVLM's overview is made of the image that the tiles were cut from.
+        source = whole if preprocessing.tiles.rule == "cover" else image
+        tiles.append(resized(source, width, height))
+    return Cut(_normalised(preprocessing, tiles), rows, columns)
+
+
+def with_longest_edge(width: int, height: int, edge: int) -> tuple[int, int]:
+    """Width and height of an image whose longer side gets that many pixels.
+
+    >>> with_longest_edge(300, 100, 512), with_longest_edge(10, 4000, 512)
+    ((512, 170), (2, 512))
+    """
+    if width >= height:
+        other = int(edge / (width / height))
+        return edge, max(other + other % 2, 1)
+    other = int(edge * (width / height))
+    return max(other + other % 2, 1), edge
+
+
+def grid_of(tiles: Tiles, size: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+    """Columns and rows of the grid that an image is cut into.
+
+    Args:
+        size: Width and height of the image.
+        tile: Width and height of a tile.
+
+    >>> grid_of(Tiles(rule="aspect-ratio", most=12), (800, 400), (448, 448))
+    (2, 1)
+    >>> grid_of(Tiles(rule="cover", most=16), (2048, 1024), (512, 512))
+    (4, 2)
+    """
+    (width, height), (tile_width, tile_height) = size, tile
+    ratio = width / height
+    if tiles.rule == "cover":
+        if width >= height:
+            columns = -(-width // tile_width)
+            return columns, math.ceil(int(columns * tile_width / ratio) / tile_height)
+        rows = -(-height // tile_height)
+        return math.ceil(int(rows * tile_height * ratio) / tile_width), rows
+    grids = [
+        (columns, rows)
+        for columns in range(1, tiles.most + 1)
+        for rows in range(1, tiles.most + 1)
+        if tiles.least <= columns * rows <= tiles.most
+    ]
+    best, nearest = (1, 1), math.inf
+    for columns, rows in sorted(grids, key=math.prod):
+        distance = abs(ratio - columns / rows)
+        large = width * height > 0.5 * tile_width * tile_height * columns * rows
+        if distance < nearest or (distance == nearest and large):
+            best, nearest = (columns, rows), distance
+    return best
+
+
+def _normalised(
+    preprocessing: ImagePreprocessing, tiles: Sequence[ImageSource]
+) -> NDArray[np.float32]:
     mean = np.asarray(preprocessing.mean, np.float32)[:, None, None]
     std = np.asarray(preprocessing.std, np.float32)[:, None, None]
-    scaled = pixels * np.float32(preprocessing.scale)
+    stacked = [np.atleast_3d(np.asarray(tile, np.float32)).transpose(2, 0, 1) for tile in tiles]
+    scaled = np.stack(stacked) * np.float32(preprocessing.scale)
     return np.ascontiguousarray((scaled - mean) / std, np.float32)
 
 
@@ -124,4 +221,12 @@ def _check_resized(preprocessing: ImagePreprocessing, image: ImageSource) -> Non
         )
 
 
-__all__ = ["ImageSource", "image_from_array", "import_pillow", "open_image", "preprocess_images"]
+__all__ = [
+    "Cut",
+    "ImageSource",
+    "cut_image",
+    "image_from_array",
+    "import_pillow",
+    "open_image",
+    "preprocess_images",
+]

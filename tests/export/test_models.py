@@ -22,7 +22,7 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import export
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families.resnet import stage_ends
-from edgeexit.export.preprocessing import image_preprocessing
+from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.preprocessing.images import preprocess_images
 from edgeexit.runtime import Rule, load

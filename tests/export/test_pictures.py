@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from edgeexit.errors import ExportError
-from edgeexit.export.preprocessing import image_preprocessing
+from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.preprocessing.images import open_image, preprocess_images
 from tests.checkpoints import save_preprocessor
 

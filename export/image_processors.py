@@ -1,0 +1,210 @@
+"""Converts a checkpoint's image processor to the schema that the device executes, with a sample.
+
+transformers reads the processor's files, old names and defaults included, and processes the sample.
+Steps that the schema cannot express are refused, never left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import transformers
+
+from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
+from edgeexit.errors import ExportError
+from edgeexit.export.library_errors import translated
+
+_RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}
+_WARPS_FROM = 384
+"""ConvNeXt's processor (ResNet's too) crops below this size and warps from it on."""
+Sample = dict[str, np.ndarray]
+LARGEST_EDGE = 8192
+MEND = "Correct or remove the file; without it, the bundle takes preprocessed inputs (.npz) only."
+FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files of an image processor; the second one has it under ``image_processor``."""
+
+
+def image_preprocessing(
+    folder: Path,
+    channels: int,
+    *,
+    options: Mapping[str, Any] | None = None,
+    most_tiles: int | None = None,
+) -> tuple[ImagePreprocessing, Sample] | None:
+    """From ``preprocessor_config.json`` or ``processor_config.json``; None when the checkpoint has
+    neither.
+
+    Args:
+        folder: The checkpoint.
+        channels: Of the images that the model takes.
+        options: Options that the model's processor passes to its image processor.
+        most_tiles: Most tiles of an image, besides its overview; None: as the processor says.
+
+    Returns:
+        The schema and a sample ``{"image", "expected/pixel_values"}``: an image larger than the
+        model's, neither square nor smooth.
+
+    Raises:
+        ExportError: transformers cannot read it, or a step is not supported.
+    """
+    path = _file_of(folder)
+    if path is None:
+        return None
+    # The device has Pillow; filters of torchvision round differently.
+    pillow: dict[str, Any] = {"backend": "pil"} if _version() >= 5 else {"use_fast": False}
+    with translated(path, "transformers cannot read it", MEND):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=False, **pillow, **(options or {})
+        )
+        if most_tiles is not None:
+            _limit_tiles(processor, most_tiles)
+        config = processor.to_dict()
+    name = type(processor).__name__
+    with translated(path, f"options of {name} are not supported", MEND):
+        schema = _checked(path, _image_schema(path, config, name, channels))
+    from edgeexit.export.pictures import (
+        compare_pictures,
+        processed,
+    )  # needs Pillow, as the processor does
+
+    with translated(path, f"{name} cannot process an image", MEND):
+        compare_pictures(path, schema, processor)
+        image = _sample_image(schema)
+        pixels = processed(processor, image if image.ndim == 3 else image[..., None])
+    return schema, {"image": image, "expected/pixel_values": pixels}
+
+
+def _file_of(folder: Path) -> Path | None:
+    """The file of an image processor in a checkpoint."""
+    for path in (folder / name for name in FILES):
+        if path.is_file() and (path.name == FILES[0] or "image_processor" in _json(path)):
+            return path
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with translated(path, "not a JSON object", MEND):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _limit_tiles(processor: Any, most: int) -> None:
+    """Makes a processor cut images into at most this many tiles."""
+    if hasattr(processor, "crop_to_patches"):
+        processor.crop_to_patches = most > 1
+        processor.max_patches = min(int(processor.max_patches), most)
+    elif hasattr(processor, "do_image_splitting"):
+        processor.do_image_splitting = bool(processor.do_image_splitting) and most > 1
+        edge = int(dict(processor.max_image_size)["longest_edge"]) * math.isqrt(most)
+        own = dict(processor.size)["longest_edge"]
+        processor.size = {"longest_edge": min(int(own), edge)}
+
+
+def _checked(path: Path, schema: ImagePreprocessing) -> ImagePreprocessing:
+    """The schema, if its numbers are valid for images."""
+    schema = msgspec.convert(msgspec.to_builtins(schema), ImagePreprocessing)
+    sizes = schema.height, schema.width, schema.shortest_edge or 1
+    if max(sizes) > LARGEST_EDGE:
+        raise _refused(path, f"image size {max(sizes)} is out of range (1 to {LARGEST_EDGE})")
+    numbers = [schema.scale, *schema.mean, *schema.std]
+    if not all(map(math.isfinite, numbers)) or not all(schema.std) or not schema.scale:
+        raise _refused(path, f"invalid scale, mean or std ({', '.join(map(str, numbers))})")
+    return schema
+
+
+def _image_schema(
+    path: Path, config: Mapping[str, Any], processor: str, channels: int
+) -> ImagePreprocessing:
+    splits = "do_image_splitting" in config
+    for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
+        # A processor that splits makes tiles of one size, which need no padding.
+        if config.get(step) and not (splits and step == "do_pad"):
+            raise _refused(path, f"{step} is not supported")
+    if not config.get("do_resize", True):
+        raise _refused(path, "do_resize is false, but a graph takes images of one size")
+    if channels not in (1, 3):
+        raise _refused(path, f"the model takes {channels} channels, images have 1 or 3")
+    size = {key: value for key, value in dict(config["size"]).items() if value is not None}
+    longest, tiles = None, None
+    if splits:
+        longest, edge = int(size["longest_edge"]), int(config["max_image_size"]["longest_edge"])
+        size = {"height": edge, "width": edge}
+        if config["do_image_splitting"]:
+            tiles = Tiles(rule="cover", most=math.ceil(longest / edge) ** 2)
+    elif config.get("crop_to_patches") and config["max_patches"] > 1:
+        most, least = int(config["max_patches"]), int(config["min_patches"])
+        tiles = Tiles(rule="aspect-ratio", most=most, least=least)
+    shortest = size.get("shortest_edge")
+    crop = dict(config["crop_size"]) if config.get("do_center_crop") else None
+    if shortest is not None and processor.startswith("ConvNext"):
+        if shortest >= _WARPS_FROM:
+            size, shortest = {"height": shortest, "width": shortest}, None
+        else:
+            crop = crop or {"height": shortest, "width": shortest}
+            shortest = int(shortest / config["crop_pct"])
+    elif crop is not None and shortest is None:
+        raise _refused(path, "a crop without shortest_edge is not supported")
+    target = crop if shortest is not None else size
+    resample = _RESAMPLE.get(int(config.get("resample", 2)))
+    if resample is None or target is None or not {"height", "width"} <= target.keys():
+        raise _refused(
+            path,
+            f"size {config['size']} with resample {config.get('resample')} is not supported",
+        )
+    normalise = config.get("do_normalize", True)
+    return ImagePreprocessing(
+        input="pixel_values",
+        height=target["height"],
+        width=target["width"],
+        mode="L" if channels == 1 else "RGB",
+        resample=resample,
+        shortest_edge=shortest,
+        longest_edge=longest,
+        tiles=tiles,
+        scale=float(config["rescale_factor"]) if config.get("do_rescale", True) else 1.0,
+        mean=_per_channel(path, config["image_mean"] if normalise else 0.0, channels),
+        std=_per_channel(path, config["image_std"] if normalise else 1.0, channels),
+    )
+
+
+def _per_channel(path: Path, value: float | Sequence[float], channels: int) -> list[float]:
+    values = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
+    if len(values) not in (1, channels):
+        raise _refused(path, f"{len(values)} means or deviations for {channels} channels")
+    return values * channels if len(values) == 1 else values
+
+
+def _sample_image(schema: ImagePreprocessing) -> np.ndarray:
+    """Slopes, stripes and noise, 3/2 times as wide as what the model sees and 5/4 as high."""
+    edge = schema.shortest_edge or 1
+    height, width = max(schema.height, edge) * 5 // 4, max(schema.width, edge) * 3 // 2
+    y, x = np.mgrid[0:height, 0:width]
+    random = np.random.RandomState(0)
+    planes = [
+        255 * (x / width * (1 - share) + share * y / height) * (1 + ((x + y) // 3) % 2) / 2
+        for share in (0.2, 0.5, 0.8)[: 1 if schema.mode == "L" else 3]
+    ]
+    noisy = np.stack(planes, -1) + random.randint(-20, 21, (height, width, len(planes)))
+    image = noisy.clip(0, 255).astype(np.uint8)
+    return image[..., 0] if schema.mode == "L" else image
+
+
+def _refused(path: Path, why: str) -> ExportError:
+    return ExportError(f"{path}: {why}", fix=MEND)
+
+
+def _version() -> int:
+    return int(transformers.__version__.split(".")[0])
+
+
+__all__ = ["FILES", "MEND", "image_preprocessing"]
