@@ -28,7 +28,7 @@ from edgeexit.runtime.executor.parts import release
 from edgeexit.runtime.executor.tables import Tables
 from edgeexit.runtime.loaded import Loaded
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Result, Trace
-from edgeexit.runtime.programs.generate import TextProgram
+from edgeexit.runtime.programs.generate import Writer
 
 if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Counts
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NO_INPUTS: Mapping[str, NDArray[Any]] = {}
 
 
-class Model(TextProgram, Loaded):
+class Model(Writer, Loaded):
     """A loaded bundle. Created by `edgeexit.runtime.load`.
 
     Attributes:
@@ -98,6 +98,7 @@ class Model(TextProgram, Loaded):
 
     @policy.setter
     def policy(self, policy: Policy | Rule) -> None:
+        self.features.clear()
         self._set_policy(Policy(rules={}) if self.unsplit else policy_for(policy, self.bundle))
 
     def _set_policy(self, policy: Policy) -> None:

@@ -54,8 +54,6 @@ def open_image(
         EngineError: Pillow is not installed.
     """
     pillow = import_pillow()
-    from PIL.ImageOps import exif_transpose as transpose
-
     fix = "Give a readable image file, or remove it from the data."
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -67,18 +65,29 @@ def open_image(
         raise DataError(f"{where}: {str(path)!a} is not a file name", fix=fix) from error
     if update is not None:
         update(raw)
+    return _upright(lambda: pillow.open(io.BytesIO(raw)), where, fix)
+
+
+def upright(image: ImageSource, where: str) -> ImageSource:
+    """An image of Pillow, decoded and rotated by its EXIF orientation. Raises `DataError` if it
+    cannot be decoded."""
+    return _upright(lambda: image, where, "Give an image that Pillow can decode.")
+
+
+def _upright(open_it: Callable[[], ImageSource], where: str, fix: str) -> ImageSource:
+    from PIL.ImageOps import exif_transpose
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = pillow.open(io.BytesIO(raw))
+            image = open_it()
             if image.width * image.height > IMAGE_LIMIT_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
-            image = transpose(image)
+            return exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
         reason = first_line(error).split("<_io")[0].strip()
         raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
-    return image
 
 
 def image_from_array(value: NDArray[np.uint8]) -> ImageSource:
@@ -229,4 +238,5 @@ __all__ = [
     "import_pillow",
     "open_image",
     "preprocess_images",
+    "upright",
 ]

@@ -43,15 +43,15 @@ class VisionLanguageTrunk:
         tower: The vision tower.
         decoder: The language model.
         placeholder: Id of the token that stands for an image token in a prompt.
-        prompt: What a prompt says for an image, where ``{image}`` are its placeholders.
-        in_front: Images stand in front of the encoded prompt, not at a place in it.
+        prompt: What a prompt says for an image, with the usual text of that token.
+        processing: Options that the model's processor passes to its image processor.
     """
 
     tower: TowerTrunk
     decoder: DecoderTrunk
     placeholder: int
-    prompt: str = "{image}"
-    in_front: bool = False
+    prompt: ImageText
+    processing: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 class ExitVisionLanguage(ExitDecoder):
@@ -68,7 +68,7 @@ class ExitVisionLanguage(ExitDecoder):
 
     Attributes:
         tower: The vision tower with its exits.
-        placeholder: Text of the placeholder token; None: there is no tokenizer.
+        prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ExitVisionLanguage(ExitDecoder):
         self.tower = ExitTower(trunk.tower, tower_exits)
         drop_layers = check_layers(drops, self.depth, "drops")
         self.border_layers = sorted({*self.exit_layers, *drop_layers})
-        self.placeholder: str | None = None
+        self.prompt: ImageText | None = None
         self.preprocessing: ImagePreprocessing | None = None
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
 
@@ -135,7 +135,7 @@ class ExitVisionLanguage(ExitDecoder):
         assert isinstance(table, Table)
         main = split.chains[decoding.chain]
         main = msgspec.structs.replace(main, exits=self._with_drops(main.exits))
-        group = TokenGroup(token=self.whole.placeholder, image=self._image_text())
+        group = TokenGroup(token=self.whole.placeholder, image=self.prompt)
         return dataclasses.replace(
             split,
             task="image-text-to-text",
@@ -152,17 +152,6 @@ class ExitVisionLanguage(ExitDecoder):
             decoding=msgspec.structs.replace(decoding, groups={GROUP: group}),
             preprocessing=self.preprocessing,
             preprocessing_sample=self.preprocessing_sample,
-        )
-
-    def _image_text(self) -> ImageText | None:
-        whole = self.whole
-        if self.placeholder is None:
-            return None
-        return ImageText(
-            placeholder=self.placeholder,
-            tokens=whole.tower.tokens,
-            whole=whole.prompt,
-            in_front=whole.in_front,
         )
 
     def _with_drops(self, exits: Sequence[Exit]) -> list[Exit]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Blip2ForConditionalGeneration
 
+from edgeexit.bundle.manifest import ImageText
 from edgeexit.errors import ExportError
 from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
@@ -40,7 +41,7 @@ def trunk(model: Blip2ForConditionalGeneration) -> VisionLanguageTrunk:
         tower,
         opt.trunk(model.language_model),
         placeholder=config.image_token_index,
-        in_front=True,
+        prompt=ImageText(placeholder="<image>", tokens=tower.tokens, in_front=True),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
+from edgeexit.bundle.manifest import ImageText
 from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
@@ -53,7 +54,10 @@ def trunk(model: InternVLForConditionalGeneration) -> VisionLanguageTrunk:
         tower,
         decoder_of(model, base.language_model),
         placeholder=config.image_token_id,
-        prompt="<img>{image}</img>",
+        prompt=ImageText(
+            placeholder="<IMG_CONTEXT>", tokens=tower.tokens, whole="<img>{image}</img>"
+        ),
+        processing={"crop_to_patches": True},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from transformers import LlavaForConditionalGeneration
 
+from edgeexit.bundle.manifest import ImageText
 from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
@@ -40,5 +41,8 @@ def trunk(model: LlavaForConditionalGeneration) -> VisionLanguageTrunk:
         reads=reads,
     )
     return VisionLanguageTrunk(
-        tower, decoder_of(model, base.language_model), placeholder=config.image_token_id
+        tower,
+        decoder_of(model, base.language_model),
+        placeholder=config.image_token_id,
+        prompt=ImageText(placeholder="<image>", tokens=tower.tokens),
     )

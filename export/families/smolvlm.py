@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from edgeexit.bundle.manifest import ImageText
 from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
@@ -33,12 +34,20 @@ def trunk(
         tokens=length // config.scale_factor**2,
         width=config.text_config.hidden_size,
     )
-    around, overview = "<fake_token_around_image>", "<global-img>"
+    around = "<fake_token_around_image>"
+    overview = f"{around}<global-img>{{image}}{around}"
     return VisionLanguageTrunk(
         tower,
         decoder_of(model, base.text_model),
         placeholder=config.image_token_id,
-        prompt=f"{around}{overview}{{image}}{around}",
+        prompt=ImageText(
+            placeholder="<image>",
+            tokens=tower.tokens,
+            whole=overview,
+            tile=f"{around}<row_{{row}}_col_{{column}}>{{image}}",
+            row_end="\n",
+            overview=f"\n{overview}",
+        ),
     )
 
 

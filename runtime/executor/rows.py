@@ -59,6 +59,7 @@ class RowPass:
 
     Attributes:
         exits: Exits with the action ``stop``, in order.
+        largest_batch: Rows that the engine was built for; 1 if it takes any number.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RowPass:
     ) -> None:
         self.independent = chain.rows == "independent"
         self._engine = components.engine
+        self.largest_batch = components.engine.largest.get("batch", 1)
         self.ahead = None if launch_ahead == "never" else Ahead(len(chain.stops), launch_ahead)
         self._plans = Plans(components, chain, feeds, asked, self.ahead)
         self.exits, self._exit_behind = self._plans.exits, self._plans.exit_behind

@@ -116,7 +116,7 @@ def token_rows(
         )
     if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
         raise InputError("the prompts are a number", fix="Give a list of token ids.")
-    single = isinstance(prompts, str) or _are_ids(prompts)
+    single = isinstance(prompts, str) or are_ids(prompts)
     many: Sequence[Any] = [prompts] if single else prompts
     rows = []
     for prompt in many:
@@ -139,7 +139,8 @@ def token_rows(
     return rows
 
 
-def _are_ids(prompts: Any) -> bool:
+def are_ids(prompts: Any) -> bool:
+    """Whether prompts are a single list of token ids."""
     return len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))
 
 
@@ -176,6 +177,7 @@ __all__ = [
     "ModeName",
     "Options",
     "Prompt",
+    "are_ids",
     "check_options",
     "check_room",
     "stop_strings",

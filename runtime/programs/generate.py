@@ -1,7 +1,7 @@
 """Text generation, token by token, in one of several modes.
 
-`TextProgram` is the part of `edgeexit.runtime.model.Model` that generates text. `generate`
-continues prompts and `chat` answers conversations; `edgeexit.runtime.programs.arguments` checks the
+`Writer` is the part of `edgeexit.runtime.model.Model` that generates text. `generate` continues
+prompts and `chat` answers conversations; `edgeexit.runtime.programs.arguments` checks the
 arguments. Both return a `Generation`: an iterator over pieces, with statistics that are updated
 while it runs.
 """
@@ -9,23 +9,16 @@ while it runs.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather
-from edgeexit.bundle.policy import Decision, Policy, Rule, drop_thresholds
-from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError, StateError, UsageError
-from edgeexit.runtime.executor.components import Components, token_states
-from edgeexit.runtime.executor.parts import release
-from edgeexit.runtime.executor.session import CHUNK, Session
-from edgeexit.runtime.executor.tables import Tables, check_ids
+from edgeexit.errors import StateError, UsageError
+from edgeexit.runtime.executor.session import Session
+from edgeexit.runtime.executor.tables import check_ids
 from edgeexit.runtime.programs.arguments import (
     ModeName,
     Options,
@@ -34,17 +27,16 @@ from edgeexit.runtime.programs.arguments import (
     check_room,
     stop_strings,
 )
-from edgeexit.runtime.programs.every_exit import trace_texts
-from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation, Piece, Rounds
+from edgeexit.runtime.programs.images import Image, fill_images, take_images, write_images
 from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
 from edgeexit.runtime.programs.modes.early import Fast
-from edgeexit.runtime.programs.modes.exact import Pace
 from edgeexit.runtime.programs.modes.full import Mode, Statistics
 from edgeexit.runtime.programs.prompts import Prompts, check_alike, read_prompts
-from edgeexit.runtime.programs.sampling import Sampler, Sampling, own_sampling, sampler_of
-from edgeexit.runtime.text.chat import ChatTemplates, Message, conversations
-from edgeexit.runtime.text.tokenizer import Stream, encode, open_tokenizer
+from edgeexit.runtime.programs.sampling import Sampler, Sampling, sampler_of
+from edgeexit.runtime.programs.text_program import TextProgram
+from edgeexit.runtime.text.chat import Message, conversations
+from edgeexit.runtime.text.tokenizer import Stream
 
 if TYPE_CHECKING:
     from typing import Unpack  # from Python 3.11 on
@@ -55,36 +47,14 @@ NEW_TOKENS = 128
 """Default of `max_new_tokens`."""
 
 
-class TextProgram:
-    """Text generation of a `edgeexit.runtime.model.Model`, which is its only subclass."""
-
-    bundle: Bundle
-    capacity: int
-    unsplit: bool
-    chain: Chain
-    exits: list[Exit]
-    policy: Policy
-    chain_name: str
-    _components: Components | None
-    _decisions: dict[str, list[Decision]]
-    _patience: dict[str, int]
-    _steps: InputSteps
-    _checked: CheckedInputs
-    _lock: threading.Lock
-    _check_usable: Callable[[], Components]
-
-    def _begin_texts(self, tables: Tables) -> None:
-        """Sets up text generation; called by `Model`."""
-        self._tables = tables
-        self._session: Session | None = None
-        self._paces: dict[int, dict[int, Pace]] = {}
-        self._tokenizer: Any = None
-        self._chat = ChatTemplates(self.bundle)
+class Writer(TextProgram):
+    """Generation and chat of a `edgeexit.runtime.model.Model`."""
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
+        images: Image | Sequence[Image] | Sequence[Sequence[Image]] | None = None,
         inputs: Mapping[str, NDArray[Any]] | None = None,
         max_new_tokens: int | None = None,
         mode: ModeName = "full",
@@ -101,6 +71,9 @@ class TextProgram:
 
         Args:
             prompts: A text or a list of token ids; or a batch of either.
+            images: Images for the prompts: paths, images of Pillow, or uint8 arrays. One image, or
+                several in the order of the placeholders that the prompts have for them; or a list
+                for each prompt.
             inputs: Inputs of earlier chains, by name. Encoders: one row per prompt (without inputs,
                 the prompt text is encoded). Images and the like: one row per item, in the order of
                 the placeholders in the prompts.
@@ -143,6 +116,10 @@ class TextProgram:
         drafting = Drafting(draft_exit, drafts, draft_threshold)
         self._check_mode(mode, drafting)
         stops = stop_strings(stop)
+        if images is not None:
+            if inputs is not None:
+                raise UsageError("images and inputs exclude each other", fix="Give one of them.")
+            prompts, inputs = write_images(self.bundle, prompts, images, self.encode)
         given = read_prompts(self.bundle, prompts, inputs, self.encode)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))
@@ -175,6 +152,7 @@ class TextProgram:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         *,
+        images: Image | Sequence[Image] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
@@ -186,7 +164,10 @@ class TextProgram:
         assistant, then the next question.
 
         Args:
-            messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists.
+            messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists. A content
+                may be a list of ``{"type": "text", "text": "..."}`` and ``{"type": "image", "path":
+                "cat.jpg"}`` (or ``"image"``: an image as `generate` takes it).
+            images: Images for items ``{"type": "image"}`` that have none, in order.
             tools, template, variables: As for `chat_prompt`.
             options: Arguments of `generate`.
 
@@ -194,12 +175,24 @@ class TextProgram:
             EdgeExitError: What `chat_prompt` and `generate` raise.
         """
         self._decoding()
+        taken = [take_images(conversation) for conversation in conversations(messages)]
         prompts = [
             self.chat_prompt(conversation, tools=tools, template=template, variables=variables)
-            for conversation in conversations(messages)
+            for conversation, _ in taken
         ]
-        # The template has already added the special tokens.
-        return self.generate([self.encode(p, special_tokens=False) for p in prompts], **options)
+        found = fill_images([own for _, own in taken], images)
+        rows: list[Any] = prompts
+
+        def encode(prompt: str) -> list[int]:
+            return self.encode(prompt, special_tokens=False)  # the template has added them
+
+        inputs = None
+        if any(found):
+            rows, inputs = write_images(self.bundle, rows, found, encode)
+        rows = [encode(row) if isinstance(row, str) else row for row in rows]
+        if inputs is not None:
+            options["inputs"] = inputs
+        return self.generate(rows, **options)
 
     def chat_prompt(
         self,
@@ -227,17 +220,8 @@ class TextProgram:
             EngineError: jinja2 is missing, or too old to be safe.
             UsageError: There is no template with that name.
         """
-        return self._chat.render(messages, tools=tools, template=template, variables=variables)
-
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, as `generate` takes them.
-
-        Args:
-            text: Any text.
-            special_tokens: Add the special tokens that the model expects around a prompt, such as
-                a start token. The result of `chat_prompt` already has them.
-        """
-        return encode(self._tokenizers(), text, special_tokens=special_tokens)
+        plain, _ = take_images(messages)
+        return self._chat.render(plain, tools=tools, template=template, variables=variables)
 
     def _write(
         self,
@@ -295,106 +279,5 @@ class TextProgram:
             raise UsageError("the unsplit graph has no exits", fix='Use mode="full".')
         check_mode(self.bundle, self.chain, mode, drafting)
 
-    def _decoding(self) -> Decoding:
-        manifest = self.bundle.manifest
-        if manifest.decoding is None:
-            raise UsageError(
-                f"{self.bundle.path} does not write text: its task is {manifest.task}",
-                fix="Call the model with its inputs: model({...}) (edgeexit run --data).",
-            )
-        return manifest.decoding
 
-    def _text_table(self) -> Gather:
-        """The step that looks up the embeddings of a text's tokens."""
-        tokens, steps = self._decoding().tokens, self.bundle.manifest.steps
-        return next(step for step in steps if isinstance(step, Gather) and step.ids == tokens)
-
-    @property
-    def default_sampling(self) -> Sampling:
-        """The sampling of calls without ``sampling``: the checkpoint's setting."""
-        return own_sampling(self._decoding())
-
-    def _tokenizers(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(self.bundle)
-        return self._tokenizer
-
-    def session(self, batch: int) -> Session:
-        """An empty session for that many texts, under the current policy. The session is reused
-        while the number of texts stays the same."""
-        components, decoding = self._check_usable(), self._decoding()
-        session = self._session
-        if session is None or session.batch != batch:
-            release(session)
-            self._session = None
-            largest = components.engine.largest
-            if batch > largest.get("batch", batch):
-                raise InputError(
-                    f"{batch} texts at a time: the engines were built for {largest['batch']}",
-                    fix="Give fewer texts, or build for more: edgeexit build --max-shapes.",
-                )
-            chunk = min(CHUNK, self.capacity, largest.get("new", CHUNK))
-            table = self._text_table()
-            session = Session(
-                components,
-                self.chain,
-                table,
-                self._tables.table(table),
-                decoding,
-                batch,
-                self.capacity,
-                chunk,
-            )
-            self._session = session
-        session.empty()
-        rule = self.policy.rules.get(self.chain_name, Rule())
-        session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
-        return session
-
-    def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
-        """Runs the steps before the text, and starts the session with their outputs."""
-        handed: dict[str, NDArray[Any]] = {}
-        if prompts.asks_earlier and self._steps.passes:
-            self._checked.sizes(prompts.inputs)
-            handed, answers = self._steps.run(
-                prompts.inputs, self._decisions, patience=self._patience
-            )
-            generation.statistics.earlier = {
-                name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
-                for name, earlier in answers.items()
-            }
-        for key in session.takes & handed.keys():
-            if len(handed[key]) != len(prompts.tokens):
-                raise InputError(
-                    f"{key} has {len(handed[key])} rows for {len(prompts.tokens)} texts",
-                    fix="Give one row of inputs for each text.",
-                )
-        session.begin(
-            [len(row) for row in prompts.tokens],
-            prompts.prefix(handed),
-            prompts.groups,
-            {key: value for key, value in handed.items() if key in session.takes},
-        )
-
-    def _trace_texts(
-        self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None
-    ) -> Trace:
-        [tensor] = [t for t in self.bundle.manifest.inputs if t.name == self._decoding().tokens]
-        check_inputs({tensor.name: tensor}, {tensor.name: tokens}, {})
-        check_ids(self._text_table(), tokens)
-        given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
-        session = self.session(len(tokens))
-        self._hand_on(session, given, Generation([], [], Statistics()))
-        return trace_texts(session, tokens, step)
-
-    def _describe_states(self) -> dict[str, str]:
-        components = self._check_usable()
-        forms = dict.fromkeys(
-            components[name].variant.states
-            for name in self.chain.components
-            if token_states(self.bundle.manifest.components[name])
-        )
-        return {"states": ", ".join(forms)}
-
-
-__all__ = ["TextProgram"]
+__all__ = ["Writer"]

@@ -336,7 +336,7 @@ def test_full_decoding_asks_no_adapter(decoder: Model, answers: Answers) -> None
 def test_a_prompt_longer_than_a_chunk_enters_adapters_in_pieces(
     decoder: Model, answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeexit.runtime.programs.generate.CHUNK", 8)
+    monkeypatch.setattr("edgeexit.runtime.programs.text_program.CHUNK", 8)
     prompts = answers.prompts(answers.greedy, [29, 8])
     for layer in ADAPTERS:
         made = decoder.generate(

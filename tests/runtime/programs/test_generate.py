@@ -289,7 +289,7 @@ def test_caches_after_catching_up_are_those_of_full_decoding(
 def test_a_prompt_longer_than_a_chunk_is_taken_in_pieces(
     decoder: Model, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeexit.runtime.programs.generate.CHUNK", 8)
+    monkeypatch.setattr("edgeexit.runtime.programs.text_program.CHUNK", 8)
     prompts = random_prompts(2, [29, 8])
     for mode in ("full", "exact", "fast"):
         decoder._session = None

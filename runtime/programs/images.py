@@ -1,0 +1,256 @@
+"""Images in prompts and messages: reads and preprocesses them, and writes their placeholders into
+the prompts (`edgeexit.bundle.manifest.ImageText`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import ImagePreprocessing, ImageText, TokenGroup
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import InputError
+from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
+from edgeexit.runtime.programs.arguments import Prompt, are_ids
+
+Image = Any
+"""A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
+KEYS = ("image", "path", "url")
+"""Keys of the item of a message that hold an image, as in transformers."""
+
+
+def write_images(
+    bundle: Bundle,
+    prompts: Prompt | Sequence[Prompt],
+    images: Image | Sequence[Image] | Sequence[Sequence[Image]],
+    encode: Callable[[str], list[int]],
+) -> tuple[list[Prompt], dict[str, NDArray[Any]]]:
+    """Prompts with the placeholders of their images, and the images as an input.
+
+    Args:
+        prompts: A text or a list of token ids; or a batch of either. A text has one placeholder per
+            image; token ids have all placeholders already.
+        images: An image; or several, in the order of the placeholders in the prompts; or a list of
+            images for each prompt.
+        encode: Converts a text to token ids, special tokens included.
+
+    Raises:
+        InputError: The model takes no images, or their number is not that of the placeholders.
+        DataError: An image cannot be read.
+    """
+    _, written, preprocessing = image_group(bundle)
+    single = isinstance(prompts, str) or are_ids(prompts)
+    many: list[Any] = [prompts] if single else list(prompts)
+    own = _per_prompt(images, many, written)
+    rows: list[Prompt] = []
+    pixels: list[NDArray[np.float32]] = []
+    for number, (prompt, given) in enumerate(zip(many, own, strict=True)):
+        cuts = [
+            cut_image(preprocessing, read_image(image, f"image {n + 1} of prompt {number + 1}"))
+            for n, image in enumerate(given)
+        ]
+        pixels += [cut.pixels for cut in cuts]
+        rows.append(
+            _with_placeholders(prompt, cuts, written, encode, f"prompt {number + 1}")
+            if isinstance(prompt, str)
+            else prompt
+        )
+    inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
+    return rows, inputs
+
+
+def image_group(bundle: Bundle) -> tuple[TokenGroup, ImageText, ImagePreprocessing]:
+    """The token group of a bundle's images, how prompts write it, and how images are preprocessed.
+
+    Raises:
+        InputError: The model takes no images in prompts.
+    """
+    manifest = bundle.manifest
+    groups = [] if manifest.decoding is None else list(manifest.decoding.groups.values())
+    for group in groups:
+        if group.image is not None and isinstance(manifest.preprocessing, ImagePreprocessing):
+            return group, group.image, manifest.preprocessing
+    takes = "takes images only as inputs" if groups else "takes no images"
+    raise InputError(
+        f"{bundle.path}: the model {takes}",
+        fix="Give preprocessed inputs=... (edgeexit inspect), or export a checkpoint with a "
+        "tokenizer and an image processor."
+        if groups
+        else "Leave images out.",
+    )
+
+
+def read_image(image: Image, where: str) -> Any:
+    """An image as Pillow has it, turned by its EXIF orientation.
+
+    Args:
+        image: A path, an image of Pillow, or a uint8 array.
+        where: Its name in messages.
+
+    Raises:
+        DataError: The file is not an image that can be read.
+        InputError: It is none of these.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        name = os.fspath(image)
+        if isinstance(name, str) and name.startswith(("http:", "https:", "data:")):
+            raise InputError(
+                f"{where} is an address ({name[:40]}): images are not downloaded",
+                fix="Save it to a file and give its path.",
+            )
+        return open_image(Path(name), f"{where}, {name}")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+            raise InputError(
+                f"{where} is an array {image.dtype}{list(image.shape)}",
+                fix="Give uint8 [height, width] or [height, width, 3].",
+            )
+        if image.ndim == 3 and image.shape[2] != 3:
+            raise InputError(
+                f"{where} is an array {list(image.shape)}", fix="Give [height, width, 3]."
+            )
+        return image_from_array(np.ascontiguousarray(image))
+    if hasattr(image, "convert") and hasattr(image, "getexif"):
+        return upright(image, where)
+    raise InputError(
+        f"{where} is a {type(image).__name__}", fix="Give a path, a PIL image or a uint8 array."
+    )
+
+
+def take_images(messages: Any) -> tuple[Any, list[Image | None]]:
+    """Takes the images out of a conversation.
+
+    Returns:
+        The messages, where an item that has an image is ``{"type": "image"}``; and the images in
+        order, None for an item without one.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        return messages, []  # the templates refuse it
+    without, images = [], []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, (list, tuple)):
+            without.append(message)
+            continue
+        items = []
+        for item in content:
+            if isinstance(item, Mapping) and item.get("type") == "image":
+                images.append(next((item[key] for key in KEYS if item.get(key) is not None), None))
+                item = {key: value for key, value in item.items() if key not in KEYS}
+            items.append(item)
+        without.append({**message, "content": items})
+    return without, images
+
+
+def fill_images(
+    found: Sequence[Sequence[Image | None]], given: Image | Sequence[Image] | None
+) -> list[list[Image]]:
+    """Images per conversation: those in the messages, and others in the order of the items without
+    one.
+
+    Raises:
+        InputError: The number of other images is not that of these items.
+    """
+    others = [] if given is None else list(given) if _several(given) else [given]
+    missing = sum(image is None for row in found for image in row)
+    if missing != len(others):
+        raise InputError(
+            f"the messages have {missing} image items without an image, and {len(others)} images "
+            "are given for them",
+            fix='Give one per item: {"type": "image", "path": "cat.jpg"}, or images=[...].',
+        )
+    left = iter(others)
+    return [[next(left) if image is None else image for image in row] for row in found]
+
+
+def _several(images: Any) -> bool:
+    return isinstance(images, (list, tuple)) or (
+        isinstance(images, np.ndarray) and images.ndim == 4
+    )
+
+
+def _per_prompt(images: Any, prompts: Sequence[Any], written: ImageText) -> list[list[Image]]:
+    """The images of each prompt."""
+    given = list(images) if _several(images) else [images]
+    if given and all(_several(own) for own in given):
+        if len(given) != len(prompts):
+            raise InputError(
+                f"there are {len(given)} lists of images for {len(prompts)} prompts",
+                fix="Give one list for each prompt; [] for a prompt without images.",
+            )
+        return [list(own) for own in given]
+    if len(prompts) == 1:
+        return [given]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(
+            "several prompts of token ids share one list of images",
+            fix="Give a list of images for each prompt.",
+        )
+    marker = written.placeholder
+    counts = [1 if written.in_front else prompt.count(marker) for prompt in prompts]
+    if sum(counts) != len(given):
+        what = f"{sum(counts)} placeholders {marker}"
+        raise InputError(
+            f"there are {len(given)} images for {len(prompts)} prompts with "
+            + ("one image each" if written.in_front else what),
+            fix="Give a list of images for each prompt."
+            if written.in_front
+            else f"Write {marker} once for each image.",
+        )
+    left = iter(given)
+    return [[next(left) for _ in range(count)] for count in counts]
+
+
+def _with_placeholders(
+    prompt: str,
+    cuts: Sequence[Cut],
+    written: ImageText,
+    encode: Callable[[str], list[int]],
+    where: str,
+) -> list[int]:
+    """Token ids of a prompt with the placeholders of its images."""
+    marker = written.placeholder
+    parts = prompt.split(marker)
+    markers = 0 if written.in_front else len(cuts)
+    if len(parts) - 1 != markers:
+        raise InputError(
+            f"{where} has {len(parts) - 1} placeholders {marker} for {len(cuts)} images",
+            fix=f"Leave {marker} out: images stand in front of the prompt."
+            if written.in_front
+            else f"Write {marker} once for each image.",
+        )
+    texts = [text_of(written, cut) for cut in cuts]
+    if written.in_front:
+        [token] = set(encode(marker)) - set(encode(""))
+        front = sum(text.count(marker) for text in texts)
+        return [token] * front + encode(prompt)
+    return encode("".join(a + b for a, b in zip(parts, [*texts, ""], strict=True)))
+
+
+def text_of(written: ImageText, cut: Cut) -> str:
+    """What a prompt says for an image."""
+    one = written.placeholder * written.tokens
+    if written.tile is None or len(cut.pixels) == 1:
+        return written.whole.replace("{image}", one * len(cut.pixels))
+    said = ""
+    for row in range(cut.rows):
+        for column in range(cut.columns):
+            tile = written.tile.replace("{row}", str(row + 1))
+            said += tile.replace("{column}", str(column + 1)).replace("{image}", one)
+        said += written.row_end
+    return said + written.overview.replace("{image}", one)
+
+
+__all__ = [
+    "Image",
+    "fill_images",
+    "image_group",
+    "read_image",
+    "take_images",
+    "text_of",
+    "write_images",
+]

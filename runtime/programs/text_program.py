@@ -1,0 +1,194 @@
+"""What all uses of a model that writes text share: its tokenizer, its sessions, and the steps that
+run before the text, such as encoders and vision towers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather
+from edgeexit.bundle.policy import Decision, Policy, Rule, drop_thresholds
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import InputError, UsageError
+from edgeexit.runtime.executor.components import Components, token_states
+from edgeexit.runtime.executor.parts import release
+from edgeexit.runtime.executor.session import CHUNK, Session
+from edgeexit.runtime.executor.tables import Tables, check_ids
+from edgeexit.runtime.programs.every_exit import trace_texts
+from edgeexit.runtime.programs.features import FeatureCache
+from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
+from edgeexit.runtime.programs.generation import Generation
+from edgeexit.runtime.programs.modes.exact import Pace
+from edgeexit.runtime.programs.modes.full import Statistics
+from edgeexit.runtime.programs.prompts import Prompts, read_prompts
+from edgeexit.runtime.programs.sampling import Sampling, own_sampling
+from edgeexit.runtime.text.chat import ChatTemplates
+from edgeexit.runtime.text.tokenizer import encode, open_tokenizer
+
+
+class TextProgram:
+    """Text generation of a `edgeexit.runtime.model.Model`, which is its only subclass."""
+
+    bundle: Bundle
+    capacity: int
+    unsplit: bool
+    chain: Chain
+    exits: list[Exit]
+    policy: Policy
+    chain_name: str
+    _components: Components | None
+    _decisions: dict[str, list[Decision]]
+    _patience: dict[str, int]
+    _steps: InputSteps
+    _checked: CheckedInputs
+    _lock: threading.Lock
+    _check_usable: Callable[[], Components]
+    features: FeatureCache
+
+    def _begin_texts(self, tables: Tables) -> None:
+        """Sets up text generation; called by `Model`."""
+        self._tables = tables
+        self._session: Session | None = None
+        self._paces: dict[int, dict[int, Pace]] = {}
+        self._tokenizer: Any = None
+        self._chat = ChatTemplates(self.bundle)
+        self.features = FeatureCache()
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, as `generate` takes them.
+
+        Args:
+            text: Any text.
+            special_tokens: Add the special tokens that the model expects around a prompt, such as
+                a start token. The result of `chat_prompt` already has them.
+        """
+        return encode(self._tokenizers(), text, special_tokens=special_tokens)
+
+    def _decoding(self) -> Decoding:
+        manifest = self.bundle.manifest
+        if manifest.decoding is None:
+            raise UsageError(
+                f"{self.bundle.path} does not write text: its task is {manifest.task}",
+                fix="Call the model with its inputs: model({...}) (edgeexit run --data).",
+            )
+        return manifest.decoding
+
+    def _text_table(self) -> Gather:
+        """The step that looks up the embeddings of a text's tokens."""
+        tokens, steps = self._decoding().tokens, self.bundle.manifest.steps
+        return next(step for step in steps if isinstance(step, Gather) and step.ids == tokens)
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """The sampling of calls without ``sampling``: the checkpoint's setting."""
+        return own_sampling(self._decoding())
+
+    def _tokenizers(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.bundle)
+        return self._tokenizer
+
+    def session(self, batch: int) -> Session:
+        """An empty session for that many texts, under the current policy. The session is reused
+        while the number of texts stays the same."""
+        components, decoding = self._check_usable(), self._decoding()
+        session = self._session
+        if session is None or session.batch != batch:
+            release(session)
+            self._session = None
+            largest = components.engine.largest
+            if batch > largest.get("batch", batch):
+                raise InputError(
+                    f"{batch} texts at a time: the engines were built for {largest['batch']}",
+                    fix="Give fewer texts, or build for more: edgeexit build --max-shapes.",
+                )
+            chunk = min(CHUNK, self.capacity, largest.get("new", CHUNK))
+            table = self._text_table()
+            session = Session(
+                components,
+                self.chain,
+                table,
+                self._tables.table(table),
+                decoding,
+                batch,
+                self.capacity,
+                chunk,
+            )
+            self._session = session
+        session.empty()
+        rule = self.policy.rules.get(self.chain_name, Rule())
+        session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
+        return session
+
+    def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
+        """Runs the steps before the text, and starts the session with their outputs."""
+        handed: dict[str, NDArray[Any]] = {}
+        if prompts.asks_earlier and self._steps.passes:
+            self._checked.sizes(prompts.inputs)
+            handed, generation.statistics.earlier = self._run_earlier(prompts)
+        for key in session.takes & handed.keys():
+            if len(handed[key]) != len(prompts.tokens):
+                raise InputError(
+                    f"{key} has {len(handed[key])} rows for {len(prompts.tokens)} texts",
+                    fix="Give one row of inputs for each text.",
+                )
+        session.begin(
+            [len(row) for row in prompts.tokens],
+            prompts.prefix(handed),
+            prompts.groups,
+            {key: value for key, value in handed.items() if key in session.takes},
+        )
+
+    def _run_earlier(
+        self, prompts: Prompts
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]]]:
+        """Runs the steps before the text. Returns all tensors, and the exit of each row of each
+        chain. Images that were seen before do not run again."""
+
+        def run(inputs: Mapping[str, NDArray[Any]]) -> tuple[Any, dict[str, list[str]]]:
+            known, answers = self._steps.run(inputs, self._decisions, patience=self._patience)
+            return known, {
+                name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
+                for name, earlier in answers.items()
+            }
+
+        sources = {step.source for step in prompts.places}
+        if not sources or len(self._steps.passes) > 1 or len(prompts.inputs) > 1:
+            return run(prompts.inputs)
+        [(name, images)], [chain] = prompts.inputs.items(), self._steps.passes
+
+        def tower(rows: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], list[str]]:
+            known, exits = run({name: rows})
+            return {source: known[source] for source in sources}, exits[chain]
+
+        most = self._steps.passes[chain].largest_batch
+        made, exits = self.features.features(images, tower, together=most)
+        return made, {chain: exits}
+
+    def _trace_texts(
+        self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None
+    ) -> Trace:
+        [tensor] = [t for t in self.bundle.manifest.inputs if t.name == self._decoding().tokens]
+        check_inputs({tensor.name: tensor}, {tensor.name: tokens}, {})
+        check_ids(self._text_table(), tokens)
+        given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
+        session = self.session(len(tokens))
+        self._hand_on(session, given, Generation([], [], Statistics()))
+        return trace_texts(session, tokens, step)
+
+    def _describe_states(self) -> dict[str, str]:
+        components = self._check_usable()
+        forms = dict.fromkeys(
+            components[name].variant.states
+            for name in self.chain.components
+            if token_states(self.bundle.manifest.components[name])
+        )
+        return {"states": ", ".join(forms)}
+
+
+__all__ = ["TextProgram"]
