@@ -133,11 +133,6 @@ class _Walk:
             raise BundleError(
                 f"{where}: {step.target} is not the output of an earlier table", fix=EXPORT_AGAIN
             )
-        if self._made_when[step.target] == "input":
-            raise BundleError(
-                f"{where}: {step.target} is made once per request; tokens are replaced in a prompt",
-                fix=EXPORT_AGAIN,
-            )
         if step.target in self.taken:
             raise BundleError(
                 f"{where} changes {step.target} after a chain has taken it", fix=EXPORT_AGAIN

@@ -106,21 +106,31 @@ class ExitEncoderDecoder(ExitDecoder):
         self._borders = [0, *self.exit_layers, self.depth]
 
     def encode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, layers: int | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        layers: int | None = None,
+        images: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's output, which `forward` takes as `source`.
 
         Args:
             input_ids, attention_mask: ``[batch, source]``; the mask is 0 at padding, else 1.
             layers: Number of layers to run; None: all.
+            images: Further inputs of `embed_source`.
         """
         encoder, read = self.encoder, attention_mask.bool()
-        embedded = functional.embedding(input_ids, encoder.embedding)
-        state = encoder.stem(scaled(embedded, encoder.embedding_scale))
+        state = encoder.stem(self.embed_source(input_ids, *images))
         shared = _biases(encoder.bias, state)
         for layer in itertools.islice(self.encoder_layers, layers):
             state = layer(state, read, *shared)
         return state if encoder.norm is None else encoder.norm(state), read
+
+    def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[batch, source, width]`` of a source's token ids ``[batch, source]``."""
+        encoder = self.encoder
+        return scaled(functional.embedding(input_ids, encoder.embedding), encoder.embedding_scale)
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -273,8 +283,7 @@ class ExitEncoderDecoder(ExitDecoder):
 
     def _reference(self, inputs: Values) -> Values:
         encoder, mask = self.encoder, inputs[SOURCE_MASK.name]
-        embedded = functional.embedding(inputs[SOURCE_IDS.name], encoder.embedding)
-        state = scaled(embedded, encoder.embedding_scale)
+        state = self.embed_source(inputs[SOURCE_IDS.name], *self._images_of(inputs))
         borders = [0, *self.encoder_exit_layers, len(self.encoder_layers)]
         answers: Values = {}
         for start, stop in itertools.pairwise(borders):
@@ -286,6 +295,10 @@ class ExitEncoderDecoder(ExitDecoder):
             by_layer = self(inputs["tokens"], source=(source, mask.bool()))
             answers |= {f"{early}exit_{layer}": logits for layer, logits in by_layer.items()}
         return answers
+
+    def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
+        """Images of an example, which `embed_source` takes."""
+        return ()
 
 
 ENCODED = "encoder_state"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,9 @@ class TowerTrunk:
     Attributes:
         pixels: ``[channels, height, width]`` of an image.
         stem: ``pixels [batch, channels, height, width] -> state``.
-        layers: Each ``state -> state``. Layers that no feature is read from are left out.
+        layers: Each ``state -> state``; without those behind the last one that is read. If a layer
+            changes the state's shape first, it is an ``nn.Sequential`` of that and the rest, whose
+            input and output are compared for the score.
         state_axes: Axes of the state behind the stem and behind each layer (``layers + 1``
             entries).
         projector: ``(*states) -> image tokens [batch, tokens, width]``; takes the states behind the
@@ -43,6 +45,8 @@ class TowerTrunk:
         width: Of an image token: that of the language model's embeddings.
         reads: Layers whose states the projector takes (0 = the stem); empty: the last one. At an
             exit behind layer k, deeper ones are replaced by layer k.
+        projector_at: ``layer -> `` the module that a new projector behind that layer starts as;
+            None: `projector`, which then takes the state of any layer.
     """
 
     pixels: tuple[int, int, int]
@@ -53,6 +57,7 @@ class TowerTrunk:
     tokens: int
     width: int
     reads: tuple[int, ...] = ()
+    projector_at: Callable[[int], nn.Module] | None = None
 
 
 class ExitTower(nn.Module):
@@ -72,7 +77,12 @@ class ExitTower(nn.Module):
         self.depth = len(trunk.layers)
         self.exit_layers = check_layers(exits, self.depth, "tower_exits")
         self.projectors = nn.ModuleDict(
-            {exit_name(layer): copy.deepcopy(trunk.projector) for layer in self.exit_layers}
+            {
+                exit_name(layer): copy.deepcopy(
+                    trunk.projector if trunk.projector_at is None else trunk.projector_at(layer)
+                )
+                for layer in self.exit_layers
+            }
         )
 
     def forward(self, pixel_values: torch.Tensor, *, layers: int | None = None) -> torch.Tensor:
@@ -202,11 +212,13 @@ class _Segment(nn.Module):
     def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         states = [self.stem(given)]
         for layer in self.layers:
-            states.append(layer(states[-1]))
+            *reshape, rest = layer if isinstance(layer, nn.Sequential) else [layer]
+            before = reshape[0](states[-1]) if reshape else states[-1]
+            states.append(rest(before))
         handed = [states[layer - self.start] for layer in self.handed]
         if not self.scored:
             return (states[-1], *handed)
-        before, after = (state.flatten(1).unsqueeze(1) for state in states[-2:])
+        before, after = (state.flatten(1).unsqueeze(1) for state in (before, states[-1]))
         read = torch.ones(before.shape[:2], device=before.device)
         return (states[-1], *handed, saturation(before, after, read))
 

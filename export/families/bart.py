@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import BartForConditionalGeneration
+from transformers import BartForConditionalGeneration, PreTrainedModel
 
 from edgeexit.errors import ExportError
 from edgeexit.export.exits.decoder import DecoderTrunk
@@ -15,7 +17,20 @@ from edgeexit.export.trace.attention import Heads, read_source, split_heads
 
 def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTrunk]:
     """Describes a BART model: its encoder and its decoder."""
-    config, base = model.config, model.model
+    return halves(model, model.model, model.final_logits_bias[0])
+
+
+def halves(
+    model: PreTrainedModel, base: Any, bias: torch.Tensor | None = None
+) -> tuple[EncoderTrunk, DecoderTrunk]:
+    """Describes encoder and decoder of a BART model that may be part of a larger one.
+
+    Args:
+        model: The model, which has the vocabulary projection ``lm_head``.
+        base: Its ``BartModel``.
+        bias: Added to logits ``[vocabulary]``; optional.
+    """
+    config = base.config
     size = config.d_model // config.encoder_attention_heads
     words = base.encoder.embed_tokens
     encoder = EncoderTrunk(
@@ -34,7 +49,7 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
         embedding_scale=float(words.embed_scale),
         stem=_Stem(base.decoder),
         layers=[_Layer(layer) for layer in base.decoder.layers],
-        head=_Head(model),
+        head=_Head(model.lm_head, bias),
         heads=Heads(queries=heads, keys=heads, size=config.d_model // heads),
         width=config.d_model,
         positions=config.max_position_embeddings,
@@ -43,7 +58,7 @@ def trunk(model: BartForConditionalGeneration) -> tuple[EncoderTrunk, DecoderTru
     return encoder, decoder
 
 
-def start_tokens(model: BartForConditionalGeneration) -> tuple[int, ...]:
+def start_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """Token ids that a text begins with: the start token, and a forced first token if there is
     one.
 
@@ -153,10 +168,11 @@ def _feed_forward(layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
 class _Head(nn.Module):
     """Vocabulary projection and its bias."""
 
-    def __init__(self, model: BartForConditionalGeneration) -> None:
+    def __init__(self, projection: nn.Module, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.projection = model.lm_head
-        self.bias = nn.Buffer(model.final_logits_bias[0])
+        self.projection = projection
+        self.bias = None if bias is None else nn.Buffer(bias)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.projection(state) + self.bias
+        logits = self.projection(state)
+        return logits if self.bias is None else logits + self.bias

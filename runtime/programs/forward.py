@@ -90,9 +90,14 @@ class InputSteps:
         launch_ahead: LaunchAhead,
     ) -> None:
         manifest = components.bundle.manifest
+        tables_read = [step for step in manifest.steps if isinstance(step, Gather)]
+        self._ids = {step.output.name: step.ids for step in tables_read if step.when == "input"}
         self._steps = [
-            step for step in manifest.steps if not isinstance(step, Place) and step.when == "input"
+            step
+            for step in manifest.steps
+            if (step.target in self._ids if isinstance(step, Place) else step.when == "input")
         ]
+        self._groups = {} if manifest.decoding is None else manifest.decoding.groups
         self._tables = tables
         self.passes: dict[str, RowPass] = {}
         self._feeds: dict[str, list[Tensor]] = {}
@@ -136,9 +141,9 @@ class InputSteps:
         """Runs the steps. Returns all tensors (inputs and outputs), and every chain's answers."""
         known, answers = dict(inputs), {}
         for step in self._steps:
-            if isinstance(step, Gather):
-                known[step.output.name] = self._tables.look_up(step, known[step.ids])
-            elif isinstance(step, Run):
+            if not isinstance(step, Run):
+                self._fill(step, known)
+            else:
                 name = step.chain
                 feeds = self._feeds[name]
                 answers[name] = self.passes[name].run(
@@ -155,9 +160,9 @@ class InputSteps:
         """Runs every component of a chain for every row. Earlier chains use their last exit."""
         known = dict(inputs)
         for step in self._steps:
-            if isinstance(step, Gather):
-                known[step.output.name] = self._tables.look_up(step, known[step.ids])
-            elif isinstance(step, Run):
+            if not isinstance(step, Run):
+                self._fill(step, known)
+            else:
                 row_pass = self.passes[step.chain]
                 sizes = sizes_of(self._feeds[step.chain], known)
                 answers, times_ns = row_pass.run_all(known, sizes)
@@ -170,6 +175,28 @@ class InputSteps:
                     )
                 known |= answers[-1][0]
         raise AssertionError(f"no step runs {chain}")
+
+    def _fill(self, step: Gather | Place, known: dict[str, NDArray[Any]]) -> None:
+        """Looks up embeddings, or replaces those of placeholders."""
+        if isinstance(step, Gather):
+            known[step.output.name] = self._tables.look_up(step, known[step.ids])
+            return
+        token, source = self._groups[step.group].token, known[step.source]
+        places = known[self._ids[step.target]] == token
+        rows = source.reshape(-1, source.shape[-1])
+        check_placeholders(step, int(places.sum()), len(rows))
+        known[step.target][places] = rows
+
+
+def check_placeholders(step: Place, placeholders: int, rows: int) -> None:
+    """Raises `InputError` if there are more placeholders than rows to replace them, or fewer."""
+    if placeholders != rows:
+        raise InputError(
+            f"the prompts have {placeholders} tokens of the group {step.group}, "
+            f"{'more' if placeholders > rows else 'fewer'} than the {rows} rows that "
+            f"{step.source} has for them",
+            fix="Write one placeholder token per row, in the order of the rows.",
+        )
 
 
 def chain_feeds(manifest: Manifest, chain: Chain) -> list[Tensor]:

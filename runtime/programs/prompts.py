@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Place, TextPreprocessing
+from edgeexit.bundle.manifest import Gather, Place, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
 from edgeexit.runtime.programs.arguments import Prompt, token_rows
+from edgeexit.runtime.programs.forward import check_placeholders
 from edgeexit.runtime.text.tokenizer import encode_batch
 
 
@@ -69,14 +70,7 @@ class Prompts:
                 what.append(sources[step.group][start : start + len(places)])
             prefixes.append((np.concatenate(where), np.concatenate(what)))
         for step in self.places:
-            there = len(sources[step.group])
-            if taken[step.group] != there:
-                more = "more" if taken[step.group] > there else "fewer"
-                raise InputError(
-                    f"the prompts have {taken[step.group]} tokens of the group {step.group}, "
-                    f"{more} than the {there} rows that {step.source} has for them",
-                    fix="Write one placeholder token per row, in the order of the rows.",
-                )
+            check_placeholders(step, taken[step.group], len(sources[step.group]))
         return prefixes
 
 
@@ -114,7 +108,16 @@ def read_prompts(
         given |= more
     else:
         rows = token_rows(prompts, encode or (lambda text: []))
-    places = [step for step in bundle.manifest.steps if isinstance(step, Place)]
+    [embedded] = [
+        step.output.name
+        for step in bundle.manifest.steps
+        if isinstance(step, Gather) and step.when == "token"
+    ]
+    places = [
+        step
+        for step in bundle.manifest.steps
+        if isinstance(step, Place) and step.target == embedded
+    ]
     groups = {name: [row == group.token for row in rows] for name, group in decoding.groups.items()}
     if places and not given:
         empty = {step.group: [bool(own.any()) for own in groups[step.group]] for step in places}

@@ -1,0 +1,152 @@
+"""An encoder-decoder that writes text about an image: a vision tower
+(`edgeexit.export.exits.tower`) before an encoder-decoder
+(`edgeexit.export.exits.encoder_decoder`), with exits in all three.
+
+The image tokens replace the placeholders of the text that the encoder reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from edgeexit.bundle.manifest import (
+    ImagePreprocessing,
+    ImageText,
+    Place,
+    Run,
+    TokenGroup,
+)
+from edgeexit.export.contract import SplitModel, Values
+from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.encoder_decoder import (
+    SOURCE_IDS,
+    SOURCE_MASK,
+    EncoderTrunk,
+    ExitEncoderDecoder,
+)
+from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
+from edgeexit.export.exits.tower import CHAIN, IMAGE_FEATURES, PIXELS, ExitTower, TowerTrunk
+from edgeexit.export.exits.vision_language import GROUP
+
+
+@dataclass(frozen=True)
+class VisionEncoderTrunk:
+    """A family's description of its model.
+
+    Attributes:
+        tower, encoder, decoder: Its parts.
+        placeholder: Id of the token that stands for an image token in the encoder's text.
+        prompt: What that text says for an image, with the usual text of that token.
+        processing: Options that the model's processor passes to its image processor.
+    """
+
+    tower: TowerTrunk
+    encoder: EncoderTrunk
+    decoder: DecoderTrunk
+    placeholder: int
+    prompt: ImageText
+    processing: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+class ExitVisionEncoderDecoder(ExitEncoderDecoder):
+    """An encoder-decoder with a vision tower, and exits behind some layers of each.
+
+    Args:
+        model: The transformers model that owns the weights.
+        trunk: Its description.
+        exits, encoder_exits: As for `ExitEncoderDecoder`.
+        tower_exits: Layers of the tower with an exit.
+
+    Attributes:
+        tower: The vision tower with its exits.
+        prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trunk: VisionEncoderTrunk,
+        exits: Iterable[int],
+        encoder_exits: Iterable[int] = (),
+        tower_exits: Iterable[int] = (),
+    ) -> None:
+        super().__init__(model, trunk.encoder, trunk.decoder, exits, encoder_exits)
+        self.whole = trunk
+        self.tower = ExitTower(trunk.tower, tower_exits)
+        self.prompt: ImageText | None = None
+        self.images: ImagePreprocessing | None = None
+
+    def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[batch, source, width]`` with image tokens in place of their placeholders.
+
+        Args:
+            input_ids: ``[batch, source]``.
+            images: One tensor ``[image, channels, height, width]``, or none.
+        """
+        embedded = super().embed_source(input_ids)
+        if not images:
+            return embedded
+        places = (input_ids == self.whole.placeholder)[..., None]
+        return embedded.masked_scatter(places, self.tower(*images).to(embedded.dtype))
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
+        and adds the exits."""
+        folder = Path(folder)
+        save_model(self.model, folder, state_dict)
+        exits = SavedExits(
+            self.exit_layers, encoder=self.encoder_exit_layers, tower=self.tower.exit_layers
+        )
+        save_exits(folder, exits, self.tower.projectors)
+
+    def split_model(self) -> SplitModel:
+        """The contract for export: the tower's components and chain, and those of
+        `ExitEncoderDecoder.split_model`."""
+        split = super().split_model()
+        assert split.decoding is not None
+        [table, encoder, *others] = split.steps
+        group = TokenGroup(token=self.whole.placeholder, image=self.prompt)
+        return dataclasses.replace(
+            split,
+            task="image-text-to-text",
+            inputs=(*split.inputs, self.tower.pixels),
+            components=[*self.tower.components(), *split.components],
+            chains={CHAIN: self.tower.chain(), **split.chains},
+            steps=[
+                Run(chain=CHAIN),
+                table,
+                Place(source=IMAGE_FEATURES, target=self._source.name, group=GROUP),
+                encoder,
+                *others,
+            ],
+            decoding=msgspec.structs.replace(split.decoding, groups={GROUP: group}),
+        )
+
+    def _example(self, rows: int) -> Values:
+        """Sources of unlike lengths behind an image each."""
+        example = super()._example(rows)
+        generator = torch.Generator().manual_seed(1)
+        tokens = self.whole.tower.tokens
+        front = torch.full((rows, tokens), self.whole.placeholder)
+        ids, mask = example[SOURCE_IDS.name], example[SOURCE_MASK.name]
+        ids[ids == self.whole.placeholder] = self.encoder.pad_token
+        return example | {
+            SOURCE_IDS.name: torch.cat([front, ids], 1),
+            SOURCE_MASK.name: torch.cat([torch.ones_like(front), mask], 1),
+            PIXELS: torch.randn(rows, *self.whole.tower.pixels, generator=generator),
+        }
+
+    def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
+        return (inputs[PIXELS],)
+
+
+__all__ = ["ExitVisionEncoderDecoder", "VisionEncoderTrunk"]
