@@ -17,6 +17,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeexit.bundle.raw_inputs import Chat as Chat
+from edgeexit.bundle.raw_inputs import ImagePreprocessing as ImagePreprocessing
+from edgeexit.bundle.raw_inputs import ImageText as ImageText
+from edgeexit.bundle.raw_inputs import Name as Name
+from edgeexit.bundle.raw_inputs import Preprocessing as Preprocessing
+from edgeexit.bundle.raw_inputs import TextPreprocessing as TextPreprocessing
+from edgeexit.bundle.raw_inputs import Tiles as Tiles
+
 FORMAT_MAJOR = 2
 FORMAT_MINOR = 0
 KNOWN_FEATURES: frozenset[str] = frozenset()
@@ -42,7 +50,6 @@ each row. last: position of each row's last new token (past + new - 1). most: la
 tokens in any row, new ones included. prompt: how many of each row's new tokens belong to its
 prompt."""
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}$")]
 Axis = str | Annotated[int, Meta(ge=1, le=2**31 - 1)] | None
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 When = Literal["input", "token"]
@@ -224,25 +231,6 @@ class Place(Struct, frozen=True, kw_only=True, tag="place"):
 Step = Run | Gather | Place
 
 
-class ImageText(Struct, frozen=True, kw_only=True):
-    """What a prompt says where an image stands.
-
-    A user writes `placeholder` once per image; it is the text of the group's token. It is replaced
-    with `whole`, where ``{image}`` stands for `tokens` placeholders, once for each tile. With
-    `in_front`, users write nothing: images stand in front of the encoded prompt, before its special
-    tokens. With `tile`, an image of several tiles is instead written as `tile` for each, where
-    ``{row}`` and ``{column}`` count from 1, `row_end` behind each row, and `overview`.
-    """
-
-    placeholder: Annotated[str, Meta(min_length=1)]
-    tokens: Annotated[int, Meta(ge=1)]
-    whole: str = "{image}"
-    in_front: bool = False
-    tile: str | None = None
-    row_end: str = ""
-    overview: str = ""
-
-
 class TokenGroup(Struct, frozen=True, kw_only=True):
     """Placeholder tokens of a prompt, which are replaced with other data than text.
 
@@ -290,70 +278,6 @@ class Decoding(Struct, frozen=True, kw_only=True):
     stop_tokens: list[int] = []
     groups: dict[Name, TokenGroup] = {}
     generation: GenerationDefaults | None = None
-
-
-class Tiles(Struct, frozen=True, kw_only=True):
-    """How an image is cut into tiles of one size, followed by an overview: the whole image at the
-    size of a tile. A single tile has no overview.
-
-    ``aspect-ratio``: the grid of `least` to `most` tiles with the ratio nearest to the image's; of
-    equal ones, the larger if the image has more than half of its pixels (InternVL). ``cover``: the
-    smallest grid that covers the image (SmolVLM, Idefics3).
-    """
-
-    rule: Literal["aspect-ratio", "cover"]
-    most: Annotated[int, Meta(ge=1, le=256)]
-    least: Annotated[int, Meta(ge=1)] = 1
-
-
-class ImagePreprocessing(Struct, frozen=True, kw_only=True, tag="image"):
-    """Image to tensor: decode, resize, crop, scale, normalise; channels first.
-
-    With `shortest_edge`, the image is resized so that its shorter side has that many pixels, and
-    its centre of `height` x `width` is cropped. Without, it is resized to `height` x `width`. With
-    `longest_edge`, it is first resized so that its longer side has that many pixels, and the other
-    one an even number. With `tiles`, it becomes several tiles of `height` x `width`.
-    value = (pixel * scale - mean[channel]) / std[channel]
-    """
-
-    input: str
-    height: Annotated[int, Meta(ge=1)]
-    width: Annotated[int, Meta(ge=1)]
-    mode: Literal["RGB", "L"] = "RGB"
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    shortest_edge: Annotated[int, Meta(ge=1)] | None = None
-    longest_edge: Annotated[int, Meta(ge=1)] | None = None
-    tiles: Tiles | None = None
-    scale: float = 1 / 255
-    mean: list[float] = msgspec.field(default_factory=lambda: [0.0])
-    std: list[float] = msgspec.field(default_factory=lambda: [1.0])
-
-
-class TextPreprocessing(Struct, frozen=True, kw_only=True, tag="text"):
-    """Text (or a pair of texts) to token ids with the bundle's tokenizer, padded to the batch."""
-
-    max_length: Annotated[int, Meta(ge=1)]
-    ids: str
-    mask: str | None = None
-    types: str | None = None
-    pad_id: int = 0
-    pad_token: str = "[PAD]"
-
-
-Preprocessing = ImagePreprocessing | TextPreprocessing
-
-
-class Chat(Struct, frozen=True, kw_only=True):
-    """How a conversation becomes a prompt: the checkpoint's own chat templates (Jinja).
-
-    `templates` maps a name to a file in UTF-8. ``default`` is used if no template is named,
-    ``tool_use`` (if present) if tools are given. `tokens` maps variables of the templates to
-    special tokens: ``bos_token`` -> text. A reader may ignore chat templates: it then continues
-    texts, but cannot hold conversations.
-    """
-
-    templates: Annotated[dict[Name, str], Meta(min_length=1)]
-    tokens: dict[Name, str] = {}
 
 
 class File(Struct, frozen=True, kw_only=True):

@@ -146,8 +146,7 @@ class Session:
         return view
 
     def row_states(self, name: str, like: Array) -> Array:
-        """Memory for one hidden state per row, ``[batch, width]``, with the width and dtype of
-        `like`. The same name always gives the same memory."""
+        """Memory for a state per row ``[batch, width]``, like `like`; the same for a name."""
         states = self._rows.get(name)
         if states is None:
             shape = (self.batch, like.shape[-1])

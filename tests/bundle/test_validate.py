@@ -577,22 +577,17 @@ TEXTS: Cases = {
         lambda raw: exit_(raw, "gate").update(tokens=None),
         "exit gate: there is no token group None",
     ),
-    "gate without a path": (
-        lambda raw: exit_(raw, "gate").update(path=[], scores={})
-        or raw["components"].pop("gate"),
-        "an exit that drops tokens needs a path, one score and no outputs",
-    ),
     "gate without a score": (
         lambda raw: exit_(raw, "gate").update(scores={}),
-        "an exit that drops tokens needs a path, one score and no outputs",
+        "an exit that drops tokens has a path and one score, or neither, and no outputs",
     ),
     "gate with two scores": (
         lambda raw: exit_(raw, "gate")["scores"].update(more="gate/score"),
-        "an exit that drops tokens needs a path, one score and no outputs",
+        "an exit that drops tokens has a path and one score, or neither, and no outputs",
     ),
     "gate that answers": (
         lambda raw: exit_(raw, "gate").update(outputs={"token": "gate/score"}),
-        "an exit that drops tokens needs a path, one score and no outputs",
+        "an exit that drops tokens has a path and one score, or neither, and no outputs",
     ),
     "gate in a chain without a prompt": (
         lambda raw: exit_(raw, "vision_1").update(
@@ -650,15 +645,6 @@ TEXTS: Cases = {
     "rows placed too late": (
         lambda raw: raw["steps"].append(raw["steps"].pop(2)),
         "changes embedded after a chain has taken it",
-    ),
-    "rows placed once per request": (
-        lambda raw: raw["steps"].insert(
-            0,
-            gather(ids="words", output=tensor("word_rows", "batch", 5, 8), when="input"),
-        )
-        or raw["inputs"].append(tensor("words", "batch", 5, dtype="int64"))
-        or step(raw, "place").update(target="word_rows"),
-        "word_rows is made once per request; tokens are replaced in a prompt",
     ),
     "placed rows of another width": (
         lambda raw: [
