@@ -197,6 +197,7 @@ class SplitModel:
             between components that their outputs are added to.
         tokenizer: Content of a ``tokenizer.json``, for text preprocessing.
         tokenizer_folder: Folder of the tokenizer's files and chat templates, if there are any.
+        preprocessing: How images and texts become inputs; at most one of each.
         preprocessing_sample: Raw data and the result of the model's own preprocessing, so that a
             device can check its own: ``image`` uint8 ``[height, width(, 3)]``, or ``text`` strings
             ``[n]``; and ``expected/<input>`` for every input.
@@ -214,7 +215,7 @@ class SplitModel:
     limits: Mapping[str, int] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    preprocessing: Preprocessing | None = None
+    preprocessing: Sequence[Preprocessing] = ()
     tokenizer: bytes | None = None
     tokenizer_folder: str | None = None
     preprocessing_sample: Mapping[str, np.ndarray] | None = None

@@ -100,7 +100,7 @@ def manifest_of(
         decoding=model.decoding,
         limits=dict(model.limits),
         labels=list(model.labels),
-        preprocessing=model.preprocessing,
+        preprocessing=list(model.preprocessing),
         provenance=dict(model.provenance) | (provenance or {}),
     )
 

@@ -34,6 +34,7 @@ from edgeexit.export.generation import generation_of
 from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.export.library_errors import translated
 from edgeexit.export.preprocessing import text_preprocessing
+from edgeexit.export.pretrained_vision import VISION_LANGUAGE, Exits, read_vision_language
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ FAMILIES = {
 }
 """transformers' model type -> (module of this package, class that reads it, task)."""
 
-DECODERS = {"llama": "llama", "qwen3": "llama", "opt": "opt"}
+DECODERS = {"llama": "llama", "qwen2": "llama", "qwen3": "llama", "opt": "opt"}
 """The same for causal language models: model type -> module of this package."""
 
 ENCODER_DECODERS = {
@@ -76,6 +77,9 @@ def from_pretrained(
     exits: Iterable[int] | None = None,
     adapters: Iterable[int] | Mapping[int, int] | None = None,
     encoder_exits: Iterable[int] | None = None,
+    tower_exits: Iterable[int] | None = None,
+    image_drops: Iterable[int] = (),
+    most_tiles: int | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
     saved_exits: bool = True,
@@ -90,6 +94,12 @@ def from_pretrained(
             `ExitDecoder`). None: those saved with the checkpoint.
         encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
             with the checkpoint, or none.
+        tower_exits: Vision-language models: layers of the vision tower that get an exit with a
+            projector of its own. None: those saved with the checkpoint, or none.
+        image_drops: Vision-language models: layers behind which image tokens can leave; they can
+            behind every exit layer.
+        most_tiles: Vision-language models: most tiles that an image is cut into, besides its
+            overview; None: as the checkpoint's processor does.
         adapter: A folder (or hub id) with a peft adapter such as LoRA, or several. They are merged
             into the weights in this order. An adapter's tokenizer replaces the checkpoint's.
         untrained: Attach new, random heads (new adapters) where the checkpoint has none, to measure
@@ -103,6 +113,15 @@ def from_pretrained(
     """
     checkpoint = open_checkpoint(path, adapter)
     config, saved = checkpoint.config, _saved_exits(checkpoint, use=saved_exits)
+    if config.model_type in VISION_LANGUAGE:
+        chosen = Exits(exits, encoder_exits, tower_exits, image_drops, adapters, untrained)
+        return _vision_language(checkpoint, saved, chosen, most_tiles)
+    if tower_exits is not None or list(image_drops) or most_tiles is not None:
+        raise UsageError(
+            f"{path}: a {config.model_type} has no vision tower before a language model",
+            fix="Leave out --tower-exits, --drop-image-tokens and --max-tiles (tower_exits, "
+            "image_drops, most_tiles).",
+        )
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:
             raise UsageError(
@@ -124,9 +143,10 @@ def from_pretrained(
         )
     family = FAMILIES.get(config.model_type)
     if family is None:
+        known = {*FAMILIES, *DECODERS, *ENCODER_DECODERS, *VISION_LANGUAGE}
         raise ExportError(
             f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
-            f"(it has {', '.join(sorted({*FAMILIES, *DECODERS, *ENCODER_DECODERS}))})",
+            f"(it has {', '.join(sorted(known))})",
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
@@ -227,12 +247,13 @@ def _classifier(
     if missing_weights:
         classifier.provenance["head"] = "untrained"
     if images:
-        classifier.preprocessing, classifier.preprocessing_sample = images
+        classifier.preprocessing, classifier.preprocessing_sample = (images[0],), images[1]
     elif task == "text-classification":
         names = [tensor.name for tensor in trunk.inputs]
         _tell_of_tokenizer(checkpoint)
         if texts := text_preprocessing(checkpoint.text_folder, names, trunk.limits["seq"]):
-            classifier.preprocessing, classifier.tokenizer, sample = texts
+            text, classifier.tokenizer, sample = texts
+            classifier.preprocessing = (text,)
             classifier.preprocessing_sample = sample
     return classifier
 
@@ -282,6 +303,21 @@ def _trunk(
             return family.trunk(model.eval(), *more)
         except ExportError as error:  # families do not know the path
             raise ExportError(f"{checkpoint.path}: {error.what}", fix=error.fix) from error
+
+
+def _vision_language(
+    checkpoint: Checkpoint, saved: SavedExits, exits: Exits, most_tiles: int | None
+) -> ExitDecoder:
+    """A vision-language model; exits of its language model share the model's own head."""
+
+    def describe(family: str, model: transformers.PreTrainedModel, *more: Any) -> Any:
+        return _trunk(checkpoint, family, model, *more)
+
+    split = read_vision_language(checkpoint, saved, exits, describe, most_tiles)
+    split.name = name_of(checkpoint.path)
+    origin = _origin(split.exit_layers, saved.layers, untrained=exits.untrained)
+    split.provenance["exits"] = origin
+    return split
 
 
 def _decoder(
@@ -373,5 +409,5 @@ def _encoder_decoder(
     _tell_of_tokenizer(checkpoint)
     takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
     if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
-        split.preprocessing, _, split.preprocessing_sample = texts
+        split.preprocessing, split.preprocessing_sample = (texts[0],), texts[2]
     return split

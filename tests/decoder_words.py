@@ -31,5 +31,5 @@ def write_with_words(toy: DecoderToy, output: Path, first: str = "") -> Bundle:
             preprocessing = TextPreprocessing(
                 max_length=12, ids="source_ids", mask="source_mask", pad_token="w0"
             )
-            manifest = msgspec.structs.replace(manifest, preprocessing=preprocessing)
+            manifest = msgspec.structs.replace(manifest, preprocessing=[preprocessing])
         return writer.commit(manifest)

@@ -308,7 +308,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     limits: dict[str, int] = {}
     requires: list[str] = []
     labels: list[str] = []
-    preprocessing: Preprocessing | None = None
+    preprocessing: list[Preprocessing] = []
     tokenizer: str | None = None
     chat: Chat | None = None
     samples: list[str] = []
@@ -319,6 +319,16 @@ class Manifest(Struct, frozen=True, kw_only=True):
         """The chain that answers: that of the last `Run` step."""
         runs = [step.chain for step in self.steps if isinstance(step, Run)]
         return self.chains[runs[-1]]
+
+    @property
+    def image_preprocessing(self) -> ImagePreprocessing | None:
+        """How images become an input, if the bundle says so."""
+        return next((p for p in self.preprocessing if isinstance(p, ImagePreprocessing)), None)
+
+    @property
+    def text_preprocessing(self) -> TextPreprocessing | None:
+        """How texts become inputs, if the bundle says so; prompts need only the tokenizer."""
+        return next((p for p in self.preprocessing if isinstance(p, TextPreprocessing)), None)
 
     @property
     def outputs(self) -> list[Tensor]:

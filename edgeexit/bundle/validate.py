@@ -26,7 +26,6 @@ from edgeexit.bundle.manifest import (
     PromptState,
     Run,
     Tensor,
-    TextPreprocessing,
     TokenState,
 )
 from edgeexit.bundle.tensor_forms import check_rows
@@ -87,7 +86,7 @@ def _check_files(manifest: Manifest) -> None:
     for name in wanted:
         if name not in manifest.files:
             raise IntegrityError(f"{MANIFEST}: {name} is used but not listed in files", fix=RECOPY)
-    if isinstance(manifest.preprocessing, TextPreprocessing) and not manifest.tokenizer:
+    if manifest.text_preprocessing is not None and not manifest.tokenizer:
         raise BundleError(f"{MANIFEST}: text preprocessing needs a tokenizer", fix=EXPORT_AGAIN)
     if manifest.chat is not None and not manifest.tokenizer:
         raise BundleError(f"{MANIFEST}: chat templates need a tokenizer", fix=EXPORT_AGAIN)
@@ -98,11 +97,11 @@ def _check_inputs(manifest: Manifest) -> None:
     if not any("batch" in tensor.axes for tensor in manifest.inputs):
         raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix=EXPORT_AGAIN)
     made: list[str | None] = []
-    if isinstance(manifest.preprocessing, ImagePreprocessing):
-        made = [manifest.preprocessing.input]
-    elif manifest.preprocessing is not None:
-        text = manifest.preprocessing
-        made = [text.ids, text.mask, text.types]
+    for one in manifest.preprocessing:
+        is_image = isinstance(one, ImagePreprocessing)
+        made += [one.input] if is_image else [one.ids, one.mask, one.types]  # type: ignore[union-attr]
+    if len(manifest.preprocessing) > len({type(one) for one in manifest.preprocessing}):
+        raise BundleError(f"{MANIFEST}: two preprocessings of one kind", fix=EXPORT_AGAIN)
     inputs = {tensor.name for tensor in manifest.inputs}
     for name in made:
         if name is not None and name not in inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,16 @@ DTYPES = {
     "fp16": "float16",
     "int8": "int8",
 }
+OF_CHECKPOINTS = {
+    "exits": "--exits",
+    "untrained_exits": "--untrained-exits",
+    "adapters": "--adapters",
+    "encoder_exits": "--encoder-exits",
+    "tower_exits": "--tower-exits",
+    "image_drops": "--drop-image-tokens",
+    "max_tiles": "--max-tiles",
+}
+"""Parameters that say which exits a checkpoint gets -> their options."""
 
 
 @click.command("export")
@@ -72,6 +82,25 @@ DTYPES = {
     metavar="LIST",
     help="Encoder-decoders: encoder layers with an exit; default: those saved with the checkpoint, "
     "or none.",
+)
+@click.option(
+    "--tower-exits",
+    metavar="LIST",
+    help="Vision-language models: layers of the vision tower with an exit; default: those saved "
+    "with the checkpoint, or none.",
+)
+@click.option(
+    "--drop-image-tokens",
+    "image_drops",
+    metavar="LIST",
+    help="Vision-language models: layers behind which image tokens can leave, besides the exit "
+    "layers.",
+)
+@click.option(
+    "--max-tiles",
+    type=click.IntRange(min=1),
+    help="Vision-language models: cut an image into at most this many tiles; default: as the "
+    "checkpoint's processor does.",
 )
 @click.option(
     "--opset",
@@ -132,6 +161,7 @@ def command(
     edgeexit export -m checkpoint -o bundle
     edgeexit export -m checkpoint --untrained-exits 3,6,9 -o bundle
     edgeexit export -m base --adapter lora --exits 8,16 -o bundle
+    edgeexit export -m llava --untrained-exits 6,12 --tower-exits 8 --max-tiles 1 -o bundle
     edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
     edgeexit export -m my_package.model:make -o bundle
     edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
@@ -237,12 +267,12 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    exits = [options[name] for name in ("exits", "untrained_exits", "adapters", "encoder_exits")]
     if ":" in model and not Path(model).exists():
-        if any(one is not None for one in exits):
+        if given := [name for name in OF_CHECKPOINTS if options[name] is not None]:
+            option = OF_CHECKPOINTS[given[0]]
             raise UsageError(
-                f"{model}: options for exits cannot be used with a function",
-                fix="Leave out --exits, --untrained-exits, --adapters and --encoder-exits.",
+                f"{model}: {option} cannot be used with a function",
+                fix="Leave it out: the function makes the exits.",
             )
         if options["merged"]:
             raise UsageError(
@@ -250,7 +280,7 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
             )
         split = _from_function(model)
     else:
-        split = _from_checkpoint(model, *exits, merged=options["merged"])
+        split = _from_checkpoint(model, options)
     if options["task"] not in (None, split.task):
         raise UsageError(
             f"--task {options['task']}: the task of {model} is {split.task}", fix="Leave it out."
@@ -276,17 +306,10 @@ def _from_function(spec: str) -> SplitModel:
     return made
 
 
-def _from_checkpoint(
-    model: str,
-    exits: str | None,
-    untrained_exits: str | None,
-    adapters: str | None,
-    encoder_exits: str | None,
-    *,
-    merged: Sequence[str] = (),
-) -> SplitModel:
+def _from_checkpoint(model: str, options: Mapping[str, Any]) -> SplitModel:
     from edgeexit.export.pretrained import from_pretrained
 
+    exits, untrained_exits = options["exits"], options["untrained_exits"]
     if exits is not None and untrained_exits is not None:
         raise UsageError("--exits and --untrained-exits exclude each other", fix="Give one.")
     option, text = (
@@ -296,15 +319,21 @@ def _from_checkpoint(
     if text is not None:
         layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
     chosen: list[int] | None = None
-    if adapters is not None:
+    if (adapters := options["adapters"]) is not None:
         chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
-    encoder = None if encoder_exits is None else _layers(encoder_exits, "--encoder-exits")
+
+    def given(name: str) -> list[int] | None:
+        return None if options[name] is None else _layers(options[name], OF_CHECKPOINTS[name])
+
     return from_pretrained(
         model,
         exits=layers,
         adapters=chosen,
-        encoder_exits=encoder,
-        adapter=merged,
+        encoder_exits=given("encoder_exits"),
+        tower_exits=given("tower_exits"),
+        image_drops=given("image_drops") or (),
+        most_tiles=options["max_tiles"],
+        adapter=options["merged"],
         untrained=untrained_exits is not None,
         saved_exits=untrained_exits is None,
     ).split_model()

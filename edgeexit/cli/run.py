@@ -286,7 +286,6 @@ def _warn_of_no_numbers(found: list[dict[str, Any]]) -> None:
 
 
 def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
-    from edgeexit.bundle.manifest import ImagePreprocessing
     from edgeexit.measure.batches import Batch
     from edgeexit.measure.data import open_data
     from edgeexit.preprocessing.images import open_image, preprocess_images
@@ -297,8 +296,8 @@ def _batches(bundle: Bundle, options: Mapping[str, Any]) -> Iterator[Batch]:
         yield from open_data(options["data"], bundle).batches(size)
         return
     for start in range(0, len(images), size):
-        preprocessing = bundle.manifest.preprocessing
-        if not isinstance(preprocessing, ImagePreprocessing):
+        preprocessing = bundle.manifest.image_preprocessing
+        if preprocessing is None:
             raise DataError(
                 "--image: the bundle has no image preprocessing", fix="Use --data with .npz."
             )

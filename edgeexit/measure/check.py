@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.compare import spread
-from edgeexit.bundle.manifest import Chain, ImagePreprocessing
+from edgeexit.bundle.manifest import Chain
 from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, EngineError
@@ -188,26 +188,25 @@ def _unsplit_reference(checked: Checked, chain: Chain) -> Iterator[tuple[str, ND
 
 def _check_preprocessing(bundle: Bundle, judge: Judge) -> None:
     arrays = read_npz(bundle.file(PREPROCESSING))
-    preprocessing = bundle.manifest.preprocessing
-    prefix = "expected/"
+    manifest, prefix = bundle.manifest, "expected/"
     expected = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    if isinstance(preprocessing, ImagePreprocessing):
-        if "image" not in arrays or preprocessing.input not in expected:
+    made: dict[str, NDArray] = {}
+    atol: dict[str, float] = {}
+    if (images := manifest.image_preprocessing) is not None:
+        if "image" not in arrays or images.input not in expected:
             raise BundleError(f"{PREPROCESSING}: no image or no answer", fix="Export again.")
-        image = image_from_array(arrays["image"])
-        made = {preprocessing.input: preprocess_images(preprocessing, [image])}
-        levels = GREY_LEVELS * preprocessing.scale / min(abs(value) for value in preprocessing.std)
-        atol = max(judge.atol, levels)
-    else:
+        made[images.input] = preprocess_images(images, [image_from_array(arrays["image"])])
+        levels = GREY_LEVELS * images.scale / min(abs(value) for value in images.std)
+        atol[images.input] = max(judge.atol, levels)
+    if manifest.text_preprocessing is not None:
         if "text" not in arrays:
             raise BundleError(f"{PREPROCESSING}: no text in it", fix="Export again.")
-        texts = [str(text) for text in np.atleast_1d(arrays["text"])]
-        made, atol = encode_batch(bundle, texts), 0.0
+        made |= encode_batch(bundle, [str(text) for text in np.atleast_1d(arrays["text"])])
     for name, value in expected.items():
         found = made.get(name, np.empty(0))
         if value.ndim == found.ndim - 1:
             value = value[None]
-        judge.compare("preprocessing", name, found, value, atol=atol)
+        judge.compare("preprocessing", name, found, value, atol=atol.get(name, 0.0))
 
 
 __all__ = ["REFERENCE", "check"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
+from edgeexit.bundle.manifest import ImagePreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
 from edgeexit.measure.batches import (
@@ -88,8 +88,8 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _images_wanted(bundle: Bundle, where: str) -> ImagePreprocessing:
-    preprocessing = bundle.manifest.preprocessing
-    if not isinstance(preprocessing, ImagePreprocessing):
+    preprocessing = bundle.manifest.image_preprocessing
+    if preprocessing is None:
         raise DataError(
             f"{where}: the bundle has no image preprocessing",
             fix=f"Give the model's inputs as .npz: {input_names(bundle)}.",
@@ -124,13 +124,12 @@ def _labels(labels: Sequence[int | None]) -> NDArray[np.int64] | None:
 
 def open_lines(path: Path, bundle: Bundle) -> DataSet:
     """Opens a ``.jsonl`` file of texts or images as a data set."""
-    preprocessing = bundle.manifest.preprocessing
-    if preprocessing is None:
+    if not bundle.manifest.preprocessing:
         raise DataError(
             f"{path.name}: the bundle has no preprocessing for texts or images",
             fix=f"Give the model's inputs as .npz: {input_names(bundle)}.",
         )
-    key = "text" if isinstance(preprocessing, TextPreprocessing) else "image"
+    key = "text" if bundle.manifest.image_preprocessing is None else "image"
 
     def batches(size: int, update: Update) -> Iterator[Batch]:
         part: list[tuple[str, dict[str, Any]]] = []
@@ -188,8 +187,8 @@ def _batch(
     if any(index is None for index in indices) and any(index is not None for index in indices):
         where = part[indices.index(None)][0]
         raise DataError(f"{where}: the label is missing", fix="Label every row, or no row.")
-    preprocessing = bundle.manifest.preprocessing
-    if isinstance(preprocessing, ImagePreprocessing):
+    preprocessing = bundle.manifest.image_preprocessing
+    if preprocessing is not None:
         images = [
             open_image(path.parent / row[key], f"{where}: {row[key]}", update)
             for where, row in part

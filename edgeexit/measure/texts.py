@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Gather, TextPreprocessing
+from edgeexit.bundle.manifest import Gather
 from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
@@ -144,8 +144,8 @@ class _Reader:
 
     def _source(self, given: Any, where: str) -> dict[str, NDArray]:
         """The encoder's inputs for a text or token ids."""
-        preprocessing = self._bundle.manifest.preprocessing
-        if not isinstance(preprocessing, TextPreprocessing):
+        preprocessing = self._bundle.manifest.text_preprocessing
+        if preprocessing is None:
             raise DataError(
                 f"{where}: the bundle has no preprocessing for prompts",
                 fix="Give the model's inputs as .npz.",

@@ -125,7 +125,7 @@ class ExitClassifier(nn.Module):
         self.name = type(model).__name__
         self.task = "classification"
         self.labels: tuple[str, ...] = ()
-        self.preprocessing: Preprocessing | None = None
+        self.preprocessing: tuple[Preprocessing, ...] = ()
         self.tokenizer: bytes | None = None
         self.preprocessing_sample: dict[str, np.ndarray] | None = None
         self.provenance: dict[str, str] = {}

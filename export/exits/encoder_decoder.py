@@ -26,10 +26,10 @@ from torch.nn import functional
 from edgeexit.bundle.manifest import (
     Chain,
     Exit,
+    Preprocessing,
     PromptState,
     Run,
     Tensor,
-    TextPreprocessing,
     TokenState,
 )
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
@@ -101,7 +101,7 @@ class ExitEncoderDecoder(ExitDecoder):
         self.encoder = encoder
         self.encoder_layers = list(encoder.layers)
         self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder")
-        self.preprocessing: TextPreprocessing | None = None
+        self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
 

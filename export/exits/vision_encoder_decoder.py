@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from edgeexit.bundle.manifest import (
-    ImagePreprocessing,
     ImageText,
     Place,
     Run,
@@ -44,7 +43,6 @@ class VisionEncoderTrunk:
         tower, encoder, decoder: Its parts.
         placeholder: Id of the token that stands for an image token in the encoder's text.
         prompt: What that text says for an image, with the usual text of that token.
-        processing: Options that the model's processor passes to its image processor.
     """
 
     tower: TowerTrunk
@@ -52,7 +50,6 @@ class VisionEncoderTrunk:
     decoder: DecoderTrunk
     placeholder: int
     prompt: ImageText
-    processing: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 class ExitVisionEncoderDecoder(ExitEncoderDecoder):
@@ -81,7 +78,6 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
         self.prompt: ImageText | None = None
-        self.images: ImagePreprocessing | None = None
 
     def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[batch, source, width]`` with image tokens in place of their placeholders.

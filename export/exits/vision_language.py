@@ -19,9 +19,9 @@ from torch import nn
 
 from edgeexit.bundle.manifest import (
     Exit,
-    ImagePreprocessing,
     ImageText,
     Place,
+    Preprocessing,
     Run,
     TokenGroup,
 )
@@ -44,14 +44,12 @@ class VisionLanguageTrunk:
         decoder: The language model.
         placeholder: Id of the token that stands for an image token in a prompt.
         prompt: What a prompt says for an image, with the usual text of that token.
-        processing: Options that the model's processor passes to its image processor.
     """
 
     tower: TowerTrunk
     decoder: DecoderTrunk
     placeholder: int
     prompt: ImageText
-    processing: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 class ExitVisionLanguage(ExitDecoder):
@@ -86,7 +84,7 @@ class ExitVisionLanguage(ExitDecoder):
         drop_layers = check_layers(drops, self.depth, "drops")
         self.border_layers = sorted({*self.exit_layers, *drop_layers})
         self.prompt: ImageText | None = None
-        self.preprocessing: ImagePreprocessing | None = None
+        self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
 
     def embed(

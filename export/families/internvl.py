@@ -57,7 +57,6 @@ def trunk(model: InternVLForConditionalGeneration) -> VisionLanguageTrunk:
         prompt=ImageText(
             placeholder="<IMG_CONTEXT>", tokens=tower.tokens, whole="<img>{image}</img>"
         ),
-        processing={"crop_to_patches": True},
     )
 
 

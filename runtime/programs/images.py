@@ -72,8 +72,8 @@ def image_group(bundle: Bundle) -> tuple[TokenGroup, ImageText, ImagePreprocessi
     manifest = bundle.manifest
     groups = [] if manifest.decoding is None else list(manifest.decoding.groups.values())
     for group in groups:
-        if group.image is not None and isinstance(manifest.preprocessing, ImagePreprocessing):
-            return group, group.image, manifest.preprocessing
+        if group.image is not None and manifest.image_preprocessing is not None:
+            return group, group.image, manifest.image_preprocessing
     takes = "takes images only as inputs" if groups else "takes no images"
     raise InputError(
         f"{bundle.path}: the model {takes}",

@@ -151,7 +151,7 @@ def _source_texts(
     """Prompts for an encoder: texts, or rows of token ids; the generated text then begins with the
     start tokens. If the encoder's inputs are given, prompts are the start of the generated
     text."""
-    preprocessing = bundle.manifest.preprocessing
+    preprocessing = bundle.manifest.text_preprocessing
     if inputs:
         if _is_empty(prompts):
             first = next(iter(inputs.values()))
@@ -164,7 +164,7 @@ def _source_texts(
                 "token ids are the start of the generated text.",
             )
         return token_rows(prompts, lambda text: []), {}
-    if not isinstance(preprocessing, TextPreprocessing):
+    if preprocessing is None:
         raise InputError(
             f"{bundle.path}: the bundle has no text preprocessing for prompts",
             fix="Give inputs: generate([], inputs={...}).",

@@ -12,7 +12,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import ImagePreprocessing, TextPreprocessing
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
 from edgeexit.preprocessing.texts import Text, cut_and_pad, encode_texts, encoding, read_tokenizer
@@ -74,9 +73,9 @@ def encode_batch(
         InputError: The bundle has no text preprocessing, a text is not valid Unicode, or a text is
             too long and `truncate` is False.
     """
-    preprocessing = bundle.manifest.preprocessing
-    if not isinstance(preprocessing, TextPreprocessing):
-        takes = "images" if isinstance(preprocessing, ImagePreprocessing) else "finished inputs"
+    preprocessing = bundle.manifest.text_preprocessing
+    if preprocessing is None:
+        takes = "finished inputs" if bundle.manifest.image_preprocessing is None else "images"
         raise InputError(
             f"the bundle has no text preprocessing, it takes {takes}",
             fix=f"Give {takes}, or export a checkpoint that has a tokenizer.",

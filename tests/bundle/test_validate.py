@@ -253,12 +253,12 @@ NAMES: Cases = {
         "2 steps run the chain forward",
     ),
     "text without tokenizer": (
-        lambda raw: raw.update(preprocessing={"type": "text", "max_length": 8, "ids": "x"}),
+        lambda raw: raw.update(preprocessing=[{"type": "text", "max_length": 8, "ids": "x"}]),
         "needs a tokenizer",
     ),
     "preprocessing for no input": (
         lambda raw: raw.update(
-            preprocessing={"type": "image", "input": "pixels", "height": 2, "width": 2}
+            preprocessing=[{"type": "image", "input": "pixels", "height": 2, "width": 2}]
         ),
         "preprocessing makes pixels, which is not an input",
     ),

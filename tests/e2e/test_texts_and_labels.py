@@ -53,7 +53,7 @@ def test_a_text_without_tokens_is_refused_with_its_row(bundle: Path) -> None:
     opened = open_bundle(bundle)
     tokenizer = open_tokenizer(opened)
     tokenizer.post_processor = None  # as tokenizers without special tokens
-    schema = opened.manifest.preprocessing
+    schema = opened.manifest.text_preprocessing
     with pytest.raises(InputError, match="the text of row 1 has no tokens: ''"):
         encode_texts(cut_and_pad(tokenizer, schema), schema, ["great", ""])  # type: ignore[arg-type]
     assert encode_batch(opened, [""])["attention_mask"].sum() > 0  # start and end

@@ -136,7 +136,7 @@ def test_bundle_preprocessing_equals_transformers_on_the_device(
     _, bundle = exported
     sample = np.load(bundle.file("samples/preprocessing.npz"))
     assert "samples/preprocessing.npz" in bundle.manifest.samples
-    schema = bundle.manifest.preprocessing
+    [schema] = bundle.manifest.preprocessing
     if isinstance(schema, ImagePreprocessing):
         made = preprocess_images(schema, [Image.fromarray(sample["image"])])
         np.testing.assert_allclose(made, sample["expected/pixel_values"], atol=1e-5, rtol=0)
@@ -260,7 +260,7 @@ def test_from_pretrained_finds_a_hub_id_when_it_is_in_the_cache(
         "from edgeexit.export.pretrained import from_pretrained\n"
         "from edgeexit.errors import ExportError\n"
         "found = from_pretrained('someone/tiny-vit', exits=[1], untrained=True)\n"
-        "assert found.name == 'tiny-vit' and found.preprocessing.height == 8\n"
+        "assert found.name == 'tiny-vit' and found.preprocessing[0].height == 8\n"
         "try:\n"
         "    from_pretrained('someone/other', exits=[1])\n"
         "except ExportError as error:\n"
@@ -276,7 +276,7 @@ def test_from_pretrained_finds_a_hub_id_when_it_is_in_the_cache(
 def test_image_size_follows_the_preprocessing(
     family: str, classifiers: dict[str, ExitClassifier]
 ) -> None:
-    schema = classifiers[family].preprocessing
+    [schema] = classifiers[family].preprocessing
     assert isinstance(schema, ImagePreprocessing)
     assert classifiers[family].trunk.inputs[0].axes[2:] == [schema.height, schema.width]
 

@@ -1,0 +1,231 @@
+"""Reads checkpoints of vision-language models and gives them exits, in the tower and in the
+language model (`edgeexit.export.pretrained.from_pretrained`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from edgeexit.bundle.manifest import ImageText
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.checkpoint import Checkpoint, read_model
+from edgeexit.export.device_tokenizer import make_tokenizer
+from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
+from edgeexit.export.exits.tower import ExitTower
+from edgeexit.export.exits.vision_encoder_decoder import ExitVisionEncoderDecoder
+from edgeexit.export.exits.vision_language import ExitVisionLanguage
+from edgeexit.export.generation import generation_of
+from edgeexit.export.image_processors import image_preprocessing
+from edgeexit.export.preprocessing import text_preprocessing
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a model type is read.
+
+    Attributes:
+        family: Module of `edgeexit.export.families`.
+        reader: Class of transformers.
+        processing: Options that the model's processor passes to its image processor.
+        encodes: Whether an encoder reads the prompt.
+        sized: Whether its tower takes images of the size that preprocessing gives.
+    """
+
+    family: str
+    reader: str
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    encodes: bool = False
+    sized: bool = False
+
+
+VISION_LANGUAGE = {
+    "llava": Kind("llava", "LlavaForConditionalGeneration"),
+    "internvl": Kind("internvl", "InternVLForConditionalGeneration", {"crop_to_patches": True}),
+    "smolvlm": Kind("smolvlm", "SmolVLMForConditionalGeneration"),
+    "idefics3": Kind("smolvlm", "Idefics3ForConditionalGeneration"),
+    "blip-2": Kind("blip2", "Blip2ForConditionalGeneration"),
+    "florence2": Kind("florence2", "Florence2ForConditionalGeneration", encodes=True, sized=True),
+}
+"""transformers' model type -> how it is read."""
+
+
+@dataclass(frozen=True)
+class Exits:
+    """The exits that a vision-language model gets; None: those saved with the checkpoint.
+
+    Attributes:
+        decoder, encoder, tower: Layers with an exit.
+        drops: Further layers of the decoder behind which image tokens can leave.
+        adapters: As for `edgeexit.export.exits.decoder.ExitDecoder`.
+        untrained: Attach new adapters and projectors where the checkpoint has none.
+    """
+
+    decoder: Iterable[int] | None = None
+    encoder: Iterable[int] | None = None
+    tower: Iterable[int] | None = None
+    drops: Iterable[int] = ()
+    adapters: Iterable[int] | Mapping[int, int] | None = None
+    untrained: bool = False
+
+
+def read_vision_language(
+    checkpoint: Checkpoint,
+    saved: SavedExits,
+    exits: Exits,
+    describe: Callable[..., Any],
+    most_tiles: int | None = None,
+) -> ExitVisionLanguage | ExitVisionEncoderDecoder:
+    """A vision-language model with exits.
+
+    Args:
+        describe: ``(family, model, *more) -> `` the family's description.
+        most_tiles: Most tiles of an image, besides its overview; None: as the processor says.
+
+    Raises:
+        ExportError, UsageError: As `edgeexit.export.pretrained.from_pretrained`.
+    """
+    path, config = checkpoint.path, checkpoint.config
+    kind = VISION_LANGUAGE[config.model_type]
+    text = config.get_text_config()
+    depth = getattr(text, "decoder_layers", None) or text.num_hidden_layers
+    tower_exits = list(saved.tower or [] if exits.tower is None else exits.tower)
+    drops = list(exits.drops)
+    if exits.decoder is None and saved.layers is None and not (tower_exits or drops):
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"{name_layers(depth)} (--exits), or exits of the tower (--tower-exits).",
+        )
+    _check_parts(path, kind, exits)
+    model, missing = read_model(kind.reader, checkpoint)
+    if missing:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {missing[0]}",
+            fix="Give a whole vision-language model.",
+        )
+    images = image_preprocessing(
+        checkpoint.folder, 3, options=kind.processing, most_tiles=most_tiles
+    )
+    size = [(images[0].height, images[0].width)] if images and kind.sized else []
+    trunk = describe(kind.family, model, *size)
+    if images and trunk.tower.pixels[1:] != (images[0].height, images[0].width):
+        raise ExportError(
+            f"{path}: the image processor makes images of {images[0].height} x "
+            f"{images[0].width}, the tower takes {trunk.tower.pixels[1]} x "
+            f"{trunk.tower.pixels[2]}",
+            fix="Correct the size in preprocessor_config.json.",
+        )
+    chosen = list(saved.layers or [] if exits.decoder is None else exits.decoder)
+    split: ExitVisionLanguage | ExitVisionEncoderDecoder
+    if kind.encodes:
+        own = list(saved.encoder or [] if exits.encoder is None else exits.encoder)
+        split = ExitVisionEncoderDecoder(model, trunk, chosen, own, tower_exits)
+    else:
+        adapters = exits.adapters
+        if adapters is None:
+            adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
+        split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters)
+        _load_adapters(checkpoint, split, saved, untrained=exits.untrained)
+    trained = _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
+    split.eval()
+    split.tokenizer_folder = checkpoint.text_folder
+    split.generation = generation_of(model, path)
+    split.prompt = _prompt_of(checkpoint, trunk.placeholder, trunk.prompt)
+    split.provenance = dict(checkpoint.provenance)
+    if split.tower.exit_layers:
+        split.provenance["tower_exits"] = "trained" if trained else "untrained"
+    _add_preprocessing(checkpoint, split, images)
+    return split
+
+
+def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
+    """Refuses exits of parts that the model does not have."""
+    if kind.encodes and (exits.adapters is not None or list(exits.drops)):
+        what = "adapters" if exits.adapters is not None else "layers that drop image tokens"
+        raise UsageError(
+            f"{path}: {what} are for models whose decoder reads the image tokens",
+            fix="Leave them out.",
+        )
+    if not kind.encodes and exits.encoder is not None:
+        raise UsageError(
+            f"{path}: the model has no encoder between its tower and its decoder",
+            fix="Leave encoder_exits out (--encoder-exits); exits of the tower: tower_exits "
+            "(--tower-exits).",
+        )
+
+
+def _load_adapters(
+    checkpoint: Checkpoint, split: ExitVisionLanguage, saved: SavedExits, *, untrained: bool
+) -> None:
+    sizes = split.adapter_sizes
+    loaded = [layer for layer, size in sizes.items() if saved.adapters.get(layer) == size]
+    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
+        raise UsageError(
+            f"{checkpoint.path}: the checkpoint has no adapter for the exit behind layer "
+            f"{missing[0]} (it has: {listed(saved.adapters) or 'none'})",
+            fix="Choose these exits, or pass untrained=True (--untrained-exits) for new adapters.",
+        )
+    if loaded:
+        load_exits(split.adapters, loaded, checkpoint.folder)
+    if sizes:
+        split.provenance["adapters"] = "untrained" if missing else "trained"
+
+
+def _load_projectors(
+    checkpoint: Checkpoint, tower: ExitTower, saved: SavedExits, *, untrained: bool
+) -> bool:
+    """Loads the projectors of a tower's exits. Returns whether the checkpoint has all of them."""
+    held = [layer for layer in tower.exit_layers if layer in (saved.tower or [])]
+    missing = [layer for layer in tower.exit_layers if layer not in held]
+    if missing and not untrained:
+        raise UsageError(
+            f"{checkpoint.path}: no trained projector behind layer {missing[0]} of the tower "
+            f"(trained: {listed(saved.tower or []) or 'none'})",
+            fix="Choose trained exits, or pass untrained=True (--untrained-exits) to measure what "
+            "an exit would save.",
+        )
+    if held:
+        load_exits(tower.projectors, held, checkpoint.folder, prefix="tower_exit")
+    return not missing
+
+
+def _prompt_of(checkpoint: Checkpoint, placeholder: int, prompt: ImageText) -> ImageText | None:
+    """What a prompt says for an image, with the tokenizer's text of the placeholder."""
+    made = make_tokenizer(checkpoint.text_folder)
+    if made is None:
+        return None
+    tokenizer = Tokenizer.from_buffer(made[0])
+    text = tokenizer.id_to_token(placeholder)
+    if text is None or tokenizer.encode(text, add_special_tokens=False).ids != [placeholder]:
+        raise ExportError(
+            f"{checkpoint.text_folder / 'tokenizer.json'}: the image token {placeholder} of "
+            f"config.json is {'not in it' if text is None else f'not one token ({text!r})'}",
+            fix="Save the tokenizer with the image token, as the model's processor adds it.",
+        )
+    return msgspec.structs.replace(prompt, placeholder=text)
+
+
+def _add_preprocessing(
+    checkpoint: Checkpoint,
+    split: ExitVisionLanguage | ExitVisionEncoderDecoder,
+    images: tuple[Any, Mapping[str, Any]] | None,
+) -> None:
+    """Preprocessing of images, and of the text that an encoder reads, with samples of both."""
+    made: list[Any] = []
+    sample: dict[str, Any] = {}
+    if images:
+        made.append(images[0])
+        sample |= images[1]
+    if isinstance(split, ExitVisionEncoderDecoder):
+        longest = split.encoder.positions
+        takes: Sequence[str] = ["input_ids", "attention_mask"]
+        if longest and (texts := text_preprocessing(checkpoint.text_folder, takes, longest)):
+            made.append(texts[0])
+            sample |= texts[2]
+    split.preprocessing, split.preprocessing_sample = tuple(made), sample or None
+
+
+__all__ = ["VISION_LANGUAGE", "Exits", "Kind", "read_vision_language"]
