@@ -32,7 +32,7 @@ from edgeexit.runtime.programs.images import Image, fill_images, take_images, wr
 from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
 from edgeexit.runtime.programs.modes.early import Fast
 from edgeexit.runtime.programs.modes.full import Mode, Statistics
-from edgeexit.runtime.programs.prompts import Prompts, check_alike, read_prompts
+from edgeexit.runtime.programs.prompts import Prompts, check_alike, pad_source, read_prompts
 from edgeexit.runtime.programs.sampling import Sampler, Sampling, sampler_of
 from edgeexit.runtime.programs.text_program import TextProgram
 from edgeexit.runtime.text.chat import Message, conversations
@@ -120,6 +120,9 @@ class Writer(TextProgram):
             if inputs is not None:
                 raise UsageError("images and inputs exclude each other", fix="Give one of them.")
             prompts, inputs = write_images(self.bundle, prompts, images, self.encode)
+            if self._decoding().start_tokens:  # an encoder reads the prompts
+                inputs |= pad_source(self.bundle, prompts)
+                prompts = []
         given = read_prompts(self.bundle, prompts, inputs, self.encode)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))

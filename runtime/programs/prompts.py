@@ -191,6 +191,21 @@ def _texts(prompts: object) -> list[str]:
     return [text for text in prompts if isinstance(text, str)] if several else []  # type: ignore[attr-defined]
 
 
+def pad_source(bundle: Bundle, rows: Sequence[Prompt]) -> dict[str, NDArray[Any]]:
+    """The encoder's inputs for rows of token ids.
+
+    Raises:
+        InputError: The bundle has no text preprocessing, or a row is longer than the model's limit.
+    """
+    preprocessing = bundle.manifest.text_preprocessing
+    if preprocessing is None:
+        raise InputError(
+            f"{bundle.path}: the bundle has no text preprocessing for prompts",
+            fix="Give inputs: generate([], inputs={...}).",
+        )
+    return _padded(preprocessing, [np.asarray(row, np.int64) for row in rows])
+
+
 def _padded(
     preprocessing: TextPreprocessing, rows: Sequence[NDArray[np.int64]]
 ) -> dict[str, NDArray[Any]]:
