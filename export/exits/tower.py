@@ -75,7 +75,7 @@ class ExitTower(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.depth = len(trunk.layers)
-        self.exit_layers = check_layers(exits, self.depth, "tower_exits")
+        self.exit_layers = check_layers(exits, self.depth, "tower")
         self.projectors = nn.ModuleDict(
             {
                 exit_name(layer): copy.deepcopy(

@@ -81,7 +81,7 @@ class ExitVisionLanguage(ExitDecoder):
         super().__init__(model, trunk.decoder, exits, adapters)
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
-        drop_layers = check_layers(drops, self.depth, "drops")
+        drop_layers = check_layers(drops, self.depth, "decoder")
         self.border_layers = sorted({*self.exit_layers, *drop_layers})
         self.prompt: ImageText | None = None
         self.preprocessing: tuple[Preprocessing, ...] = ()

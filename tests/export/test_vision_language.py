@@ -332,7 +332,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[EdgeExitError], str]] = {
         "llava",
         {"exits": [1], "tower_exits": [9], "untrained": True},
         UsageError,
-        "tower_exits has layers 1 to 3",
+        "the tower has layers 1 to 3",
     ),
     "untrained tower exits": (
         "llava",
@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[EdgeExitError], str]] = {
         "llava",
         {"exits": [1], "image_drops": [0]},
         UsageError,
-        "drops has layers 1 to 4",
+        "the decoder has layers 1 to 4",
     ),
     "drops of an encoder": (
         "florence2",
