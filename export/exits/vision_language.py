@@ -152,6 +152,10 @@ class ExitVisionLanguage(ExitDecoder):
             preprocessing_sample=self.preprocessing_sample,
         )
 
+    @property
+    def _has_early_exit(self) -> bool:
+        return bool(self.border_layers or self.tower.exit_layers)
+
     def _with_drops(self, exits: Sequence[Exit]) -> list[Exit]:
         """A decoder's exits, with one that drops image tokens behind every segment but the last."""
         drops = [

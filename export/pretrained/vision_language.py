@@ -1,9 +1,9 @@
-"""Reads checkpoints of vision-language models and gives them exits, in the tower and in the
-language model (`edgeexit.export.pretrained.from_pretrained`)."""
+"""Vision-language models: exits in the tower, with projectors of their own, and in the language
+model, whose exits share its head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,13 @@ from edgeexit.export.exits.vision_language import ExitVisionLanguage
 from edgeexit.export.generation import generation_of
 from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.export.preprocessing import text_preprocessing
+from edgeexit.export.pretrained.common import (
+    depth_of_config,
+    name_of,
+    origin_of,
+    tell_of_tokenizer,
+    trunk_of,
+)
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,11 @@ def read_vision_language(
     checkpoint: Checkpoint,
     saved: SavedExits,
     exits: Exits,
-    describe: Callable[..., Any],
     most_tiles: int | None = None,
 ) -> ExitVisionLanguage | ExitVisionEncoderDecoder:
     """A vision-language model with exits.
 
     Args:
-        describe: ``(family, model, *more) -> `` the family's description.
         most_tiles: Most tiles of an image, besides its overview; None: as the processor says.
 
     Raises:
@@ -90,8 +95,7 @@ def read_vision_language(
     """
     path, config = checkpoint.path, checkpoint.config
     kind = VISION_LANGUAGE[config.model_type]
-    text = config.get_text_config()
-    depth = getattr(text, "decoder_layers", None) or text.num_hidden_layers
+    depth = depth_of_config(config)
     tower_exits = list(saved.tower or [] if exits.tower is None else exits.tower)
     drops = list(exits.drops)
     if exits.decoder is None and saved.layers is None and not (tower_exits or drops):
@@ -110,7 +114,7 @@ def read_vision_language(
         checkpoint.folder, 3, options=kind.processing, most_tiles=most_tiles
     )
     size = [(images[0].height, images[0].width)] if images and kind.sized else []
-    trunk = describe(kind.family, model, *size)
+    trunk = trunk_of(checkpoint, kind.family, model, *size)
     if images and trunk.tower.pixels[1:] != (images[0].height, images[0].width):
         raise ExportError(
             f"{path}: the image processor makes images of {images[0].height} x "
@@ -134,7 +138,10 @@ def read_vision_language(
     split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path)
     split.prompt = _prompt_of(checkpoint, trunk.placeholder, trunk.prompt)
-    split.provenance = dict(checkpoint.provenance)
+    split.name = name_of(path)
+    origin = origin_of(split.exit_layers, saved.layers, untrained=exits.untrained)
+    split.provenance |= checkpoint.provenance | {"exits": origin}
+    tell_of_tokenizer(checkpoint)
     if split.tower.exit_layers:
         split.provenance["tower_exits"] = "trained" if trained else "untrained"
     _add_preprocessing(checkpoint, split, images)

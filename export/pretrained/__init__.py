@@ -1,0 +1,153 @@
+"""`from_pretrained`: makes a model with exits from a checkpoint directory or hub id.
+
+transformers reads the model; a classifier's exits are in ``exits.safetensors`` beside it; labels,
+preprocessing and tokenizer are in the checkpoint's own files. A decoder's exits share its head: the
+checkpoint has only their layer numbers and the adapters of some exits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.checkpoint import Checkpoint, open_checkpoint
+from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.saved import SavedExits, read_exits
+from edgeexit.export.pretrained.classifiers import FAMILIES, read_classifier
+from edgeexit.export.pretrained.common import depth_of_config, name_of
+from edgeexit.export.pretrained.decoders import DECODERS, read_decoder
+from edgeexit.export.pretrained.encoder_decoders import ENCODER_DECODERS, read_encoder_decoder
+from edgeexit.export.pretrained.vision_language import VISION_LANGUAGE, Exits, read_vision_language
+
+logger = logging.getLogger(__name__)
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    exits: Iterable[int] | None = None,
+    adapters: Iterable[int] | Mapping[int, int] | None = None,
+    encoder_exits: Iterable[int] | None = None,
+    tower_exits: Iterable[int] | None = None,
+    image_drops: Iterable[int] = (),
+    most_tiles: int | None = None,
+    adapter: str | Path | Iterable[str | Path] | None = None,
+    untrained: bool = False,
+    saved_exits: bool = True,
+) -> ExitClassifier | ExitDecoder:
+    """Reads a checkpoint and gives it exits.
+
+    Args:
+        path: A checkpoint directory, or a hub id.
+        exits: Layers that get an exit (1 = behind the first layer). None: those saved with the
+            checkpoint. The last layer always answers with the model's own head.
+        adapters: Decoders: layers whose exit has an adapter before the shared head (see
+            `ExitDecoder`). None: those saved with the checkpoint.
+        encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
+            with the checkpoint, or none.
+        tower_exits: Vision-language models: layers of the vision tower that get an exit with a
+            projector of its own. None: those saved with the checkpoint, or none.
+        image_drops: Vision-language models: layers behind which image tokens can leave; they can
+            behind every exit layer.
+        most_tiles: Vision-language models: most tiles that an image is cut into, besides its
+            overview; None: as the checkpoint's processor does.
+        adapter: A folder (or hub id) with a peft adapter such as LoRA, or several. They are merged
+            into the weights in this order. An adapter's tokenizer replaces the checkpoint's.
+        untrained: Attach new, random heads (new adapters) where the checkpoint has none, to measure
+            latency before training, or to train them.
+        saved_exits: Whether to use the exits that are saved with the checkpoint. False: a warning
+            names them, if there are any.
+
+    Raises:
+        ExportError: The checkpoint cannot be read, its model type is not supported, or it has no
+            exits for these layers; or an adapter cannot be read or merged.
+    """
+    checkpoint = open_checkpoint(path, adapter)
+    config, saved = checkpoint.config, _saved_exits(checkpoint, use=saved_exits)
+    if config.model_type in VISION_LANGUAGE:
+        chosen = Exits(exits, encoder_exits, tower_exits, image_drops, adapters, untrained)
+        return read_vision_language(checkpoint, saved, chosen, most_tiles)
+    if tower_exits is not None or list(image_drops) or most_tiles is not None:
+        raise UsageError(
+            f"{path}: a {config.model_type} has no vision tower before a language model",
+            fix="Leave out --tower-exits, --drop-image-tokens and --max-tiles (tower_exits, "
+            "image_drops, most_tiles).",
+        )
+    if config.model_type in ENCODER_DECODERS:
+        if adapters is not None:
+            raise UsageError(
+                f"{path}: adapters are for models without an encoder, not {config.model_type}",
+                fix="Leave them out.",
+            )
+        return read_encoder_decoder(checkpoint, saved, exits, encoder_exits, untrained=untrained)
+    if encoder_exits is not None:
+        raise UsageError(
+            f"{path}: a {config.model_type} has no encoder before a decoder",
+            fix="Leave out --encoder-exits (encoder_exits).",
+        )
+    if config.model_type in DECODERS:
+        return read_decoder(checkpoint, saved, exits, adapters, untrained=untrained)
+    if adapters is not None:
+        raise UsageError(
+            f"{path}: adapters are for language models, this is a {config.model_type}",
+            fix="Leave them out: a classifier's exits have heads of their own.",
+        )
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = {*FAMILIES, *DECODERS, *ENCODER_DECODERS, *VISION_LANGUAGE}
+        raise ExportError(
+            f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
+            f"(it has {', '.join(sorted(known))})",
+            fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
+            "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
+        )
+    return read_classifier(checkpoint, saved.layers, exits, *family, untrained=untrained)
+
+
+def depth_of(path: str | Path) -> int:
+    """Number of layers that can have an exit, the last one included.
+
+    Raises:
+        ExportError: The configuration cannot be read.
+    """
+    return depth_of_config(open_checkpoint(path).config)
+
+
+def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
+    """The exits that are saved with a checkpoint. A warning says that they are not used, or that
+    they were trained without the adapters that are merged."""
+    found = read_exits(checkpoint.folder)
+    if not found.layers and not found.encoder:
+        return found if use else SavedExits()
+    layers = ", ".join(map(str, found.layers or []))
+    if not use:
+        logger.warning(
+            "%s: the exits that are saved with the checkpoint (behind layers %s) are ignored; "
+            "--exits uses them",
+            checkpoint.path,
+            layers,
+        )
+        return SavedExits()
+    if checkpoint.adapters is not None:
+        logger.warning(
+            "%s: the exits that are saved with the checkpoint (behind layers %s) were trained "
+            "without the adapter that is merged now: calibrate them on the bundle, or train them "
+            "again",
+            checkpoint.path,
+            layers,
+        )
+    return found
+
+
+__all__ = [
+    "DECODERS",
+    "ENCODER_DECODERS",
+    "FAMILIES",
+    "VISION_LANGUAGE",
+    "depth_of",
+    "from_pretrained",
+    "name_of",
+]

@@ -1,0 +1,79 @@
+"""Causal language models: their exits share the model's own head, so any layer can have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.checkpoint import Checkpoint, read_model
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.saved import SavedExits, load_exits, name_layers
+from edgeexit.export.generation import generation_of
+from edgeexit.export.pretrained.common import (
+    depth_of_config,
+    name_of,
+    origin_of,
+    tell_of_tokenizer,
+    trunk_of,
+)
+
+DECODERS = {"llama": "llama", "qwen2": "llama", "qwen3": "llama", "opt": "opt"}
+"""transformers' model type -> module of `edgeexit.export.families`."""
+
+
+def read_decoder(
+    checkpoint: Checkpoint,
+    found: SavedExits,
+    exits: Iterable[int] | None,
+    adapters: Iterable[int] | Mapping[int, int] | None,
+    *,
+    untrained: bool,
+) -> ExitDecoder:
+    """A causal language model; its exits share its own head, so any layer can have one."""
+    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
+    saved, held = found.layers, found.adapters
+    if exits is None and saved is None:
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"{name_layers(depth_of_config(config))} (--exits).",
+        )
+    model, missing_weights = read_model("AutoModelForCausalLM", checkpoint)
+    if missing_weights:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {missing_weights[0]}",
+            fix="Give a whole causal language model.",
+        )
+    trunk = trunk_of(checkpoint, DECODERS[config.model_type], model)
+    chosen = list(saved or [] if exits is None else exits)
+    if adapters is None:
+        adapters = {layer: size for layer, size in held.items() if layer in chosen}
+    decoder = ExitDecoder(model, trunk, chosen, adapters)
+    sizes = decoder.adapter_sizes
+    loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
+    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
+        raise UsageError(
+            f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
+            f"behind layer {missing[0]} (it has {_sizes(held)})",
+            fix="Choose these exits, or use --untrained-exits (untrained=True) for new adapters.",
+        )
+    if loaded:
+        load_exits(decoder.adapters, loaded, folder)
+    decoder.eval()
+    decoder.name = name_of(path)
+    decoder.tokenizer_folder = checkpoint.text_folder
+    tell_of_tokenizer(checkpoint)
+    decoder.generation = generation_of(model, path)
+    origin = origin_of(decoder.exit_layers, saved, untrained=untrained)
+    decoder.provenance = checkpoint.provenance | {"exits": origin}
+    if sizes:
+        decoder.provenance["adapters"] = "untrained" if missing else "trained"
+    return decoder
+
+
+def _sizes(held: Mapping[int, int]) -> str:
+    """Adapters of a checkpoint in words."""
+    found = [f"{size} behind layer {layer}" for layer, size in held.items()]
+    return ", ".join(found) or "none"
+
+
+__all__ = ["DECODERS", "read_decoder"]

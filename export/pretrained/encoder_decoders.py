@@ -1,0 +1,74 @@
+"""Encoder-decoders that write text: no exit has weights of its own, so any layer can have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edgeexit.errors import ExportError
+from edgeexit.export.checkpoint import Checkpoint, read_model
+from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.exits.saved import SavedExits, name_layers
+from edgeexit.export.generation import generation_of
+from edgeexit.export.preprocessing import text_preprocessing
+from edgeexit.export.pretrained.common import (
+    LONGEST_TEXT,
+    depth_of_config,
+    name_of,
+    origin_of,
+    tell_of_tokenizer,
+    trunk_of,
+)
+
+ENCODER_DECODERS = {
+    "bart": ("bart", "BartForConditionalGeneration"),
+    "t5": ("t5", "T5ForConditionalGeneration"),
+    "mt5": ("t5", "MT5ForConditionalGeneration"),
+}
+"""transformers' model type -> (module of `edgeexit.export.families`, class that reads it)."""
+
+
+def read_encoder_decoder(
+    checkpoint: Checkpoint,
+    saved: SavedExits,
+    exits: Iterable[int] | None,
+    encoder_exits: Iterable[int] | None,
+    *,
+    untrained: bool,
+) -> ExitEncoderDecoder:
+    """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
+    path, config = checkpoint.path, checkpoint.config
+    if exits is None and saved.layers is None and encoder_exits is None:
+        raise ExportError(
+            f"{path}: the checkpoint does not say where its exits are",
+            fix=f"{name_layers(depth_of_config(config))}, of the decoder (--exits), encoder "
+            "(--encoder-exits) or both.",
+        )
+    module_name, reader = ENCODER_DECODERS[config.model_type]
+    model, missing_weights = read_model(reader, checkpoint)
+    if missing_weights:
+        raise ExportError(
+            f"{path}: the checkpoint has no weights for {missing_weights[0]}",
+            fix="Give a whole model for conditional generation.",
+        )
+    chosen = list(saved.layers or [] if exits is None else exits)
+    own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
+    encoder, decoder = trunk_of(checkpoint, module_name, model)
+    split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
+    split.eval()
+    split.name = name_of(path)
+    split.tokenizer_folder = checkpoint.text_folder
+    split.generation = generation_of(model, path)
+    origins = {
+        origin_of(split.exit_layers, saved.layers, untrained=untrained),
+        origin_of(split.encoder_exit_layers, saved.encoder, untrained=untrained),
+    }
+    origin = next(one for one in ("untrained", "unknown", "trained") if one in origins)
+    split.provenance = checkpoint.provenance | {"exits": origin}
+    tell_of_tokenizer(checkpoint)
+    takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
+    if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
+        split.preprocessing, split.preprocessing_sample = (texts[0],), texts[2]
+    return split
+
+
+__all__ = ["ENCODER_DECODERS", "read_encoder_decoder"]
