@@ -26,10 +26,21 @@ class Conversation:
     where: str = ""
 
 
-def asked(prompts: Sequence[str], system: str | None) -> list[Conversation]:
-    """One conversation per prompt: a user message, after the system message if there is one."""
+def asked(
+    prompts: Sequence[str], system: str | None, images: Sequence[Path] = ()
+) -> list[Conversation]:
+    """One conversation per prompt: a user message, after the system message if there is one. The
+    images stand in front of the prompt."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    return [Conversation([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
+    if not images:
+        return [Conversation([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
+    before = [{"type": "image", "path": str(path)} for path in images]
+    return [
+        Conversation(
+            [*first, {"role": "user", "content": [*before, {"type": "text", "text": prompt}]}]
+        )
+        for prompt in prompts
+    ]
 
 
 def read_conversations(path: Path) -> list[Conversation]:

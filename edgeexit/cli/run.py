@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,11 @@ import click
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import add_current_directory, print_json, print_table
 from edgeexit.cli.options import ENGINES, bundle_argument, engine_options, output_options
-from edgeexit.cli.writing import EARLY, read_writing, write, writing_given, writing_options
+from edgeexit.cli.policies import check_stopping, chosen_policy, of_last_chain, say_cautions
+from edgeexit.cli.writing import read_writing, write, writing_given, writing_options
 from edgeexit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.bundle.policy import Policy, Rule
     from edgeexit.measure.batches import Batch
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An image file; may be given several times.",
+    help="An image file; may be given several times. With --prompt: an image of the prompt.",
 )
 @click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
 @click.option(
@@ -52,6 +51,19 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     type=float,
     help="Encoder-decoders: stop the encoder where saturation, the cosine of consecutive states, "
     "is at least this (-1 to 1); no policy.",
+)
+@click.option(
+    "--tower-exit",
+    type=int,
+    metavar="LAYER",
+    help="Vision-language models: leave the vision tower behind this layer; no policy.",
+)
+@click.option(
+    "--drop-image-tokens",
+    "image_drop",
+    type=int,
+    metavar="LAYER",
+    help="Vision-language models: leave image tokens out behind this layer; no policy.",
 )
 @click.option("--exit", "exit_name", metavar="NAME", help="Stop all rows at this exit.")
 @click.option("--rows", type=click.IntRange(min=1), help="Use only this many rows of the data.")
@@ -81,9 +93,10 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     edgeexit run bundle --data test.npz --rows 10 --json
     edgeexit run bundle --prompt "def main(" --mode exact --stream
     edgeexit run bundle --prompt "Why is the sky blue?" --chat --stream
+    edgeexit run bundle --image cat.jpg --prompt "What is it?" --chat --stream
     """
     kind = _only_kind(options, bundle)
-    _check_stopping(options)
+    check_stopping(options)
     if kind in OF_TEXT:
         _check_no_rows(options)
         writing = read_writing(options, bundle, as_json=as_json)
@@ -96,10 +109,9 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     add_current_directory()
     opened = _open_for(kind, bundle)
     loading = {name: options[name] for name in ("engine", "fallback", "threads")}
-    thresholds = options["threshold"], options["encoder_threshold"]
-    policy = loading["policy"] = _policy(opened, options["policy"], *thresholds)
+    policy = loading["policy"] = chosen_policy(opened, options)
     if not quiet:
-        _say_cautions(opened, policy, options)
+        say_cautions(opened, policy, options)
     if kind in OF_TEXT:
         write(opened, writing, loading, options["capacity"], as_json=as_json, quiet=quiet)
     else:
@@ -113,38 +125,14 @@ def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
     given = [kind for kind, name in names.items() if options[name]]
     if len(given) == 1:
         return given[0]
+    if given == ["image", "prompt"]:
+        return "prompt"
     what = f"--{given[0]} and --{given[1]} exclude each other: " if given else ""
     answers, writes = (" or ".join(f"--{kind}" for kind in k) for k in (OF_ROWS, OF_TEXT))
     fix = f"Give {answers}; a language model: {writes}."
     if bundle.is_dir():
         fix = f"Give {answers if open_bundle(bundle).manifest.decoding is None else writes}."
     raise UsageError(f"{what}run needs one kind of input", fix=fix)
-
-
-def _check_stopping(options: Mapping[str, Any]) -> None:
-    """Refuses stopping options that exclude each other or are out of range."""
-    threshold = options["threshold"]
-    choices = (options["policy"], threshold, options["exit_name"])
-    if sum(choice is not None for choice in choices) > 1:
-        raise UsageError(
-            "--policy, --threshold and --exit exclude each other", fix="Give one of them."
-        )
-    if threshold is not None and not (0 <= threshold <= 1 or math.isinf(threshold)):
-        raise UsageError(
-            f"--threshold {threshold:g} is out of range (0 to 1)",
-            fix="Give a probability, as in --threshold 0.9; inf never stops.",
-        )
-    encoder = options["encoder_threshold"]
-    if encoder is not None and not (-1 <= encoder <= 1 or math.isinf(encoder)):
-        raise UsageError(
-            f"--encoder-threshold {encoder:g} is out of range (-1 to 1)",
-            fix="Give a cosine, as in --encoder-threshold 0.98; inf never stops.",
-        )
-    if encoder is not None and options["policy"] is not None:
-        raise UsageError(
-            "--policy and --encoder-threshold exclude each other",
-            fix="Leave one out; a policy may have a rule for the encoder.",
-        )
 
 
 def _check_no_rows(options: Mapping[str, Any]) -> None:
@@ -172,58 +160,6 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
     return opened
 
 
-def _policy(
-    bundle: Bundle, path: Path | None, threshold: float | None, encoder: float | None
-) -> Policy | None:
-    from edgeexit.bundle.policy import Policy, Rule, policy_for
-
-    if path is not None:
-        return policy_for(path, bundle)
-    if threshold is None and encoder is None:
-        return None
-    policy = _of_last_chain(bundle, Rule() if threshold is None else Rule(thresholds=threshold))
-    if encoder is None:
-        return policy
-    found = [
-        name
-        for name, chain in bundle.manifest.chains.items()
-        if len(chain.exits) > 1 and all("saturation" in exit_.scores for exit_ in chain.exits)
-    ]
-    if not found:
-        raise UsageError(
-            f"--encoder-threshold: {bundle.path} has no encoder with exits",
-            fix="Leave it out, or export an encoder-decoder with --encoder-exits.",
-        )
-    rule = Rule(score="saturation", thresholds=encoder)
-    return Policy(rules={**policy.rules, **dict.fromkeys(found, rule)})
-
-
-def _say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
-    """Prints warnings about untrained exits and uncalibrated thresholds on stderr."""
-    from edgeexit.bundle.cautions import cautions
-
-    manifest, found = bundle.manifest, []
-    last = manifest.last_chain.stops[-1].name
-    chains = set(manifest.chains)
-    if manifest.decoding is not None and options["mode"] not in EARLY:
-        chains.remove(manifest.decoding.chain)  # this mode does not use its policy
-    if policy is not None:
-        found = cautions(policy, bundle, chains)
-    elif bundle.exits_untrained and options["exit_name"] not in (None, last):
-        found = [f"the exit {options['exit_name']} is untrained: its answers are meaningless"]
-    for caution in found:
-        click.echo(f"warning: {caution}", err=True)
-
-
-def _of_last_chain(bundle: Bundle, rule: Rule) -> Policy:
-    """A policy with a rule for the chain that answers; earlier chains run to their last exits."""
-    from edgeexit.bundle.policy import Policy, Rule
-
-    last = bundle.manifest.last_chain
-    chains = bundle.manifest.chains
-    return Policy(rules={n: rule if chain is last else Rule() for n, chain in chains.items()})
-
-
 def _answer(
     bundle: Bundle,
     loading: dict[str, Any],
@@ -246,7 +182,7 @@ def _answer(
                 raise UsageError(
                     f"--exit {exit_name}: no such exit", fix=f"It has {', '.join(names)}."
                 )
-            model.policy = _of_last_chain(bundle, forced(model.exits, exit_name))
+            model.policy = of_last_chain(bundle, forced(model.exits, exit_name))
         found: list[dict[str, Any]] = []
         for batch in _batches(bundle, options):
             with naming_rows(len(found), batch.rows):

@@ -121,6 +121,7 @@ class Writing:
         generating: Arguments of `Model.generate`.
         drawing: Arguments of `Sampling` that replace the model's defaults.
         stream: Whether to print the text as it is generated.
+        images: Image files of the only prompt.
     """
 
     inputs: list[str] | list[Conversation]
@@ -128,6 +129,7 @@ class Writing:
     generating: dict[str, Any] = field(default_factory=dict)
     drawing: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
+    images: tuple[Path, ...] = ()
 
 
 def writing_given(options: Mapping[str, Any]) -> list[str]:
@@ -157,16 +159,20 @@ def read_writing(options: Mapping[str, Any], bundle: Path, *, as_json: bool) -> 
         "template": options["chat_template"],
         "variables": template_variables(options["chat_template_kwargs"]),
     }
+    images: tuple[Path, ...] = options["images"]
+    if images and len(options["prompts"]) > 1:
+        raise UsageError("--image is for one prompt", fix="Give one --prompt.")
     inputs: list[str] | list[Conversation] = list(options["prompts"])
     if options["messages"] is not None:
         inputs = read_conversations(options["messages"])
     elif options["chat"]:
-        inputs = asked(options["prompts"], options["system_prompt"])
+        inputs = asked(options["prompts"], options["system_prompt"], images)
     if options["stream"] and (as_json or len(inputs) > 1):
         raise UsageError("--stream is for one text", fix="Give one --prompt, and no --json.")
     if options["stops"]:
         generating["stop"] = options["stops"]
-    return Writing(inputs, templates, generating, drawing, options["stream"])
+    images = () if options["chat"] else images  # the message has them
+    return Writing(inputs, templates, generating, drawing, options["stream"], images)
 
 
 def _check_mode(
@@ -209,11 +215,12 @@ def write(
     _check_policy_used(bundle, loading["policy"], writing.generating.get("mode", "full"), quiet)
     with load(bundle, capacity=capacity, **loading) as model:
         rows, prompts, before = _rows(model, writing)
+        rows, images = _with_images(model, writing, rows)
         sampling = msgspec.structs.replace(model.default_sampling, **writing.drawing)
         _check_drawing(writing.drawing, sampling)
         if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
             click.echo(said, err=True)
-        made = model.generate(rows, sampling=sampling, **writing.generating)
+        made = model.generate(rows, inputs=images, sampling=sampling, **writing.generating)
         if writing.stream:
             click.echo(before[0], nl=False)
             for piece in made:
@@ -299,7 +306,7 @@ def _own_settings(own: Sampling, given: Mapping[str, Any]) -> str:
 
 def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[str]]:
     """The model's inputs, the prompts as texts, and the text to print before each answer."""
-    rows: list[str | list[int]] = []
+    rows: list[str] = []
     prompts: list[str] = []
     before: list[str] = []
     decoding = model.bundle.manifest.decoding
@@ -317,9 +324,29 @@ def _rows(model: Model, writing: Writing) -> tuple[list[Any], list[str], list[st
                     raise
                 raise InputError(f"{one.where}: {error.what}", fix=error.fix) from error
             prompts.append(prompt)
-            rows.append(model.encode(prompts[-1], special_tokens=False))
+            rows.append(prompt)
             before.append("")  # do not print the template's prompt
     return rows, prompts, before
+
+
+def _with_images(
+    model: Model, writing: Writing, rows: list[Any]
+) -> tuple[list[Any], dict[str, Any] | None]:
+    """Prompts as the model takes them, with the placeholders of their images, and the images as an
+    input; None: there are no images. A prompt that says nothing of its images has them in
+    front."""
+    from edgeexit.runtime.programs.images import image_group, take_images
+
+    found = [[] if isinstance(one, str) else take_images(one.messages)[1] for one in writing.inputs]
+    if writing.images:
+        _, written, _ = image_group(model.bundle)
+        found = [[str(path) for path in writing.images]]
+        if not written.in_front and written.placeholder not in rows[0]:
+            rows = [f"{written.placeholder * len(writing.images)}\n{rows[0]}"]
+    plain = all(isinstance(one, str) for one in writing.inputs)  # else a template has added them
+    if any(found):
+        return model.prompts_with_images(rows, found, special_tokens=plain)
+    return [row if plain else model.encode(row, special_tokens=False) for row in rows], None
 
 
 def _statistics(made: Generation) -> dict[str, Any]:

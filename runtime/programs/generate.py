@@ -119,10 +119,7 @@ class Writer(TextProgram):
         if images is not None:
             if inputs is not None:
                 raise UsageError("images and inputs exclude each other", fix="Give one of them.")
-            prompts, inputs = write_images(self.bundle, prompts, images, self.encode)
-            if self._decoding().start_tokens:  # an encoder reads the prompts
-                inputs |= pad_source(self.bundle, prompts)
-                prompts = []
+            prompts, inputs = self.prompts_with_images(prompts, images)
         given = read_prompts(self.bundle, prompts, inputs, self.encode)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))
@@ -184,18 +181,36 @@ class Writer(TextProgram):
             for conversation, _ in taken
         ]
         found = fill_images([own for _, own in taken], images)
-        rows: list[Any] = prompts
-
-        def encode(prompt: str) -> list[int]:
-            return self.encode(prompt, special_tokens=False)  # the template has added them
-
-        inputs = None
-        if any(found):
-            rows, inputs = write_images(self.bundle, rows, found, encode)
-        rows = [encode(row) if isinstance(row, str) else row for row in rows]
-        if inputs is not None:
-            options["inputs"] = inputs
+        rows: list[Any] = [self.encode(prompt, special_tokens=False) for prompt in prompts]
+        if any(found):  # the template has added the special tokens
+            rows, options["inputs"] = self.prompts_with_images(prompts, found, special_tokens=False)
         return self.generate(rows, **options)
+
+    def prompts_with_images(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        images: Image | Sequence[Image] | Sequence[Sequence[Image]],
+        *,
+        special_tokens: bool = True,
+    ) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+        """Prompts and inputs as `generate` takes them, for prompts with images.
+
+        Args:
+            prompts, images: As for `generate`.
+            special_tokens: As for `encode`.
+
+        Raises:
+            InputError: The number of images is not that of the placeholders; the model takes none.
+            DataError: An image cannot be read.
+        """
+
+        def encode(text: str) -> list[int]:
+            return self.encode(text, special_tokens=special_tokens)
+
+        rows, inputs = write_images(self.bundle, prompts, images, encode)
+        if self._decoding().start_tokens:  # an encoder reads the prompts
+            return [], inputs | pad_source(self.bundle, rows)
+        return rows, inputs
 
     def chat_prompt(
         self,
