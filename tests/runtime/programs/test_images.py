@@ -1,0 +1,263 @@
+"""Images in prompts and messages: what is accepted, what is refused, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeexit.bundle.policy import Policy, Rule
+from edgeexit.bundle.raw_inputs import ImageText
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import DataError, EdgeExitError, InputError, UsageError
+from edgeexit.export import export
+from edgeexit.export.pretrained import from_pretrained
+from edgeexit.preprocessing.images import Cut
+from edgeexit.runtime import load
+from edgeexit.runtime.model import Model
+from edgeexit.runtime.programs.features import FeatureCache
+from edgeexit.runtime.programs.images import text_of
+from tests.decoders import save_decoder
+from tests.vision_models import make_images, save_checkpoint
+
+MARKER = "<image>"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("images")
+    checkpoint = save_checkpoint("llava", folder / "checkpoint")
+    split = from_pretrained(checkpoint, exits=[2], tower_exits=[1], untrained=True)
+    return export(split.split_model(), folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle) -> Iterator[Model]:
+    with load(bundle) as loaded:
+        yield loaded
+
+
+def tokens(model: Model, prompts: Any, images: Any) -> list[list[int]]:
+    return model.generate(prompts, images=images, max_new_tokens=6).finish().tokens
+
+
+def test_paths_images_and_arrays_are_the_same(model: Model, tmp_path: Path) -> None:
+    [image] = make_images(1)
+    image.save(tmp_path / "one.png")
+    prompt = f"a{MARKER}b"
+    wanted = tokens(model, prompt, image)
+    for given in (tmp_path / "one.png", str(tmp_path / "one.png"), np.asarray(image)):
+        assert tokens(model, prompt, given) == wanted
+        assert tokens(model, prompt, [given]) == wanted
+        assert tokens(model, [prompt], [[given]]) == wanted
+
+
+def test_lists_of_images_are_dealt_out_in_order(model: Model) -> None:
+    images = make_images(3)
+    prompts = [f"{MARKER}a{MARKER}", "b", f"c{MARKER}"]
+    wanted = tokens(model, prompts, [images[:2], [], images[2:]])
+    assert tokens(model, prompts, images) == wanted
+    assert tokens(model, prompts[0], images[:2]) == wanted[:1]
+    assert tokens(model, prompts[0], images[1::-1]) != wanted[:1]
+
+
+MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_images_are_accepted(model: Model, mode: str) -> None:
+    [image] = make_images(1)
+    grey = image.convert("L") if mode in ("L", "LA", "1") else image
+    assert len(tokens(model, MARKER, grey.convert(mode))) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 2000), (2000, 7), (4000, 3000)])
+def test_sizes_of_images_are_accepted(model: Model, size: tuple[int, int]) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    assert len(tokens(model, MARKER, pixels)) == 1
+
+
+def test_images_are_turned_by_their_orientation(model: Model, tmp_path: Path) -> None:
+    [image] = make_images(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = image.transpose(Image.Transpose.ROTATE_270)
+    assert tokens(model, MARKER, tmp_path / "turned.png") == tokens(model, MARKER, turned)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert tokens(model, MARKER, opened) == tokens(model, MARKER, turned)
+
+
+def test_messages_with_images_equal_prompts_with_images(model: Model, tmp_path: Path) -> None:
+    first, second = make_images(2)
+    first.save(tmp_path / "first.png")
+    parts = [
+        {"type": "image", "path": str(tmp_path / "first.png")},
+        {"type": "text", "text": "and"},
+        {"type": "image"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    prompt = f"user: {MARKER}and{MARKER}\nassistant: "
+    assert model.chat_prompt(messages) == prompt
+    wanted = tokens(model, prompt, [first, second])
+    assert model.chat(messages, images=second, max_new_tokens=6).finish().tokens == wanted
+    parts[2] = {"type": "image", "image": second}
+    assert model.chat(messages, max_new_tokens=6).finish().tokens == wanted
+
+
+def make_bad(folder: Path) -> dict[str, Any]:
+    """Images that cannot be read."""
+    whole = folder / "whole.png"
+    make_images(1)[0].save(whole)
+    (folder / "cut.png").write_bytes(whole.read_bytes()[:400])
+    (folder / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(200))
+    (folder / "words.png").write_text("not an image")
+    return {
+        "cut": folder / "cut.png",
+        "film": folder / "film.mp4",
+        "words": folder / "words.png",
+        "missing": folder / "missing.png",
+        "folder": folder,
+    }
+
+
+@pytest.mark.parametrize("case", ["cut", "film", "words", "missing", "folder"])
+def test_files_that_are_no_images_are_refused_by_name(
+    model: Model, case: str, tmp_path: Path
+) -> None:
+    path = make_bad(tmp_path)[case]
+    with pytest.raises(DataError, match=f"image 1 of prompt 1, .*{path.name}"):
+        tokens(model, MARKER, path)
+
+
+def test_bombs_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeexit.preprocessing.images.IMAGE_LIMIT_PIXELS", 1000)
+    with pytest.raises(DataError, match="100 x 100 pixels"):
+        tokens(model, MARKER, Image.new("RGB", (100, 100)))
+
+
+REFUSED: dict[str, tuple[Any, Any, type[EdgeExitError], str]] = {
+    "fewer placeholders": ("a", "one", InputError, "prompt 1 has 0 placeholders <image> for 1 im"),
+    "more placeholders": (MARKER * 2, "one", InputError, "prompt 1 has 2 placeholders <image> fo"),
+    "placeholders of no images": (MARKER, [], InputError, "has 1 placeholders <image> for 0"),
+    "too few for several prompts": (
+        [MARKER, MARKER],
+        ["one"],
+        InputError,
+        "1 images for 2 prompts with 2 placeholders",
+    ),
+    "lists for other prompts": ([MARKER], [["one"], []], InputError, "2 lists of images for 1"),
+    "token ids with a flat list": ([[1], [2]], ["one"], InputError, "share one list of images"),
+    "an address": (MARKER, "https://example.org/cat.jpg", InputError, "images are not downloaded"),
+    "a number": (MARKER, 3, InputError, "is a int"),
+    "floats": (MARKER, np.zeros((4, 4, 3)), InputError, "is an array float64"),
+    "four channels": (MARKER, np.zeros((4, 4, 4), np.uint8), InputError, r"array \[4, 4, 4\]"),
+    "no pixels": (MARKER, np.zeros((0, 4, 3), np.uint8), InputError, "is an array"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_images_are_refused(model: Model, case: str) -> None:
+    prompts, images, error, message = REFUSED[case]
+    [one] = make_images(1)
+
+    def filled(given: Any) -> Any:
+        if isinstance(given, list):
+            return [filled(item) for item in given]
+        return one if isinstance(given, str) and given == "one" else given
+
+    with pytest.raises(error, match=message):
+        tokens(model, prompts, filled(images))
+
+
+def test_placeholders_without_images_are_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="no inputs are given for them"):
+        model.generate(f"a{MARKER}b", max_new_tokens=2).finish()
+
+
+def test_images_and_inputs_exclude_each_other(model: Model) -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        model.generate(MARKER, images=make_images(1), inputs={"pixel_values": np.zeros(1)})
+
+
+def test_image_items_and_images_must_agree(model: Model) -> None:
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(InputError, match="1 image items without an image, and 0 images"):
+        model.chat(messages)
+    with pytest.raises(InputError, match="1 image items without an image, and 2 images"):
+        model.chat(messages, images=make_images(2))
+
+
+def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
+    checkpoint = save_decoder("llama", tmp_path / "checkpoint")
+    bundle = export(from_pretrained(checkpoint, exits=[2]).split_model(), tmp_path / "bundle")
+    with load(bundle) as text, pytest.raises(InputError, match="takes no images"):
+        text.generate("a", images=make_images(1))
+
+
+def test_features_of_known_images_are_kept_within_their_bound(model: Model) -> None:
+    images = make_images(3, seed=5)
+    cache = model.features
+    cache.clear()
+    before = cache.hits, cache.misses
+    prompts = [f"{MARKER}a{MARKER}", f"b{MARKER}{MARKER}"]
+    first = tokens(model, prompts, [images[:2], images[1:]])
+    assert (cache.hits - before[0], cache.misses - before[1]) == (1, 3)
+    assert tokens(model, prompts, [images[:2], images[1:]]) == first
+    assert (cache.hits - before[0], cache.misses - before[1]) == (5, 3)
+    exits = model.generate(prompts[0], images=images[:2], max_new_tokens=1).finish()
+    assert exits.statistics.earlier["vision"] == ["tower_exit_3"] * 2
+
+
+def test_another_policy_forgets_features(model: Model) -> None:
+    [image] = make_images(1, seed=6)
+    full = tokens(model, MARKER, image)
+    before = model.policy
+    early = {"vision": Rule(thresholds=-2.0, score="saturation"), "main": Rule()}
+    model.policy = Policy(rules=early)
+    made = model.generate(MARKER, images=image, max_new_tokens=6).finish()
+    assert made.statistics.earlier["vision"] == ["tower_exit_1"]
+    model.policy = before
+    assert tokens(model, MARKER, image) == full
+
+
+def test_a_feature_cache_drops_the_oldest() -> None:
+    ran: list[int] = []
+
+    def run(images: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+        ran.extend(images[:, 0].tolist())
+        return {"out": images * 2}, ["last"] * len(images)
+
+    images = np.arange(8, dtype=np.float32).reshape(4, 2)
+    cache = FeatureCache(limit_bytes=2 * images[0].nbytes)
+    for chosen, wanted in (([0, 1], [0, 2]), ([1, 2], [4]), ([0], [0]), ([2, 0], [])):
+        ran.clear()
+        made, exits = cache.features(images[chosen], run)
+        assert (made["out"] == images[chosen] * 2).all() and exits == ["last"] * len(chosen)
+        assert ran == wanted
+    none = FeatureCache(limit_bytes=0)
+    for _ in range(2):
+        ran.clear()
+        none.features(images[:1], run)
+        assert ran == [0]
+
+
+def test_tiles_are_written_in_rows_with_an_overview() -> None:
+    written = ImageText(
+        placeholder="<i>",
+        tokens=2,
+        whole="[{image}]",
+        tile="({row},{column}){image}",
+        row_end=";",
+        overview="|{image}",
+    )
+    pixels = np.zeros((5, 3, 1, 1), np.float32)
+    said = text_of(written, Cut(pixels, rows=2, columns=2))
+    assert said == "(1,1)<i><i>(1,2)<i><i>;(2,1)<i><i>(2,2)<i><i>;|<i><i>"
+    assert text_of(written, Cut(pixels[:1])) == "[<i><i>]"
+    flat = ImageText(placeholder="<i>", tokens=1, whole="[{image}]")
+    assert text_of(flat, Cut(pixels, rows=2, columns=2)) == "[<i><i><i><i><i>]"
