@@ -146,6 +146,8 @@ def command(
         print_json(result)
     elif "modes" in result:
         _print_texts(result)
+        if result["vision"] is not None:
+            _print_vision(result["vision"])
     else:
         _print(result)
 
@@ -186,6 +188,46 @@ def _print_texts(result: dict[str, Any]) -> None:
             *(f"warning: {text}" for text in result["warnings"]),
         ],
     )
+
+
+def _print_vision(found: dict[str, Any]) -> None:
+    """Tower, prefill and decoding apart."""
+    columns = ["case", "tower ms", "prefill ms", "first token ms", "x unsplit", "floor"]
+    columns += ["predicted ms", "ms/token", "x unsplit", "answer ms", "x unsplit"]
+    rows = []
+    named = {"unsplit": found["unsplit"], "full": found["full"], **found["cases"]}
+    for name, own in named.items():
+        numbers = [own["tower_ms"], own["prefill_ms"], own["first_token_ms"]]
+        rows.append(
+            [
+                name,
+                *(f"{number:.2f}" for number in numbers),
+                _ratio(own.get("time_to_first_token_against_unsplit")),
+                _ratio(own.get("floor_of_first_token")),
+                f"{own['predicted_first_token_ms']:.2f}" if name in found["cases"] else "-",
+                f"{own['ms_per_token']:.2f}",
+                _ratio(own.get("time_per_token_against_unsplit")),
+                f"{own['answer_ms']:.1f}",
+                _ratio(own.get("answer_against_unsplit")),
+            ]
+        )
+    full = found["full"]
+    print_table(
+        f"{found['image_tokens']} image tokens per image",
+        columns,
+        rows,
+        notes=[
+            "",
+            f"split tax: tower {full['tower_against_unsplit']:.3f}, prefill "
+            f"{full['prefill_against_unsplit']:.3f}",
+            "floor: the share of the unsplit time to the first token that the case cannot touch; "
+            "predicted: the sum of parts measured in other turns",
+        ],
+    )
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _given_text(found: dict[str, Any] | None) -> list[str]:

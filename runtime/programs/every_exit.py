@@ -86,6 +86,21 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     )
 
 
+def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
+    """Milliseconds of each component for one prompt ``[seq]``, in chunks as in generation."""
+    times_ns = [0.0] * len(session.parts)
+    for start in range(0, len(tokens), session.chunk):
+        part = np.ascontiguousarray(tokens[None, start : start + session.chunk])
+        session.embed(part, start)
+        block = Block(part.shape[1], [part.shape[1]])
+        for number in range(len(session.parts)):
+            started = time.perf_counter_ns()
+            block = session.run(number, block)
+            session.engine.settle()
+            times_ns[number] += time.perf_counter_ns() - started
+    return [time_ns / 1e6 for time_ns in times_ns]
+
+
 def _ask(session: Session, number: int, head: Head | None, block: Block) -> Answers:
     if head is None:
         return session.parts[number].answers
@@ -104,4 +119,4 @@ def _log_probs(logits: NDArray[Any], tokens: NDArray[np.int64]) -> NDArray[np.fl
     return log_probs
 
 
-__all__ = ["NEXT_LOG_PROB", "trace_texts"]
+__all__ = ["NEXT_LOG_PROB", "segment_times", "trace_texts"]

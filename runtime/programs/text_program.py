@@ -5,7 +5,8 @@ run before the text, such as encoders and vision towers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.parts import release
 from edgeexit.runtime.executor.session import CHUNK, Session
 from edgeexit.runtime.executor.tables import Tables, check_ids
-from edgeexit.runtime.programs.every_exit import trace_texts
+from edgeexit.runtime.programs.every_exit import segment_times, trace_texts
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation
@@ -48,6 +49,7 @@ class TextProgram:
     _checked: CheckedInputs
     _lock: threading.Lock
     _check_usable: Callable[[], Components]
+    _enter: Callable[[], None]
     features: FeatureCache
 
     def _begin_texts(self, tables: Tables) -> None:
@@ -130,7 +132,9 @@ class TextProgram:
         handed: dict[str, NDArray[Any]] = {}
         if prompts.asks_earlier and self._steps.passes:
             self._checked.sizes(prompts.inputs)
+            started = time.perf_counter()
             handed, generation.statistics.earlier = self._run_earlier(prompts)
+            generation.earlier_s = time.perf_counter() - started
         for key in session.takes & handed.keys():
             if len(handed[key]) != len(prompts.tokens):
                 raise InputError(
@@ -180,6 +184,24 @@ class TextProgram:
         session = self.session(len(tokens))
         self._hand_on(session, given, Generation([], [], Statistics()))
         return trace_texts(session, tokens, step)
+
+    def segment_times(
+        self, tokens: Sequence[int], inputs: Mapping[str, NDArray[Any]] | None = None
+    ) -> list[float]:
+        """Milliseconds of each component for one prompt, without exits, for measurements.
+
+        Args:
+            tokens: Token ids of the prompt.
+            inputs: Inputs of earlier chains, which are not timed.
+        """
+        self._enter()
+        try:
+            given = read_prompts(self.bundle, [list(tokens)], inputs, None)
+            session = self.session(1)
+            self._hand_on(session, given, Generation([], [], Statistics()))
+            return segment_times(session, given.tokens[0])
+        finally:
+            self._lock.release()
 
     def _describe_states(self) -> dict[str, str]:
         components = self._check_usable()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
+from edgeexit.measure.bench.vision_cases import vision_settings
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.measure.given_text import GivenText, on_given_texts
 from edgeexit.measure.probe import times_to_exits
@@ -63,6 +64,7 @@ def unsplit(
         new_tokens, capacity: Language models: new tokens per prompt, and the capacity.
     """
     model = runtime.load(bundle, engine, threads=threads, capacity=capacity, unsplit=True)
+    model.features.limit_bytes = 0  # a known image would not run
     return subject_of_unsplit(model, inputs, new_tokens)
 
 
@@ -120,10 +122,12 @@ def chain(
         launch_ahead=launch_ahead,
         capacity=capacity,
     )
+    model.features.limit_bytes = 0  # a known image would not run
     rows = read_inputs(inputs)
     facts = model.describe_engine()
     if model.writes:
         modes: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in get_args(ModeName)}
+        modes |= vision_settings(model.bundle.manifest)
         cases = _text_cases(model, rows, new_tokens, modes | (settings or {}))
     else:
         cases = _row_cases(model, rows)
@@ -213,7 +217,7 @@ def _text_cases(
     def case(arguments: dict[str, Any], count: int) -> Case:
         arguments = dict(arguments)
         thresholds = arguments.pop("thresholds", None)
-        policy = given
+        policy = msgspec.structs.replace(given, rules=given.rules | arguments.pop("rules", {}))
         if thresholds is not None:
             rule = msgspec.structs.replace(given.rules.get(chain, Rule()), thresholds=thresholds)
             policy = msgspec.structs.replace(given, rules=given.rules | {chain: rule})
@@ -234,6 +238,16 @@ def _text_cases(
 
     cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
     cases["search"] = case({}, min(new_tokens, SEARCH_TOKENS))
+    if tokens := {group.token for group in decoding.groups.values()}:
+
+        def parts(_: int) -> dict[str, list[float]]:
+            shown, hidden = prompts[0], [token for token in prompts[0] if token not in tokens]
+            return {
+                "with_images_ms": model.segment_times(shown, others[0]),
+                "without_images_ms": model.segment_times(hidden),
+            }
+
+        cases["parts"] = Case(parts, lambda times: times, case({}, 1).enter)
     cases["given text"] = Case(
         on_prompts, lambda given: given and given.to_dict(), case({}, 1).enter
     )
@@ -246,6 +260,7 @@ def read_generation(generation: Generation) -> dict[str, Any]:
     counts = generation.statistics
     return {
         "first_token_s": generation.first_token_s,
+        "earlier_s": generation.earlier_s,
         "decode_s": generation.decode_s,
         "tokens": generation.tokens[0],
         "exits": counts.exits,

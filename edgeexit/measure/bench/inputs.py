@@ -15,6 +15,7 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, MeasurementError
 from edgeexit.measure.batches import Batch, read_npz, take_rows
 from edgeexit.measure.bench.cases import write_inputs
+from edgeexit.measure.bench.vision_cases import vision_chain
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import open_data
 from edgeexit.measure.texts import Text, read_texts, texts_of, vocabulary
@@ -193,8 +194,32 @@ def random_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
     ]
 
 
+def image_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
+    """Random images, each in front of a prompt of random tokens that the decoder reads. Empty if
+    the decoder reads no images."""
+    manifest, decoding = bundle.manifest, bundle.manifest.decoding
+    assert decoding is not None
+    name = vision_chain(manifest)
+    if name is None or decoding.start_tokens:
+        return []
+    [features], [group] = manifest.chains[name].outputs, decoding.groups.values()
+    [pixels] = [t for t in manifest.inputs if t.name not in (decoding.tokens,)]
+    shape = [1 if axis == "batch" else axis for axis in pixels.axes]
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(RANDOM_PROMPTS):
+        words = rng.integers(1, vocabulary(bundle, decoding.tokens), length)
+        words[words == group.token] = 1
+        image = rng.standard_normal(shape).astype(np.float32)  # type: ignore[arg-type]
+        front = [group.token] * int(features.axes[1])  # type: ignore[arg-type]
+        found.append(Text([*front, *words.tolist()], {pixels.name: image}))
+    return found
+
+
 def _own_texts(bundle: Bundle, length: int, seed: int) -> tuple[list[Text], str]:
     """Prompts for a bundle without data, and their name: random ones, else the samples."""
+    if texts := image_texts(bundle, length, seed=seed):
+        return texts, f"{len(texts)} random prompts with an image"
     source = bundle.manifest.limits.get("source", length)
     if texts := random_texts(bundle, min(length, source), seed=seed):
         return texts, f"{len(texts)} random prompts"

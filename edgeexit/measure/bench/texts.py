@@ -17,6 +17,7 @@ import numpy as np
 from edgeexit.errors import MeasurementError
 from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.paired import Side, spread
+from edgeexit.measure.bench.vision_cases import vision_settings
 
 MIN_TURNS = 5
 FEW_PROMPTS = 5
@@ -79,12 +80,15 @@ def decoded(record: dict[str, Any]) -> int:
 
 
 def measure(contest: Contest) -> dict[str, Any]:
-    """Measures prefill and decoding."""
+    """Measures prefill and decoding; of vision-language models also the tower."""
+    from edgeexit.measure.bench.vision import figures  # it computes with this module's functions
+
     inputs, options = contest.inputs, contest.options
     modes = ["full", *(["exact"] if inputs.real else [])]
     modes += ["fast"] if inputs.real and options.policy is not None else []
     baseline = Writer("unsplit", contest.unsplit, "unsplit")
-    writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes)]
+    seen = [Writer(name, contest.chain, name) for name in vision_settings(contest.bundle.manifest)]
+    writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes), *seen]
     turns = _write(contest, writers)
     full = writers[1]
     given = None
@@ -109,8 +113,9 @@ def measure(contest: Contest) -> dict[str, Any]:
                 "time_against_full": time_against(writer, full),
                 "turns_with_other_tokens_than_full": differences(writer, full),
             }
-            for writer in writers[1:]
+            for writer in writers[1 : len(modes) + 1]
         },
+        "vision": figures(contest, baseline, full, seen) if seen else None,
         "fast_on_given_text": given,
         "split_tax": time_against(full, baseline)["decode"],
         "same_threads": contest.same_threads,

@@ -101,7 +101,7 @@ def test_messages_with_images_equal_prompts_with_images(model: Model, tmp_path: 
         {"type": "image"},
     ]
     messages = [{"role": "user", "content": parts}]
-    prompt = f"user: {MARKER}and{MARKER}\nassistant: "
+    prompt = f"user: {MARKER}and{MARKER}assistant: "
     assert model.chat_prompt(messages) == prompt
     wanted = tokens(model, prompt, [first, second])
     assert model.chat(messages, images=second, max_new_tokens=6).finish().tokens == wanted

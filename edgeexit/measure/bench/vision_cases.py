@@ -1,0 +1,46 @@
+"""The cases of a vision-language model: exits of its tower, and layers behind which image tokens
+leave. `edgeexit.measure.bench.vision` computes figures of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeexit.bundle.manifest import Manifest
+from edgeexit.bundle.policy import ALWAYS, Rule, forced
+
+DROP, TOWER = "drop", "tower"
+
+
+def vision_chain(manifest: Manifest) -> str | None:
+    """Name of the chain that makes image tokens; None: there is none."""
+    for name, chain in manifest.chains.items():
+        if any(exit_.name.startswith("tower_exit_") for exit_ in chain.stops):
+            return name
+    return None
+
+
+def vision_settings(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Cases of a vision-language model: name -> arguments as `edgeexit.measure.bench.cases.chain`
+    takes them. ``tower:LAYER`` leaves the tower early, ``drop:LAYER`` leaves image tokens out."""
+    name = vision_chain(manifest)
+    if name is None or manifest.decoding is None:
+        return {}
+    tower = manifest.chains[name]
+    found: dict[str, dict[str, Any]] = {}
+    for exit_ in tower.stops[:-1]:
+        rule = forced(tower.stops, exit_.name)
+        own = Rule(thresholds=rule.thresholds, score="saturation", first=rule.first, last=rule.last)
+        found[f"{TOWER}:{_layer(exit_.name)}"] = {"rules": {name: own}}
+    main = manifest.decoding.chain
+    for exit_ in manifest.chains[main].exits:
+        if exit_.action == "drop" and not exit_.path:
+            rule = Rule(thresholds={exit_.name: ALWAYS})
+            found[f"{DROP}:{_layer(exit_.name)}"] = {"rules": {main: rule}}
+    return found
+
+
+def _layer(exit_name: str) -> int:
+    return int(exit_name.rpartition("_")[2])
+
+
+__all__ = ["DROP", "TOWER", "vision_chain", "vision_settings"]
