@@ -98,15 +98,29 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
         click.echo(
             f"labels: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''} ({len(labels)})"
         )
-    if found["preprocessing"]:
-        parts = found["preprocessing"].items()
+    for preprocessing in found["preprocessing"]:
+        parts = preprocessing.items()
         click.echo("preprocessing: " + ", ".join(f"{k} {v}" for k, v in parts))
+    if found["images"]:
+        click.echo(_images(found["images"]))
     if found["tokenizer"]:
         click.echo(f"tokenizer: {found['tokenizer']}")
     if found["chat"]:
         tokens = [f"{k} {v!r}" for k, v in found["chat"].get("tokens", {}).items()]
         named = ", ".join(found["chat"]["templates"])
         click.echo(f"chat templates: {named}" + (f" (with {', '.join(tokens)})" if tokens else ""))
+
+
+def _images(images: dict[str, Any]) -> str:
+    """How many tokens an image has, and how a prompt names it."""
+    said = f"images: {images['tokens']} image tokens each"
+    if images["most_tiles"] > 1:
+        most = images["most_tiles"]
+        said += (
+            f" or per tile (at most {most} tiles and an overview, {images['most_tokens']} tokens)"
+        )
+    place = "in front of the prompt" if images["in_front"] else f"at {images['placeholder']}"
+    return f"{said}, {place}"
 
 
 def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
@@ -146,6 +160,8 @@ def _show_chain(name: str, chain: dict[str, Any], axes: str) -> None:
 def _path(exit_: dict[str, Any]) -> list[str]:
     """Lines about the adapter or gate of an exit, if it has one."""
     drops = exit_["action"] == "drop"
+    if drops and not exit_["path"]:
+        return [f"{exit_['name']} drops {exit_['tokens']} tokens where the policy says so"]
     found = []
     for part in exit_["path"][: None if drops else -1]:
         what = f"drops {exit_['tokens']} tokens, its gate" if drops else "has an adapter"

@@ -63,9 +63,29 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "files": len(manifest.files) + 1,
         "labels": manifest.labels,
         "preprocessing": msgspec.to_builtins(manifest.preprocessing),
+        "images": _images(bundle),
         "tokenizer": manifest.tokenizer,
         "chat": msgspec.to_builtins(manifest.chat),
         "provenance": manifest.provenance,
+    }
+
+
+def _images(bundle: Bundle) -> dict[str, Any] | None:
+    """Images in prompts; None if the model takes none, or only as inputs."""
+    manifest = bundle.manifest
+    groups = [] if manifest.decoding is None else manifest.decoding.groups.values()
+    written = next((group.image for group in groups if group.image is not None), None)
+    if written is None:
+        return None
+    preprocessing = manifest.image_preprocessing
+    tiles = None if preprocessing is None else preprocessing.tiles
+    most = 1 if tiles is None else tiles.most
+    return {
+        "tokens": written.tokens,
+        "most_tiles": most,
+        "most_tokens": written.tokens * (most + (most > 1)),
+        "placeholder": written.placeholder,
+        "in_front": written.in_front,
     }
 
 

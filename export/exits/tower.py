@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from edgeexit.bundle.manifest import Axis, Call, Chain, Exit, Tensor
-from edgeexit.export.contract import Component, Form
+from edgeexit.export.contract import Component, Form, Values
 from edgeexit.export.exits.encoder_decoder import saturation
 from edgeexit.export.exits.saved import check_layers
 
@@ -97,6 +97,20 @@ class ExitTower(nn.Module):
             states.append(layer(states[-1]))
         projector = trunk.projector if last == self.depth else self.projectors[exit_name(last)]
         return projector(*(states[layer] for layer in self._read_at(last)))
+
+    def answers(self, pixel_values: torch.Tensor) -> Iterator[tuple[int, Values]]:
+        """What every exit hands on for images, and its score, by name: ``(layer, answers)``."""
+        trunk, states = self.trunk, [self.trunk.stem(pixel_values)]
+        for number, layer in enumerate(trunk.layers, start=1):
+            state, *score = _through(layer, states[-1])
+            states.append(state)
+            if number not in self._borders():
+                continue
+            last = number == self.depth
+            projector = trunk.projector if last else self.projectors[exit_name(number)]
+            features = projector(*(states[read] for read in self._read_at(number)))
+            scores = {} if last else {"saturation": score[0]}
+            yield number, {IMAGE_FEATURES: features} | scores
 
     def components(self) -> list[Component]:
         """Segments, projectors and the unsplit tower."""
@@ -212,15 +226,20 @@ class _Segment(nn.Module):
     def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         states = [self.stem(given)]
         for layer in self.layers:
-            *reshape, rest = layer if isinstance(layer, nn.Sequential) else [layer]
-            before = reshape[0](states[-1]) if reshape else states[-1]
-            states.append(rest(before))
+            state, score = _through(layer, states[-1])
+            states.append(state)
         handed = [states[layer - self.start] for layer in self.handed]
-        if not self.scored:
-            return (states[-1], *handed)
-        before, after = (state.flatten(1).unsqueeze(1) for state in (before, states[-1]))
-        read = torch.ones(before.shape[:2], device=before.device)
-        return (states[-1], *handed, saturation(before, after, read))
+        return (states[-1], *handed, *([score] if self.scored else []))
+
+
+def _through(layer: nn.Module, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's output, and its `saturation` ``[batch]``."""
+    *reshape, rest = layer if isinstance(layer, nn.Sequential) else [layer]
+    before = reshape[0](state) if reshape else state
+    after = rest(before)
+    first, second = (one.flatten(1).unsqueeze(1) for one in (before, after))
+    read = torch.ones(first.shape[:2], device=state.device)
+    return after, saturation(first, second, read)
 
 
 class _Projector(nn.Module):

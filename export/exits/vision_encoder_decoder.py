@@ -31,7 +31,14 @@ from edgeexit.export.exits.encoder_decoder import (
     ExitEncoderDecoder,
 )
 from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
-from edgeexit.export.exits.tower import CHAIN, IMAGE_FEATURES, PIXELS, ExitTower, TowerTrunk
+from edgeexit.export.exits.tower import (
+    CHAIN,
+    IMAGE_FEATURES,
+    PIXELS,
+    ExitTower,
+    TowerTrunk,
+    exit_name,
+)
 from edgeexit.export.exits.vision_language import GROUP
 
 
@@ -84,13 +91,16 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
 
         Args:
             input_ids: ``[batch, source]``.
-            images: One tensor ``[image, channels, height, width]``, or none.
+            images: One tensor ``[image, channels, height, width]``, or image tokens ``[image,
+                tokens, width]``; or none.
         """
         embedded = super().embed_source(input_ids)
         if not images:
             return embedded
+        [given] = images
+        features = self.tower(given) if given.ndim == 4 else given
         places = (input_ids == self.whole.placeholder)[..., None]
-        return embedded.masked_scatter(places, self.tower(*images).to(embedded.dtype))
+        return embedded.masked_scatter(places, features.to(embedded.dtype))
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -143,6 +153,17 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
 
     def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
         return (inputs[PIXELS],)
+
+    def _reference(self, inputs: Values) -> Values:
+        found = super()._reference(inputs)
+        for layer, answers in self.tower.answers(inputs[PIXELS]):
+            name = exit_name(layer)
+            found |= {f"{name}/{key}": value for key, value in answers.items()}
+            if layer < self.tower.depth:
+                early = super()._reference(inputs | {PIXELS: answers[IMAGE_FEATURES]})
+                exits = [f"exit_{number}" for number in (*self.exit_layers, self.depth)]
+                found |= {f"{name}/{exit_}": early[exit_] for exit_ in exits}
+        return found
 
 
 __all__ = ["ExitVisionEncoderDecoder", "VisionEncoderTrunk"]

@@ -28,7 +28,14 @@ from edgeexit.bundle.manifest import (
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
-from edgeexit.export.exits.tower import CHAIN, IMAGE_FEATURES, PIXELS, ExitTower, TowerTrunk
+from edgeexit.export.exits.tower import (
+    CHAIN,
+    IMAGE_FEATURES,
+    PIXELS,
+    ExitTower,
+    TowerTrunk,
+    exit_name,
+)
 
 GROUP = "image"
 EXAMPLE_TOKENS = 8
@@ -88,7 +95,10 @@ class ExitVisionLanguage(ExitDecoder):
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
 
     def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings ``[batch, seq, width]`` with image tokens in place of their placeholders.
 
@@ -96,12 +106,15 @@ class ExitVisionLanguage(ExitDecoder):
             input_ids: ``[batch, seq]``.
             pixel_values: ``[images, channels, height, width]``, in the order of the placeholders;
                 None: there are none.
+            image_features: Image tokens ``[images, tokens, width]`` instead.
         """
         embedded = super().embed(input_ids)
-        if pixel_values is None:
+        if pixel_values is not None:
+            image_features = self.tower(pixel_values)
+        if image_features is None:
             return embedded
         places = (input_ids == self.whole.placeholder)[..., None]
-        return embedded.masked_scatter(places, self.tower(pixel_values).to(embedded.dtype))
+        return embedded.masked_scatter(places, image_features.to(embedded.dtype))
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -180,8 +193,14 @@ class ExitVisionLanguage(ExitDecoder):
         return {"tokens": ids, PIXELS: torch.randn(shape, generator=generator)}
 
     def _reference(self, inputs: Values) -> Values:
-        by_layer = self(inputs["tokens"], pixel_values=inputs[PIXELS])
-        return {f"exit_{layer}": logits for layer, logits in by_layer.items()}
+        found: Values = {}
+        for layer, answers in self.tower.answers(inputs[PIXELS]):
+            name = exit_name(layer)
+            found |= {f"{name}/{key}": value for key, value in answers.items()}
+            early = f"{name}/" if layer < self.tower.depth else ""
+            by_layer = self(inputs["tokens"], image_features=answers[IMAGE_FEATURES])
+            found |= {f"{early}exit_{number}": logits for number, logits in by_layer.items()}
+        return found
 
 
 __all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]
