@@ -6,12 +6,14 @@ Only one thread may use a model at a time. Several models can run in parallel.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from edgeexit.bundle.cautions import calibrated_rows, other_batch_size
 from edgeexit.bundle.manifest import Chain, Exit, StateForm
 from edgeexit.bundle.policy import Decision, Policy, Rule, decisions_of, policy_for, rule_of
 from edgeexit.bundle.reader import Bundle
@@ -33,6 +35,7 @@ from edgeexit.runtime.programs.generate import Writer
 if TYPE_CHECKING:
     from edgeexit.runtime.engines.cuda.device import Counts
 
+logger = logging.getLogger(__name__)
 
 _NO_INPUTS: Mapping[str, NDArray[Any]] = {}
 
@@ -105,6 +108,8 @@ class Model(Writer, Loaded):
         decisions = {n: decisions_of(policy, chain, n) for n, chain in self.chains.items()}
         self._patience = {n: rule_of(policy, chain, n).patience for n, chain in self.chains.items()}
         self._policy, self._decisions = policy, decisions
+        self._calibrated_rows = calibrated_rows(policy, self.chains) if policy.rules else None
+        self._rows_before: int | None = None
 
     @property
     def decisions(self) -> list[Decision]:
@@ -180,6 +185,8 @@ class Model(Writer, Loaded):
         finally:
             self._lock.release()
         last = answers.pop(self.chain_name)
+        if self._calibrated_rows is not None:
+            self._warn_of_batch_size(len(last.exits))
         return Result(
             last.outputs,
             last.exits,
@@ -191,6 +198,16 @@ class Model(Writer, Loaded):
                 for name, earlier in answers.items()
             },
         )
+
+    def _warn_of_batch_size(self, rows: int) -> None:
+        """Warns once if batches differ from those of the policy's calibration. A smaller batch
+        after one of that size is taken for the last one of a data set."""
+        calibrated, before = self._calibrated_rows, self._rows_before
+        self._rows_before = rows
+        last_of_data = calibrated is not None and rows < calibrated == before
+        if rows != calibrated and not last_of_data:
+            logger.warning("%s", other_batch_size(calibrated, rows))
+            self._calibrated_rows = None
 
     def trace(
         self,

@@ -184,10 +184,17 @@ def calibrate(
         "max_risk": max_risk,
         "rows_needed": rows_needed(max_risk),
     } | _measured(trace, risk, taken)
-    count, what = (trace.rows, "rows") if trace.texts is None else (trace.texts, "texts")
-    calibration["warnings"] = doubts(count, what, max_risk)
+    calibration["warnings"] = doubts(*_decisions(trace), max_risk)
     policy = Policy(rules=rules, bundle=trace.bundle, engine=trace.engine, calibration=calibration)
     return policy, curve, chosen
+
+
+def _decisions(trace: Trace) -> tuple[int, str]:
+    """Number of independent decisions in a trace, and what they are about: the tokens of a text
+    depend on each other, and rows of a batch stop together where exits apply to all of it."""
+    if trace.texts is not None:
+        return trace.texts, "texts"
+    return (trace.rows, "rows") if trace.independent else (len(trace.batch_rows), "batches")
 
 
 def _measured(trace: Trace, risk: Risk, taken: NDArray[np.int64]) -> dict[str, Any]:

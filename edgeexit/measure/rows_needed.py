@@ -12,8 +12,8 @@ CONFIDENCE = 0.95
 
 
 def rows_needed(max_risk: float) -> int | None:
-    """The fewest rows (texts, where rows are tokens) with which a risk can be seen: if none of them
-    has a loss, the risk is within the limit with a confidence of 95 %. None: no number of rows can
+    """The fewest rows (texts or batches, see `doubts`) with which a risk can be seen: if none of
+    them has a loss, the risk is within the limit with a confidence of 95 %. None: no number of rows can
     show a risk of 0.
 
     >>> rows_needed(0.005), rows_needed(0.01), rows_needed(1.0), rows_needed(0.0)
@@ -30,12 +30,14 @@ def doubts(rows: int, what: str, max_risk: float) -> list[str]:
     """Warnings about a calibration on too little data to see the risk; empty if it is enough.
 
     Args:
-        rows: Number of rows, or of texts where rows are tokens: the tokens of a text are not
-            independent of each other.
-        what: ``rows`` or ``texts``.
+        rows: Number of independent decisions: of rows, or of texts where rows are tokens, or of
+            batches.
+        what: ``rows``, ``texts``, or ``batches`` where exits apply to the whole batch: its rows
+            stop together.
     """
     limit, needed = f"{100 * max_risk:.3g} %", rows_needed(max_risk)
-    what = what if rows != 1 else what.removesuffix("s")
+    one = "batch" if what == "batches" else what.removesuffix("s")
+    several, what = what, one if rows == 1 else what
     if needed is None:
         return [
             f"no number of {what} can show a risk of 0 %; the policy was fitted to {rows} {what}"
@@ -46,7 +48,7 @@ def doubts(rows: int, what: str, max_risk: float) -> list[str]:
     return [
         f"{rows} {what} cannot show a risk of {limit}: even without any loss among them, the risk "
         f"on other data may be up to {unseen:.2g} % (at {CONFIDENCE:.0%} confidence); calibrate on "
-        f"at least {needed} {what.removesuffix('s')}s"
+        f"at least {needed} {several}"
     ]
 
 

@@ -269,6 +269,19 @@ def test_texts_count_and_not_their_tokens_where_rows_are_tokens() -> None:
     assert warning.startswith("10 texts cannot show a risk of 5 %") and "59 texts" in warning
 
 
+def test_batches_count_and_not_their_rows_where_exits_apply_to_the_whole_batch() -> None:
+    trace = make_trace(rows=118, exits=2, labels=False, independent=False)
+    trace.predictions[:] = 0
+    policy, _, _ = calibrate(trace, max_risk=0.05, score="max_prob")
+    assert policy.calibration["warnings"] == []  # 59 batches of 2 rows
+    trace = dataclasses.replace(trace, batch_rows=np.array([59, 59]), batch_size=59)
+    policy, _, _ = calibrate(
+        dataclasses.replace(trace, times_ms=trace.times_ms[:2]), max_risk=0.05, score="max_prob"
+    )
+    [warning] = policy.calibration["warnings"]
+    assert warning.startswith("2 batches cannot show a risk of 5 %") and "59 batches" in warning
+
+
 def test_a_calibration_on_enough_rows_has_no_warning() -> None:
     assert doubts(598, "rows", 0.005) == []
     assert len(doubts(597, "rows", 0.005)) == 1

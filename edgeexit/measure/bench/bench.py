@@ -90,7 +90,8 @@ def bench(
 def _cautions(bundle: Bundle, options: Options) -> list[str]:
     """Warnings about the answers from which the figures are computed."""
     if options.policy is not None:
-        return cautions(policy_for(options.policy, bundle), bundle)
+        batch_size = 1 if options.mode == "latency" else options.batch
+        return cautions(policy_for(options.policy, bundle), bundle, batch_size=batch_size)
     if bundle.exits_untrained:
         return ["the early exits were never trained: times are valid, their answers are not"]
     return []
