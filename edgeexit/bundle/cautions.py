@@ -36,6 +36,12 @@ def cautions(
         found.append(
             "the early exits of this bundle are untrained: times are valid, answers are meaningless"
         )
+    elif bundle.manifest.provenance.get("tower_exits") == "untrained" and any(
+        exit_.name.startswith("tower_")
+        for name in early
+        for exit_ in bundle.manifest.chains[name].exits
+    ):
+        found.append("the exits of the vision tower are untrained: answers after them mean nothing")
     if not policy.calibration:
         if bundle.exits_unknown:
             found.append("nothing says that the early exits of this bundle were trained")

@@ -217,6 +217,11 @@ def _about_exits(bundle: Bundle, output: Path) -> str:
             "nothing says that the model was trained to leave the encoder early. To compare texts: "
             f"edgeexit run {output} --prompt TEXT, with and without --encoder-threshold 0.98"
         )
+    if bundle.exits_unknown and bundle.manifest.decoding is None:
+        return (
+            "nothing says that these exits were trained: the checkpoint lists them, but not "
+            f"whether they were. To measure them: edgeexit bench {output} --data ROWS"
+        )
     if bundle.exits_unknown:
         return (
             "nothing says that these exits were trained: the checkpoint does not list them. They "

@@ -13,8 +13,8 @@ CONFIDENCE = 0.95
 
 def rows_needed(max_risk: float) -> int | None:
     """The fewest rows (texts or batches, see `doubts`) with which a risk can be seen: if none of
-    them has a loss, the risk is within the limit with a confidence of 95 %. None: no number of rows can
-    show a risk of 0.
+    them has a loss, the risk is within the limit with a confidence of 95 %. None: no number of rows
+    can show a risk of 0.
 
     >>> rows_needed(0.005), rows_needed(0.01), rows_needed(1.0), rows_needed(0.0)
     (598, 299, 1, None)

@@ -20,6 +20,7 @@ from torch import nn
 
 from edgeexit.bundle.manifest import Axis, Chain, Exit, Preprocessing, Run, Tensor
 from edgeexit.export.contract import Component, Form, SplitModel
+from edgeexit.export.exits.origins import Origin
 from edgeexit.export.exits.saved import (
     SavedExits,
     check_layers,
@@ -104,7 +105,7 @@ class ExitClassifier(nn.Module):
             own head.
 
     Attributes:
-        trained: Whether the exit heads' weights came from a checkpoint or from training.
+        exit_origins: What is known about the training of each exit head.
     """
 
     def __init__(self, model: nn.Module, trunk: Trunk, exits: Iterable[int]) -> None:
@@ -121,7 +122,7 @@ class ExitClassifier(nn.Module):
                 for layer in self.exit_layers
             }
         )
-        self.trained = False
+        self.exit_origins: dict[str, Origin] = dict.fromkeys(self.heads, "untrained")
         self.name = type(model).__name__
         self.task = "classification"
         self.labels: tuple[str, ...] = ()
@@ -129,6 +130,11 @@ class ExitClassifier(nn.Module):
         self.tokenizer: bytes | None = None
         self.preprocessing_sample: dict[str, np.ndarray] | None = None
         self.provenance: dict[str, str] = {}
+
+    @property
+    def trained(self) -> bool:
+        """Whether all exit heads were trained."""
+        return all(origin == "trained" for origin in self.exit_origins.values())
 
     @property
     def exit_names(self) -> list[str]:
@@ -157,7 +163,9 @@ class ExitClassifier(nn.Module):
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
         weights = None if state_dict is None else weights_of(state_dict, "heads.")
-        save_exits(folder, SavedExits(self.exit_layers), self.heads, weights)
+        save_exits(
+            folder, SavedExits(self.exit_layers, origins=self.exit_origins), self.heads, weights
+        )
 
     def split_model(self) -> SplitModel:
         """The contract for export: one component per exit, with the layers since the exit before

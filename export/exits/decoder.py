@@ -38,6 +38,7 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
+from edgeexit.export.exits.origins import Origin
 from edgeexit.export.exits.saved import (
     SavedExits,
     check_adapters,
@@ -97,6 +98,7 @@ class ExitDecoder(nn.Module):
 
     Attributes:
         adapters: Exit name -> its adapter's layers.
+        exit_origins: What is known about the training of each exit, adapter included.
         border_layers: Layers behind which a segment ends, without the last layer.
     """
 
@@ -123,6 +125,10 @@ class ExitDecoder(nn.Module):
         self.tokenizer_folder: Path | None = None
         self.generation: GenerationDefaults | None = None
         self.provenance: dict[str, str] = {}
+        self.exit_origins: dict[str, Origin] = {
+            name: "untrained" if name in self.adapters else "unknown"
+            for name in (f"exit_{layer}" for layer in self.exit_layers)
+        }
         self._layer = self._through_layer
         self._head = trunk.head.__call__
         self._heads = trunk.heads
@@ -225,7 +231,7 @@ class ExitDecoder(nn.Module):
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
         weights = None if state_dict is None else weights_of(state_dict, "adapters.")
-        exits = SavedExits(self.exit_layers, self.adapter_sizes)
+        exits = SavedExits(self.exit_layers, self.adapter_sizes, origins=self.exit_origins)
         save_exits(folder, exits, self.adapters, weights)
 
     def split_model(self) -> SplitModel:

@@ -101,6 +101,8 @@ class ExitEncoderDecoder(ExitDecoder):
         self.encoder = encoder
         self.encoder_layers = list(encoder.layers)
         self.encoder_exit_layers = check_layers(encoder_exits, len(encoder.layers), "encoder")
+        encoder_names = (f"encoder_exit_{layer}" for layer in self.encoder_exit_layers)
+        self.exit_origins |= dict.fromkeys(encoder_names, "unknown")
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
@@ -139,7 +141,9 @@ class ExitEncoderDecoder(ExitDecoder):
         and adds the list of exits."""
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
-        exits = SavedExits(self.exit_layers, encoder=self.encoder_exit_layers)
+        exits = SavedExits(
+            self.exit_layers, encoder=self.encoder_exit_layers, origins=self.exit_origins
+        )
         save_exits(folder, exits, self.adapters)
 
     def split_model(self) -> SplitModel:

@@ -1,4 +1,5 @@
-"""Writes and reads exits in a checkpoint's folder: ``edgeexit.json`` lists their layers,
+"""Writes and reads exits in a checkpoint's folder: ``edgeexit.json`` lists their layers
+and what is known about their training,
 ``exits.safetensors`` has their weights; and checks layers that are chosen for exits."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgeexit.errors import UsageError
+from edgeexit.export.exits.origins import ORIGINS, Origin
 from edgeexit.export.library_errors import translated
 
 EXITS_CONFIG = "edgeexit.json"
@@ -28,12 +30,15 @@ class SavedExits:
         adapters: Decoder exits with an adapter: exit layer -> number of adapter layers.
         encoder: Encoder layers with an exit.
         tower: Layers of a vision tower with an exit.
+        origins: Exit name -> what is known about its training. Exits that are missing, as in files
+            of older versions: unknown.
     """
 
     layers: list[int] | None = None
     adapters: dict[int, int] = field(default_factory=dict)
     encoder: list[int] | None = None
     tower: list[int] | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 def save_model(
@@ -67,6 +72,7 @@ def save_exits(
         config["encoder_exits"] = exits.encoder
     if exits.tower is not None:
         config["tower_exits"] = exits.tower
+    config["origins"] = dict(exits.origins)
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     if len(modules):
         weights = modules.state_dict() if weights is None else weights
@@ -90,7 +96,11 @@ def read_exits(folder: Path) -> SavedExits:
             others[name] = saved.get(f"{name}_exits")
             if not all(isinstance(layer, int) for layer in others[name] or ()):
                 raise ValueError(f"{name}_exits is not a list of layer numbers")
-        return SavedExits(list(layers), {int(k): n for k, n in adapters.items()}, **others)
+        origins = saved.get("origins", {})
+        if not all(origin in ORIGINS for origin in origins.values()):
+            raise ValueError(f"origins has other values than {', '.join(ORIGINS)}")
+        sizes = {int(k): n for k, n in adapters.items()}
+        return SavedExits(list(layers), sizes, **others, origins=origins)
 
 
 def load_exits(

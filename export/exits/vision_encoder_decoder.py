@@ -84,6 +84,7 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         super().__init__(model, trunk.encoder, trunk.decoder, exits, encoder_exits)
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
+        self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")
         self.prompt: ImageText | None = None
 
     def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,10 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
         exits = SavedExits(
-            self.exit_layers, encoder=self.encoder_exit_layers, tower=self.tower.exit_layers
+            self.exit_layers,
+            encoder=self.encoder_exit_layers,
+            tower=self.tower.exit_layers,
+            origins=self.exit_origins,
         )
         save_exits(folder, exits, self.tower.projectors)
 

@@ -88,6 +88,7 @@ class ExitVisionLanguage(ExitDecoder):
         super().__init__(model, trunk.decoder, exits, adapters)
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
+        self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")
         drop_layers = check_layers(drops, self.depth, "decoder")
         self.border_layers = sorted({*self.exit_layers, *drop_layers})
         self.prompt: ImageText | None = None
@@ -123,7 +124,12 @@ class ExitVisionLanguage(ExitDecoder):
         and adds the exits of tower and decoder."""
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
-        exits = SavedExits(self.exit_layers, self.adapter_sizes, tower=self.tower.exit_layers)
+        exits = SavedExits(
+            self.exit_layers,
+            self.adapter_sizes,
+            tower=self.tower.exit_layers,
+            origins=self.exit_origins,
+        )
         own = nn.ModuleDict({**self.adapters, **self.tower.projectors})
         weights = None
         if state_dict is not None:

@@ -9,7 +9,7 @@ training text should be similar to what the model will write. To train the model
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ class AdapterDistillation(Method):
     prediction and the last layer's probabilities, in nats. Batches are those of
     `edgeexit.export.methods.layerskip.LayerSkip`.
     """
+
+    left_out: ClassVar[str] = "they have no adapters"
 
     def check(self, model: Any) -> None:
         check_decoder("AdapterDistillation", model)
@@ -60,10 +62,8 @@ class AdapterDistillation(Method):
     def count(self, inputs: Batch) -> torch.Tensor:
         return (tokens_and_targets(inputs)[1] != IGNORED).sum()
 
-    def mark(self, model: ExitDecoder) -> None:
-        model.provenance["adapters"] = "trained"
-        if set(model.adapter_sizes) == set(model.exit_layers):
-            model.provenance["exits"] = "trained"
+    def trains(self, model: ExitDecoder) -> list[str]:
+        return list(model.adapters)
 
 
 __all__ = ["AdapterDistillation"]

@@ -105,9 +105,9 @@ class Joint(Method):
         )
         return loss, dict(zip(model.exit_names, logits, strict=True))
 
-    def mark(self, model: ExitClassifier) -> None:
-        model.trained = True
-        model.provenance["exits"] = "trained"
+    def trains(self, model: ExitClassifier) -> list[str]:
+        pairs = zip(model.heads, self._weights(model), strict=False)
+        return [name for name, weight in pairs if weight > 0]
 
     def _weights(self, model: ExitClassifier) -> list[float]:
         """One weight per trained exit."""

@@ -53,7 +53,8 @@ class LayerSkip(Method):
             sample).
         exit_scale: e_scale of the paper, see `exit_weights`.
         weights: Exit layer -> weight of its loss; the last layer's weight is 1. None: the paper's
-            weights. With 0 for all exits and no dropout this is plain language modelling.
+            weights, which are 0 for layer 1. With 0 for all exits and no dropout this is plain
+            language modelling.
         distillation: Share of an exit's loss that comes from the last layer's outputs instead of
             the text. `exact` and `fast` decoding need exits that agree with the last layer.
     """
@@ -112,11 +113,9 @@ class LayerSkip(Method):
     def count(self, inputs: Batch) -> torch.Tensor:
         return (tokens_and_targets(inputs)[1] != IGNORED).sum()
 
-    def mark(self, model: ExitDecoder) -> None:
-        if any(self._weights(model).values()):
-            model.provenance["exits"] = "trained"
-            if len(model.adapters):
-                model.provenance["adapters"] = "trained"
+    def trains(self, model: ExitDecoder) -> list[str]:
+        weights = self._weights(model)
+        return [f"exit_{layer}" for layer in model.exit_layers if weights.get(layer, 0.0) > 0]
 
     def _weights(self, model: ExitDecoder) -> Mapping[int, float]:
         if self.weights is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,7 +37,12 @@ class Method(abc.ABC):
     Subclasses are frozen dataclasses: checkpoints store their settings, and a training must be
     resumed with the same settings. `model` is always the `ExitClassifier` or `ExitDecoder` that was
     given to the trainer.
+
+    Attributes:
+        left_out: Why exits are not trained that `trains` does not name, for a warning.
     """
+
+    left_out: ClassVar[str] = "their losses have weight 0; give them weights (weights=...)"
 
     @abc.abstractmethod
     def check(self, model: Any) -> None:
@@ -70,8 +75,9 @@ class Method(abc.ABC):
         return torch.tensor(len(next(iter(inputs.values()))))
 
     @abc.abstractmethod
-    def mark(self, model: Any) -> None:
-        """Records in the model what was trained."""
+    def trains(self, model: Any) -> list[str]:
+        """Names of the early exits that this method trains: those whose loss has a weight. An exit
+        is marked as trained when its logits were part of a step's loss."""
 
 
 def column(inputs: Batch, name: str, fix: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from edgeexit.errors import ExportError, UsageError, first_line
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.exits.saved import load_exits, read_exits
+from edgeexit.export.methods.arguments import check_kinds, refuse_unsupported
 from edgeexit.export.methods.method import Batch, Method
+from edgeexit.export.methods.rows import ClearCollator, check_data_sets, is_empty
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +40,13 @@ METHOD = "method.txt"
 STATE = "trainer_state.json"
 """File that `Trainer` writes last into a checkpoint: without it a checkpoint is incomplete."""
 
-UNSUPPORTED = (
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "use_liger_kernel",
-    "gradient_checkpointing",
-    "activation_checkpointing",
-)
-"""Training arguments that only work for transformers' own models and losses."""
-
 
 class ExitTrainer(transformers.Trainer):
     """Trains exits with a method.
 
     Args:
-        model: The model to train, in place. After `train` it is in eval mode and its exits are
-            marked as trained.
+        model: The model to train, in place. After `train` it is in eval mode, and the exits that
+            had a loss in at least one step are marked as trained (`exit_origins`).
         method: `Joint`, `LayerSkip`, `AdapterDistillation`, or your own.
         args: `transformers.TrainingArguments`: all settings that do not belong to the method.
         others: Further arguments of `transformers.Trainer`: `train_dataset`, `eval_dataset`,
@@ -80,16 +74,18 @@ class ExitTrainer(transformers.Trainer):
         args: transformers.TrainingArguments,
         **others: Any,
     ) -> None:
-        _check_kinds(method, args, others)
+        check_kinds(method, args)
         method.check(model)
-        _refuse(model, args, others)
+        refuse_unsupported(model, args, others)
+        check_data_sets(args, others)
         if not model.exit_layers and not getattr(model, "encoder_exit_layers", None):
             logger.warning("training: the model has no exits; only its last layer is trained")
         self.exits, self.method = model, method
+        self._trained: set[str] = set()
         self._decaying = {name for name, weight in model.named_parameters() if _decays(weight)}
         super().__init__(model, args, **others)
         self.model_accepts_loss_kwargs = True
-        self.data_collator = _Collator(self.data_collator)  # type: ignore[has-type]
+        self.data_collator = ClearCollator(self.data_collator)  # type: ignore[has-type]
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **others: Any
@@ -100,7 +96,7 @@ class ExitTrainer(transformers.Trainer):
             resume_from_checkpoint: A checkpoint's folder; True: the last complete checkpoint in
                 ``args.output_dir``.
         """
-        if self.train_dataset is None or _is_empty(self.train_dataset):
+        if self.train_dataset is None or is_empty(self.train_dataset):
             what = "is missing" if self.train_dataset is None else "has no rows"
             raise UsageError(
                 f"training: train_dataset {what}",
@@ -111,13 +107,30 @@ class ExitTrainer(transformers.Trainer):
             self._check_method(folder)
             if (ended := self._ended(folder)) is not None:
                 return ended
+        self._trained = set() if folder is None else _trained_before(folder)
+        self._warn_of_exits_left_out()
         with _only(self.method.part(self.exits), self.exits):
             try:
                 output = super().train(folder and str(folder), **others)
             finally:
                 self._unwrap()
-        self.method.mark(self.exits)
+        self._note_trained()
         return output
+
+    def _warn_of_exits_left_out(self) -> None:
+        trained = self.method.trains(self.exits)
+        if left_out := [name for name in self.exits.exit_origins if name not in trained]:
+            logger.warning(
+                "training: %s does not train %s: %s",
+                type(self.method).__name__,
+                ", ".join(left_out),
+                self.method.left_out,
+            )
+
+    def _note_trained(self) -> None:
+        if not self._trained and self.method.trains(self.exits):
+            logger.warning("training: no step had a learning rate above 0; no exit was trained")
+        note_origins(self.exits, dict.fromkeys(self._trained, "trained"))
 
     def _ended(self, folder: Path) -> TrainOutput | None:
         """The result of a training that has already made all its steps (`Trainer` would make one
@@ -129,7 +142,7 @@ class ExitTrainer(transformers.Trainer):
         load_weights(self.exits, folder)
         self.exits.eval()
         self.state = state
-        self.method.mark(self.exits)
+        note_origins(self.exits, dict.fromkeys(_trained_before(folder), "trained"))
         return TrainOutput(state.global_step, 0.0, {})
 
     def _unwrap(self) -> None:
@@ -164,6 +177,8 @@ class ExitTrainer(transformers.Trainer):
                 f"training: the loss of step {self.state.global_step + 1} is {loss.item()}",
                 fix="Lower the learning rate or warm up longer; check inputs for NaN.",
             )
+        if training and any(group["lr"] > 0 for group in self.optimizer.param_groups):
+            self._trained |= set(logits).intersection(self.method.trains(self.exits))
         if num_items_in_batch is not None:
             loss = loss * (self.method.count(inputs) / num_items_in_batch)
         return (loss, logits) if return_outputs else loss
@@ -227,7 +242,12 @@ class ExitTrainer(transformers.Trainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.exits.save_pretrained(folder, state_dict)
+        known = self.exits.exit_origins
+        self.exits.exit_origins = known | dict.fromkeys(self._trained, "trained")
+        try:
+            self.exits.save_pretrained(folder, state_dict)
+        finally:
+            self.exits.exit_origins = known
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         (folder / METHOD).write_text(f"{self.method}\n")
@@ -253,47 +273,6 @@ class ExitTrainer(transformers.Trainer):
             raise UsageError(
                 f"{folder}: the checkpoint was trained with {written}, not with {self.method}",
                 fix="Resume with the checkpoint's method, or train into another output_dir.",
-            )
-
-
-class _Collator:
-    """A data collator whose exceptions say what can be done."""
-
-    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.inner = inner
-
-    def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        try:
-            return self.inner(rows)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"training: rows cannot be put into one batch ({first_line(error)})",
-                fix="Give rows with the same columns and shapes, or a data_collator that pads: "
-                "transformers.DataCollatorWithPadding(tokenizer).",
-            ) from error
-
-
-def _is_empty(rows: Any) -> bool:
-    return hasattr(rows, "__len__") and len(rows) == 0
-
-
-def _check_kinds(method: Method, args: transformers.TrainingArguments, others: Any) -> None:
-    """Raises `UsageError` for arguments of another kind."""
-    if not isinstance(method, Method):
-        given = method.__name__ if isinstance(method, type) else repr(method)
-        raise UsageError(
-            f"training: the method is {given}", fix="Give a method, as in Joint(distillation=0.5)."
-        )
-    if not isinstance(args, transformers.TrainingArguments):
-        raise UsageError(
-            f"training: args is a {type(args).__name__}",
-            fix="Give transformers.TrainingArguments(output_dir, ...).",
-        )
-    for name in ("train_dataset", "eval_dataset"):
-        if isinstance(others.get(name), (str, os.PathLike)):
-            raise UsageError(
-                f"training: {name} is {str(others[name])[:60]!r}, not a data set",
-                fix="Give rows, each a dictionary of columns, as datasets.load_dataset reads them.",
             )
 
 
@@ -325,27 +304,6 @@ def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
         ) from error
     if len(modules):
         load_exits(modules, [int(name.removeprefix("exit_")) for name in modules], folder)
-
-
-def _refuse(model: nn.Module, args: transformers.TrainingArguments, others: dict[str, Any]) -> None:
-    """Raises `UsageError` for arguments that `Trainer` would accept but not follow."""
-    if given := [name for name in ("model_init", "compute_loss_func") if others.get(name)]:
-        raise UsageError(f"{given[0]} is not supported with exits", fix="Write a Method.")
-    if given := [name for name in UNSUPPORTED if getattr(args, name, None)]:
-        raise UsageError(f"{given[0]} is not supported with exits", fix="Leave it out.")
-    wrapped = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap")
-    if args.fsdp and wrapped and isinstance(model, ExitDecoder):
-        raise UsageError(
-            "fsdp_config: transformer_layer_cls_to_wrap is not supported for language models, "
-            "because their layers do not run as one module",
-            fix="Leave it out: all weights are sharded together.",
-        )
-    if args.n_gpu > 1:
-        raise UsageError(
-            f"training: one process with {args.n_gpu} GPUs (DataParallel) is not supported",
-            fix="Start one process per GPU: torchrun --nproc-per-node "
-            f"{args.n_gpu} or accelerate launch; or choose one GPU with CUDA_VISIBLE_DEVICES=0.",
-        )
 
 
 def _decays(parameter: nn.Parameter) -> bool:
@@ -380,6 +338,12 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     states = Path(output_dir).glob(f"checkpoint-*/{STATE}")
     steps = {int(n): file.parent for file in states if (n := file.parent.name[11:]).isdecimal()}
     return steps[max(steps)] if steps else None
+
+
+def _trained_before(folder: Path) -> set[str]:
+    """Exits that a checkpoint's training has trained so far."""
+    origins = read_exits(folder).origins
+    return {name for name, origin in origins.items() if origin == "trained"}
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def from_pretrained(
             fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
-    return read_classifier(checkpoint, saved.layers, exits, *family, untrained=untrained)
+    return read_classifier(checkpoint, saved, exits, *family, untrained=untrained)
 
 
 def depth_of(path: str | Path) -> int:

@@ -8,7 +8,14 @@ from collections.abc import Iterable
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_labels, read_model
 from edgeexit.export.exits.classifier import ExitClassifier
-from edgeexit.export.exits.saved import EXITS_WEIGHTS, example_layers, listed, load_exits
+from edgeexit.export.exits.origins import Origin, note_origins, origins_of
+from edgeexit.export.exits.saved import (
+    EXITS_WEIGHTS,
+    SavedExits,
+    example_layers,
+    listed,
+    load_exits,
+)
 from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.export.preprocessing import text_preprocessing
 from edgeexit.export.pretrained.common import depth_of_config, name_of, tell_of_tokenizer, trunk_of
@@ -27,7 +34,7 @@ FAMILIES = {
 
 def read_classifier(
     checkpoint: Checkpoint,
-    saved: list[int] | None,
+    found: SavedExits,
     exits: Iterable[int] | None,
     module_name: str,
     reader: str,
@@ -37,7 +44,7 @@ def read_classifier(
 ) -> ExitClassifier:
     """A classifier; its exits have heads of their own."""
     path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
-    labels = read_labels(path, config)
+    saved, labels = found.layers, read_labels(path, config)
     if exits is None and saved is None:
         layers = listed(example_layers(depth_of_config(config)))
         raise ExportError(
@@ -77,12 +84,11 @@ def read_classifier(
         )
     if saved is not None:
         load_exits(classifier.heads, held, folder)
-        classifier.trained = not missing
     classifier.eval()
     classifier.name, classifier.task = name_of(path), task
     classifier.labels = labels
-    trained = "trained" if classifier.trained else "untrained"
-    classifier.provenance = checkpoint.provenance | {"exits": trained}
+    classifier.provenance = dict(checkpoint.provenance)
+    note_origins(classifier, _origins(classifier, found))
     if missing_weights:
         classifier.provenance["head"] = "untrained"
     if images:
@@ -95,6 +101,12 @@ def read_classifier(
             classifier.preprocessing = (text,)
             classifier.preprocessing_sample = sample
     return classifier
+
+
+def _origins(classifier: ExitClassifier, found: SavedExits) -> dict[str, Origin]:
+    """What is known about the exits. A head that is not saved is new, so it is untrained."""
+    layers = classifier.exit_layers
+    return origins_of(layers, found.layers, found.origins, prefix="exit", otherwise="untrained")
 
 
 __all__ = ["FAMILIES", "read_classifier"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ def trunk_of(
             return family.trunk(model.eval(), *more)
         except ExportError as error:  # families do not know the path
             raise ExportError(f"{checkpoint.path}: {error.what}", fix=error.fix) from error
-
-
-def origin_of(chosen: Iterable[int], saved: Iterable[int] | None, *, untrained: bool) -> str:
-    """What is known about exits that share the model's head: ``trained`` if they are saved with the
-    checkpoint. Any layer can have one, so other exits may be trained (LayerSkip), too."""
-    if set(chosen) <= set(saved or []):
-        return "trained"
-    return "untrained" if untrained else "unknown"
 
 
 def depth_of_config(config: transformers.PretrainedConfig) -> int:

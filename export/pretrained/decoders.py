@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, load_exits, name_layers
 from edgeexit.export.generation import generation_of
 from edgeexit.export.pretrained.common import (
     depth_of_config,
     name_of,
-    origin_of,
     tell_of_tokenizer,
     trunk_of,
 )
@@ -63,11 +63,23 @@ def read_decoder(
     decoder.tokenizer_folder = checkpoint.text_folder
     tell_of_tokenizer(checkpoint)
     decoder.generation = generation_of(model, path)
-    origin = origin_of(decoder.exit_layers, saved, untrained=untrained)
-    decoder.provenance = checkpoint.provenance | {"exits": origin}
-    if sizes:
-        decoder.provenance["adapters"] = "untrained" if missing else "trained"
+    decoder.provenance = dict(checkpoint.provenance)
+    note_origins(decoder, origins_of_decoder(decoder, found, untrained=untrained))
     return decoder
+
+
+def origins_of_decoder(
+    decoder: ExitDecoder, found: SavedExits, *, untrained: bool
+) -> dict[str, Origin]:
+    """What is known about the exits of a decoder. Any layer can have one, so exits that are not
+    saved may be trained (LayerSkip), too; a new adapter is not."""
+    otherwise: Origin = "untrained" if untrained else "unknown"
+    sizes = decoder.adapter_sizes
+    saved = [n for n in found.layers or () if sizes.get(n) == found.adapters.get(n)]
+    layers = decoder.exit_layers
+    origins = origins_of(layers, saved, found.origins, prefix="exit", otherwise=otherwise)
+    new = [f"exit_{layer}" for layer in sizes if layer not in saved]
+    return origins | dict.fromkeys(new, "untrained")
 
 
 def _sizes(held: Mapping[int, int]) -> str:
@@ -76,4 +88,4 @@ def _sizes(held: Mapping[int, int]) -> str:
     return ", ".join(found) or "none"
 
 
-__all__ = ["DECODERS", "read_decoder"]
+__all__ = ["DECODERS", "origins_of_decoder", "read_decoder"]

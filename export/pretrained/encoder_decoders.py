@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from edgeexit.errors import ExportError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, name_layers
 from edgeexit.export.generation import generation_of
 from edgeexit.export.preprocessing import text_preprocessing
@@ -14,7 +15,6 @@ from edgeexit.export.pretrained.common import (
     LONGEST_TEXT,
     depth_of_config,
     name_of,
-    origin_of,
     tell_of_tokenizer,
     trunk_of,
 )
@@ -58,12 +58,8 @@ def read_encoder_decoder(
     split.name = name_of(path)
     split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path)
-    origins = {
-        origin_of(split.exit_layers, saved.layers, untrained=untrained),
-        origin_of(split.encoder_exit_layers, saved.encoder, untrained=untrained),
-    }
-    origin = next(one for one in ("untrained", "unknown", "trained") if one in origins)
-    split.provenance = checkpoint.provenance | {"exits": origin}
+    split.provenance = dict(checkpoint.provenance)
+    note_origins(split, origins_of_both(split, saved, untrained=untrained))
     tell_of_tokenizer(checkpoint)
     takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
     if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
@@ -71,4 +67,19 @@ def read_encoder_decoder(
     return split
 
 
-__all__ = ["ENCODER_DECODERS", "read_encoder_decoder"]
+def origins_of_both(
+    split: ExitEncoderDecoder, saved: SavedExits, *, untrained: bool
+) -> dict[str, Origin]:
+    """What is known about the exits of an encoder-decoder, in both halves."""
+    otherwise: Origin = "untrained" if untrained else "unknown"
+    halves = (
+        ("exit", split.exit_layers, saved.layers),
+        ("encoder_exit", split.encoder_exit_layers, saved.encoder),
+    )
+    found: dict[str, Origin] = {}
+    for prefix, layers, held in halves:
+        found |= origins_of(layers, held, saved.origins, prefix=prefix, otherwise=otherwise)
+    return found
+
+
+__all__ = ["ENCODER_DECODERS", "origins_of_both", "read_encoder_decoder"]

@@ -14,6 +14,7 @@ from edgeexit.bundle.manifest import ImageText
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.device_tokenizer import make_tokenizer
+from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
 from edgeexit.export.exits.tower import ExitTower
 from edgeexit.export.exits.vision_encoder_decoder import ExitVisionEncoderDecoder
@@ -24,10 +25,11 @@ from edgeexit.export.preprocessing import text_preprocessing
 from edgeexit.export.pretrained.common import (
     depth_of_config,
     name_of,
-    origin_of,
     tell_of_tokenizer,
     trunk_of,
 )
+from edgeexit.export.pretrained.decoders import origins_of_decoder
+from edgeexit.export.pretrained.encoder_decoders import origins_of_both
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,15 @@ def read_vision_language(
             adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
         split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters)
         _load_adapters(checkpoint, split, saved, untrained=exits.untrained)
-    trained = _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
+    _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
     split.eval()
     split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path)
     split.prompt = _prompt_of(checkpoint, trunk.placeholder, trunk.prompt)
     split.name = name_of(path)
-    origin = origin_of(split.exit_layers, saved.layers, untrained=exits.untrained)
-    split.provenance |= checkpoint.provenance | {"exits": origin}
+    split.provenance = dict(checkpoint.provenance)
+    note_origins(split, _origins(split, saved, untrained=exits.untrained))
     tell_of_tokenizer(checkpoint)
-    if split.tower.exit_layers:
-        split.provenance["tower_exits"] = "trained" if trained else "untrained"
     _add_preprocessing(checkpoint, split, images)
     return split
 
@@ -177,14 +177,12 @@ def _load_adapters(
         )
     if loaded:
         load_exits(split.adapters, loaded, checkpoint.folder)
-    if sizes:
-        split.provenance["adapters"] = "untrained" if missing else "trained"
 
 
 def _load_projectors(
     checkpoint: Checkpoint, tower: ExitTower, saved: SavedExits, *, untrained: bool
-) -> bool:
-    """Loads the projectors of a tower's exits. Returns whether the checkpoint has all of them."""
+) -> None:
+    """Loads the projectors of a tower's exits."""
     held = [layer for layer in tower.exit_layers if layer in (saved.tower or [])]
     missing = [layer for layer in tower.exit_layers if layer not in held]
     if missing and not untrained:
@@ -196,7 +194,24 @@ def _load_projectors(
         )
     if held:
         load_exits(tower.projectors, held, checkpoint.folder, prefix="tower_exit")
-    return not missing
+
+
+def _origins(
+    split: ExitVisionLanguage | ExitVisionEncoderDecoder, saved: SavedExits, *, untrained: bool
+) -> dict[str, Origin]:
+    """What is known about all exits. A projector that is not saved is new, so it is untrained."""
+    found = (
+        origins_of_both(split, saved, untrained=untrained)
+        if isinstance(split, ExitVisionEncoderDecoder)
+        else origins_of_decoder(split, saved, untrained=untrained)
+    )
+    return found | origins_of(
+        split.tower.exit_layers,
+        saved.tower,
+        saved.origins,
+        prefix="tower_exit",
+        otherwise="untrained",
+    )
 
 
 def _prompt_of(checkpoint: Checkpoint, placeholder: int, prompt: ImageText) -> ImageText | None:

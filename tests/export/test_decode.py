@@ -24,6 +24,7 @@ from edgeexit.bundle.reader import MANIFEST, Bundle, open_bundle
 from edgeexit.errors import BundleError, EdgeExitError, ExportError, UsageError
 from edgeexit.export import SplitModel, export
 from edgeexit.export.exits.decoder import POSITIONS, ExitDecoder
+from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.export.trace.attention import Heads, forms
 from edgeexit.export.trace.component_graphs import graph_of_form
@@ -299,6 +300,7 @@ def test_a_new_adapter_as_deep_as_the_rest_answers_as_the_model(family: str) -> 
 def test_adapters_are_saved_and_read_back(tmp_path: Path) -> None:
     save_decoder("llama", tmp_path)
     made = make_adapted("llama")
+    note_origins(made, {"exit_2": "trained"})
     made.save_pretrained(tmp_path)
     read = from_pretrained(tmp_path)
     assert isinstance(read, ExitDecoder)

@@ -9,6 +9,7 @@ import torch
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.methods.adapters import AdapterDistillation
 from edgeexit.export.methods.layerskip import (
     IGNORED,
@@ -54,7 +55,7 @@ def test_exits_learn_with_losses_and_do_not_without(tmp_path: Path) -> None:
     without, with_ = losses_of(plain), losses_of(skipping)
     assert with_[1] < 0.7 * without[1] and with_[2] < 0.7 * without[2]
     assert with_[LAYERS] < 1.0 and without[LAYERS] < 1.0
-    assert "exits" not in plain.provenance and skipping.provenance["exits"] == "trained"
+    assert plain.provenance["exits"] == "unknown" and skipping.provenance["exits"] == "trained"
 
 
 def test_adapters_learn_with_the_model(tmp_path: Path) -> None:
@@ -97,7 +98,8 @@ def test_adapters_alone_learn_what_the_last_layer_says_and_leave_the_model_as_it
     for name, value in model.model.state_dict().items():
         assert torch.equal(value, held[name])
     assert all(parameter.requires_grad for parameter in model.model.parameters())
-    assert model.provenance == {"adapters": "trained"}  # the exit behind layer 1 has none
+    assert model.exit_origins == {"exit_1": "unknown", "exit_2": "trained"}
+    assert model.provenance == {"adapters": "trained", "exits": "unknown"}
 
 
 def test_distilled_exits_agree_with_the_last_layer_more_than_those_that_learn_the_text(
@@ -174,7 +176,9 @@ def test_losses_are_means_over_what_is_learned() -> None:
 def test_saved_exits_are_read_back(tmp_path: Path) -> None:
     from edgeexit.export.pretrained import from_pretrained
 
-    decoder([1, 3]).save_pretrained(tmp_path)
+    made = decoder([1, 3])
+    note_origins(made, {"exit_1": "trained", "exit_3": "trained"})
+    made.save_pretrained(tmp_path)
     read = from_pretrained(tmp_path)
     assert isinstance(read, ExitDecoder) and read.exit_layers == [1, 3]
     assert read.provenance["exits"] == "trained"

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.reader import open_bundle
 from edgeexit.cli import cli
+from edgeexit.errors import ExportError
 from edgeexit.export.exits.classifier import ExitClassifier
+from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.exits.saved import EXITS_CONFIG
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.runtime import Policy, Rule
@@ -26,7 +28,9 @@ def classifier(tmp_path: Path) -> Path:
     """A checkpoint with a trained exit behind layer 2."""
     folder = save_checkpoint("bert", tmp_path / "bert")
     torch.manual_seed(5)
-    from_pretrained(folder, exits=[2], untrained=True).save_pretrained(folder)
+    made = from_pretrained(folder, exits=[2], untrained=True)
+    note_origins(made, {"exit_2": "trained"})
+    made.save_pretrained(folder)
     return folder
 
 
@@ -52,6 +56,24 @@ def test_saved_heads_are_kept_beside_new_ones_or_ignored_with_a_warning(
         "untrained",
         "untrained",
     ]
+
+
+def test_exits_that_were_never_trained_are_not_called_trained_when_saved_and_read(
+    classifier: Path,
+) -> None:
+    mixed = from_pretrained(classifier, exits=[1, 2], untrained=True)
+    mixed.save_pretrained(classifier)
+    again = from_pretrained(classifier)
+    assert again.exit_origins == {"exit_1": "untrained", "exit_2": "trained"}
+    assert again.provenance["exits"] == "untrained"
+    assert isinstance(again, ExitClassifier) and not again.trained
+    config = json.loads((classifier / EXITS_CONFIG).read_text())
+    del config["origins"]  # as in files of older versions
+    (classifier / EXITS_CONFIG).write_text(json.dumps(config))
+    assert from_pretrained(classifier).provenance["exits"] == "unknown"
+    (classifier / EXITS_CONFIG).write_text(json.dumps(config | {"origins": {"exit_1": "yes"}}))
+    with pytest.raises(ExportError, match="origins has other values than trained, untrained"):
+        from_pretrained(classifier)
 
 
 def test_the_command_line_says_what_is_known_about_the_exits(tmp_path: Path) -> None:

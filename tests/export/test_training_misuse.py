@@ -156,8 +156,8 @@ class Reading(Method):
         ]
         return torch.stack(each).mean(), {f"exit_{layer}": z for layer, z in logits.items()}
 
-    def mark(self, model: Any) -> None:
-        model.provenance["exits"] = "trained"
+    def trains(self, model: Any) -> list[str]:
+        return [f"exit_{layer}" for layer in model.exit_layers]
 
 
 def make_reader(encoder_exits: list[int]) -> ExitEncoderDecoder:
