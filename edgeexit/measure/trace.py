@@ -23,13 +23,12 @@ from edgeexit.bundle.policy import Policy, Rule, decide
 from edgeexit.errors import DataError, MeasurementError, PolicyError
 from edgeexit.measure.batches import Batch, DataSet, naming_rows
 from edgeexit.measure.probe import Answers, ask, chain_named, predictions
+from edgeexit.measure.token_times import TIMED_TEXTS, measure_token_times
 from edgeexit.runtime import Model
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
 
 NO_LABEL = -1
 """Label of a token without a next token."""
-TIMED_RUNS, TIMED_TOKENS = 3, 32
-"""Number of texts to run token by token for the times of a trace, and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -156,17 +155,20 @@ def record(
     tokens = decoding.tokens if decoding is not None and decoding.chain == name else None
     batches: list[dict[str, NDArray]] = []
     times: list[list[float]] = []
-    count, first = 0, {}
+    count, rows_timed = 0, 0
+    timed: list[dict[str, NDArray]] = []
     for batch in data.batches(batch_size):
         inputs = dict(batch.inputs)
         if tokens is not None:
             inputs[tokens] = inputs[tokens][:, : model.capacity]
         with naming_rows(count, batch.rows):
             if not batches:
-                first = inputs
-                ask(model, first, chain=name)
+                ask(model, inputs, chain=name)
             answers = ask(model, inputs, chain=name)
         own = None if tokens is None else inputs[tokens]
+        rows_timed = rows_timed or batch.rows
+        if tokens is not None and len(timed) < TIMED_TEXTS and batch.rows == rows_timed:
+            timed.append(inputs)
         batches.append(_said(answers, exits, scores) | _about_rows(batch, own))
         times.append(answers.times_ms)
         count += batch.rows
@@ -174,7 +176,7 @@ def record(
             progress("rows" if tokens is None else "texts", count, data.rows or 0)
     timed_rows = None
     if tokens is not None and token_times:
-        times, timed_rows = _token_times(model, first, tokens)
+        times, timed_rows = measure_token_times(model, timed, tokens)
     return _joined(
         model,
         name,
@@ -255,19 +257,6 @@ def _joined(
         next_log_probs=found.get("next_log_probs"),
         **run,
     )
-
-
-def _token_times(
-    model: Model, inputs: Mapping[str, NDArray], tokens: str
-) -> tuple[list[list[float]], NDArray[np.int64]]:
-    """Measures single tokens, as in decoding: milliseconds per run and segment, and rows."""
-    few = dict(inputs)
-    if not model.bundle.manifest.decoding.groups:  # type: ignore[union-attr]
-        few[tokens] = few[tokens][:, :TIMED_TOKENS]
-    rows, length = few[tokens].shape
-    runs = [ask(model, few, step=1).times_ms for _ in range(1 + TIMED_RUNS)]
-    times = [[time_ms / length for time_ms in run] for run in runs[1:]]
-    return times, np.full(TIMED_RUNS, rows)
 
 
 def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:

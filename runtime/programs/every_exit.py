@@ -51,12 +51,13 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     scores = {number: list(exit_.scores) for number, exit_ in exits}
     following = np.concatenate([tokens[:, 1:], np.full((rows, 1), NO_TOKEN)], axis=1)
     logits: dict[int, NDArray] = {}
-    times_ns = [0.0] * len(session.parts)
+    times_ms: list[list[float]] = []
     for start in range(0, length, step):
         part = np.ascontiguousarray(tokens[:, start : start + step])
         shape = part.shape
         session.embed(part, start)
         block = Block(shape[1], [shape[1]] * rows)
+        times_ms.append([])
         for number in range(len(session.parts)):
             started = time.perf_counter_ns()
             block = session.run(number, block)
@@ -64,7 +65,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
                 answers = _ask(session, number, heads.get(number), block)
                 for name in ("token", *scores[number]):
                     answered[number][name].append(np.array(answers[name]).reshape(rows, -1))
-            times_ns[number] += time.perf_counter_ns() - started
+            times_ms[-1].append((time.perf_counter_ns() - started) / 1e6)
             if number in answered:
                 own = np.array(answers["logits"])
                 own = own.reshape(rows, -1, own.shape[-1])
@@ -82,7 +83,8 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
             for n, _ in exits
         ],
         [{name: whole[n][name] for name in exit_.scores} for n, exit_ in exits],
-        [time_ns / 1e6 for time_ns in times_ns],
+        [sum(of_component) for of_component in zip(*times_ms, strict=True)],
+        times_ms,
     )
 
 

@@ -59,12 +59,14 @@ class Trace:
             last token.
         scores: Per exit, score name -> ``[batch]`` float32; for texts ``[batch, seq]``.
         times_ms: Milliseconds of each component with the exit behind it.
+        step_times_ms: For texts: per run of `step` tokens, the same.
     """
 
     exits: list[str]
     outputs: list[dict[str, NDArray[Any]]]
     scores: list[dict[str, NDArray[Any]]]
     times_ms: list[float]
+    step_times_ms: list[list[float]] = field(default_factory=list)
 
 
 class InputSteps:

@@ -15,6 +15,7 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, MeasurementError, PolicyError, UsageError
 from edgeexit.measure.calibrate import calibrate
 from edgeexit.measure.data import open_data
+from edgeexit.measure.token_times import MIN_RUNS
 from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.measure.trace_file import read_trace, write_trace
 from edgeexit.runtime import Model, Policy, Rule, load
@@ -254,6 +255,7 @@ def test_trace_of_texts_holds_what_every_exit_says_of_every_token(
                 np.testing.assert_allclose(values[place, own], said[score], atol=1e-5)
     assert trace.batch_rows.sum() == trace.rows == sum(LENGTHS)
     assert trace.segment_ms().shape == (3,) and trace.rows_per_run == min(batch_size, 3)
+    assert len(trace.times_ms) >= MIN_RUNS and (trace.times_ms > 0).all()
 
 
 def test_trace_of_texts_is_the_same_when_written_and_read(
