@@ -6,7 +6,6 @@ distillation each early exit also learns from the last exit's softened outputs (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,14 @@ from edgeexit.export.methods.method import (
     Forward,
     Loss,
     Method,
+    check_share,
     column,
+    is_number,
     whole_numbers,
 )
+
+TOKEN_TYPES = "token_type_ids"
+"""Column of BERT that may be missing: its tokens then belong to one part."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,15 @@ class Joint(Method):
                 "untrained=True).",
             )
         weights = self._weights(model)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+        if not all(weight >= 0 for weight in weights) or not sum(weights):
             raise UsageError(
                 f"Joint: weights {weights} are invalid", fix="Give numbers >= 0, not all of them 0."
             )
-        if not 0 <= self.distillation <= 1:
+        fix = "Give the share of the loss that comes from the last exit's outputs."
+        check_share("Joint", "distillation", self.distillation, fix)
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise UsageError(
-                f"Joint: distillation {self.distillation} is out of range (0 to 1)",
-                fix="Give the share of the loss that comes from the last exit's outputs.",
-            )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UsageError(
-                f"Joint: temperature {self.temperature} is invalid", fix="Give a number above 0."
+                f"Joint: temperature {self.temperature!r} is invalid", fix="Give a number above 0."
             )
 
     def part(self, model: ExitClassifier) -> nn.Module:
@@ -92,6 +93,9 @@ class Joint(Method):
         names = self.inputs(model)
         fix = f"The data set must have {', '.join(names)} and labels."
         labels = _labels(column(inputs, "labels", fix), model.trunk.classes, step)
+        if TOKEN_TYPES not in inputs and "input_ids" in inputs:
+            # As the model itself does: a text of one part.
+            inputs = {**inputs, TOKEN_TYPES: torch.zeros_like(inputs["input_ids"])}
         given = {tensor.name: column(inputs, tensor.name, fix) for tensor in model.trunk.inputs}
         for tensor in model.trunk.inputs:
             given[tensor.name] = _input(model, tensor, given[tensor.name], step)
@@ -114,6 +118,11 @@ class Joint(Method):
         count = len(model.heads) + (not self.freeze_backbone)
         if self.weights is None:
             return [1.0] * count
+        if isinstance(self.weights, str) or not all(map(is_number, self.weights)):
+            raise UsageError(
+                f"Joint: weights {self.weights!r} are invalid",
+                fix=f"Give a list of {count} numbers >= 0.",
+            )
         if len(self.weights) != count:
             raise UsageError(
                 f"Joint: {len(self.weights)} weights for {count} exits",
@@ -154,6 +163,8 @@ def _input(
     if tensor.name == "input_ids":
         size = int(model.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         return whole_numbers(value, tensor.name, size, step)
+    if tensor.name == TOKEN_TYPES:
+        return whole_numbers(value, tensor.name, int(model.model.config.type_vocab_size), step)  # type: ignore[union-attr, arg-type]
     return value
 
 

@@ -27,7 +27,9 @@ from edgeexit.export.methods.method import (
     Forward,
     Loss,
     Method,
+    check_share,
     column,
+    is_number,
     whole_numbers,
 )
 
@@ -66,15 +68,17 @@ class LayerSkip(Method):
 
     def check(self, model: Any) -> None:
         check_decoder("LayerSkip", model)
-        if not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UsageError(
-                f"LayerSkip: dropout {self.dropout} is out of range",
+                f"LayerSkip: dropout {self.dropout!r} is out of range",
                 fix="Give a number from 0 to less than 1.",
             )
-        if not 0 <= self.distillation <= 1:
+        fix = "Give the share of an exit's loss that comes from the last layer's outputs."
+        check_share("LayerSkip", "distillation", self.distillation, fix)
+        if not isinstance(self.weights, (Mapping, type(None))):
             raise UsageError(
-                f"LayerSkip: distillation {self.distillation} is out of range (0 to 1)",
-                fix="Give the share of an exit's loss that comes from the last layer's outputs.",
+                f"LayerSkip: weights are {self.weights!r}, not a mapping",
+                fix="Give a weight for each exit layer, as in weights={2: 0.5}.",
             )
         if unknown := sorted(set(self.weights or {}) - set(model.exit_layers)):
             raise UsageError(
@@ -82,7 +86,7 @@ class LayerSkip(Method):
                 fix="Give weights to exits only.",
             )
         weights = self._weights(model)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()):
+        if not all(is_number(weight) and weight >= 0 for weight in weights.values()):
             raise UsageError(f"LayerSkip: weights {weights} are invalid", fix="Give numbers >= 0.")
 
     def inputs(self, model: ExitDecoder) -> list[str]:

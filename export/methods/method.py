@@ -8,6 +8,8 @@ batch.
 from __future__ import annotations
 
 import abc
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -128,8 +130,29 @@ def whole_numbers(
     return values
 
 
+def check_share(method: str, name: str, value: Any, fix: str) -> None:
+    """Raises `UsageError` unless a setting is a number from 0 to 1."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise UsageError(f"{method}: {name} {value!r} is out of range (0 to 1)", fix=fix)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-__all__ = ["GIVE_EXITS", "Batch", "Forward", "Loss", "Method", "column", "whole_numbers"]
+__all__ = [
+    "GIVE_EXITS",
+    "Batch",
+    "Forward",
+    "Loss",
+    "Method",
+    "check_share",
+    "column",
+    "is_number",
+    "whole_numbers",
+]

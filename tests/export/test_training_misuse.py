@@ -41,6 +41,12 @@ OF_CLASSIFIER: dict[str, tuple[Callable[[Row], Row], str]] = {
     ),
     "too large": (lambda r: r | {"labels": 0 * r["labels"] + 50}, "value 50, the model has 0 to 2"),
     "negative": (lambda r: r | {"labels": 0 * r["labels"] - 100}, "labels has the value -100"),
+    "texts": (lambda r: r | {"labels": "good"}, "labels of a row is the text 'good', not a number"),
+    "empty": (lambda r: r | {"labels": None}, r"labels of a row is missing \(None\)"),
+    "types": (
+        lambda r: r | {"token_type_ids": r["token_type_ids"] + 9},
+        "token_type_ids has the value 9, the model has 0 to 1",
+    ),
     "none": (lambda r: without(r, "labels"), "a batch has no 'labels'"),
     "no mask": (lambda r: without(r, "attention_mask"), "a batch has no 'attention_mask'"),
     "ids": (lambda r: r | {"input_ids": r["input_ids"] + 1000}, "input_ids has the value 10"),
@@ -107,6 +113,12 @@ def test_labels_of_any_whole_type_train_alike(tmp_path: Path) -> None:
         ({"train_dataset": "rows.jsonl"}, "train_dataset is 'rows.jsonl', not a data set"),
         ({"train_dataset": None}, "train_dataset is missing"),
         ({"train_dataset": []}, "train_dataset has no rows"),
+        ({"train_dataset": iter([])}, "is a list_iterator, which can be read only once"),
+        ({"train_dataset": {"train": []}}, r"is a dictionary \(train\), not a list of rows"),
+        ({"train_dataset": 5}, "train_dataset is a int, not a data set"),
+        ({"method": Joint(weights="ab")}, "weights 'ab' are invalid"),  # type: ignore[arg-type]
+        ({"method": Joint(weights=[None, 1, 1])}, "are invalid. Give a list of 3"),  # type: ignore[list-item]
+        ({"method": Joint(distillation="x")}, "distillation 'x' is out of range"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_another_kind_are_refused(
@@ -120,6 +132,22 @@ def test_arguments_of_another_kind_are_refused(
     }
     with pytest.raises(UsageError, match=words):
         ExitTrainer(**(usual | given)).train()
+
+
+def test_an_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(UsageError, match="eval_strategy is 'steps', but there is no eval_dataset"):
+        ExitTrainer(text_classifier(), Joint(), args, train_dataset=first_word(16))
+
+
+def test_token_types_are_zero_when_rows_have_none(tmp_path: Path) -> None:
+    rows = first_word(16)
+    bare = [without(row, "token_type_ids") for row in rows]
+    found = [
+        losses(train(tmp_path, text_classifier(0.0), Joint(), given, max_steps=1))
+        for given in (rows, bare)
+    ]
+    assert found[0] == found[1]
 
 
 def test_a_model_without_exits_gives_a_warning(
