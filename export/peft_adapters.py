@@ -69,6 +69,12 @@ def read_adapter_config(path: str | Path, folder: Path) -> dict[str, Any]:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
             raise ValueError("it names no peft_type")
+    if found.get("layer_replication"):
+        raise ExportError(
+            f"{path}: the adapter repeats layers of its base (layer_replication in its {CONFIG}), "
+            "each with weights of its own, so it cannot be merged into the base",
+            fix="Train an adapter without layer_replication.",
+        )
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ExportError(f"{path}: {WEIGHTS[0]} is not there", fix=_AGAIN)
     return found

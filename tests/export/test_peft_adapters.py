@@ -20,6 +20,7 @@ from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli import cli
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import export
+from edgeexit.export.peft_adapters import read_adapter_config
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.runtime import load
 from tests.checkpoints import make_model, save_checkpoint
@@ -322,3 +323,11 @@ def test_adapters_that_both_bring_a_classifier_are_told_or_refused(
     torch.testing.assert_close(made.model.classifier.bias.detach(), bias)  # type: ignore[union-attr,operator,arg-type]
     with pytest.raises(ExportError, match="a classifier for 3 classes, .* one for 7"):
         from_pretrained(base, exits=[1], adapter=folders[1:], untrained=True)
+
+
+def test_an_adapter_that_repeats_layers_is_refused_with_that_cause(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "layer_replication": [[0, 2], [1, 3]]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ExportError, match="repeats layers of its base .layer_replication"):
+        read_adapter_config(tmp_path, tmp_path)
