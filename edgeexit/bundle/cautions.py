@@ -50,8 +50,8 @@ def cautions(
             "last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds for an "
             "accepted risk"
         )
-    if isinstance(doubts := policy.calibration.get("warnings"), list):
-        found += [f"calibration of the policy: {doubt}" for doubt in doubts]
+    doubts = policy.calibration.get("warnings", [])
+    found += [f"calibration of the policy: {doubt}" for doubt in doubts]
     calibrated = calibrated_rows(policy, {name: bundle.manifest.chains[name] for name in early})
     if None not in (batch_size, calibrated) and batch_size != calibrated:
         found.append(other_batch_size(calibrated, batch_size))

@@ -54,7 +54,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     last: str | None = None
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When rows stop, chain by chain.
 
     Attributes:
@@ -195,6 +195,7 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
         )
     if not isinstance(given.engine, dict):
         raise PolicyError(f"engine is {given.engine!r}, not a mapping", fix="Leave it out.")
+    _check_calibration(given.calibration)
     if not isinstance(given.bundle, (str, type(None))):
         raise PolicyError(f"bundle is {given.bundle!r}, not a string", fix="Give a digest.")
     if given.bundle is not None and given.bundle != bundle.digest:
@@ -219,6 +220,17 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
             )
         drop_thresholds(given.rules.get(name, Rule()), chain)
     return given
+
+
+def _check_calibration(calibration: Any) -> None:
+    """Raises `PolicyError` if the calibration's entries that are read are of another kind."""
+    if not isinstance(calibration, dict):
+        raise PolicyError(f"calibration is {calibration!r:.60}, not a mapping", fix="Leave it out.")
+    doubts = calibration.get("warnings", [])
+    if not isinstance(doubts, list) or not all(isinstance(doubt, str) for doubt in doubts):
+        raise PolicyError(
+            f"calibration: warnings is {doubts!r:.60}, not a list of texts", fix="Leave it out."
+        )
 
 
 def _only_chain(chains: Mapping[str, Chain]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from edgeexit.measure.quantisation_effect import Flips
 
 
+def _finite(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 @click.command("check")
 @bundle_argument
 @engine_options
@@ -25,12 +34,14 @@ if TYPE_CHECKING:
 @click.option(
     "--atol",
     type=click.FloatRange(min=0),
+    callback=_finite,
     help="Tolerance relative to the spread of the logits over the rows (scores: absolute); "
     "default: by precision.",
 )
 @click.option(
     "--rtol",
     type=click.FloatRange(min=0),
+    callback=_finite,
     help="Tolerance relative to the value; default: by precision.",
 )
 @output_options

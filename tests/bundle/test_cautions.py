@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.reader import Bundle
-from edgeexit.runtime import Policy, Rule, load, write_policy
+from edgeexit.cli import cli
+from edgeexit.errors import PolicyError
+from edgeexit.runtime import Policy, Rule, load, read_policy, write_policy
 from tests.toys import make_inputs, make_toy, write_toy
 
 EARLY = Rule(thresholds=0.9)
@@ -54,6 +57,29 @@ def test_a_model_warns_once_when_a_batch_has_another_size(
         model.policy = calibrated(1)
         model(make_inputs(2))
         assert "batches of 1 row, this batch has 2 rows" in caplog.text
+
+
+@pytest.mark.parametrize("warnings", [[None], "a text", 3])
+def test_warnings_that_are_not_texts_are_refused(warnings: object, toy_bundle: Bundle) -> None:
+    policy = Policy(rules={"forward": EARLY}, calibration={"warnings": warnings})
+    with pytest.raises(PolicyError, match="warnings is .*, not a list of texts. Leave it out"):
+        load(toy_bundle, policy=policy)
+
+
+def test_a_policy_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({"format": "2.0", "rules": {}, "calibratoin": {}}))
+    with pytest.raises(PolicyError, match="unknown field `calibratoin`"):
+        read_policy(path)
+
+
+@pytest.mark.parametrize("option", ["--atol", "--rtol"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_tolerance_that_is_not_finite_is_refused(
+    option: str, value: str, toy_bundle: Bundle
+) -> None:
+    result = CliRunner().invoke(cli, ["check", str(toy_bundle.path), option, value])
+    assert result.exit_code == 2 and f"{value} is not a finite number" in result.stderr
 
 
 def test_run_and_bench_say_both_sizes_when_the_batch_size_differs(
