@@ -11,7 +11,7 @@ import msgspec
 
 from edgeexit.bundle.manifest import Chain
 from edgeexit.bundle.reader import Bundle
-from edgeexit.cli.writing import EARLY
+from edgeexit.cli.mode_options import EARLY
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def chosen_policy(bundle: Bundle, options: Mapping[str, Any]) -> Policy | None:
     rules = dict(of_last_chain(bundle, Rule(thresholds=_thresholds(bundle, threshold, drop))).rules)
     if encoder is not None:
         rule = Rule(score="saturation", thresholds=encoder)
-        rules |= dict.fromkeys(_encoders(bundle), rule)
+        rules |= dict.fromkeys(encoders(bundle), rule)
     if tower is not None:
         name, chain = _tower(bundle)
         names = [exit_.name for exit_ in chain.stops]
@@ -100,8 +100,8 @@ def _thresholds(
     return {**stops, f"drop_{drop}": ALWAYS}
 
 
-def _encoders(bundle: Bundle) -> list[str]:
-    """Chains of encoders with exits."""
+def encoders(bundle: Bundle) -> list[str]:
+    """Chains of encoders with exits. Raises `UsageError` if there is none."""
     found = [
         name
         for name, chain in bundle.manifest.chains.items()
@@ -134,7 +134,7 @@ def of_last_chain(bundle: Bundle, rule: Rule) -> Policy:
 
 def say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
     """Prints warnings about untrained exits and uncalibrated thresholds on stderr."""
-    from edgeexit.bundle.cautions import cautions
+    from edgeexit.measure.encoder_cautions import cautions_of
 
     manifest, found = bundle.manifest, []
     last = manifest.last_chain.stops[-1].name
@@ -142,7 +142,7 @@ def say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, An
     if manifest.decoding is not None and options["mode"] not in EARLY:
         chains.remove(manifest.decoding.chain)  # this mode does not use its policy
     if policy is not None:
-        found = cautions(policy, bundle, chains)
+        found = cautions_of(policy, bundle, chains)
     elif bundle.exits_untrained and options["exit_name"] not in (None, last):
         found = [f"the exit {options['exit_name']} is untrained: its answers are meaningless"]
     for caution in found:

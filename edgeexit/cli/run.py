@@ -12,7 +12,13 @@ import click
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import add_current_directory, print_json, print_table
 from edgeexit.cli.options import ENGINES, bundle_argument, engine_options, output_options
-from edgeexit.cli.policies import check_stopping, chosen_policy, of_last_chain, say_cautions
+from edgeexit.cli.policies import (
+    check_stopping,
+    chosen_policy,
+    encoders,
+    of_last_chain,
+    say_cautions,
+)
 from edgeexit.cli.writing import read_writing, write, writing_given, writing_options
 from edgeexit.errors import DataError, UsageError
 
@@ -97,17 +103,19 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     """
     kind = _only_kind(options, bundle)
     check_stopping(options)
+    opened = _open_for(kind, bundle)
+    if options["encoder_threshold"] is not None:
+        encoders(opened)
     if kind in OF_TEXT:
         _check_no_rows(options)
-        writing = read_writing(options, bundle, as_json=as_json)
+        writing = read_writing(options, opened, as_json=as_json)
     elif given := writing_given(options):
         raise UsageError(
             f"--{given[0].replace('_', '-').replace('stops', 'stop')} is for models that write "
-            "text",
-            fix="Give a --prompt.",
+            f"text, and {bundle} does not",
+            fix="Leave it out.",
         )
     add_current_directory()
-    opened = _open_for(kind, bundle)
     loading = {name: options[name] for name in ("engine", "fallback", "threads")}
     policy = loading["policy"] = chosen_policy(opened, options)
     if not quiet:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeexit.cli.common import in_exit_order, print_json, warn
+from edgeexit.cli.common import in_exit_order, print_json
 from edgeexit.cli.conversations import Conversation, asked, read_conversations, template_variables
+from edgeexit.cli.mode_options import (
+    check_drawing,
+    check_mode_options,
+    check_policy_used,
+    in_options,
+)
 from edgeexit.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.bundle.policy import Policy
     from edgeexit.bundle.reader import Bundle
     from edgeexit.measure.given_text import GivenText
     from edgeexit.runtime import Generation, Model, Sampling
@@ -96,8 +101,6 @@ _OPTIONS = (
     ),
     click.option("--seed", type=int, help="Language models: random seed of sampling."),
 )
-EARLY = ("fast", "approximate")
-"""Modes in which early exits answer tokens."""
 GENERATING = ("mode", "max_new_tokens", "draft_exit", "drafts", "audit")
 DRAWING = ("temperature", "top_k", "top_p", "seed")
 TALKING = ("system_prompt", "chat_template", "chat_template_kwargs")
@@ -135,16 +138,21 @@ class Writing:
 def writing_given(options: Mapping[str, Any]) -> list[str]:
     """The given options of models that write text, without prompts and messages."""
     names = [*GENERATING, "stops", *DRAWING, *TALKING, "capacity", "stream", "chat"]
-    return [name for name in names if options[name] not in (None, False, ())]
+    # 0 is a value, as in --temperature 0, and it equals False.
+    return [
+        name
+        for name in names
+        if options[name] is not None and options[name] is not False and options[name] != ()
+    ]
 
 
-def read_writing(options: Mapping[str, Any], bundle: Path, *, as_json: bool) -> Writing:
+def read_writing(options: Mapping[str, Any], bundle: Bundle, *, as_json: bool) -> Writing:
     """Reads the options. Raises `UsageError` for options that exclude each other or have no
     effect."""
     given = set(writing_given(options))
     generating = {name: options[name] for name in GENERATING if name in given}
     drawing = {name: options[name] for name in DRAWING if name in given}
-    _check_mode(options["mode"] or "full", given, options["threshold"], options["policy"], bundle)
+    check_mode_options(options, given, bundle)
     talks = options["chat"] or options["messages"] is not None
     if (talking := [name for name in TALKING if name in given]) and not talks:
         raise UsageError(
@@ -175,29 +183,6 @@ def read_writing(options: Mapping[str, Any], bundle: Path, *, as_json: bool) -> 
     return Writing(inputs, templates, generating, drawing, options["stream"], images)
 
 
-def _check_mode(
-    mode: str, given: set[str], threshold: float | None, policy: Path | None, bundle: Path
-) -> None:
-    """Refuses options without effect in the mode, and early modes without thresholds."""
-    of_modes = {
-        "threshold": (threshold is not None, EARLY),
-        "audit": ("audit" in given, ("fast",)),
-        "draft-exit": ("draft_exit" in given, ("exact",)),
-        "drafts": ("drafts" in given, ("exact",)),
-    }
-    for option, (is_given, modes) in of_modes.items():
-        if is_given and mode not in modes:
-            raise UsageError(
-                f"--{option} has no effect in mode {mode}", fix=f"Add --mode {' or '.join(modes)}."
-            )
-    if mode in EARLY and threshold is None and policy is None:
-        raise UsageError(
-            f"--mode {mode} needs thresholds",
-            fix=f"Calibrate them: edgeexit trace {bundle} --data TEXTS -o tokens.npz, then "
-            "edgeexit calibrate tokens.npz --max-risk 5% -o fast.json, then --policy fast.json.",
-        )
-
-
 def write(
     bundle: Bundle,
     writing: Writing,
@@ -212,12 +197,12 @@ def write(
 
     from edgeexit.runtime import load
 
-    _check_policy_used(bundle, loading["policy"], writing.generating.get("mode", "full"), quiet)
-    with load(bundle, capacity=capacity, **loading) as model:
+    check_policy_used(bundle, loading["policy"], writing.generating.get("mode", "full"), quiet)
+    with in_options(), load(bundle, capacity=capacity, **loading) as model:
         rows, prompts, before = _rows(model, writing)
         rows, images = _with_images(model, writing, rows)
         sampling = msgspec.structs.replace(model.default_sampling, **writing.drawing)
-        _check_drawing(writing.drawing, sampling)
+        check_drawing(writing.drawing, sampling)
         if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
             click.echo(said, err=True)
         made = model.generate(rows, inputs=images, sampling=sampling, **writing.generating)
@@ -247,28 +232,8 @@ def write(
     click.echo(_summary(made), err=True)
     if given is not None:
         click.echo(f"{given.describe()} (prompts only; for more text: edgeexit trace)", err=True)
-
-
-def _check_policy_used(bundle: Bundle, policy: Policy | None, mode: str, quiet: bool) -> None:
-    """Refuses a policy without effect in the mode; warns if only a part of it has an effect."""
-    from edgeexit.bundle.policy import Rule, decisions_of, drop_thresholds
-
-    decoding = bundle.manifest.decoding
-    if policy is None or decoding is None or mode in EARLY:
-        return
-    early = {
-        name
-        for name, chain in bundle.manifest.chains.items()
-        if any(d.consult for d in decisions_of(policy, chain, name)[:-1])
-    }
-    if decoding.chain not in early:
-        return
-    rule, chain = policy.rules.get(decoding.chain, Rule()), bundle.manifest.chains[decoding.chain]
-    what = f"--policy: the thresholds of the chain {decoding.chain} have no effect in mode {mode}"
-    if early == {decoding.chain} and not drop_thresholds(rule, chain):
-        raise UsageError(what, fix=f"Add --mode {' or '.join(EARLY)}, or leave out --policy.")
-    if not quiet:
-        warn(f"{what}; the rest of the policy applies")
+    elif writing.generating.get("audit"):
+        click.echo(_why_no_prompts(bundle), err=True)
 
 
 def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | None:
@@ -283,14 +248,15 @@ def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | No
     return on_given_texts(model, texts)
 
 
-def _check_drawing(given: Mapping[str, Any], sampling: Sampling) -> None:
-    """Refuses sampling options without effect."""
-    draws = [name for name in given if name != "temperature"]
-    if draws and sampling.temperature == 0:
-        raise UsageError(
-            f"--{draws[0].replace('_', '-')} has no effect with greedy decoding",
-            fix="Add --temperature.",
+def _why_no_prompts(bundle: Bundle) -> str:
+    """Why `_on_prompts` has no figures."""
+    decoding = bundle.manifest.decoding
+    if decoding is not None and decoding.start_tokens:
+        return (
+            "on given text: not measured, because the encoder reads the prompt; edgeexit trace "
+            "and calibrate take texts with targets"
         )
+    return "on given text: not measured, because no prompt has more than one token"
 
 
 def _own_settings(own: Sampling, given: Mapping[str, Any]) -> str:

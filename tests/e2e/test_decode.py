@@ -85,6 +85,10 @@ def test_what_the_checkpoint_says_of_sampling_is_done_and_said(
     assert again.json["texts"] == own.json["texts"] and "temperature" not in again.err
     greedy = cli(*run, "--temperature", "0")
     assert greedy.code == 0 and greedy.json["texts"] != own.json["texts"]
+    assert greedy.json["texts"] == cli(*run, "--temperature", "1e-9").json["texts"]
+    assert "temperature" not in greedy.err
+    first = cli(*run, "--seed", "0")
+    assert "seed" not in first.err and first.json["texts"] == cli(*run).json["texts"]
 
 
 def test_exits_with_adapters_are_exported_checked_and_shown(
@@ -203,10 +207,8 @@ def test_files_that_hold_no_conversation_are_named(
             ("--messages", "x.json", "--system-prompt", "y"),
             "--messages and --system-prompt exclude",
         ),
-        (("--text", "x", "--chat"), "--chat is for models that write text"),
-        (("--text", "x", "--capacity", "50"), "--capacity is for models that write text"),
+        (("--text", "x", "--chat"), "writes text. Give --prompt or --messages"),
         (("--prompt", "x", "--capacity", "100000"), "capacity 100000 is out of range"),
-        (("--text", "x", "--chat-template", "y"), "--chat-template is for models that write text"),
         (("--prompt", "x", "--chat", "--chat-template", "rag"), "no chat template 'rag'"),
         (("--prompt", "x", "--chat", "--chat-template-kwargs", "[]"), "not a JSON object"),
         (("--prompt", "x", "--chat", "--chat-template-kwargs", "{"), "not a JSON object"),
@@ -248,7 +250,20 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", b"\xff"), "cannot encode"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
-        (("--prompt", "x", "--mode", "exact", "--draft-exit", "exit_9"), "exit_9"),
+        (
+            ("--prompt", "x", "--mode", "exact", "--draft-exit", "exit_9"),
+            "--draft-exit exit_9: no such early exit. It has exit_1, exit_2.",
+        ),
+        (("--prompt", "x", "--stop", ""), "--stop: the string is empty"),
+        (
+            ("--prompt", "x", "--max-new-tokens", "500"),
+            "--max-new-tokens is 500, but a text has 96 tokens at most",
+        ),
+        (("--prompt", "x", "--temperature", "1", "--top-k", "-2"), "--top-k -2 is out of range"),
+        (("--data", "x.npz", "--mode", "exact"), "writes text. Give --prompt or --messages"),
+        (("--prompt", "x", "--seed", "0"), "--seed has no effect with greedy decoding"),
+        (("--prompt", "x", "--temperature", "0", "--top-k", "0"), "--temperature above 0"),
+        (("--prompt", "x", "--mode", "fast", "--encoder-threshold", "1"), "no encoder with exits"),
         (("--text", "x", "--mode", "exact"), "--prompt"),
         (("--text", "x"), "writes text. Give --prompt or --messages"),
     ],
@@ -270,6 +285,8 @@ def test_an_audit_is_told_as_json(cli: Cli, writer: Path) -> None:
     assert given["perplexity"] > 1 and given["perplexity_full"] > 1
     shown = cli("run", writer, "--prompt", "def f(x):", *fast)
     assert "on given text (only 8 tokens: imprecise)" in shown.err
+    short = cli("run", writer, "--prompt", "d", *fast)
+    assert "on given text: not measured, because no prompt has more than one token" in short.err
 
 
 def test_fast_without_thresholds_names_the_way_to_them(cli: Cli, writer: Path) -> None:
@@ -351,7 +368,7 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
         (("run",), "one kind of input. Give --prompt or --messages."),
         (
             ("run", "--prompt", "w5", "--max-new-tokens", "6000"),
-            "max_new_tokens is 6000, but a text",
+            "--max-new-tokens is 6000, but a text",
         ),
         (("trace", "--data", "x", "-o", "t.npz"), "x: unsupported format"),
         (("trace", "--data", "d.npz", "-o", "t.npz"), "writes text: give token ids as"),

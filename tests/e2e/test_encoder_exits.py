@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from edgeexit.cli import cli
 from edgeexit.errors import EdgeExitError
+from tests.decoder_toys import make_decoder_toy
+from tests.decoder_words import write_with_words
 from tests.encoder_decoders import FAMILIES, save_checkpoint
 
 
@@ -42,6 +44,8 @@ def test_a_threshold_for_the_encoder_stops_it_early(bundle: Path) -> None:
         assert ran.exit_code == 0, ran.output
         found = json.loads(ran.stdout)
         assert found["statistics"]["earlier"] == {"encoder": [exit_]}
+        assert ("calibrate cannot choose their thresholds" in ran.stderr) == (threshold == "-1")
+        assert "edgeexit trace" not in ran.stderr
         texts[threshold] = found["texts"][0]["tokens"]
     assert texts["-1"] != texts["inf"]
 
@@ -51,7 +55,10 @@ def test_a_threshold_for_the_encoder_stops_it_early(bundle: Path) -> None:
     [
         (("--encoder-threshold", "2"), r"--encoder-threshold 2 is out of range \(-1 to 1\)"),
         (("--encoder-threshold", "1", "--policy", "p.json"), "exclude each other"),
-        (("--mode", "fast"), "edgeexit trace {bundle} --data"),
+        (("--mode", "fast"), "no early exits in the decoder. .*--encoder-threshold, in every"),
+        (("--mode", "exact"), "no early exits in the decoder"),
+        (("--mode", "fast", "--threshold", "0.1"), "no early exits in the decoder"),
+        (("--threshold", "0.1"), "Leave it out: the decoder has no early exits; the encoder stops"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
@@ -82,3 +89,16 @@ def test_messages_name_layers_that_the_model_has(
 def test_a_bundle_without_an_encoder_has_no_such_threshold(toy_bundle: Any) -> None:
     result = call("run", toy_bundle.path, "--data", "d.npz", "--encoder-threshold", "0.5")
     assert "has no encoder with exits" in str(result.exception)
+
+
+def test_a_model_that_answers_rows_refuses_options_of_texts(toy_bundle: Any) -> None:
+    result = call("run", toy_bundle.path, "--data", "d.npz", "--mode", "exact")
+    assert "is for models that write text, and" in str(result.exception)
+    assert str(result.exception).endswith("does not. Leave it out.")
+
+
+def test_fast_with_a_threshold_of_the_encoder_needs_one_of_the_decoder(tmp_path: Path) -> None:
+    bundle = write_with_words(make_decoder_toy(encoder=True), tmp_path / "bundle").path
+    given = ("--prompt", "w5", "--mode", "fast", "--encoder-threshold", "0.5")
+    result = call("run", bundle, *given)
+    assert "needs thresholds for the decoder. Add --threshold" in str(result.exception)

@@ -62,9 +62,11 @@ def make_mode(
         )
     if not session.gates.thresholds and not any(d.consult for d in decisions[:-1]):
         logger.warning(
-            "mode %s: the policy uses no early exit, so every token runs through all layers; set "
-            "a policy or a threshold (--policy, --threshold)",
+            "mode %s: %s, so every token runs through all layers",
             mode,
+            "the policy uses no early exit; set thresholds"
+            if len(decisions) > 1
+            else "the chain that writes has no early exits",
         )
     behind = dict(zip((name for name in names if name), decisions, strict=True))
     never = Decision(consult=False, threshold=float("inf"))
