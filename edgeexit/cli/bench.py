@@ -41,7 +41,9 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 )
 @click.option("--data", metavar="DATA", help="Real inputs (and labels), or prompts.")
 @click.option(
-    "--policy", type=click.Path(path_type=Path), help="policy.json; default: no early exits."
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="policy.json; default: no early exits. Language models: only with --data.",
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=32, show_default=True, help="Rows, for throughput."
@@ -168,7 +170,7 @@ def _print_texts(result: dict[str, Any]) -> None:
                 f"{found['tokens_per_s']:.1f}",
                 f"{ours['decode']:.3f}",
                 f"{full['decode']:.3f}",
-                _remark(name, found),
+                _remark(name, found, result["turns"]),
             ]
         )
     print_table(
@@ -183,11 +185,24 @@ def _print_texts(result: dict[str, Any]) -> None:
             _threads(result["threads"]["unsplit"], result["threads"]["modes"]),
             f"{machine['processor']}, {machine['cores']} cores, "
             f"{machine['engine']['library']} {machine['engine']['version']}",
-            *([] if len(result["modes"]) > 1 else ["for other modes, give prompts with --data"]),
+            _how_texts_are_written(result),
+            *(_earlier(*item) for item in result["earlier_exits"].items()),
             *_given_text(result["fast_on_given_text"]),
             *(f"warning: {text}" for text in result["warnings"]),
         ],
     )
+
+
+def _how_texts_are_written(result: dict[str, Any]) -> str:
+    said = "texts are greedy, whatever the checkpoint's sampling settings are"
+    if result["stop_tokens"] != "ignored":
+        return said
+    return f"{said}, and no token ends them; for modes with exits, give prompts with --data"
+
+
+def _earlier(chain: str, shares: dict[str, float]) -> str:
+    """The exits of a chain before the text."""
+    return f"{chain}, of prompts: " + ", ".join(f"{k} {share(v)}" for k, v in shares.items())
 
 
 def _print_vision(found: dict[str, Any]) -> None:
@@ -236,14 +251,16 @@ def _given_text(found: dict[str, Any] | None) -> list[str]:
     return [] if found is None else [f"fast {GivenText(**found).describe()}"]
 
 
-def _remark(name: str, found: dict[str, Any]) -> str:
+def _remark(name: str, found: dict[str, Any], turns: int) -> str:
+    baseline = "unsplit" if name == "full" else "full"
+    other = found[f"turns_with_other_tokens_than_{baseline}"]
+    same = f"{other} of {turns} texts differ from {baseline}" if other else f"texts as {baseline}"
+    said = [same]
     if "alpha" in found:
-        other = found["turns_with_other_tokens_than_full"]
-        same = "same tokens as full" if not other else f"{other} texts differ from full"
-        return f"{share(found['accepted_of_drafted'])} of drafts accepted; {same}"
+        said.insert(0, f"{share(found['accepted_of_drafted'])} of drafts accepted")
     if "agreement" in found:
-        return f"last exit agrees with {share(found['agreement'])} of early tokens"
-    return ""
+        said.insert(0, f"last exit agrees with {share(found['agreement'])} of early tokens")
+    return "; ".join(said)
 
 
 def _print(result: dict[str, Any]) -> None:

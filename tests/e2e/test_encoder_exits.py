@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from edgeexit.bundle.policy import Policy, Rule, write_policy
 from edgeexit.cli import cli
 from edgeexit.errors import EdgeExitError
 from tests.decoder_toys import make_decoder_toy
@@ -102,3 +103,16 @@ def test_fast_with_a_threshold_of_the_encoder_needs_one_of_the_decoder(tmp_path:
     given = ("--prompt", "w5", "--mode", "fast", "--encoder-threshold", "0.5")
     result = call("run", bundle, *given)
     assert "needs thresholds for the decoder. Add --threshold" in str(result.exception)
+
+
+def test_bench_measures_the_modes_that_a_bundle_has(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "cba abc"}\n')
+    policy = tmp_path / "policy.json"
+    write_policy(Policy(rules={"encoder": Rule(score="saturation", thresholds=-1.0)}), policy)
+    given = ("--data", tmp_path / "prompts.jsonl", "--policy", policy, "--new-tokens", "4")
+    ran = call("bench", bundle, *given, "--time", "10ms", "--threads", "1", "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert set(found["modes"]) == {"full"}
+    assert found["earlier_exits"]["encoder"]["encoder_exit_1"] == 1.0
+    assert any("calibrate cannot choose" in warning for warning in found["warnings"])

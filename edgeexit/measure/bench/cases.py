@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure.bench.vision_cases import vision_settings
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.measure.given_text import GivenText, on_given_texts
@@ -56,14 +57,17 @@ def unsplit(
     threads: Threads = "brief",
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
+    endless: bool = False,
 ) -> Subject:
     """The model as one graph per chain, without exits. Its case is ``unsplit``; language models
     also have ``search``, with few tokens.
 
     Args:
         new_tokens, capacity: Language models: new tokens per prompt, and the capacity.
+        endless: Language models: no token ends a text.
     """
-    model = runtime.load(bundle, engine, threads=threads, capacity=capacity, unsplit=True)
+    opened = _without_stop_tokens(bundle) if endless else bundle
+    model = runtime.load(opened, engine, threads=threads, capacity=capacity, unsplit=True)
     model.features.limit_bytes = 0  # a known image would not run
     return subject_of_unsplit(model, inputs, new_tokens)
 
@@ -88,6 +92,7 @@ def chain(
     launch_ahead: LaunchAhead = "never",
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
+    endless: bool = False,
     settings: dict[str, dict[str, Any]] | None = None,
 ) -> Subject:
     """The model split at its exits, opened with the policy's scores or with every score.
@@ -109,12 +114,12 @@ def chain(
     timed cases.
 
     Args:
-        new_tokens, capacity: As for `unsplit`.
+        new_tokens, capacity, endless: As for `unsplit`.
         settings: Further cases of texts: name -> arguments of `Model.generate`, and optionally
             ``thresholds`` that replace the policy's.
     """
     model = runtime.load(
-        bundle,
+        _without_stop_tokens(bundle) if endless else bundle,
         engine,
         threads=threads,
         policy=policy,
@@ -134,6 +139,16 @@ def chain(
         rule = model.policy.rules.get(model.chain_name, Rule())
         facts |= {"score": rule.score, "thresholds": str(rule.thresholds)}
     return Subject(cases, len(rows), facts, model.close)
+
+
+def _without_stop_tokens(bundle: str) -> Bundle:
+    """The bundle of a language model in which no token ends a text."""
+    opened = open_bundle(bundle)
+    decoding = opened.manifest.decoding
+    assert decoding is not None
+    decoding = msgspec.structs.replace(decoding, stop_tokens=[])
+    manifest = msgspec.structs.replace(opened.manifest, decoding=decoding)
+    return dataclasses.replace(opened, manifest=manifest)
 
 
 def _row_cases(model: Model, rows: Sequence[Inputs]) -> dict[str, Case]:
@@ -256,7 +271,7 @@ def _text_cases(
 
 def read_generation(generation: Generation) -> dict[str, Any]:
     """The record of one prompt's generation: ``first_token_s``, ``decode_s`` (tokens after the
-    first), ``tokens``, and the statistics."""
+    first), ``tokens``, the exits of earlier chains, and the statistics."""
     counts = generation.statistics
     return {
         "first_token_s": generation.first_token_s,
@@ -264,6 +279,7 @@ def read_generation(generation: Generation) -> dict[str, Any]:
         "decode_s": generation.decode_s,
         "tokens": generation.tokens[0],
         "exits": counts.exits,
+        "earlier": {name: exits[0] for name, exits in counts.earlier.items()},
         "drafted": counts.drafted,
         "accepted": counts.accepted,
         "tested": counts.tested,

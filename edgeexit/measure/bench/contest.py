@@ -26,8 +26,8 @@ class Options:
         mode: ``latency``: one row at a time. ``throughput``: batches of `batch` rows. Texts support
             only ``latency``; prefill and decoding are reported separately.
         engine: As for `edgeexit.runtime.load`.
-        policy: Path of a policy; None: the bundle's default. With texts, the policy of mode
-            ``fast``, which is measured only with a policy.
+        policy: Path of a policy; None: the bundle's default. With texts it needs `data`, and
+            applies to mode ``fast``, measured only with a policy, and to chains before the text.
         data: Real data (see `edgeexit.measure.data`). None: rows are the bundle's samples, without
             natural exits; texts are random prompts, in mode ``full`` only, because exits give no
             meaningful scores for noise.
@@ -67,6 +67,11 @@ class Options:
             raise UsageError(
                 f"{bundle.path} is a language model, and --mode {self.mode} is for rows",
                 fix="Leave out --mode: tokens per second are reported.",
+            )
+        if self.policy is not None and self.data is None:
+            raise UsageError(
+                "--policy has no effect on random prompts, on which scores mean nothing",
+                fix="Give prompts with --data, or leave out --policy.",
             )
         if self.launch_ahead != "never":
             raise UsageError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeexit.bundle.policy import decisions_of, policy_for
 from edgeexit.errors import MeasurementError
 from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.paired import Side, spread
@@ -84,8 +85,8 @@ def measure(contest: Contest) -> dict[str, Any]:
     from edgeexit.measure.bench.vision import figures  # it computes with this module's functions
 
     inputs, options = contest.inputs, contest.options
-    modes = ["full", *(["exact"] if inputs.real else [])]
-    modes += ["fast"] if inputs.real and options.policy is not None else []
+    left = _left_early(contest)
+    modes = _modes(contest, left)
     baseline = Writer("unsplit", contest.unsplit, "unsplit")
     seen = [Writer(name, contest.chain, name) for name in vision_settings(contest.bundle.manifest)]
     writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes), *seen]
@@ -102,6 +103,8 @@ def measure(contest: Contest) -> dict[str, Any]:
             "tokens": [min(inputs.lengths), max(inputs.lengths)],
         },
         "new_tokens": options.new_tokens,
+        "sampling": "greedy",
+        "stop_tokens": "end texts" if inputs.real else "ignored",
         "turns": turns,
         "threads": _by_side(contest.chosen),
         "thread_search": _by_side(contest.searched),
@@ -112,15 +115,53 @@ def measure(contest: Contest) -> dict[str, Any]:
                 "time_against_unsplit": time_against(writer, baseline),
                 "time_against_full": time_against(writer, full),
                 "turns_with_other_tokens_than_full": differences(writer, full),
+                "turns_with_other_tokens_than_unsplit": differences(writer, baseline),
             }
             for writer in writers[1 : len(modes) + 1]
         },
         "vision": figures(contest, baseline, full, seen) if seen else None,
+        "earlier_exits": _earlier_exits(contest, full, left),
         "fast_on_given_text": given,
         "split_tax": time_against(full, baseline)["decode"],
         "same_threads": contest.same_threads,
         "warnings": few_prompts(inputs.count) if inputs.real else [],
     }
+
+
+def _modes(contest: Contest, left: Sequence[str]) -> list[str]:
+    """The modes that the bundle has and the data can show; `left`: chains left early."""
+    decoding = contest.bundle.manifest.decoding
+    assert decoding is not None
+    modes = ["full"]
+    if contest.inputs.real and len(contest.bundle.manifest.chains[decoding.chain].stops) > 1:
+        modes.append("exact")
+    return [*modes, "fast"] if decoding.chain in left else modes
+
+
+def _left_early(contest: Contest) -> list[str]:
+    """Chains that the policy may leave early; none without a policy."""
+    if contest.options.policy is None:
+        return []
+    policy = policy_for(contest.options.policy, contest.bundle)
+    return [
+        name
+        for name, chain in contest.bundle.manifest.chains.items()
+        if any(decision.consult for decision in decisions_of(policy, chain, name)[:-1])
+    ]
+
+
+def _earlier_exits(contest: Contest, writer: Writer, left: Sequence[str]) -> dict[str, Any]:
+    """Of each chain before the text that may be left early: exit -> share of prompts."""
+    manifest = contest.bundle.manifest
+    found = {}
+    for name in left:
+        taken = [one["earlier"][name] for one in writer.usual() if name in one["earlier"]]
+        if taken:
+            found[name] = {
+                exit_.name: round(taken.count(exit_.name) / len(taken), 4)
+                for exit_ in manifest.chains[name].stops
+            }
+    return found
 
 
 def _by_side(values: dict[str, Any]) -> dict[str, Any]:

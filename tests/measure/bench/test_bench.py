@@ -266,6 +266,47 @@ def test_bench_without_prompts_takes_random_ones_and_full_depth(writer: Bundle) 
     assert found["data"] == {"name": "8 random prompts", "prompts": 8, "tokens": [5, 5]}
 
 
+def test_bench_ignores_stop_tokens_of_random_prompts(tmp_path: Path) -> None:
+    ends = tuple(range(VOCABULARY))
+    bundle = write_decoder_toy(make_decoder_toy(stop_tokens=ends), tmp_path / "bundle")
+    found = bench(bundle, Options(prompt_tokens=5, new_tokens=4, seconds=0.01, threads=1))
+    assert found["unsplit"]["tokens"] == found["modes"]["full"]["tokens"] == found["turns"] * 4
+    assert found["stop_tokens"] == "ignored" and found["sampling"] == "greedy"
+
+
+def test_bench_refuses_a_policy_for_random_prompts(writer: Bundle, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    write_policy(Policy(rules={"decoder": Rule(thresholds=0.4)}), policy)
+    with pytest.raises(UsageError, match="no effect on random prompts"):
+        bench(writer, Options(policy=policy, threads=1))
+
+
+def test_bench_tells_the_exits_of_an_encoder(tmp_path: Path) -> None:
+    bundle = write_decoder_toy(make_decoder_toy(encoder=True), tmp_path / "bundle")
+    samples = np.load(bundle.file("samples/reference.npz"))
+    inputs = {t.name: samples[f"input/{t.name}"] for t in bundle.manifest.inputs}
+    np.savez(tmp_path / "prompts.npz", **inputs)
+    policy = tmp_path / "policy.json"
+    rule = Rule(score="saturation", thresholds=float("-inf"))
+    write_policy(Policy(rules={"encoder": rule, "decoder": Rule()}), policy)
+    ran = CliRunner().invoke(
+        command,
+        [
+            *(str(bundle.path), "--data", str(tmp_path / "prompts.npz"), "--policy", str(policy)),
+            *("--new-tokens", "4", "--time", "10ms", "--threads", "1"),
+            *("-o", str(tmp_path / "result.json")),
+        ],
+        catch_exceptions=False,
+    )
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert set(found["modes"]) == {"full", "exact"}  # the policy has no thresholds for fast
+    names = [exit_.name for exit_ in bundle.manifest.chains["encoder"].stops]
+    rates = dict.fromkeys(names, 0.0) | {names[0]: 1.0}
+    assert found["earlier_exits"] == {"encoder": rates}
+    assert f"encoder, of prompts: {names[0]} 100.00 %" in ran.stdout
+    assert "texts are greedy" in ran.stdout
+
+
 @pytest.mark.parametrize("toy", [{"encoder": True}, {"prefix": True}])
 def test_bench_takes_prompts_with_what_earlier_chains_take(toy: dict, tmp_path: Path) -> None:
     bundle = write_decoder_toy(make_decoder_toy(**toy), tmp_path / "bundle")
