@@ -2,17 +2,20 @@
 
 `BundleWriter` fills a temporary directory beside the output, writes the manifest last, checks the
 result with `edgeexit.bundle.reader`, and renames it. After an error, Ctrl-C or a full disk, no
-files remain.
+files remain. A killed export leaves its directory, which the next export to the same output
+removes; a lock on the directory, which ends with its process, tells it from a running export's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +48,7 @@ class BundleWriter:
         self.output = Path(output)
         self.overwrite = overwrite
         self._folder: Path | None = None
+        self._lock: int | None = None
 
     def __enter__(self) -> BundleWriter:
         parent = self.output.absolute().parent
@@ -52,10 +56,8 @@ class BundleWriter:
             self._clear_leftovers()
             check_output(self.output, overwrite=self.overwrite)
             parent.mkdir(parents=True, exist_ok=True)
-            self._folder = (
-                parent / f".{self.output.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-            )
-            (self._folder / "graphs").mkdir(parents=True)
+            self._folder, self._lock = _new_folder(parent, self.output.name)
+            (self._folder / "graphs").mkdir()
         return self
 
     def __exit__(
@@ -64,11 +66,15 @@ class BundleWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._folder is not None and self._folder.exists():
-            shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, EdgeExitError):
-            with reporting_full_disk(self.output):
-                raise error
+        try:
+            if isinstance(error, OSError) and not isinstance(error, EdgeExitError):
+                with reporting_full_disk(self.output, self._folder):
+                    raise error
+        finally:
+            if self._folder is not None and self._folder.exists():
+                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
     @property
     def folder(self) -> Path:
@@ -82,7 +88,7 @@ class BundleWriter:
 
         Returns the bundle, opened and checked by `open_bundle`.
         """
-        with reporting_full_disk(self.output):
+        with reporting_full_disk(self.output, self.folder):
             files = {}
             for directory, _, names in os.walk(self.folder):
                 for name in names:
@@ -133,15 +139,62 @@ class BundleWriter:
         """
         parent = self.output.absolute().parent
         name = re.escape(self.output.name)
-        pattern = re.compile(rf"\.{name}\.([0-9]+)-[0-9a-f]{{8}}\.(partial|old)")
-        for path in parent.iterdir() if parent.is_dir() else ():
+        pattern = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.(partial|old)")
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():  # .old before .partial
             found = pattern.fullmatch(path.name)
-            if not found or Path(f"/proc/{found[1]}").exists():
+            if not found:
                 continue
-            if found[2] == "old" and not self.output.exists():
-                os.rename(path, self.output)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            with _left(path.with_suffix(".partial")) as left:
+                if left and found[1] == "old" and not self.output.exists():
+                    os.rename(path, self.output)
+                elif left:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_folder(parent: Path, name: str) -> tuple[Path, int | None]:
+    """Makes and locks a temporary directory. Another export may take it for a leftover before it
+    is locked; then the next is made."""
+    while True:
+        folder = parent / f".{name}.{secrets.token_hex(8)}.partial"
+        folder.mkdir()
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            descriptor = _lock(folder)
+            if folder.exists():
+                return folder, descriptor
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a directory until the returned descriptor is closed or the process ends; the lock
+    survives renaming. None: the file system has no locks. Raises `BlockingIOError` if another
+    descriptor has the lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def _left(folder: Path) -> Iterator[bool]:
+    """Whether no export writes to a directory any more, which stays so inside. False where the file
+    system has no locks to tell."""
+    try:
+        descriptor = _lock(folder)
+    except FileNotFoundError:
+        yield True
+    except OSError:
+        yield False
+    else:
+        yield descriptor is not None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -166,10 +219,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 class reporting_full_disk:
-    """Context manager: turns an OSError of a write into a `BundleError` with a fix."""
+    """Context manager: turns an OSError of a write into a `BundleError` with a fix. `folder` is the
+    temporary directory."""
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: Path, folder: Path | None = None) -> None:
+        self.output, self.folder = output, folder
 
     def __enter__(self) -> None:
         return None
@@ -186,6 +240,12 @@ class reporting_full_disk:
             raise BundleError(
                 f"{self.output}: the disk is full; no partial files remain",
                 fix="Free some space or choose another -o, then run the same command again.",
+            ) from error
+        if error.errno == errno.ENOENT and self.folder is not None and not self.folder.exists():
+            raise BundleError(
+                f"{self.output}: {self.folder.name} was removed while this export was writing to "
+                "it",
+                fix="Run the same command again.",
             ) from error
         raise BundleError(
             f"{self.output}: cannot be written ({error.strerror or error})",

@@ -6,8 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -528,14 +527,37 @@ def test_writer_leaves_the_partial_files_of_a_living_export_alone(toy: Toy, tmp_
     assert files_in(tmp_path) == ["bundle"]
 
 
+def test_writer_leaves_a_living_export_alone_when_it_cannot_see_its_process(
+    toy: Toy, tmp_path: Path
+) -> None:
+    """A process of another namespace is like one that /proc does not list."""
+    with BundleWriter(tmp_path / "bundle") as first:
+        manifest = fill_toy(toy, first.folder)
+        unseen = first.folder.with_name(
+            first.folder.name.replace(f".{os.getpid()}-", ".4194303999-")
+        )
+        first._folder = first.folder.rename(unseen)
+        write_toy(toy, tmp_path / "bundle")
+        assert unseen.is_dir()
+        with pytest.raises(OutputBusyError):
+            first.commit(manifest)
+
+
+def test_writer_says_so_when_its_folder_vanishes(toy: Toy, tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"\.partial was removed while this export"),
+        BundleWriter(tmp_path / "bundle") as writer,
+    ):
+        manifest = fill_toy(toy, writer.folder)
+        shutil.rmtree(writer.folder)
+        writer.commit(manifest)
+
+
 def test_writer_puts_back_an_old_bundle_whose_successor_never_came(
     toy: Toy, tmp_path: Path
 ) -> None:
     old = write_toy(toy, tmp_path / "bundle")
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    pid = int(dead.stdout)
-    (tmp_path / "bundle").rename(tmp_path / f".bundle.{pid}-0123abcd.old")
+    (tmp_path / "bundle").rename(tmp_path / ".bundle.0123456789abcdef.old")
     with pytest.raises(OutputExistsError):
         write_toy(toy, tmp_path / "bundle")
     assert open_bundle(tmp_path / "bundle", verify="full").digest == old.digest
