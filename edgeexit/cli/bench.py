@@ -141,9 +141,9 @@ def command(
         result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        write_atomic(output, lambda file: file.write(text.encode()))
+        write_atomic(output, lambda file: file.write(text.encode()), overwrite=overwrite)
     if plot is not None:
-        plot_bench(plot, result)
+        plot_bench(plot, result, overwrite=overwrite)
     if as_json:
         print_json(result)
     elif "modes" in result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,6 @@ def command(
     from edgeexit.measure.files import check_output
     from edgeexit.measure.plots import check_plot, plot_calibration
     from edgeexit.measure.trace_file import read_trace
-    from edgeexit.runtime import write_policy
 
     limit = _limit(max_risk, quiet=quiet)
     check_output(output, trace, overwrite=overwrite)
@@ -98,12 +98,14 @@ def command(
     policy, curve, chosen = calibrate(
         recorded, max_risk=limit, score=score, risk=risk, per_exit=per_exit
     )
-    write_policy(policy, output)
+    _write(policy, output, overwrite=overwrite)
     for doubt in policy.calibration["warnings"] if not quiet else ():
         warn(doubt)
     exits = figures(recorded, score)
     if plot is not None:
-        plot_calibration(plot, curve, chosen, exits, policy.calibration, score=score)
+        plot_calibration(
+            plot, curve, chosen, exits, policy.calibration, score=score, overwrite=overwrite
+        )
     if as_json:
         points = _points(curve, recorded.exits, _some(curve, chosen, POINTS_PRINTED), chosen)
         print_json({"policy": str(output)} | _facts(policy, recorded, exits, curve, points))
@@ -126,6 +128,18 @@ def _limit(max_risk: str | None, *, quiet: bool) -> float:
     if not max_risk.strip().endswith("%") and limit and not quiet:
         click.echo(f"--max-risk {max_risk} is a risk of {100 * limit:.3g} %", err=True)
     return limit
+
+
+def _write(policy: Policy, output: Path, *, overwrite: bool) -> None:
+    """Writes the policy; of several processes that write one file, one succeeds."""
+    from edgeexit.bundle.policy import write_policy
+    from edgeexit.measure.files import write_atomic
+
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
+        own = Path(folder) / "policy.json"
+        write_policy(policy, own)
+        content = own.read_bytes()
+    write_atomic(output, lambda file: file.write(content), overwrite=overwrite)
 
 
 def _require_bundle(recorded: Trace, trace: Path, bundle: Path) -> None:

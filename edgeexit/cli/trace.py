@@ -71,7 +71,7 @@ def command(
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:
             trace = record(model, opened, batch_size, chain=chain, progress=progress)
-    write_trace(trace, output)
+    write_trace(trace, output, overwrite=overwrite)
     if as_json:
         print_json({"trace": str(output)} | _facts(trace))
     elif not quiet:

@@ -16,10 +16,14 @@ from edgeexit.bundle.reader import MANIFEST
 from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 
 
-def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, overwrite: bool = True
+) -> None:
     """Calls ``write(file)`` on a temporary file beside `path`, then renames it to `path`.
 
     Raises:
+        OutputExistsError: `path` exists, and `overwrite` is not set. Of several processes that
+            write one file, one succeeds.
         UsageError: `path` is a directory, or is inside a bundle.
         MeasurementError: The file cannot be written; no partial file remains.
     """
@@ -31,7 +35,12 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("xb") as file:
             write(file)
-        os.replace(partial, path)
+        if overwrite:
+            os.replace(partial, path)
+        else:
+            _rename_to_new(partial, path)
+    except FileExistsError as error:
+        raise _exists(path) from error
     except OSError as error:
         raise MeasurementError(
             f"{path}: cannot be written ({error.strerror or error}); no partial file remains",
@@ -40,6 +49,21 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _rename_to_new(partial: Path, path: Path) -> None:
+    """Renames a file. Raises FileExistsError if the new name exists, which `os.rename` replaces."""
+    try:
+        os.link(partial, path)  # `write_atomic` removes the old name
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        path.open("xb").close()
+        os.replace(partial, path)
+
+
+def _exists(path: Path) -> OutputExistsError:
+    return OutputExistsError(f"{path} exists", fix="Choose another -o, or add --overwrite.")
 
 
 def check_output(
@@ -85,7 +109,7 @@ def _check_output(
             fix="Give the name of a file with -o; --json writes to stdout.",
         )
     if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists", fix="Choose another -o, or add --overwrite.")
+        raise _exists(path)
     for parent in path.absolute().parents:
         if (parent / MANIFEST).is_file() and (parent / "graphs").is_dir():
             raise UsageError(

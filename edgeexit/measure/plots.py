@@ -89,6 +89,7 @@ def plot_calibration(
     calibration: Mapping[str, Any],
     *,
     score: str,
+    overwrite: bool = True,
 ) -> None:
     """Plots the trade-off of a calibration: risk against threshold and mean depth, each exit alone,
     and the share of rows that it answers.
@@ -100,9 +101,10 @@ def plot_calibration(
         exits: Figures of every exit, in order.
         calibration: `Policy.calibration` of the chosen policy.
         score: The score that is compared with thresholds.
+        overwrite: Whether an existing file may be replaced.
     """
     what = "tokens" if "texts" in calibration else "rows"
-    with _figure(path, width=10.0, height=7.0) as figure:
+    with _figure(path, width=10.0, height=7.0, overwrite=overwrite) as figure:
         (left, right), (below, shares) = figure.subplots(2, 2)
         risk = RISKS[calibration["risk"]]
         data = calibration["data"].get("name", "")
@@ -118,7 +120,7 @@ def plot_calibration(
         shares.set_title("Exits taken with the chosen policy")
 
 
-def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
+def plot_bench(path: Path, result: Mapping[str, Any], *, overwrite: bool = True) -> None:
     """Plots a result of `edgeexit.measure.bench.bench.bench` against the unsplit model.
 
     Rows one at a time: the time of every exit's path; full batches: rows per second. Language
@@ -127,9 +129,11 @@ def plot_bench(path: Path, result: Mapping[str, Any]) -> None:
     Args:
         path: Ends in .png or .svg.
         result: The object that ``edgeexit bench --json`` prints.
+        overwrite: Whether an existing file may be replaced.
     """
     machine, data = result["environment"], result["data"]["name"]
-    with _figure(path, width=10.0, height=max(3.2, 1.6 + 0.3 * _lines(result))) as figure:
+    height = max(3.2, 1.6 + 0.3 * _lines(result))
+    with _figure(path, width=10.0, height=height, overwrite=overwrite) as figure:
         engine = machine["engine"]
         _title(
             figure,
@@ -152,7 +156,7 @@ def _lines(result: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _figure(path: Path, *, width: float, height: float) -> Iterator[Figure]:
+def _figure(path: Path, *, width: float, height: float, overwrite: bool) -> Iterator[Figure]:
     """A figure in this module's style, not the user's; written to the file at the end."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -167,7 +171,7 @@ def _figure(path: Path, *, width: float, height: float) -> Iterator[Figure]:
         figure.savefig(
             drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {}
         )
-    write_atomic(path, lambda file: file.write(drawn.getvalue()))
+    write_atomic(path, lambda file: file.write(drawn.getvalue()), overwrite=overwrite)
 
 
 def _title(figure: Figure, text: str) -> None:

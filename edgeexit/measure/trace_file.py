@@ -30,15 +30,15 @@ _OPTIONAL = {
 }
 
 
-def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Writes a trace atomically."""
+def write_trace(trace: Trace, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Writes a trace as `edgeexit.measure.files.write_atomic` does."""
     about = {name: getattr(trace, name) for name in _ABOUT}
     about |= {"format": TRACE_FORMAT, "scores": list(trace.scores)}
     arrays = {name: getattr(trace, name) for name in (*_ARRAYS, *_OPTIONAL)}
     arrays = {name: value for name, value in arrays.items() if value is not None}
     arrays |= {f"score/{name}": value for name, value in trace.scores.items()}
     arrays["about"] = np.asarray(json.dumps(about))
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+    write_atomic(path, lambda file: np.savez(file, **arrays), overwrite=overwrite)
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
