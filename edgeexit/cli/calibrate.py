@@ -94,6 +94,12 @@ def command(
     recorded = read_trace(trace)
     if bundle is not None:
         _require_bundle(recorded, trace, bundle)
+    if len(recorded.exits) < 2:
+        raise UsageError(
+            f"{trace}: the chain {recorded.chain} has no early exit, so there is nothing to "
+            "calibrate",
+            fix="Export the model with exits in this chain (edgeexit export --exits).",
+        )
     score = default_score(recorded, score)
     policy, curve, chosen = calibrate(
         recorded, max_risk=limit, score=score, risk=risk, per_exit=per_exit

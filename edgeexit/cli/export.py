@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeexit.cli.calibration_data import read_calibration_data
-from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size
+from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size, warn
 from edgeexit.cli.export_onnx import export_file
 from edgeexit.cli.options import output_options
 from edgeexit.errors import ExportError, UsageError
@@ -167,6 +167,7 @@ def command(
     edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
     """
     from edgeexit.bundle.writer import check_output
+    from edgeexit.measure.inspect import weights_bytes
 
     check_output(output, overwrite=overwrite)
     _require_extra()
@@ -184,6 +185,7 @@ def command(
         export = export_file if model.endswith(".onnx") else _torch
         bundle = export(model, output, options, writing)
     exits = [exit_.name for chain in bundle.manifest.chains.values() for exit_ in chain.exits]
+    weights = weights_bytes(bundle)
     made = sum(file.bytes for file in bundle.manifest.files.values())
     if as_json:
         print_json(
@@ -193,16 +195,16 @@ def command(
                 "name": bundle.manifest.name,
                 "exits": exits,
                 "bytes": made,
-                "weights_bytes": bundle.weights_bytes,
+                "weights_bytes": weights,
             }
         )
     elif not quiet:
         click.echo(
             f"{output}: {len(exits)} exits ({', '.join(exits)}), {size(made)}, "
-            f"weights {size(bundle.weights_bytes)}"
+            f"weights {size(weights)}"
         )
         if said := _about_exits(bundle, output):
-            click.echo(said, err=True)
+            warn(said)
 
 
 def _about_exits(bundle: Bundle, output: Path) -> str:
@@ -227,10 +229,17 @@ def _about_exits(bundle: Bundle, output: Path) -> str:
             "nothing says that these exits were trained: the checkpoint does not list them. They "
             "share the model's own head, which predicts well from early layers only after a "
             f"training such as LayerSkip. To measure them: edgeexit bench {output} --data TEXTS, "
-            f"or edgeexit trace {output} --data TEXTS -o tokens.npz and edgeexit calibrate "
-            "tokens.npz"
+            f"or edgeexit trace {output} --data TEXTS{_with_targets(bundle)} -o tokens.npz and "
+            "edgeexit calibrate tokens.npz"
         )
     return ""
+
+
+def _with_targets(bundle: Bundle) -> str:
+    """What lines of --data need beside a text, where an encoder reads it."""
+    decoding = bundle.manifest.decoding
+    reads = decoding is not None and decoding.start_tokens
+    return ' (lines with "text" and "target")' if reads else ""
 
 
 def _require_extra() -> None:

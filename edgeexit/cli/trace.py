@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeexit.cli.common import add_current_directory, print_json, progress_bar
+from edgeexit.cli.common import add_current_directory, print_json, progress_bar, warn
 from edgeexit.cli.options import bundle_argument, engine_options, output_options, overwrite_option
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def command(
         opened = open_data(data, model.bundle)
         with progress_bar(quiet) as progress:
             trace = record(model, opened, batch_size, chain=chain, progress=progress)
+    if len(trace.exits) < 2 and not quiet:
+        warn(f"the chain {trace.chain} has no early exit, so calibrate refuses this trace")
     write_trace(trace, output, overwrite=overwrite)
     if as_json:
         print_json({"trace": str(output)} | _facts(trace))

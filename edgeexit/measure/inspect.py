@@ -58,7 +58,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "limits": manifest.limits,
         "capacity": manifest.decoding and manifest.decoding.capacity,
         "chains": {name: _chain(bundle, chain, sizes) for name, chain in manifest.chains.items()},
-        "weights_bytes": bundle.weights_bytes + _inline_bytes(bundle),
+        "weights_bytes": weights_bytes(bundle),
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
         "files": len(manifest.files) + 1,
         "labels": manifest.labels,
@@ -89,10 +89,19 @@ def _images(bundle: Bundle) -> dict[str, Any] | None:
     }
 
 
-def _inline_bytes(bundle: Bundle) -> int:
-    """Bytes of weights that graphs hold themselves: tensors too small for the weight store."""
-    graphs = [name for name in bundle.manifest.files if name.endswith(".onnx")]
-    return sum(read_graph_file(bundle.file(name).read_bytes()).inline_bytes for name in graphs)
+def weights_bytes(bundle: Bundle) -> int:
+    """Bytes of a bundle's weights: the weight store, which holds each tensor once, and tensors too
+    small for it. Graphs hold those themselves; they are counted in the first form of every
+    component, not again in other forms and in the unsplit graphs."""
+    manifest = bundle.manifest
+    unsplit = {name for chain in manifest.chains.values() for name in chain.unsplit}
+    graphs = set()
+    for name, component in manifest.components.items():
+        if name not in unsplit:
+            graphs.add(component.variants[0].graph)
+            graphs |= set() if component.projection is None else {component.projection.graph}
+    read = (read_graph_file(bundle.file(graph).read_bytes()) for graph in sorted(graphs))
+    return bundle.weights_bytes + sum(graph.inline_bytes for graph in read)
 
 
 def _step(step: Step) -> str:
@@ -113,7 +122,7 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
         component = components[name]
         made |= {tensor.name: tensor for tensor in component.outputs}
         later = _taken(bundle, chain, chain.components[number + 1 :])
-        crossing = [made[tensor] for tensor in made if tensor in later]
+        crossing = [_one_row(bundle, made[tensor]) for tensor in made if tensor in later]
         parts = [tensor_bytes(tensor, sizes) for tensor in crossing]
         found.append(
             {
@@ -133,6 +142,13 @@ def _chain(bundle: Bundle, chain: Chain, sizes: Mapping[str, int]) -> dict[str, 
         "components": found,
         "unsplit": [graph for name in chain.unsplit for graph in _graphs(bundle, components[name])],
     }
+
+
+def _one_row(bundle: Bundle, tensor: Tensor) -> Tensor:
+    """A tensor of a file with a fixed batch of 1, whose first axis then has no name."""
+    if bundle.manifest.limits.get("batch") != 1 or tensor.axes[:1] != [None]:
+        return tensor
+    return msgspec.structs.replace(tensor, axes=[1, *tensor.axes[1:]])
 
 
 def _taken(bundle: Bundle, chain: Chain, names: Sequence[str]) -> set[str]:

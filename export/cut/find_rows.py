@@ -132,7 +132,7 @@ def find_rows(
     inputs = sample_inputs(graph, dict.fromkeys(likely, rows), samples, names)
     if step > 1:
         inputs = _whole_steps(graph, inputs, likely, step)
-    exits = run(inputs)
+    exits = _run_told(run, inputs, rows, what, by_user=bool(by_user))
     count = _count(exits, what)
     open_axes = list(dict.fromkeys(d for v in graph.inputs for d in _symbols(v) if d))
     if by_user:
@@ -225,6 +225,21 @@ def told_rows(
             fix="Name axes of the same size.",
         )
     return opened
+
+
+def _run_told(run: Run, inputs: Arrays, rows: int, what: str, *, by_user: bool) -> Arrays:
+    """Runs the file. If it fails with the user's row axis, that is the likely cause."""
+    try:
+        return run(inputs)
+    except ExportError as error:
+        if not by_user:
+            raise
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        why = error.what.removeprefix(f"{what}: ")
+        raise UsageError(
+            f"--rows: {what} cannot run with {rows} rows on that axis ({shapes}): {why}",
+            fix="Give another axis, or leave --rows out: export then looks for the row axis.",
+        ) from error
 
 
 def set_rows(graph: ir.Graph, rows: Rows) -> None:

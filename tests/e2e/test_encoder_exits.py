@@ -34,6 +34,9 @@ def bundle(checkpoint: Path) -> Path:
     made = call("export", "-m", checkpoint, "--encoder-exits", "1,2", "-o", output)
     assert made.exit_code == 0, made.output
     assert "--encoder-threshold" in made.stderr and str(output) in made.stderr
+    assert "warning: nothing says that the model was trained" in made.stderr
+    weights = made.stdout.strip().rpartition("weights ")[2]
+    assert call("inspect", output).stdout.count(f"files, weights {weights}\n") == 1
     return output
 
 
@@ -116,3 +119,14 @@ def test_bench_measures_the_modes_that_a_bundle_has(bundle: Path, tmp_path: Path
     assert set(found["modes"]) == {"full"}
     assert found["earlier_exits"]["encoder"]["encoder_exit_1"] == 1.0
     assert any("calibrate cannot choose" in warning for warning in found["warnings"])
+
+
+def test_a_chain_without_early_exits_is_not_calibrated(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "abc", "target": "abc"}\n')
+    output = tmp_path / "trace.npz"
+    given = ("--data", tmp_path / "texts.jsonl", "-o", output, "--threads", "1")
+    traced = call("trace", bundle, *given)
+    assert traced.exit_code == 0, traced.output
+    assert "warning: the chain main has no early exit" in traced.stderr
+    refused = call("calibrate", output, "--max-risk", "5%", "-o", tmp_path / "policy.json")
+    assert "the chain main has no early exit, so there is nothing" in str(refused.exception)

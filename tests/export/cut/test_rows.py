@@ -17,6 +17,7 @@ from edgeexit.errors import DataError, ExportError, InputError, UsageError
 from edgeexit.export import export_onnx
 from edgeexit.measure.check import check
 from edgeexit.measure.data import open_data
+from edgeexit.measure.inspect import axis_sizes, describe
 from edgeexit.runtime import load
 from tests.export.cut.test_cut import HEAD, STRAIGHT, answers_of, check_bundle, main, write
 
@@ -201,7 +202,7 @@ def test_a_fixed_axis_stays_when_the_graph_is_made_for_its_size(tmp_path: Path) 
     text = STRAIGHT.replace("N, 8", "2, 8").replace("r1 = Relu(h1)", "r1 = Mul(h1, each)")
     path = write(tmp_path / "m.onnx", text, arrays={"each": numbers(2, 1)})
     samples = {"x": numbers(4, 8)}
-    with pytest.raises(ExportError, match="cannot run it"):
+    with pytest.raises(UsageError, match="cannot run with 4 rows on that axis"):
         export_onnx(path, tmp_path / "b", exits=EXITS, rows={"x": 0}, samples=samples)
     text = STRAIGHT.replace("N, 8", "2, 8").replace(
         "r1 = Relu(h1)", "mean = ReduceMean(h1, zero)\n    r1 = Sub(h1, mean)"
@@ -234,6 +235,22 @@ def test_rows_that_cannot_be_are_refused(tmp_path: Path, rows: dict[str, int], w
     path = write(tmp_path / "m.onnx", TIME_FIRST, arrays=ZERO)
     with pytest.raises(UsageError, match=words):
         export_onnx(path, tmp_path / "b", exits=["a", "b"], rows=rows)
+
+
+def test_a_row_axis_on_which_the_file_fails_is_blamed_and_not_the_file(tmp_path: Path) -> None:
+    text = TIME_FIRST.replace("float[T, N, 8] x", "float[N, 3, 8] x").replace(
+        "h1 = MatMul(x, w1)", "moved = Add(x, each)\n    h1 = MatMul(moved, w1)"
+    )
+    path = write(tmp_path / "m.onnx", text, arrays=ZERO | {"each": numbers(3, 1)})
+    with pytest.raises(UsageError, match=r"--rows: m\.onnx cannot run with 6 rows .*Give another"):
+        export_onnx(path, tmp_path / "b", exits=["a", "b"], rows={"x": 1})
+
+
+def test_sizes_of_a_file_with_a_fixed_batch_of_one_are_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", STRAIGHT.replace("N, ", "1, "))
+    bundle = export_onnx(path, tmp_path / "b", exits=EXITS)
+    parts = describe(bundle, axis_sizes(bundle))["chains"]["main"]["components"]
+    assert [part["boundary_bytes"] for part in parts] == [32, 32, 0]
 
 
 def test_the_command_line_takes_rows_and_labels_of_windows(tmp_path: Path) -> None:
