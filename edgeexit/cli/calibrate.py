@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 @click.option(
     "--max-risk",
     metavar="SHARE",
-    help="Maximum mean loss against the last exit, as a share: 0.5% or 0.005.",
+    help="Maximum mean loss against the last exit, as a share: 0.5% or 0.005.  [required]",
 )
 @click.option("--score", help="Score to compare with thresholds; default: max_prob.")
 @click.option(
@@ -118,7 +119,10 @@ def command(
     elif not quiet:
         _print_exits(recorded, trace, exits, score)
         click.echo("")
-        _print_curve(curve, recorded.exits, chosen, score)
+        _print_curve(curve, recorded.exits, chosen, score, "common" if per_exit else "chosen")
+        if per_exit:
+            click.echo("")
+            _print_thresholds(policy, recorded)
         click.echo("")
         click.echo(f"{output}: {_summary(policy.calibration, recorded)}")
 
@@ -200,25 +204,63 @@ def _print_exits(trace: Trace, path: Path, exits: list[ExitFigures], score: str)
             )
             for one in exits
         ],
+        notes=[
+            f"AUROC: how well {score} ranks {'rows' if trace.texts is None else 'tokens'} on which "
+            "the exit agrees with the last above the others (0.5: not at all, 1: perfectly)"
+        ],
     )
 
 
-def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str) -> None:
+def _print_curve(curve: Curve, exits: list[str], chosen: int, score: str, mark: str) -> None:
+    points = _points(curve, exits, _some(curve, chosen, POINTS_SHOWN), chosen)
     print_table(
         f"one threshold for {score}, strict to loose ({len(curve.thresholds)} distinct results)",
         ("threshold", "risk", "mean segments", "ms", *exits, ""),
         [
             (
-                "never" if p["threshold"] == "never" else f"{p['threshold']:.4f}",
+                threshold,
                 share(p["risk"]),
                 f"{p['mean_depth']:.2f}",
                 f"{p['expected_ms']:.3f}",
                 *(f"{100 * value:.0f} %" for value in p["exit_shares"].values()),
-                "<- chosen" if p["chosen"] else "",
+                f"<- {mark}" if p["chosen"] else "",
             )
-            for p in _points(curve, exits, _some(curve, chosen, POINTS_SHOWN), chosen)
+            for threshold, p in zip(
+                _distinct([p["threshold"] for p in points]), points, strict=True
+            )
         ],
     )
+
+
+def _print_thresholds(policy: Policy, trace: Trace) -> None:
+    """The thresholds that were chosen for single exits."""
+    thresholds = policy.rules[trace.chain].thresholds
+    assert isinstance(thresholds, dict)
+    shares = policy.calibration["exit_shares"]
+    print_table(
+        "chosen: a threshold per exit",
+        ("exit", "threshold", "exits there"),
+        [
+            (name, shown, share(shares[name]))
+            for name, shown in zip(
+                thresholds, _distinct(list(map(_threshold, thresholds.values()))), strict=True
+            )
+        ],
+    )
+
+
+def _distinct(thresholds: Sequence[float | str]) -> list[str]:
+    """Thresholds with four decimals, or with as many as show that they differ.
+
+    >>> _distinct(["never", 0.99991, 0.99992]), _distinct([0.5, 0.5])
+    (['never', '0.99991', '0.99992'], ['0.5000', '0.5000'])
+    """
+    different = len(set(thresholds))
+    for decimals in range(4, 17):
+        found = [one if isinstance(one, str) else f"{one:.{decimals}f}" for one in thresholds]
+        if len(set(found)) == different:
+            break
+    return found
 
 
 def _summary(about: dict[str, Any], trace: Trace) -> str:
@@ -265,5 +307,5 @@ def _points(curve: Curve, exits: list[str], points: list[int], chosen: int) -> l
     ]
 
 
-def _threshold(value: np.float64) -> float | str:
+def _threshold(value: np.float64 | float) -> float | str:
     return "never" if value == float("inf") else float(value)

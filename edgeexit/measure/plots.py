@@ -24,6 +24,7 @@ from edgeexit.measure.files import check_output, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from edgeexit.measure.calibrate import Curve, ExitFigures
@@ -68,7 +69,11 @@ def check_plot(path: Path, *others: str | os.PathLike[str] | None, overwrite: bo
             f"--plot {path}: unsupported suffix {path.suffix or '(none)'}",
             fix="Give a file that ends in .png or .svg.",
         )
-    check_output(path, *others, overwrite=overwrite)
+    try:
+        check_output(path, *others, overwrite=overwrite)
+    except UsageError as error:
+        error.fix = error.fix.replace("-o", "--plot")
+        raise
     for other in others:
         if other is not None and Path(other).resolve() == path.resolve():
             raise UsageError(
@@ -222,6 +227,9 @@ def _draw_exits(axes: Axes, exits: Sequence[ExitFigures]) -> None:
     if np.isfinite(accuracy).any():
         axes.plot(places, accuracy, "s--", color=ORANGE, label="right prediction")
     _name(axes, [one.name for one in exits])
+    limits = axes.get_ylim()
+    _up_to_100(axes.yaxis)
+    axes.set_ylim(*limits)
     axes.legend(loc="best")
 
 
@@ -232,6 +240,12 @@ def _bars(axes: Axes, shares: Sequence[float], names: Sequence[str]) -> None:
     axes.bar_label(drawn, [_percent(value) for value in values], fontsize=9)
     _name(axes, names)
     axes.set_ylim(0, 1.08 * max(values))
+    _up_to_100(axes.yaxis)
+
+
+def _up_to_100(axis: Axis) -> None:
+    """Leaves out ticks above 100 %: the room there is for labels."""
+    axis.set_ticks([tick for tick in axis.get_ticklocs() if 0 <= tick <= 100])
 
 
 def _percent(value: float) -> str:
@@ -301,6 +315,7 @@ def _draw_rates(axes: Axes, result: Mapping[str, Any]) -> None:
     """Plots the share of rows per exit."""
     rows = [(one["name"], 100 * one["rate"], 0.0, BLUE) for one in result["exits"]]
     _lying_bars(axes, rows, [_percent(rate) for _, rate, _, _ in rows])
+    _up_to_100(axes.xaxis)
     axes.set_xlabel("share of rows (%)")
     axes.set_title(f"Exits taken (score {result['policy']['score']})")
 

@@ -105,11 +105,21 @@ def test_calibrate_shows_the_curve_and_marks_its_choice(
     shown = cli("calibrate", "trace.npz", "--max-risk", "0.3", "--per-exit", "-o", "policy.json")
     assert shown.code == 0, shown.err
     lines = shown.out.splitlines()
-    assert sum(line.endswith("<- chosen") for line in lines) == 1
+    assert sum(line.endswith("<- common") for line in lines) == 1
     assert any(line.split()[:2] == ["never", "0.00"] for line in lines)
     assert "Measured, not certified." in lines[-1]
     policy = json.loads((cli.folder / "policy.json").read_text())
-    assert list(policy["rules"]["forward"]["thresholds"]) == ["exit_1", "exit_2", "exit_3"]
+    thresholds = policy["rules"]["forward"]["thresholds"]
+    assert list(thresholds) == ["exit_1", "exit_2", "exit_3"]
+    [start] = [n for n, line in enumerate(lines) if line == "chosen: a threshold per exit"]
+    for line, (name, threshold) in zip(lines[start + 3 :], thresholds.items(), strict=False):
+        said = line.split()[:2]
+        assert said[0] == name
+        assert said[1] == threshold or float(said[1]) == pytest.approx(threshold, abs=1e-4)
+    one = cli("calibrate", "trace.npz", "--max-risk", "0.3", "-o", "one.json", "--plot", "a.svg")
+    assert sum(line.endswith("<- chosen") for line in one.out.splitlines()) == 1
+    again = cli("calibrate", "trace.npz", "--max-risk", "0.3", "-o", "two.json", "--plot", "a.svg")
+    assert again.code == 2 and "a.svg exists. Choose another --plot" in again.err
 
 
 def test_run_answers_texts_with_their_labels(cli: Cli, bert_bundle: Bundle) -> None:
