@@ -269,13 +269,15 @@ def _print(result: dict[str, Any]) -> None:
     columns = [
         "path",
         "rows/s" if throughput else "p50 ms",
-        "p90",
-        "p99",
+        "p90 ms",
+        "p99 ms",
         "x unsplit",
         "rate",
         "accuracy",
     ]
     rows = [_row("unsplit", result["unsplit"], throughput, ratio=1.0)]
+    if throughput:
+        rows.append(_row("chain", result["chain"], throughput))
     for exit_ in result["exits"]:
         rows.append(_row(exit_["name"], exit_, throughput))
     if result["natural"] is not None:
@@ -291,11 +293,14 @@ def _print(result: dict[str, Any]) -> None:
     natural = result["natural"]
     if natural is not None and not throughput:
         notes.append(
-            f"mean {natural['mean_ms']:.3f} ms measured, {natural['expected_mean_ms']:.3f} ms "
-            "expected (sum of rate x latency)"
+            f"expected of natural by the rows of the exits (sum of rate x median): "
+            f"{natural['expected_ms']:.3f} ms, {natural['expected_ratio']:.3f} x unsplit"
         )
     if natural is not None and throughput:
-        notes.append(f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput")
+        notes.append(
+            f"natural exits reach {share(natural['of_ideal'])} of the ideal throughput, in which a "
+            "row takes time only in the segments that it passes"
+        )
     if natural is None:
         notes.append("for natural exits, give real inputs with --data")
     notes += _gpu_notes(result["gpu"], [exit_["name"] for exit_ in result["exits"]])
@@ -311,8 +316,10 @@ def _print(result: dict[str, Any]) -> None:
 def _direction(result: dict[str, Any]) -> list[str]:
     """What the ratios are."""
     said = "x unsplit: time relative to the unsplit model; below 1 is faster"
-    if result["natural"] is not None and result["mode"] == "latency":
-        said += "; of natural: the expected time, each exit's median weighted by its rate"
+    if result["mode"] != "latency":
+        return [said, "p90, p99: of a batch; chain: all segments, no early exit"]
+    if result["natural"] is not None:
+        said += "; of natural: the median of its runs at each exit, weighted by the exit's rate"
     return [said]
 
 

@@ -267,7 +267,7 @@ def _short(names: Sequence[str]) -> list[str]:
 
 def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
     """Time per row of every path: the median, and a line to the 90th percentile."""
-    natural = result["natural"]
+    natural, unsplit_ms = result["natural"], result["unsplit"]["p50_ms"]
     lanes = [("unsplit", result["unsplit"])]
     lanes += [(one["name"], one) for one in result["exits"]]
     if natural is None:
@@ -283,11 +283,14 @@ def _draw_latency(figure: Figure, result: Mapping[str, Any]) -> None:
         axes.plot([median, end], [place, place], color=colour, linewidth=3)
         axes.plot(median, place, "o", color=colour)
         ratio = found.get("ratio_to_unsplit")
-        _label(axes, f"{median:.3f} ms" + (f", {ratio:.2f} x unsplit" if ratio else ""), end, place)
-    axes.axvline(result["unsplit"]["p50_ms"], color=DARK, linewidth=1, linestyle="--")
+        said = f", {ratio:.2f} x unsplit" if ratio else ""
+        if name == "natural exits":
+            said += ", weighted by rate"
+        _label(axes, f"{median:.3f} ms{said}", max(end, unsplit_ms), place)  # right of the line
+    axes.axvline(unsplit_ms, color=DARK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(lanes)), _short([name for name, _ in lanes]))
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
+    axes.set_xlim(0, (1.7 if natural else 1.5) * axes.get_xlim()[1])
     axes.set_xlabel("time per row (ms); dot: median, line: to the 90th percentile")
     axes.set_title("Time up to each exit")
 

@@ -59,7 +59,7 @@ def measure(contest: Contest) -> dict[str, Any]:
         "split_tax_spread": round(spread(full.ratios), 4),
         "exits": [
             {"name": name}
-            | (_path(others[number], inputs) if mode == "latency" else {})
+            | (_path(others[number], inputs, mode) if mode == "latency" else {})
             | {
                 "rate": None if rates is None else round(rates[number], 6),
                 "accuracy": _accuracy(natural, inputs, at=number) if inputs.real else None,
@@ -80,7 +80,8 @@ def measure(contest: Contest) -> dict[str, Any]:
         if "gpu" in contest.chain.cases
         else None,
         "mode": mode,
-        "chain": {"threads": contest.chosen["chain"], "engine": contest.engine},
+        "chain": _path(full, inputs, mode)
+        | {"threads": contest.chosen["chain"], "engine": contest.engine},
         "policy": {"score": facts["score"], "thresholds": facts["thresholds"]},
         "same_threads": contest.same_threads,
         "thread_search": contest.searched,
@@ -111,12 +112,14 @@ def _run(contest: Contest, baseline: Lane, lanes: Sequence[Lane], natural: Lane)
 
 
 def _latency(natural: Lane, paths: Sequence[Lane], rates: Sequence[float]) -> dict[str, Any]:
-    means = [statistics.fmean(lane.times_ms) for lane in paths]
+    """Measured figures of natural exits, and those that the exits' own paths let expect: the sum
+    of rate x median over exits."""
+    medians = [percentiles(lane.times_ms)["p50"] for lane in paths]
     ratios = [statistics.median(lane.ratios) for lane in paths]
     return {
         "ratio_to_unsplit": round(natural_ratio(natural, rates), 4),
         "mean_ratio_to_unsplit": round(middle_mean(natural.mean_ratios), 4),
-        "expected_mean_ms": round(sum(map(_product, zip(rates, means, strict=True))), 4),
+        "expected_ms": round(sum(map(_product, zip(rates, medians, strict=True))), 4),
         "expected_ratio": round(sum(map(_product, zip(rates, ratios, strict=True))), 4),
     }
 
@@ -129,7 +132,8 @@ def _throughput(natural: Lane, timed: Sequence[Lane], rates: Sequence[float]) ->
 
 
 def natural_ratio(natural: Lane, rates: Sequence[float]) -> float:
-    """Expected time of a row relative to unsplit: the median per exit, weighted by the exit's rate.
+    """Measured time of a row relative to unsplit: the median of the natural runs that stopped at an
+    exit, weighted by the exit's rate.
 
     A median over all rows would give only the time of the most frequent exit, and a mean would
     include disturbances of the machine. Exits at which no timed row stopped are left out (`_cover`
@@ -213,9 +217,9 @@ def _times(lane: Lane, inputs: Inputs, mode: str) -> dict[str, Any]:
     return times | {"rows_per_s": round(1000 / per_row, 2)}
 
 
-def _path(lane: Lane, inputs: Inputs) -> dict[str, Any]:
+def _path(lane: Lane, inputs: Inputs, mode: str) -> dict[str, Any]:
     ratio = round(statistics.median(lane.ratios), 4)
-    return _times(lane, inputs, "latency") | {"ratio_to_unsplit": ratio}
+    return _times(lane, inputs, mode) | {"ratio_to_unsplit": ratio}
 
 
 def _answers(lane: Lane) -> dict[int, tuple[list[int], list[int] | None]]:

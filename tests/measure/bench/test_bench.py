@@ -136,9 +136,10 @@ def test_bench_finds_the_rates_and_accuracies_of_the_model_when_run_on_real_data
             None if expected is None else pytest.approx(expected, abs=1e-6)
         )
     rates = [leave["rate"] for leave in latency["exits"]]
-    means = [leave["mean_ms"] for leave in latency["exits"]]
-    expected_ms = sum(rate * mean for rate, mean in zip(rates, means, strict=True))
-    assert latency["natural"]["expected_mean_ms"] == pytest.approx(expected_ms, abs=1e-3)
+    for figure, key in (("p50_ms", "expected_ms"), ("ratio_to_unsplit", "expected_ratio")):
+        of_exits = [leave[figure] for leave in latency["exits"]]
+        expected = sum(rate * one for rate, one in zip(rates, of_exits, strict=True))
+        assert latency["natural"][key] == pytest.approx(expected, abs=1e-3)
 
 
 def test_bench_measures_whole_batches_in_throughput_mode(
@@ -157,6 +158,8 @@ def test_bench_measures_whole_batches_in_throughput_mode(
     assert found["natural"]["rows_per_s"] > 0 and found["unsplit"]["rows_per_s"] > 0
     assert sum(leave["rate"] for leave in found["exits"]) == pytest.approx(1.0, abs=1e-5)
     assert found["natural"]["of_ideal"] > 0
+    assert found["chain"]["rows_per_s"] > 0
+    assert found["chain"]["ratio_to_unsplit"] == found["split_tax"]
 
 
 def test_bench_promises_no_natural_figures_when_there_is_no_data(toy_bundle: Bundle) -> None:
