@@ -1,0 +1,102 @@
+"""Vision-language models at real shapes: split tax of tower, prefill and decoding; what exits of
+the tower and image tokens that leave save, beside floor and sum of parts; time and memory of export.
+
+    python benchmarks/vlm.py                     # both shapes
+    python benchmarks/vlm.py --shape smolvlm-500m
+    python benchmarks/vlm.py --quick             # a tiny model: does the script run?
+
+Weights are random: times mean something, answers do not. benchmarks/README.md explains the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from results import HERE, SCRATCH, save, say, verdict
+from visionmodels import SHAPES, layers_of
+
+from edgeexit.measure.bench.bench import Options, bench
+
+WORDS, NEW_TOKENS = 32, 32
+SECONDS = {"full": 120.0, "quick": 3.0}
+
+
+def main() -> None:
+    """Measures each shape and writes one result for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "quick"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")
+    parser.add_argument("--seconds", type=float)
+    given = parser.parse_args()
+    names = ["quick"] if given.quick else [given.shape] if given.shape else list(SHAPES)[:2]
+    for name in names:
+        seconds = given.seconds or SECONDS["quick" if given.quick else "full"]
+        measure(name, seconds, keep=given.keep, quick=given.quick)
+
+
+def measure(name: str, seconds: float, *, keep: bool, quick: bool) -> None:
+    """Measures one shape and writes its result."""
+    folder = SCRATCH / f"vlm-{name}"
+    if keep and (folder / "export.json").is_file():
+        exported = json.loads((folder / "export.json").read_text())
+    else:
+        exported = make_models(name, folder)
+    say(f"  {name}: exported in {exported['seconds']} s")
+    options = Options(seconds=seconds, prompt_tokens=WORDS, new_tokens=NEW_TOKENS)
+    found = bench(folder / "bundle", options)
+    result: dict[str, Any] = {
+        "shape": {key: SHAPES[name][key] for key in ("family", "vision", "text")},
+        "layers": layers_of(SHAPES[name]),
+        "words": WORDS,
+        "export": exported,
+        **{key: found[key] for key in ("vision", "new_tokens", "turns", "threads")},
+        "split_tax_of_decoding": found["split_tax"],
+        "same_threads": found["same_threads"],
+        "warnings": found["warnings"],
+    }
+    result["verdicts"] = verdict(figures(name, result))
+    result["environment"] = found["environment"]
+    save(f"vlm-{name}", result, quick=quick)
+
+
+def make_models(name: str, folder: Path) -> dict[str, Any]:
+    """Creates checkpoint and bundle, each in its own process. Returns figures of the export."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for job in ("checkpoint", "export"):
+        command = [sys.executable, str(HERE / "visionmodels.py"), job, name, str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{made.stderr[-4000:]}")
+    exported = made.stdout.splitlines()[-1]
+    (folder / "export.json").write_text(exported)
+    return dict(json.loads(exported))
+
+
+def figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, float, float]]:
+    """Figures and their goals."""
+    full, cases = result["vision"]["full"], result["vision"]["cases"]
+    found = [
+        (f"{name}: split tax of the tower", full["tower_against_unsplit"], "<=", 1.03, 1.01),
+        (f"{name}: split tax of prefill", full["prefill_against_unsplit"], "<=", 1.03, 1.01),
+        (f"{name}: split tax of decoding", result["split_tax_of_decoding"], "<=", 1.03, 1.01),
+    ]
+    for case, own in cases.items():
+        apart = round(abs(own["predicted_over_measured"] - 1), 4)
+        found.append((f"{name}: {case}, apart from the sum of parts", apart, "<=", 0.03, 0.01))
+    exported = result["export"]
+    found.append((f"{name}: export, s", exported["seconds"], "<=", 360, 180))
+    memory = exported["peak_above_imports_of_weights"]
+    found.append((f"{name}: export, peak ÷ weights", memory, "<=", 2.5, 1.5))
+    return found
+
+
+if __name__ == "__main__":
+    main()
