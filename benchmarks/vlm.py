@@ -1,5 +1,5 @@
 """Vision-language models at real shapes: split tax of tower, prefill and decoding; what exits of
-the tower and image tokens that leave save, beside floor and sum of parts; time and memory of export.
+the tower and image tokens that leave save, beside floor and sum of parts; export's time and memory.
 
     python benchmarks/vlm.py                     # both shapes
     python benchmarks/vlm.py --shape smolvlm-500m

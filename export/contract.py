@@ -9,7 +9,7 @@ classes of `edgeexit.export.exits` return a `SplitModel`; for a model of your ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,8 +187,9 @@ class SplitModel:
             The reference samples are computed from it.
         reference: ``reference(inputs)`` returns, per exit, logits ``[rows, seq, classes]`` of every
             token of an example. For the exits of an earlier chain it may return ``EXIT/OUTPUT`` and
-            ``EXIT/SCORE``, and ``EARLIER_EXIT/EXIT``, the logits behind an early one. None: run the
-            modules one after the other.
+            ``EXIT/SCORE``, and ``EARLIER_EXIT/EXIT``, the logits behind an early one. It may yield
+            them in parts, so that memory holds one at a time. None: run the modules one after the
+            other.
         decoding: Settings of text generation, if the model writes text; the tokenizer's stop token
             is added.
         limits: Symbolic axis (or ``positions``) -> the largest size that the model supports.
@@ -210,7 +211,7 @@ class SplitModel:
     chains: Mapping[str, Chain]
     steps: Sequence[Run | Table | Place]
     example: Callable[[int], Values]
-    reference: Callable[[Values], Values] | None = None
+    reference: Callable[[Values], Values | Iterator[Values]] | None = None
     decoding: Decoding | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
     float32: tuple[str, ...] = ()

@@ -59,18 +59,24 @@ def reference_sample(
     sample = {f"input/{name}": value for name, value in inputs.items()}
     for exit_, outputs in answers.items():
         logits = outputs.get("logits")
-        derived = {}
+        derived: dict[str, NDArray[Any]] = {}
         if logits is not None and every_token:
-            largest = np.partition(logits, -2, axis=-1)[..., -2:]
-            derived = {
-                "logits": logits[:, -1],
-                "token": logits.argmax(-1),
-                "gap": largest[..., 1] - largest[..., 0],
-            }
-        if logits is not None and exit_ != "unsplit":
-            derived |= reference_scores(logits, probabilities=probabilities)
+            derived = {"logits": logits[:, -1]} | _of_every_token(logits)
+        elif logits is not None and exit_ != "unsplit":
+            derived = dict(reference_scores(logits, probabilities=probabilities))
         sample |= {f"{exit_}/{name}": value for name, value in {**outputs, **derived}.items()}
     return sample
+
+
+def _of_every_token(logits: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Greedy token, gap and scores ``[rows, seq]``, computed in parts: in float64, logits of a
+    large vocabulary take a multiple of the model's memory."""
+    found: list[dict[str, NDArray[Any]]] = []
+    for part in np.array_split(logits, max(1, logits.shape[1] // 32), axis=1):
+        largest = np.partition(part, -2, axis=-1)[..., -2:]
+        own = {"token": part.argmax(-1), "gap": largest[..., 1] - largest[..., 0]}
+        found.append({**own, **reference_scores(part)})
+    return {name: np.concatenate([own[name] for own in found], axis=1) for name in found[0]}
 
 
 def check_finite(
@@ -113,8 +119,11 @@ def torch_reference(model: SplitModel, manifest: Manifest) -> tuple[Arrays, dict
     _check_example(model, inputs)
     given = {name: value.numpy() for name, value in inputs.items()}
     if model.reference is not None:
+        sample = reference_sample(given, {}, every_token=True)
         known = model.reference(inputs)
-        return reference_sample(given, _by_exit(model, known), every_token=True), {}
+        for part in [known] if isinstance(known, Mapping) else known:
+            sample |= reference_sample({}, _by_exit(model, part), every_token=True)
+        return sample, {}
     examples: dict[str, Values] = {}
 
     def evaluate(name: str, feeds: list[Values]) -> list[Values]:

@@ -179,13 +179,26 @@ class ExitDecoder(nn.Module):
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
         """
+        options = {"exits": exits, "skipped": skipped, "source": source}
+        return dict(self.each_exit(input_ids, **options, **inputs))  # type: ignore[arg-type]
+
+    def each_exit(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        exits: Sequence[int] | None = None,
+        skipped: Sequence[int] = (),
+        source: Sequence[torch.Tensor] = (),
+        **inputs: torch.Tensor,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """As `forward`, one exit at a time: ``(layer, logits)``. Logits of a large vocabulary take
+        more memory than the layers."""
         wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
         self._heads = self._heads.on(input_ids.device)
         embedded = self.embed(input_ids, **inputs)
         state = embedded if self.trunk.stem is None else self.trunk.stem(embedded, positions)
-        logits = {}
         for number, layer in enumerate(_typed(self.layers), start=1):
             if number not in skipped:
                 state = self._layer(layer, state, positions, *source)
@@ -194,8 +207,7 @@ class ExitDecoder(nn.Module):
                 for adapter_layer in self._adapter(number):
                     adapted = self._layer(adapter_layer, adapted, positions, *source)
                 flat = self._head(adapted.reshape(-1, self.trunk.width))
-                logits[number] = flat.unflatten(0, input_ids.shape)
-        return logits
+                yield number, flat.unflatten(0, input_ids.shape)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[batch, seq, width]`` of token ids ``[batch, seq]``."""
@@ -351,8 +363,9 @@ class ExitDecoder(nn.Module):
         """States of the layers from `start` to before `stop`, layer by layer."""
         return _token_states(self.trunk.heads, _layer_names(start, stop))
 
-    def _reference(self, inputs: Values) -> Values:
-        return {f"exit_{layer}": logits for layer, logits in self(inputs["tokens"]).items()}
+    def _reference(self, inputs: Values) -> Iterator[Values]:
+        for layer, logits in self.each_exit(inputs["tokens"]):
+            yield {f"exit_{layer}": logits}
 
 
 def scaled(embedded: torch.Tensor, scale: float) -> torch.Tensor:

@@ -285,20 +285,19 @@ class ExitEncoderDecoder(ExitDecoder):
         tokens[:, : len(start)] = torch.tensor(start)
         return {SOURCE_IDS.name: ids, SOURCE_MASK.name: mask, "tokens": tokens}
 
-    def _reference(self, inputs: Values) -> Values:
+    def _reference(self, inputs: Values) -> Iterator[Values]:
         encoder, mask = self.encoder, inputs[SOURCE_MASK.name]
         state = self.embed_source(inputs[SOURCE_IDS.name], *self._images_of(inputs))
         borders = [0, *self.encoder_exit_layers, len(self.encoder_layers)]
-        answers: Values = {}
         for start, stop in itertools.pairwise(borders):
             state, score = _Segment(encoder, start, stop)(state, mask)
             exit_ = f"encoder_exit_{stop}"
-            answers |= {f"{exit_}/{ENCODED}": state, f"{exit_}/saturation": score}
+            yield {f"{exit_}/{ENCODED}": state, f"{exit_}/saturation": score}
             early = f"{exit_}/" if stop < len(self.encoder_layers) else ""
             source = state if encoder.norm is None else encoder.norm(state)
-            by_layer = self(inputs["tokens"], source=(source, mask.bool()))
-            answers |= {f"{early}exit_{layer}": logits for layer, logits in by_layer.items()}
-        return answers
+            read = (source, mask.bool())
+            for layer, logits in self.each_exit(inputs["tokens"], source=read):
+                yield {f"{early}exit_{layer}": logits}
 
     def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
         """Images of an example, which `embed_source` takes."""

@@ -8,7 +8,7 @@ The image tokens replace the placeholders of the text that the encoder reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,16 +158,15 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
     def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
         return (inputs[PIXELS],)
 
-    def _reference(self, inputs: Values) -> Values:
-        found = super()._reference(inputs)
+    def _reference(self, inputs: Values) -> Iterator[Values]:
+        yield from super()._reference(inputs)
         for layer, answers in self.tower.answers(inputs[PIXELS]):
             name = exit_name(layer)
-            found |= {f"{name}/{key}": value for key, value in answers.items()}
-            if layer < self.tower.depth:
-                early = super()._reference(inputs | {PIXELS: answers[IMAGE_FEATURES]})
-                exits = [f"exit_{number}" for number in (*self.exit_layers, self.depth)]
-                found |= {f"{name}/{exit_}": early[exit_] for exit_ in exits}
-        return found
+            yield {f"{name}/{key}": value for key, value in answers.items()}
+            if layer == self.tower.depth:
+                continue
+            for found in super()._reference(inputs | {PIXELS: answers[IMAGE_FEATURES]}):
+                yield {f"{name}/{key}": x for key, x in found.items() if "/" not in key}
 
 
 __all__ = ["ExitVisionEncoderDecoder", "VisionEncoderTrunk"]

@@ -9,7 +9,7 @@ against. A policy says whether they do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -198,15 +198,14 @@ class ExitVisionLanguage(ExitDecoder):
         shape = (len(with_image), *self.whole.tower.pixels)
         return {"tokens": ids, PIXELS: torch.randn(shape, generator=generator)}
 
-    def _reference(self, inputs: Values) -> Values:
-        found: Values = {}
+    def _reference(self, inputs: Values) -> Iterator[Values]:
         for layer, answers in self.tower.answers(inputs[PIXELS]):
             name = exit_name(layer)
-            found |= {f"{name}/{key}": value for key, value in answers.items()}
+            yield {f"{name}/{key}": value for key, value in answers.items()}
             early = f"{name}/" if layer < self.tower.depth else ""
-            by_layer = self(inputs["tokens"], image_features=answers[IMAGE_FEATURES])
-            found |= {f"{early}exit_{number}": logits for number, logits in by_layer.items()}
-        return found
+            features = answers[IMAGE_FEATURES]
+            for number, logits in self.each_exit(inputs["tokens"], image_features=features):
+                yield {f"{early}exit_{number}": logits}
 
 
 __all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]

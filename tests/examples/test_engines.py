@@ -22,6 +22,7 @@ from edgeexit.runtime.build.profiles import Asked
 from edgeexit.runtime.build.work_list import sample_sizes, work_of
 from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
+from tests.vision_models import FAMILIES, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [86, 89, 120]
@@ -71,11 +72,16 @@ def _texts() -> list[np.ndarray]:
 
 
 def _build(
-    bundle: Bundle, rtx: Library, target: int, root: Path, form: StateForm | None = None
+    bundle: Bundle,
+    rtx: Library,
+    target: int,
+    root: Path,
+    form: StateForm | None = None,
+    capacity: int = CAPACITY,
 ) -> EngineSet:
     """Builds everything that a bundle has: segments, heads and projections; for the first target
     unsplit, too."""
-    asked = Asked({}, {}, {}, CAPACITY) if bundle.manifest.decoding else Asked({}, {}, {})
+    asked = Asked({}, {}, {}, capacity) if bundle.manifest.decoding else Asked({}, {}, {})
     works = work_of(
         bundle.manifest,
         rtx.features,
@@ -147,3 +153,25 @@ def test_codelm(
             assert types[kind] >= 7 * layers[graph], graph
     largest = {plan.graph: plan.largest for plan in made.plans if plan.graph in layers}
     assert {sizes["past"] for sizes in largest.values()} == {CAPACITY}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_language_models(family: str, rtx: Library, tmp_path: Path) -> None:
+    """Tower, projectors, segments and heads of every family in half precision, for two targets."""
+    from edgeexit.export import export
+    from edgeexit.export.pretrained import from_pretrained
+
+    encodes = family == "florence2"
+    split = from_pretrained(
+        save_checkpoint(family, tmp_path / "checkpoint"),
+        exits=[2],
+        tower_exits=[2],
+        encoder_exits=[2] if encodes else None,
+        untrained=True,
+    )
+    bundle = export(split.split_model(), tmp_path / "bundle", dtype="float16")
+    for target in TARGETS[:2]:
+        made = _build(bundle, rtx, target, tmp_path / "engines", capacity=96)
+        names = {plan.graph.split("/")[1].split(".")[0] for plan in made.plans}
+        assert {"tower_0", "tower_1", "projector_2", "segment_0", "segment_1", "head"} <= names
+        assert all(set(types) == {"HALF"} for types in _products(made).values() if types)

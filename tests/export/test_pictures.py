@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,41 @@ def test_a_file_is_turned_as_its_orientation_says(
     assert np.array_equal(np.asarray(found), np.asarray(load_image(str(tmp_path / "photo.png"))))
     same = np.array_equal(np.asarray(found), np.asarray(pictures[0]))
     assert same == (turn == 1)
+
+
+GOT: dict[str, Any] = {"image_processor_type": "GotOcr2ImageProcessorPil", "min_patches": 1}
+GOT |= {"size": {"height": 32, "width": 32}, "do_convert_rgb": True}
+SMOLVLM: dict[str, Any] = {"image_processor_type": "SmolVLMImageProcessorPil"}
+SMOLVLM |= {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
+TILED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
+    "one tile": (GOT, {"options": {"crop_to_patches": False}}, (1, 1, 1, 1)),
+    "tiles of the nearest ratio": (
+        GOT | {"max_patches": 6},
+        {"options": {"crop_to_patches": True}},
+        (7, 4, 7, 1),
+    ),
+    "fewer tiles": (
+        GOT | {"max_patches": 12},
+        {"options": {"crop_to_patches": True}, "most_tiles": 2},
+        (1, 3, 3, 1),
+    ),
+    "tiles that cover": (SMOLVLM, {}, (13, 9, 5, 17)),
+    "fewer that cover": (SMOLVLM, {"most_tiles": 4}, (5, 3, 3, 5)),
+    "none that cover": (SMOLVLM, {"most_tiles": 1}, (1, 1, 1, 1)),
+    "not split": (SMOLVLM | {"do_image_splitting": False}, {}, (1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_images_are_cut_into_the_tiles_of_the_processor(kind: str, tmp_path: Path) -> None:
+    config, options, counts = TILED[kind]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    made = image_preprocessing(tmp_path, 3, **options)
+    assert made is not None
+    random = np.random.RandomState(4)
+    shapes = [(90, 130), (7, 20), (200, 3), (33, 33)]
+    found = []
+    for shape in shapes:
+        pixels = random.randint(0, 256, (*shape, 3)).astype(np.uint8)
+        found.append(len(preprocess_images(made[0], [Image.fromarray(pixels)])))
+    assert tuple(found) == counts
