@@ -48,6 +48,7 @@ from edgeexit.export.exits.saved import (
     save_model,
     weights_of,
 )
+from edgeexit.export.exits.states import layer_names, token_states
 from edgeexit.export.trace.attention import Heads, causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
@@ -334,8 +335,8 @@ class ExitDecoder(nn.Module):
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
                 name, looked_at = f"adapter_{stop}", _state(f"adapted_{stop}", trunk.width)
-                names = [f"{name}/{layer}" for layer in _layer_names(0, len(adapter))]
-                states = _token_states(trunk.heads, names)
+                names = [f"{name}/{layer}" for layer in layer_names(0, len(adapter))]
+                states = token_states(trunk.heads, names)
                 adapters.append(
                     Component(name, (state, POSITIONS), (looked_at,), stacks.forms(adapter), states)
                 )
@@ -361,7 +362,7 @@ class ExitDecoder(nn.Module):
 
     def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
         """States of the layers from `start` to before `stop`, layer by layer."""
-        return _token_states(self.trunk.heads, _layer_names(start, stop))
+        return token_states(self.trunk.heads, layer_names(start, stop))
 
     def _reference(self, inputs: Values) -> Iterator[Values]:
         for layer, logits in self.each_exit(inputs["tokens"]):
@@ -388,25 +389,6 @@ POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
 
 def _state(name: str, width: int) -> Tensor:
     return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
-
-
-def _layer_names(start: int, stop: int) -> list[str]:
-    return [f"layer_{layer + 1}" for layer in range(start, stop)]
-
-
-def _token_states(heads: Heads, layers: Sequence[str]) -> tuple[TokenState, ...]:
-    """Keys and values of layers."""
-    return tuple(
-        TokenState(
-            name=f"{layer}/{kind}",
-            dtype="float32",
-            axes=["batch", heads.keys, "past", heads.size],
-            past=f"{layer}/past_{kind}",
-            present=f"{layer}/present_{kind}",
-        )
-        for layer in layers
-        for kind in ("key", "value")
-    )
 
 
 __all__ = ["DecoderTrunk", "ExitDecoder", "scaled"]
