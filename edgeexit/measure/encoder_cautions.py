@@ -13,7 +13,6 @@ from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.policy import Policy, decisions_of
 from edgeexit.bundle.reader import Bundle
 
-
 NOT_CALIBRATED = "the thresholds are not calibrated"
 """Begin of the warning of `cautions` that advises ``trace`` and ``calibrate``."""
 

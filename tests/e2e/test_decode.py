@@ -395,3 +395,19 @@ def test_a_prompt_needs_a_tokenizer(cli: Cli, tmp_path: Path) -> None:
     bundle = write_decoder_toy(make_decoder_toy(), tmp_path / "bundle").path
     ran = cli("run", bundle, "--prompt", "x")
     assert ran.code == 1 and "no tokenizer" in ran.err and "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--audit"], "has no effect in mode full"),
+        (["--threshold", "1", "--mode", "exact"], "mode exact"),
+        (["--drafts", "2", "--mode", "fast"], "--mode exact"),
+        (["--rows", "5"], "--rows is for --data"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    cli: Cli, writer: Path, options: list[str], message: str
+) -> None:
+    ran = cli("run", writer, "--prompt", "a", *options)
+    assert ran.code == 2 and ran.out == "" and message in ran.err

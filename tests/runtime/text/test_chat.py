@@ -116,7 +116,7 @@ def test_several_conversations_are_answered_in_one_batch(decoder: Model) -> None
 
 def test_chat_takes_every_argument_that_generate_takes() -> None:
     own = dict(inspect.signature(Model.generate).parameters)
-    assert set(Options.__annotations__) == set(own) - {"self", "prompts"}
+    assert set(Options.__annotations__) == set(own) - {"self", "prompts", "images"}
 
 
 class Kind(str, Enum):
