@@ -6,6 +6,7 @@ Weights are drawn wide, so that positions, image tokens and masks matter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,11 +221,23 @@ def reference_text(
     return new[: new.index(0)] if 0 in new else new
 
 
+def in_float64(split: Any) -> Any:
+    """A copy of a model with exits that computes in float64; kept while the model lives."""
+    made = getattr(split, "float64", None)
+    if made is None:
+        made = copy.deepcopy(split)
+        made.double()
+        object.__setattr__(split, "float64", made)  # not a part of the model
+    return made
+
+
 def text_without_images(
     split: Any, ids: Sequence[int], pixels: torch.Tensor | None, layer: int, count: int
 ) -> list[int]:
     """Greedy tokens in float64 where the prompt's image tokens are left out behind a layer and all
     others keep their positions; every token from the beginning."""
+    split = in_float64(split)
+    pixels = None if pixels is None else pixels.double()
     prompt, tokens = len(ids), list(ids)
     for _ in range(count):
         all_ids = torch.tensor([tokens])
@@ -240,6 +253,7 @@ def text_without_images(
             if number == layer:
                 kept = (all_ids[0] != PLACEHOLDER) | (torch.arange(len(tokens)) >= prompt)
                 state, positions = state[:, kept], positions[:, kept]
+        assert state.dtype == torch.float64
         token = int(split.trunk.head(state[:, -1]).argmax())
         if token == 0:
             break
