@@ -24,6 +24,7 @@ from edgeexit.runtime.model import Model
 from tests.vision_models import (
     DECODERS,
     FAMILIES,
+    LAYERS,
     PLACEHOLDER,
     make_images,
     make_model,
@@ -174,7 +175,12 @@ def test_texts_equal_transformers_for_any_number_of_images(
         assert alone.tokens == [text]
 
 
-@pytest.mark.parametrize(("layer", "chunk"), [(1, 256), (2, 256), (3, 256), (2, 7)])
+LEAVING = [("llava", layer, 256) for layer in range(1, LAYERS)]
+LEAVING += [("llava", 2, 7), ("blip2", 1, 256), ("blip2", 3, 7)]
+LEAVING += [(family, 2, 256) for family in ("internvl", "internvl_qwen3", "smolvlm")]
+
+
+@pytest.mark.parametrize(("decoder", "layer", "chunk"), LEAVING)
 def test_image_tokens_that_leave_are_not_read_behind_any_layer(
     made: dict[str, Made],
     decoder: str,
