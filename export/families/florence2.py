@@ -1,8 +1,8 @@
 """Florence-2: a DaViT tower, a projector with positions, a BART encoder and decoder.
 
 The image tokens stand in front of the encoder's text. A stage of the tower begins with a
-convolution that halves the image, so an exit inside a stage goes on with what follows that stage:
-the last blocks of the later stages.
+convolution that halves the image. An exit inside a stage therefore still runs the later stages,
+each with its convolution and its last block only.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def trunk(
     """
     config, base = model.config, model.model
     tower = base.vision_tower
-    first, *layers = _blocks(tower)
-    stem, layers = tower.convs[0], [first, *layers]
+    stem, layers = tower.convs[0], list(_blocks(tower))
     axes: list[list[Axis]] = []
     pixels = (int(config.vision_config.in_channels), *size)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def read_decoder(
     untrained: bool,
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
-    path, folder, config = checkpoint.path, checkpoint.folder, checkpoint.config
+    path, config = checkpoint.path, checkpoint.config
     saved, held = found.layers, found.adapters
     if exits is None and saved is None:
         raise ExportError(
@@ -48,16 +48,7 @@ def read_decoder(
     if adapters is None:
         adapters = {layer: size for layer, size in held.items() if layer in chosen}
     decoder = ExitDecoder(model, trunk, chosen, adapters)
-    sizes = decoder.adapter_sizes
-    loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
-    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
-        raise UsageError(
-            f"{path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for the exit "
-            f"behind layer {missing[0]} (it has {_sizes(held)})",
-            fix="Choose these exits, or use --untrained-exits (untrained=True) for new adapters.",
-        )
-    if loaded:
-        load_exits(decoder.adapters, loaded, folder)
+    load_adapters(checkpoint, decoder, found, untrained=untrained)
     decoder.eval()
     decoder.name = name_of(path)
     decoder.tokenizer_folder = checkpoint.text_folder
@@ -66,6 +57,22 @@ def read_decoder(
     decoder.provenance = dict(checkpoint.provenance)
     note_origins(decoder, origins_of_decoder(decoder, found, untrained=untrained))
     return decoder
+
+
+def load_adapters(
+    checkpoint: Checkpoint, decoder: ExitDecoder, found: SavedExits, *, untrained: bool
+) -> None:
+    """Loads the adapters of a decoder's exits; the checkpoint has to have all that are not new."""
+    sizes, held = decoder.adapter_sizes, found.adapters
+    loaded = [layer for layer, size in sizes.items() if held.get(layer) == size]
+    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
+        raise UsageError(
+            f"{checkpoint.path}: the checkpoint has no adapter of {sizes[missing[0]]} layer(s) for "
+            f"the exit behind layer {missing[0]} (it has {_sizes(held)})",
+            fix="Choose these exits, or use --untrained-exits (untrained=True) for new adapters.",
+        )
+    if loaded:
+        load_exits(decoder.adapters, loaded, checkpoint.folder)
 
 
 def origins_of_decoder(
@@ -88,4 +95,4 @@ def _sizes(held: Mapping[int, int]) -> str:
     return ", ".join(found) or "none"
 
 
-__all__ = ["DECODERS", "origins_of_decoder", "read_decoder"]
+__all__ = ["DECODERS", "load_adapters", "origins_of_decoder", "read_decoder"]

@@ -28,7 +28,7 @@ from edgeexit.export.pretrained.common import (
     tell_of_tokenizer,
     trunk_of,
 )
-from edgeexit.export.pretrained.decoders import origins_of_decoder
+from edgeexit.export.pretrained.decoders import load_adapters, origins_of_decoder
 from edgeexit.export.pretrained.encoder_decoders import origins_of_both
 
 
@@ -134,7 +134,7 @@ def read_vision_language(
         if adapters is None:
             adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
         split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters)
-        _load_adapters(checkpoint, split, saved, untrained=exits.untrained)
+        load_adapters(checkpoint, split, saved, untrained=exits.untrained)
     _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
     split.eval()
     split.tokenizer_folder = checkpoint.text_folder
@@ -162,21 +162,6 @@ def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
             fix="Leave encoder_exits out (--encoder-exits); exits of the tower: tower_exits "
             "(--tower-exits).",
         )
-
-
-def _load_adapters(
-    checkpoint: Checkpoint, split: ExitVisionLanguage, saved: SavedExits, *, untrained: bool
-) -> None:
-    sizes = split.adapter_sizes
-    loaded = [layer for layer, size in sizes.items() if saved.adapters.get(layer) == size]
-    if (missing := [layer for layer in sizes if layer not in loaded]) and not untrained:
-        raise UsageError(
-            f"{checkpoint.path}: the checkpoint has no adapter for the exit behind layer "
-            f"{missing[0]} (it has: {listed(saved.adapters) or 'none'})",
-            fix="Choose these exits, or pass untrained=True (--untrained-exits) for new adapters.",
-        )
-    if loaded:
-        load_exits(split.adapters, loaded, checkpoint.folder)
 
 
 def _load_projectors(
