@@ -180,7 +180,7 @@ class SplitModel:
         name: Name of the bundle.
         task: e.g. ``text-classification``.
         inputs: Inputs of the program. Symbolic axes of other tensors must be axes of the inputs or
-            of the token states.
+            of the token states, or be in `limits`.
         components: Each after those whose outputs it takes.
         chains, steps: As in the manifest; the last chain that runs gives the model's output.
         example: ``example(rows)`` returns a realistic input of that many rows, ``{name: tensor}``.

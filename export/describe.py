@@ -144,10 +144,10 @@ def check(model: SplitModel) -> None:
 
 
 def _check_axes(model: SplitModel) -> None:
-    """Refuses symbolic axes that neither inputs nor token states have."""
+    """Refuses symbolic axes that neither inputs nor token states have, and that have no limit."""
     states = [state for component in model.components for state in component.token_states]
     known = {axis for tensor in model.inputs for axis in tensor.axes}
-    known |= {axis for state in states for axis in state.axes}
+    known |= {axis for state in states for axis in state.axes} | model.limits.keys()
     for component in model.components:
         for tensor in component.outputs:
             if unknown := sorted({a for a in tensor.axes if isinstance(a, str)} - known):

@@ -32,6 +32,7 @@ OF_CHECKPOINTS = {
     "untrained_exits": "--untrained-exits",
     "adapters": "--adapters",
     "encoder_exits": "--encoder-exits",
+    "image_encoder_exits": "--image-encoder-exits",
     "tower_exits": "--tower-exits",
     "image_drops": "--drop-image-tokens",
     "max_tiles": "--max-tiles",
@@ -82,6 +83,12 @@ OF_CHECKPOINTS = {
     metavar="LIST",
     help="Encoder-decoders: encoder layers with an exit; default: those saved with the checkpoint, "
     "or none.",
+)
+@click.option(
+    "--image-encoder-exits",
+    metavar="LIST",
+    help="Florence-2: the encoder reads image and text apart, with exits behind these layers for "
+    'the image ("none": no exits); --encoder-exits are then those for the text.',
 )
 @click.option(
     "--tower-exits",
@@ -332,18 +339,19 @@ def _from_checkpoint(model: str, options: Mapping[str, Any]) -> SplitModel:
     layers: list[int] | None = None
     if text is not None:
         layers = _all_layers(model) if text.strip() == "all" else _layers(text, option)
-    chosen: list[int] | None = None
-    if (adapters := options["adapters"]) is not None:
-        chosen = [] if adapters.strip() == "none" else _layers(adapters, "--adapters", "none")
 
     def given(name: str) -> list[int] | None:
-        return None if options[name] is None else _layers(options[name], OF_CHECKPOINTS[name])
+        text = options[name]
+        if text is None or text.strip() == "none":
+            return None if text is None else []
+        return _layers(text, OF_CHECKPOINTS[name], "none")
 
     return from_pretrained(
         model,
         exits=layers,
-        adapters=chosen,
+        adapters=given("adapters"),
         encoder_exits=given("encoder_exits"),
+        image_encoder_exits=given("image_encoder_exits"),
         tower_exits=given("tower_exits"),
         image_drops=given("image_drops") or (),
         most_tiles=options["max_tiles"],

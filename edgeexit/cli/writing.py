@@ -301,13 +301,14 @@ def _with_images(
     """Prompts as the model takes them, with the placeholders of their images, and the images as an
     input; None: there are no images. A prompt that says nothing of its images has them in
     front."""
-    from edgeexit.runtime.programs.images import image_group, take_images
+    from edgeexit.runtime.programs.images import image_input, take_images
 
     found = [[] if isinstance(one, str) else take_images(one.messages)[1] for one in writing.inputs]
     if writing.images:
-        _, written, _ = image_group(model.bundle)
+        written, _ = image_input(model.bundle)
         found = [[str(path) for path in writing.images]]
-        if not written.in_front and written.placeholder not in rows[0]:
+        in_front = written is None or written.in_front
+        if written and not in_front and written.placeholder not in rows[0]:
             rows = [f"{written.placeholder * len(writing.images)}\n{rows[0]}"]
     plain = all(isinstance(one, str) for one in writing.inputs)  # else a template has added them
     if any(found):

@@ -23,6 +23,7 @@ from edgeexit.bundle.manifest import (
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.batches import read_npz
+from edgeexit.measure.bench.vision_cases import vision_chain
 from edgeexit.measure.check import REFERENCE
 
 
@@ -71,21 +72,24 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _images(bundle: Bundle) -> dict[str, Any] | None:
-    """Images in prompts; None if the model takes none, or only as inputs."""
-    manifest = bundle.manifest
-    groups = [] if manifest.decoding is None else manifest.decoding.groups.values()
+    """Images in prompts, or one with each prompt; None if the model takes none, or only as
+    inputs."""
+    manifest, name = bundle.manifest, vision_chain(bundle.manifest)
+    groups = [] if manifest.decoding is None else list(manifest.decoding.groups.values())
     written = next((group.image for group in groups if group.image is not None), None)
-    if written is None:
+    if name is None or (written is None and groups):
         return None
     preprocessing = manifest.image_preprocessing
     tiles = None if preprocessing is None else preprocessing.tiles
     most = 1 if tiles is None else tiles.most
+    tokens = manifest.chains[name].outputs[0].axes[1]
+    assert isinstance(tokens, int)
     return {
-        "tokens": written.tokens,
+        "tokens": tokens,
         "most_tiles": most,
-        "most_tokens": written.tokens * (most + (most > 1)),
-        "placeholder": written.placeholder,
-        "in_front": written.in_front,
+        "most_tokens": tokens * (most + (most > 1)),
+        "placeholder": None if written is None else written.placeholder,
+        "in_front": written is not None and written.in_front,
     }
 
 

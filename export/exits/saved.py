@@ -29,6 +29,8 @@ class SavedExits:
         layers: Layers with an exit; None if the checkpoint does not list exits.
         adapters: Decoder exits with an adapter: exit layer -> number of adapter layers.
         encoder: Encoder layers with an exit.
+        image_encoder: Of an encoder that reads images and texts apart: layers with an exit for
+            images; `encoder` then has those for texts. None: it reads them together.
         tower: Layers of a vision tower with an exit.
         origins: Exit name -> what is known about its training. Exits that are missing, as in files
             of older versions: unknown.
@@ -37,6 +39,7 @@ class SavedExits:
     layers: list[int] | None = None
     adapters: dict[int, int] = field(default_factory=dict)
     encoder: list[int] | None = None
+    image_encoder: list[int] | None = None
     tower: list[int] | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
@@ -70,6 +73,8 @@ def save_exits(
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
     if exits.encoder is not None:
         config["encoder_exits"] = exits.encoder
+    if exits.image_encoder is not None:
+        config["image_encoder_exits"] = exits.image_encoder
     if exits.tower is not None:
         config["tower_exits"] = exits.tower
     config["origins"] = dict(exits.origins)
@@ -92,7 +97,7 @@ def read_exits(folder: Path) -> SavedExits:
         if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
             raise ValueError("adapters does not map layer numbers to numbers of layers")
         others = {}
-        for name in ("encoder", "tower"):
+        for name in ("encoder", "image_encoder", "tower"):
             others[name] = saved.get(f"{name}_exits")
             if not all(isinstance(layer, int) for layer in others[name] or ()):
                 raise ValueError(f"{name}_exits is not a list of layer numbers")

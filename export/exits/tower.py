@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeexit.bundle.manifest import Axis, Call, Chain, Exit, Tensor
 from edgeexit.export.contract import Component, Form, Values
-from edgeexit.export.exits.encoder_decoder import saturation
+from edgeexit.export.exits.encoder import saturation
 from edgeexit.export.exits.saved import check_layers
 
 CHAIN = "vision"

@@ -16,20 +16,11 @@ import msgspec
 import torch
 from torch import nn
 
-from edgeexit.bundle.manifest import (
-    ImageText,
-    Place,
-    Run,
-    TokenGroup,
-)
-from edgeexit.export.contract import SplitModel, Values
+from edgeexit.bundle.manifest import Chain, ImageText, Place, Run, Tensor, TokenGroup
+from edgeexit.export.contract import Component, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk
-from edgeexit.export.exits.encoder_decoder import (
-    SOURCE_IDS,
-    SOURCE_MASK,
-    EncoderTrunk,
-    ExitEncoderDecoder,
-)
+from edgeexit.export.exits.encoder import EncoderTrunk
+from edgeexit.export.exits.encoder_decoder import SOURCE_IDS, SOURCE_MASK, ExitEncoderDecoder
 from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
 from edgeexit.export.exits.tower import (
     CHAIN,
@@ -50,6 +41,8 @@ class VisionEncoderTrunk:
         tower, encoder, decoder: Its parts.
         placeholder: Id of the token that stands for an image token in the encoder's text.
         prompt: What that text says for an image, with the usual text of that token.
+        branches: The encoder's layers over image tokens alone, and over text alone
+            (`edgeexit.export.exits.decomposed`).
     """
 
     tower: TowerTrunk
@@ -57,6 +50,7 @@ class VisionEncoderTrunk:
     decoder: DecoderTrunk
     placeholder: int
     prompt: ImageText
+    branches: tuple[EncoderTrunk, EncoderTrunk]
 
 
 class ExitVisionEncoderDecoder(ExitEncoderDecoder):
@@ -110,36 +104,36 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         and adds the exits."""
         folder = Path(folder)
         save_model(self.model, folder, state_dict)
-        exits = SavedExits(
-            self.exit_layers,
-            encoder=self.encoder_exit_layers,
-            tower=self.tower.exit_layers,
-            origins=self.exit_origins,
-        )
-        save_exits(folder, exits, self.tower.projectors)
+        save_exits(folder, self._saved(), self.tower.projectors)
+
+    def _saved(self) -> SavedExits:
+        return dataclasses.replace(super()._saved(), tower=self.tower.exit_layers)
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and those of
         `ExitEncoderDecoder.split_model`."""
         split = super().split_model()
         assert split.decoding is not None
-        [table, encoder, *others] = split.steps
-        group = TokenGroup(token=self.whole.placeholder, image=self.prompt)
-        return dataclasses.replace(
-            split,
-            task="image-text-to-text",
-            inputs=(*split.inputs, self.tower.pixels),
-            components=[*self.tower.components(), *split.components],
-            chains={CHAIN: self.tower.chain(), **split.chains},
-            steps=[
-                Run(chain=CHAIN),
-                table,
-                Place(source=IMAGE_FEATURES, target=self._source.name, group=GROUP),
-                encoder,
-                *others,
-            ],
-            decoding=msgspec.structs.replace(split.decoding, groups={GROUP: group}),
-        )
+        decoding = msgspec.structs.replace(split.decoding, groups=self._groups())
+        return dataclasses.replace(split, task="image-text-to-text", decoding=decoding)
+
+    def _groups(self) -> dict[str, TokenGroup]:
+        """The placeholders of image tokens in the source."""
+        return {GROUP: TokenGroup(token=self.whole.placeholder, image=self.prompt)}
+
+    def _source_inputs(self) -> tuple[Tensor, ...]:
+        return (*super()._source_inputs(), self.tower.pixels)
+
+    def _source_components(self) -> list[Component]:
+        return [*self.tower.components(), *super()._source_components()]
+
+    def _source_chains(self) -> dict[str, Chain]:
+        return {CHAIN: self.tower.chain(), **super()._source_chains()}
+
+    def _source_steps(self) -> list[Run | Table | Place]:
+        [table, encoder] = super()._source_steps()
+        place = Place(source=IMAGE_FEATURES, target=self._source.name, group=GROUP)
+        return [Run(chain=CHAIN), table, place, encoder]
 
     def _example(self, rows: int) -> Values:
         """Sources of unlike lengths behind an image each."""
@@ -148,7 +142,7 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         tokens = self.whole.tower.tokens
         front = torch.full((rows, tokens), self.whole.placeholder)
         ids, mask = example[SOURCE_IDS.name], example[SOURCE_MASK.name]
-        ids[ids == self.whole.placeholder] = self.encoder.pad_token
+        ids[ids == self.whole.placeholder] = self.encoder.trunk.pad_token
         return example | {
             SOURCE_IDS.name: torch.cat([front, ids], 1),
             SOURCE_MASK.name: torch.cat([torch.ones_like(front), mask], 1),

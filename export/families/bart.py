@@ -10,7 +10,7 @@ from transformers import BartForConditionalGeneration, PreTrainedModel
 
 from edgeexit.errors import ExportError
 from edgeexit.export.exits.decoder import DecoderTrunk
-from edgeexit.export.exits.encoder_decoder import EncoderTrunk, unread_of
+from edgeexit.export.exits.encoder import EncoderTrunk, unread_of
 from edgeexit.export.families.llama import stop_tokens
 from edgeexit.export.trace.attention import Heads, read_source, split_heads
 
@@ -36,7 +36,7 @@ def halves(
     encoder = EncoderTrunk(
         embedding=words.weight,
         embedding_scale=float(words.embed_scale),
-        stem=_Source(base.encoder),
+        stem=source_stem(base),
         layers=[_EncoderLayer(layer, size) for layer in base.encoder.layers],
         positions=config.max_position_embeddings,
         start_tokens=start_tokens(model),
@@ -56,6 +56,16 @@ def halves(
         stop_tokens=stop_tokens(model),
     )
     return encoder, decoder
+
+
+def source_stem(base: Any, first: int = 0) -> nn.Module:
+    """The encoder's stem: adds position embeddings, and normalises.
+
+    Args:
+        base: A ``BartModel``.
+        first: Position of the first token.
+    """
+    return _Source(base.encoder, first)
 
 
 def start_tokens(model: PreTrainedModel) -> tuple[int, ...]:
@@ -108,8 +118,13 @@ class _Stem(_Places):
 class _Source(_Places):
     """Maps a source's scaled embeddings to the encoder's first state."""
 
+    def __init__(self, half: nn.Module, first: int) -> None:
+        super().__init__(half)
+        self.first = first
+
     def forward(self, embedded: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        positions = torch.arange(embedded.shape[1], device=embedded.device)
+        last = self.first + embedded.shape[1]
+        positions = torch.arange(self.first, last, device=embedded.device)
         return super().forward(embedded, positions.unsqueeze(0))
 
 
@@ -121,7 +136,7 @@ class _EncoderLayer(nn.Module):
         self.layer = layer
         self.size = size
 
-    def forward(self, state: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    def forward(self, state: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
         layer, attention = self.layer, self.layer.self_attn
         k, v = (
             split_heads(x, -1, self.size)

@@ -7,6 +7,7 @@ each with its convolution and its last block only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,8 @@ def trunk(
             axes.append(["batch", *state.shape[1:]])
         tokens, width = base.multi_modal_projector(state).shape[1:]
     encoder, decoder = bart.halves(model, base.language_model)
+    stems = [bart.source_stem(base.language_model, offset) for offset in (0, tokens)]
+    image, text = (dataclasses.replace(encoder, stem=stem) for stem in stems)
     return VisionEncoderTrunk(
         tower=TowerTrunk(
             pixels=pixels,
@@ -61,6 +64,7 @@ def trunk(
         decoder=decoder,
         placeholder=config.image_token_id,
         prompt=ImageText(placeholder="<image>", tokens=tokens, in_front=True),
+        branches=(image, text),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from edgeexit.export.exits.decoder import DecoderTrunk
-from edgeexit.export.exits.encoder_decoder import EncoderTrunk, unread_of
+from edgeexit.export.exits.encoder import EncoderTrunk, unread_of
 from edgeexit.export.families.bart import start_tokens
 from edgeexit.export.families.llama import stop_tokens
 from edgeexit.export.trace.attention import Heads, read_source, split_heads

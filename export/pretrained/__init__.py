@@ -31,6 +31,7 @@ def from_pretrained(
     exits: Iterable[int] | None = None,
     adapters: Iterable[int] | Mapping[int, int] | None = None,
     encoder_exits: Iterable[int] | None = None,
+    image_encoder_exits: Iterable[int] | None = None,
     tower_exits: Iterable[int] | None = None,
     image_drops: Iterable[int] = (),
     most_tiles: int | None = None,
@@ -48,6 +49,9 @@ def from_pretrained(
             `ExitDecoder`). None: those saved with the checkpoint.
         encoder_exits: Encoder-decoders: layers of the encoder that get an exit. None: those saved
             with the checkpoint, or none.
+        image_encoder_exits: Vision-language encoder-decoders: the encoder reads one image and the
+            text apart, with exits behind these layers for the image; `encoder_exits` are then
+            those for the text. None: as saved with the checkpoint, or both together.
         tower_exits: Vision-language models: layers of the vision tower that get an exit with a
             projector of its own. None: those saved with the checkpoint, or none.
         image_drops: Vision-language models: layers behind which image tokens can leave; they can
@@ -68,13 +72,22 @@ def from_pretrained(
     checkpoint = open_checkpoint(path, adapter)
     config, saved = checkpoint.config, _saved_exits(checkpoint, use=saved_exits)
     if config.model_type in VISION_LANGUAGE:
-        chosen = Exits(exits, encoder_exits, tower_exits, image_drops, adapters, untrained)
+        chosen = Exits(
+            decoder=exits,
+            encoder=encoder_exits,
+            image_encoder=image_encoder_exits,
+            tower=tower_exits,
+            drops=image_drops,
+            adapters=adapters,
+            untrained=untrained,
+        )
         return read_vision_language(checkpoint, saved, chosen, most_tiles)
-    if tower_exits is not None or list(image_drops) or most_tiles is not None:
+    of_images = (tower_exits, image_encoder_exits, most_tiles)
+    if any(one is not None for one in of_images) or list(image_drops):
         raise UsageError(
             f"{path}: a {config.model_type} has no vision tower before a language model",
-            fix="Leave out --tower-exits, --drop-image-tokens and --max-tiles (tower_exits, "
-            "image_drops, most_tiles).",
+            fix="Leave out --tower-exits, --image-encoder-exits, --drop-image-tokens and "
+            "--max-tiles (tower_exits, image_encoder_exits, image_drops, most_tiles).",
         )
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from edgeexit.errors import ExportError
 from edgeexit.export.checkpoint import Checkpoint, read_model
+from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, name_layers
@@ -70,14 +71,17 @@ def read_encoder_decoder(
 def origins_of_both(
     split: ExitEncoderDecoder, saved: SavedExits, *, untrained: bool
 ) -> dict[str, Origin]:
-    """What is known about the exits of an encoder-decoder, in both halves."""
+    """What is known about the exits of an encoder-decoder, in all of its parts but a tower."""
     otherwise: Origin = "untrained" if untrained else "unknown"
-    halves = (
+    parts: list[tuple[str, list[int], list[int] | None]] = [
         ("exit", split.exit_layers, saved.layers),
-        ("encoder_exit", split.encoder_exit_layers, saved.encoder),
-    )
+        (f"{split.encoder.name}_exit", split.encoder.exit_layers, saved.encoder),
+    ]
+    if isinstance(split, ExitDecomposed):
+        image = split.image_encoder
+        parts.append((f"{image.name}_exit", image.exit_layers, saved.image_encoder))
     found: dict[str, Origin] = {}
-    for prefix, layers, held in halves:
+    for prefix, layers, held in parts:
         found |= origins_of(layers, held, saved.origins, prefix=prefix, otherwise=otherwise)
     return found
 

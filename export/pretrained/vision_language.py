@@ -3,6 +3,7 @@ model, whose exits share its head."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from edgeexit.bundle.manifest import ImageText
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.device_tokenizer import make_tokenizer
+from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
 from edgeexit.export.exits.tower import ExitTower
@@ -30,6 +32,8 @@ from edgeexit.export.pretrained.common import (
 )
 from edgeexit.export.pretrained.decoders import load_adapters, origins_of_decoder
 from edgeexit.export.pretrained.encoder_decoders import origins_of_both
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Exits:
 
     Attributes:
         decoder, encoder, tower: Layers with an exit.
+        image_encoder: Layers with an exit of an encoder that reads an image apart from the text;
+            `encoder` then has those for the text.
         drops: Further layers of the decoder behind which image tokens can leave.
         adapters: As for `edgeexit.export.exits.decoder.ExitDecoder`.
         untrained: Attach new adapters and projectors where the checkpoint has none.
@@ -75,6 +81,7 @@ class Exits:
 
     decoder: Iterable[int] | None = None
     encoder: Iterable[int] | None = None
+    image_encoder: Iterable[int] | None = None
     tower: Iterable[int] | None = None
     drops: Iterable[int] = ()
     adapters: Iterable[int] | Mapping[int, int] | None = None
@@ -128,7 +135,17 @@ def read_vision_language(
     split: ExitVisionLanguage | ExitVisionEncoderDecoder
     if kind.encodes:
         own = list(saved.encoder or [] if exits.encoder is None else exits.encoder)
-        split = ExitVisionEncoderDecoder(model, trunk, chosen, own, tower_exits)
+        images_own = saved.image_encoder if exits.image_encoder is None else exits.image_encoder
+        if images_own is None:
+            split = ExitVisionEncoderDecoder(model, trunk, chosen, own, tower_exits)
+        else:
+            split = ExitDecomposed(model, trunk, chosen, own, images_own, tower_exits)
+            if saved.image_encoder is None:
+                logger.warning(
+                    "%s: the checkpoint does not say that it was trained to read images and texts "
+                    "apart: its answers will differ from the original model's",
+                    path,
+                )
     else:
         adapters = exits.adapters
         if adapters is None:
@@ -156,11 +173,11 @@ def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
             f"{path}: {what} are for models whose decoder reads the image tokens",
             fix="Leave them out.",
         )
-    if not kind.encodes and exits.encoder is not None:
+    if not kind.encodes and (exits.encoder is not None or exits.image_encoder is not None):
         raise UsageError(
             f"{path}: the model has no encoder between its tower and its decoder",
-            fix="Leave encoder_exits out (--encoder-exits); exits of the tower: tower_exits "
-            "(--tower-exits).",
+            fix="Leave encoder_exits and image_encoder_exits out (--encoder-exits, "
+            "--image-encoder-exits); exits of the tower: tower_exits (--tower-exits).",
         )
 
 
@@ -227,7 +244,7 @@ def _add_preprocessing(
         made.append(images[0])
         sample |= images[1]
     if isinstance(split, ExitVisionEncoderDecoder):
-        longest = split.encoder.positions
+        longest = split.longest_text
         takes: Sequence[str] = ["input_ids", "attention_mask"]
         if longest and (texts := text_preprocessing(checkpoint.text_folder, takes, longest)):
             made.append(texts[0])

@@ -365,7 +365,7 @@ def read_source(
     q: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    unread: torch.Tensor,
+    unread: torch.Tensor | None,
     *,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
@@ -375,7 +375,7 @@ def read_source(
     Args:
         q: ``[batch, new, heads * size]``.
         key, value: ``[batch, heads, source, size]``.
-        unread: Source tokens to ignore, bool ``[batch, 1, 1, source]``.
+        unread: Source tokens to ignore, bool ``[batch, 1, 1, source]``; None: none.
         scale: Factor of the scores; None: ``size ** -0.5``.
         bias: Added to the scores, ``[..., heads, new, source]``.
 
@@ -384,7 +384,8 @@ def read_source(
     """
     heads = Heads(key.shape[1], key.shape[1], key.shape[3], scale=scale)
     scores = heads.scaled(split_heads(q, heads.queries, heads.size)) @ key.transpose(-1, -2)
-    scores = _masked(scores if bias is None else scores + bias, unread)
+    scores = scores if bias is None else scores + bias
+    scores = scores if unread is None else _masked(scores, unread)
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return join_heads(shares @ value)
 

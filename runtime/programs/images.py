@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import ImagePreprocessing, ImageText, TokenGroup
+from edgeexit.bundle.manifest import ImagePreprocessing, ImageText
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError
 from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
@@ -35,17 +35,23 @@ def write_images(
         prompts: A text or a list of token ids; or a batch of either. A text has one placeholder per
             image; token ids have all placeholders already.
         images: An image; or several, in the order of the placeholders in the prompts; or a list of
-            images for each prompt.
+            images for each prompt. A model that reads images apart takes one for each prompt.
         encode: Converts a text to token ids, special tokens included.
 
     Raises:
         InputError: The model takes no images, or their number is not that of the placeholders.
         DataError: An image cannot be read.
     """
-    _, written, preprocessing = image_group(bundle)
+    written, preprocessing = image_input(bundle)
     single = isinstance(prompts, str) or are_ids(prompts)
     many: list[Any] = [prompts] if single else list(prompts)
     own = _per_prompt(images, many, written)
+    if written is None and (wrong := [n for n, given in enumerate(own) if len(given) != 1]):
+        raise InputError(
+            f"prompt {wrong[0] + 1} has {len(own[wrong[0]])} images; the model takes one with each "
+            "prompt",
+            fix="Give one image for each prompt.",
+        )
     rows: list[Prompt] = []
     pixels: list[NDArray[np.float32]] = []
     for number, (prompt, given) in enumerate(zip(many, own, strict=True)):
@@ -54,32 +60,39 @@ def write_images(
             for n, image in enumerate(given)
         ]
         pixels += [cut.pixels for cut in cuts]
-        rows.append(
-            _with_placeholders(prompt, cuts, written, encode, f"prompt {number + 1}")
-            if isinstance(prompt, str)
-            else prompt
-        )
+        if isinstance(prompt, str):
+            where = f"prompt {number + 1}"
+            prompt = (
+                encode(prompt)
+                if written is None
+                else _with_placeholders(prompt, cuts, written, encode, where)
+            )
+        rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
     return rows, inputs
 
 
-def image_group(bundle: Bundle) -> tuple[TokenGroup, ImageText, ImagePreprocessing]:
-    """The token group of a bundle's images, how prompts write it, and how images are preprocessed.
+def image_input(bundle: Bundle) -> tuple[ImageText | None, ImagePreprocessing]:
+    """How prompts of a bundle write images, and how images are preprocessed.
+
+    Returns:
+        None instead of the first if prompts do not mention images: an encoder reads one image
+        apart from each prompt.
 
     Raises:
-        InputError: The model takes no images in prompts.
+        InputError: The model takes no images with prompts.
     """
-    manifest = bundle.manifest
+    manifest, preprocessing = bundle.manifest, bundle.manifest.image_preprocessing
     groups = [] if manifest.decoding is None else list(manifest.decoding.groups.values())
-    for group in groups:
-        if group.image is not None and manifest.image_preprocessing is not None:
-            return group, group.image, manifest.image_preprocessing
-    takes = "takes images only as inputs" if groups else "takes no images"
+    written = [group.image for group in groups if group.image is not None]
+    if preprocessing is not None and (written or (manifest.decoding and not groups)):
+        return written[0] if written else None, preprocessing
+    pixels = {axis for t in manifest.inputs if t.dtype == "float32" for axis in t.axes}
     raise InputError(
-        f"{bundle.path}: the model {takes}",
+        f"{bundle.path}: the model takes {'images only as inputs' if pixels else 'no images'}",
         fix="Give preprocessed inputs=... (edgeexit inspect), or export a checkpoint with a "
         "tokenizer and an image processor."
-        if groups
+        if pixels
         else "Leave images out.",
     )
 
@@ -173,7 +186,9 @@ def _several(images: Any) -> bool:
     )
 
 
-def _per_prompt(images: Any, prompts: Sequence[Any], written: ImageText) -> list[list[Image]]:
+def _per_prompt(
+    images: Any, prompts: Sequence[Any], written: ImageText | None
+) -> list[list[Image]]:
     """The images of each prompt."""
     given = list(images) if _several(images) else [images]
     if given and all(_several(own) for own in given):
@@ -185,20 +200,20 @@ def _per_prompt(images: Any, prompts: Sequence[Any], written: ImageText) -> list
         return [list(own) for own in given]
     if len(prompts) == 1:
         return [given]
-    if not all(isinstance(prompt, str) for prompt in prompts):
+    if written is not None and not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(
             "several prompts of token ids share one list of images",
             fix="Give a list of images for each prompt.",
         )
-    marker = written.placeholder
-    counts = [1 if written.in_front else prompt.count(marker) for prompt in prompts]
+    marker = None if written is None or written.in_front else written.placeholder
+    counts = [1 if marker is None else prompt.count(marker) for prompt in prompts]
     if sum(counts) != len(given):
         what = f"{sum(counts)} placeholders {marker}"
         raise InputError(
             f"there are {len(given)} images for {len(prompts)} prompts with "
-            + ("one image each" if written.in_front else what),
+            + ("one image each" if marker is None else what),
             fix="Give a list of images for each prompt."
-            if written.in_front
+            if marker is None
             else f"Write {marker} once for each image.",
         )
     left = iter(given)
@@ -248,7 +263,7 @@ def text_of(written: ImageText, cut: Cut) -> str:
 __all__ = [
     "Image",
     "fill_images",
-    "image_group",
+    "image_input",
     "read_image",
     "take_images",
     "text_of",

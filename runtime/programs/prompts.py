@@ -169,6 +169,11 @@ def _source_texts(
             f"{bundle.path}: the bundle has no text preprocessing for prompts",
             fix="Give inputs: generate([], inputs={...}).",
         )
+    if bundle.manifest.image_preprocessing and not bundle.manifest.decoding.groups:  # type: ignore[union-attr]
+        raise InputError(
+            f"{bundle.path}: the model reads an image with each prompt, and none is given",
+            fix="Give one image for each prompt: images=[...] (--image).",
+        )
     texts = [prompts] if isinstance(prompts, str) else _texts(prompts)
     if texts and (isinstance(prompts, str) or len(texts) == len(prompts)):
         encoded: dict[str, NDArray[Any]] = dict(encode_batch(bundle, texts, truncate=False))
