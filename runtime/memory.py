@@ -16,6 +16,11 @@ def peak_bytes() -> int:
     return _read(Path("/proc/self/status"), "VmHWM")
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now, in bytes."""
+    return _read(Path("/proc/self/status"), "VmRSS")
+
+
 def _read(path: Path, name: str) -> int:
     for line in path.read_text().splitlines():
         if line.startswith(f"{name}:"):
@@ -23,4 +28,4 @@ def _read(path: Path, name: str) -> int:
     raise RuntimeError(f"{path} has no {name}: edgeexit needs Linux for this")
 
 
-__all__ = ["available_bytes", "peak_bytes"]
+__all__ = ["available_bytes", "peak_bytes", "resident_bytes"]

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from edgeexit.cli.common import add_current_directory, print_json, print_table, progress_bar, share
+from edgeexit.cli.common import (
+    add_current_directory,
+    print_json,
+    print_table,
+    progress_bar,
+    share,
+    size,
+)
 from edgeexit.cli.options import (
     bundle_argument,
     engine_option,
@@ -207,12 +214,14 @@ def _earlier(chain: str, shares: dict[str, float]) -> str:
 
 def _print_vision(found: dict[str, Any]) -> None:
     """Tower, prefill and decoding apart."""
-    columns = ["case", "tower ms", "prefill ms", "first token ms", "x unsplit", "floor"]
+    named = {"unsplit": found["unsplit"], "full": found["full"], **found["cases"]}
+    encodes = found["full"]["encoder_ms"] > 0.1 * found["full"]["prefill_ms"]
+    parts = ["tower", *(["encoder"] if encodes else []), "prefill", "first_token"]
+    columns = ["case", *(f"{part.replace('_', ' ')} ms" for part in parts), "x unsplit", "floor"]
     columns += ["predicted ms", "ms/token", "x unsplit", "answer ms", "x unsplit"]
     rows = []
-    named = {"unsplit": found["unsplit"], "full": found["full"], **found["cases"]}
     for name, own in named.items():
-        numbers = [own["tower_ms"], own["prefill_ms"], own["first_token_ms"]]
+        numbers = [own[f"{part}_ms"] for part in parts]
         rows.append(
             [
                 name,
@@ -237,8 +246,21 @@ def _print_vision(found: dict[str, Any]) -> None:
             f"{full['prefill_against_unsplit']:.3f}",
             "floor: the share of the unsplit time to the first token that the case cannot touch; "
             "predicted: the sum of parts measured in other turns",
+            *_memory(found["memory"]),
         ],
     )
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    """Memory by part."""
+    weights = ", ".join(f"{name} {size(own)}" for name, own in found["weights"].items())
+    passed = [f"{name} {size(own)}" for name, own in found["passed_on"].items() if own is not None]
+    peaks = [f"{name} {size(found[name]['peak_bytes'])}" for name in ("unsplit", "full")]
+    return [
+        f"weights: {weights}, embeddings {size(found['tables'])}",
+        f"states: {size(found['states_per_token'])} per token; {', '.join(passed)}",
+        f"peak memory of the process: {', '.join(peaks)}",
+    ]
 
 
 def _ratio(value: float | None) -> str:

@@ -108,6 +108,38 @@ def weights_bytes(bundle: Bundle) -> int:
     return bundle.weights_bytes + sum(graph.inline_bytes for graph in read)
 
 
+def bytes_by_part(bundle: Bundle) -> dict[str, Any]:
+    """Bytes of each part of a model: weights per chain (those of exits and makers of states
+    included; what parts share counts in each), tables of embeddings, states per token of a row, and
+    what the chains before the text pass on for a row."""
+    manifest = bundle.manifest
+    weights: dict[str, int] = {}
+    for name, chain in manifest.chains.items():
+        names = [*chain.components]
+        names += [call.component for exit_ in chain.exits for call in exit_.path]
+        states = [state for own in names for state in manifest.components[own].states]
+        names += [state.maker for state in states if isinstance(state, PromptState)]
+        graphs = [manifest.components[own].variants[0].graph for own in dict.fromkeys(names)]
+        weights[name] = sum(_graph(bundle, graph)["weights_bytes"] for graph in graphs)
+    tables = {(s.offset, s.size): s for s in manifest.steps if isinstance(s, Gather)}.values()
+    earlier = [s.chain for s in manifest.steps if isinstance(s, Run) and s.when == "input"]
+    sizes = axis_sizes(bundle, {"batch": 1})
+    return {
+        "weights": weights,
+        "tables": sum(
+            s.size * int(s.output.axes[-1] or 0) * ITEM_BYTES[s.output.dtype] for s in tables
+        ),
+        "states_per_token": sum(
+            _state_bytes(manifest.components[name]) for name in manifest.last_chain.components
+        ),
+        "passed_on": {
+            tensor.name: tensor_bytes(tensor, sizes)
+            for name in earlier
+            for tensor in manifest.chains[name].outputs
+        },
+    }
+
+
 def _step(step: Step) -> str:
     """A step of the program, for people."""
     if isinstance(step, Run):

@@ -7,6 +7,7 @@ towers, whose outputs the chain that writes text reads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,14 +140,20 @@ class InputSteps:
         *,
         patience: Mapping[str, int],
         timed: bool = False,
+        seconds: dict[str, float] | None = None,
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Answers]]:
-        """Runs the steps. Returns all tensors (inputs and outputs), and every chain's answers."""
+        """Runs the steps. Returns all tensors (inputs and outputs), and every chain's answers.
+
+        Args:
+            seconds: Receives the time of each chain.
+        """
         known, answers = dict(inputs), {}
         for step in self._steps:
             if not isinstance(step, Run):
                 self._fill(step, known)
             else:
                 name = step.chain
+                started = time.perf_counter()
                 feeds = self._feeds[name]
                 answers[name] = self.passes[name].run(
                     known,
@@ -156,6 +163,9 @@ class InputSteps:
                     timed=timed,
                 )
                 known |= answers[name].outputs
+                if seconds is not None:
+                    spent = time.perf_counter() - started
+                    seconds[name] = seconds.get(name, 0.0) + spent
         return known, answers
 
     def trace(self, inputs: Mapping[str, NDArray[Any]], chain: str) -> Trace:

@@ -34,7 +34,8 @@ class Generation:
         texts: Per row, the text so far; empty without a tokenizer.
         statistics: Counts so far.
         first_token_s: Seconds to the first token, prompt included.
-        earlier_s: Of these, seconds of the chains before the text: encoders, a vision tower.
+        earlier_s: Of these, seconds of the steps before the text: encoders, a vision tower.
+        chains_s: Of these, seconds of each chain that ran.
         decode_s: Seconds from the first token to the last.
     """
 
@@ -43,6 +44,7 @@ class Generation:
     statistics: Statistics
     first_token_s: float = 0.0
     earlier_s: float = 0.0
+    chains_s: dict[str, float] = field(default_factory=dict)
     decode_s: float = 0.0
     _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
     _failed: str | None = field(default=None, repr=False)

@@ -133,7 +133,7 @@ class TextProgram:
         if prompts.asks_earlier and self._steps.passes:
             self._checked.sizes(prompts.inputs)
             started = time.perf_counter()
-            handed, generation.statistics.earlier = self._run_earlier(prompts)
+            handed, generation.statistics.earlier = self._run_earlier(prompts, generation.chains_s)
             generation.earlier_s = time.perf_counter() - started
         for key in session.takes & handed.keys():
             if len(handed[key]) != len(prompts.tokens):
@@ -149,13 +149,16 @@ class TextProgram:
         )
 
     def _run_earlier(
-        self, prompts: Prompts
+        self, prompts: Prompts, seconds: dict[str, float]
     ) -> tuple[dict[str, NDArray[Any]], dict[str, list[str]]]:
         """Runs the steps before the text. Returns all tensors, and the exit of each row of each
-        chain. Images that were seen before do not run again."""
+        chain. Images that were seen before do not run again. `seconds` receives the time of each
+        chain."""
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> tuple[Any, dict[str, list[str]]]:
-            known, answers = self._steps.run(inputs, self._decisions, patience=self._patience)
+            known, answers = self._steps.run(
+                inputs, self._decisions, patience=self._patience, seconds=seconds
+            )
             return known, {
                 name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
                 for name, earlier in answers.items()

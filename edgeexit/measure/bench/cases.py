@@ -26,6 +26,7 @@ from edgeexit.measure.probe import times_to_exits
 from edgeexit.runtime import Generation, Model, Result, Sampling
 from edgeexit.runtime.engines.base import Threads
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
+from edgeexit.runtime.memory import peak_bytes, resident_bytes
 from edgeexit.runtime.programs.arguments import ModeName
 
 Inputs = Mapping[str, NDArray]
@@ -253,6 +254,7 @@ def _text_cases(
 
     cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
     cases["search"] = case({}, min(new_tokens, SEARCH_TOKENS))
+    cases["memory"] = Case(lambda _: _memory(), lambda found: found, case({}, 1).enter)
     if tokens := {group.token for group in decoding.groups.values()}:
 
         def parts(_: int) -> dict[str, list[float]]:
@@ -269,6 +271,11 @@ def _text_cases(
     return cases
 
 
+def _memory() -> dict[str, int]:
+    """Memory of this process."""
+    return {"peak_bytes": peak_bytes(), "resident_bytes": resident_bytes()}
+
+
 def read_generation(generation: Generation) -> dict[str, Any]:
     """The record of one prompt's generation: ``first_token_s``, ``decode_s`` (tokens after the
     first), ``tokens``, the exits of earlier chains, and the statistics."""
@@ -276,6 +283,7 @@ def read_generation(generation: Generation) -> dict[str, Any]:
     return {
         "first_token_s": generation.first_token_s,
         "earlier_s": generation.earlier_s,
+        "chains_s": generation.chains_s,
         "decode_s": generation.decode_s,
         "tokens": generation.tokens[0],
         "exits": counts.exits,

@@ -195,24 +195,37 @@ def random_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
 
 
 def image_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
-    """Random images, each in front of a prompt of random tokens that the decoder reads. Empty if
-    the decoder reads no images."""
+    """Random images, each in front of a prompt of random tokens. Empty if the model reads no
+    images."""
     manifest, decoding = bundle.manifest, bundle.manifest.decoding
     assert decoding is not None
     name = vision_chain(manifest)
-    if name is None or decoding.start_tokens:
+    if name is None:
         return []
-    [features], [group] = manifest.chains[name].outputs, decoding.groups.values()
-    [pixels] = [t for t in manifest.inputs if t.name not in (decoding.tokens,)]
+    [features] = manifest.chains[name].outputs
+    [pixels] = [t for t in manifest.inputs if t.dtype == "float32"]
     shape = [1 if axis == "batch" else axis for axis in pixels.axes]
+    # Where an encoder reads the prompt, the text has only start tokens.
+    tables = [s.ids for s in manifest.steps if isinstance(s, Gather)]
+    ids = next((name for name in tables if name != decoding.tokens), decoding.tokens)
+    masks = [t.name for t in manifest.inputs if t.name not in (*tables, pixels.name)]
+    placeholders = [group.token for group in decoding.groups.values()]
+    front = np.repeat(np.array(placeholders, np.int64), int(features.axes[1]))  # type: ignore[arg-type]
+    [axis] = [t.axes[1] for t in manifest.inputs if t.name == ids]
+    longest = manifest.limits.get(str(axis), length + len(front)) - len(front)
+    word = next(n for n in range(1, 9) if n not in placeholders)
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(RANDOM_PROMPTS):
-        words = rng.integers(1, vocabulary(bundle, decoding.tokens), length)
-        words[words == group.token] = 1
-        image = rng.standard_normal(shape).astype(np.float32)  # type: ignore[arg-type]
-        front = [group.token] * int(features.axes[1])  # type: ignore[arg-type]
-        found.append(Text([*front, *words.tolist()], {pixels.name: image}))
+        words = rng.integers(1, vocabulary(bundle, ids), min(length, longest))
+        words[np.isin(words, placeholders)] = word
+        prompt = np.concatenate([front, words])
+        given = {pixels.name: rng.standard_normal(shape).astype(np.float32)}  # type: ignore[arg-type]
+        if ids == decoding.tokens:
+            found.append(Text(prompt.tolist(), given))
+            continue
+        given |= {ids: prompt[None]} | {mask: np.ones_like(prompt[None]) for mask in masks}
+        found.append(Text(list(decoding.start_tokens), given))
     return found
 
 

@@ -119,7 +119,7 @@ def measure(contest: Contest) -> dict[str, Any]:
             }
             for writer in writers[1 : len(modes) + 1]
         },
-        "vision": figures(contest, baseline, full, seen) if seen else None,
+        "vision": figures(contest, baseline, full, seen),
         "earlier_exits": _earlier_exits(contest, full, left),
         "fast_on_given_text": given,
         "split_tax": time_against(full, baseline)["decode"],

@@ -10,46 +10,42 @@ image tokens. A measured time that differs from that sum has a cost that the par
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from edgeexit.bundle.manifest import Chain
 from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.texts import Writer, decoded, time_against
 from edgeexit.measure.bench.vision_cases import TOWER, vision_chain
+from edgeexit.measure.inspect import bytes_by_part
 
 
 def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Writer]) -> Any:
-    """The parts of each case, its ratios to the unsplit model, floors and predictions."""
-    decoding = contest.bundle.manifest.decoding
-    assert decoding is not None
-    chain = contest.bundle.manifest.chains[decoding.chain]
-    parts = [contest.chain.run("parts", [0], lead=False)["records"][0] for _ in range(5)]
-    with_images, without = (
-        [statistics.median(times) for times in zip(*(part[key] for part in parts), strict=True)]
-        for key in ("with_images_ms", "without_images_ms")
-    )
-    whole: dict[str, Any] = _parts(full)
-    unsplit = _parts(baseline)
+    """The parts of each case, its ratios to the unsplit model, floors and predictions; None for a
+    model without a vision tower."""
+    tower = vision_chain(contest.bundle.manifest)
+    if tower is None:
+        return None
+    whole: dict[str, Any] = _parts(full, tower)
+    unsplit = _parts(baseline, tower)
+    drops = _Drops.of(contest) if any(not _of_tower(writer) for writer in others) else None
     cases: dict[str, dict[str, Any]] = {}
     for writer in others:
-        kind, _, layer = writer.name.partition(":")
-        own: dict[str, Any] = _parts(writer)
-        if kind == TOWER:
-            predicted = own["tower_ms"] + whole["prefill_ms"]
-            floor = unsplit["prefill_ms"] / unsplit["first_token_ms"]
+        own: dict[str, Any] = _parts(writer, tower)
+        if _of_tower(writer):
+            predicted = own["tower_ms"] + whole["first_token_ms"] - whole["tower_ms"]
+            kept = unsplit["first_token_ms"] - unsplit["tower_ms"]
         else:
-            behind = _segments_behind(chain, int(layer))
-            saved = sum(with_images[n] - without[n] for n in behind)
-            predicted = whole["first_token_ms"] - saved
-            rest = sum(with_images[n] for n in behind) / sum(with_images)
-            kept = unsplit["tower_ms"] + unsplit["prefill_ms"] * (1 - rest)
-            floor = kept / unsplit["first_token_ms"]
+            assert drops is not None
+            layer = int(writer.name.partition(":")[2])
+            predicted = whole["first_token_ms"] - drops.saved_ms(layer)
+            kept = unsplit["first_token_ms"] - unsplit["prefill_ms"] * drops.share_behind(layer)
         against = time_against(writer, baseline)
         cases[writer.name] = own | {
             "time_to_first_token_against_unsplit": against["prefill"],
             "time_per_token_against_unsplit": against["decode"],
             "answer_against_unsplit": _answer_ratio(writer, baseline),
-            "floor_of_first_token": round(floor, 4),
+            "floor_of_first_token": round(kept / unsplit["first_token_ms"], 4),
             "predicted_first_token_ms": round(predicted, 3),
             "predicted_over_measured": round(predicted / own["first_token_ms"], 4),
         }
@@ -58,16 +54,70 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
         "unsplit": unsplit,
         "full": whole
         | {
-            "tower_against_unsplit": _ratio(full, baseline, "earlier_s"),
-            "prefill_against_unsplit": _ratio(full, baseline, "prompt_s"),
+            "tower_against_unsplit": _ratio(full, baseline, lambda r: _chain_s(r, tower)),
+            "prefill_against_unsplit": _ratio(full, baseline, _prompt_s),
             "answer_against_unsplit": _answer_ratio(full, baseline),
         },
-        "segments_ms": {
-            "with_images": [round(ms, 3) for ms in with_images],
-            "without_images": [round(ms, 3) for ms in without],
-        },
+        "segments_ms": None if drops is None else drops.to_dict(),
         "cases": cases,
+        "memory": bytes_by_part(contest.bundle)
+        | {
+            writer.name: writer.side.run("memory", [0], lead=False)["records"][0]
+            for writer in (baseline, full)
+        },
     }
+
+
+@dataclass(frozen=True)
+class _Drops:
+    """Times of the decoder's segments for a prompt with its image tokens and without.
+
+    Attributes:
+        behind: Layer behind which image tokens can leave -> number of the first segment without
+            them.
+        with_images, without: Milliseconds of each segment.
+    """
+
+    behind: dict[int, int]
+    with_images: list[float]
+    without: list[float]
+
+    @classmethod
+    def of(cls, contest: Contest) -> _Drops:
+        """Measures them."""
+        manifest = contest.bundle.manifest
+        chain = manifest.last_chain
+        behind = {
+            int(exit_.name.removeprefix("drop_")): chain.components.index(exit_.behind) + 1
+            for exit_ in chain.exits
+            if exit_.action == "drop"
+        }
+        parts = [contest.chain.run("parts", [0], lead=False)["records"][0] for _ in range(5)]
+        medians = (
+            [statistics.median(times) for times in zip(*(part[key] for part in parts), strict=True)]
+            for key in ("with_images_ms", "without_images_ms")
+        )
+        return cls(behind, *medians)
+
+    def saved_ms(self, layer: int) -> float:
+        """What segments behind a layer save without image tokens."""
+        first = self.behind[layer]
+        return sum(self.with_images[first:]) - sum(self.without[first:])
+
+    def share_behind(self, layer: int) -> float:
+        """Share of the segments' time that is behind a layer."""
+        return sum(self.with_images[self.behind[layer] :]) / sum(self.with_images)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The times, rounded."""
+        return {
+            "with_images": [round(ms, 3) for ms in self.with_images],
+            "without_images": [round(ms, 3) for ms in self.without],
+        }
+
+
+def _of_tower(writer: Writer) -> bool:
+    return writer.name.partition(":")[0] == TOWER
 
 
 def image_tokens(contest: Contest) -> int | None:
@@ -79,8 +129,8 @@ def image_tokens(contest: Contest) -> int | None:
     return features.axes[1] if isinstance(features.axes[1], int) else None
 
 
-def _parts(writer: Writer) -> dict[str, float]:
-    """Medians over turns."""
+def _parts(writer: Writer, tower: str) -> dict[str, float]:
+    """Medians over turns. ``encoder_ms`` is the time of other steps before the prefill."""
     records = writer.records
 
     def median_ms(values: list[float]) -> float:
@@ -88,12 +138,17 @@ def _parts(writer: Writer) -> dict[str, float]:
 
     per_token = [record["decode_s"] / decoded(record) for record in records if decoded(record)]
     return {
-        "tower_ms": median_ms([record["earlier_s"] for record in records]),
+        "tower_ms": median_ms([_chain_s(record, tower) for record in records]),
+        "encoder_ms": median_ms([r["earlier_s"] - _chain_s(r, tower) for r in records]),
         "prefill_ms": median_ms([_prompt_s(record) for record in records]),
         "first_token_ms": median_ms([record["first_token_s"] for record in records]),
         "ms_per_token": median_ms(per_token) if per_token else 0.0,
         "answer_ms": median_ms([_answer_s(record) for record in records]),
     }
+
+
+def _chain_s(record: dict[str, Any], chain: str) -> float:
+    return float(record["chains_s"][chain])
 
 
 def _prompt_s(record: dict[str, Any]) -> float:
@@ -104,12 +159,8 @@ def _answer_s(record: dict[str, Any]) -> float:
     return float(record["first_token_s"] + record["decode_s"])
 
 
-def _ratio(writer: Writer, baseline: Writer, part: str) -> float:
+def _ratio(writer: Writer, baseline: Writer, seconds: Callable[[dict[str, Any]], float]) -> float:
     """Median over turns of a part's time relative to the baseline's."""
-
-    def seconds(record: dict[str, Any]) -> float:
-        return _prompt_s(record) if part == "prompt_s" else float(record[part])
-
     pairs = zip(writer.records, baseline.records, strict=True)
     return round(statistics.median(seconds(a) / seconds(b) for a, b in pairs), 4)
 
@@ -123,12 +174,6 @@ def _answer_ratio(writer: Writer, baseline: Writer) -> float | None:
         if len(ours["tokens"]) == len(theirs["tokens"])
     ]
     return round(statistics.median(found), 4) if found else None
-
-
-def _segments_behind(chain: Chain, layer: int) -> list[int]:
-    """Numbers of the components behind the place where image tokens leave."""
-    [behind] = [exit_.behind for exit_ in chain.exits if exit_.name == f"drop_{layer}"]
-    return list(range(chain.components.index(behind) + 1, len(chain.components)))
 
 
 __all__ = ["figures", "image_tokens"]
