@@ -89,20 +89,23 @@ def reference_scores(
     >>> {name: float(score[0]) for name, score in reference_scores(np.zeros((1, 4))).items()}
     {'max_prob': 0.25, 'margin': 0.0, 'entropy': 0.0}
     """
-    z = np.asarray(logits, np.float64)
+    z = np.array(logits, np.float64)  # changed in place: copies of many logits take long
     with np.errstate(invalid="ignore"):  # scores of NaN logits are NaN
         if probabilities:  # not scaled to add up to 1: the graph does not do that either
-            p, log_p = z, np.log(np.maximum(z, TINY))
+            p, total = z, np.ones(z.shape[:-1])
+            entropy = -(p * np.log(np.maximum(p, TINY))).sum(-1)
         else:
-            log_p = z - z.max(-1, keepdims=True)
-            log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
-            p = np.exp(log_p)
-        ordered = np.partition(p, -2, axis=-1)
-        entropy = -(p * log_p).sum(-1)
+            z -= z.max(-1, keepdims=True)
+            p = np.exp(z)
+            total = p.sum(-1)
+            z *= p
+            entropy = np.log(total) - z.sum(-1) / total
+        p.partition(p.shape[-1] - 2, axis=-1)
+        second, first = p[..., -2] / total, p[..., -1] / total
     return {
-        "max_prob": ordered[..., -1].astype(np.float32),
-        "margin": (ordered[..., -1] - ordered[..., -2]).astype(np.float32),
-        "entropy": (1 - entropy / math.log(z.shape[-1])).astype(np.float32),
+        "max_prob": first.astype(np.float32),
+        "margin": (first - second).astype(np.float32),
+        "entropy": (1 - entropy / math.log(p.shape[-1])).astype(np.float32),
     }
 
 
