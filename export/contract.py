@@ -188,8 +188,8 @@ class SplitModel:
         reference: ``reference(inputs)`` returns, per exit, logits ``[rows, seq, classes]`` of every
             token of an example. For the exits of an earlier chain it may return ``EXIT/OUTPUT`` and
             ``EXIT/SCORE``, and ``EARLIER_EXIT/EXIT``, the logits behind an early one. It may yield
-            them in parts, so that memory holds one at a time. None: run the modules one after the
-            other.
+            them in parts, so that memory holds one at a time; logits also in parts of their tokens,
+            in order. None: run the modules one after the other.
         decoding: Settings of text generation, if the model writes text; the tokenizer's stop token
             is added.
         limits: Symbolic axis (or ``positions``) -> the largest size that the model supports.

@@ -48,9 +48,11 @@ from edgeexit.export.exits.saved import (
     save_model,
     weights_of,
 )
-from edgeexit.export.exits.states import layer_names, token_states
+from edgeexit.export.exits.states import POSITIONS, layer_names, state_between, token_states
 from edgeexit.export.trace.attention import Heads, causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
+
+_PART_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -180,20 +182,28 @@ class ExitDecoder(nn.Module):
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
         """
-        options = {"exits": exits, "skipped": skipped, "source": source}
-        return dict(self.each_exit(input_ids, **options, **inputs))  # type: ignore[arg-type]
+        states = self._each_state(input_ids, exits=exits, skipped=skipped, source=source, **inputs)
+        return {layer: self._logits(state) for layer, state in states}
 
     def each_exit(
+        self, input_ids: torch.Tensor, **options: Any
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """As `forward`, in parts: ``(layer, logits [batch, part, vocabulary])``, the tokens of an
+        exit in order. Logits of a large vocabulary take more memory than the layers."""
+        for layer, state in self._each_state(input_ids, **options):
+            for part in state.split(_PART_TOKENS, dim=1):
+                yield layer, self._logits(part)
+
+    def _each_state(
         self,
         input_ids: torch.Tensor,
         *,
         exits: Sequence[int] | None = None,
         skipped: Sequence[int] = (),
         source: Sequence[torch.Tensor] = (),
-        **inputs: torch.Tensor,
+        **inputs: Any,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """As `forward`, one exit at a time: ``(layer, logits)``. Logits of a large vocabulary take
-        more memory than the layers."""
+        """What the head takes at each exit: ``(layer, state [batch, seq, width])``."""
         wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
@@ -207,8 +217,10 @@ class ExitDecoder(nn.Module):
                 adapted = state
                 for adapter_layer in self._adapter(number):
                     adapted = self._layer(adapter_layer, adapted, positions, *source)
-                flat = self._head(adapted.reshape(-1, self.trunk.width))
-                yield number, flat.unflatten(0, input_ids.shape)
+                yield number, adapted
+
+    def _logits(self, state: torch.Tensor) -> torch.Tensor:
+        return self._head(state.reshape(-1, self.trunk.width)).unflatten(0, state.shape[:2])
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[batch, seq, width]`` of token ids ``[batch, seq]``."""
@@ -261,7 +273,7 @@ class ExitDecoder(nn.Module):
                 fix=f"{name_layers(self.depth)} (--exits).",
             )
         vocabulary, width = trunk.embedding.shape
-        embedded = _state("embedded", width)
+        embedded = state_between("embedded", width)
         looked_at = Tensor(name="state", dtype="float32", axes=["batch", trunk.width])
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
         token = Tensor(name="token", dtype="int64", axes=["batch"])
@@ -319,7 +331,7 @@ class ExitDecoder(nn.Module):
         adapters, exits = [], []
         borders = [0, *self.border_layers, self.depth]
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-            layers, state = trunk.layers[start:stop], _state(f"state_{stop}", trunk.width)
+            layers, state = trunk.layers[start:stop], state_between(f"state_{stop}", trunk.width)
             segments.append(
                 Component(
                     name=f"segment_{number}",
@@ -334,7 +346,7 @@ class ExitDecoder(nn.Module):
                 continue
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
-                name, looked_at = f"adapter_{stop}", _state(f"adapted_{stop}", trunk.width)
+                name, looked_at = f"adapter_{stop}", state_between(f"adapted_{stop}", trunk.width)
                 names = [f"{name}/{layer}" for layer in layer_names(0, len(adapter))]
                 states = token_states(trunk.heads, names)
                 adapters.append(
@@ -382,13 +394,6 @@ def _random_tokens(vocabulary: int, rows: int) -> Values:
 
 def _typed(layers: Iterable[nn.Module]) -> Iterator[CutLayer]:
     return (cast("CutLayer", layer) for layer in layers)
-
-
-POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
-
-
-def _state(name: str, width: int) -> Tensor:
-    return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
 
 
 __all__ = ["DecoderTrunk", "ExitDecoder", "scaled"]

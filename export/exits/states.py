@@ -1,11 +1,19 @@
-"""Names and shapes of the states that layers keep per token."""
+"""Names and shapes of a decoder's tensors: states between its segments, and the states that layers
+keep per token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeexit.bundle.manifest import TokenState
+from edgeexit.bundle.manifest import Tensor, TokenState
 from edgeexit.export.trace.attention import Heads
+
+POSITIONS = Tensor(name="positions", dtype="int64", axes=["batch", "new"])
+
+
+def state_between(name: str, width: int) -> Tensor:
+    """What a segment hands on to the next."""
+    return Tensor(name=name, dtype="float32", axes=["batch", "new", width])
 
 
 def layer_names(start: int, stop: int) -> list[str]:
@@ -28,4 +36,4 @@ def token_states(heads: Heads, layers: Sequence[str]) -> tuple[TokenState, ...]:
     )
 
 
-__all__ = ["layer_names", "token_states"]
+__all__ = ["POSITIONS", "layer_names", "state_between", "token_states"]
