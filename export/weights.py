@@ -58,14 +58,20 @@ class WeightStore:
             return self._place(tensor, file)[0]
 
     def _place(self, tensor: ir.TensorProtocol, file: object) -> tuple[int, int]:
-        raw = tensor.tobytes()
-        key = hashlib.sha256(raw).digest()
-        data = np.frombuffer(raw, dtype=np.uint8)
+        data = _bytes_of(tensor)
+        key = hashlib.sha256(data).digest()
         if key not in self._places:
             alignment = _PAGE if data.nbytes >= 16 * _PAGE else _SMALL_ALIGNMENT
             offset = -(-self._end // alignment) * alignment
             file.seek(offset)  # type: ignore[attr-defined]
-            file.write(data.data)  # type: ignore[attr-defined]
+            file.write(data)  # type: ignore[attr-defined]
             self._places[key] = (offset, data.nbytes)
             self._end = offset + data.nbytes
         return self._places[key]
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
+    """A tensor's bytes, as the file has them; those in memory are not copied."""
+    if tensor.dtype.bitwidth < 8:  # numpy has one element in a byte
+        return memoryview(tensor.tobytes())
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data

@@ -210,9 +210,13 @@ class _Join:
         return model
 
     def _weight(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        stored = ir.tensor(tensor.detach().contiguous(), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(stored.dtype))
-        value.const_value = stored
+        # Transposed copies of all layers take the model's memory once more: each is made when it is
+        # written.
+        dtype, shape = from_torch_dtype(tensor.dtype), ir.Shape(tensor.shape)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+        value.const_value = ir.LazyTensor(
+            lambda: ir.tensor(tensor.detach().contiguous()), dtype, shape, name=name
+        )
         self._weights[name], self.initializers[name] = tensor, value
         return value
 
