@@ -199,13 +199,20 @@ class ExitVisionLanguage(ExitDecoder):
         return {"tokens": ids, PIXELS: torch.randn(shape, generator=generator)}
 
     def _reference(self, inputs: Values) -> Iterator[Values]:
+        """Texts without an image are run once, those with one behind each exit of the tower."""
+        tokens, behind, features = inputs["tokens"], [], []
         for layer, answers in self.tower.answers(inputs[PIXELS]):
             name = exit_name(layer)
             yield {f"{name}/{key}": value for key, value in answers.items()}
-            early = f"{name}/" if layer < self.tower.depth else ""
-            features = answers[IMAGE_FEATURES]
-            for number, logits in self.each_exit(inputs["tokens"], image_features=features):
-                yield {f"{early}exit_{number}": logits}
+            behind.append(f"{name}/" if layer < self.tower.depth else "")
+            features.append(answers[IMAGE_FEATURES])
+        seeing = (tokens == self.whole.placeholder).any(1)
+        batch = torch.cat([tokens[~seeing], *[tokens[seeing]] * len(behind)])
+        blind, each = (~seeing).cumsum(0), seeing.cumsum(0)
+        for number, logits in self.each_exit(batch, image_features=torch.cat(features)):
+            for place, early in enumerate(behind):
+                rows = torch.where(seeing, blind[-1] + place * each[-1] + each, blind) - 1
+                yield {f"{early}exit_{number}": logits[rows]}
 
 
 __all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]
