@@ -101,10 +101,15 @@ def make_models(folder: Path, shape: dict[str, int]) -> None:
     exits = ",".join(map(str, EXITS))
     export = ["export", "-m", str(folder / "checkpoint"), "--exits", exits]
     run([sys.executable, "-m", "edgeexit", *export, "-o", str(folder / "bundle")])
+    build_genai(folder / "checkpoint", folder / "genai")
+
+
+def build_genai(checkpoint: Path, folder: Path) -> None:
+    """Converts a checkpoint with onnxruntime-genai's own builder."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-    places = ["-m", str(folder / "checkpoint"), "-o", str(folder / "genai")]
-    places += ["--extra_options", "prune_lm_head=true"]  # logits of the last token only, as ours
-    run([*builder, *places, "-c", str(folder / "cache")])
+    places = ["-m", str(checkpoint), "-o", str(folder), "-c", str(folder.parent / "cache")]
+    # Logits of the last token only, as ours.
+    run([*builder, *places, "--extra_options", "prune_lm_head=true"])
 
 
 def run(command: list[str]) -> None:

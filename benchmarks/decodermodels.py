@@ -15,7 +15,6 @@ def main() -> None:
     """Command line of the child process."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder, fields = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.manual_seed(0)
@@ -23,6 +22,13 @@ def main() -> None:
         **fields, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of single bytes, whose token 0 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     vocabulary = {"<end>": 0}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[letter] = len(vocabulary)

@@ -107,21 +107,9 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
 
     opened = open_bundle(bundle)
     chain = opened.manifest.last_chain
-    if threads == "process":
-        ort.set_global_thread_pool_sizes(2, 1)
     parts = []
     for name, exit_ in zip(chain.components, chain.stops, strict=True):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads == "process":
-            options.use_per_session_threads = False
-        elif threads == "brief":
-            for entry, value in onnxruntime.BRIEF.items():
-                options.add_session_config_entry(entry, value)
-        elif threads != "spinning":
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            if threads != "blocking":
-                options.intra_op_num_threads = threads
+        options = session_options(threads)
         path = str(opened.file(opened.manifest.components[name].variants[0].graph))
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
@@ -139,6 +127,25 @@ def naive(bundle: str, inputs: str, threads: Threads) -> Subject:
         return known[exit_.outputs["logits"]]
 
     return _paths(run, [part[3].name for part in parts], len(rows))
+
+
+def session_options(threads: Threads) -> Any:
+    """Options of a plain ONNX Runtime session with one of the runtime's thread settings."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads == "process":
+        onnxruntime.install_process_pool()
+        options.use_per_session_threads = False
+    elif threads == "brief":
+        for entry, value in onnxruntime.BRIEF.items():
+            options.add_session_config_entry(entry, value)
+    elif threads != "spinning":
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if threads != "blocking":
+            options.intra_op_num_threads = threads
+    return options
 
 
 def eager(bundle: str, checkpoint: str, inputs: str, threads: list[Any]) -> Subject:
