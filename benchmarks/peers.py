@@ -1,5 +1,5 @@
 """Other software that generates text with the same weights, as subjects for the workers of
-`decode.py` and `codelm.py`.
+`decode.py`, `codelm.py` and `visionpeers.py`.
 
 Every case returns records like `edgeexit.measure.bench.cases.read_generation`.
 """
@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from subjects import session_options
+
 from edgeexit.measure.bench.cases import read_inputs
 from edgeexit.measure.bench.worker import Case, Subject
 
@@ -23,7 +26,6 @@ def genai(
 
     `threads` is ``default`` (its own choice), ``blocking`` (the pool does not spin), or a number.
     """
-    import numpy as np
     import onnxruntime_genai as og
 
     config = og.Config(folder)
@@ -56,6 +58,88 @@ def genai(
 
     facts = {"library": "onnxruntime-genai", "version": og.__version__, "threads": str(threads)}
     return Subject({"genai": Case(call, lambda record: record)}, len(rows), facts)
+
+
+def exporters(
+    folder: str, prompts: str, new_tokens: int, threads: Any, image_token: int
+) -> Subject:
+    """The graphs of `transformers.exporters` (`visionpeers.py`) in ONNX Runtime. Case
+    ``exporters``; no token ends a text.
+
+    What the exporter leaves to its caller is done here, in the fastest way that was found: image
+    features replace their tokens' embeddings, which are read from the decoder's own table, the head
+    runs on the last state only, and caches are passed on without a copy.
+    """
+    import onnxruntime as ort
+
+    graphs = {
+        path.stem: ort.InferenceSession(
+            path, session_options(threads), providers=["CPUExecutionProvider"]
+        )
+        for path in sorted(Path(folder).glob("*.onnx"))
+    }
+    names = {name: [made.name for made in graph.get_outputs()] for name, graph in graphs.items()}
+    table = _embeddings(Path(folder) / "decode.onnx")
+    rows = read_inputs(Path(prompts))
+
+    def run(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        given = {
+            key: ort.OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+            for key, value in inputs.items()
+        }
+        made = graphs[name].run_with_ort_values(names[name], given)
+        return dict(zip(names[name], made, strict=True))
+
+    def caches(made: dict[str, Any]) -> dict[str, Any]:
+        """A graph's caches, named as inputs of the next."""
+        return {
+            f"input.{name.removeprefix('output.')}": value
+            for name, value in made.items()
+            if "past_key_values" in name
+        }
+
+    def call(number: int) -> dict[str, Any]:
+        tokens = rows[number]["tokens"].reshape(1, -1)
+        images = [value for name, value in rows[number].items() if name != "tokens"]
+        started = time.perf_counter()
+        features = [run("image_features", {"pixel_values": image}) for image in images]
+        behind_tower = time.perf_counter()
+        states = table[tokens]
+        if features:
+            [[image]] = [made.values() for made in features]
+            states[tokens == image_token] = image.numpy().reshape(-1, states.shape[-1])
+        position = np.arange(tokens.size)[None]
+        made = run("language_model", {"inputs_embeds": states, "position_ids": position})
+        past = caches(made)
+        [logits] = run("lm_head", {"input": made["last_hidden_state"].numpy()[:, -1:]}).values()
+        text = [int(logits.numpy().argmax())]
+        first = time.perf_counter()
+        while len(text) < new_tokens:
+            place = np.array([[tokens.size + len(text) - 1]])
+            step = {"input_ids": np.array([text[-1:]]), "position_ids": place, **past}
+            made = run("decode", step)
+            past = caches(made)
+            text.append(int(made["logits"].numpy().argmax()))
+        ended = time.perf_counter()
+        return {
+            "first_token_s": first - started,
+            "earlier_s": behind_tower - started,
+            "decode_s": ended - first,
+            "tokens": text,
+        }
+
+    facts = {"library": "onnxruntime", "version": ort.__version__, "threads": str(threads)}
+    return Subject({"exporters": Case(call, lambda record: record)}, len(rows), facts)
+
+
+def _embeddings(path: Path) -> Any:
+    """The table from which a graph takes the embeddings of ``input_ids``, mapped from its file."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    [ids] = [value for value in graph.inputs if value.name == "input_ids"]
+    [lookup] = [node for node in ids.consumers() if node.op_type == "Gather"]
+    return lookup.inputs[0].const_value.numpy()
 
 
 def transformers_generate(

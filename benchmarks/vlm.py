@@ -3,9 +3,11 @@ the tower and image tokens that leave save, beside floor and sum of parts; expor
 
     python benchmarks/vlm.py                     # both shapes
     python benchmarks/vlm.py --shape smolvlm-500m
+    python benchmarks/vlm.py --peers             # against other software instead
     python benchmarks/vlm.py --quick             # a tiny model: does the script run?
 
-Weights are random: times mean something, answers do not. benchmarks/README.md explains the figures.
+``--peers`` needs ``pip install onnxruntime-genai``. Weights are random: times mean something,
+answers do not. benchmarks/README.md explains the figures.
 """
 
 from __future__ import annotations
@@ -15,16 +17,20 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from results import HERE, SCRATCH, save, say, verdict
 from visionmodels import SHAPES, layers_of
+from visionpeers import compare_peers, made_peers, peer_figures
 
+from edgeexit.measure import environment
 from edgeexit.measure.bench.bench import Options, bench
 
 WORDS, NEW_TOKENS = 32, 32
 SECONDS = {"full": 120.0, "quick": 3.0}
+TURNS = {"full": 12, "quick": 3}
 
 
 def main() -> None:
@@ -34,21 +40,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")
     parser.add_argument("--seconds", type=float)
+    parser.add_argument("--peers", action="store_true", help="compare with other software instead")
+    parser.add_argument("--turns", type=int, help="turns per peer")
     given = parser.parse_args()
+    if given.peers and find_spec("onnxruntime_genai") is None:
+        parser.error("--peers needs: pip install onnxruntime-genai")
     names = ["quick"] if given.quick else [given.shape] if given.shape else list(SHAPES)[:2]
+    size = "quick" if given.quick else "full"
     for name in names:
-        seconds = given.seconds or SECONDS["quick" if given.quick else "full"]
-        measure(name, seconds, keep=given.keep, quick=given.quick)
+        if given.peers:
+            turns = given.turns or TURNS[size]
+            measure_peers(name, turns, keep=given.keep, quick=given.quick)
+        else:
+            seconds = given.seconds or SECONDS[size]
+            measure(name, seconds, keep=given.keep, quick=given.quick)
 
 
 def measure(name: str, seconds: float, *, keep: bool, quick: bool) -> None:
     """Measures one shape and writes its result."""
     folder = SCRATCH / f"vlm-{name}"
-    if keep and (folder / "export.json").is_file():
-        exported = json.loads((folder / "export.json").read_text())
-    else:
-        exported = make_models(name, folder)
-    say(f"  {name}: exported in {exported['seconds']} s")
+    exported = made_models(name, folder, keep=keep)
     options = Options(seconds=seconds, prompt_tokens=WORDS, new_tokens=NEW_TOKENS)
     found = bench(folder / "bundle", options)
     result: dict[str, Any] = {
@@ -64,6 +75,38 @@ def measure(name: str, seconds: float, *, keep: bool, quick: bool) -> None:
     result["verdicts"] = verdict(figures(name, result))
     result["environment"] = found["environment"]
     save(f"vlm-{name}", result, quick=quick)
+
+
+def measure_peers(name: str, turns: int, *, keep: bool, quick: bool) -> None:
+    """Compares one shape with other software and writes its result."""
+    folder = SCRATCH / f"vlm-{name}"
+    exported = made_models(name, folder, keep=keep)
+    seconds = {"bundle": exported["seconds"]} | made_peers(folder, keep=keep)
+    watch = environment.Watch()
+    result: dict[str, Any] = {
+        "shape": {key: SHAPES[name][key] for key in ("family", "vision", "text")},
+        "layers": layers_of(SHAPES[name]),
+        "words": WORDS,
+        "new_tokens": NEW_TOKENS,
+        "turns": turns,
+        "export_s": seconds,
+        **compare_peers(folder, WORDS, NEW_TOKENS, turns),
+    }
+    result["verdicts"] = verdict(peer_figures(name, result))
+    result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
+    result["environment"]["machine"].pop("other_load_cores")
+    save(f"vlm-peers-{name}", result, quick=quick)
+
+
+def made_models(name: str, folder: Path, *, keep: bool) -> dict[str, Any]:
+    """Creates checkpoint and bundle, or keeps those of the last run. Returns figures of the
+    export."""
+    if keep and (folder / "export.json").is_file():
+        exported = dict(json.loads((folder / "export.json").read_text()))
+    else:
+        exported = make_models(name, folder)
+    say(f"  {name}: exported in {exported['seconds']} s")
+    return exported
 
 
 def make_models(name: str, folder: Path) -> dict[str, Any]:
