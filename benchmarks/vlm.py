@@ -29,6 +29,8 @@ from edgeexit.measure import environment
 from edgeexit.measure.bench.bench import Options, bench
 
 WORDS, NEW_TOKENS = 32, 32
+THREADS = "brief"
+"""Setting of both sides (the default of `load`): searching the best takes half an hour here."""
 SECONDS = {"full": 120.0, "quick": 3.0}
 TURNS = {"full": 12, "quick": 3}
 
@@ -60,7 +62,7 @@ def measure(name: str, seconds: float, *, keep: bool, quick: bool) -> None:
     """Measures one shape and writes its result."""
     folder = SCRATCH / f"vlm-{name}"
     exported = made_models(name, folder, keep=keep)
-    options = Options(seconds=seconds, prompt_tokens=WORDS, new_tokens=NEW_TOKENS)
+    options = Options(seconds=seconds, threads=THREADS, prompt_tokens=WORDS, new_tokens=NEW_TOKENS)
     found = bench(folder / "bundle", options)
     result: dict[str, Any] = {
         "shape": {key: SHAPES[name][key] for key in ("family", "vision", "text")},

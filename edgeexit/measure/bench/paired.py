@@ -27,7 +27,7 @@ WARM_UP_S = 5.0
 SEARCH_ROUNDS = 5
 MIN_BLOCK_RUNS = 3
 MIN_ROUNDS = 5
-SLOW_MS = 50.0
+SLOW_MS, VERY_SLOW_MS = 50.0, 1000.0
 END_S = 2.0
 """Time that a process has to end by itself, before it is killed."""
 
@@ -314,11 +314,15 @@ def best_setting(
 def _duel(champion: Lane, challenger: Lane) -> float:
     """Ratio of mean times, challenger to champion: median of alternating blocks."""
     count = max(MIN_BLOCK_RUNS, min(200, round(60.0 / champion.expected_ms)))
+    lead = champion.expected_ms < VERY_SLOW_MS
+    count = count if lead else 1
     order = random.Random(0)
     for done in range(SEARCH_ROUNDS if champion.expected_ms < SLOW_MS else 3):
         numbers = [order.randrange(champion.side.inputs) for _ in range(count)]
         pair = [champion, challenger] if done % 2 else [challenger, champion]
-        times = {lane.name: lane.side.run(lane.case, numbers)["times_ms"] for lane in pair}
+        times = {
+            lane.name: lane.side.run(lane.case, numbers, lead=lead)["times_ms"] for lane in pair
+        }
         challenger.ratios.append(
             statistics.fmean(times["challenger"]) / statistics.fmean(times["champion"])
         )

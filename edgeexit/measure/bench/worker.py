@@ -28,8 +28,9 @@ SETTLED_WITHIN = 0.05
 """Warm-up ends when the medians of consecutive windows differ by at most this share, twice in a
 row."""
 
-SLOW_NS = 50_000_000
-"""Cases slower than this have windows of two runs instead of five."""
+SLOW_NS, VERY_SLOW_NS = 50_000_000, 1_000_000_000
+"""Cases slower than the first have windows of two runs instead of five, and those slower than the
+second of one."""
 
 CALM_STEP_S, CALM_LIMIT_S, CALM_SHARE = 0.005, 1.0, 0.1
 """A process is calm when it used less than this share of one core during a step."""
@@ -130,6 +131,8 @@ def warm_up(subject: Subject, *, case: str, seconds: float, seed: int) -> dict[s
             started = time.perf_counter_ns()
             call(number)
             times.append(time.perf_counter_ns() - started)
+            if times[-1] > VERY_SLOW_NS:
+                break
         runs += len(times)
         windows.append(statistics.median(times))
         if len(windows) > 1:
