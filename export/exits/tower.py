@@ -92,24 +92,21 @@ class ExitTower(nn.Module):
             layers: The exit layer to leave at; None: the last layer.
         """
         trunk, last = self.trunk, self.depth if layers is None else layers
-        states = [trunk.stem(pixel_values)]
-        for layer in itertools.islice(trunk.layers, last):
-            states.append(layer(states[-1]))
+        states = [state for _, state in _walk(trunk.stem, trunk.layers[:last], pixel_values)]
         projector = trunk.projector if last == self.depth else self.projectors[exit_name(last)]
         return projector(*(states[layer] for layer in self._read_at(last)))
 
     def answers(self, pixel_values: torch.Tensor) -> Iterator[tuple[int, Values]]:
         """What every exit hands on for images, and its score, by name: ``(layer, answers)``."""
-        trunk, states = self.trunk, [self.trunk.stem(pixel_values)]
-        for number, layer in enumerate(trunk.layers, start=1):
-            state, *score = _through(layer, states[-1])
+        trunk, states = self.trunk, []
+        for number, (before, state) in enumerate(_walk(trunk.stem, trunk.layers, pixel_values)):
             states.append(state)
-            if number not in self._borders():
+            if number not in self._borders()[1:]:
                 continue
             last = number == self.depth
             projector = trunk.projector if last else self.projectors[exit_name(number)]
             features = projector(*(states[read] for read in self._read_at(number)))
-            scores = {} if last else {"saturation": score[0]}
+            scores = {} if last else {"saturation": _score(before, state)}
             yield number, {IMAGE_FEATURES: features} | scores
 
     def components(self) -> list[Component]:
@@ -224,22 +221,30 @@ class _Segment(nn.Module):
         self.handed, self.start, self.scored = list(handed), start, scored
 
     def forward(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        states = [self.stem(given)]
-        for layer in self.layers:
-            state, score = _through(layer, states[-1])
-            states.append(state)
-        handed = [states[layer - self.start] for layer in self.handed]
-        return (states[-1], *handed, *([score] if self.scored else []))
+        walked = list(_walk(self.stem, self.layers, given))
+        handed = [walked[layer - self.start][1] for layer in self.handed]
+        before, last = walked[-1]
+        return (last, *handed, *([_score(before, last)] if self.scored else []))
 
 
-def _through(layer: nn.Module, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's output, and its `saturation` ``[batch]``."""
-    *reshape, rest = layer if isinstance(layer, nn.Sequential) else [layer]
-    before = reshape[0](state) if reshape else state
-    after = rest(before)
-    first, second = (one.flatten(1).unsqueeze(1) for one in (before, after))
-    read = torch.ones(first.shape[:2], device=state.device)
-    return after, saturation(first, second, read)
+def _walk(
+    stem: nn.Module, layers: Iterable[nn.Module], given: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The state behind the stem and each layer, and before it the one that a score compares it
+    with."""
+    state = stem(given)
+    yield state, state
+    for layer in layers:
+        *reshape, rest = layer if isinstance(layer, nn.Sequential) else [layer]
+        before = reshape[0](state) if reshape else state
+        state = rest(before)
+        yield before, state
+
+
+def _score(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The `saturation` ``[batch]`` of a layer, with its state as one vector."""
+    first, second = (state.flatten(1).unsqueeze(1) for state in (before, after))
+    return saturation(first, second, torch.ones(first.shape[:2], device=first.device))
 
 
 class _Projector(nn.Module):
@@ -263,9 +268,7 @@ class _Whole(nn.Module):
         self.reads = tower._read_at(tower.depth)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        states = [self.stem(pixel_values)]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
+        states = [state for _, state in _walk(self.stem, self.layers, pixel_values)]
         return self.projector(*(states[layer] for layer in self.reads))
 
 
