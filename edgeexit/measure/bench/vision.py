@@ -2,9 +2,10 @@
 and every layer behind which image tokens can leave.
 
 Beside every ratio stands its floor: the share of the unsplit model's time that the measure cannot
-touch, however early it acts. A time to the first token is also predicted from parts that were
-measured in other turns: the tower's time, the prefill's, and the segments' times with and without
-image tokens. A measured time that differs from that sum has a cost that the parts do not show.
+touch, however early it acts. A time to the first token is also predicted from parts: the tower's
+time in this run, and the prefill of the whole model in the same turn less what its segments save
+without image tokens, which is measured apart. A measured time that differs from that sum has a cost
+that the parts do not show.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from edgeexit.measure.bench.texts import Writer, decoded, time_against
 from edgeexit.measure.bench.vision_cases import TOWER, vision_chain
 from edgeexit.measure.inspect import bytes_by_part
 
+PARTS_RUNS = 9
+"""Runs in which the segments' times with and without image tokens are measured."""
+
 
 def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Writer]) -> Any:
     """The parts of each case, its ratios to the unsplit model, floors and predictions; None for a
@@ -32,13 +36,13 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
     cases: dict[str, dict[str, Any]] = {}
     for writer in others:
         own: dict[str, Any] = _parts(writer, tower)
+        saved_ms = 0.0
         if _of_tower(writer):
-            predicted = own["tower_ms"] + whole["first_token_ms"] - whole["tower_ms"]
             kept = unsplit["first_token_ms"] - unsplit["tower_ms"]
         else:
             assert drops is not None
             layer = int(writer.name.partition(":")[2])
-            predicted = whole["first_token_ms"] - drops.saved_ms(layer)
+            saved_ms = drops.saved_ms(layer)
             kept = unsplit["first_token_ms"] - unsplit["prefill_ms"] * drops.share_behind(layer)
         against = time_against(writer, baseline)
         cases[writer.name] = own | {
@@ -46,8 +50,7 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
             "time_per_token_against_unsplit": against["decode"],
             "answer_against_unsplit": _answer_ratio(writer, baseline),
             "floor_of_first_token": round(kept / unsplit["first_token_ms"], 4),
-            "predicted_first_token_ms": round(predicted, 3),
-            "predicted_over_measured": round(predicted / own["first_token_ms"], 4),
+            **_predicted(writer, full, saved_ms / 1e3),
         }
     return {
         "image_tokens": image_tokens(contest),
@@ -92,7 +95,9 @@ class _Drops:
             for exit_ in chain.exits
             if exit_.action == "drop"
         }
-        parts = [contest.chain.run("parts", [0], lead=False)["records"][0] for _ in range(5)]
+        parts = [
+            contest.chain.run("parts", [0], lead=False)["records"][0] for _ in range(PARTS_RUNS)
+        ]
         medians = (
             [statistics.median(times) for times in zip(*(part[key] for part in parts), strict=True)]
             for key in ("with_images_ms", "without_images_ms")
@@ -114,6 +119,27 @@ class _Drops:
             "with_images": [round(ms, 3) for ms in self.with_images],
             "without_images": [round(ms, 3) for ms in self.without],
         }
+
+
+def _predicted(writer: Writer, full: Writer, saved_s: float) -> dict[str, float]:
+    """Medians over turns of the predicted times, and of their ratios to the measured ones.
+
+    The prefill should take what it takes without the case, in the same turn, less what segments
+    save without image tokens; the time to the first token adds the steps before.
+    """
+    pairs = list(zip(writer.records, full.records, strict=True))
+    prefill = [_prompt_s(other) - saved_s for _, other in pairs]
+    first = [own["earlier_s"] + s for (own, _), s in zip(pairs, prefill, strict=True)]
+
+    def ratio(times: list[float], measured: Callable[[dict[str, Any]], float]) -> float:
+        found = [time / measured(own) for time, (own, _) in zip(times, pairs, strict=True)]
+        return round(statistics.median(found), 4)
+
+    return {
+        "predicted_first_token_ms": round(1e3 * statistics.median(first), 3),
+        "predicted_over_measured": ratio(first, lambda record: record["first_token_s"]),
+        "predicted_prefill_over_measured": ratio(prefill, _prompt_s),
+    }
 
 
 def _of_tower(writer: Writer) -> bool:
