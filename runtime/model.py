@@ -91,7 +91,8 @@ class Model(Writer, Loaded):
             heads = [ask or NO_SCORE for ask in asked.pop(name)]
             components.open(outputs_asked(manifest, chains[name], heads))
         self._steps = InputSteps(components, chains, tables, asked, launch_ahead)
-        self._checked = CheckedInputs(self._steps.takes, manifest.limits)
+        steps = self._steps
+        self._checked = CheckedInputs(steps.takes, manifest.limits, steps.placed)
         self._begin_texts(tables)
 
     @property

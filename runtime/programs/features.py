@@ -9,30 +9,32 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.runtime.executor.rows import Answers
+
 FEATURES_BYTES = 64 << 20
 """Default bound of kept image tokens."""
 
-Run = Callable[[NDArray[Any]], tuple[Mapping[str, NDArray[Any]], list[str]]]
-"""Runs the tower over images. Returns its outputs and the exit of each image."""
+Run = Callable[[Mapping[str, NDArray[Any]]], Answers]
+"""Runs a chain over images, which it gets by the input's name."""
 
 
 class FeatureCache:
-    """Outputs of a vision chain, one entry per image.
+    """Answers of vision chains, one entry per chain and image.
 
     Attributes:
         limit_bytes: Most bytes that are kept; the oldest go first.
-        hits, misses: Images that were known, and images that ran through the tower.
+        hits, misses: Images that were known, and images that ran through a tower.
     """
 
     def __init__(self, limit_bytes: int = FEATURES_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.hits = self.misses = 0
-        self._kept: OrderedDict[bytes, tuple[dict[str, NDArray[Any]], str]] = OrderedDict()
+        self._kept: OrderedDict[bytes, _Row] = OrderedDict()
         self._bytes = 0
 
     def clear(self) -> None:
@@ -40,44 +42,63 @@ class FeatureCache:
         self._kept.clear()
         self._bytes = 0
 
-    def features(
-        self, images: NDArray[Any], run: Run, *, together: int = 1
-    ) -> tuple[dict[str, NDArray[Any]], list[str]]:
-        """Outputs and exits for images ``[image, ...]``, in order.
+    def answers(
+        self, chain: str, name: str, images: NDArray[Any], run: Run, *, together: int = 1
+    ) -> Answers:
+        """A chain's answers for images ``[image, ...]``, in order.
 
         Args:
-            run: Runs the tower over images that are not known.
+            chain: The chain's name.
+            name: Of its input.
+            run: Runs the chain over images that are not known.
             together: Images that run at a time.
         """
-        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        digests = [_digest(chain, image) for image in images]
         rows = {digest: self._kept[digest] for digest in digests if digest in self._kept}
         new = [digest for digest in dict.fromkeys(digests) if digest not in rows]
         self.hits += len(digests) - len(new)
         self.misses += len(new)
         for start in range(0, len(new), together):
             chosen = new[start : start + together]
-            outputs, exits = run(images[[digests.index(digest) for digest in chosen]])
+            made = run({name: images[[digests.index(digest) for digest in chosen]]})
             for number, digest in enumerate(chosen):
-                own = {name: value[number].copy() for name, value in outputs.items()}
-                rows[digest] = own, exits[number]
+                own = {key: value[number].copy() for key, value in made.outputs.items()}
+                rows[digest] = _Row(own, made.exits[number], made.scores[number])
         for digest in dict.fromkeys(digests):
             self._keep(digest, rows[digest])
-        first, _ = rows[digests[0]]
-        stacked = {name: np.stack([rows[d][0][name] for d in digests]) for name in first}
-        return stacked, [rows[digest][1] for digest in digests]
+        ordered = [rows[digest] for digest in digests]
+        return Answers(
+            {key: np.stack([row.outputs[key] for row in ordered]) for key in ordered[0].outputs},
+            np.array([row.exit for row in ordered]),
+            np.array([row.score for row in ordered], np.float32),
+        )
 
-    def _keep(self, digest: bytes, row: tuple[dict[str, NDArray[Any]], str]) -> None:
+    def _keep(self, digest: bytes, row: _Row) -> None:
         """Keeps an image as the newest, and drops the oldest beyond the bound."""
         if self._kept.pop(digest, None) is None:
-            self._bytes += _size(row)
+            self._bytes += row.bytes
         self._kept[digest] = row
         while self._kept and self._bytes > self.limit_bytes:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= _size(oldest)
+            self._bytes -= oldest.bytes
 
 
-def _size(row: tuple[dict[str, NDArray[Any]], str]) -> int:
-    return sum(value.nbytes for value in row[0].values())
+class _Row(NamedTuple):
+    """A chain's answer for an image."""
+
+    outputs: dict[str, NDArray[Any]]
+    exit: np.int64
+    score: np.float32
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self.outputs.values())
+
+
+def _digest(chain: str, image: NDArray[Any]) -> bytes:
+    digest = hashlib.blake2b(f"{chain} {image.shape} {image.dtype}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.digest()
 
 
 __all__ = ["FEATURES_BYTES", "FeatureCache"]

@@ -7,8 +7,9 @@ towers, whose outputs the chain that writes text reads.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Call, Chain, Gather, Manifest, Place, Run, Tensor
 from edgeexit.bundle.policy import Decision
 from edgeexit.errors import InputError
-from edgeexit.runtime.executor.components import Components, exit_calls
+from edgeexit.runtime.executor.components import Components, exit_calls, inputs_taken
 from edgeexit.runtime.executor.launch_ahead import LaunchAhead
 from edgeexit.runtime.executor.rows import Answers, RowPass
 from edgeexit.runtime.executor.tables import Tables
+from edgeexit.runtime.programs.features import FeatureCache
 
 FORMS_KEPT = 1024
 """Combinations of input dtypes and shapes whose checks a model remembers."""
@@ -82,6 +84,9 @@ class InputSteps:
     Attributes:
         passes: Chain -> its `RowPass`.
         takes: The program inputs that these steps read.
+        images: Chains that read nothing but an input of images -> that input.
+        placed: Inputs of images that become nothing but rows for placeholders. Their rows are not
+            those of the other inputs, and there may be none.
     """
 
     def __init__(
@@ -114,7 +119,29 @@ class InputSteps:
         taken = {t.name for feeds in self._feeds.values() for t in feeds}
         taken |= {step.ids for step in self._steps if isinstance(step, Gather)}
         self.takes = {t.name: t for t in manifest.inputs if t.name in taken}
+        self.images: dict[str, str] = {}
+        self.placed: set[str] = set()
+        self._of_images(manifest, chains)
         self._single = next(iter(self.passes)) if len(self._steps) == len(self.passes) == 1 else ""
+
+    def _of_images(self, manifest: Manifest, chains: Mapping[str, Chain]) -> None:
+        """Sets `images` and `placed`."""
+        feeds = {chain: {tensor.name for tensor in own} for chain, own in self._feeds.items()}
+        read = {name for names in feeds.values() for name in names}
+        read |= {step.ids for step in self._steps if isinstance(step, Gather)}
+        if manifest.decoding is not None:
+            read |= inputs_taken(manifest, chains[manifest.decoding.chain])
+        placed = {step.source for step in manifest.steps if isinstance(step, Place)}
+        preprocessing = manifest.image_preprocessing
+        for chain, names in feeds.items():
+            [first, *others] = names
+            if others or first not in self.takes:
+                continue
+            made = {tensor.name for tensor in chains[chain].outputs}
+            if made & placed or (preprocessing is not None and first == preprocessing.input):
+                self.images[chain] = first
+            if made <= placed - read and sum(first in own for own in feeds.values()) == 1:
+                self.placed.add(first)
 
     def answer(
         self,
@@ -140,32 +167,40 @@ class InputSteps:
         *,
         patience: Mapping[str, int],
         timed: bool = False,
+        features: FeatureCache | None = None,
         seconds: dict[str, float] | None = None,
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Answers]]:
-        """Runs the steps. Returns all tensors (inputs and outputs), and every chain's answers.
+        """Runs the steps. Returns all tensors (inputs and outputs), and the answers of every chain
+        that ran: one for placeholders runs only if there are images.
 
         Args:
+            features: Answers of `images` chains for images that were seen before.
             seconds: Receives the time of each chain.
         """
         known, answers = dict(inputs), {}
+
+        def run(name: str, values: Mapping[str, NDArray[Any]]) -> Answers:
+            sizes = sizes_of(self._feeds[name], values)
+            return self.passes[name].run(
+                values, sizes, decisions[name], patience=patience[name], timed=timed
+            )
+
         for step in self._steps:
             if not isinstance(step, Run):
                 self._fill(step, known)
+                continue
+            name, read = step.chain, self.images.get(step.chain)
+            if read in self.placed and read not in known:
+                continue
+            started = time.perf_counter()
+            if read is None or features is None:
+                answers[name] = run(name, known)
             else:
-                name = step.chain
-                started = time.perf_counter()
-                feeds = self._feeds[name]
-                answers[name] = self.passes[name].run(
-                    known,
-                    sizes_of(feeds, known),
-                    decisions[name],
-                    patience=patience[name],
-                    timed=timed,
-                )
-                known |= answers[name].outputs
-                if seconds is not None:
-                    spent = time.perf_counter() - started
-                    seconds[name] = seconds.get(name, 0.0) + spent
+                tower, most = functools.partial(run, name), self.passes[name].largest_batch
+                answers[name] = features.answers(name, read, known[read], tower, together=most)
+            known |= answers[name].outputs
+            if seconds is not None:
+                seconds[name] = time.perf_counter() - started
         return known, answers
 
     def trace(self, inputs: Mapping[str, NDArray[Any]], chain: str) -> Trace:
@@ -174,18 +209,23 @@ class InputSteps:
         for step in self._steps:
             if not isinstance(step, Run):
                 self._fill(step, known)
-            else:
-                row_pass = self.passes[step.chain]
-                sizes = sizes_of(self._feeds[step.chain], known)
-                answers, times_ns = row_pass.run_all(known, sizes)
+                continue
+            read = self.images.get(step.chain)
+            if read in self.placed and read not in known:
                 if step.chain == chain:
-                    return Trace(
-                        [exit_.name for exit_ in row_pass.exits],
-                        [outputs for outputs, _ in answers],
-                        [scores for _, scores in answers],
-                        [time_ns / 1e6 for time_ns in times_ns],
-                    )
-                known |= answers[-1][0]
+                    raise InputError(f"input {read} is missing", fix=f"The chain {chain} reads it.")
+                continue
+            row_pass = self.passes[step.chain]
+            sizes = sizes_of(self._feeds[step.chain], known)
+            answers, times_ns = row_pass.run_all(known, sizes)
+            if step.chain == chain:
+                return Trace(
+                    [exit_.name for exit_ in row_pass.exits],
+                    [outputs for outputs, _ in answers],
+                    [scores for _, scores in answers],
+                    [time_ns / 1e6 for time_ns in times_ns],
+                )
+            known |= answers[-1][0]
         raise AssertionError(f"no step runs {chain}")
 
     def _fill(self, step: Gather | Place, known: dict[str, NDArray[Any]]) -> None:
@@ -193,11 +233,12 @@ class InputSteps:
         if isinstance(step, Gather):
             known[step.output.name] = self._tables.look_up(step, known[step.ids])
             return
-        token, source = self._groups[step.group].token, known[step.source]
-        places = known[self._ids[step.target]] == token
-        rows = source.reshape(-1, source.shape[-1])
-        check_placeholders(step, int(places.sum()), len(rows))
-        known[step.target][places] = rows
+        places = known[self._ids[step.target]] == self._groups[step.group].token
+        source = known.get(step.source)
+        rows = None if source is None else source.reshape(-1, source.shape[-1])
+        check_placeholders(step, int(places.sum()), 0 if rows is None else len(rows))
+        if rows is not None:
+            known[step.target][places] = rows
 
 
 def check_placeholders(step: Place, placeholders: int, rows: int) -> None:
@@ -241,10 +282,19 @@ def sizes_of(tensors: Sequence[Tensor], values: Mapping[str, NDArray[Any]]) -> d
 
 
 class CheckedInputs:
-    """Checks inputs against a signature. Remembers the dtypes and shapes that it has checked."""
+    """Checks inputs against a signature. Remembers the dtypes and shapes that it has checked.
 
-    def __init__(self, expected: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
-        self._expected, self._limits = expected, limits
+    Args:
+        expected, limits, placed: As for `check_inputs`.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, Tensor],
+        limits: Mapping[str, int],
+        placed: Collection[str] = (),
+    ) -> None:
+        self._expected, self._limits, self._placed = expected, limits, placed
         self._forms: dict[Any, dict[str, int]] = {}
 
     def sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -256,16 +306,24 @@ class CheckedInputs:
         except (AttributeError, LookupError, TypeError):
             form = known = None
         if known is None:
-            known = check_inputs(expected, inputs, self._limits)
+            known = check_inputs(expected, inputs, self._limits, self._placed)
             if len(self._forms) < FORMS_KEPT:
                 self._forms[form] = known
         return known
 
 
 def check_inputs(
-    expected: Mapping[str, Tensor], inputs: Mapping[str, NDArray[Any]], limits: Mapping[str, int]
+    expected: Mapping[str, Tensor],
+    inputs: Mapping[str, NDArray[Any]],
+    limits: Mapping[str, int],
+    placed: Collection[str] = (),
 ) -> dict[str, int]:
     """Checks inputs against a signature. Returns the size of every symbolic axis.
+
+    Args:
+        expected: Input name -> what it is.
+        limits: Symbolic axis -> the largest size.
+        placed: Inputs that may be missing, and whose rows are not those of the others.
 
     Raises:
         InputError: An input is wrong; the message names it and says what is expected.
@@ -275,8 +333,8 @@ def check_inputs(
             f"inputs are a {type(inputs).__name__}, not a mapping",
             fix=f"Call model({{{', '.join(f'{name!r}: array' for name in expected)}}}).",
         )
-    if inputs.keys() != expected.keys():
-        missing = sorted(expected.keys() - inputs.keys())
+    missing = sorted(expected.keys() - inputs.keys() - set(placed))
+    if missing or not inputs.keys() <= expected.keys():
         unknown = sorted(str(name) for name in inputs.keys() - expected.keys())
         what = f"input {missing[0]} is missing" if missing else f"there is no input {unknown[0]}"
         takes = f"The model takes {', '.join(expected)}." if expected else "Leave inputs out."
@@ -285,7 +343,9 @@ def check_inputs(
         raise InputError(what, fix=takes)
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
-        value = inputs[name]
+        if name not in inputs:
+            continue
+        value, own = inputs[name], {} if name in placed else sizes
         if not isinstance(value, np.ndarray):
             raise InputError(
                 f"input {name} is a {type(value).__name__}, not a numpy array",
@@ -302,7 +362,7 @@ def check_inputs(
                 fix="Inputs have an axis for rows, even for a single row.",
             )
         for axis, size in zip(tensor.axes, value.shape, strict=True):
-            known = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+            known = own.setdefault(axis, size) if isinstance(axis, str) else axis
             if size == 0:
                 raise InputError(
                     f"input {name} is empty (shape {list(value.shape)})",

@@ -154,7 +154,8 @@ def _source_texts(
     preprocessing = bundle.manifest.text_preprocessing
     if inputs:
         if _is_empty(prompts):
-            first = next(iter(inputs.values()))
+            read = {s.ids for s in bundle.manifest.steps if isinstance(s, Gather)} & inputs.keys()
+            first = inputs[next(iter(read or inputs))]  # images may be more than the texts
             count = len(first) if isinstance(first, np.ndarray) and first.ndim else 1
             return [np.array(start, np.int64)] * max(count, 1), {}
         if isinstance(prompts, str) or _texts(prompts):

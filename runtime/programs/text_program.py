@@ -154,28 +154,17 @@ class TextProgram:
         """Runs the steps before the text. Returns all tensors, and the exit of each row of each
         chain. Images that were seen before do not run again. `seconds` receives the time of each
         chain."""
-
-        def run(inputs: Mapping[str, NDArray[Any]]) -> tuple[Any, dict[str, list[str]]]:
-            known, answers = self._steps.run(
-                inputs, self._decisions, patience=self._patience, seconds=seconds
-            )
-            return known, {
-                name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
-                for name, earlier in answers.items()
-            }
-
-        sources = {step.source for step in prompts.places}
-        if not sources or len(self._steps.passes) > 1 or len(prompts.inputs) > 1:
-            return run(prompts.inputs)
-        [(name, images)], [chain] = prompts.inputs.items(), self._steps.passes
-
-        def tower(rows: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], list[str]]:
-            known, exits = run({name: rows})
-            return {source: known[source] for source in sources}, exits[chain]
-
-        most = self._steps.passes[chain].largest_batch
-        made, exits = self.features.features(images, tower, together=most)
-        return made, {chain: exits}
+        known, answers = self._steps.run(
+            prompts.inputs,
+            self._decisions,
+            patience=self._patience,
+            features=self.features,
+            seconds=seconds,
+        )
+        return known, {
+            name: [self._steps.passes[name].exits[k].name for k in earlier.exits.tolist()]
+            for name, earlier in answers.items()
+        }
 
     def _trace_texts(
         self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None

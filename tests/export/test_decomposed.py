@@ -95,6 +95,20 @@ def test_texts_equal_transformers_under_a_mask(made: Made, mode: Any) -> None:
         assert alone.finish().tokens == wanted[1:2]
 
 
+def test_a_second_question_about_an_image_does_not_run_the_tower(made: Made) -> None:
+    with load(made[1]) as model:
+        texts = [
+            model.generate(prompt, images=IMAGES[0], max_new_tokens=COUNT).finish().tokens
+            for prompt in (*PROMPTS, PROMPTS[0])
+        ]
+        assert (model.features.misses, model.features.hits) == (1, 3)
+        assert texts[0] == texts[3]
+        model.features.clear()
+        again = model.generate(PROMPTS, images=[IMAGES[0]] * 3, max_new_tokens=COUNT).finish()
+        assert again.tokens == [text for [text] in texts[:3]]
+        assert (model.features.misses, model.features.hits) == (2, 5)
+
+
 def test_unsplit_writes_the_same(made: Made) -> None:
     _, bundle, _ = made
     with load(bundle) as model, load(bundle, unsplit=True) as unsplit:

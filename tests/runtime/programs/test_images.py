@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgeexit.export import export
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.preprocessing.images import Cut
 from edgeexit.runtime import load
+from edgeexit.runtime.executor.rows import Answers
 from edgeexit.runtime.model import Model
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.images import text_of
@@ -228,22 +229,39 @@ def test_another_policy_forgets_features(model: Model) -> None:
 def test_a_feature_cache_drops_the_oldest() -> None:
     ran: list[int] = []
 
-    def run(images: np.ndarray) -> tuple[dict[str, np.ndarray], list[str]]:
+    def run(feeds: Mapping[str, np.ndarray]) -> Answers:
+        images = feeds["pixels"]
         ran.extend(images[:, 0].tolist())
-        return {"out": images * 2}, ["last"] * len(images)
+        ones = np.ones(len(images), np.int64)
+        return Answers({"out": images * 2}, ones, images[:, 1])
 
     images = np.arange(8, dtype=np.float32).reshape(4, 2)
     cache = FeatureCache(limit_bytes=2 * images[0].nbytes)
     for chosen, wanted in (([0, 1], [0, 2]), ([1, 2], [4]), ([0], [0]), ([2, 0], [])):
         ran.clear()
-        made, exits = cache.features(images[chosen], run)
-        assert (made["out"] == images[chosen] * 2).all() and exits == ["last"] * len(chosen)
+        made = cache.answers("vision", "pixels", images[chosen], run)
+        assert (made.outputs["out"] == images[chosen] * 2).all()
+        assert made.exits.tolist() == [1] * len(chosen)
+        assert (made.scores == images[chosen, 1]).all()
         assert ran == wanted
     none = FeatureCache(limit_bytes=0)
     for _ in range(2):
         ran.clear()
-        none.features(images[:1], run)
+        none.answers("vision", "pixels", images[:1], run)
         assert ran == [0]
+
+
+def test_a_feature_cache_tells_chains_and_shapes_apart() -> None:
+    cache, images = FeatureCache(), np.zeros((1, 4, 2), np.float32)
+    for chain, given in (("one", images), ("two", images), ("one", images.reshape(1, 2, 4))):
+        shape = given.shape[1:]
+
+        def run(feeds: Mapping[str, np.ndarray], shape: Any = shape) -> Answers:
+            return Answers({"out": feeds["pixels"]}, np.zeros(1, np.int64), np.zeros(1, np.float32))
+
+        made = cache.answers(chain, "pixels", given, run)
+        assert made.outputs["out"].shape[1:] == shape
+    assert (cache.hits, cache.misses) == (0, 3)
 
 
 def test_tiles_are_written_in_rows_with_an_overview() -> None:
