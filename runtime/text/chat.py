@@ -22,6 +22,14 @@ Message = Mapping[str, Any]
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
+_AS_IMAGE = 'Give images as {"type": "image", "path": "cat.jpg"}'
+_UNREAD = {
+    "video": f"{_AS_IMAGE}: some frames of the video, for example.",
+    "audio": "Give its text.",
+    "image_url": f"{_AS_IMAGE}; they are not downloaded.",
+}
+"""Types of a message's parts that a template would leave out, or write without what they mean."""
+
 _FORM = 'Give a list of {"role": "user", "content": "..."}.'
 
 
@@ -149,16 +157,22 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _check_parts(content: Any, where: str) -> None:
-    """Raises `InputError` for a part of a message that has another form than a text's. Parts of
-    other types are for models that take pictures; the template decides about them."""
+    """Raises `InputError` for a part of a message that has another form than a text's, or that no
+    model reads. The template decides about parts of other types."""
+    fix = 'Give parts as {"type": "text", "text": "..."}.'
     for number, part in enumerate(content if isinstance(content, list) else ()):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            what = f"{where}['content'][{number}] has no type"
+            what = "has no type"
         elif part["type"] == "text" and not isinstance(part.get("text"), str):
-            what = f"{where}['content'][{number}] has no text"
+            what = "has no text"
+        elif part["type"] in _UNREAD:
+            what, fix = (
+                f"is of type {part['type']!r}, which is not supported",
+                _UNREAD[part["type"]],
+            )
         else:
             continue
-        raise InputError(what, fix='Give parts as {"type": "text", "text": "..."}.')
+        raise InputError(f"{where}['content'][{number}] {what}", fix=fix)
 
 
 def _checked_tools(tools: Any) -> Any:
