@@ -30,6 +30,8 @@ _WARPS_FROM = 384
 """ConvNeXt's processor (ResNet's too) crops below this size and warps from it on."""
 Sample = dict[str, np.ndarray]
 LARGEST_EDGE = 8192
+MOST_TILES = 256
+"""The most that a manifest can say."""
 MEND = "Correct or remove the file; without it, the bundle takes preprocessed inputs (.npz) only."
 FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of an image processor; the second one has it under ``image_processor``."""
@@ -137,14 +139,21 @@ def _image_schema(
     size = {key: value for key, value in dict(config["size"]).items() if value is not None}
     longest, tiles = None, None
     if splits:
+        if "longest_edge" not in size:
+            raise _refused(path, f"size {size} has no longest_edge, which do_image_splitting needs")
         longest, edge = int(size["longest_edge"]), int(config["max_image_size"]["longest_edge"])
         size = {"height": edge, "width": edge}
         if config["do_image_splitting"]:
-            tiles = Tiles(rule="cover", most=math.ceil(longest / edge) ** 2)
+            most = math.ceil(longest / edge) ** 2
+            _check_tiles(path, "size / max_image_size", most)
+            tiles = Tiles(rule="cover", most=most)
     elif config.get("crop_to_patches") and config["max_patches"] > 1:
         most, least = int(config["max_patches"]), int(config["min_patches"])
+        _check_tiles(path, "max_patches", most)
         tiles = Tiles(rule="aspect-ratio", most=most, least=least)
     shortest = size.get("shortest_edge")
+    if config.get("do_center_crop") and not config.get("crop_size"):
+        raise _refused(path, "do_center_crop without crop_size is not supported")
     crop = dict(config["crop_size"]) if config.get("do_center_crop") else None
     if shortest is not None and processor.startswith("ConvNext"):
         if shortest >= _WARPS_FROM:
@@ -153,13 +162,16 @@ def _image_schema(
             crop = crop or {"height": shortest, "width": shortest}
             shortest = int(shortest / config["crop_pct"])
     elif crop is not None and shortest is None:
-        raise _refused(path, "a crop without shortest_edge is not supported")
+        raise _refused(path, "do_center_crop without shortest_edge in size is not supported")
     target = crop if shortest is not None else size
     resample = _RESAMPLE.get(int(config.get("resample", 2)))
-    if resample is None or target is None or not {"height", "width"} <= target.keys():
+    if resample is None:
+        raise _refused(path, f"resample {config.get('resample')} is not supported")
+    if target is None or not {"height", "width"} <= target.keys():
+        without = " without do_center_crop" if shortest is not None and crop is None else ""
         raise _refused(
             path,
-            f"size {config['size']} with resample {config.get('resample')} is not supported",
+            f"size {config['size']}{without} is not supported: a graph takes images of one size",
         )
     normalise = config.get("do_normalize", True)
     return ImagePreprocessing(
@@ -172,16 +184,26 @@ def _image_schema(
         longest_edge=longest,
         tiles=tiles,
         scale=float(config["rescale_factor"]) if config.get("do_rescale", True) else 1.0,
-        mean=_per_channel(path, config["image_mean"] if normalise else 0.0, channels),
-        std=_per_channel(path, config["image_std"] if normalise else 1.0, channels),
+        mean=_per_channel(path, "image_mean", config["image_mean"] if normalise else 0.0, channels),
+        std=_per_channel(path, "image_std", config["image_std"] if normalise else 1.0, channels),
     )
 
 
-def _per_channel(path: Path, value: float | Sequence[float], channels: int) -> list[float]:
-    values = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
-    if len(values) not in (1, channels):
-        raise _refused(path, f"{len(values)} means or deviations for {channels} channels")
-    return values * channels if len(values) == 1 else values
+def _check_tiles(path: Path, field: str, most: int) -> None:
+    if most > MOST_TILES:
+        raise _refused(
+            path, f"{field} cuts an image into up to {most} tiles (at most {MOST_TILES})"
+        )
+
+
+def _per_channel(
+    path: Path, field: str, value: float | Sequence[float], channels: int
+) -> list[float]:
+    if not isinstance(value, Sequence):
+        return [float(value)] * channels
+    if len(value) != channels:
+        raise _refused(path, f"{field} has {len(value)} values, images have {channels} channels")
+    return [float(v) for v in value]
 
 
 def _sample_image(schema: ImagePreprocessing) -> np.ndarray:

@@ -25,9 +25,10 @@ from edgeexit.bundle.manifest import (
     Run,
     TokenGroup,
 )
+from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
-from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits, save_model
+from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
 from edgeexit.export.exits.tower import (
     CHAIN,
     IMAGE_FEATURES,
@@ -89,8 +90,7 @@ class ExitVisionLanguage(ExitDecoder):
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
         self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")
-        drop_layers = check_layers(drops, self.depth, "decoder")
-        self.border_layers = sorted({*self.exit_layers, *drop_layers})
+        self.border_layers = sorted({*self.exit_layers, *_drop_layers(drops, self.depth)})
         self.prompt: ImageText | None = None
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
@@ -213,6 +213,20 @@ class ExitVisionLanguage(ExitDecoder):
             for place, early in enumerate(behind):
                 rows = torch.where(seeing, blind[-1] + place * each[-1] + each, blind) - 1
                 yield {f"{early}exit_{number}": logits[rows]}
+
+
+def _drop_layers(drops: Iterable[int], depth: int) -> list[int]:
+    """Layers behind which image tokens can leave. Raises `UsageError` for invalid ones."""
+    layers = list(drops)
+    for layer in layers:
+        if not isinstance(layer, int) or not 1 <= layer < depth:
+            raise UsageError(
+                f"image tokens cannot leave behind layer {layer!r}; the decoder has layers 1 to "
+                f"{depth}",
+                fix=f"Give layers from 1 to {depth - 1} (--drop-image-tokens): before the first, "
+                "nothing has read the image, and behind the last, nothing reads it.",
+            )
+    return layers
 
 
 __all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]

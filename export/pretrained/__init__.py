@@ -70,7 +70,16 @@ def from_pretrained(
             exits for these layers; or an adapter cannot be read or merged.
     """
     checkpoint = open_checkpoint(path, adapter)
-    config, saved = checkpoint.config, _saved_exits(checkpoint, use=saved_exits)
+    config = checkpoint.config
+    known = {*FAMILIES, *DECODERS, *ENCODER_DECODERS, *VISION_LANGUAGE}
+    if config.model_type not in known:
+        raise ExportError(
+            f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
+            f"(it has {', '.join(sorted(known))})",
+            fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
+            "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
+        )
+    saved = _saved_exits(checkpoint, use=saved_exits)
     if config.model_type in VISION_LANGUAGE:
         chosen = Exits(
             decoder=exits,
@@ -108,16 +117,9 @@ def from_pretrained(
             f"{path}: adapters are for language models, this is a {config.model_type}",
             fix="Leave them out: a classifier's exits have heads of their own.",
         )
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = {*FAMILIES, *DECODERS, *ENCODER_DECODERS, *VISION_LANGUAGE}
-        raise ExportError(
-            f"{path}: edgeexit has no adapter for the model type {config.model_type!r} "
-            f"(it has {', '.join(sorted(known))})",
-            fix="Export it to ONNX with exit outputs and give that file, or write an adapter "
-            "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
-        )
-    return read_classifier(checkpoint, saved, exits, *family, untrained=untrained)
+    return read_classifier(
+        checkpoint, saved, exits, *FAMILIES[config.model_type], untrained=untrained
+    )
 
 
 def depth_of(path: str | Path) -> int:
