@@ -82,9 +82,9 @@ MUTATIONS = [
     ),
     Mutation(
         "positions after a drop: they follow the states' lengths",
-        SESSION,
-        "states.gaps[row] = end - states.lengths[row]",
-        "states.gaps[row] = 0",
+        "runtime/executor/states.py",
+        "self.gaps[row] = end - self.lengths[row]",
+        "self.gaps[row] = 0",
     ),
     Mutation(
         "adapter: tokens that were not drafted leave gaps in its states",
