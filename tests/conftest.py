@@ -35,6 +35,7 @@ settings.load_profile("edgeexit")
 
 
 SLOW_FILES = (
+    "test_vision_language.py",
     "test_generate.py",
     "test_adapters.py",
     "test_models.py",
@@ -343,3 +344,27 @@ def _export(checkpoint: Path, output: Path) -> Bundle:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch's exporter says about itself
         return export(from_pretrained(checkpoint).split_model(), output)
+
+
+@pytest.fixture(scope="session")
+def vision_folder(once: Once) -> Callable[[str], Path]:
+    """A small checkpoint of a family of vision-language models, made when it is first asked for."""
+    from tests.vision_models import save_checkpoint
+
+    return lambda family: once(family, lambda folder: save_checkpoint(family, folder))
+
+
+@pytest.fixture(scope="session")
+def vision_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[[str], Bundle]:
+    """The same as a bundle with exits in all of its parts. Shared: never change it."""
+    from tests.vision_models import load_split, with_fewer_forms
+
+    def make(family: str, folder: Path) -> None:
+        from edgeexit.export import export
+
+        split = load_split(family, vision_folder(family)).split_model()
+        export(with_fewer_forms(family, split), folder)
+
+    return functools.cache(
+        lambda family: open_bundle(once(f"{family}-bundle", functools.partial(make, family)))
+    )

@@ -21,11 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 import edgeexit
 from edgeexit.bundle.reader import Bundle
 from edgeexit.cli import VERBS, cli
-from edgeexit.export import export, export_onnx
-from edgeexit.export.pretrained import from_pretrained
+from edgeexit.export import export_onnx
 from edgeexit.runtime import Policy, Rule, write_policy
 from tests.command_lines import find_commands, parse
-from tests.vision_models import make_images, save_checkpoint
+from tests.vision_models import make_images
 
 ROOT = Path(edgeexit.__file__).parent.parent
 DOCUMENTS = [
@@ -128,6 +127,7 @@ def options_of(verb: str) -> list[str]:
 def folder(
     tmp_path_factory: pytest.TempPathFactory,
     decoder_bundle: Callable[[str], Bundle],
+    vision_bundle: Callable[[str], Bundle],
     chat_bundle: Bundle,
 ) -> Path:
     """A folder with the bundles and the policy that documents name, small and untrained."""
@@ -136,8 +136,7 @@ def folder(
     write_policy(Policy(rules={"main": Rule(thresholds=0.9)}), folder / "policy.json")
     (folder / "writer").symlink_to(decoder_bundle("llama").path)
     (folder / "talker").symlink_to(chat_bundle.path)
-    checkpoint = save_checkpoint("llava", folder / "llava")
-    export(from_pretrained(checkpoint, exits=[2]).split_model(), folder / "vlm")
+    (folder / "vlm").symlink_to(vision_bundle("llava").path)
     for name, image in zip(("cat.jpg", "dog.png"), make_images(2), strict=True):
         image.save(folder / name)
     return folder

@@ -1,13 +1,12 @@
 """Small vision-language models of every family, made from a configuration and saved as a checkpoint
-with tokenizer and image processor; and the plainest way to run them.
+with tokenizer and image processor.
 
 Weights are drawn wide, so that positions, image tokens and masks matter.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,23 @@ import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from edgeexit.export import SplitModel
+from edgeexit.export.pretrained import from_pretrained
+
 VOCABULARY, LAYERS, SIZE, PATCH = 300, 4, 32, 8
 PLACEHOLDER = VOCABULARY - 1
-DECODERS = ("llava", "internvl", "internvl_qwen3", "smolvlm", "blip2")
+DECODERS = ("llava", "internvl", "smolvlm", "blip2")
 """Families whose decoder reads the image tokens; Florence-2's encoder does."""
 FAMILIES = (*DECODERS, "florence2")
-MARKERS = {"internvl": "<IMG_CONTEXT>", "internvl_qwen3": "<IMG_CONTEXT>"}
+MARKERS = {"internvl": "<IMG_CONTEXT>"}
+EXITS, DROPS = [1, 2], [3]
+TOWER_EXITS = {"llava": [1, 2], "florence2": [3]}
+"""Exits of a family's tower; others have one behind the first layer. Florence-2's is inside a
+stage."""
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -40,7 +47,7 @@ _LLAMA = {**_TEXT, "num_key_value_heads": 2, "intermediate_size": 48}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": SIZE,
     "patch_size": PATCH,
@@ -55,38 +62,16 @@ def marker_of(family: str) -> str:
 
 
 def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """A model of four layers, in the tower and behind it, with random weights."""
+    """A model of a few layers, in the tower and behind it, with random weights."""
     torch.manual_seed(seed)
     t: Any = transformers
-    if family == "llava":
-        config = t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**_VISION, projection_dim=16),
-            text_config=t.LlamaConfig(**_LLAMA),
-            image_token_id=PLACEHOLDER,
-            image_token_index=PLACEHOLDER,
-        )
-        model = t.LlavaForConditionalGeneration(config)
-    elif family.startswith("internvl"):
-        text = (
-            t.Qwen3Config(**_LLAMA, head_dim=16) if "qwen3" in family else t.Qwen2Config(**_LLAMA)
-        )
-        vision = {**_VISION, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}
-        config = t.InternVLConfig(
-            vision_config=t.InternVLVisionConfig(**vision),
-            text_config=text,
-            image_token_id=PLACEHOLDER,
-            downsample_ratio=0.5,
-        )
-        model = t.InternVLForConditionalGeneration(config)
+    if family == "llava":  # its projector reads the last but one of four layers
+        vision = t.CLIPVisionConfig(**{**_VISION, "num_hidden_layers": 4}, projection_dim=16)
+        model = make_llava(vision, t.Qwen3Config(**_LLAMA, head_dim=16))
+    elif family == "internvl":
+        model = make_internvl(t.Qwen2Config(**_LLAMA))
     elif family == "smolvlm":
-        config = t.SmolVLMConfig(
-            vision_config=SmolVLMVisionConfig(**_VISION),
-            text_config=t.LlamaConfig(**_LLAMA),
-            image_token_id=PLACEHOLDER,
-            scale_factor=2,
-            tie_word_embeddings=False,
-        )
-        model = t.SmolVLMForConditionalGeneration(config)
+        model = make_smolvlm(t.SmolVLMConfig, SmolVLMVisionConfig)
     elif family == "blip2":
         config = t.Blip2Config(
             vision_config=t.Blip2VisionConfig(**_VISION),
@@ -106,6 +91,84 @@ def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
         model = t.Blip2ForConditionalGeneration(config)
     else:
         model = t.Florence2ForConditionalGeneration(_florence2())
+    return widened(model)
+
+
+def make_variant(name: str) -> transformers.PreTrainedModel:
+    """A model of a class and parts that `make_model` has in no family."""
+    torch.manual_seed(1)
+    t: Any = transformers
+    llama, qwen2 = t.LlamaConfig(**_LLAMA), t.Qwen2Config(**_LLAMA)
+    clip = t.CLIPVisionConfig(**_VISION, projection_dim=16)
+    if name == "LLaVA, CLIP, Llama":
+        model = make_llava(clip, llama)
+    elif name == "LLaVA, SigLIP, Qwen2":
+        siglip = t.SiglipVisionConfig(**_VISION)
+        model = make_llava(siglip, qwen2, vision_feature_select_strategy="full")
+    elif name == "LLaVA, two layers read":
+        model = make_llava(clip, llama, vision_feature_layer=[1, -1])
+    elif name == "InternVL, Qwen3":
+        model = make_internvl(t.Qwen3Config(**_LLAMA, head_dim=16))
+    elif name == "InternVL, Llama":
+        model = make_internvl(llama, vision_feature_layer=2)
+    else:
+        model = make_smolvlm(t.Idefics3Config, Idefics3VisionConfig)
+    return widened(model)
+
+
+VARIANTS = (
+    "LLaVA, CLIP, Llama",
+    "LLaVA, SigLIP, Qwen2",
+    "LLaVA, two layers read",
+    "InternVL, Qwen3",
+    "InternVL, Llama",
+    "Idefics3",
+)
+
+
+def make_llava(vision: Any, text: Any, **options: Any) -> transformers.PreTrainedModel:
+    """A LLaVA model of these configurations, without the weights of `widened`."""
+    t: Any = transformers
+    config = t.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=PLACEHOLDER,
+        image_token_index=PLACEHOLDER,
+        **options,
+    )
+    return t.LlavaForConditionalGeneration(config)
+
+
+def make_internvl(text: Any, **options: Any) -> transformers.PreTrainedModel:
+    """An InternVL model with this language model."""
+    t: Any = transformers
+    vision = {**_VISION, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}
+    config = t.InternVLConfig(
+        vision_config=t.InternVLVisionConfig(**vision),
+        text_config=text,
+        image_token_id=PLACEHOLDER,
+        downsample_ratio=0.5,
+        **options,
+    )
+    return t.InternVLForConditionalGeneration(config)
+
+
+def make_smolvlm(kind: Any, vision: Any) -> transformers.PreTrainedModel:
+    """A SmolVLM or Idefics3, whose configurations are of these kinds."""
+    t: Any = transformers
+    config = kind(
+        vision_config=vision(**_VISION),
+        text_config=t.LlamaConfig(**_LLAMA),
+        image_token_id=PLACEHOLDER,
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    name = kind.__name__.removesuffix("Config")
+    return getattr(t, f"{name}ForConditionalGeneration")(config)
+
+
+def widened(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A model with noise on its weights, so that everything in it matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -119,7 +182,7 @@ def _florence2() -> Any:
             embed_dim=[8, 16, 32, 64],
             num_heads=[1, 2, 4, 4],
             num_groups=[1, 2, 4, 4],
-            depths=[1, 1, 3, 1],
+            depths=[1, 1, 2, 1],
             window_size=4,
             projection_dim=64,
             max_position_embeddings=8,
@@ -208,54 +271,25 @@ def make_images(count: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(random.randint(0, 256, shape).astype(np.uint8)) for shape in shapes]
 
 
-def reference_text(
-    model: Any, ids: Sequence[int], pixels: torch.Tensor | None, count: int
-) -> list[int]:
-    """The greedy tokens of transformers' `generate` for one prompt, up to the stop token."""
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
-    if pixels is not None:
-        smolvlm = type(model).__name__.startswith(("SmolVLM", "Idefics3"))
-        inputs["pixel_values"] = pixels[None] if smolvlm else pixels
-    made = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0].tolist()
-    new = made[len(ids) :]
-    return new[: new.index(0)] if 0 in new else new
+def load_split(family: str, folder: Path) -> Any:
+    """A family's checkpoint with exits, as its bundle has them."""
+    encodes = family == "florence2"
+    return from_pretrained(
+        folder,
+        exits=EXITS,
+        tower_exits=TOWER_EXITS.get(family, [1]),
+        encoder_exits=[2] if encodes else None,
+        image_drops=() if encodes else DROPS,
+        untrained=True,
+    )
 
 
-def in_float64(split: Any) -> Any:
-    """A copy of a model with exits that computes in float64; kept while the model lives."""
-    made = getattr(split, "float64", None)
-    if made is None:
-        made = copy.deepcopy(split)
-        made.double()
-        object.__setattr__(split, "float64", made)  # not a part of the model
-    return made
-
-
-def text_without_images(
-    split: Any, ids: Sequence[int], pixels: torch.Tensor | None, layer: int, count: int
-) -> list[int]:
-    """Greedy tokens in float64 where the prompt's image tokens are left out behind a layer and all
-    others keep their positions; every token from the beginning."""
-    split = in_float64(split)
-    pixels = None if pixels is None else pixels.double()
-    prompt, tokens = len(ids), list(ids)
-    for _ in range(count):
-        all_ids = torch.tensor([tokens])
-        images = () if pixels is None else (pixels,)
-        state = torch.cat(
-            [split.embed(all_ids[:, :prompt], *images), split.embed(all_ids[:, prompt:])], 1
-        )
-        positions = torch.arange(len(tokens))[None]
-        if split.trunk.stem is not None:
-            state = split.trunk.stem(state, positions)
-        for number, one in enumerate(split.layers, start=1):
-            state = split._through_layer(one, state, positions)
-            if number == layer:
-                kept = (all_ids[0] != PLACEHOLDER) | (torch.arange(len(tokens)) >= prompt)
-                state, positions = state[:, kept], positions[:, kept]
-        assert state.dtype == torch.float64
-        token = int(split.trunk.head(state[:, -1]).argmax())
-        if token == 0:
-            break
-        tokens.append(token)
-    return tokens[prompt:]
+def with_fewer_forms(family: str, model: SplitModel) -> SplitModel:
+    """A split model without the fastest forms of token states, so that families differ in the form
+    that their tests run: LLaVA in place, InternVL fixed, the others the plain form."""
+    first = {"llava": 0, "internvl": 1}.get(family, 2)
+    components = [
+        dataclasses.replace(one, forms=one.forms[first:]) if one.token_states else one
+        for one in model.components
+    ]
+    return dataclasses.replace(model, components=components)

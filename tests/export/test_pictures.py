@@ -16,6 +16,8 @@ from edgeexit.errors import ExportError
 from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.preprocessing.images import open_image, preprocess_images
 from tests.checkpoints import save_preprocessor
+from tests.vision_models import FAMILIES as VISION_FAMILIES
+from tests.vision_models import make_processor
 
 EDGE, CROP = {"shortest_edge": 40}, {"height": 32, "width": 32}
 EXPRESSED: dict[str, dict[str, Any]] = {
@@ -189,3 +191,47 @@ def test_images_are_cut_into_the_tiles_of_the_processor(kind: str, tmp_path: Pat
         pixels = random.randint(0, 256, (*shape, 3)).astype(np.uint8)
         found.append(len(preprocess_images(made[0], [Image.fromarray(pixels)])))
     assert tuple(found) == counts
+
+
+SIZES = [(1, 1), (7, 2000), (2000, 7), (4000, 3000), (33, 1)]
+MODES = ["L", "LA", "RGBA", "CMYK", "P", "1"]
+
+
+def assert_same_pixels(family: str, folder: Path, theirs: Image.Image, ours: Image.Image) -> None:
+    """The device makes the pixels of a vision-language family's processor, as the model's own
+    processor calls it."""
+    processor = make_processor(family)
+    processor.save_pretrained(folder)
+    options = {"crop_to_patches": True} if family == "internvl" else {}
+    made = image_preprocessing(folder, 3, options=options)
+    assert made is not None
+    asked = processor(theirs, input_data_format="channels_last", return_tensors="np", **options)
+    expected = np.asarray(asked["pixel_values"], np.float32)
+    expected = expected.reshape(-1, *expected.shape[-3:])
+    np.testing.assert_allclose(preprocess_images(made[0], [ours]), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_images_of_extreme_sizes_become_the_pixels_of_the_processor(
+    family: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    pixels = np.random.RandomState(1).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    assert_same_pixels(family, tmp_path, image, image)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_files_of_every_mode_become_the_pixels_of_the_processor(
+    family: str, mode: str, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """Grey, transparent, CMYK, palettes; all turned by EXIF, as transformers turns them."""
+    picture = pictures[1].convert("L") if mode in ("LA", "1") else pictures[1]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    picture.convert(mode).save(path, exif=exif)
+    theirs, ours = load_image(str(path)), open_image(path, path.name)
+    assert ours.size == theirs.size == pictures[1].size[::-1]
+    assert_same_pixels(family, tmp_path, theirs, ours)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +16,20 @@ from edgeexit.bundle.policy import Policy, Rule
 from edgeexit.bundle.raw_inputs import ImageText
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, EdgeExitError, InputError, UsageError
-from edgeexit.export import export
-from edgeexit.export.pretrained import from_pretrained
 from edgeexit.preprocessing.images import Cut
 from edgeexit.runtime import load
 from edgeexit.runtime.executor.rows import Answers
 from edgeexit.runtime.model import Model
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.images import text_of
-from tests.decoders import save_decoder
-from tests.vision_models import make_images, save_checkpoint
+from tests.vision_models import make_images, marker_of
 
 MARKER = "<image>"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("images")
-    checkpoint = save_checkpoint("llava", folder / "checkpoint")
-    split = from_pretrained(checkpoint, exits=[2], tower_exits=[1], untrained=True)
-    return export(split.split_model(), folder / "bundle")
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Bundle) -> Iterator[Model]:
-    with load(bundle) as loaded:
+def model(vision_bundle: Callable[[str], Bundle]) -> Iterator[Model]:
+    with load(vision_bundle("llava")) as loaded:
         yield loaded
 
 
@@ -135,7 +126,20 @@ def test_files_that_are_no_images_are_refused_by_name(
         tokens(model, MARKER, path)
 
 
-def test_bombs_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bombs_are_refused(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of some KiB that would be 2.5 GB of pixels; and an image in memory."""
+    side = 50_000
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side // 8 + 1) * 100))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+        )
+    )
+    with pytest.raises(DataError, match="image 1 of prompt 1, .*bomb.png: .*2500000000 pixels"):
+        tokens(model, MARKER, tmp_path / "bomb.png")
     monkeypatch.setattr("edgeexit.preprocessing.images.IMAGE_LIMIT_PIXELS", 1000)
     with pytest.raises(DataError, match="100 x 100 pixels"):
         tokens(model, MARKER, Image.new("RGB", (100, 100)))
@@ -193,11 +197,33 @@ def test_image_items_and_images_must_agree(model: Model) -> None:
         model.chat(messages, images=make_images(2))
 
 
-def test_a_model_without_a_tower_takes_no_images(tmp_path: Path) -> None:
-    checkpoint = save_decoder("llama", tmp_path / "checkpoint")
-    bundle = export(from_pretrained(checkpoint, exits=[2]).split_model(), tmp_path / "bundle")
-    with load(bundle) as text, pytest.raises(InputError, match="takes no images"):
+def test_a_model_without_a_tower_takes_no_images(
+    decoder_bundle: Callable[[str], Bundle],
+) -> None:
+    with (
+        load(decoder_bundle("llama")) as text,
+        pytest.raises(InputError, match="takes no images"),
+    ):
         text.generate("a", images=make_images(1))
+
+
+UNREAD = [
+    ({"type": "video", "path": "film.mp4"}, "type 'video', which is not supported.*frames"),
+    ({"type": "audio", "path": "voice.wav"}, "type 'audio', which is not supported"),
+    ({"type": "image_url", "image_url": {"url": "https://a/b.png"}}, "'image_url'.*downloaded"),
+]
+
+
+@pytest.mark.parametrize(("part", "message"), UNREAD)
+def test_parts_of_messages_that_nothing_reads_are_refused(
+    model: Model, part: dict[str, Any], message: str
+) -> None:
+    """The template would leave them out, and the answer would be to another question."""
+    content = [part, {"type": "text", "text": "What happens?"}]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "user", "content": content}]
+    for call in (model.chat, model.chat_prompt):
+        with pytest.raises(InputError, match=rf"messages\[1\]\['content'\]\[0\] .*{message}"):
+            call(messages)
 
 
 def test_features_of_known_images_are_kept_within_their_bound(model: Model) -> None:
@@ -212,6 +238,43 @@ def test_features_of_known_images_are_kept_within_their_bound(model: Model) -> N
     assert (cache.hits - before[0], cache.misses - before[1]) == (5, 3)
     exits = model.generate(prompts[0], images=images[:2], max_new_tokens=1).finish()
     assert exits.statistics.earlier["vision"] == ["tower_exit_3"] * 2
+
+
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_a_second_question_about_an_image_does_not_run_the_tower(
+    vision_bundle: Callable[[str], Bundle], family: str
+) -> None:
+    """Whatever chains follow the tower: Florence-2's encoder reads the image with each text."""
+    image, marker = make_images(1)[0], marker_of(family)
+    with load(vision_bundle(family)) as model, load(vision_bundle(family)) as forgetful:
+        forgetful.features.limit_bytes = 0
+        for number, question in enumerate(("what is it?", "and where?", "what is it?")):
+            made, again = (
+                one.generate(marker + question, images=image, max_new_tokens=8).finish()
+                for one in (model, forgetful)
+            )
+            assert made.tokens == again.tokens and made.tokens[0]
+            assert made.statistics.earlier == again.statistics.earlier
+            assert (model.features.misses, model.features.hits) == (1, number)
+            assert (forgetful.features.misses, forgetful.features.hits) == (number + 1, 0)
+
+
+def test_rows_with_a_known_image_a_new_one_and_none(
+    vision_bundle: Callable[[str], Bundle],
+) -> None:
+    """Florence-2: as many texts as rows of the encoder's other inputs, not as images."""
+    first, second = make_images(2)
+    with load(vision_bundle("florence2")) as model:
+        prompts = ["what is it?", "a cat", "ab", "and?"]
+        images = [[first], [], [second, first], [second]]
+        together = model.generate(prompts, images=images, max_new_tokens=8).finish().tokens
+        assert (model.features.misses, model.features.hits) == (2, 2)
+        for prompt, own, text in zip(prompts, images, together, strict=True):
+            alone = model.generate(prompt, images=own, max_new_tokens=8).finish()
+            assert alone.tokens == [text]
+        assert model.features.misses == 2
+        assert model.generate("a cat", max_new_tokens=8).finish().tokens == together[1:2]
+        assert len(set(map(tuple, together))) > 1
 
 
 def test_another_policy_forgets_features(model: Model) -> None:

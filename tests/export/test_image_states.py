@@ -1,0 +1,207 @@
+"""Prompts with images in float64: what is kept of every token after catch-up, and what is left when
+image tokens leave.
+
+The reference runs a whole text in one pass, with rows removed where image tokens leave. A text is
+greedy if the reference's likeliest token behind each of its tokens is the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgeexit.bundle.policy import ALWAYS, Policy, Rule
+from edgeexit.bundle.reader import Bundle
+from edgeexit.errors import InputError
+from edgeexit.runtime import load
+from edgeexit.runtime.executor.components import token_states
+from edgeexit.runtime.model import Model
+from edgeexit.runtime.programs.prompts import pad_source
+from tests.vision_models import (
+    DECODERS,
+    EXITS,
+    FAMILIES,
+    LAYERS,
+    PLACEHOLDER,
+    load_split,
+)
+from tests.vision_reference import prompts_of, random_pixels, run_in_float64
+
+COUNT = 20
+KINDS = ["start", "two", "none", "middle"]
+Bundles = Callable[[str], Bundle]
+
+
+@dataclass
+class Asked:
+    """Prompts of unlike lengths and places, with their images."""
+
+    split: Any
+    prompts: list[list[int]]
+    images: list[torch.Tensor | None]
+
+    def alone(self, row: int) -> Asked:
+        return Asked(self.split, [self.prompts[row]], [self.images[row]])
+
+    @property
+    def encodes(self) -> bool:
+        return bool(self.split.model.config.is_encoder_decoder)
+
+    def generate(self, model: Model, **options: Any) -> Any:
+        pixels = [images for images in self.images if images is not None]
+        inputs = {"pixel_values": torch.cat(pixels).numpy()} if pixels else {}
+        prompts: list[Any] = self.prompts
+        if self.encodes:
+            inputs, prompts = inputs | pad_source(model.bundle, prompts), []
+        return model.generate(
+            prompts, inputs=inputs or None, max_new_tokens=COUNT, **options
+        ).finish()
+
+    def reference(
+        self, row: int, text: Sequence[int], drop: int | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        prompt, images = self.prompts[row], self.images[row]
+        return run_in_float64(self.split, prompt, text, images, drop)
+
+    def assert_greedy(self, texts: Sequence[list[int]], drop: int | None = None) -> None:
+        """Every text is what the reference writes."""
+        stops = (0, 2) if self.encodes else (0,)
+        for row, text in enumerate(texts):
+            _, logits = self.reference(row, text, drop)
+            best = logits.argmax(-1).tolist()
+            assert best[: len(text)] == text, (row, drop)
+            assert len(text) == COUNT or best[len(text)] in stops
+
+    def assert_states(
+        self, model: Model, texts: Sequence[list[int]], drop: int | None = None
+    ) -> None:
+        """The states of every layer are those of a whole run over the same tokens."""
+        session = model._session
+        assert session is not None
+        for row, text in enumerate(texts):
+            # The last token has been chosen, and nothing has run over it yet; a text that ended
+            # early ran over its last one to find the stop token.
+            states, _ = self.reference(row, text[: COUNT - 1], drop)
+            layers = 0
+            for part in session.parts:
+                for state in token_states(part.component):
+                    expected = states[state.name]
+                    length = part.states.lengths[row]
+                    assert length == expected.shape[1], (row, state.name)
+                    found = np.asarray(part.states.rows(state.name))[row, :, :length]
+                    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
+                    layers += 1
+            assert layers == 2 * LAYERS
+
+
+@pytest.fixture(scope="session")
+def asked(vision_folder: Callable[[str], Path]) -> Callable[[str], Asked]:
+    def make(family: str) -> Asked:
+        split = load_split(family, vision_folder(family))
+        tokens = int(split.whole.tower.tokens)
+        prompts = prompts_of(tokens, KINDS)
+        counts = [prompt.count(PLACEHOLDER) // tokens for prompt in prompts]
+        images = random_pixels(split, sum(counts)).split(counts)
+        return Asked(split, prompts, [own if len(own) else None for own in images])
+
+    return functools.cache(make)
+
+
+def leaving(model: Model, asked: Asked) -> dict[str, float]:
+    """Thresholds that half of the tokens reach."""
+    texts, scores = asked.generate(model).tokens, []
+    for row, text in enumerate(texts):
+        prompt, images = asked.prompts[row], asked.images[row]
+        ids, given = torch.tensor([prompt + text]), {}
+        source: Any = ()
+        if asked.encodes:
+            read, own = torch.tensor([prompt]), () if images is None else (images,)
+            source = asked.split.encode(read, torch.ones_like(read), images=own)
+            ids = torch.tensor([[2, *text]])
+        elif images is not None:
+            given = {"pixel_values": images}
+        with torch.no_grad():
+            exits = asked.split(ids, exits=EXITS, source=source, **given)
+        best = [exits[layer][0, -len(text) - 1 :].softmax(-1).amax(-1) for layer in EXITS]
+        scores.append(torch.stack(best))
+    medians = torch.cat(scores, 1).median(1).values.tolist()
+    return {f"exit_{layer}": score for layer, score in zip(EXITS, medians, strict=True)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_after_catching_up_are_those_of_a_whole_run(
+    asked: Callable[[str], Asked], vision_bundle: Bundles, family: str
+) -> None:
+    """Prompts as a batch, and each alone: then more tokens wait for the last layers at the end."""
+    whole = asked(family)
+    with load(vision_bundle(family)) as model:
+        rules = dict.fromkeys(model.chains, Rule())
+        rules["main"] = Rule(thresholds=leaving(model, whole), score="max_prob")
+        model.policy = Policy(rules=rules)
+        waited, exits, catch_ups = 0, set(), 0
+        for own in (whole, *map(whole.alone, range(len(KINDS)))):
+            texts = own.generate(model, mode="fast")
+            waited += waiting(model)
+            exits |= texts.statistics.exits.keys()
+            catch_ups += texts.statistics.catch_ups
+            audited = own.generate(model, mode="fast", audit=True)
+            assert audited.tokens == texts.tokens and not waiting(model)
+            own.assert_states(model, texts.tokens)
+        assert waited and catch_ups and exits >= {"exit_1", f"exit_{LAYERS}"}
+
+
+def waiting(model: Model) -> int:
+    """Tokens that have not reached the last component."""
+    session = model._session
+    assert session is not None
+    first, last = session.parts[0].states.lengths, session.parts[-1].states.lengths
+    return sum(first) - sum(last)
+
+
+@pytest.mark.parametrize(("decoder", "chunk"), [*((d, 256) for d in DECODERS), ("blip2", 7)])
+def test_image_tokens_that_leave_are_not_read_behind_any_layer(
+    asked: Callable[[str], Asked],
+    vision_bundle: Bundles,
+    decoder: str,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind every layer, in every mode; and in mode fast what is kept of every token."""
+    monkeypatch.setattr("edgeexit.runtime.programs.text_program.CHUNK", chunk)
+    own = asked(decoder)
+    with load(vision_bundle(decoder)) as model:
+        early = leaving(model, own)
+        for layer in range(1, LAYERS):
+            drop = {f"drop_{layer}": ALWAYS}
+            model.policy = Policy(rules={"vision": Rule(), "main": Rule(thresholds=drop)})
+            texts = own.generate(model).tokens
+            own.assert_greedy(texts, layer)
+            own.assert_states(model, texts, layer)
+            for mode in ("exact", "fast"):
+                assert own.generate(model, mode=mode).tokens == texts, mode
+            rule = Rule(thresholds={**early, **drop}, score="max_prob")
+            model.policy = Policy(rules={"vision": Rule(), "main": rule})
+            fast = own.generate(model, mode="fast", audit=True)
+            assert len(fast.statistics.exits) > 1
+            own.assert_states(model, fast.tokens, layer)
+
+
+def test_a_prompt_that_ends_with_an_image_cannot_drop_it(
+    asked: Callable[[str], Asked], vision_bundle: Bundles
+) -> None:
+    split = asked("llava").split
+    rules = {"vision": Rule(), "main": Rule(thresholds={"drop_1": ALWAYS})}
+    [prompt] = prompts_of(split.whole.tower.tokens, ["end"])
+    inputs = {"pixel_values": random_pixels(split, 1).numpy()}
+    with load(vision_bundle("llava"), policy=Policy(rules=rules)) as model:
+        with pytest.raises(InputError, match="ends with tokens of that group"):
+            model.generate(prompt, inputs=inputs, max_new_tokens=4).finish()
+        model.policy = Policy(rules={"vision": Rule(), "main": Rule()})
+        assert model.generate(prompt, inputs=inputs, max_new_tokens=4).finish().tokens[0]
