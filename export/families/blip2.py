@@ -13,10 +13,9 @@ from transformers import Blip2ForConditionalGeneration
 
 from edgeexit.bundle.manifest import ImageText
 from edgeexit.errors import ExportError
-from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families import opt
-from edgeexit.export.families.towers import patches_of
+from edgeexit.export.families.towers import patches_of, tower_of
 
 
 def trunk(model: Blip2ForConditionalGeneration) -> VisionLanguageTrunk:
@@ -28,12 +27,9 @@ def trunk(model: Blip2ForConditionalGeneration) -> VisionLanguageTrunk:
             fix="Use a checkpoint with OPT.",
         )
     patches = patches_of(model.vision_model)
-    tower = TowerTrunk(
-        pixels=patches.pixels,
-        stem=patches.stem,
-        layers=patches.layers,
-        state_axes=[["batch", patches.length, patches.width]] * (len(patches.layers) + 1),
-        projector=_Projector(patches.norm, model),
+    tower = tower_of(
+        patches,
+        _Projector(patches.norm, model),
         tokens=config.num_query_tokens,
         width=config.text_config.hidden_size,
     )

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from edgeexit.bundle.manifest import ImageText
-from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
 from edgeexit.export.families.towers import (
@@ -18,6 +17,7 @@ from edgeexit.export.families.towers import (
     every_patch,
     layers_read,
     patches_of,
+    tower_of,
     without_class_token,
 )
 
@@ -30,12 +30,9 @@ def trunk(model: InternVLForConditionalGeneration) -> VisionLanguageTrunk:
     reads = layers_read(given, len(patches.layers))
     bare = config.vision_feature_select_strategy == "default"
     length = patches.length - bare
-    tower = TowerTrunk(
-        pixels=patches.pixels,
-        stem=patches.stem,
-        layers=patches.layers[: max(reads)],
-        state_axes=[["batch", patches.length, patches.width]] * (max(reads) + 1),
-        projector=_Projector(
+    tower = tower_of(
+        patches,
+        _Projector(
             Projector(
                 nn.Identity(),
                 without_class_token if bare else every_patch,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from transformers import LlavaForConditionalGeneration
 
 from edgeexit.bundle.manifest import ImageText
-from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
 from edgeexit.export.families.towers import (
@@ -18,6 +17,7 @@ from edgeexit.export.families.towers import (
     every_patch,
     layers_read,
     patches_of,
+    tower_of,
     without_class_token,
 )
 
@@ -28,14 +28,9 @@ def trunk(model: LlavaForConditionalGeneration) -> VisionLanguageTrunk:
     patches = patches_of(base.vision_tower)
     reads = layers_read(config.vision_feature_layer, len(patches.layers))
     bare = config.vision_feature_select_strategy == "default"
-    tower = TowerTrunk(
-        pixels=patches.pixels,
-        stem=patches.stem,
-        layers=patches.layers[: max(reads)],
-        state_axes=[["batch", patches.length, patches.width]] * (max(reads) + 1),
-        projector=Projector(
-            base.multi_modal_projector, without_class_token if bare else every_patch
-        ),
+    tower = tower_of(
+        patches,
+        Projector(base.multi_modal_projector, without_class_token if bare else every_patch),
         tokens=patches.length - bare,
         width=config.text_config.hidden_size,
         reads=reads,

@@ -11,10 +11,9 @@ from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
 from edgeexit.bundle.manifest import ImageText
-from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.exits.vision_language import VisionLanguageTrunk
 from edgeexit.export.families.language import decoder_of
-from edgeexit.export.families.towers import VisionLayer
+from edgeexit.export.families.towers import patches_of, tower_of
 
 
 def trunk(
@@ -22,16 +21,11 @@ def trunk(
 ) -> VisionLanguageTrunk:
     """Describes a SmolVLM or Idefics3 model."""
     config, base = model.config, model.model
-    vision, size = base.vision_model, config.vision_config.image_size
-    length = (size // config.vision_config.patch_size) ** 2
-    width, depth = config.vision_config.hidden_size, len(vision.encoder.layers)
-    tower = TowerTrunk(
-        pixels=(config.vision_config.num_channels, size, size),
-        stem=_Stem(vision.embeddings),
-        layers=[VisionLayer(layer) for layer in vision.encoder.layers],
-        state_axes=[["batch", length, width]] * (depth + 1),
-        projector=nn.Sequential(vision.post_layernorm, base.connector),
-        tokens=length // config.scale_factor**2,
+    patches = patches_of(base.vision_model, _Stem(base.vision_model.embeddings))
+    tower = tower_of(
+        patches,
+        nn.Sequential(patches.norm, base.connector),
+        tokens=patches.length // config.scale_factor**2,
         width=config.text_config.hidden_size,
     )
     around = "<fake_token_around_image>"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edgeexit.errors import ExportError
+from edgeexit.export.exits.tower import TowerTrunk
 from edgeexit.export.families.images import image_size
 
 
@@ -36,8 +37,12 @@ class Patches:
     width: int
 
 
-def patches_of(tower: nn.Module) -> Patches:
-    """Describes a tower with the parts of transformers' CLIP, SigLIP or InternVL."""
+def patches_of(tower: nn.Module, stem: nn.Module | None = None) -> Patches:
+    """Describes a tower with the parts of transformers' CLIP, SigLIP or InternVL.
+
+    Args:
+        stem: Pixels -> the first state; None: as its embeddings do.
+    """
     inner: Any = getattr(tower, "vision_model", tower)
     config: Any = tower.config
     parts = [getattr(inner, name, None) for name in ("embeddings", "encoder")]
@@ -48,15 +53,39 @@ def patches_of(tower: nn.Module) -> Patches:
         )
     encoder = inner.encoder
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.layer
-    # CLIP's name of it in transformers is misspelt.
-    norm = getattr(inner, "pre_layrnorm", None)
-    stem = nn.Sequential(inner.embeddings, *([] if norm is None else [norm]))
+    if stem is None:
+        # CLIP's name of it in transformers is misspelt.
+        norm = getattr(inner, "pre_layrnorm", None)
+        stem = nn.Sequential(inner.embeddings, *([] if norm is None else [norm]))
     height, width = image_size(config.image_size)
     pixels = (getattr(config, "num_channels", 3), height, width)
     with torch.no_grad():
         shape = stem.eval()(torch.zeros(1, *pixels)).shape
     last = next(getattr(inner, n) for n in ("post_layernorm", "layernorm") if hasattr(inner, n))
     return Patches(stem, [VisionLayer(layer) for layer in layers], last, pixels, shape[1], shape[2])
+
+
+def tower_of(
+    patches: Patches,
+    projector: nn.Module,
+    *,
+    tokens: int,
+    width: int,
+    reads: tuple[int, ...] = (),
+) -> TowerTrunk:
+    """Describes a tower before its projector (arguments as in `TowerTrunk`), without the layers
+    behind the last one that is read."""
+    depth = max(reads, default=len(patches.layers))
+    return TowerTrunk(
+        pixels=patches.pixels,
+        stem=patches.stem,
+        layers=patches.layers[:depth],
+        state_axes=[["batch", patches.length, patches.width]] * (depth + 1),
+        projector=projector,
+        tokens=tokens,
+        width=width,
+        reads=reads,
+    )
 
 
 class VisionLayer(nn.Module):
@@ -130,5 +159,6 @@ __all__ = [
     "every_patch",
     "layers_read",
     "patches_of",
+    "tower_of",
     "without_class_token",
 ]
