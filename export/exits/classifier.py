@@ -21,13 +21,7 @@ from torch import nn
 from edgeexit.bundle.manifest import Axis, Chain, Exit, Preprocessing, Run, Tensor
 from edgeexit.export.contract import Component, Form, SplitModel
 from edgeexit.export.exits.origins import Origin
-from edgeexit.export.exits.saved import (
-    SavedExits,
-    check_layers,
-    save_exits,
-    save_model,
-    weights_of,
-)
+from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
 
 
 @dataclass(frozen=True)
@@ -160,12 +154,8 @@ class ExitClassifier(nn.Module):
             state_dict: Weights to write instead of this module's own, which may be distributed over
                 several devices during training.
         """
-        folder = Path(folder)
-        save_model(self.model, folder, state_dict)
-        weights = None if state_dict is None else weights_of(state_dict, "heads.")
-        save_exits(
-            folder, SavedExits(self.exit_layers, origins=self.exit_origins), self.heads, weights
-        )
+        exits = SavedExits(self.exit_layers, origins=self.exit_origins)
+        save_exits(Path(folder), self.model, exits, {"heads": self.heads}, state_dict)
 
     def split_model(self) -> SplitModel:
         """The contract for export: one component per exit, with the layers since the exit before

@@ -45,8 +45,6 @@ from edgeexit.export.exits.saved import (
     check_layers,
     name_layers,
     save_exits,
-    save_model,
-    weights_of,
 )
 from edgeexit.export.exits.states import POSITIONS, layer_names, state_between, token_states
 from edgeexit.export.trace.attention import Heads, causal_attention
@@ -246,18 +244,21 @@ class ExitDecoder(nn.Module):
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Writes the model as transformers does; adds the list of exits, and the adapters as
-        safetensors.
+        """Writes the model as transformers does, and its exits in the same folder.
 
         Args:
             state_dict: Weights to write instead of this module's own, which may be distributed over
                 several devices during training.
         """
-        folder = Path(folder)
-        save_model(self.model, folder, state_dict)
-        weights = None if state_dict is None else weights_of(state_dict, "adapters.")
-        exits = SavedExits(self.exit_layers, self.adapter_sizes, origins=self.exit_origins)
-        save_exits(folder, exits, self.adapters, weights)
+        save_exits(Path(folder), self.model, self._saved(), self._saved_modules(), state_dict)
+
+    def _saved(self) -> SavedExits:
+        """The exits, as the checkpoint lists them."""
+        return SavedExits(self.exit_layers, self.adapter_sizes, origins=self.exit_origins)
+
+    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
+        """Modules of exits, by their place in this module."""
+        return {"adapters": self.adapters}
 
     def split_model(self) -> SplitModel:
         """The contract for export: segments and adapters with their states, the shared head, and

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -34,7 +33,7 @@ from edgeexit.bundle.manifest import (
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder, scaled
 from edgeexit.export.exits.encoder import EncoderTrunk, ExitEncoder, unread_of
-from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
+from edgeexit.export.exits.saved import SavedExits
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
 
 if TYPE_CHECKING:
@@ -106,19 +105,8 @@ class ExitEncoderDecoder(ExitDecoder):
         """Layers of the encoder with an early exit."""
         return self.encoder.exit_layers
 
-    def save_pretrained(
-        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
-        and adds the list of exits."""
-        folder = Path(folder)
-        save_model(self.model, folder, state_dict)
-        save_exits(folder, self._saved(), self.adapters)
-
     def _saved(self) -> SavedExits:
-        """The exits, as the checkpoint lists them."""
-        encoder = self.encoder.exit_layers
-        return SavedExits(self.exit_layers, encoder=encoder, origins=self.exit_origins)
+        return dataclasses.replace(super()._saved(), encoder=self.encoder.exit_layers)
 
     def split_model(self) -> SplitModel:
         """The contract for export: the encoder in segments and unsplit, the components that compute

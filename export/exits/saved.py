@@ -44,30 +44,22 @@ class SavedExits:
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
-def save_model(
-    model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Writes the transformers model inside a model with exits.
-
-    Args:
-        state_dict: Weights of the model with exits, to write instead of the model's own.
-    """
-    weights = None if state_dict is None else weights_of(state_dict, "model.")
-    model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
-
-
 def save_exits(
     folder: Path,
+    model: nn.Module,
     exits: SavedExits,
-    modules: nn.ModuleDict,
-    weights: Mapping[str, torch.Tensor] | None = None,
+    modules: Mapping[str, nn.ModuleDict],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes exits into a checkpoint's folder.
+    """Writes a model as transformers does, and its exits in the same folder.
 
     Args:
-        modules: The exits' heads or adapters.
-        weights: Weights to write instead of the modules' own.
+        model: The transformers model inside the model with exits.
+        modules: The exits' heads, adapters and projectors, by their place in the model with exits.
+        state_dict: Weights of the model with exits, to write instead of the modules' own.
     """
+    own = None if state_dict is None else weights_of(state_dict, "model.")
+    model.save_pretrained(folder, state_dict=own)  # type: ignore[operator]
     config: dict[str, object] = {"format": 1, "exits": exits.layers}
     if exits.adapters:
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
@@ -79,8 +71,10 @@ def save_exits(
         config["tower_exits"] = exits.tower
     config["origins"] = dict(exits.origins)
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    if len(modules):
-        weights = modules.state_dict() if weights is None else weights
+    weights: dict[str, torch.Tensor] = {}
+    for place, part in modules.items():
+        weights |= part.state_dict() if state_dict is None else weights_of(state_dict, f"{place}.")
+    if weights:
         save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / EXITS_WEIGHTS)
 
 
@@ -205,6 +199,5 @@ __all__ = [
     "name_layers",
     "read_exits",
     "save_exits",
-    "save_model",
     "weights_of",
 ]

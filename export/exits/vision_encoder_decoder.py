@@ -8,9 +8,8 @@ The image tokens replace the placeholders of the text that the encoder reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import torch
@@ -21,7 +20,7 @@ from edgeexit.export.contract import Component, SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk
 from edgeexit.export.exits.encoder import EncoderTrunk
 from edgeexit.export.exits.encoder_decoder import SOURCE_IDS, SOURCE_MASK, ExitEncoderDecoder
-from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
+from edgeexit.export.exits.saved import SavedExits
 from edgeexit.export.exits.tower import (
     CHAIN,
     IMAGE_FEATURES,
@@ -97,17 +96,11 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         places = (input_ids == self.whole.placeholder)[..., None]
         return embedded.masked_scatter(places, features.to(embedded.dtype))
 
-    def save_pretrained(
-        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
-        and adds the exits."""
-        folder = Path(folder)
-        save_model(self.model, folder, state_dict)
-        save_exits(folder, self._saved(), self.tower.projectors)
-
     def _saved(self) -> SavedExits:
         return dataclasses.replace(super()._saved(), tower=self.tower.exit_layers)
+
+    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
+        return super()._saved_modules() | {"tower.projectors": self.tower.projectors}
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and those of

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -28,7 +27,7 @@ from edgeexit.bundle.manifest import (
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
-from edgeexit.export.exits.saved import SavedExits, save_exits, save_model
+from edgeexit.export.exits.saved import SavedExits
 from edgeexit.export.exits.tower import (
     CHAIN,
     IMAGE_FEATURES,
@@ -117,30 +116,11 @@ class ExitVisionLanguage(ExitDecoder):
         places = (input_ids == self.whole.placeholder)[..., None]
         return embedded.masked_scatter(places, image_features.to(embedded.dtype))
 
-    def save_pretrained(
-        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Writes the model as transformers does, with the weights of `state_dict` if it is given,
-        and adds the exits of tower and decoder."""
-        folder = Path(folder)
-        save_model(self.model, folder, state_dict)
-        exits = SavedExits(
-            self.exit_layers,
-            self.adapter_sizes,
-            tower=self.tower.exit_layers,
-            origins=self.exit_origins,
-        )
-        own = nn.ModuleDict({**self.adapters, **self.tower.projectors})
-        weights = None
-        if state_dict is not None:
-            prefixes = ("adapters.", "tower.projectors.")
-            weights = {
-                key.removeprefix(prefix): value
-                for prefix in prefixes
-                for key, value in state_dict.items()
-                if key.startswith(prefix)
-            }
-        save_exits(folder, exits, own, weights)
+    def _saved(self) -> SavedExits:
+        return dataclasses.replace(super()._saved(), tower=self.tower.exit_layers)
+
+    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
+        return super()._saved_modules() | {"tower.projectors": self.tower.projectors}
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and the decoder's

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edgeexit.bundle.manifest import Exit
 from edgeexit.bundle.policy import Policy, Rule
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, ExportError, UsageError
+from edgeexit.export.exits.saved import EXITS_WEIGHTS
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
 from edgeexit.runtime import load
@@ -229,6 +231,19 @@ def test_saved_exits_are_read_again(splits: Callable[[str], Any], tmp_path: Path
     with torch.no_grad():
         for layer in (1, 2):
             assert torch.equal(again.tower(pixels, layers=layer), split.tower(pixels, layers=layer))
+
+
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_projectors_are_saved_with_the_weights_of_a_state_dict(
+    splits: Callable[[str], Any], family: str, tmp_path: Path
+) -> None:
+    split = splits(family)
+    place = "tower.projectors."
+    trained = {k: x + 1 for k, x in split.state_dict().items() if k.startswith(place)}
+    split.save_pretrained(tmp_path, {**split.state_dict(), **trained})
+    saved = load_file(tmp_path / EXITS_WEIGHTS)
+    assert trained and saved.keys() == {name.removeprefix(place) for name in trained}
+    assert all(torch.equal(saved[name.removeprefix(place)], x) for name, x in trained.items())
 
 
 def test_projector_runs_only_where_an_image_leaves(
