@@ -162,7 +162,7 @@ def saturation(
     without padding (MuE, CVPR 2023).
 
     Args:
-        before, after: ``[batch, source, width]``.
+        before, after: ``[batch, source, width]``; without `read` any shape.
         read: ``[batch, source]``, 0 at padding; None: there is none.
 
     Returns:

@@ -106,7 +106,7 @@ class ExitTower(nn.Module):
             last = number == self.depth
             projector = trunk.projector if last else self.projectors[exit_name(number)]
             features = projector(*(states[read] for read in self._read_at(number)))
-            scores = {} if last else {"saturation": _score(before, state)}
+            scores = {} if last else {"saturation": saturation(before, state, None)}
             yield number, {IMAGE_FEATURES: features} | scores
 
     def components(self) -> list[Component]:
@@ -224,7 +224,7 @@ class _Segment(nn.Module):
         walked = list(_walk(self.stem, self.layers, given))
         handed = [walked[layer - self.start][1] for layer in self.handed]
         before, last = walked[-1]
-        return (last, *handed, *([_score(before, last)] if self.scored else []))
+        return (last, *handed, *([saturation(before, last, None)] if self.scored else []))
 
 
 def _walk(
@@ -239,12 +239,6 @@ def _walk(
         before = reshape[0](state) if reshape else state
         state = rest(before)
         yield before, state
-
-
-def _score(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The `saturation` ``[batch]`` of a layer, with its state as one vector."""
-    first, second = (state.flatten(1).unsqueeze(1) for state in (before, after))
-    return saturation(first, second, torch.ones(first.shape[:2], device=first.device))
 
 
 class _Projector(nn.Module):
