@@ -19,7 +19,10 @@ from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
 from edgeexit.export.exits.tower import ExitTower
-from edgeexit.export.exits.vision_encoder_decoder import ExitVisionEncoderDecoder
+from edgeexit.export.exits.vision_encoder_decoder import (
+    ExitVisionEncoderDecoder,
+    VisionEncoderTrunk,
+)
 from edgeexit.export.exits.vision_language import ExitVisionLanguage
 from edgeexit.export.generation import generation_of
 from edgeexit.export.image_processors import image_preprocessing
@@ -134,18 +137,7 @@ def read_vision_language(
     chosen = list(saved.layers or [] if exits.decoder is None else exits.decoder)
     split: ExitVisionLanguage | ExitVisionEncoderDecoder
     if kind.encodes:
-        own = list(saved.encoder or [] if exits.encoder is None else exits.encoder)
-        images_own = saved.image_encoder if exits.image_encoder is None else exits.image_encoder
-        if images_own is None:
-            split = ExitVisionEncoderDecoder(model, trunk, chosen, own, tower_exits)
-        else:
-            split = ExitDecomposed(model, trunk, chosen, own, images_own, tower_exits)
-            if saved.image_encoder is None:
-                logger.warning(
-                    "%s: the checkpoint does not say that it was trained to read images and texts "
-                    "apart: its answers will differ from the original model's",
-                    path,
-                )
+        split = _with_encoder(path, model, trunk, saved, exits, chosen, tower_exits)
     else:
         adapters = exits.adapters
         if adapters is None:
@@ -163,6 +155,29 @@ def read_vision_language(
     tell_of_tokenizer(checkpoint)
     _add_preprocessing(checkpoint, split, images)
     return split
+
+
+def _with_encoder(
+    path: Any,
+    model: Any,
+    trunk: VisionEncoderTrunk,
+    saved: SavedExits,
+    exits: Exits,
+    chosen: Sequence[int],
+    tower_exits: Sequence[int],
+) -> ExitVisionEncoderDecoder:
+    """A model whose encoder reads image and text together, or apart."""
+    encoder = list(saved.encoder or [] if exits.encoder is None else exits.encoder)
+    images = saved.image_encoder if exits.image_encoder is None else exits.image_encoder
+    if images is None:
+        return ExitVisionEncoderDecoder(model, trunk, chosen, encoder, tower_exits)
+    if saved.image_encoder is None:
+        logger.warning(
+            "%s: the checkpoint does not say that it was trained to read images and texts apart: "
+            "its answers will differ from the original model's",
+            path,
+        )
+    return ExitDecomposed(model, trunk, chosen, encoder, images, tower_exits)
 
 
 def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:

@@ -341,7 +341,7 @@ def test_cases_of_texts_are_the_modes_and_further_settings(writer: Bundle, tmp_p
     settings = {"sure": {"mode": "fast", "thresholds": float("inf")}}
     subject = cases.chain(**arguments, new_tokens=40, settings=settings)
     modes = {"full", "exact", "fast", "approximate"}
-    assert set(subject.cases) == modes | {"sure", "search", "given text"}
+    assert set(subject.cases) == modes | {"sure", "search", "given text", "memory"}
     made = {}
     for name in ("full", "sure", "search"):
         case = subject.cases[name]
