@@ -43,6 +43,14 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+_QFORMER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "encoder_hidden_size": 32,
+    "cross_attention_frequency": 2,
+}
 _LLAMA = {**_TEXT, "num_key_value_heads": 2, "intermediate_size": 48}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -75,14 +83,7 @@ def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     elif family == "blip2":
         config = t.Blip2Config(
             vision_config=t.Blip2VisionConfig(**_VISION),
-            qformer_config=t.Blip2QFormerConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                encoder_hidden_size=32,
-                cross_attention_frequency=2,
-            ),
+            qformer_config=t.Blip2QFormerConfig(**_QFORMER),
             text_config=t.OPTConfig(**_TEXT, ffn_dim=48, word_embed_proj_dim=64),
             num_query_tokens=6,
             image_token_index=PLACEHOLDER,

@@ -321,6 +321,15 @@ class Manifest(Struct, frozen=True, kw_only=True):
         return self.chains[runs[-1]]
 
     @property
+    def vision_chain(self) -> str | None:
+        """Name of the chain that makes image tokens, whose exits are named ``tower_exit_LAYER``;
+        None: there is none."""
+        for name, chain in self.chains.items():
+            if any(exit_.name.startswith("tower_exit_") for exit_ in chain.stops):
+                return name
+        return None
+
+    @property
     def image_preprocessing(self) -> ImagePreprocessing | None:
         """How images become an input, if the bundle says so."""
         return next((p for p in self.preprocessing if isinstance(p, ImagePreprocessing)), None)

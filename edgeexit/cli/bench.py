@@ -245,7 +245,7 @@ def _print_vision(found: dict[str, Any]) -> None:
             f"split tax: tower {full['tower_against_unsplit']:.3f}, prefill "
             f"{full['prefill_against_unsplit']:.3f}",
             "floor: the share of the unsplit time to the first token that the case cannot touch; "
-            "predicted: the sum of parts measured in other turns",
+            "predicted: the sum of its parts, with the prefill of the whole model in the same turn",
             *_memory(found["memory"]),
         ],
     )

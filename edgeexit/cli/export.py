@@ -342,9 +342,9 @@ def _from_checkpoint(model: str, options: Mapping[str, Any]) -> SplitModel:
 
     def given(name: str) -> list[int] | None:
         text = options[name]
-        if text is None or text.strip() == "none":
-            return None if text is None else []
-        return _layers(text, OF_CHECKPOINTS[name], "none")
+        if text is None:
+            return None
+        return [] if text.strip() == "none" else _layers(text, OF_CHECKPOINTS[name], "none")
 
     return from_pretrained(
         model,

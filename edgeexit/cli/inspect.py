@@ -119,9 +119,10 @@ def _images(images: dict[str, Any]) -> str:
         said += (
             f" or per tile (at most {most} tiles and an overview, {images['most_tokens']} tokens)"
         )
-    place = "in front of the prompt" if images["in_front"] else f"at {images['placeholder']}"
     if images["placeholder"] is None:
         place = "one image with each prompt"
+    else:
+        place = "in front of the prompt" if images["in_front"] else f"at {images['placeholder']}"
     return f"{said}, {place}"
 
 

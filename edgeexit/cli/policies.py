@@ -117,10 +117,10 @@ def encoders(bundle: Bundle) -> list[str]:
 
 def _tower(bundle: Bundle) -> tuple[str, Chain]:
     """The chain of a vision tower."""
-    for name, chain in bundle.manifest.chains.items():
-        if any(exit_.name.startswith("tower_exit_") for exit_ in chain.exits):
-            return name, chain
-    raise UsageError(f"--tower-exit: {bundle.path} has no vision tower", fix="Leave it out.")
+    name = bundle.manifest.vision_chain
+    if name is None:
+        raise UsageError(f"--tower-exit: {bundle.path} has no vision tower", fix="Leave it out.")
+    return name, bundle.manifest.chains[name]
 
 
 def of_last_chain(bundle: Bundle, rule: Rule) -> Policy:

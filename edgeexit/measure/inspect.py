@@ -23,7 +23,6 @@ from edgeexit.bundle.manifest import (
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
 from edgeexit.measure.batches import read_npz
-from edgeexit.measure.bench.vision_cases import vision_chain
 from edgeexit.measure.check import REFERENCE
 
 
@@ -74,7 +73,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
 def _images(bundle: Bundle) -> dict[str, Any] | None:
     """Images in prompts, or one with each prompt; None if the model takes none, or only as
     inputs."""
-    manifest, name = bundle.manifest, vision_chain(bundle.manifest)
+    manifest, name = bundle.manifest, bundle.manifest.vision_chain
     groups = [] if manifest.decoding is None else list(manifest.decoding.groups.values())
     written = next((group.image for group in groups if group.image is not None), None)
     if name is None or (written is None and groups):

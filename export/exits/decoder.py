@@ -50,7 +50,7 @@ from edgeexit.export.exits.states import POSITIONS, layer_names, state_between, 
 from edgeexit.export.trace.attention import Heads, causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
-_PART_TOKENS = 32
+_PART_TOKENS = 32  # whose logits `ExitDecoder.each_exit` returns at a time
 
 
 @dataclass(frozen=True)

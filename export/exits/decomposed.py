@@ -1,12 +1,10 @@
 """An encoder-decoder that reads an image and a text apart: the modality decomposition of MuE (CVPR
-2023, section 3.2).
+2023).
 
-The encoder's layers run twice with the same weights, once over the tokens of one image and once
-over the text. The two branches do not attend to each other, so each has exits of its own. The
-decoder reads the states of both, the image first. The answers are those of the undecomposed model
-only if the model was trained in this form.
-
-Weights are stored once, as everywhere.
+The encoder's layers run twice with the same weights, which are stored once: over the tokens of one
+image, and over the text. The two branches do not attend to each other, so each has exits of its
+own. The decoder reads the states of both, the image first. The answers are those of the
+undecomposed model only if the model was trained in this form.
 """
 
 from __future__ import annotations
@@ -111,10 +109,8 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
             branch.state(takes)
             for branch, takes in ((self.image_encoder, self._features), (self.encoder, self._text))
         )
-        joined = Tensor(name=ENCODED, dtype="float32", axes=self._axes("source"))
-        join = Component(
-            JOINED, (image, text, TEXT_MASK), (joined, JOINED_MASK), (Form(_Join().eval()),)
-        )
+        taken, made = (image, text, TEXT_MASK), (self._encoded, JOINED_MASK)
+        join = Component(JOINED, taken, made, (Form(_Join().eval()),))
         return [
             *self.tower.components(),
             *self.image_encoder.components(self._features, None),
@@ -123,8 +119,7 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
         ]
 
     def _source_chains(self) -> dict[str, Chain]:
-        joined = Tensor(name=ENCODED, dtype="float32", axes=self._axes("source"))
-        outputs = [joined, JOINED_MASK]
+        outputs = [self._encoded, JOINED_MASK]
         only = Exit(name=JOINED, behind=JOINED, outputs={t.name: t.name for t in outputs})
         return {
             CHAIN: self.tower.chain(),

@@ -167,6 +167,12 @@ class ExitEncoderDecoder(ExitDecoder):
         width = self.encoder.trunk.embedding.shape[1]
         return Tensor(name="source", dtype="float32", axes=["batch", "source", width])
 
+    @property
+    def _encoded(self) -> Tensor:
+        """What the decoder reads."""
+        axes: list[Axis] = ["batch", "source", self.trunk.width]
+        return Tensor(name=ENCODED, dtype="float32", axes=axes)
+
     def _makers(self) -> Iterator[Component]:
         """Components that compute the cross keys and values, one for each decoder segment."""
         for number, (start, stop) in enumerate(itertools.pairwise(self._borders)):
@@ -177,9 +183,7 @@ class ExitEncoderDecoder(ExitDecoder):
             ]
             layers = [*self.layers][start:stop]
             body = _Cross(self.encoder.trunk.norm, layers, self.trunk.heads)
-            axes: list[Axis] = ["batch", "source", self.trunk.width]
-            taken = (Tensor(name=ENCODED, dtype="float32", axes=axes),)
-            yield Component(_maker(number), taken, tuple(made), (Form(body.eval()),))
+            yield Component(_maker(number), (self._encoded,), tuple(made), (Form(body.eval()),))
 
     def _cross_states(self, layer: int, segment: int) -> list[PromptState]:
         heads = self.trunk.heads

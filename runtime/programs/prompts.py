@@ -170,7 +170,9 @@ def _source_texts(
             f"{bundle.path}: the bundle has no text preprocessing for prompts",
             fix="Give inputs: generate([], inputs={...}).",
         )
-    if bundle.manifest.image_preprocessing and not bundle.manifest.decoding.groups:  # type: ignore[union-attr]
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
+    if bundle.manifest.image_preprocessing is not None and not decoding.groups:
         raise InputError(
             f"{bundle.path}: the model reads an image with each prompt, and none is given",
             fix="Give one image for each prompt: images=[...] (--image).",

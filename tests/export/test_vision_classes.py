@@ -16,6 +16,7 @@ from edgeexit.errors import ExportError
 from edgeexit.export.pretrained import DECODERS, ENCODER_DECODERS, VISION_LANGUAGE, from_pretrained
 from tests.vision_models import (
     _LLAMA,
+    _QFORMER,
     _VISION,
     FAMILIES,
     PLACEHOLDER,
@@ -80,13 +81,7 @@ def small(kind: str) -> Any:
         return make_llava(t.CLIPVisionConfig(**_VISION), text)
     config = t.Blip2Config(
         vision_config=t.Blip2VisionConfig(**_VISION),
-        qformer_config=t.Blip2QFormerConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            encoder_hidden_size=32,
-        ),
+        qformer_config=t.Blip2QFormerConfig(**_QFORMER),
         text_config=t.T5Config(vocab_size=300, d_model=32, d_ff=48, num_layers=2, num_heads=4),
         image_token_index=PLACEHOLDER,
     )

@@ -15,7 +15,6 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, MeasurementError
 from edgeexit.measure.batches import Batch, read_npz, take_rows
 from edgeexit.measure.bench.cases import write_inputs
-from edgeexit.measure.bench.vision_cases import vision_chain
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import open_data
 from edgeexit.measure.texts import Text, read_texts, texts_of, vocabulary
@@ -199,7 +198,7 @@ def image_texts(bundle: Bundle, length: int, *, seed: int) -> list[Text]:
     images."""
     manifest, decoding = bundle.manifest, bundle.manifest.decoding
     assert decoding is not None
-    name = vision_chain(manifest)
+    name = manifest.vision_chain
     if name is None:
         return []
     [features] = manifest.chains[name].outputs

@@ -313,9 +313,8 @@ def best_setting(
 
 def _duel(champion: Lane, challenger: Lane) -> float:
     """Ratio of mean times, challenger to champion: median of alternating blocks."""
-    count = max(MIN_BLOCK_RUNS, min(200, round(60.0 / champion.expected_ms)))
     lead = champion.expected_ms < VERY_SLOW_MS
-    count = count if lead else 1
+    count = max(MIN_BLOCK_RUNS, min(200, round(60.0 / champion.expected_ms))) if lead else 1
     order = random.Random(0)
     for done in range(SEARCH_ROUNDS if champion.expected_ms < SLOW_MS else 3):
         numbers = [order.randrange(champion.side.inputs) for _ in range(count)]

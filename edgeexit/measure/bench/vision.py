@@ -17,7 +17,7 @@ from typing import Any
 
 from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.texts import Writer, decoded, time_against
-from edgeexit.measure.bench.vision_cases import TOWER, vision_chain
+from edgeexit.measure.bench.vision_cases import TOWER
 from edgeexit.measure.inspect import bytes_by_part
 
 PARTS_RUNS = 9
@@ -27,7 +27,7 @@ PARTS_RUNS = 9
 def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Writer]) -> Any:
     """The parts of each case, its ratios to the unsplit model, floors and predictions; None for a
     model without a vision tower."""
-    tower = vision_chain(contest.bundle.manifest)
+    tower = contest.bundle.manifest.vision_chain
     if tower is None:
         return None
     whole: dict[str, Any] = _parts(full, tower)
@@ -53,7 +53,7 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
             **_predicted(writer, full, saved_ms / 1e3),
         }
     return {
-        "image_tokens": image_tokens(contest),
+        "image_tokens": contest.bundle.manifest.chains[tower].outputs[0].axes[1],
         "unsplit": unsplit,
         "full": whole
         | {
@@ -146,15 +146,6 @@ def _of_tower(writer: Writer) -> bool:
     return writer.name.partition(":")[0] == TOWER
 
 
-def image_tokens(contest: Contest) -> int | None:
-    """Image tokens of one image (or tile)."""
-    name = vision_chain(contest.bundle.manifest)
-    if name is None:
-        return None
-    [features] = contest.bundle.manifest.chains[name].outputs
-    return features.axes[1] if isinstance(features.axes[1], int) else None
-
-
 def _parts(writer: Writer, tower: str) -> dict[str, float]:
     """Medians over turns. ``encoder_ms`` is the time of other steps before the prefill."""
     records = writer.records
@@ -202,4 +193,4 @@ def _answer_ratio(writer: Writer, baseline: Writer) -> float | None:
     return round(statistics.median(found), 4) if found else None
 
 
-__all__ = ["figures", "image_tokens"]
+__all__ = ["figures"]

@@ -11,18 +11,10 @@ from edgeexit.bundle.policy import ALWAYS, Rule, forced
 DROP, TOWER = "drop", "tower"
 
 
-def vision_chain(manifest: Manifest) -> str | None:
-    """Name of the chain that makes image tokens; None: there is none."""
-    for name, chain in manifest.chains.items():
-        if any(exit_.name.startswith("tower_exit_") for exit_ in chain.stops):
-            return name
-    return None
-
-
 def vision_settings(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Cases of a vision-language model: name -> arguments as `edgeexit.measure.bench.cases.chain`
     takes them. ``tower:LAYER`` leaves the tower early, ``drop:LAYER`` leaves image tokens out."""
-    name = vision_chain(manifest)
+    name = manifest.vision_chain
     if name is None or manifest.decoding is None:
         return {}
     tower = manifest.chains[name]
@@ -43,4 +35,4 @@ def _layer(exit_name: str) -> int:
     return int(exit_name.rpartition("_")[2])
 
 
-__all__ = ["DROP", "TOWER", "vision_chain", "vision_settings"]
+__all__ = ["DROP", "TOWER", "vision_settings"]
