@@ -37,26 +37,45 @@ def _mixed(node: ir.Node) -> bool:
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> None:
-    """Merges the products for queries, keys and values, if attention takes them directly.
+    """Merges the products for queries, keys and values, and their biases, if attention takes them
+    directly.
 
     The file keeps three weights, because other forms share them; the engine joins them when it
     loads the graph.
     """
-    products = [None if value is None else value.producer() for value in attention.inputs[:3]]
-    weights = []
-    for product in products:
-        if product is None or product.op_type != "MatMul":
-            return
-        state, weight = product.inputs
-        if state is not products[0].inputs[0] or weight is None or not weight.is_initializer():  # type: ignore[union-attr]
-            return
-        weights.append(weight)
+    parts = [_projection(value) for value in attention.inputs[:3]]
+    states, weights, biases = zip(*parts, strict=True)
+    if None in weights or any(state is not states[0] for state in states):
+        return
     joined = ir.node("Concat", weights, {"axis": 1})
-    packed = ir.node("MatMul", [state, joined.outputs[0]])
-    graph.insert_before(attention, [joined, packed])
-    attention.replace_input_with(0, packed.outputs[0])
+    packed = ir.node("MatMul", [states[0], joined.outputs[0]])
+    nodes = [joined, packed]
+    if None not in biases:
+        bias = ir.node("Concat", biases, {"axis": 0})
+        nodes += [bias, ir.node("Add", [packed.outputs[0], bias.outputs[0]])]
+    elif any(bias is not None for bias in biases):
+        return
+    graph.insert_before(attention, nodes)
+    attention.replace_input_with(0, nodes[-1].outputs[0])
     attention.replace_input_with(1, None)
     attention.replace_input_with(2, None)
+
+
+def _projection(value: ir.Value | None) -> tuple[ir.Value | None, ...]:
+    """State, weight and bias of a product with a weight; the bias is None if it has none, all are
+    None for anything else."""
+    node, bias = None if value is None else value.producer(), None
+    if node is not None and node.op_type == "Add":
+        product, bias = node.inputs
+        if product is None or bias is None or not bias.is_initializer():
+            return None, None, None
+        node = product.producer()
+    if node is None or node.op_type != "MatMul":
+        return None, None, None
+    state, weight = node.inputs
+    if weight is None or not weight.is_initializer():
+        return None, None, None
+    return state, weight, bias
 
 
 __all__ = ["fuse"]
