@@ -108,6 +108,10 @@ def make_checkpoint(shape: dict[str, Any], folder: Path) -> None:
             tie_word_embeddings=False,
         )
         model = t.SmolVLMForConditionalGeneration(config)
+    with torch.no_grad():  # zero as created, and software that sees that leaves them out
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
     model.save_pretrained(folder)
 
 
