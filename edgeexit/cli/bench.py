@@ -236,6 +236,7 @@ def _print_vision(found: dict[str, Any]) -> None:
             ]
         )
     full = found["full"]
+    click.echo("")
     print_table(
         f"{found['image_tokens']} image tokens per image",
         columns,

@@ -160,9 +160,7 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
 
     @property
     def _has_early_exit(self) -> bool:
-        return super()._has_early_exit or bool(
-            self.image_encoder.exit_layers or self.tower.exit_layers
-        )
+        return super()._has_early_exit or bool(self.image_encoder.exit_layers)
 
     def _example(self, rows: int) -> Values:
         """Texts of unlike lengths, and an image for each."""

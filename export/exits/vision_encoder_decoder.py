@@ -142,6 +142,10 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
             PIXELS: torch.randn(rows, *self.whole.tower.pixels, generator=generator),
         }
 
+    @property
+    def _has_early_exit(self) -> bool:
+        return super()._has_early_exit or bool(self.tower.exit_layers)
+
     def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:
         return (inputs[PIXELS],)
 

@@ -110,7 +110,8 @@ def read_vision_language(
     depth = depth_of_config(config)
     tower_exits = list(saved.tower or [] if exits.tower is None else exits.tower)
     drops = list(exits.drops)
-    if exits.decoder is None and saved.layers is None and not (tower_exits or drops):
+    given = (exits.decoder, exits.encoder, exits.image_encoder, saved.layers)
+    if given == (None,) * len(given) and not (tower_exits or drops):
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
             fix=f"{name_layers(depth)} (--exits), or exits of the tower (--tower-exits).",

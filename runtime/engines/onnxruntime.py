@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BRIEF = {"session.intra_op.spin_duration_us": "100", "session.force_spinning_stop": "1"}
-"""Settings of ``brief`` pools: idle threads spin for 0.1 ms at most, and only while a graph runs:
+BRIEF = {"session.intra_op.spin_duration_us": "1000", "session.force_spinning_stop": "1"}
+"""Settings of ``brief`` pools: idle threads spin for 1 ms at most, and only while a graph runs:
 they take no core from the next graph (benchmarks/results/threads.json)."""
 SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
 """ONNX Runtime's optimizers whose fused CPU kernels are slower than the nodes they replace."""

@@ -29,8 +29,9 @@ from edgeexit.runtime.executor.parts import Part
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
 
-CHUNK = 256
-"""Most prompt tokens of a row in one run."""
+CHUNK = 384
+"""Most prompt tokens of a row in one run. Each run reads all weights, so few are faster, but much
+longer ones are slower again (benchmarks/README.md)."""
 
 
 class Session:
@@ -332,6 +333,12 @@ class Session:
         self.prompts, self._prefix = [0] * self.batch, []
         self.gates.begin({})
 
+    def chunk_of(self, tokens: int) -> int:
+        """Tokens of a row in one run, for a prompt of so many: as few runs as possible, all alike,
+        because a short one reads the weights for a few tokens."""
+        runs = -(-tokens // self.chunk)
+        return -(-tokens // max(1, runs))
+
     def portions(
         self, ring: Ring, part: Part, boundary: str
     ) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
@@ -342,9 +349,10 @@ class Session:
             The block, and for every row whose newest token is in it, the row and its index.
         """
         waiting, start = ring.counts, 0
+        chunk = self.chunk_of(max(waiting))
         while start < max(waiting):
             # Rows with fewer tokens are padded; padding must not exceed the capacity.
-            new = min(self.chunk, max(waiting) - start, self.capacity - part.states.longest())
+            new = min(chunk, max(waiting) - start, self.capacity - part.states.longest())
             self.tensor(boundary, new)[...] = ring.states(start, start + new)
             counts = [min(max(count - start, 0), new) for count in waiting]
             ends = [(n, c - start - 1) for n, c in enumerate(waiting) if start < c <= start + new]

@@ -41,7 +41,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
             f"step is {step}, but this model must read all {length} tokens of a text in one run",
             fix="Leave step out.",
         )
-    step = step or session.chunk
+    step = step or session.chunk_of(length)
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
     heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
     answered: dict[int, dict[str, list[NDArray]]] = {
@@ -91,8 +91,9 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
 def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
     """Milliseconds of each component for one prompt ``[seq]``, in chunks as in generation."""
     times_ns = [0.0] * len(session.parts)
-    for start in range(0, len(tokens), session.chunk):
-        part = np.ascontiguousarray(tokens[None, start : start + session.chunk])
+    chunk = session.chunk_of(len(tokens))
+    for start in range(0, len(tokens), chunk):
+        part = np.ascontiguousarray(tokens[None, start : start + chunk])
         session.embed(part, start)
         block = Block(part.shape[1], [part.shape[1]])
         for number in range(len(session.parts)):

@@ -155,6 +155,18 @@ def test_codelm(
     assert {sizes["past"] for sizes in largest.values()} == {CAPACITY}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype, kind", [("float32", "FLOAT"), ("float16", "HALF")])
+def test_vlm(
+    dtype: str, kind: str, target: int, examples: Examples, rtx: Library, tmp_path: Path
+) -> None:
+    bundle = examples("vlm", dtype)
+    products = _products(_build(bundle, rtx, target, tmp_path))
+    graphs = {name.split("/")[1].split(".")[0] for name in products}
+    assert {"tower_0", "tower_1", "tower_2", "projector_2", "segment_0", "segment_1"} <= graphs
+    assert set().union(*products.values()) == {kind}
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "florence2 apart"])
 def test_vision_language_models(family: str, rtx: Library, tmp_path: Path) -> None:
     """Tower, projectors, segments and heads of every family in half precision, for two targets;

@@ -109,6 +109,35 @@ def test_a_second_question_about_an_image_does_not_run_the_tower(made: Made) -> 
         assert (model.features.misses, model.features.hits) == (2, 5)
 
 
+@pytest.mark.parametrize(
+    ("options", "exits"),
+    [
+        ({"tower_exits": [4]}, {"vision": ["tower_exit_4"]}),
+        pytest.param(
+            {"encoder_exits": [1]}, {"encoder": ["encoder_exit_1"]}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"image_encoder_exits": [2]},
+            {"image_encoder": ["image_encoder_exit_2"]},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["tower", "encoder", "image encoder"],
+)
+def test_exits_in_one_part_alone(
+    made: Made, options: dict[str, Any], exits: dict[str, list[str]], tmp_path: Path
+) -> None:
+    split = from_pretrained(made[2], **options, untrained=True)
+    bundle = export(split.split_model(), tmp_path / "bundle")
+    chains = bundle.manifest.chains
+    early = {name: [exit_.name for exit_ in chain.stops[:-1]] for name, chain in chains.items()}
+    assert {name: names for name, names in early.items() if names} == exits
+    with load(bundle) as model:
+        assert check(model).passed
+        texts = model.generate(PROMPTS, images=IMAGES, max_new_tokens=COUNT).finish()
+    assert [len(text) for text in texts.tokens] == [COUNT] * len(PROMPTS)
+
+
 def test_unsplit_writes_the_same(made: Made) -> None:
     _, bundle, _ = made
     with load(bundle) as model, load(bundle, unsplit=True) as unsplit:

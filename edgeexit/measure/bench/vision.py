@@ -44,11 +44,8 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
             layer = int(writer.name.partition(":")[2])
             saved_ms = drops.saved_ms(layer)
             kept = unsplit["first_token_ms"] - unsplit["prefill_ms"] * drops.share_behind(layer)
-        against = time_against(writer, baseline)
         cases[writer.name] = own | {
-            "time_to_first_token_against_unsplit": against["prefill"],
-            "time_per_token_against_unsplit": against["decode"],
-            "answer_against_unsplit": _answer_ratio(writer, baseline),
+            **_against(writer, baseline),
             "floor_of_first_token": round(kept / unsplit["first_token_ms"], 4),
             **_predicted(writer, full, saved_ms / 1e3),
         }
@@ -59,7 +56,7 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
         | {
             "tower_against_unsplit": _ratio(full, baseline, lambda r: _chain_s(r, tower)),
             "prefill_against_unsplit": _ratio(full, baseline, _prompt_s),
-            "answer_against_unsplit": _answer_ratio(full, baseline),
+            **_against(full, baseline),
         },
         "segments_ms": None if drops is None else drops.to_dict(),
         "cases": cases,
@@ -68,6 +65,16 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
             writer.name: writer.side.run("memory", [0], lead=False)["records"][0]
             for writer in (baseline, full)
         },
+    }
+
+
+def _against(writer: Writer, baseline: Writer) -> dict[str, float | None]:
+    """Times relative to the baseline's."""
+    against = time_against(writer, baseline)
+    return {
+        "time_to_first_token_against_unsplit": against["prefill"],
+        "time_per_token_against_unsplit": against["decode"],
+        "answer_against_unsplit": _answer_ratio(writer, baseline),
     }
 
 

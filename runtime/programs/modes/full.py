@@ -180,8 +180,9 @@ def last_states(
     """
     last: Array | None = None
     lengths = [len(prompt) for prompt in prompts]
-    for start in range(0, max(lengths), session.chunk):
-        tokens, counts = chunk_of(prompts, start, session.chunk)
+    chunk = session.chunk_of(max(lengths))
+    for start in range(0, max(lengths), chunk):
+        tokens, counts = part_of(prompts, start, chunk)
         session.embed(tokens, start)
         states, left = take(Block(tokens.shape[1], counts))
         if session.answers_itself:
@@ -189,12 +190,12 @@ def last_states(
         if last is None:
             last = session.row_states("last of the prompts", states)
         for row, length in enumerate(lengths):
-            if start < length <= start + session.chunk:
+            if start < length <= start + chunk:
                 last[row] = states[row, left[row] - 1]
     return states if last is None else last
 
 
-def chunk_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
+def part_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
     """Part of every prompt, padded to the longest: tokens ``[batch, new]``, and the number of real
     tokens per row."""
     parts = [prompt[start : start + size] for prompt in prompts]
