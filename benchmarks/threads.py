@@ -62,11 +62,11 @@ def main() -> None:
     if given.launch:
         print(json.dumps(measure(*given.launch)))
         return
+    if given.digits is None or given.writer is None:
+        parser.error("give both bundles: --digits, --writer")
     watch = environment.Watch()
     found: dict[str, Any] = {}
     for name, bundle in (("digits", given.digits), ("codelm", given.writer)):
-        if bundle is None:
-            continue
         times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
         for turn in range(given.turns):
             for place in np.random.default_rng(turn).permutation(len(SETTINGS)):
