@@ -45,8 +45,8 @@ from edgeexit.runtime.build.profiles import (
     shapes_of,
     usual_ranges,
 )
+from edgeexit.runtime.executor.blocks import CHUNK
 from edgeexit.runtime.executor.components import graph_outputs, prompt_states, token_states
-from edgeexit.runtime.executor.session import CHUNK
 
 REFERENCE = "samples/reference.npz"
 

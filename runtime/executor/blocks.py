@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from edgeexit.runtime.engines.base import Array
 
+CHUNK = 384
+"""Most prompt tokens of a row in one run. Each run reads all weights, so few are faster, but much
+longer ones are slower again (benchmarks/README.md)."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -73,4 +77,15 @@ def standing(block: Block, starts: Sequence[int]) -> list[list[int]]:
     return positions
 
 
-__all__ = ["Block", "have_gaps", "keep_tokens", "runs", "standing"]
+def even_chunk(tokens: int, most: int) -> int:
+    """Tokens of a row in one run, for a prompt of so many: in as few runs as possible, all alike,
+    because a short one reads all weights for a few tokens.
+
+    >>> even_chunk(600, 384), even_chunk(288, 384), even_chunk(0, 384)
+    (300, 288, 1)
+    """
+    runs_needed = -(-tokens // most)
+    return max(1, -(-tokens // max(1, runs_needed)))
+
+
+__all__ = ["CHUNK", "Block", "even_chunk", "have_gaps", "keep_tokens", "runs", "standing"]

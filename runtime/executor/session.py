@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Tensor
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.bindings import Bindings
-from edgeexit.runtime.executor.blocks import Block, have_gaps, standing
+from edgeexit.runtime.executor.blocks import Block, even_chunk, have_gaps, standing
 from edgeexit.runtime.executor.components import (
     NO_SCORE,
     Components,
@@ -28,10 +28,6 @@ from edgeexit.runtime.executor.head import Floats, Head
 from edgeexit.runtime.executor.parts import Part
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
-
-CHUNK = 384
-"""Most prompt tokens of a row in one run. Each run reads all weights, so few are faster, but much
-longer ones are slower again (benchmarks/README.md)."""
 
 
 class Session:
@@ -333,12 +329,6 @@ class Session:
         self.prompts, self._prefix = [0] * self.batch, []
         self.gates.begin({})
 
-    def chunk_of(self, tokens: int) -> int:
-        """Tokens of a row in one run, for a prompt of so many: as few runs as possible, all alike,
-        because a short one reads the weights for a few tokens."""
-        runs = -(-tokens // self.chunk)
-        return -(-tokens // max(1, runs))
-
     def portions(
         self, ring: Ring, part: Part, boundary: str
     ) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
@@ -349,7 +339,7 @@ class Session:
             The block, and for every row whose newest token is in it, the row and its index.
         """
         waiting, start = ring.counts, 0
-        chunk = self.chunk_of(max(waiting))
+        chunk = even_chunk(max(waiting), self.chunk)
         while start < max(waiting):
             # Rows with fewer tokens are padded; padding must not exceed the capacity.
             new = min(chunk, max(waiting) - start, self.capacity - part.states.longest())
@@ -405,4 +395,4 @@ class Session:
         return parts
 
 
-__all__ = ["CHUNK", "Session"]
+__all__ = ["Session"]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import UsageError
-from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.blocks import Block, even_chunk
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.forward import Trace
@@ -41,7 +41,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
             f"step is {step}, but this model must read all {length} tokens of a text in one run",
             fix="Leave step out.",
         )
-    step = step or session.chunk_of(length)
+    step = step or even_chunk(length, session.chunk)
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
     heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
     answered: dict[int, dict[str, list[NDArray]]] = {
@@ -91,7 +91,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
 def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
     """Milliseconds of each component for one prompt ``[seq]``, in chunks as in generation."""
     times_ns = [0.0] * len(session.parts)
-    chunk = session.chunk_of(len(tokens))
+    chunk = even_chunk(len(tokens), session.chunk)
     for start in range(0, len(tokens), chunk):
         part = np.ascontiguousarray(tokens[None, start : start + chunk])
         session.embed(part, start)

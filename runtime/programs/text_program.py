@@ -16,9 +16,10 @@ from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather
 from edgeexit.bundle.policy import Decision, Policy, Rule, drop_thresholds
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, UsageError
+from edgeexit.runtime.executor.blocks import CHUNK
 from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.parts import release
-from edgeexit.runtime.executor.session import CHUNK, Session
+from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.executor.tables import Tables, check_ids
 from edgeexit.runtime.programs.every_exit import segment_times, trace_texts
 from edgeexit.runtime.programs.features import FeatureCache

@@ -36,13 +36,15 @@ ASKED = [
 def commands(page: Path) -> list[str]:
     """The commands of a page that are about the committed checkpoint; those of real ones need a
     network."""
-    blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    found = [command for block in blocks for command in find_commands(block)]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = [command for kind, block in blocks if not kind for command in find_commands(block)]
     return [one for one in found if re.search(r"(^edgeexit \w+| -o) vlm\b", one)]
 
 
 def invoke(command: str, *more: str) -> Result:
     words = shlex.split(command, comments=True)[1:]
+    if words[0] in ("run", "check") and "--threads" not in more:
+        more += ("--threads", "1")  # other tests of this process load models, too
     return CliRunner().invoke(cli, [*words, *more], catch_exceptions=False)
 
 

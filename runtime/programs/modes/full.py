@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.runtime.engines.base import Array
-from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.blocks import Block, even_chunk
 from edgeexit.runtime.executor.head import Answers
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.sampling import Sampler
@@ -180,7 +180,7 @@ def last_states(
     """
     last: Array | None = None
     lengths = [len(prompt) for prompt in prompts]
-    chunk = session.chunk_of(max(lengths))
+    chunk = even_chunk(max(lengths), session.chunk)
     for start in range(0, max(lengths), chunk):
         tokens, counts = part_of(prompts, start, chunk)
         session.embed(tokens, start)
