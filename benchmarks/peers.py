@@ -17,6 +17,7 @@ from subjects import session_options
 
 from edgeexit.measure.bench.cases import read_inputs
 from edgeexit.measure.bench.worker import Case, Subject
+from edgeexit.runtime.engines.onnxruntime import SLOW_FUSIONS
 
 
 def genai(
@@ -74,7 +75,10 @@ def exporters(
 
     graphs = {
         path.stem: ort.InferenceSession(
-            path, session_options(threads), providers=["CPUExecutionProvider"]
+            path,
+            session_options(threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=SLOW_FUSIONS,  # as on our side
         )
         for path in sorted(Path(folder).glob("*.onnx"))
     }
