@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +215,7 @@ def write(
         else:
             made.finish()
         about = model.describe_engine()
-        given = _on_prompts(model, rows) if writing.generating.get("audit") else None
+        given = _on_prompts(model, rows, images) if writing.generating.get("audit") else None
     if as_json:
         texts = [
             {"prompt": prompt, "text": text, "tokens": tokens}
@@ -236,7 +237,9 @@ def write(
         click.echo(_why_no_prompts(bundle), err=True)
 
 
-def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | None:
+def _on_prompts(
+    model: Model, rows: Sequence[str | list[int]], images: Mapping[str, Any] | None
+) -> GivenText | None:
     """Evaluates the policy on the prompts as given texts. None if an encoder reads the prompts, or
     if every prompt has a single token."""
     from edgeexit.measure.given_text import on_given_texts
@@ -245,7 +248,22 @@ def _on_prompts(model: Model, rows: Sequence[str | list[int]]) -> GivenText | No
     if decoding is None or decoding.start_tokens:
         return None
     texts = [model.encode(row) if isinstance(row, str) else row for row in rows]
-    return on_given_texts(model, texts)
+    return on_given_texts(model, texts, None if images is None else _of_each(model, texts, images))
+
+
+def _of_each(
+    model: Model, texts: Sequence[Sequence[int]], images: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The images of each prompt; each has as many placeholders as its images have tokens."""
+    manifest = model.bundle.manifest
+    assert manifest.decoding is not None and manifest.vision_chain is not None
+    [group] = manifest.decoding.groups.values()
+    tokens: Any = manifest.chains[manifest.vision_chain].outputs[0].axes[1]
+    ends = list(itertools.accumulate(text.count(group.token) // tokens for text in texts))
+    return [
+        {name: pixels[start:end] for name, pixels in images.items()} if end > start else {}
+        for start, end in itertools.pairwise([0, *ends])
+    ]
 
 
 def _why_no_prompts(bundle: Bundle) -> str:

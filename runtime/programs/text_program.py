@@ -26,7 +26,7 @@ from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation
 from edgeexit.runtime.programs.modes.exact import Pace
-from edgeexit.runtime.programs.modes.full import Statistics
+from edgeexit.runtime.programs.modes.full import Statistics, has_numbers
 from edgeexit.runtime.programs.prompts import Prompts, read_prompts
 from edgeexit.runtime.programs.sampling import Sampling, own_sampling
 from edgeexit.runtime.text.chat import ChatTemplates
@@ -101,7 +101,7 @@ class TextProgram:
         while the number of texts stays the same."""
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
-        if session is None or session.batch != batch:
+        if session is None or session.batch != batch or not has_numbers(session):
             release(session)
             self._session = None
             largest = components.engine.largest

@@ -99,6 +99,40 @@ def test_bench_measures_every_case_of_the_page(bundle: Bundle) -> None:
     assert all(re.search(rf"^{case} ", table, re.MULTILINE) for case in cases)
 
 
+def test_an_image_of_no_numbers_spoils_no_later_answer(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    import numpy as np
+
+    prompt, picture = "USER: <image>\nWhat digit is it?\nASSISTANT:\n", str(HERE / "seven.png")
+    with load(bundle) as model:
+        rows, inputs = model.prompts_with_images(prompt, picture)
+        spoilt = {name: np.full_like(pixels, np.nan) for name, pixels in inputs.items()}
+        model.generate(rows, inputs=spoilt, max_new_tokens=8).finish()
+        assert "prompt 1: the states are not numbers" in caplog.text
+        for mode in ("full", "exact"):
+            made = model.generate(prompt, images=picture, max_new_tokens=8, mode=mode)
+            assert made.finish().texts == ["It is a seven."], mode
+
+
+def test_audit_reads_the_images_of_the_prompt(bundle: Bundle) -> None:
+    command = "edgeexit run vlm --threshold 0.9 --mode fast --audit --chat --prompt Well?"
+    result = invoke(f"{command} --image examples/vlm/seven.png")
+    assert result.exit_code == 0
+    assert "on given text" in result.stderr
+
+
+def test_bench_of_texts_alone_measures_no_tower(bundle: Bundle, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "USER: hi\\nASSISTANT:\\n"}\n')
+    quick = ["--time", "10ms", "--threads", "1", "--new-tokens", "4", "--json"]
+    result = invoke(f"edgeexit bench vlm --data {texts}", *quick)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["vision"] is None
+    assert any("not every prompt has an image" in text for text in found["warnings"])
+
+
 def test_texts_are_those_of_transformers(bundle: Bundle) -> None:
     """The checkpoint as transformers itself reads it: processor, chat template, model."""
     import torch

@@ -35,6 +35,7 @@ class Inputs:
         real: Whether this is the user's data; if not, natural exits are not measured.
         lengths: Tokens of each prompt; empty for rows.
         capacity: Largest number of tokens of a text, prompt included; None for rows.
+        seeing: Whether every prompt has an image.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Inputs:
     real: bool
     lengths: tuple[int, ...] = ()
     capacity: int | None = None
+    seeing: bool = False
 
 
 def prepare_rows(
@@ -157,7 +159,12 @@ def prepare_texts(
         real=data is not None,
         lengths=tuple(_length(bundle, text) for text in texts),
         capacity=longest + new_tokens,
+        seeing=bundle.manifest.vision_chain is not None and all(map(_sees, texts)),
     )
+
+
+def _sees(text: Text) -> bool:
+    return any(array.dtype == np.float32 for array in text.inputs.values())
 
 
 def _length(bundle: Bundle, text: Text) -> int:

@@ -75,6 +75,13 @@ class Writer:
         return sum(map(decoded, long)) / sum(record["decode_s"] for record in long)
 
 
+def _blind(contest: Contest) -> list[str]:
+    """Why there are no figures of a vision tower that the model has."""
+    if contest.bundle.manifest.vision_chain is None or contest.inputs.seeing:
+        return []
+    return ["not every prompt has an image: tower and image tokens were not measured"]
+
+
 def decoded(record: dict[str, Any]) -> int:
     """Tokens that a record's `decode_s` covers: all but the first."""
     return max(0, len(record["tokens"]) - 1)
@@ -88,7 +95,8 @@ def measure(contest: Contest) -> dict[str, Any]:
     left = _left_early(contest)
     modes = _modes(contest, left)
     baseline = Writer("unsplit", contest.unsplit, "unsplit")
-    seen = [Writer(name, contest.chain, name) for name in vision_settings(contest.bundle.manifest)]
+    settings = vision_settings(contest.bundle.manifest) if inputs.seeing else {}
+    seen = [Writer(name, contest.chain, name) for name in settings]
     writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes), *seen]
     turns = _write(contest, writers)
     full = writers[1]
@@ -119,12 +127,12 @@ def measure(contest: Contest) -> dict[str, Any]:
             }
             for writer in writers[1 : len(modes) + 1]
         },
-        "vision": figures(contest, baseline, full, seen),
+        "vision": figures(contest, baseline, full, seen) if inputs.seeing else None,
         "earlier_exits": _earlier_exits(contest, full, left),
         "fast_on_given_text": given,
         "split_tax": time_against(full, baseline)["decode"],
         "same_threads": contest.same_threads,
-        "warnings": few_prompts(inputs.count) if inputs.real else [],
+        "warnings": (few_prompts(inputs.count) if inputs.real else []) + _blind(contest),
     }
 
 

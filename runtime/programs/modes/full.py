@@ -12,6 +12,7 @@ tokens per row). All modes follow four rules:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +25,8 @@ from edgeexit.runtime.executor.blocks import Block, even_chunk
 from edgeexit.runtime.executor.head import Answers
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.sampling import Sampler
+
+logger = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
 
@@ -192,7 +195,24 @@ def last_states(
         for row, length in enumerate(lengths):
             if start < length <= start + chunk:
                 last[row] = states[row, left[row] - 1]
-    return states if last is None else last
+    if last is None:
+        return states
+    if isinstance(last, np.ndarray):
+        for row in np.flatnonzero(~np.isfinite(last).all(1)):
+            logger.warning(
+                "prompt %d: the states are not numbers (NaN or infinity), so the text means "
+                "nothing",
+                row + 1,
+            )
+    return last
+
+
+def has_numbers(session: Session) -> bool:
+    """Whether the last states of a session are numbers. If not, it must not be used again: what a
+    text leaves in memory is masked for the next one, and 0 times NaN is NaN."""
+    tensor = session.bindings.tensors[session.boundaries[-1]]
+    last = session.boundary(len(session.parts), session.chunk if "new" in tensor.axes else 1)
+    return not isinstance(last, np.ndarray) or bool(np.isfinite(last).all())
 
 
 def part_of(prompts: Sequence[Ints], start: int, size: int) -> tuple[Ints, list[int]]:
