@@ -136,9 +136,9 @@ def figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, fl
     for case, own in cases.items():
         apart = round(abs(own["predicted_over_measured"] - 1), 4)
         found.append((f"{name}: {case}, apart from the sum of parts", apart, "<=", 0.03, 0.01))
-        if case.startswith("drop"):
-            apart = round(abs(own["predicted_prefill_over_measured"] - 1), 4)
-            found.append((f"{name}: {case}, its prefill alone", apart, "<=", 0.03, 0.01))
+        for part in ("tower", "prefill"):
+            apart = round(abs(own[f"predicted_{part}_over_measured"] - 1), 4)
+            found.append((f"{name}: {case}, its {part} alone", apart, "<=", 0.03, 0.01))
     exported = result["export"]
     found.append((f"{name}: export, s", exported["seconds"], "<=", 360, 180))
     memory = exported["peak_above_imports_of_weights"]

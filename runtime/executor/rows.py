@@ -113,9 +113,11 @@ class RowPass:
 
     def run_all(
         self, feeds: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
-    ) -> tuple[list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]], list[int]]:
+    ) -> tuple[
+        list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]], list[tuple[int, int]]
+    ]:
         """Runs every component for every row. Returns per exit copies of all outputs and scores,
-        and the time of each component with its exit, in ns."""
+        and the time of each component and of the exit behind it, in ns."""
         self._plans.open([EVERY_SCORE] * len(self.exits))
         plan = self._plans.plan(sizes)
         self._feed(plan, feeds)
@@ -125,10 +127,11 @@ class RowPass:
             started = time.perf_counter_ns()
             try:
                 self._run_step(step, number)
+                ran = time.perf_counter_ns()
                 self._finish(step, number)
             except EngineError as error:
                 raise _of_inputs(error, feeds) from error
-            times_ns.append(time.perf_counter_ns() - started)
+            times_ns.append((ran - started, time.perf_counter_ns() - ran))
             if behind is not None:
                 views = {t: fetch(view).copy() for t, view in step.views.items()}
                 outputs, scores = (

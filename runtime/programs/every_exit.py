@@ -84,7 +84,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
         ],
         [{name: whole[n][name] for name in exit_.scores} for n, exit_ in exits],
         [sum(of_component) for of_component in zip(*times_ms, strict=True)],
-        times_ms,
+        step_times_ms=times_ms,
     )
 
 

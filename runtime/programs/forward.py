@@ -62,13 +62,15 @@ class Trace:
             last token.
         scores: Per exit, score name -> ``[batch]`` float32; for texts ``[batch, seq]``.
         times_ms: Milliseconds of each component with the exit behind it.
-        step_times_ms: For texts: per run of `step` tokens, the same.
+        exit_times_ms: Of these, the exit's own components (a projector, a head); empty for texts.
+        step_times_ms: For texts: per run of `step` tokens, the same as `times_ms`.
     """
 
     exits: list[str]
     outputs: list[dict[str, NDArray[Any]]]
     scores: list[dict[str, NDArray[Any]]]
     times_ms: list[float]
+    exit_times_ms: list[float] = field(default_factory=list)
     step_times_ms: list[list[float]] = field(default_factory=list)
 
 
@@ -223,7 +225,8 @@ class InputSteps:
                     [exit_.name for exit_ in row_pass.exits],
                     [outputs for outputs, _ in answers],
                     [scores for _, scores in answers],
-                    [time_ns / 1e6 for time_ns in times_ns],
+                    [sum(both_ns) / 1e6 for both_ns in times_ns],
+                    [exit_ns / 1e6 for _, exit_ns in times_ns],
                 )
             known |= answers[-1][0]
         raise AssertionError(f"no step runs {chain}")

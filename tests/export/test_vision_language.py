@@ -99,6 +99,8 @@ def test_every_exit_of_a_tower_hands_on_what_its_projector_makes(
     pixels, layers = random_pixels(split, 3), split.tower.exit_layers
     with load(bundle) as model:
         trace = model.trace(inputs_of(bundle, pixels), chain="vision")
+        both = zip(trace.exit_times_ms, trace.times_ms, strict=True)
+        assert all(0 < projector < whole for projector, whole in both)
     assert trace.exits[:-1] == [f"tower_exit_{layer}" for layer in layers]
     for layer, outputs, scores in zip(layers, trace.outputs, trace.scores, strict=False):
         with torch.no_grad():

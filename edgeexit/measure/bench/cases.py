@@ -259,9 +259,12 @@ def _text_cases(
 
         def parts(_: int) -> dict[str, list[float]]:
             shown, hidden = prompts[0], [token for token in prompts[0] if token not in tokens]
+            tower = model.trace(others[0], chain=model.bundle.manifest.vision_chain)
             return {
                 "with_images_ms": model.segment_times(shown, others[0]),
                 "without_images_ms": model.segment_times(hidden),
+                "tower_ms": tower.times_ms,
+                "tower_exits_ms": tower.exit_times_ms,
             }
 
         cases["parts"] = Case(parts, lambda times: times, case({}, 1).enter)

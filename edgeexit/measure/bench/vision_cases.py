@@ -22,17 +22,18 @@ def vision_settings(manifest: Manifest) -> dict[str, dict[str, Any]]:
     for exit_ in tower.stops[:-1]:
         rule = forced(tower.stops, exit_.name)
         own = Rule(thresholds=rule.thresholds, score="saturation", first=rule.first, last=rule.last)
-        found[f"{TOWER}:{_layer(exit_.name)}"] = {"rules": {name: own}}
+        found[f"{TOWER}:{layer_of(exit_.name)}"] = {"rules": {name: own}}
     main = manifest.decoding.chain
     for exit_ in manifest.chains[main].exits:
         if exit_.action == "drop" and not exit_.path:
             rule = Rule(thresholds={exit_.name: ALWAYS})
-            found[f"{DROP}:{_layer(exit_.name)}"] = {"rules": {main: rule}}
+            found[f"{DROP}:{layer_of(exit_.name)}"] = {"rules": {main: rule}}
     return found
 
 
-def _layer(exit_name: str) -> int:
+def layer_of(exit_name: str) -> int:
+    """The layer in an exit's name: ``tower_exit_6``, ``drop_12``."""
     return int(exit_name.rpartition("_")[2])
 
 
-__all__ = ["DROP", "TOWER", "vision_settings"]
+__all__ = ["DROP", "TOWER", "layer_of", "vision_settings"]
