@@ -31,6 +31,10 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 
 PEERS = ("exporters", "genai")
 CASES = {"bundle": "full", "exporters": "exporters", "genai": "genai"}
+LAUNCHES = 4
+"""Times that both sides are started anew: where a process's memory lies and where its threads run
+changes its speed by a few percent for as long as it lives."""
+
 SEARCH_TOKENS, SEARCH_NEW_TOKENS = 32, 8
 """Text in the search for thread settings."""
 
@@ -146,33 +150,29 @@ def search(sides: Sides, prompts: str) -> tuple[dict[str, Any], dict[str, dict[s
 def against(
     sides: Sides, peer: str, prompts: str, threads: dict[str, Any], turns: int
 ) -> dict[str, Any]:
-    """Lets the bundle and a peer continue the same prompts in turns."""
+    """Lets the bundle and a peer continue the same prompts in turns, in `LAUNCHES` of both."""
     endless = peer != "genai"  # its texts end at the checkpoint's last token
-    with ExitStack() as stack:
-        ours, theirs = writers = [
-            Writer(
-                what,
-                stack.enter_context(
-                    sides.open(
-                        what,
-                        prompts,
-                        threads[what],
-                        new_tokens=sides.new_tokens,
-                        endless=endless,
-                    )
-                ),
-                CASES[what],
-            )
-            for what in ("bundle", peer)
-        ]
-        for writer in writers:
-            writer.side.run(writer.case, [0], lead=False)
-        take_turns(writers, [turn % ours.side.inputs for turn in range(turns)])
-    ratios = compare(ours, theirs)
+    launches = []
+    for launch in range(LAUNCHES):
+        with ExitStack() as stack:
+            own = []
+            for what in ("bundle", peer)[:: -1 if launch % 2 else 1]:
+                side = sides.open(
+                    what, prompts, threads[what], new_tokens=sides.new_tokens, endless=endless
+                )
+                own.append(Writer(what, stack.enter_context(side), CASES[what]))
+                side.run(CASES[what], [0], lead=False)
+            take_turns(own, [turn % own[0].side.inputs for turn in range(turns)])
+            launches.append(sorted(own, key=lambda writer: writer.name != "bundle"))
+    ours, theirs = (
+        Writer(same[0].name, same[0].side, same[0].case, [r for one in same for r in one.records])
+        for same in zip(*launches, strict=True)
+    )
+    ratios = compare(ours, theirs) | {"launches": [compare(*pair) for pair in launches]}
     if "earlier_s" in theirs.records[0]:
         ratios |= {part: ratio_of(ours, theirs, part) for part in PARTS}
     return {
-        **{writer.name: summary(writer) for writer in writers},
+        **{writer.name: summary(writer) for writer in (ours, theirs)},
         "library": theirs.side.facts,
         "against": ratios,
         "texts_that_differ": differences(ours, theirs),

@@ -23,7 +23,7 @@ from typing import Any
 
 from results import HERE, SCRATCH, save, say, verdict
 from visionmodels import SHAPES, layers_of
-from visionpeers import compare_peers, made_peers, peer_figures
+from visionpeers import LAUNCHES, compare_peers, made_peers, peer_figures
 
 from edgeexit.measure import environment
 from edgeexit.measure.bench.bench import Options, bench
@@ -32,7 +32,7 @@ WORDS, NEW_TOKENS = 32, 32
 THREADS = "brief"
 """Setting of both sides (the default of `load`): searching the best takes half an hour here."""
 SECONDS = {"full": 120.0, "quick": 3.0}
-TURNS = {"full": 12, "quick": 3}
+TURNS = {"full": 6, "quick": 2}
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--peers", action="store_true", help="compare with other software instead")
-    parser.add_argument("--turns", type=int, help="turns per peer")
+    parser.add_argument("--turns", type=int, help="turns per peer and launch")
     given = parser.parse_args()
     if given.peers and find_spec("onnxruntime_genai") is None:
         parser.error("--peers needs: pip install onnxruntime-genai")
@@ -90,7 +90,7 @@ def measure_peers(name: str, turns: int, *, keep: bool, quick: bool) -> None:
         "layers": layers_of(SHAPES[name]),
         "words": WORDS,
         "new_tokens": NEW_TOKENS,
-        "turns": turns,
+        "turns": turns * LAUNCHES,
         "export_s": seconds,
         **compare_peers(folder, WORDS, NEW_TOKENS, turns),
     }
