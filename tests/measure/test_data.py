@@ -353,6 +353,16 @@ def test_function_is_found_when_a_file_is_named(toy_bundle: Bundle, tmp_path: Pa
     assert len(read(f"{tmp_path}/some_data.py:whole", toy_bundle, size=5)) == 1
 
 
+def test_function_is_found_when_its_file_has_a_dataclass(
+    toy_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Dataclasses with annotations as text look their module up in `sys.modules`."""
+    given = "@dataclasses.dataclass\nclass Given:\n    rows: int = 0\n"
+    heading = "from __future__ import annotations\nimport dataclasses\n"
+    (tmp_path / "some_data.py").write_text(heading + MODULE + given)
+    assert len(read(f"{tmp_path}/some_data.py:whole", toy_bundle, size=5)) == 1
+
+
 @pytest.mark.parametrize(
     "name,kind,message",
     [
