@@ -73,12 +73,12 @@ RUNS: dict[str, tuple[list[str], int, list[str]]] = {
     "more placeholders": (
         [*WITH_CAT, "<image> or <image>?"],
         1,
-        ["prompt 1 has 2 placeholders <image> for 1 images", "once for each image"],
+        ["prompt 1 has 2 placeholders <image> for 1 image.", "once for each image"],
     ),
     "fewer placeholders": (
         [*WITH_CAT, "<image>?", "--image", "dog.png"],
         1,
-        ["prompt 1 has 1 placeholders <image> for 2 images"],
+        ["prompt 1 has 1 placeholder <image> for 2 images"],
     ),
     "a placeholder of no image": (["--prompt", "<image>?"], 1, ["no inputs are given for them"]),
     "no prompt": (["--image", "cat.png"], 2, ["Give --prompt or --messages"]),
