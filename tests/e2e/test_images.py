@@ -149,6 +149,18 @@ EXPORTS: dict[str, tuple[dict[str, Any], list[str], int, list[str]]] = {
         2,
         ["there is no layer 7; the tower has layers 1 to 3"],
     ),
+    "tiles of a processor that has none": (
+        {},
+        ["--exits", "1", "--max-tiles", "1"],
+        2,
+        ["CLIPImageProcessorPil does not cut images", "InternVL, SmolVLM and Idefics3 have tiles"],
+    ),
+    "int8, before its data is read": (
+        {},
+        ["--exits", "1", "--dtype", "int8", "--calibration-data", "policy.json"],
+        1,
+        ["int8 is not supported for models that place", "float32 or float16"],
+    ),
     "a drop before the image is read": (
         {},
         ["--exits", "1", "--drop-image-tokens", "0"],
