@@ -270,6 +270,13 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
+def marked(written: ImageText | None, prompt: str, images: int) -> str:
+    """A prompt that says nothing of its images, with their placeholders in front."""
+    if written is None or written.in_front or written.placeholder in prompt:
+        return prompt
+    return f"{written.placeholder * images}\n{prompt}"
+
+
 def text_of(written: ImageText, cut: Cut) -> str:
     """What a prompt says for an image."""
     one = written.placeholder * written.tokens
@@ -288,6 +295,7 @@ __all__ = [
     "Image",
     "fill_images",
     "image_input",
+    "marked",
     "read_image",
     "take_images",
     "text_of",
