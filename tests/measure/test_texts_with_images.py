@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, EdgeExitError
+from edgeexit.measure.calibrate import calibrate
 from edgeexit.measure.data import open_data
-from edgeexit.measure.texts import Text, read_texts
-from edgeexit.measure.trace import record
+from edgeexit.measure.given_text import on_given_texts
+from edgeexit.measure.texts import Text, as_data, read_texts
+from edgeexit.measure.trace import Trace, record
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
-from tests.vision_models import make_images
+from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
+from tests.vision_models import PLACEHOLDER, make_images
 
 Bundles = Callable[[str], Bundle]
 
@@ -127,3 +131,57 @@ def test_placeholders_without_images_are_refused(model: Model, folder: Path) -> 
     path = write_lines(folder, {"text": "a<image>b"})
     with pytest.raises(EdgeExitError, match="row 0: .*no inputs are given for them"):
         record(model, open_data(path, model.bundle), 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_placeholders_are_not_scored(model: Model, folder: Path, batch_size: int) -> None:
+    """Their rows are not in the trace, and all others are as if they had been traced alone."""
+    rows = [
+        {"text": "ab<image>cd<image>", "images": [CAT, DOG]},
+        {"text": "xyz"},
+        {"text": "ef<image>gh<image>", "images": [DOG, DOG]},
+    ]
+    path = write_lines(folder, *rows)
+    trace = record(model, open_data(path, model.bundle), batch_size, token_times=False)
+    assert trace.labels is not None and trace.groups is not None
+    assert trace.next_log_probs is not None and PLACEHOLDER not in trace.labels
+    for number, text in enumerate(read_texts(path, model.bundle)):
+        whole = model.trace({"tokens": np.array([text.tokens]), **text.inputs})
+        following = np.array([*text.tokens[1:], -1])
+        scored = following != PLACEHOLDER
+        own = trace.groups == number
+        assert trace.labels[own].tolist() == following[scored].tolist()
+        for place, outputs in enumerate(whole.outputs):
+            assert np.array_equal(trace.predictions[place, own], outputs["token"][0, scored])
+            values = outputs[NEXT_LOG_PROB][0, scored]
+            np.testing.assert_allclose(trace.next_log_probs[place, own], values, atol=1e-4)
+    assert trace.batch_rows.sum() == trace.rows == 4 + 3 + 4
+
+
+def test_a_policy_on_given_texts_counts_no_placeholders(model: Model, folder: Path) -> None:
+    path = write_lines(folder, {"text": "ab<image>cd", "image": CAT})
+    [text] = read_texts(path, model.bundle)
+    given = on_given_texts(model, [text.tokens], [text.inputs])
+    assert given is not None and given.tokens == 3
+
+
+def test_answers_that_are_no_numbers_give_a_warning(
+    model: Model, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(folder, {"text": "ab<image>cd", "image": CAT}, {"text": "xyz"})
+    shown, plain = read_texts(path, model.bundle)
+    bad = Text(shown.tokens, {name: value * np.nan for name, value in shown.inputs.items()})
+
+    def traced(*texts: Text) -> Trace:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="edgeexit"):
+            return record(model, as_data(texts, model.bundle, "texts"), 1, token_times=False)
+
+    fine = traced(shown, plain)
+    assert not caplog.records
+    trace = traced(shown, bad, plain, bad)
+    assert [one.getMessage().split(":")[1] for one in caplog.records] == [" row 1 and 1 more"]
+    policy, _, _ = calibrate(trace, max_risk=1.0, score="max_prob")
+    assert "max_prob is NaN for 8 of 15 tokens" in policy.calibration["warnings"][-1]
+    policy, _, _ = calibrate(fine, max_risk=1.0, score="max_prob")
+    assert not any("NaN" in doubt for doubt in policy.calibration["warnings"])
