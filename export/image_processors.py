@@ -7,6 +7,7 @@ Steps that the schema cannot express are refused, never left out.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ import numpy as np
 import transformers
 
 from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
-from edgeexit.errors import ExportError
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.library_errors import translated
+
+logger = logging.getLogger(__name__)
 
 _RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
     0: "nearest",
@@ -59,6 +62,7 @@ def image_preprocessing(
 
     Raises:
         ExportError: transformers cannot read it, or a step is not supported.
+        UsageError: `most_tiles` is given for a processor without tiles.
     """
     path = _file_of(folder)
     if path is None:
@@ -70,7 +74,7 @@ def image_preprocessing(
             folder, trust_remote_code=False, **pillow, **(options or {})
         )
         if most_tiles is not None:
-            _limit_tiles(processor, most_tiles)
+            _limit_tiles(processor, most_tiles, path)
         config = processor.to_dict()
     name = type(processor).__name__
     with translated(path, f"options of {name} are not supported", MEND):
@@ -100,16 +104,33 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _limit_tiles(processor: Any, most: int) -> None:
-    """Makes a processor cut images into at most this many tiles."""
+def _limit_tiles(processor: Any, most: int, path: Path) -> None:
+    """Makes a processor cut images into at most this many tiles.
+
+    Raises:
+        UsageError: It has no tiles.
+    """
     if hasattr(processor, "crop_to_patches"):
         processor.crop_to_patches = most > 1
         processor.max_patches = min(int(processor.max_patches), most)
     elif hasattr(processor, "do_image_splitting"):
         processor.do_image_splitting = bool(processor.do_image_splitting) and most > 1
-        edge = int(dict(processor.max_image_size)["longest_edge"]) * math.isqrt(most)
-        own = dict(processor.size)["longest_edge"]
-        processor.size = {"longest_edge": min(int(own), edge)}
+        side = math.isqrt(most)
+        edge = int(dict(processor.max_image_size)["longest_edge"]) * side
+        own = int(dict(processor.size)["longest_edge"])
+        processor.size = {"longest_edge": min(own, edge)}
+        if edge < own and side**2 < most:
+            logger.warning(
+                "at most %d tiles: this model's images are scaled to a whole number of tiles in "
+                "the longer side, so %s (other limits are 1, 4, 9, 16, ...)",
+                most,
+                "images stay whole" if side == 1 else f"they have {side**2} tiles at most",
+            )
+    else:
+        raise UsageError(
+            f"{path}: {type(processor).__name__} does not cut images into tiles",
+            fix="Leave --max-tiles (most_tiles) out; InternVL, SmolVLM and Idefics3 have tiles.",
+        )
 
 
 def _checked(path: Path, schema: ImagePreprocessing) -> ImagePreprocessing:

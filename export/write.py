@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from edgeexit import __version__
-from edgeexit.bundle.manifest import File, Manifest
+from edgeexit.bundle.manifest import File, Manifest, Place
 from edgeexit.bundle.reader import Bundle, sha256_of
 from edgeexit.bundle.writer import BundleWriter, check_output
-from edgeexit.errors import UsageError
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.describe import Precision, check, derived_of, manifest_of
 from edgeexit.export.passes.quantise import quantise_bundle
@@ -80,6 +80,7 @@ def export(
     if calibration is None:
         tell = counter(progress, count)
         return _write(model, output, cast("Precision", dtype), opset, overwrite, tell)
+    check_int8(model)
     check_output(Path(output), overwrite=overwrite)
     in_chains = {name for c in model.chains.values() for name in [*c.components, *c.unsplit]}
     tell = counter(progress, count + len(in_chains) + 2)
@@ -210,6 +211,16 @@ def check_options(dtype: str, opset: int, calibration: Calibration | None = None
         raise UsageError(
             f"opset {opset} is out of range (18 to {OPSETS[-1]})",
             fix=f"Use {DEFAULT_OPSET}, which every supported engine reads.",
+        )
+
+
+def check_int8(model: SplitModel) -> None:
+    """Refuses a model that cannot be quantised, before its data is read."""
+    placed = [step.source for step in model.steps if isinstance(step, Place)]
+    if placed:
+        raise ExportError(
+            f"{model.name}: int8 is not supported for models that place {placed[0]} among tokens",
+            fix="Export it in float32 or float16.",
         )
 
 

@@ -123,14 +123,23 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
 
 
 def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
-    """Exits of a chain that may drop a token group -> thresholds; exits without one never drop."""
-    drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
+    """Exits of a chain that may drop a token group -> thresholds; exits without one never drop.
+
+    Raises:
+        PolicyError: A threshold is not a number, or compares a score that the exit does not have.
+    """
+    drops = {exit_.name: exit_ for exit_ in chain.exits if exit_.action == "drop"}
     if not isinstance(rule.thresholds, dict):
         return {}
-    chosen = {name: value for name, value in rule.thresholds.items() if name in drops}
-    return {
-        name: _float32_above(value) for name, value in _checked(chosen).items() if value != NEVER
-    }
+    chosen = _checked({name: value for name, value in rule.thresholds.items() if name in drops})
+    for name, value in chosen.items():
+        if not drops[name].path and value not in (ALWAYS, NEVER):
+            raise PolicyError(
+                f"the threshold of {name} is {value}, but this drop is a schedule: it has no score",
+                fix=f"Use -inf to drop the group {drops[name].tokens} there always, or leave it "
+                "out.",
+            )
+    return {name: _float32_above(value) for name, value in chosen.items() if value != NEVER}
 
 
 def decisions_of(policy: Policy, chain: Chain, name: str) -> list[Decision]:
@@ -153,9 +162,16 @@ def rule_of(policy: Policy, chain: Chain, name: str) -> Rule:
                 fix=f'Add "{name}" to its rules; a rule without thresholds never stops.',
             )
         rule = Rule()
-    drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
+    drops = [exit_.name for exit_ in chain.exits if exit_.action == "drop"]
     if drops and isinstance(rule.thresholds, dict):
         stops = {n: value for n, value in rule.thresholds.items() if n not in drops}
+        early = [exit_.name for exit_ in chain.stops[:-1]]
+        if unknown := sorted(map(str, set(stops) - set(early))):
+            raise PolicyError(
+                f"thresholds name {unknown[0]!r}; the early exits are "
+                f"{', '.join(early) or 'none'}, the drops {', '.join(drops)}",
+                fix="Use these names; the last exit always answers and has no threshold.",
+            )
         rule = msgspec.structs.replace(rule, thresholds=stops)
     return rule
 

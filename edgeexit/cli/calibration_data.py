@@ -19,13 +19,15 @@ def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any
     """Reads batches of the data, as many as an int8 export uses.
 
     Raises:
+        ExportError: The model cannot be quantised.
         DataError: The data cannot be read, or does not fit the model.
         UsageError: There is too little data.
     """
     from edgeexit.export.passes.calibration import split as shares
-    from edgeexit.export.write import describe_bundle
+    from edgeexit.export.write import check_int8, describe_bundle
     from edgeexit.measure.data import open_data
 
+    check_int8(split)
     add_current_directory()
     found: list[Mapping[str, Any]] = []
 

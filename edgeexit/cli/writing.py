@@ -319,15 +319,13 @@ def _with_images(
     """Prompts as the model takes them, with the placeholders of their images, and the images as an
     input; None: there are no images. A prompt that says nothing of its images has them in
     front."""
-    from edgeexit.runtime.programs.images import image_input, take_images
+    from edgeexit.runtime.programs.images import image_input, marked, take_images
 
     found = [[] if isinstance(one, str) else take_images(one.messages)[1] for one in writing.inputs]
     if writing.images:
         written, _ = image_input(model.bundle)
         found = [[str(path) for path in writing.images]]
-        in_front = written is None or written.in_front
-        if written and not in_front and written.placeholder not in rows[0]:
-            rows = [f"{written.placeholder * len(writing.images)}\n{rows[0]}"]
+        rows = [marked(written, rows[0], len(writing.images))]
     plain = all(isinstance(one, str) for one in writing.inputs)  # else a template has added them
     if any(found):
         return model.prompts_with_images(rows, found, special_tokens=plain)

@@ -184,9 +184,21 @@ def calibrate(
         "max_risk": max_risk,
         "rows_needed": rows_needed(max_risk),
     } | _measured(trace, risk, taken)
-    calibration["warnings"] = doubts(*_decisions(trace), max_risk)
+    calibration["warnings"] = doubts(*_decisions(trace), max_risk) + _no_numbers(trace, score)
     policy = Policy(rules=rules, bundle=trace.bundle, engine=trace.engine, calibration=calibration)
     return policy, curve, chosen
+
+
+def _no_numbers(trace: Trace, score: str) -> list[str]:
+    """A warning if rows have a score that is NaN."""
+    count = int(np.isnan(trace.scores[score]).any(axis=0).sum())
+    if not count:
+        return []
+    rows = "rows" if trace.texts is None else "tokens"
+    return [
+        f"{score} is NaN for {count} of {trace.rows} {rows}: their answers mean nothing, so trace "
+        "again without such data"
+    ]
 
 
 def _decisions(trace: Trace) -> tuple[int, str]:

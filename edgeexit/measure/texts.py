@@ -2,12 +2,14 @@
 
 Formats: ``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; ``.npz`` keyed by
 the program's inputs; or ``module:function`` that returns a list of texts, of lists of ids, or of
-such objects. If an encoder reads the prompt, ``target`` is the text of the decoder.
+such objects. If an encoder reads the prompt, ``target`` is the text of the decoder. A line may have
+``image`` or ``images``: paths, relative to the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Gather
-from edgeexit.bundle.paths import shown
+from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
 from edgeexit.measure.batches import LABEL, Batch, DataSet, Update, read_npz
 from edgeexit.measure.functions import load_function
 from edgeexit.measure.raw_data import json_object
 from edgeexit.runtime.programs.forward import check_inputs
+from edgeexit.runtime.programs.images import image_input, marked, write_images
+from edgeexit.runtime.programs.prompts import pad_source
 from edgeexit.runtime.text.tokenizer import encode, encode_batch, open_tokenizer
 
 
@@ -53,8 +57,31 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
     """
     if source.endswith(".npz"):
         return _from_arrays(Path(source), bundle, targets=targets)
+    reader = _Reader(bundle, targets=targets)
+    return [reader.text(row, where) for where, row in _rows(source)]
+
+
+def open_texts(source: str, bundle: Bundle) -> DataSet:
+    """Opens texts as a data set: rows of a batch are texts of one length. Images are read batch by
+    batch."""
+    name = Path(source).name
+    if source.endswith(".npz"):
+        return as_data(_from_arrays(Path(source), bundle, targets=True), bundle, name)
+    reader = _Reader(bundle, targets=True)
+    texts = [
+        functools.partial(reader.text, row, where)
+        if reader.images(row, where)
+        else reader.text(row, where)
+        for where, row in _rows(source)
+    ]
+    return as_data(texts, bundle, name)
+
+
+def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file or a function, each with its place for messages."""
+    rows: list[tuple[str, dict[str, Any]]]
     if source.endswith((".jsonl", ".ndjson")):
-        rows: list[tuple[str, Any]] = _lines(source)
+        rows = [(where, _beside(row, Path(source).parent)) for where, row in _lines(source)]
     else:
         made = load_function(source, "--data")()
         if isinstance(made, (str, Mapping)) or not isinstance(made, Iterable):
@@ -62,48 +89,58 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
                 f"{source}: it returned a {type(made).__name__}",
                 fix="Return a list of texts, of lists of token ids, or of objects.",
             )
-        rows = [(f"{source}: prompt {n}", row) for n, row in enumerate(made, start=1)]
+        rows = [
+            (f"{source}: prompt {n}", dict(row) if isinstance(row, Mapping) else {"text": row})
+            for n, row in enumerate(made, start=1)
+        ]
     if not rows:
         raise DataError(f"{source}: there are no prompts", fix="Give at least one.")
-    reader = _Reader(bundle, targets=targets)
-    return [
-        reader.text(row if isinstance(row, Mapping) else {"text": row}, where)
-        for where, row in rows
-    ]
+    return rows
 
 
-def open_texts(source: str, bundle: Bundle) -> DataSet:
-    """Opens texts as a data set: rows of a batch are texts of one length."""
-    return as_data(read_texts(source, bundle, targets=True), bundle, Path(source).name)
+def _beside(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The object of a line, with paths of images from its file's folder."""
+
+    def path(given: Any) -> Any:
+        return folder / given if isinstance(given, str) and "://" not in given else given
+
+    found = dict(row)
+    if "image" in row:
+        found["image"] = path(row["image"])
+    if isinstance(row.get("images"), list):
+        found["images"] = [path(given) for given in row["images"]]
+    return found
 
 
-def as_data(texts: Sequence[Text], bundle: Bundle, name: str) -> DataSet:
-    """Makes a data set of texts: rows of a batch are texts of one length."""
+def as_data(texts: Sequence[Text | Callable[[], Text]], bundle: Bundle, name: str) -> DataSet:
+    """Makes a data set of texts, or of functions that read one: rows of a batch are texts of one
+    length."""
     decoding = bundle.manifest.decoding
     assert decoding is not None
-    rows = [{decoding.tokens: np.array([text.tokens])} | text.inputs for text in texts]
 
     def batches(size: int, update: Update) -> Iterator[Batch]:
-        alike: dict[object, list[int]] = {}
-        for row in rows:
+        alike: dict[object, dict[int, dict[str, NDArray]]] = {}
+        for number, given in enumerate(texts):
+            text = given() if callable(given) else given
+            row = {decoding.tokens: np.array([text.tokens])} | text.inputs
             for name, value in sorted(row.items()):
                 update(f"{name} {value.dtype.str} {value.shape} ".encode() + value.tobytes())
-        for number, row in enumerate(rows):
-            same = alike.setdefault(tuple(value.shape for value in row.values()), [])
-            same.append(number)
+            same = alike.setdefault(tuple(value.shape for value in row.values()), {})
+            same[number] = row
             if len(same) == size:
-                yield _together(rows, same)
+                yield _together(same)
                 same.clear()
         for same in alike.values():
             if same:
-                yield _together(rows, same)
+                yield _together(same)
 
-    return DataSet(name=name, rows=len(rows), _batches=batches)
+    return DataSet(name=name, rows=len(texts), _batches=batches)
 
 
-def _together(rows: list[dict[str, NDArray]], numbers: list[int]) -> Batch:
-    inputs = {name: np.concatenate([rows[n][name] for n in numbers]) for name in rows[numbers[0]]}
-    return Batch(inputs, None, len(numbers), np.array(numbers))
+def _together(rows: Mapping[int, Mapping[str, NDArray]]) -> Batch:
+    names = next(iter(rows.values()))
+    inputs = {name: np.concatenate([row[name] for row in rows.values()]) for name in names}
+    return Batch(inputs, None, len(rows), np.array(list(rows)))
 
 
 def vocabulary(bundle: Bundle, ids: str) -> int:
@@ -116,18 +153,27 @@ class _Reader:
     """Converts texts to a program's token ids."""
 
     def __init__(self, bundle: Bundle, *, targets: bool) -> None:
-        decoding = bundle.manifest.decoding
+        manifest, decoding = bundle.manifest, bundle.manifest.decoding
         assert decoding is not None
         self._bundle, self._targets, self._tokens = bundle, targets, decoding.tokens
         self._start = decoding.start_tokens
+        self._needs_image = manifest.image_preprocessing is not None and not decoding.groups
+        read = manifest.text_preprocessing
+        self._prompt = read.ids if self._start and read is not None else decoding.tokens
         self._tokenizer: Any = None
 
     def text(self, row: Mapping[str, Any], where: str) -> Text:
         """A text from the fields of a line."""
         given = next((row[name] for name in ("prompt", "text", "tokens") if name in row), None)
+        images = self.images(row, where)
         if not self._start:
-            return Text(self._ids(given, self._tokens, where))
-        inputs = self._source(given, where)
+            tokens, inputs = (
+                self._seen(given, images, where)
+                if images
+                else (self._ids(given, self._tokens, where), {})
+            )
+            return Text(tokens, inputs)
+        inputs = self._seen(given, images, where)[1] if images else self._source(given, where)
         if not self._targets:
             return Text(list(self._start), inputs)
         if "target" not in row:
@@ -142,6 +188,43 @@ class _Reader:
         )
         return Text([*self._start, *written[shared:]], inputs)
 
+    def images(self, row: Mapping[str, Any], where: str) -> list[Any]:
+        """The images of a line. Raises `DataError` for what is none, and for missing files."""
+        if row.get("image") is not None and row.get("images") is not None:
+            raise DataError(f"{where}: both 'image' and 'images'", fix="Give one of them.")
+        several = row.get("images")
+        if several is not None and not isinstance(several, (list, tuple)):
+            raise DataError(
+                f"{where}: 'images' is a {type(several).__name__}",
+                fix='Write a list: {"images": ["first.png", "second.png"], "text": "..."}.',
+            )
+        one = row.get("image")
+        found = list(several or ()) if one is None else [one]
+        for image in found:
+            if isinstance(image, Path) and (reason := not_a_file(image)):
+                raise DataError(
+                    f"{where}: {shown(image)} {reason}",
+                    fix="Paths of images begin at the folder of the file that names them.",
+                )
+        return found
+
+    def _seen(
+        self, given: Any, images: list[Any], where: str
+    ) -> tuple[list[int], dict[str, NDArray]]:
+        """Token ids of a prompt with images, and the inputs of earlier chains."""
+        try:
+            written, _ = image_input(self._bundle)
+            if isinstance(given, str):
+                prompt: Any = marked(written, given, len(images))
+            else:
+                prompt = self._ids(given, self._prompt, where)
+            [row], inputs = write_images(self._bundle, [prompt], [images], self._encode)
+            if self._start:
+                inputs |= pad_source(self._bundle, [row])
+        except (InputError, DataError) as error:
+            raise DataError(f"{where}: {error.what}", fix=error.fix) from error
+        return list(row), inputs  # type: ignore[arg-type]
+
     def _source(self, given: Any, where: str) -> dict[str, NDArray]:
         """The encoder's inputs for a text or token ids."""
         preprocessing = self._bundle.manifest.text_preprocessing
@@ -150,17 +233,25 @@ class _Reader:
                 f"{where}: the bundle has no preprocessing for prompts",
                 fix="Give the model's inputs as .npz.",
             )
+        if self._needs_image:
+            raise DataError(
+                f"{where}: the model reads an image with each prompt, and there is none",
+                fix='Write lines like {"image": "cat.jpg", "text": "..."}.',
+            )
         if isinstance(given, str):
             return encode_batch(self._bundle, [given])
         ids = np.array([self._ids(given, preprocessing.ids, where)])
         mask = {} if preprocessing.mask is None else {preprocessing.mask: np.ones_like(ids)}
         return {preprocessing.ids: ids} | mask
 
+    def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self._bundle)
+        return encode(self._tokenizer, text)
+
     def _ids(self, given: Any, name: str, where: str) -> list[int]:
         if isinstance(given, str):
-            if self._tokenizer is None:
-                self._tokenizer = open_tokenizer(self._bundle)
-            given = encode(self._tokenizer, given)
+            given = self._encode(given)
         limit = vocabulary(self._bundle, name)
         if isinstance(given, np.ndarray):
             given = given.tolist()

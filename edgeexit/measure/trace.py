@@ -4,13 +4,15 @@
 the labels, and the time of every segment. `replay` computes in milliseconds at which exit each row
 would stop with a policy. This is exact for a classifier, as an exit does not change earlier
 results. For a model that writes text, rows are tokens of given texts and labels the next tokens;
-the effect of an early token on later tokens is not replayed. `edgeexit.measure.trace_file` reads
-and writes trace files.
+the effect of an early token on later tokens is not replayed. Tokens that are followed by a
+placeholder (of an image) are no rows: no model predicts placeholders. `edgeexit.measure.trace_file`
+reads and writes trace files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,8 @@ from edgeexit.measure.probe import Answers, ask, chain_named, predictions
 from edgeexit.measure.token_times import TIMED_TEXTS, measure_token_times
 from edgeexit.runtime import Model
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
+
+logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
 """Label of a token without a next token."""
@@ -153,9 +157,11 @@ def record(
     exits, scores = _traceable(name, chain_named(model, chain))
     decoding = model.bundle.manifest.decoding
     tokens = decoding.tokens if decoding is not None and decoding.chain == name else None
+    placeholders = [] if decoding is None else [g.token for g in decoding.groups.values()]
     batches: list[dict[str, NDArray]] = []
     times: list[list[float]] = []
     count, rows_timed = 0, 0
+    meaningless: list[int] = []
     timed: list[dict[str, NDArray]] = []
     for batch in data.batches(batch_size):
         inputs = dict(batch.inputs)
@@ -169,11 +175,16 @@ def record(
         rows_timed = rows_timed or batch.rows
         if tokens is not None and len(timed) < TIMED_TEXTS and batch.rows == rows_timed:
             timed.append(inputs)
-        batches.append(_said(answers, exits, scores) | _about_rows(batch, own))
+        said = _said(answers, exits, scores) | _about_rows(batch, own)
+        batches.append(said if own is None else _without(said, placeholders))
+        numbers = np.arange(count, count + batch.rows) if batch.numbers is None else batch.numbers
+        meaningless += numbers[_are_no_numbers(answers, exits, scores)].tolist()
         times.append(answers.times_ms)
         count += batch.rows
         if progress is not None:
             progress("rows" if tokens is None else "texts", count, data.rows or 0)
+    if meaningless:
+        _warn_of_no_numbers(data.name, sorted(meaningless))
     timed_rows = None
     if tokens is not None and token_times:
         times, timed_rows = measure_token_times(model, timed, tokens)
@@ -227,6 +238,34 @@ def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
     following[:, :-1] = tokens[:, 1:]
     groups = np.repeat(batch.numbers, tokens.shape[1])
     return {"labels": following.reshape(-1), "groups": groups}
+
+
+def _without(said: Mapping[str, NDArray], placeholders: Sequence[int]) -> dict[str, NDArray]:
+    """The rows whose label is no placeholder."""
+    kept = ~np.isin(said["labels"], placeholders)
+    return {name: values[..., kept] for name, values in said.items()}
+
+
+def _are_no_numbers(answers: Answers, exits: list[str], scores: list[str]) -> NDArray[np.bool_]:
+    """Which rows, or texts, have NaN or infinity. A logit may be -inf: that rules a class out."""
+    found: NDArray[np.bool_] | None = None
+    for name in (f"{exit_}/{what}" for exit_ in exits for what in ("logits", *scores)):
+        values = answers.arrays[name]
+        wrong = (np.isnan(values) | np.isposinf(values)).reshape(len(values), -1).any(axis=1)
+        found = wrong if found is None else found | wrong
+    assert found is not None
+    return found
+
+
+def _warn_of_no_numbers(where: str, numbers: Sequence[int]) -> None:
+    more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+    logger.warning(
+        "%s: row %d%s: the answers are not numbers (NaN or infinity), so figures of them mean "
+        "nothing; a NaN score never stops a row",
+        where,
+        numbers[0],
+        more,
+    )
 
 
 def _joined(

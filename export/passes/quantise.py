@@ -119,12 +119,7 @@ class _Quantised:
     def step(self, step: Step) -> Step:
         """Quantises what a step runs. Returns the step of the new bundle."""
         manifest = self.whole.manifest
-        if isinstance(step, Place):
-            raise ExportError(
-                f"{manifest.name}: int8 is not supported for models that place {step.source} "
-                "among tokens",
-                fix="Export it in float32 or float16.",
-            )
+        assert not isinstance(step, Place)  # `export` refuses it
         if isinstance(step, Gather):
             table = table_of(self.whole, step)
             for walk in self._walks:

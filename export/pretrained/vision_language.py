@@ -117,15 +117,20 @@ def read_vision_language(
             fix=f"{name_layers(depth)} (--exits), or exits of the tower (--tower-exits).",
         )
     _check_parts(path, kind, exits)
+    images = image_preprocessing(  # first: it is fast and may refuse
+        checkpoint.folder, 3, options=kind.processing, most_tiles=most_tiles
+    )
+    if images is None and most_tiles is not None:
+        raise UsageError(
+            f"{path}: the checkpoint has no image processor, so nothing cuts images into tiles",
+            fix="Leave --max-tiles (most_tiles) out, or add preprocessor_config.json.",
+        )
     model, missing = read_model(kind.reader, checkpoint)
     if missing:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing[0]}",
             fix="Give a whole vision-language model.",
         )
-    images = image_preprocessing(
-        checkpoint.folder, 3, options=kind.processing, most_tiles=most_tiles
-    )
     size = [(images[0].height, images[0].width)] if images and kind.sized else []
     trunk = trunk_of(checkpoint, kind.family, model, *size)
     if images and trunk.tower.pixels[1:] != (images[0].height, images[0].width):

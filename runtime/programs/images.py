@@ -15,7 +15,7 @@ from edgeexit.bundle.manifest import ImagePreprocessing, ImageText
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError
 from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
-from edgeexit.runtime.programs.arguments import Prompt, are_ids
+from edgeexit.runtime.programs.arguments import Prompt, are_ids, token_rows
 
 Image = Any
 """A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
@@ -67,6 +67,9 @@ def write_images(
                 if written is None
                 else _with_placeholders(prompt, cuts, written, encode, where)
             )
+        elif written is not None:
+            [ids] = token_rows([prompt], encode)
+            _check_ids(bundle, ids, cuts, written, f"prompt {number + 1}")
         rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
     return rows, inputs
@@ -208,16 +211,32 @@ def _per_prompt(
     marker = None if written is None or written.in_front else written.placeholder
     counts = [1 if marker is None else prompt.count(marker) for prompt in prompts]
     if sum(counts) != len(given):
-        what = f"{sum(counts)} placeholders {marker}"
+        what = f"{_counted(sum(counts), 'placeholder')} {marker}"
         raise InputError(
-            f"there are {len(given)} images for {len(prompts)} prompts with "
-            + ("one image each" if marker is None else what),
+            f"there {'is' if len(given) == 1 else 'are'} {_counted(len(given), 'image')} for "
+            f"{len(prompts)} prompts with " + ("one image each" if marker is None else what),
             fix="Give a list of images for each prompt."
             if marker is None
             else f"Write {marker} once for each image.",
         )
     left = iter(given)
     return [[next(left) for _ in range(count)] for count in counts]
+
+
+def _check_ids(
+    bundle: Bundle, ids: NDArray[np.int64], cuts: Sequence[Cut], written: ImageText, where: str
+) -> None:
+    """Raises `InputError` if token ids do not have the placeholders of their images."""
+    groups = bundle.manifest.decoding.groups.values()  # type: ignore[union-attr]
+    token = next(group.token for group in groups if group.image == written)
+    found = int((ids == token).sum())
+    wanted = written.tokens * sum(len(cut.pixels) for cut in cuts)
+    if found != wanted:
+        raise InputError(
+            f"{where} has {_counted(found, 'placeholder')} (the token {token}), its "
+            f"{_counted(len(cuts), 'image')} {wanted} image tokens",
+            fix="Write one placeholder for each image token, or give the prompt as a text.",
+        )
 
 
 def _with_placeholders(
@@ -233,7 +252,8 @@ def _with_placeholders(
     markers = 0 if written.in_front else len(cuts)
     if len(parts) - 1 != markers:
         raise InputError(
-            f"{where} has {len(parts) - 1} placeholders {marker} for {len(cuts)} images",
+            f"{where} has {_counted(len(parts) - 1, 'placeholder')} {marker} for "
+            f"{_counted(len(cuts), 'image')}",
             fix=f"Leave {marker} out: images stand in front of the prompt."
             if written.in_front
             else f"Write {marker} once for each image.",
@@ -244,6 +264,17 @@ def _with_placeholders(
         front = sum(text.count(marker) for text in texts)
         return [token] * front + encode(prompt)
     return encode("".join(a + b for a, b in zip(parts, [*texts, ""], strict=True)))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def marked(written: ImageText | None, prompt: str, images: int) -> str:
+    """A prompt that says nothing of its images, with their placeholders in front."""
+    if written is None or written.in_front or written.placeholder in prompt:
+        return prompt
+    return f"{written.placeholder * images}\n{prompt}"
 
 
 def text_of(written: ImageText, cut: Cut) -> str:
@@ -264,6 +295,7 @@ __all__ = [
     "Image",
     "fill_images",
     "image_input",
+    "marked",
     "read_image",
     "take_images",
     "text_of",

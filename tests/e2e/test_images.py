@@ -73,12 +73,12 @@ RUNS: dict[str, tuple[list[str], int, list[str]]] = {
     "more placeholders": (
         [*WITH_CAT, "<image> or <image>?"],
         1,
-        ["prompt 1 has 2 placeholders <image> for 1 images", "once for each image"],
+        ["prompt 1 has 2 placeholders <image> for 1 image.", "once for each image"],
     ),
     "fewer placeholders": (
         [*WITH_CAT, "<image>?", "--image", "dog.png"],
         1,
-        ["prompt 1 has 1 placeholders <image> for 2 images"],
+        ["prompt 1 has 1 placeholder <image> for 2 images"],
     ),
     "a placeholder of no image": (["--prompt", "<image>?"], 1, ["no inputs are given for them"]),
     "no prompt": (["--image", "cat.png"], 2, ["Give --prompt or --messages"]),
@@ -148,6 +148,18 @@ EXPORTS: dict[str, tuple[dict[str, Any], list[str], int, list[str]]] = {
         ["--untrained-exits", "1", "--tower-exits", "7"],
         2,
         ["there is no layer 7; the tower has layers 1 to 3"],
+    ),
+    "tiles of a processor that has none": (
+        {},
+        ["--exits", "1", "--max-tiles", "1"],
+        2,
+        ["CLIPImageProcessorPil does not cut images", "InternVL, SmolVLM and Idefics3 have tiles"],
+    ),
+    "int8, before its data is read": (
+        {},
+        ["--exits", "1", "--dtype", "int8", "--calibration-data", "policy.json"],
+        1,
+        ["int8 is not supported for models that place", "float32 or float16"],
     ),
     "a drop before the image is read": (
         {},

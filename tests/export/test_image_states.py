@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgeexit.bundle.policy import ALWAYS, Policy, Rule
+from edgeexit.bundle.policy import ALWAYS, Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError
+from edgeexit.errors import InputError, PolicyError
 from edgeexit.runtime import load
 from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.model import Model
@@ -205,3 +205,19 @@ def test_a_prompt_that_ends_with_an_image_cannot_drop_it(
             model.generate(prompt, inputs=inputs, max_new_tokens=4).finish()
         model.policy = Policy(rules={"vision": Rule(), "main": Rule()})
         assert model.generate(prompt, inputs=inputs, max_new_tokens=4).finish().tokens[0]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"drop_2": 0.5}, "the threshold of drop_2 is 0.5, but this drop is a schedule"),
+        ({"drop_9": ALWAYS}, "name 'drop_9'; the early exits are .*, the drops drop_1, drop_2, dr"),
+        ({"drop_2": "always"}, "the threshold of drop_2 is 'always', not a number"),
+    ],
+)
+def test_thresholds_that_no_drop_can_have_are_refused(
+    vision_bundle: Bundles, thresholds: Any, message: str
+) -> None:
+    rules = {"vision": Rule(), "main": Rule(thresholds=thresholds)}
+    with pytest.raises(PolicyError, match=message):
+        policy_for(Policy(rules=rules), vision_bundle("llava"))

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from transformers.image_utils import load_image
 
-from edgeexit.errors import ExportError
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.image_processors import image_preprocessing
 from edgeexit.preprocessing.images import open_image, preprocess_images
 from tests.checkpoints import save_preprocessor
@@ -173,13 +173,21 @@ TILED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
     ),
     "tiles that cover": (SMOLVLM, {}, (13, 9, 5, 17)),
     "fewer that cover": (SMOLVLM, {"most_tiles": 4}, (5, 3, 3, 5)),
+    "no square that cover": (SMOLVLM, {"most_tiles": 8}, (5, 3, 3, 5)),
+    "no square below 4": (SMOLVLM, {"most_tiles": 3}, (1, 1, 1, 1)),
+    "more than it has": (SMOLVLM, {"most_tiles": 17}, (13, 9, 5, 17)),
     "none that cover": (SMOLVLM, {"most_tiles": 1}, (1, 1, 1, 1)),
     "not split": (SMOLVLM | {"do_image_splitting": False}, {}, (1, 1, 1, 1)),
 }
 
 
+LIMITS = {"no square that cover": "they have 4 tiles at most", "no square below 4": "stay whole"}
+
+
 @pytest.mark.parametrize("kind", TILED)
-def test_images_are_cut_into_the_tiles_of_the_processor(kind: str, tmp_path: Path) -> None:
+def test_images_are_cut_into_the_tiles_of_the_processor(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config, options, counts = TILED[kind]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     made = image_preprocessing(tmp_path, 3, **options)
@@ -191,6 +199,14 @@ def test_images_are_cut_into_the_tiles_of_the_processor(kind: str, tmp_path: Pat
         pixels = random.randint(0, 256, (*shape, 3)).astype(np.uint8)
         found.append(len(preprocess_images(made[0], [Image.fromarray(pixels)])))
     assert tuple(found) == counts
+    assert [LIMITS[kind] in one.getMessage() for one in caplog.records] == [True] * (kind in LIMITS)
+
+
+def test_a_limit_of_tiles_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    save_preprocessor(tmp_path, **BASE, image_processor_type="CLIPImageProcessor")
+    with pytest.raises(UsageError, match="does not cut images into tiles") as error:
+        image_preprocessing(tmp_path, 3, most_tiles=1)
+    assert "InternVL, SmolVLM and Idefics3" in str(error.value)
 
 
 SIZES = [(1, 1), (7, 2000), (2000, 7), (4000, 3000), (33, 1)]

@@ -22,7 +22,7 @@ from edgeexit.runtime.executor.rows import Answers
 from edgeexit.runtime.model import Model
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.images import text_of
-from tests.vision_models import make_images, marker_of
+from tests.vision_models import PLACEHOLDER, make_images, marker_of
 
 MARKER = "<image>"
 
@@ -148,12 +148,12 @@ def test_bombs_are_refused(model: Model, tmp_path: Path, monkeypatch: pytest.Mon
 REFUSED: dict[str, tuple[Any, Any, type[EdgeExitError], str]] = {
     "fewer placeholders": ("a", "one", InputError, "prompt 1 has 0 placeholders <image> for 1 im"),
     "more placeholders": (MARKER * 2, "one", InputError, "prompt 1 has 2 placeholders <image> fo"),
-    "placeholders of no images": (MARKER, [], InputError, "has 1 placeholders <image> for 0"),
+    "placeholders of no images": (MARKER, [], InputError, "has 1 placeholder <image> for 0 images"),
     "too few for several prompts": (
         [MARKER, MARKER],
         ["one"],
         InputError,
-        "1 images for 2 prompts with 2 placeholders",
+        "there is 1 image for 2 prompts with 2 placeholders",
     ),
     "lists for other prompts": ([MARKER], [["one"], []], InputError, "2 lists of images for 1"),
     "token ids with a flat list": ([[1], [2]], ["one"], InputError, "share one list of images"),
@@ -177,6 +177,20 @@ def test_wrong_images_are_refused(model: Model, case: str) -> None:
 
     with pytest.raises(error, match=message):
         tokens(model, prompts, filled(images))
+
+
+def test_every_row_of_token_ids_has_the_placeholders_of_its_own_images(model: Model) -> None:
+    first, second = make_images(2)
+    [shown], _ = model.prompts_with_images([f"a{MARKER}b"], [[first]])
+    count = shown.count(PLACEHOLDER)
+    ids = [shown[:-1] + shown[1:], [1, 2]]
+    said = f"prompt 1 has {2 * count} placeholders .the token 299., its 1 image {count} image"
+    with pytest.raises(InputError, match=said):
+        tokens(model, ids, [[first], [second]])
+    wanted = tokens(model, ids[0], [first, second]) + tokens(model, ids[1], [])
+    assert tokens(model, ids, [[first, second], []]) == wanted
+    with pytest.raises(InputError, match="not a list of token ids"):
+        tokens(model, [[1], [[2]]], [[], []])
 
 
 def test_placeholders_without_images_are_refused(model: Model) -> None:
