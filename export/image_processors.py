@@ -76,11 +76,13 @@ def image_preprocessing(
     with translated(path, f"options of {name} are not supported", MEND):
         schema = _checked(path, _image_schema(path, config, name, channels))
     from edgeexit.export.pictures import (
+        background_of,
         compare_pictures,
         processed,
     )  # needs Pillow, as the processor does
 
     with translated(path, f"{name} cannot process an image", MEND):
+        schema = msgspec.structs.replace(schema, background=background_of(processor, schema))
         compare_pictures(path, schema, processor)
         image = _sample_image(schema)
         pixels = processed(processor, image if image.ndim == 3 else image[..., None])
