@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.layout import RECOPY
 from edgeexit.bundle.manifest import ImagePreprocessing, ImageText
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError
+from edgeexit.errors import BundleError, InputError
 from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
 from edgeexit.runtime.programs.arguments import Prompt, are_ids
 
@@ -52,6 +53,7 @@ def write_images(
             "prompt",
             fix="Give one image for each prompt.",
         )
+    token = None if written is None else _placeholder_id(bundle, written, many, encode)
     rows: list[Prompt] = []
     pixels: list[NDArray[np.float32]] = []
     for number, (prompt, given) in enumerate(zip(many, own, strict=True)):
@@ -64,8 +66,8 @@ def write_images(
             where = f"prompt {number + 1}"
             prompt = (
                 encode(prompt)
-                if written is None
-                else _with_placeholders(prompt, cuts, written, encode, where)
+                if written is None or token is None
+                else _with_placeholders(prompt, cuts, written, token, encode, where)
             )
         rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
@@ -220,10 +222,32 @@ def _per_prompt(
     return [[next(left) for _ in range(count)] for count in counts]
 
 
+def _placeholder_id(
+    bundle: Bundle,
+    written: ImageText,
+    prompts: Sequence[Prompt],
+    encode: Callable[[str], list[int]],
+) -> int | None:
+    """The token of placeholders; None if no prompt is a text. Raises `BundleError` if the tokenizer
+    has another one, or several."""
+    decoding, marker = bundle.manifest.decoding, written.placeholder
+    if decoding is None or not any(isinstance(prompt, str) for prompt in prompts):
+        return None
+    token = next(group.token for group in decoding.groups.values() if group.image == written)
+    if encode(marker).count(token) != 1:
+        raise BundleError(
+            f"{bundle.path}: the placeholder of images, {marker[:60]!r}, is not one token "
+            f"{token} of the tokenizer",
+            fix=RECOPY,
+        )
+    return token
+
+
 def _with_placeholders(
     prompt: str,
     cuts: Sequence[Cut],
     written: ImageText,
+    token: int,
     encode: Callable[[str], list[int]],
     where: str,
 ) -> list[int]:
@@ -240,7 +264,6 @@ def _with_placeholders(
         )
     texts = [text_of(written, cut) for cut in cuts]
     if written.in_front:
-        [token] = set(encode(marker)) - set(encode(""))
         front = sum(text.count(marker) for text in texts)
         return [token] * front + encode(prompt)
     return encode("".join(a + b for a, b in zip(parts, [*texts, ""], strict=True)))

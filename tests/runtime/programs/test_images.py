@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +17,7 @@ from PIL import Image
 from edgeexit.bundle.policy import Policy, Rule
 from edgeexit.bundle.raw_inputs import ImageText
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, EdgeExitError, InputError, UsageError
+from edgeexit.errors import BundleError, DataError, EdgeExitError, InputError, UsageError
 from edgeexit.preprocessing.images import Cut
 from edgeexit.runtime import load
 from edgeexit.runtime.executor.rows import Answers
@@ -177,6 +179,20 @@ def test_wrong_images_are_refused(model: Model, case: str) -> None:
 
     with pytest.raises(error, match=message):
         tokens(model, prompts, filled(images))
+
+
+@pytest.mark.parametrize("placeholder", ["<image><image>", "ab", "never seen"])
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_a_placeholder_that_is_not_its_token_is_refused(
+    vision_bundle: Callable[[str], Bundle], family: str, placeholder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(vision_bundle(family).path, tmp_path / "edited")
+    path = tmp_path / "edited/manifest.json"
+    raw = json.loads(path.read_text())
+    raw["decoding"]["groups"]["image"]["image"]["placeholder"] = placeholder
+    path.write_text(json.dumps(raw))
+    with load(tmp_path / "edited") as edited, pytest.raises(BundleError, match="is not one token"):
+        edited.generate(f"{placeholder}a", images=make_images(1), max_new_tokens=1)
 
 
 def test_placeholders_without_images_are_refused(model: Model) -> None:
