@@ -23,6 +23,8 @@ from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
 from edgeexit.errors import DataError, EngineError, InputError, first_line
 
 IMAGE_LIMIT_PIXELS = 256 << 20
+FILE_LIMIT_BYTES = 1 << 30
+"""An uncompressed image of that many pixels with alpha."""
 ImageSource = Any
 """A ``PIL.Image.Image``, without an import of Pillow."""
 
@@ -59,8 +61,14 @@ def open_image(
     pillow = import_pillow()
     fix = "Give a readable image file, or remove it from the data."
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{where}: not a regular file", fix=fix)
+        if status.st_size > FILE_LIMIT_BYTES:
+            raise DataError(
+                f"{where}: {status.st_size} bytes, more than the {FILE_LIMIT_BYTES} allowed",
+                fix="Give a smaller image file.",
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror})", fix=fix) from error

@@ -4,6 +4,7 @@ the prompts (`edgeexit.bundle.manifest.ImageText`)."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ Image = Any
 """A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
 KEYS = ("image", "path", "url")
 """Keys of the item of a message that hold an image, as in transformers."""
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|file):/|data:", re.IGNORECASE)
 
 
 def write_images(
@@ -58,7 +60,7 @@ def write_images(
     pixels: list[NDArray[np.float32]] = []
     for number, (prompt, given) in enumerate(zip(many, own, strict=True)):
         cuts = [
-            cut_image(preprocessing, read_image(image, f"image {n + 1} of prompt {number + 1}"))
+            _cut(preprocessing, image, f"image {n + 1} of prompt {number + 1}")
             for n, image in enumerate(given)
         ]
         pixels += [cut.pixels for cut in cuts]
@@ -72,6 +74,15 @@ def write_images(
         rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
     return rows, inputs
+
+
+def _cut(preprocessing: ImagePreprocessing, image: Image, where: str) -> Cut:
+    """Reads and preprocesses an image."""
+    read = read_image(image, where)
+    try:
+        return cut_image(preprocessing, read)
+    except InputError as error:
+        raise InputError(f"{where}: {error.what}", fix=error.fix) from error
 
 
 def image_input(bundle: Bundle) -> tuple[ImageText | None, ImagePreprocessing]:
@@ -111,8 +122,9 @@ def read_image(image: Image, where: str) -> Any:
         InputError: It is none of these.
     """
     if isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
-        if isinstance(name, str) and name.startswith(("http:", "https:", "data:")):
+        name = os.fsdecode(image)
+        if _ADDRESS.match(name):
+            name = re.sub(r"^(\w+):/(?!/)", r"\1://", name)  # as it was before it became a Path
             raise InputError(
                 f"{where} is an address ({name[:40]}): images are not downloaded",
                 fix="Save it to a file and give its path.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import struct
 import zlib
@@ -145,6 +147,45 @@ def test_bombs_are_refused(model: Model, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("edgeexit.preprocessing.images.IMAGE_LIMIT_PIXELS", 1000)
     with pytest.raises(DataError, match="100 x 100 pixels"):
         tokens(model, MARKER, Image.new("RGB", (100, 100)))
+
+
+class BytesPath:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
+def test_a_path_may_be_bytes(model: Model, tmp_path: Path) -> None:
+    [image] = make_images(1)
+    image.save(tmp_path / "one.png")
+    assert tokens(model, MARKER, BytesPath(tmp_path / "one.png")) == tokens(model, MARKER, image)
+
+
+def test_a_file_of_too_many_bytes_is_refused_unread(model: Model, tmp_path: Path) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(DataError, match=r"sparse.png: 42949672960 bytes, more than the 1073741824"):
+        tokens(model, MARKER, tmp_path / "sparse.png")
+
+
+def test_an_image_whose_mode_pillow_cannot_convert_is_refused(model: Model) -> None:
+    image = make_images(1)[0].convert("LA")
+    with pytest.raises(InputError, match="image 1 of prompt 1: .* mode La cannot be .*to LA or"):
+        tokens(model, MARKER, image.convert("La"))
+
+
+ADDRESSES = ["https://example.org/cat.jpg", "HTTP://a/b", "s3://a/b", "data:image/png;base64,A"]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_addresses_are_refused_as_they_were_given(model: Model, address: str) -> None:
+    for given in (address, Path(address)):
+        with pytest.raises(
+            InputError, match=re.escape(f"image 1 of prompt 1 is an address ({address})")
+        ):
+            tokens(model, MARKER, given)
 
 
 REFUSED: dict[str, tuple[Any, Any, type[EdgeExitError], str]] = {
