@@ -23,6 +23,8 @@ Image = Any
 """A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
 KEYS = ("image", "path", "url")
 """Keys of the item of a message that hold an image, as in transformers."""
+_OTHER_KEYS = ("base64", "image_url", "data", "source", "file_id")
+"""Keys that hold images elsewhere. Further keys are left to the template."""
 _ADDRESS = re.compile(r"(https?|ftp|s3|gs|file):/|data:", re.IGNORECASE)
 
 
@@ -143,6 +145,11 @@ def read_image(image: Image, where: str) -> Any:
         return image_from_array(np.ascontiguousarray(image))
     if hasattr(image, "convert") and hasattr(image, "getexif"):
         return upright(image, where)
+    if image is None:
+        raise InputError(
+            f"{where} is missing",
+            fix='In messages: {"type": "image", "path": "cat.jpg"}; else images=[...] (--image).',
+        )
     raise InputError(
         f"{where} is a {type(image).__name__}", fix="Give a path, a PIL image or a uint8 array."
     )
@@ -154,23 +161,43 @@ def take_images(messages: Any) -> tuple[Any, list[Image | None]]:
     Returns:
         The messages, where an item that has an image is ``{"type": "image"}``; and the images in
         order, None for an item without one.
+
+    Raises:
+        InputError: An item has several images, or something else than an image.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         return messages, []  # the templates refuse it
     without, images = [], []
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, (list, tuple)):
             without.append(message)
             continue
-        items = []
+        items: list[Any] = []
         for item in content:
             if isinstance(item, Mapping) and item.get("type") == "image":
-                images.append(next((item[key] for key in KEYS if item.get(key) is not None), None))
+                where = f"messages[{number}]['content'][{len(items)}]"
+                images.append(_image_of(item, where))
                 item = {key: value for key, value in item.items() if key not in KEYS}
             items.append(item)
         without.append({**message, "content": items})
     return without, images
+
+
+def _image_of(item: Mapping[str, Any], where: str) -> Image | None:
+    """The image of an item of a message; None: it has none."""
+    given = [key for key in KEYS if item.get(key) is not None]
+    other = [key for key, value in item.items() if key in _OTHER_KEYS and value is not None]
+    if len(given) > 1:
+        raise InputError(
+            f"{where} has {' and '.join(given)}, but is one image", fix="Give one of them."
+        )
+    if other:
+        raise InputError(
+            f"{where} has an image as {other[0]!r}, which is not supported",
+            fix='Give {"type": "image", "path": "cat.jpg"}, or "image": an image of Pillow.',
+        )
+    return item[given[0]] if given else None
 
 
 def fill_images(

@@ -252,6 +252,11 @@ def test_image_items_and_images_must_agree(model: Model) -> None:
         model.chat(messages)
     with pytest.raises(InputError, match="1 image items without an image, and 2 images"):
         model.chat(messages, images=make_images(2))
+    assert model.chat_prompt(messages) == f"user: {MARKER}assistant: "
+    with pytest.raises(
+        InputError, match=r"image 1 of prompt 1 is missing\. In messages: .*--image"
+    ):
+        model.prompts_with_images([MARKER], [[None]])
 
 
 def test_a_model_without_a_tower_takes_no_images(
@@ -268,6 +273,15 @@ UNREAD = [
     ({"type": "video", "path": "film.mp4"}, "type 'video', which is not supported.*frames"),
     ({"type": "audio", "path": "voice.wav"}, "type 'audio', which is not supported"),
     ({"type": "image_url", "image_url": {"url": "https://a/b.png"}}, "'image_url'.*downloaded"),
+    ({"type": "input_image", "image_url": "https://a/b.png"}, "'input_image'.*downloaded"),
+    ({"type": "video_url", "video_url": {"url": "https://a/b"}}, "'video_url'.*frames"),
+    ({"type": "input_audio", "input_audio": {"data": ""}}, "'input_audio'.*Give its text"),
+    ({"type": "document", "source": {}}, "'document'.*Give parts as.*text.*Give images as"),
+    ({"type": "Image", "path": "cat.jpg"}, "'Image', which is not supported.*Give images as"),
+    ({"type": "image", "path": "cat.jpg", "url": "cat.jpg"}, "has path and url, but is one image"),
+    ({"type": "image", "path": "a", "image": Image.new("L", (1, 1))}, "has image and path, but"),
+    ({"type": "image", "base64": "AAAA"}, "an image as 'base64', which is not supported"),
+    ({"type": "image", "image_url": "https://a/b.png"}, "an image as 'image_url', which is not"),
 ]
 
 
