@@ -17,7 +17,7 @@ from edgeexit.bundle.manifest import ImagePreprocessing, ImageText
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, InputError
 from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
-from edgeexit.runtime.programs.arguments import Prompt, are_ids
+from edgeexit.runtime.programs.arguments import Prompt, are_ids, check_prompts, token_rows
 
 Image = Any
 """A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
@@ -44,10 +44,12 @@ def write_images(
         encode: Converts a text to token ids, special tokens included.
 
     Raises:
-        InputError: The model takes no images, or their number is not that of the placeholders.
+        InputError: The model takes no images, their number is not that of the placeholders, or a
+            prompt is invalid.
         DataError: An image cannot be read.
     """
     written, preprocessing = image_input(bundle)
+    check_prompts(prompts)
     single = isinstance(prompts, str) or are_ids(prompts)
     many: list[Any] = [prompts] if single else list(prompts)
     own = _per_prompt(images, many, written)
@@ -73,6 +75,9 @@ def write_images(
                 if written is None or token is None
                 else _with_placeholders(prompt, cuts, written, token, encode, where)
             )
+        else:
+            check_prompts(prompt)
+            [prompt] = token_rows([prompt], encode)
         rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
     return rows, inputs

@@ -246,6 +246,39 @@ def test_images_and_inputs_exclude_each_other(model: Model) -> None:
         model.generate(MARKER, images=make_images(1), inputs={"pixel_values": np.zeros(1)})
 
 
+def test_images_in_messages_and_inputs_exclude_each_other(model: Model) -> None:
+    """One of them would win."""
+    inputs = {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}
+    for part in ({"type": "image", "image": make_images(1)[0]}, {"type": "image"}):
+        with pytest.raises(UsageError, match="exclude each other, also images in messages"):
+            model.chat([{"role": "user", "content": [part]}], inputs=inputs)
+    with pytest.raises(UsageError, match="exclude each other"):
+        model.chat([{"role": "user", "content": "a"}], images=make_images(1), inputs=inputs)
+
+
+NO_PROMPTS: list[tuple[Any, str]] = [
+    (5, "the prompts are a int"),
+    (None, "the prompts are a NoneType"),
+    ({"prompt": MARKER}, "the prompts are a dict"),
+    (b"a", "the prompts are a bytes"),
+    (np.array(3), "the prompts are a number"),
+    ([None], "a prompt is object"),
+    ([{"a": 1}], "a prompt is object"),
+    ([[1, "a"]], "not a list of token ids"),
+    ([[]], "a prompt is empty"),
+    ([[1.5]], "a prompt is float64"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), NO_PROMPTS)
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_what_is_no_prompt_is_refused_with_images(
+    vision_bundle: Callable[[str], Bundle], family: str, prompts: Any, message: str
+) -> None:
+    with load(vision_bundle(family)) as loaded, pytest.raises(InputError, match=message):
+        loaded.generate(prompts, images=make_images(1), max_new_tokens=1)
+
+
 def test_image_items_and_images_must_agree(model: Model) -> None:
     messages = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(InputError, match="1 image items without an image, and 0 images"):
@@ -378,6 +411,14 @@ def test_a_feature_cache_drops_the_oldest() -> None:
         assert made.exits.tolist() == [1] * len(chosen)
         assert (made.scores == images[chosen, 1]).all()
         assert ran == wanted
+    cache.limit_bytes = None
+    cache.answers("vision", "pixels", images, run)
+    ran.clear()
+    cache.answers("vision", "pixels", images, run)
+    assert not ran
+    for bad in (-1, "1", True, 1.5):
+        with pytest.raises(UsageError, match="limit_bytes is .*None: no bound"):
+            cache.limit_bytes = bad  # type: ignore[assignment]
     none = FeatureCache(limit_bytes=0)
     for _ in range(2):
         ran.clear()
