@@ -18,6 +18,7 @@ import numpy as np
 import transformers
 
 from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
+from edgeexit.bundle.validate_images import preprocessing_fault
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.library_errors import translated
 
@@ -32,7 +33,6 @@ _RESAMPLE: Mapping[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = 
 _WARPS_FROM = 384
 """ConvNeXt's processor (ResNet's too) crops below this size and warps from it on."""
 Sample = dict[str, np.ndarray]
-LARGEST_EDGE = 8192
 MOST_TILES = 256
 """The most that a manifest can say."""
 MEND = "Correct or remove the file; without it, the bundle takes preprocessed inputs (.npz) only."
@@ -80,11 +80,13 @@ def image_preprocessing(
     with translated(path, f"options of {name} are not supported", MEND):
         schema = _checked(path, _image_schema(path, config, name, channels))
     from edgeexit.export.pictures import (
+        background_of,
         compare_pictures,
         processed,
     )  # needs Pillow, as the processor does
 
     with translated(path, f"{name} cannot process an image", MEND):
+        schema = msgspec.structs.replace(schema, background=background_of(processor, schema))
         compare_pictures(path, schema, processor)
         image = _sample_image(schema)
         pixels = processed(processor, image if image.ndim == 3 else image[..., None])
@@ -134,14 +136,10 @@ def _limit_tiles(processor: Any, most: int, path: Path) -> None:
 
 
 def _checked(path: Path, schema: ImagePreprocessing) -> ImagePreprocessing:
-    """The schema, if its numbers are valid for images."""
+    """The schema, if a bundle may have it."""
     schema = msgspec.convert(msgspec.to_builtins(schema), ImagePreprocessing)
-    sizes = schema.height, schema.width, schema.shortest_edge or 1
-    if max(sizes) > LARGEST_EDGE:
-        raise _refused(path, f"image size {max(sizes)} is out of range (1 to {LARGEST_EDGE})")
-    numbers = [schema.scale, *schema.mean, *schema.std]
-    if not all(map(math.isfinite, numbers)) or not all(schema.std) or not schema.scale:
-        raise _refused(path, f"invalid scale, mean or std ({', '.join(map(str, numbers))})")
+    if (fault := preprocessing_fault(schema)) is not None:
+        raise _refused(path, fault)
     return schema
 
 

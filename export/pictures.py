@@ -1,16 +1,17 @@
 """Compares the device's image preprocessing with the checkpoint's processor on many images.
 
-A manifest cannot express all options of processors, and image files differ in mode, palette and
-orientation. This module runs the device's code on arrays and files, and export fails if a result
-differs from the processor's.
+A manifest cannot express all options of processors, and image files differ in mode, palette,
+transparency and orientation. This module runs the device's code on images and files, and export
+fails if a result differs from the processor's.
 """
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -96,33 +97,50 @@ def _pictures(
     for wide, high in SIZES:
         size = max(1, round(schema.width * wide)), max(1, round(schema.height * high))
         picture = _picture(size).convert(schema.mode)
-        if (made := _try(processor, picture)) is not None:
+        given = np.asarray(picture)[..., None] if schema.mode == "L" else picture
+        if (made := _try(processor, given)) is not None:
             yield f"an image of {size[0]} x {size[1]}", picture, made
     if schema.mode != "RGB":  # transformers' loader always returns three channels
         return
     for file in _write_files(_picture((50, 31)), folder):
+        what = f"{file.stem.replace('_', ' ')} {file.suffix}"
         picture = open_image(file, file.name)
         with Image.open(file) as opened:
-            loaded = load_image(opened)  # given a path, it would leave the file open
-        if (made := _try(processor, loaded)) is not None:
-            yield f"a file ({file.stem.replace('_', ' ')} {file.suffix})", picture, made
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of palettes with transparency
+                loaded = load_image(opened)  # given a path, it would leave the file open
+            if (made := _try(processor, loaded)) is not None:
+                yield f"a file ({what})", picture, made
+            # Others take only images of three channels, or read them as arrays (SmolVLM's, 4.57).
+            converts = schema.background is not None
+            if converts and (made := _try(processor, opened)) is not None:
+                yield f"an image of Pillow ({what})", opened, made
 
 
-def _try(processor: Any, picture: Image.Image) -> np.ndarray | None:
+def background_of(processor: Any, schema: ImagePreprocessing) -> Literal["white"] | None:
+    """The colour that a processor lays transparent pixels on; None: it ignores transparency, or
+    does something else, which `compare_pictures` finds."""
+    if schema.mode != "RGB":
+        return None
+    clear = Image.new("RGB", (schema.width, schema.height))
+    clear.info["transparency"] = (0, 0, 0)
+    made, white = _try(processor, clear), _try(processor, Image.new("RGB", clear.size, "white"))
+    same = made is not None and white is not None and np.array_equal(made, white)
+    return "white" if same else None
+
+
+def _try(processor: Any, picture: Image.Image | np.ndarray) -> np.ndarray | None:
     """The processor's result; None for images that the processor itself cannot process."""
-    pixels = np.asarray(picture)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
     try:
-        return processed(processor, pixels)
+        return processed(processor, picture)
     except Exception:  # many types, for images that are too small or too long
         return None
 
 
-def processed(processor: Any, pixels: np.ndarray) -> np.ndarray:
-    """The processor's result ``[tile, channel, height, width]`` for one image ``[height, width,
-    channel]``."""
-    made = processor(pixels, input_data_format="channels_last", return_tensors="np")
+def processed(processor: Any, image: Image.Image | np.ndarray) -> np.ndarray:
+    """The processor's result ``[tile, channel, height, width]`` for one image: Pillow's, or
+    ``[height, width, channel]``."""
+    made = processor(image, input_data_format="channels_last", return_tensors="np")
     values = np.asarray(made["pixel_values"], np.float32)
     return values.reshape(-1, *values.shape[-3:])
 
@@ -143,6 +161,9 @@ def _write_files(picture: Image.Image, folder: Path) -> list[Path]:
     grey = picture.convert("L")
     clear = picture.convert("RGBA")
     clear.putalpha(grey)
+    few = picture.quantize(8)
+    plain, shades = few.convert("RGB"), few.convert("RGB").convert("L")
+    middle = picture.width // 2, picture.height // 2
     kinds = {
         "RGB.png": picture,
         "grey.png": grey,
@@ -157,9 +178,19 @@ def _write_files(picture: Image.Image, folder: Path) -> list[Path]:
         "RGB.webp": picture,
         "RGB.bmp": picture,
     }
+    see_through: dict[str, tuple[Image.Image, Any]] = {
+        "transparent_colour.png": (plain, plain.getpixel(middle)),
+        "transparent_shade.png": (shades, shades.getpixel(middle)),
+        "transparent_entry.png": (few, few.getpixel(middle)),
+        "transparent_entries.png": (few, bytes([0, 64, 128, 255])),
+        "transparent_entry.gif": (few, few.getpixel(middle)),
+    }
     written = []
     for name, image in kinds.items():
         image.save(folder / name)
+        written.append(folder / name)
+    for name, (image, transparency) in see_through.items():
+        image.save(folder / name, transparency=transparency)
         written.append(folder / name)
     for turn in range(1, 9):
         exif = Image.Exif()
@@ -169,4 +200,4 @@ def _write_files(picture: Image.Image, folder: Path) -> list[Path]:
     return written
 
 
-__all__ = ["compare_pictures", "processed"]
+__all__ = ["background_of", "compare_pictures", "processed"]

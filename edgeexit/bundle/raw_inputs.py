@@ -52,7 +52,9 @@ class ImagePreprocessing(
     With `shortest_edge`, the image is resized so that its shorter side has that many pixels, and
     its centre of `height` x `width` is cropped. Without, it is resized to `height` x `width`. With
     `longest_edge`, it is first resized so that its longer side has that many pixels, and the other
-    one an even number. With `tiles`, it becomes several tiles of `height` x `width`.
+    one an even number. With `tiles`, it becomes several tiles of `height` x `width`. With
+    `background`, transparent pixels are first laid on that colour; without, transparency is
+    ignored.
     value = (pixel * scale - mean[channel]) / std[channel]
     """
 
@@ -61,6 +63,7 @@ class ImagePreprocessing(
     width: Annotated[int, Meta(ge=1)]
     mode: Literal["RGB", "L"] = "RGB"
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    background: Literal["white"] | None = None
     shortest_edge: Annotated[int, Meta(ge=1)] | None = None
     longest_edge: Annotated[int, Meta(ge=1)] | None = None
     tiles: Tiles | None = None

@@ -29,6 +29,7 @@ from edgeexit.bundle.manifest import (
     TokenState,
 )
 from edgeexit.bundle.tensor_forms import check_rows
+from edgeexit.bundle.validate_images import check_images
 from edgeexit.bundle.validate_steps import check_steps
 from edgeexit.bundle.validate_texts import check_text_chain
 from edgeexit.errors import BundleError, IntegrityError
@@ -47,6 +48,7 @@ def check_structure(manifest: Manifest) -> None:
     if manifest.decoding is not None:
         _check_feeds(manifest, manifest.decoding)
     check_steps(manifest)
+    check_images(manifest)
     if manifest.decoding is not None:
         _check_decoding(manifest, manifest.decoding)
     elif any(isinstance(step, Run | Gather) and step.when != "input" for step in manifest.steps):

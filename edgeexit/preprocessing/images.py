@@ -23,6 +23,8 @@ from edgeexit.bundle.manifest import ImagePreprocessing, Tiles
 from edgeexit.errors import DataError, EngineError, InputError, first_line
 
 IMAGE_LIMIT_PIXELS = 256 << 20
+FILE_LIMIT_BYTES = 1 << 30
+"""An uncompressed image of that many pixels with alpha."""
 ImageSource = Any
 """A ``PIL.Image.Image``, without an import of Pillow."""
 
@@ -44,6 +46,9 @@ def open_image(
 ) -> ImageSource:
     """Reads an image file and rotates the image by its EXIF orientation.
 
+    Alpha is dropped, but a colour that stands for transparency stays in ``info``: transformers'
+    loader does the same.
+
     Args:
         path: The file.
         where: Its name in messages.
@@ -56,8 +61,14 @@ def open_image(
     pillow = import_pillow()
     fix = "Give a readable image file, or remove it from the data."
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{where}: not a regular file", fix=fix)
+        if status.st_size > FILE_LIMIT_BYTES:
+            raise DataError(
+                f"{where}: {status.st_size} bytes, more than the {FILE_LIMIT_BYTES} allowed",
+                fix="Give a smaller image file.",
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror})", fix=fix) from error
@@ -65,7 +76,7 @@ def open_image(
         raise DataError(f"{where}: {str(path)!a} is not a file name", fix=fix) from error
     if update is not None:
         update(raw)
-    return _upright(lambda: pillow.open(io.BytesIO(raw)), where, fix)
+    return _upright(lambda: pillow.open(io.BytesIO(raw)), where, fix, without_alpha=True)
 
 
 def upright(image: ImageSource, where: str) -> ImageSource:
@@ -74,7 +85,9 @@ def upright(image: ImageSource, where: str) -> ImageSource:
     return _upright(lambda: image, where, "Give an image that Pillow can decode.")
 
 
-def _upright(open_it: Callable[[], ImageSource], where: str, fix: str) -> ImageSource:
+def _upright(
+    open_it: Callable[[], ImageSource], where: str, fix: str, *, without_alpha: bool = False
+) -> ImageSource:
     from PIL.ImageOps import exif_transpose
 
     try:
@@ -84,7 +97,8 @@ def _upright(open_it: Callable[[], ImageSource], where: str, fix: str) -> ImageS
             if image.width * image.height > IMAGE_LIMIT_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
-            return exif_transpose(image)
+            image = exif_transpose(image)
+            return image.convert("RGB") if without_alpha and _has_transparency(image) else image
     except Exception as error:  # Pillow's decoders raise many types for a damaged file
         reason = first_line(error).split("<_io")[0].strip()
         raise DataError(f"{where}: not an image that Pillow reads ({reason})", fix=fix) from error
@@ -121,7 +135,7 @@ def cut_image(preprocessing: ImagePreprocessing, image: ImageSource) -> Cut:
     """Resizes an image, and cuts it into tiles if `preprocessing` says so.
 
     Raises:
-        InputError: The image is too long and narrow.
+        InputError: The image is too long and narrow, or of a mode that Pillow cannot convert.
     """
     _check_resized(preprocessing, image)
     resample = import_pillow().Resampling[preprocessing.resample.upper()]
@@ -131,7 +145,7 @@ def cut_image(preprocessing: ImagePreprocessing, image: ImageSource) -> Cut:
         return source if same else source.resize((width, height), resample)
 
     height, width = preprocessing.height, preprocessing.width
-    image = image.convert(preprocessing.mode)
+    image = _converted(preprocessing, image)
     if preprocessing.longest_edge is not None:
         size = with_longest_edge(image.width, image.height, preprocessing.longest_edge)
         image = resized(image, *size)
@@ -206,6 +220,30 @@ def grid_of(tiles: Tiles, size: tuple[int, int], tile: tuple[int, int]) -> tuple
         if distance < nearest or (distance == nearest and large):
             best, nearest = (columns, rows), distance
     return best
+
+
+def _has_transparency(image: ImageSource) -> bool:
+    return "A" in image.getbands() or image.info.get("transparency") is not None
+
+
+def _converted(preprocessing: ImagePreprocessing, image: ImageSource) -> ImageSource:
+    """The image in the mode and on the background that the model takes, by the steps of
+    transformers' ``convert_to_rgb``."""
+    pillow = import_pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if preprocessing.background is not None and _has_transparency(image):
+                image = image.convert("RGBA")
+                background = pillow.new("RGBA", image.size, preprocessing.background)
+                image = pillow.alpha_composite(background, image)
+            return image.convert(preprocessing.mode)
+    except ValueError as error:
+        raise InputError(
+            f"an image of Pillow's mode {image.mode} cannot be converted to {preprocessing.mode}",
+            fix="Convert it to RGB, RGBA or L first: a mode with a small a (La, RGBa) to LA or "
+            "RGBA.",
+        ) from error
 
 
 def _normalised(

@@ -109,13 +109,7 @@ def token_rows(
         prompts: One prompt, or several.
         encode: Converts a text to token ids.
     """
-    if not isinstance(prompts, (str, Sequence, np.ndarray)):
-        raise InputError(
-            f"the prompts are a {type(prompts).__name__}",
-            fix="Give a text, a list of token ids, or a list of either.",
-        )
-    if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
-        raise InputError("the prompts are a number", fix="Give a list of token ids.")
+    check_prompts(prompts)
     single = isinstance(prompts, str) or are_ids(prompts)
     many: Sequence[Any] = [prompts] if single else prompts
     rows = []
@@ -137,6 +131,17 @@ def token_rows(
     if not rows:
         raise InputError("there is no prompt", fix="Give at least one prompt.")
     return rows
+
+
+def check_prompts(prompts: object) -> None:
+    """Raises `InputError` for what is neither a prompt nor several."""
+    if not isinstance(prompts, (str, Sequence, np.ndarray)) or isinstance(prompts, bytes):
+        raise InputError(
+            f"the prompts are a {type(prompts).__name__}",
+            fix="Give a text, a list of token ids, or a list of either.",
+        )
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
+        raise InputError("the prompts are a number", fix="Give a list of token ids.")
 
 
 def are_ids(prompts: Any) -> bool:
@@ -179,6 +184,7 @@ __all__ = [
     "Prompt",
     "are_ids",
     "check_options",
+    "check_prompts",
     "check_room",
     "stop_strings",
     "token_rows",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.errors import UsageError
 from edgeexit.runtime.executor.rows import Answers
 
 FEATURES_BYTES = 64 << 20
@@ -27,15 +28,31 @@ class FeatureCache:
     """Answers of vision chains, one entry per chain and image.
 
     Attributes:
-        limit_bytes: Most bytes that are kept; the oldest go first.
+        limit_bytes: Most bytes that are kept; the oldest go first. 0 keeps nothing, None has no
+            bound.
         hits, misses: Images that were known, and images that ran through a tower.
     """
 
-    def __init__(self, limit_bytes: int = FEATURES_BYTES) -> None:
+    def __init__(self, limit_bytes: int | None = FEATURES_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.hits = self.misses = 0
         self._kept: OrderedDict[bytes, _Row] = OrderedDict()
         self._bytes = 0
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return self._limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int | None) -> None:
+        if limit_bytes is not None:
+            whole = isinstance(limit_bytes, (int, np.integer)) and not isinstance(limit_bytes, bool)
+            if not whole or limit_bytes < 0:
+                raise UsageError(
+                    f"limit_bytes is {limit_bytes!r}",
+                    fix="Use a whole number from 0 up; None: no bound.",
+                )
+        self._limit_bytes = limit_bytes
 
     def clear(self) -> None:
         """Forgets all images: another policy may leave the tower at another exit."""
@@ -78,7 +95,8 @@ class FeatureCache:
         if self._kept.pop(digest, None) is None:
             self._bytes += row.bytes
         self._kept[digest] = row
-        while self._kept and self._bytes > self.limit_bytes:
+        limit = self._limit_bytes
+        while limit is not None and self._kept and self._bytes > limit:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= oldest.bytes
 

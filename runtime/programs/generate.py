@@ -169,13 +169,19 @@ class Writer(TextProgram):
                 "cat.jpg"}`` (or ``"image"``: an image as `generate` takes it).
             images: Images for items ``{"type": "image"}`` that have none, in order.
             tools, template, variables: As for `chat_prompt`.
-            options: Arguments of `generate`.
+            options: Arguments of `generate`. There are no `inputs` with images, as in `generate`.
 
         Raises:
             EdgeExitError: What `chat_prompt` and `generate` raise.
         """
         self._decoding()
         taken = [take_images(conversation) for conversation in conversations(messages)]
+        with_images = images is not None or any(own for _, own in taken)
+        if with_images and options.get("inputs") is not None:
+            raise UsageError(
+                "images and inputs exclude each other, also images in messages",
+                fix="Give one of them. Preprocessed images: generate(token_ids, inputs={...}).",
+            )
         prompts = [
             self.chat_prompt(conversation, tools=tools, template=template, variables=variables)
             for conversation, _ in taken

@@ -4,6 +4,7 @@ the prompts (`edgeexit.bundle.manifest.ImageText`)."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.layout import RECOPY
 from edgeexit.bundle.manifest import ImagePreprocessing, ImageText
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError
+from edgeexit.errors import BundleError, InputError
 from edgeexit.preprocessing.images import Cut, cut_image, image_from_array, open_image, upright
-from edgeexit.runtime.programs.arguments import Prompt, are_ids, token_rows
+from edgeexit.runtime.programs.arguments import Prompt, are_ids, check_prompts, token_rows
 
 Image = Any
 """A path, a ``PIL.Image.Image``, or a uint8 array ``[height, width]`` or ``[height, width, 3]``."""
 KEYS = ("image", "path", "url")
 """Keys of the item of a message that hold an image, as in transformers."""
+_OTHER_KEYS = ("base64", "image_url", "data", "source", "file_id")
+"""Keys that hold images elsewhere. Further keys are left to the template."""
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|file):/|data:", re.IGNORECASE)
 
 
 def write_images(
@@ -39,10 +44,12 @@ def write_images(
         encode: Converts a text to token ids, special tokens included.
 
     Raises:
-        InputError: The model takes no images, or their number is not that of the placeholders.
+        InputError: The model takes no images, their number is not that of the placeholders, or a
+            prompt is invalid.
         DataError: An image cannot be read.
     """
     written, preprocessing = image_input(bundle)
+    check_prompts(prompts)
     single = isinstance(prompts, str) or are_ids(prompts)
     many: list[Any] = [prompts] if single else list(prompts)
     own = _per_prompt(images, many, written)
@@ -52,11 +59,12 @@ def write_images(
             "prompt",
             fix="Give one image for each prompt.",
         )
+    token = None if written is None else _placeholder_id(bundle, written, many, encode)
     rows: list[Prompt] = []
     pixels: list[NDArray[np.float32]] = []
     for number, (prompt, given) in enumerate(zip(many, own, strict=True)):
         cuts = [
-            cut_image(preprocessing, read_image(image, f"image {n + 1} of prompt {number + 1}"))
+            _cut(preprocessing, image, f"image {n + 1} of prompt {number + 1}")
             for n, image in enumerate(given)
         ]
         pixels += [cut.pixels for cut in cuts]
@@ -64,15 +72,26 @@ def write_images(
             where = f"prompt {number + 1}"
             prompt = (
                 encode(prompt)
-                if written is None
-                else _with_placeholders(prompt, cuts, written, encode, where)
+                if written is None or token is None
+                else _with_placeholders(prompt, cuts, written, token, encode, where)
             )
-        elif written is not None:
-            [ids] = token_rows([prompt], encode)
-            _check_ids(bundle, ids, cuts, written, f"prompt {number + 1}")
+        else:
+            check_prompts(prompt)
+            [prompt] = token_rows([prompt], encode)
+            if written is not None:
+                _check_ids(bundle, prompt, cuts, written, f"prompt {number + 1}")
         rows.append(prompt)
     inputs = {preprocessing.input: np.concatenate(pixels)} if pixels else {}
     return rows, inputs
+
+
+def _cut(preprocessing: ImagePreprocessing, image: Image, where: str) -> Cut:
+    """Reads and preprocesses an image."""
+    read = read_image(image, where)
+    try:
+        return cut_image(preprocessing, read)
+    except InputError as error:
+        raise InputError(f"{where}: {error.what}", fix=error.fix) from error
 
 
 def image_input(bundle: Bundle) -> tuple[ImageText | None, ImagePreprocessing]:
@@ -112,8 +131,9 @@ def read_image(image: Image, where: str) -> Any:
         InputError: It is none of these.
     """
     if isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
-        if isinstance(name, str) and name.startswith(("http:", "https:", "data:")):
+        name = os.fsdecode(image)
+        if _ADDRESS.match(name):
+            name = re.sub(r"^(\w+):/(?!/)", r"\1://", name)  # as it was before it became a Path
             raise InputError(
                 f"{where} is an address ({name[:40]}): images are not downloaded",
                 fix="Save it to a file and give its path.",
@@ -132,6 +152,11 @@ def read_image(image: Image, where: str) -> Any:
         return image_from_array(np.ascontiguousarray(image))
     if hasattr(image, "convert") and hasattr(image, "getexif"):
         return upright(image, where)
+    if image is None:
+        raise InputError(
+            f"{where} is missing",
+            fix='In messages: {"type": "image", "path": "cat.jpg"}; else images=[...] (--image).',
+        )
     raise InputError(
         f"{where} is a {type(image).__name__}", fix="Give a path, a PIL image or a uint8 array."
     )
@@ -143,23 +168,43 @@ def take_images(messages: Any) -> tuple[Any, list[Image | None]]:
     Returns:
         The messages, where an item that has an image is ``{"type": "image"}``; and the images in
         order, None for an item without one.
+
+    Raises:
+        InputError: An item has several images, or something else than an image.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         return messages, []  # the templates refuse it
     without, images = [], []
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, (list, tuple)):
             without.append(message)
             continue
-        items = []
+        items: list[Any] = []
         for item in content:
             if isinstance(item, Mapping) and item.get("type") == "image":
-                images.append(next((item[key] for key in KEYS if item.get(key) is not None), None))
+                where = f"messages[{number}]['content'][{len(items)}]"
+                images.append(_image_of(item, where))
                 item = {key: value for key, value in item.items() if key not in KEYS}
             items.append(item)
         without.append({**message, "content": items})
     return without, images
+
+
+def _image_of(item: Mapping[str, Any], where: str) -> Image | None:
+    """The image of an item of a message; None: it has none."""
+    given = [key for key in KEYS if item.get(key) is not None]
+    other = [key for key, value in item.items() if key in _OTHER_KEYS and value is not None]
+    if len(given) > 1:
+        raise InputError(
+            f"{where} has {' and '.join(given)}, but is one image", fix="Give one of them."
+        )
+    if other:
+        raise InputError(
+            f"{where} has an image as {other[0]!r}, which is not supported",
+            fix='Give {"type": "image", "path": "cat.jpg"}, or "image": an image of Pillow.',
+        )
+    return item[given[0]] if given else None
 
 
 def fill_images(
@@ -227,8 +272,7 @@ def _check_ids(
     bundle: Bundle, ids: NDArray[np.int64], cuts: Sequence[Cut], written: ImageText, where: str
 ) -> None:
     """Raises `InputError` if token ids do not have the placeholders of their images."""
-    groups = bundle.manifest.decoding.groups.values()  # type: ignore[union-attr]
-    token = next(group.token for group in groups if group.image == written)
+    token = _token_of(bundle, written)
     found = int((ids == token).sum())
     wanted = written.tokens * sum(len(cut.pixels) for cut in cuts)
     if found != wanted:
@@ -239,10 +283,37 @@ def _check_ids(
         )
 
 
+def _placeholder_id(
+    bundle: Bundle,
+    written: ImageText,
+    prompts: Sequence[Prompt],
+    encode: Callable[[str], list[int]],
+) -> int | None:
+    """The token of placeholders; None if no prompt is a text. Raises `BundleError` if the tokenizer
+    has another one, or several."""
+    if not any(isinstance(prompt, str) for prompt in prompts):
+        return None
+    token, marker = _token_of(bundle, written), written.placeholder
+    if encode(marker).count(token) != 1:
+        raise BundleError(
+            f"{bundle.path}: the placeholder of images, {marker[:60]!r}, is not one token "
+            f"{token} of the tokenizer",
+            fix=RECOPY,
+        )
+    return token
+
+
+def _token_of(bundle: Bundle, written: ImageText) -> int:
+    """The token that stands for an image token."""
+    groups = bundle.manifest.decoding.groups.values()  # type: ignore[union-attr]
+    return next(group.token for group in groups if group.image == written)
+
+
 def _with_placeholders(
     prompt: str,
     cuts: Sequence[Cut],
     written: ImageText,
+    token: int,
     encode: Callable[[str], list[int]],
     where: str,
 ) -> list[int]:
@@ -260,7 +331,6 @@ def _with_placeholders(
         )
     texts = [text_of(written, cut) for cut in cuts]
     if written.in_front:
-        [token] = set(encode(marker)) - set(encode(""))
         front = sum(text.count(marker) for text in texts)
         return [token] * front + encode(prompt)
     return encode("".join(a + b for a, b in zip(parts, [*texts, ""], strict=True)))

@@ -23,12 +23,17 @@ Message = Mapping[str, Any]
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 _AS_IMAGE = 'Give images as {"type": "image", "path": "cat.jpg"}'
+_AS_FRAMES = f"{_AS_IMAGE}: some frames of the video, for example."
 _UNREAD = {
-    "video": f"{_AS_IMAGE}: some frames of the video, for example.",
+    "video": _AS_FRAMES,
+    "video_url": _AS_FRAMES,
     "audio": "Give its text.",
+    "audio_url": "Give its text.",
+    "input_audio": "Give its text.",
     "image_url": f"{_AS_IMAGE}; they are not downloaded.",
+    "input_image": f"{_AS_IMAGE}; they are not downloaded.",
 }
-"""Types of a message's parts that a template would leave out, or write without what they mean."""
+"""What to give instead of parts of a message that no model here reads."""
 
 _FORM = 'Give a list of {"role": "user", "content": "..."}.'
 
@@ -157,19 +162,17 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _check_parts(content: Any, where: str) -> None:
-    """Raises `InputError` for a part of a message that has another form than a text's, or that no
-    model reads. The template decides about parts of other types."""
-    fix = 'Give parts as {"type": "text", "text": "..."}.'
+    """Raises `InputError` for a part of a message that is neither a text nor an image. A template
+    would leave it out, or write it without what it means."""
     for number, part in enumerate(content if isinstance(content, list) else ()):
+        fix = f'Give parts as {{"type": "text", "text": "..."}}. {_AS_IMAGE}.'
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             what = "has no type"
         elif part["type"] == "text" and not isinstance(part.get("text"), str):
             what = "has no text"
-        elif part["type"] in _UNREAD:
-            what, fix = (
-                f"is of type {part['type']!r}, which is not supported",
-                _UNREAD[part["type"]],
-            )
+        elif part["type"] not in ("text", "image"):
+            what = f"is of type {part['type'][:60]!r}, which is not supported"
+            fix = _UNREAD.get(part["type"], fix)
         else:
             continue
         raise InputError(f"{where}['content'][{number}] {what}", fix=fix)

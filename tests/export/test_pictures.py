@@ -251,3 +251,58 @@ def test_files_of_every_mode_become_the_pixels_of_the_processor(
     theirs, ours = load_image(str(path)), open_image(path, path.name)
     assert ours.size == theirs.size == pictures[1].size[::-1]
     assert_same_pixels(family, tmp_path, theirs, ours)
+
+
+def save_transparent(kind: str, picture: Image.Image, folder: Path) -> Path:
+    """A file with one transparent colour, shade or palette entry, or with alpha."""
+    few = picture.quantize(4)
+    palette = few.convert("RGB")
+    clear = picture.convert("RGBA")
+    clear.putalpha(picture.convert("L"))
+    middle = picture.width // 2, picture.height // 2
+    images: dict[str, Image.Image] = {
+        "colour.png": palette,
+        "shade.png": palette.convert("L"),
+        "two_shades.png": few.convert("1"),
+        "entry.png": few,
+        "entries.png": few,
+        "entry.gif": few,
+        "alpha.png": clear,
+        "alpha.webp": clear,
+        "grey_alpha.png": clear.convert("LA"),
+    }
+    image = images[kind]
+    options: dict[str, Any] = {}
+    if "alpha" not in kind:
+        entries = bytes([0, 99, 200, 255])
+        options["transparency"] = entries if kind == "entries.png" else image.getpixel(middle)
+    image.save(folder / kind, **options)
+    return folder / kind
+
+
+TRANSPARENT = ["colour.png", "shade.png", "two_shades.png", "entry.png", "entries.png"]
+TRANSPARENT += ["entry.gif", "alpha.png", "alpha.webp", "grey_alpha.png"]
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("kind", TRANSPARENT)
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_transparent_images_become_the_pixels_of_the_processor(
+    family: str, kind: str, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """transformers' loader drops alpha; its processors lay a transparent colour, and the alpha of
+    an image of Pillow, on white."""
+    path = save_transparent(kind, pictures[1], tmp_path)
+    with Image.open(path) as opened:
+        assert_same_pixels(family, tmp_path, load_image(opened), open_image(path, path.name))
+        assert_same_pixels(family, tmp_path, opened, opened)
+
+
+@pytest.mark.parametrize("background", ["white", None])
+def test_a_background_is_what_the_processor_has(background: str | None, tmp_path: Path) -> None:
+    kind = {"image_processor_type": "CLIPImageProcessor", "crop_size": CROP}
+    converts = {"do_convert_rgb": background is not None}
+    save_preprocessor(tmp_path, **BASE | kind | {"size": EDGE} | converts)
+    made = image_preprocessing(tmp_path, 3)
+    assert made is not None
+    assert made[0].background == background

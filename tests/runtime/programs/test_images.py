@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +19,7 @@ from PIL import Image
 from edgeexit.bundle.policy import Policy, Rule
 from edgeexit.bundle.raw_inputs import ImageText
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, EdgeExitError, InputError, UsageError
+from edgeexit.errors import BundleError, DataError, EdgeExitError, InputError, UsageError
 from edgeexit.preprocessing.images import Cut
 from edgeexit.runtime import load
 from edgeexit.runtime.executor.rows import Answers
@@ -145,6 +149,45 @@ def test_bombs_are_refused(model: Model, tmp_path: Path, monkeypatch: pytest.Mon
         tokens(model, MARKER, Image.new("RGB", (100, 100)))
 
 
+class BytesPath:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
+def test_a_path_may_be_bytes(model: Model, tmp_path: Path) -> None:
+    [image] = make_images(1)
+    image.save(tmp_path / "one.png")
+    assert tokens(model, MARKER, BytesPath(tmp_path / "one.png")) == tokens(model, MARKER, image)
+
+
+def test_a_file_of_too_many_bytes_is_refused_unread(model: Model, tmp_path: Path) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(DataError, match=r"sparse.png: 42949672960 bytes, more than the 1073741824"):
+        tokens(model, MARKER, tmp_path / "sparse.png")
+
+
+def test_an_image_whose_mode_pillow_cannot_convert_is_refused(model: Model) -> None:
+    image = make_images(1)[0].convert("LA")
+    with pytest.raises(InputError, match="image 1 of prompt 1: .* mode La cannot be .*to LA or"):
+        tokens(model, MARKER, image.convert("La"))
+
+
+ADDRESSES = ["https://example.org/cat.jpg", "HTTP://a/b", "s3://a/b", "data:image/png;base64,A"]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_addresses_are_refused_as_they_were_given(model: Model, address: str) -> None:
+    for given in (address, Path(address)):
+        with pytest.raises(
+            InputError, match=re.escape(f"image 1 of prompt 1 is an address ({address})")
+        ):
+            tokens(model, MARKER, given)
+
+
 REFUSED: dict[str, tuple[Any, Any, type[EdgeExitError], str]] = {
     "fewer placeholders": ("a", "one", InputError, "prompt 1 has 0 placeholders <image> for 1 im"),
     "more placeholders": (MARKER * 2, "one", InputError, "prompt 1 has 2 placeholders <image> fo"),
@@ -193,6 +236,20 @@ def test_every_row_of_token_ids_has_the_placeholders_of_its_own_images(model: Mo
         tokens(model, [[1], [[2]]], [[], []])
 
 
+@pytest.mark.parametrize("placeholder", ["<image><image>", "ab", "never seen"])
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_a_placeholder_that_is_not_its_token_is_refused(
+    vision_bundle: Callable[[str], Bundle], family: str, placeholder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(vision_bundle(family).path, tmp_path / "edited")
+    path = tmp_path / "edited/manifest.json"
+    raw = json.loads(path.read_text())
+    raw["decoding"]["groups"]["image"]["image"]["placeholder"] = placeholder
+    path.write_text(json.dumps(raw))
+    with load(tmp_path / "edited") as edited, pytest.raises(BundleError, match="is not one token"):
+        edited.generate(f"{placeholder}a", images=make_images(1), max_new_tokens=1)
+
+
 def test_placeholders_without_images_are_refused(model: Model) -> None:
     with pytest.raises(InputError, match="no inputs are given for them"):
         model.generate(f"a{MARKER}b", max_new_tokens=2).finish()
@@ -203,12 +260,50 @@ def test_images_and_inputs_exclude_each_other(model: Model) -> None:
         model.generate(MARKER, images=make_images(1), inputs={"pixel_values": np.zeros(1)})
 
 
+def test_images_in_messages_and_inputs_exclude_each_other(model: Model) -> None:
+    """One of them would win."""
+    inputs = {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}
+    for part in ({"type": "image", "image": make_images(1)[0]}, {"type": "image"}):
+        with pytest.raises(UsageError, match="exclude each other, also images in messages"):
+            model.chat([{"role": "user", "content": [part]}], inputs=inputs)
+    with pytest.raises(UsageError, match="exclude each other"):
+        model.chat([{"role": "user", "content": "a"}], images=make_images(1), inputs=inputs)
+
+
+NO_PROMPTS: list[tuple[Any, str]] = [
+    (5, "the prompts are a int"),
+    (None, "the prompts are a NoneType"),
+    ({"prompt": MARKER}, "the prompts are a dict"),
+    (b"a", "the prompts are a bytes"),
+    (np.array(3), "the prompts are a number"),
+    ([None], "a prompt is object"),
+    ([{"a": 1}], "a prompt is object"),
+    ([[1, "a"]], "not a list of token ids"),
+    ([[]], "a prompt is empty"),
+    ([[1.5]], "a prompt is float64"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), NO_PROMPTS)
+@pytest.mark.parametrize("family", ["llava", "florence2"])
+def test_what_is_no_prompt_is_refused_with_images(
+    vision_bundle: Callable[[str], Bundle], family: str, prompts: Any, message: str
+) -> None:
+    with load(vision_bundle(family)) as loaded, pytest.raises(InputError, match=message):
+        loaded.generate(prompts, images=make_images(1), max_new_tokens=1)
+
+
 def test_image_items_and_images_must_agree(model: Model) -> None:
     messages = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(InputError, match="1 image items without an image, and 0 images"):
         model.chat(messages)
     with pytest.raises(InputError, match="1 image items without an image, and 2 images"):
         model.chat(messages, images=make_images(2))
+    assert model.chat_prompt(messages) == f"user: {MARKER}assistant: "
+    with pytest.raises(
+        InputError, match=r"image 1 of prompt 1 is missing\. In messages: .*--image"
+    ):
+        model.prompts_with_images([MARKER], [[None]])
 
 
 def test_a_model_without_a_tower_takes_no_images(
@@ -225,6 +320,15 @@ UNREAD = [
     ({"type": "video", "path": "film.mp4"}, "type 'video', which is not supported.*frames"),
     ({"type": "audio", "path": "voice.wav"}, "type 'audio', which is not supported"),
     ({"type": "image_url", "image_url": {"url": "https://a/b.png"}}, "'image_url'.*downloaded"),
+    ({"type": "input_image", "image_url": "https://a/b.png"}, "'input_image'.*downloaded"),
+    ({"type": "video_url", "video_url": {"url": "https://a/b"}}, "'video_url'.*frames"),
+    ({"type": "input_audio", "input_audio": {"data": ""}}, "'input_audio'.*Give its text"),
+    ({"type": "document", "source": {}}, "'document'.*Give parts as.*text.*Give images as"),
+    ({"type": "Image", "path": "cat.jpg"}, "'Image', which is not supported.*Give images as"),
+    ({"type": "image", "path": "cat.jpg", "url": "cat.jpg"}, "has path and url, but is one image"),
+    ({"type": "image", "path": "a", "image": Image.new("L", (1, 1))}, "has image and path, but"),
+    ({"type": "image", "base64": "AAAA"}, "an image as 'base64', which is not supported"),
+    ({"type": "image", "image_url": "https://a/b.png"}, "an image as 'image_url', which is not"),
 ]
 
 
@@ -321,6 +425,14 @@ def test_a_feature_cache_drops_the_oldest() -> None:
         assert made.exits.tolist() == [1] * len(chosen)
         assert (made.scores == images[chosen, 1]).all()
         assert ran == wanted
+    cache.limit_bytes = None
+    cache.answers("vision", "pixels", images, run)
+    ran.clear()
+    cache.answers("vision", "pixels", images, run)
+    assert not ran
+    for bad in (-1, "1", True, 1.5):
+        with pytest.raises(UsageError, match="limit_bytes is .*None: no bound"):
+            cache.limit_bytes = bad  # type: ignore[assignment]
     none = FeatureCache(limit_bytes=0)
     for _ in range(2):
         ran.clear()
