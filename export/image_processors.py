@@ -158,8 +158,8 @@ def _image_schema(
     size = {key: value for key, value in dict(config["size"]).items() if value is not None}
     longest, tiles = None, None
     if splits:
-        if "longest_edge" not in size:
-            raise _refused(path, f"size {size} has no longest_edge, which do_image_splitting needs")
+        if "longest_edge" not in size or not config.get("max_image_size"):
+            raise _refused(path, "do_image_splitting needs longest_edge in size, max_image_size")
         longest, edge = int(size["longest_edge"]), int(config["max_image_size"]["longest_edge"])
         size = {"height": edge, "width": edge}
         if config["do_image_splitting"]:

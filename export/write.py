@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeexit import __version__
-from edgeexit.bundle.manifest import File, Manifest, Place
+from edgeexit.bundle.manifest import File, ImagePreprocessing, Manifest, Place
 from edgeexit.bundle.reader import Bundle, sha256_of
 from edgeexit.bundle.writer import BundleWriter, check_output
 from edgeexit.errors import ExportError, UsageError
@@ -216,10 +216,11 @@ def check_options(dtype: str, opset: int, calibration: Calibration | None = None
 
 def check_int8(model: SplitModel) -> None:
     """Refuses a model that cannot be quantised, before its data is read."""
-    placed = [step.source for step in model.steps if isinstance(step, Place)]
-    if placed:
+    images = any(isinstance(one, ImagePreprocessing) for one in model.preprocessing)
+    places = any(isinstance(step, Place) for step in model.steps)
+    if places or (images and model.decoding is not None):
         raise ExportError(
-            f"{model.name}: int8 is not supported for models that place {placed[0]} among tokens",
+            f"{model.name}: int8 is not supported for models that write text about images",
             fix="Export it in float32 or float16.",
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from edgeexit.bundle.cautions import cautions
-from edgeexit.bundle.policy import Policy, decisions_of
+from edgeexit.bundle.policy import ALWAYS, Policy, decisions_of
 from edgeexit.bundle.reader import Bundle
 
 NOT_CALIBRATED = "the thresholds are not calibrated"
@@ -45,6 +45,8 @@ def cautions_of(
             continue
         own = cautions(policy, bundle, [name], batch_size)
         found += [text for text in own if not text.startswith(NOT_CALIBRATED)]
+        if all(decision.threshold == ALWAYS for decision in decisions if decision.consult):
+            continue  # an exit that was chosen by hand
         found.append(
             f"the exits of the chain {name} predict nothing by themselves, so calibrate cannot "
             "choose their thresholds: compare the texts with and without them"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.policy import Policy, Rule
+from edgeexit.bundle.policy import Policy, Rule, rule_of
 from edgeexit.measure.texts import Text, as_data
 from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.runtime import Model
@@ -122,7 +122,8 @@ def on_given_texts(
     if not given:
         return None
     data = as_data(given, model.bundle, "given texts")
-    return judge(record(model, data, 1, token_times=False), model.policy)
+    rule = rule_of(model.policy, model.chain, model.chain_name)  # drops are in the trace already
+    return judge(record(model, data, 1, token_times=False), rule)
 
 
 def _perplexity(log_probs: NDArray[np.float32]) -> float:

@@ -27,7 +27,7 @@ from edgeexit.measure.batches import Batch, DataSet, naming_rows
 from edgeexit.measure.probe import Answers, ask, chain_named, predictions
 from edgeexit.measure.token_times import TIMED_TEXTS, measure_token_times
 from edgeexit.runtime import Model
-from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
+from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB, NO_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +241,9 @@ def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
 
 
 def _without(said: Mapping[str, NDArray], placeholders: Sequence[int]) -> dict[str, NDArray]:
-    """The rows whose label is no placeholder."""
+    """The rows whose label is no placeholder, and whose token reached every exit."""
     kept = ~np.isin(said["labels"], placeholders)
+    kept &= (said["predictions"] != NO_TOKEN).all(axis=0)
     return {name: values[..., kept] for name, values in said.items()}
 
 
@@ -251,7 +252,11 @@ def _are_no_numbers(answers: Answers, exits: list[str], scores: list[str]) -> ND
     found: NDArray[np.bool_] | None = None
     for name in (f"{exit_}/{what}" for exit_ in exits for what in ("logits", *scores)):
         values = answers.arrays[name]
-        wrong = (np.isnan(values) | np.isposinf(values)).reshape(len(values), -1).any(axis=1)
+        wrong = np.isnan(values) | np.isposinf(values)
+        token = answers.arrays.get(f"{name.partition('/')[0]}/token")
+        if token is not None and token.shape == wrong.shape:
+            wrong &= token != NO_TOKEN
+        wrong = wrong.reshape(len(values), -1).any(axis=1)
         found = wrong if found is None else found | wrong
     assert found is not None
     return found

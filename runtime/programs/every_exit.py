@@ -7,19 +7,22 @@ actual next token (``next_log_prob``), from which perplexity is computed.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import UsageError
-from edgeexit.runtime.executor.blocks import Block, even_chunk
+from edgeexit.runtime.executor.blocks import Block, even_chunk, standing
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.forward import Trace
 
 NEXT_LOG_PROB = "next_log_prob"
+
 NO_TOKEN = -1
+"""Instead of a token: none follows, or the token was dropped and nothing answers behind it."""
 
 
 def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -> Trace:
@@ -29,6 +32,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     Returns:
         Outputs of each exit: ``token`` and ``next_log_prob`` ``[batch, seq]`` (natural logarithm;
         NaN for the last token of a text), ``logits`` ``[batch, vocabulary]`` of the last token.
+        Behind a gate that dropped a token, its ``token`` is `NO_TOKEN`, its scores are NaN.
 
     Raises:
         UsageError: `step` is not a number of tokens, or the model must read prompts in one run.
@@ -44,48 +48,99 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     step = step or even_chunk(length, session.chunk)
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
     heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
-    answered: dict[int, dict[str, list[NDArray]]] = {
-        number: {name: [] for name in ("token", NEXT_LOG_PROB, *exit_.scores)}
-        for number, exit_ in exits
-    }
-    scores = {number: list(exit_.scores) for number, exit_ in exits}
+    given = {number: _Collected(exit_.scores) for number, exit_ in exits}
     following = np.concatenate([tokens[:, 1:], np.full((rows, 1), NO_TOKEN)], axis=1)
-    logits: dict[int, NDArray] = {}
     times_ms: list[list[float]] = []
     for start in range(0, length, step):
         part = np.ascontiguousarray(tokens[:, start : start + step])
-        shape = part.shape
         session.embed(part, start)
-        block = Block(shape[1], [shape[1]] * rows)
+        block = Block(part.shape[1], [part.shape[1]] * rows)
         times_ms.append([])
         for number in range(len(session.parts)):
             started = time.perf_counter_ns()
             block = session.run(number, block)
-            if number in answered:
-                answers = _ask(session, number, heads.get(number), block)
-                for name in ("token", *scores[number]):
-                    answered[number][name].append(np.array(answers[name]).reshape(rows, -1))
+            left = block.positions is None or any(block.counts)
+            answers = (
+                _ask(session, number, heads.get(number), block)
+                if number in given and left
+                else None
+            )
             times_ms[-1].append((time.perf_counter_ns() - started) / 1e6)
-            if number in answered:
-                own = np.array(answers["logits"])
-                own = own.reshape(rows, -1, own.shape[-1])
-                logits[number] = own[:, -1]
-                # The unsplit graph answers only for the last token of a run.
-                next_tokens = following[:, start : start + step][:, -own.shape[1] :]
-                answered[number][NEXT_LOG_PROB].append(_log_probs(own, next_tokens))
-    whole = {
-        n: {k: np.concatenate(v, axis=1) for k, v in own.items()} for n, own in answered.items()
-    }
+            if number in given:
+                given[number].add(answers, block, start, following[:, start : start + step])
     return Trace(
         [exit_.name for _, exit_ in exits],
-        [
-            {name: whole[n][name] for name in ("token", NEXT_LOG_PROB)} | {"logits": logits[n]}
-            for n, _ in exits
-        ],
-        [{name: whole[n][name] for name in exit_.scores} for n, exit_ in exits],
+        [given[number].outputs() for number, _ in exits],
+        [given[number].scores() for number, _ in exits],
         [sum(of_component) for of_component in zip(*times_ms, strict=True)],
         step_times_ms=times_ms,
     )
+
+
+class _Collected:
+    """What an exit answers at every token of texts, collected from runs of some tokens.
+
+    Args:
+        scores: Names of its scores.
+    """
+
+    def __init__(self, scores: Iterable[str]) -> None:
+        self._names = ["token", *scores]
+        self._made: dict[str, list[NDArray[Any]]] = {
+            name: [] for name in [*self._names, NEXT_LOG_PROB]
+        }
+        self._logits: NDArray[Any] | None = None
+
+    def add(
+        self, answers: Answers | None, block: Block, start: int, following: NDArray[np.int64]
+    ) -> None:
+        """Adds the answers for a run of tokens; None: all of them were dropped.
+
+        Args:
+            start: Position of the first token.
+            following: Next tokens ``[batch, seq]`` of the run, before tokens were dropped.
+        """
+        rows = len(following)
+        made: dict[str, NDArray[Any]] = {
+            name: np.full(following.shape, NO_TOKEN if name == "token" else np.nan)
+            for name in self._made
+        }
+        if answers is not None:
+            logits = np.array(answers["logits"])
+            logits = logits.reshape(rows, -1, logits.shape[-1])
+            own = {name: np.array(answers[name]).reshape(rows, -1) for name in self._names}
+            if block.positions is None:
+                # The unsplit graph answers only for the last token of a run.
+                own[NEXT_LOG_PROB] = _log_probs(logits, following[:, -logits.shape[1] :])
+                made, self._logits = own, logits[:, -1]
+            else:
+                places = [np.array(p, np.int64) - start for p in standing(block, [start] * rows)]
+                nexts = np.full(logits.shape[:2], NO_TOKEN)
+                for row, kept in enumerate(places):
+                    nexts[row, : len(kept)] = following[row, kept]
+                own[NEXT_LOG_PROB] = _log_probs(logits, nexts)
+                for name, values in own.items():
+                    made[name] = made[name].astype(values.dtype)
+                    for row, kept in enumerate(places):
+                        made[name][row, kept] = values[row, : len(kept)]
+                self._logits = logits[np.arange(rows), np.array(block.counts) - 1]
+        for name, values in made.items():
+            self._made[name].append(values)
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """As in `Trace.outputs`."""
+        assert self._logits is not None  # a prompt does not end with tokens that are dropped
+        return {name: self._whole(name) for name in ("token", NEXT_LOG_PROB)} | {
+            "logits": self._logits
+        }
+
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """As in `Trace.scores`."""
+        return {name: self._whole(name) for name in self._names[1:]}
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        own = self._made[name]
+        return np.concatenate([values.astype(own[-1].dtype) for values in own], axis=1)
 
 
 def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
@@ -122,4 +177,4 @@ def _log_probs(logits: NDArray[Any], tokens: NDArray[np.int64]) -> NDArray[np.fl
     return log_probs
 
 
-__all__ = ["NEXT_LOG_PROB", "segment_times", "trace_texts"]
+__all__ = ["NEXT_LOG_PROB", "NO_TOKEN", "segment_times", "trace_texts"]

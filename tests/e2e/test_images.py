@@ -159,7 +159,7 @@ EXPORTS: dict[str, tuple[dict[str, Any], list[str], int, list[str]]] = {
         {},
         ["--exits", "1", "--dtype", "int8", "--calibration-data", "policy.json"],
         1,
-        ["int8 is not supported for models that place", "float32 or float16"],
+        ["int8 is not supported for models that write text about images", "float32 or float16"],
     ),
     "a drop before the image is read": (
         {},

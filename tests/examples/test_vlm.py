@@ -115,9 +115,10 @@ def test_an_image_of_no_numbers_spoils_no_later_answer(
             assert made.finish().texts == ["It is a seven."], mode
 
 
-def test_audit_reads_the_images_of_the_prompt(bundle: Bundle) -> None:
+@pytest.mark.parametrize("option", ["", " --drop-image-tokens 2"])
+def test_audit_reads_the_images_of_the_prompt(bundle: Bundle, option: str) -> None:
     command = "edgeexit run vlm --threshold 0.9 --mode fast --audit --chat --prompt Well?"
-    result = invoke(f"{command} --image examples/vlm/seven.png")
+    result = invoke(f"{command} --image examples/vlm/seven.png{option}")
     assert result.exit_code == 0
     assert "on given text" in result.stderr
 

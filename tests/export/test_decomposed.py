@@ -15,7 +15,7 @@ import torch
 
 from edgeexit.bundle.policy import Policy, Rule, forced
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError, UsageError
+from edgeexit.errors import ExportError, InputError, UsageError
 from edgeexit.export import export
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
@@ -256,3 +256,8 @@ def test_models_without_an_encoder_are_refused(tmp_path: Path) -> None:
     checkpoint = save_checkpoint("llava", tmp_path)
     with pytest.raises(UsageError, match="no encoder between its tower and its decoder"):
         from_pretrained(checkpoint, exits=[1], image_encoder_exits=[1])
+
+
+def test_int8_is_refused(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="int8 is not supported for models that write text about"):
+        export(made[0].split_model(), tmp_path / "b", dtype="int8", calibration=lambda _: [])

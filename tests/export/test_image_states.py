@@ -193,6 +193,31 @@ def test_image_tokens_that_leave_are_not_read_behind_any_layer(
             own.assert_states(model, fast.tokens, layer)
 
 
+@pytest.mark.parametrize("chunk", [256, 3])
+def test_a_trace_answers_behind_dropped_tokens_as_generation_does(
+    asked: Callable[[str], Asked],
+    vision_bundle: Bundles,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edgeexit.runtime.programs.text_program.CHUNK", chunk)
+    split = asked("llava").split
+    rules = {"vision": Rule(), "main": Rule(thresholds={"drop_1": ALWAYS})}
+    [prompt] = prompts_of(split.whole.tower.tokens, ["middle"])
+    inputs = {"pixel_values": random_pixels(split, 1).numpy()}
+    with load(vision_bundle("llava"), policy=Policy(rules=rules)) as model:
+        [written] = model.generate(prompt, inputs=inputs, max_new_tokens=6).finish().tokens
+        whole = np.array([prompt + written])
+        trace = model.trace({model.bundle.manifest.decoding.tokens: whole, **inputs})
+    gone = whole == PLACEHOLDER
+    last = trace.outputs[-1]
+    np.testing.assert_array_equal(last["token"][0, len(prompt) - 1 : -1], written)
+    np.testing.assert_array_equal(last["token"] == -1, gone)
+    assert np.isnan(last["next_log_prob"][gone]).all()
+    assert last["logits"][0].argmax() == last["token"][0, -1]
+    assert all(np.isnan(own[gone]).all() for own in trace.scores[-1].values())
+
+
 def test_a_prompt_that_ends_with_an_image_cannot_drop_it(
     asked: Callable[[str], Asked], vision_bundle: Bundles
 ) -> None:

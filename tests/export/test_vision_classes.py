@@ -126,7 +126,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no deviation": ("florence2", {"image_std": [0, 1, 1]}, "invalid scale, mean or std"),
     "too many tiles": ("internvl", {"max_patches": 300}, "max_patches .* 300 tiles"),
     "far too many tiles": ("smolvlm", {"size": {"longest_edge": 8192}}, "size / max_image_size"),
-    "tiles of no edge": ("smolvlm", {"size": {"shortest_edge": 64}}, "no longest_edge"),
+    "tiles of no edge": ("smolvlm", {"size": {"shortest_edge": 64}}, "needs longest_edge"),
     "tiles of another size": ("smolvlm", {"max_image_size": {"longest_edge": 64}}, "64 x 64, the"),
 }
 
