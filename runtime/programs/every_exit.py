@@ -144,7 +144,8 @@ class _Collected:
 
 
 def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
-    """Milliseconds of each component for one prompt ``[seq]``, in chunks as in generation."""
+    """Milliseconds of each component for one prompt ``[seq]``, in chunks as in generation, and of
+    the last exit's head for its last token."""
     times_ns = [0.0] * len(session.parts)
     chunk = even_chunk(len(tokens), session.chunk)
     for start in range(0, len(tokens), chunk):
@@ -156,6 +157,12 @@ def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
             block = session.run(number, block)
             session.engine.settle()
             times_ns[number] += time.perf_counter_ns() - started
+    if not session.answers_itself:
+        states = session.boundary(len(session.parts), block.new)[:, block.counts[0] - 1]
+        head = session.head(len(session.parts) - 1)
+        started = time.perf_counter_ns()
+        head(states)
+        times_ns.append(time.perf_counter_ns() - started)
     return [time_ns / 1e6 for time_ns in times_ns]
 
 

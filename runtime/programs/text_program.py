@@ -181,7 +181,8 @@ class TextProgram:
     def segment_times(
         self, tokens: Sequence[int], inputs: Mapping[str, NDArray[Any]] | None = None
     ) -> list[float]:
-        """Milliseconds of each component for one prompt, without exits, for measurements.
+        """Milliseconds of each component for one prompt, without exits, and of the last exit's head
+        for its last token; for measurements.
 
         Args:
             tokens: Token ids of the prompt.

@@ -3,9 +3,9 @@ and every layer behind which image tokens can leave.
 
 Beside every ratio stands its floor: the share of the unsplit model's time that the measure cannot
 touch. A time to the first token is also predicted from parts: tower and prefill of the whole model
-in the same turn, less what segments behind an exit of the tower take, or what segments of the
-decoder save without image tokens; both are measured apart. A measured time that differs from that
-sum has a cost that the parts do not show.
+in the same turn, less the share that segments behind an exit of the tower take, or that segments of
+the decoder save without image tokens; both are measured apart. A measured time that differs from
+that sum has a cost that the parts do not show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgeexit.measure.bench.texts import Writer, decoded, time_against
 from edgeexit.measure.bench.vision_cases import TOWER, layer_of
 from edgeexit.measure.inspect import bytes_by_part
 
-PARTS_RUNS = 9
+PARTS_RUNS = 15
 """Runs in which the segments of tower and decoder are measured apart."""
 
 
@@ -43,10 +43,10 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
         own: dict[str, Any] = _parts(writer, tower)
         saved, layer = _Saved(), int(writer.name.partition(":")[2])
         if writer.name.partition(":")[0] == TOWER:
-            saved = _Saved(tower_ms=segments.saved_by_exit_ms(layer))
+            saved = _Saved(tower=segments.saved_by_exit(layer))
             kept = unsplit["first_token_ms"] - unsplit["tower_ms"]
         else:
-            saved = _Saved(prefill_ms=segments.saved_by_drop_ms(layer))
+            saved = _Saved(prefill=segments.saved_by_drop(layer))
             kept = unsplit["first_token_ms"] - unsplit["prefill_ms"] * segments.share_behind(layer)
         cases[writer.name] = own | {
             **_against(writer, baseline),
@@ -81,112 +81,139 @@ def _against(writer: Writer, baseline: Writer) -> dict[str, float | None]:
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Times of segments, each measured apart.
+class Apart:
+    """Times of segments, each measured apart, in milliseconds.
 
     Attributes:
-        behind: Layer behind which image tokens can leave -> number of the first segment without
-            them.
-        with_images, without: Milliseconds of each segment of the decoder, for a prompt with its
-            image tokens and without.
-        stops: Layer of an exit of the tower -> number of the segment before it.
-        tower, tower_exits: Milliseconds of each segment of the tower with its exit, and of the
-            exit (its projector) alone.
+        with_images, without: Each segment of the decoder, for a prompt with its image tokens and
+            without; and the last exit's head.
+        tower: Each segment of the tower with its exit.
+        tower_exits: The exits (projectors) alone.
     """
 
-    behind: dict[int, int]
-    stops: dict[int, int]
     with_images: list[float]
     without: list[float]
     tower: list[float]
     tower_exits: list[float]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What segments take, as shares of all of them at the same moment: a machine's speed changes
+    within minutes.
+
+    Attributes:
+        behind: Layer behind which image tokens can leave -> number of the first segment without
+            them.
+        stops: Layer of an exit of the tower -> number of the segment before it.
+        runs: Their times.
+    """
+
+    behind: dict[int, int]
+    stops: dict[int, int]
+    runs: list[Apart]
 
     @classmethod
     def of(cls, contest: Contest, tower: str) -> Segments:
         """Measures them."""
         manifest = contest.bundle.manifest
         decoder, vision = manifest.last_chain, manifest.chains[tower]
-        parts = [
-            contest.chain.run("parts", [0], lead=False)["records"][0] for _ in range(PARTS_RUNS)
-        ]
-        medians = (
-            [statistics.median(times) for times in zip(*(part[key] for part in parts), strict=True)]
-            for key in ("with_images_ms", "without_images_ms", "tower_ms", "tower_exits_ms")
-        )
-        return cls(
-            {
-                layer_of(exit_.name): decoder.components.index(exit_.behind) + 1
-                for exit_ in decoder.exits
-                if exit_.action == "drop"
-            },
-            {layer_of(exit_.name): vision.components.index(exit_.behind) for exit_ in vision.stops},
-            *medians,
-        )
+        runs = []
+        for _ in range(PARTS_RUNS):
+            [part] = contest.chain.run("parts", [0], lead=False)["records"]
+            runs.append(
+                Apart(
+                    part["with_images_ms"],
+                    part["without_images_ms"],
+                    part["tower_ms"],
+                    part["tower_exits_ms"],
+                )
+            )
+        behind = {
+            layer_of(exit_.name): decoder.components.index(exit_.behind) + 1
+            for exit_ in decoder.exits
+            if exit_.action == "drop"
+        }
+        stops = {layer_of(e.name): vision.components.index(e.behind) for e in vision.stops}
+        return cls(behind, stops, runs)
 
-    def saved_by_drop_ms(self, layer: int) -> float:
-        """What segments of the decoder behind a layer save without image tokens."""
+    def saved_by_drop(self, layer: int) -> float:
+        """Share of the prefill that segments of the decoder behind a layer save without image
+        tokens."""
         first = self.behind[layer]
-        return sum(self.with_images[first:]) - sum(self.without[first:])
 
-    def saved_by_exit_ms(self, layer: int) -> float:
-        """What an exit of the tower saves: the segments behind it, with the last exit's projector
-        in exchange for its own."""
-        return self._tower_ms(len(self.tower) - 1) - self._tower_ms(self.stops[layer])
+        def saved_ms(run: Apart) -> float:
+            return sum(run.with_images[first:]) - sum(run.without[first:])
 
-    def _tower_ms(self, last: int) -> float:
-        """The tower's time up to a segment, and to no exit but the one behind it."""
-        return sum(self.tower[: last + 1]) - sum(self.tower_exits[:last])
+        return statistics.median(saved_ms(run) / sum(run.with_images) for run in self.runs)
+
+    def saved_by_exit(self, layer: int) -> float:
+        """Share of the tower's time that an exit of it saves: the segments behind it, with the
+        last exit's projector in exchange for its own."""
+
+        def up_to(run: Apart, last: int) -> float:
+            return sum(run.tower[: last + 1]) - sum(run.tower_exits[:last])
+
+        last = len(self.stops) - 1
+        return statistics.median(
+            1 - up_to(run, self.stops[layer]) / up_to(run, last) for run in self.runs
+        )
 
     def share_behind(self, layer: int) -> float:
-        """Share of the decoder's time that is behind a layer."""
-        return sum(self.with_images[self.behind[layer] :]) / sum(self.with_images)
+        """Share of the prefill that segments behind a layer take."""
+        first = self.behind[layer]
+        return statistics.median(
+            sum(run.with_images[first:-1]) / sum(run.with_images) for run in self.runs
+        )
 
     def to_dict(self) -> dict[str, list[float]]:
-        """The times, rounded."""
-        named = {
-            "with_images": self.with_images,
-            "without_images": self.without,
-            "tower": self.tower,
-            "tower_exits": self.tower_exits,
+        """Medians of the times."""
+        return {
+            name: [
+                round(statistics.median(times), 3)
+                for times in zip(*(getattr(run, name) for run in self.runs), strict=True)
+            ]
+            for name in ("with_images", "without", "tower", "tower_exits")
         }
-        return {name: [round(ms, 3) for ms in times] for name, times in named.items()}
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a case should save, in milliseconds."""
+    """What a case should save, as shares of tower and prefill."""
 
-    tower_ms: float = 0.0
-    prefill_ms: float = 0.0
+    tower: float = 0.0
+    prefill: float = 0.0
 
 
 def _predicted(writer: Writer, full: Writer, saved: _Saved, tower: str) -> dict[str, float]:
     """Medians over turns of the predicted times, and of their ratios to the measured ones.
 
-    Each part should take what it takes without the case, in the same turn, less what it saves; the
-    time to the first token is their sum.
+    Each part should take what it takes without the case, in the same turn, less the share that it
+    saves; the time to the first token is their sum.
     """
     pairs = list(zip(writer.records, full.records, strict=True))
 
     def of_tower(record: dict[str, Any]) -> float:
         return _chain_s(record, tower)
 
-    def predicted(part: Callable[[dict[str, Any]], float], saved_ms: float) -> list[float]:
-        return [part(other) - saved_ms / 1e3 for _, other in pairs]
+    def first_token_s(record: dict[str, Any]) -> float:
+        return float(record["first_token_s"])
 
     def ratio(times: list[float], measured: Callable[[dict[str, Any]], float]) -> float:
         found = [time / measured(own) for time, (own, _) in zip(times, pairs, strict=True)]
         return round(statistics.median(found), 4)
 
-    def first_token_s(record: dict[str, Any]) -> float:
-        return float(record["first_token_s"])
-
-    first = predicted(first_token_s, saved.tower_ms + saved.prefill_ms)
+    towers = [of_tower(other) * (1 - saved.tower) for _, other in pairs]
+    prefills = [_prompt_s(other) * (1 - saved.prefill) for _, other in pairs]
+    first = [
+        first_token_s(other) - of_tower(other) - _prompt_s(other) + own_tower + own_prefill
+        for (_, other), own_tower, own_prefill in zip(pairs, towers, prefills, strict=True)
+    ]
     return {
         "predicted_first_token_ms": round(1e3 * statistics.median(first), 3),
         "predicted_over_measured": ratio(first, first_token_s),
-        "predicted_tower_over_measured": ratio(predicted(of_tower, saved.tower_ms), of_tower),
-        "predicted_prefill_over_measured": ratio(predicted(_prompt_s, saved.prefill_ms), _prompt_s),
+        "predicted_tower_over_measured": ratio(towers, of_tower),
+        "predicted_prefill_over_measured": ratio(prefills, _prompt_s),
     }
 
 
@@ -237,4 +264,4 @@ def _answer_ratio(writer: Writer, baseline: Writer) -> float | None:
     return round(statistics.median(found), 4) if found else None
 
 
-__all__ = ["Segments", "figures"]
+__all__ = ["Apart", "Segments", "figures"]
