@@ -32,8 +32,8 @@ from edgeexit.runtime.engines.onnxruntime import available_cores
 PEERS = ("exporters", "genai")
 CASES = {"bundle": "full", "exporters": "exporters", "genai": "genai"}
 LAUNCHES = 4
-"""Times that both sides are started anew: where a process's memory lies and where its threads run
-changes its speed by a few percent for as long as it lives."""
+"""Times that both sides are started anew, each first in half of them: a process keeps its speed for
+as long as it lives, and the side that is started second is the faster one."""
 
 SEARCH_TOKENS, SEARCH_NEW_TOKENS = 32, 8
 """Text in the search for thread settings."""

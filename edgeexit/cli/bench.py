@@ -246,7 +246,7 @@ def _print_vision(found: dict[str, Any]) -> None:
             f"split tax: tower {full['tower_against_unsplit']:.3f}, prefill "
             f"{full['prefill_against_unsplit']:.3f}",
             "floor: the share of the unsplit time to the first token that the case cannot touch; "
-            "predicted: the sum of its parts, with the prefill of the whole model in the same turn",
+            "predicted: tower and prefill of the whole model in the same turn, less what is saved",
             *_memory(found["memory"]),
         ],
     )

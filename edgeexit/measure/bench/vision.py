@@ -41,8 +41,9 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
     for writer in others:
         assert segments is not None
         own: dict[str, Any] = _parts(writer, tower)
-        saved, layer = _Saved(), int(writer.name.partition(":")[2])
-        if writer.name.partition(":")[0] == TOWER:
+        kind, _, place = writer.name.partition(":")
+        layer = int(place)
+        if kind == TOWER:
             saved = _Saved(tower=segments.saved_by_exit(layer))
             kept = unsplit["first_token_ms"] - unsplit["tower_ms"]
         else:
@@ -189,7 +190,7 @@ def _predicted(writer: Writer, full: Writer, saved: _Saved, tower: str) -> dict[
     """Medians over turns of the predicted times, and of their ratios to the measured ones.
 
     Each part should take what it takes without the case, in the same turn, less the share that it
-    saves; the time to the first token is their sum.
+    saves, and so should the time to the first token.
     """
     pairs = list(zip(writer.records, full.records, strict=True))
 
@@ -206,8 +207,8 @@ def _predicted(writer: Writer, full: Writer, saved: _Saved, tower: str) -> dict[
     towers = [of_tower(other) * (1 - saved.tower) for _, other in pairs]
     prefills = [_prompt_s(other) * (1 - saved.prefill) for _, other in pairs]
     first = [
-        first_token_s(other) - of_tower(other) - _prompt_s(other) + own_tower + own_prefill
-        for (_, other), own_tower, own_prefill in zip(pairs, towers, prefills, strict=True)
+        first_token_s(other) - of_tower(other) * saved.tower - _prompt_s(other) * saved.prefill
+        for _, other in pairs
     ]
     return {
         "predicted_first_token_ms": round(1e3 * statistics.median(first), 3),
