@@ -31,8 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.families.llama import trunk
+from edgeexit.export.methods.checkpoints import last_checkpoint
 from edgeexit.export.methods.layerskip import LayerSkip, token_loss
-from edgeexit.export.methods.training import ExitTrainer, last_checkpoint
+from edgeexit.export.methods.training import ExitTrainer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

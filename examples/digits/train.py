@@ -27,8 +27,9 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.families.vit import trunk
+from edgeexit.export.methods.checkpoints import last_checkpoint
 from edgeexit.export.methods.joint import Joint
-from edgeexit.export.methods.training import ExitTrainer, last_checkpoint
+from edgeexit.export.methods.training import ExitTrainer
 from edgeexit.export.pretrained import from_pretrained
 
 HERE = Path(__file__).resolve().parent

@@ -154,8 +154,15 @@ class ExitClassifier(nn.Module):
             state_dict: Weights to write instead of this module's own, which may be distributed over
                 several devices during training.
         """
-        exits = SavedExits(self.exit_layers, origins=self.exit_origins)
-        save_exits(Path(folder), self.model, exits, {"heads": self.heads}, state_dict)
+        save_exits(Path(folder), self.model, self.saved_exits(), self.saved_modules(), state_dict)
+
+    def saved_exits(self) -> SavedExits:
+        """The exits, as the checkpoint lists them."""
+        return SavedExits(self.exit_layers, origins=self.exit_origins)
+
+    def saved_modules(self) -> dict[str, nn.ModuleDict]:
+        """Modules of exits, by their place in this module."""
+        return {"heads": self.heads}
 
     def split_model(self) -> SplitModel:
         """The contract for export: one component per exit, with the layers since the exit before

@@ -1,10 +1,9 @@
 """A causal language model with exits: decoder layers, one head that all exits share, and adapters
 for some exits.
 
-A family's file describes its model as a `DecoderTrunk`: how a token's embedding becomes the first
-state, what each layer does before and after attention, and the head. Attention, its states and its
-masks are not part of the layers: training uses torch's attention (`ExitDecoder`), export chooses a
-form for the engine (`edgeexit.export.trace.attention`).
+A family's file describes its model as a `edgeexit.export.exits.decoder_trunk.DecoderTrunk`.
+Attention, its states and its masks are not part of its layers: training uses torch's attention
+(`ExitDecoder`), export chooses a form for the engine (`edgeexit.export.trace.attention`).
 
 An adapter is one or more layers between an exit's state and the head. The shared head expects
 states of the last layer; an adapter makes an early state more similar to them, at the cost of its
@@ -17,7 +16,6 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +36,7 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
 from edgeexit.export.exits.origins import Origin
 from edgeexit.export.exits.saved import (
     SavedExits,
@@ -47,43 +46,10 @@ from edgeexit.export.exits.saved import (
     save_exits,
 )
 from edgeexit.export.exits.states import POSITIONS, layer_names, state_between, token_states
-from edgeexit.export.trace.attention import Heads, causal_attention
+from edgeexit.export.trace.attention import causal_attention
 from edgeexit.export.trace.layer_stacks import CutLayer, Stacks
 
 _PART_TOKENS = 32  # whose logits `ExitDecoder.each_exit` returns at a time
-
-
-@dataclass(frozen=True)
-class DecoderTrunk:
-    """A family's description of its model.
-
-    Attributes:
-        embedding: The model's own parameter ``[vocabulary, embedded]``; the first segment takes the
-            rows of its tokens, times `embedding_scale`.
-        stem: ``(embedded [batch, new, embedded], positions [batch, new]) -> state``; None where the
-            embedding is the first state.
-        layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
-            rotated, and ``after(state, attended) -> state``.
-        head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm and projection.
-        width: Size of a state.
-        positions: The most positions that the model supports; None: any number.
-        capacity: Default limit of a text, in tokens; None: `positions`. One of the two must be
-            given.
-        float32: Modules that stay in float32 (`edgeexit.export.contract.SplitModel`).
-        stop_tokens: Token ids that end a text.
-    """
-
-    embedding: torch.Tensor
-    stem: nn.Module | None
-    layers: Sequence[nn.Module]
-    head: nn.Module
-    heads: Heads
-    width: int
-    positions: int | None
-    stop_tokens: tuple[int, ...] = ()
-    capacity: int | None = None
-    float32: tuple[str, ...] = ()
-    embedding_scale: float = 1.0
 
 
 class ExitDecoder(nn.Module):
@@ -101,7 +67,10 @@ class ExitDecoder(nn.Module):
         adapters: Exit name -> its adapter's layers.
         exit_origins: What is known about the training of each exit, adapter included.
         border_layers: Layers behind which a segment ends, without the last layer.
+        read_by_embed: Further inputs of `embed`, which training passes on.
     """
+
+    read_by_embed: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -165,6 +134,7 @@ class ExitDecoder(nn.Module):
         exits: Sequence[int] | None = None,
         skipped: Sequence[int] = (),
         source: Sequence[torch.Tensor] = (),
+        features: dict[int, torch.Tensor] | None = None,
         **inputs: torch.Tensor,
     ) -> dict[int, torch.Tensor]:
         """Logits of exits for whole sequences, for training and as a reference.
@@ -175,13 +145,21 @@ class ExitDecoder(nn.Module):
             skipped: Layers (1 = the first) left out of this pass (layer dropout).
             source: The encoder's output, if there is one
                 (`edgeexit.export.exits.encoder_decoder.ExitEncoderDecoder.encode`).
+            features: Is filled with layer -> features ``[batch, seq, width]``: what the vocabulary
+                projection takes, behind the final norm.
             inputs: Further inputs of `embed`.
 
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
         """
         states = self._each_state(input_ids, exits=exits, skipped=skipped, source=source, **inputs)
-        return {layer: self._logits(state) for layer, state in states}
+        logits = {}
+        for layer, state in states:
+            logits[layer] = self._logits(state)
+            if features is not None:
+                norm = getattr(self.trunk.head, "norm", None)
+                features[layer] = state if norm is None else norm(state)
+        return logits
 
     def each_exit(
         self, input_ids: torch.Tensor, **options: Any
@@ -250,13 +228,13 @@ class ExitDecoder(nn.Module):
             state_dict: Weights to write instead of this module's own, which may be distributed over
                 several devices during training.
         """
-        save_exits(Path(folder), self.model, self._saved(), self._saved_modules(), state_dict)
+        save_exits(Path(folder), self.model, self.saved_exits(), self.saved_modules(), state_dict)
 
-    def _saved(self) -> SavedExits:
+    def saved_exits(self) -> SavedExits:
         """The exits, as the checkpoint lists them."""
         return SavedExits(self.exit_layers, self.adapter_sizes, origins=self.exit_origins)
 
-    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
+    def saved_modules(self) -> dict[str, nn.ModuleDict]:
         """Modules of exits, by their place in this module."""
         return {"adapters": self.adapters}
 
@@ -382,12 +360,6 @@ class ExitDecoder(nn.Module):
             yield {f"exit_{layer}": logits}
 
 
-def scaled(embedded: torch.Tensor, scale: float) -> torch.Tensor:
-    """Embeddings times a family's scale. The product is made in each pass: trained weights change,
-    and a stored product would keep the graph of the first backward pass."""
-    return embedded if scale == 1.0 else embedded * scale
-
-
 def _random_tokens(vocabulary: int, rows: int) -> Values:
     generator = torch.Generator().manual_seed(0)
     return {"tokens": torch.randint(0, vocabulary, (rows, 12), generator=generator)}
@@ -397,4 +369,4 @@ def _typed(layers: Iterable[nn.Module]) -> Iterator[CutLayer]:
     return (cast("CutLayer", layer) for layer in layers)
 
 
-__all__ = ["DecoderTrunk", "ExitDecoder", "scaled"]
+__all__ = ["ExitDecoder"]

@@ -69,8 +69,10 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
             names = map(branch.exit_name, branch.exit_layers)
             self.exit_origins |= dict.fromkeys(names, "unknown")
 
-    def _saved(self) -> SavedExits:
-        return dataclasses.replace(super()._saved(), image_encoder=self.image_encoder.exit_layers)
+    def saved_exits(self) -> SavedExits:
+        return dataclasses.replace(
+            super().saved_exits(), image_encoder=self.image_encoder.exit_layers
+        )
 
     def encode(
         self,

@@ -31,7 +31,8 @@ from edgeexit.bundle.manifest import (
     TokenState,
 )
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
-from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder, scaled
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
 from edgeexit.export.exits.encoder import EncoderTrunk, ExitEncoder, unread_of
 from edgeexit.export.exits.saved import SavedExits
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
@@ -105,8 +106,8 @@ class ExitEncoderDecoder(ExitDecoder):
         """Layers of the encoder with an early exit."""
         return self.encoder.exit_layers
 
-    def _saved(self) -> SavedExits:
-        return dataclasses.replace(super()._saved(), encoder=self.encoder.exit_layers)
+    def saved_exits(self) -> SavedExits:
+        return dataclasses.replace(super().saved_exits(), encoder=self.encoder.exit_layers)
 
     def split_model(self) -> SplitModel:
         """The contract for export: the encoder in segments and unsplit, the components that compute

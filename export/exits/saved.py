@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ class SavedExits:
         image_encoder: Of an encoder that reads images and texts apart: layers with an exit for
             images; `encoder` then has those for texts. None: it reads them together.
         tower: Layers of a vision tower with an exit.
+        gates: Layers with a gate that drops image tokens -> width of the gate.
         origins: Exit name -> what is known about its training. Exits that are missing, as in files
             of older versions: unknown.
     """
@@ -41,6 +43,7 @@ class SavedExits:
     encoder: list[int] | None = None
     image_encoder: list[int] | None = None
     tower: list[int] | None = None
+    gates: dict[int, int] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
@@ -69,6 +72,8 @@ def save_exits(
         config["image_encoder_exits"] = exits.image_encoder
     if exits.tower is not None:
         config["tower_exits"] = exits.tower
+    if exits.gates:
+        config["gates"] = {str(layer): width for layer, width in exits.gates.items()}
     config["origins"] = dict(exits.origins)
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     weights: dict[str, torch.Tensor] = {}
@@ -85,11 +90,11 @@ def read_exits(folder: Path) -> SavedExits:
         return SavedExits()
     with translated(config, "cannot be read", "Save the exits again with save_pretrained."):
         saved = json.loads(config.read_text(encoding="utf-8"))
-        layers, adapters = saved["exits"], saved.get("adapters", {})
+        layers = saved["exits"]
         if not all(isinstance(layer, int) for layer in layers):
             raise ValueError("exits is not a list of layer numbers")
-        if not all(isinstance(count, int) and count > 0 for count in adapters.values()):
-            raise ValueError("adapters does not map layer numbers to numbers of layers")
+        adapters = _numbers(saved, "adapters", "numbers of layers")
+        gates = _numbers(saved, "gates", "widths")
         others = {}
         for name in ("encoder", "image_encoder", "tower"):
             others[name] = saved.get(f"{name}_exits")
@@ -98,19 +103,31 @@ def read_exits(folder: Path) -> SavedExits:
         origins = saved.get("origins", {})
         if not all(origin in ORIGINS for origin in origins.values()):
             raise ValueError(f"origins has other values than {', '.join(ORIGINS)}")
-        sizes = {int(k): n for k, n in adapters.items()}
-        return SavedExits(list(layers), sizes, **others, origins=origins)
+        return SavedExits(list(layers), adapters, **others, gates=gates, origins=origins)
+
+
+def _numbers(saved: Mapping[str, Any], name: str, what: str) -> dict[int, int]:
+    """A list of layers with a number for each. Raises `ValueError` if it is something else."""
+    entries = saved.get(name, {})
+    if not all(isinstance(number, int) and number > 0 for number in entries.values()):
+        raise ValueError(f"{name} does not map layer numbers to {what}")
+    return {int(layer): number for layer, number in entries.items()}
 
 
 def load_exits(
     modules: nn.ModuleDict, layers: Sequence[int], folder: Path, prefix: str = "exit"
 ) -> None:
-    """Loads the heads, adapters or projectors of the exits behind these layers, and no others."""
+    """Loads the heads, adapters, projectors or gates behind these layers, and no others."""
+    load_named(modules, [f"{prefix}_{layer}" for layer in layers], folder)
+
+
+def load_named(modules: nn.ModuleDict, names: Iterable[str], folder: Path) -> None:
+    """Loads modules of exits by their names."""
     path = folder / EXITS_WEIGHTS
     fix = "Use exits that were saved with this checkpoint."
     with translated(path, "does not fit the model", fix):
         weights = load_file(path)
-        for name in (f"{prefix}_{layer}" for layer in layers):
+        for name in names:
             modules[name].load_state_dict(weights_of(weights, f"{name}."))
 
 
@@ -196,6 +213,7 @@ __all__ = [
     "example_layers",
     "listed",
     "load_exits",
+    "load_named",
     "name_layers",
     "read_exits",
     "save_exits",

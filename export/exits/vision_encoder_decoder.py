@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeexit.bundle.manifest import Chain, ImageText, Place, Run, Tensor, TokenGroup
 from edgeexit.export.contract import Component, SplitModel, Table, Values
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.exits.encoder import EncoderTrunk
 from edgeexit.export.exits.encoder_decoder import SOURCE_IDS, SOURCE_MASK, ExitEncoderDecoder
 from edgeexit.export.exits.saved import SavedExits
@@ -96,11 +96,11 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         places = (input_ids == self.whole.placeholder)[..., None]
         return embedded.masked_scatter(places, features.to(embedded.dtype))
 
-    def _saved(self) -> SavedExits:
-        return dataclasses.replace(super()._saved(), tower=self.tower.exit_layers)
+    def saved_exits(self) -> SavedExits:
+        return dataclasses.replace(super().saved_exits(), tower=self.tower.exit_layers)
 
-    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
-        return super()._saved_modules() | {"tower.projectors": self.tower.projectors}
+    def saved_modules(self) -> dict[str, nn.ModuleDict]:
+        return super().saved_modules() | {"tower.projectors": self.tower.projectors}
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and those of

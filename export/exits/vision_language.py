@@ -26,7 +26,8 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
-from edgeexit.export.exits.decoder import DecoderTrunk, ExitDecoder
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.exits.saved import SavedExits
 from edgeexit.export.exits.tower import (
     CHAIN,
@@ -76,6 +77,8 @@ class ExitVisionLanguage(ExitDecoder):
         prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
     """
 
+    read_by_embed = (PIXELS,)
+
     def __init__(
         self,
         model: nn.Module,
@@ -116,11 +119,11 @@ class ExitVisionLanguage(ExitDecoder):
         places = (input_ids == self.whole.placeholder)[..., None]
         return embedded.masked_scatter(places, image_features.to(embedded.dtype))
 
-    def _saved(self) -> SavedExits:
-        return dataclasses.replace(super()._saved(), tower=self.tower.exit_layers)
+    def saved_exits(self) -> SavedExits:
+        return dataclasses.replace(super().saved_exits(), tower=self.tower.exit_layers)
 
-    def _saved_modules(self) -> dict[str, nn.ModuleDict]:
-        return super()._saved_modules() | {"tower.projectors": self.tower.projectors}
+    def saved_modules(self) -> dict[str, nn.ModuleDict]:
+        return super().saved_modules() | {"tower.projectors": self.tower.projectors}
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and the decoder's

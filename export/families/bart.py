@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BartForConditionalGeneration, PreTrainedModel
 
 from edgeexit.errors import ExportError
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.exits.encoder import EncoderTrunk, unread_of
 from edgeexit.export.families.llama import stop_tokens
 from edgeexit.export.trace.attention import Heads, read_source, split_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from edgeexit.errors import ExportError
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.families import llama
 from edgeexit.export.families.llama import stop_tokens
 

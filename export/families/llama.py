@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from edgeexit.errors import ExportError
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.trace.attention import Heads
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import OPTForCausalLM
 
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.families.llama import stop_tokens
 from edgeexit.export.trace.attention import Heads
 

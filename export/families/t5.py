@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
-from edgeexit.export.exits.decoder import DecoderTrunk
+from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.exits.encoder import EncoderTrunk, unread_of
 from edgeexit.export.families.bart import start_tokens
 from edgeexit.export.families.llama import stop_tokens

@@ -21,6 +21,7 @@ from edgeexit.export.methods.layerskip import (
     agreement_loss,
     check_decoder,
     checked_tokens,
+    further_inputs,
     tokens_and_targets,
 )
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
@@ -38,10 +39,11 @@ class AdapterDistillation(Method):
     left_out: ClassVar[str] = "they have no adapters"
 
     def check(self, model: Any) -> None:
-        check_decoder("AdapterDistillation", model)
+        name = type(self).__name__
+        check_decoder(name, model)
         if not len(model.adapters):
             raise UsageError(
-                "AdapterDistillation: the decoder has no adapters",
+                f"{name}: the decoder has no adapters",
                 fix="Read it with adapters: from_pretrained(path, exits=[1], adapters=[1], "
                 "untrained=True), and the layers of your choice.",
             )
@@ -50,11 +52,12 @@ class AdapterDistillation(Method):
         return model.adapters
 
     def inputs(self, model: ExitDecoder) -> list[str]:
-        return ["input_ids", "attention_mask"]
+        return ["input_ids", "attention_mask", *model.read_by_embed]
 
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
         tokens, targets = checked_tokens(model, inputs, step)
-        logits = forward(tokens, exits=[*model.adapter_sizes, model.depth])
+        exits = [*model.adapter_sizes, model.depth]
+        logits = forward(tokens, exits=exits, **further_inputs(model, inputs))
         last = logits[model.depth]
         losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]
         return torch.stack(losses).mean(), {f"exit_{n}": z for n, z in logits.items()}

@@ -47,7 +47,9 @@ class LayerSkip(Method):
     layer.
 
     Batches hold ``input_ids`` ``[batch, seq]`` and, optionally, ``labels``: the same ids, with -100
-    for tokens to ignore, as transformers' data collators make them. Padding is on the right.
+    for tokens to ignore, as transformers' data collators make them. Padding is on the right. Those
+    of a vision-language model also hold ``pixel_values`` ``[images, channels, height, width]``, in
+    the order of their placeholders.
 
     Attributes:
         dropout: p_max, the chance that the last layer is dropped in a step; see `dropout_rates`.
@@ -90,7 +92,7 @@ class LayerSkip(Method):
             raise UsageError(f"LayerSkip: weights {weights} are invalid", fix="Give numbers >= 0.")
 
     def inputs(self, model: ExitDecoder) -> list[str]:
-        return ["input_ids", "attention_mask"]
+        return ["input_ids", "attention_mask", *model.read_by_embed]
 
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
         depth, weights = model.depth, self._weights(model)
@@ -103,7 +105,8 @@ class LayerSkip(Method):
             rates = dropout_rates(depth, self.dropout)
             skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
         tokens, targets = checked_tokens(model, inputs, step)
-        logits = forward(tokens, exits=[*early, depth], skipped=skipped)
+        others = further_inputs(model, inputs)
+        logits = forward(tokens, exits=[*early, depth], skipped=skipped, **others)
         loss = token_loss(logits[depth], targets)
         for layer in early:
             of_exit = token_loss(logits[layer], targets)
@@ -215,6 +218,11 @@ def checked_tokens(
     )
 
 
+def further_inputs(model: ExitDecoder, inputs: Batch) -> dict[str, torch.Tensor]:
+    """What `ExitDecoder.embed` reads of a batch besides its tokens: images."""
+    return {name: inputs[name] for name in model.read_by_embed if name in inputs}
+
+
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits ``[batch, seq, vocabulary]`` against targets ``[batch, seq]``
     that are not -100, in nats."""
@@ -242,6 +250,7 @@ __all__ = [
     "checked_tokens",
     "dropout_rates",
     "exit_weights",
+    "further_inputs",
     "token_loss",
     "tokens_and_targets",
 ]

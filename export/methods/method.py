@@ -72,6 +72,12 @@ class Method(abc.ABC):
         """The part to train: the model, or a module in it. The rest is frozen."""
         return model
 
+    def companions(self, model: Any) -> nn.ModuleDict:
+        """New modules that are trained beside the model and not saved with it: an adversary, for
+        example. While it trains, the model has them as its attribute ``companions``; checkpoints to
+        resume from store them."""
+        return nn.ModuleDict()
+
     def count(self, inputs: Batch) -> torch.Tensor:
         """Number of targets in a batch, of which `loss` is the mean; by default its rows."""
         return torch.tensor(len(next(iter(inputs.values()))))

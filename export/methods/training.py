@@ -18,27 +18,27 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from edgeexit.errors import ExportError, UsageError, first_line
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.origins import note_origins
-from edgeexit.export.exits.saved import load_exits, read_exits
 from edgeexit.export.methods.arguments import check_kinds, refuse_unsupported
+from edgeexit.export.methods.checkpoints import (
+    METHOD,
+    STATE,
+    checkpoint_to_resume,
+    load_companions,
+    load_weights,
+    save_companions,
+    trained_before,
+)
 from edgeexit.export.methods.method import Batch, Method
 from edgeexit.export.methods.rows import ClearCollator, check_data_sets, is_empty
 
 logger = logging.getLogger(__name__)
-
-METHOD = "method.txt"
-"""File in a checkpoint: the training method and its settings."""
-
-STATE = "trainer_state.json"
-"""File that `Trainer` writes last into a checkpoint: without it a checkpoint is incomplete."""
 
 
 class ExitTrainer(transformers.Trainer):
@@ -47,7 +47,7 @@ class ExitTrainer(transformers.Trainer):
     Args:
         model: The model to train, in place. After `train` it is in eval mode, and the exits that
             had a loss in at least one step are marked as trained (`exit_origins`).
-        method: `Joint`, `LayerSkip`, `AdapterDistillation`, or your own.
+        method: `Joint`, `LayerSkip`, `AdapterDistillation`, `Free`, or your own.
         args: `transformers.TrainingArguments`: all settings that do not belong to the method.
         others: Further arguments of `transformers.Trainer`: `train_dataset`, `eval_dataset`,
             `data_collator`, `processing_class`, `callbacks`, `compute_metrics` (its predictions are
@@ -81,6 +81,9 @@ class ExitTrainer(transformers.Trainer):
         if not model.exit_layers and not getattr(model, "encoder_exit_layers", None):
             logger.warning("training: the model has no exits; only its last layer is trained")
         self.exits, self.method = model, method
+        with torch.random.fork_rng(devices=()):  # the same in every process
+            torch.manual_seed(args.seed)
+            self._companions = method.companions(model)
         self._trained: set[str] = set()
         self._decaying = {name for name, weight in model.named_parameters() if _decays(weight)}
         super().__init__(model, args, **others)
@@ -102,14 +105,14 @@ class ExitTrainer(transformers.Trainer):
                 f"training: train_dataset {what}",
                 fix="Give rows: ExitTrainer(..., train_dataset=rows).",
             )
-        folder = _checkpoint(self.args.output_dir, resume_from_checkpoint)
+        folder = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
         if folder is not None:
             self._check_method(folder)
             if (ended := self._ended(folder)) is not None:
                 return ended
-        self._trained = set() if folder is None else _trained_before(folder)
+        self._trained = set() if folder is None else trained_before(folder)
         self._warn_of_exits_left_out()
-        with _only(self.method.part(self.exits), self.exits):
+        with _beside(self.exits, self._companions), _only(self.method.part(self.exits), self.exits):
             try:
                 output = super().train(folder and str(folder), **others)
             finally:
@@ -142,7 +145,7 @@ class ExitTrainer(transformers.Trainer):
         load_weights(self.exits, folder)
         self.exits.eval()
         self.state = state
-        note_origins(self.exits, dict.fromkeys(_trained_before(folder), "trained"))
+        note_origins(self.exits, dict.fromkeys(trained_before(folder), "trained"))
         return TrainOutput(state.global_step, 0.0, {})
 
     def _unwrap(self) -> None:
@@ -260,6 +263,13 @@ class ExitTrainer(transformers.Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.exits, Path(resume_from_checkpoint))
+            load_companions(self._companions, Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            save_companions(self._companions, folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -276,80 +286,31 @@ class ExitTrainer(transformers.Trainer):
             )
 
 
-def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
-    """Loads a checkpoint of `save_pretrained` into a model with the same exits.
-
-    Raises:
-        ExportError: A file is damaged, or belongs to another model or other exits.
-    """
-    saved = read_exits(folder)
-    modules = model.heads if isinstance(model, ExitClassifier) else model.adapters
-    pairs = [("layers", saved.layers, model.exit_layers)]
-    if isinstance(model, ExitEncoderDecoder):
-        pairs.append(("layers of the encoder", saved.encoder, model.encoder_exit_layers))
-    for what, those, own in pairs:
-        if those != own:
-            raise ExportError(
-                f"{folder}: the checkpoint has exits behind {what} {those}, the model behind {own}",
-                fix="Resume with the checkpoint's exits, or train into another output_dir.",
-            )
-    try:
-        # transformers' own reader supports shards, tied weights and renamed weights.
-        read = type(model.model).from_pretrained(folder, dtype="auto")  # type: ignore[attr-defined]
-        model.model.load_state_dict(read.state_dict())
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ExportError(
-            f"{folder}: not a checkpoint of this model ({first_line(error)})",
-            fix="Resume from another checkpoint, or delete this one.",
-        ) from error
-    if len(modules):
-        load_exits(modules, [int(name.removeprefix("exit_")) for name in modules], folder)
-
-
 def _decays(parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, but not to biases, norms, class tokens and
     positions (their first axis is 1)."""
     return parameter.ndim > 1 and parameter.shape[0] > 1
 
 
-def _checkpoint(output_dir: str, given: str | os.PathLike[str] | bool | None) -> Path | None:
-    """The checkpoint to resume from."""
-    if given is None or given is False:
-        return None
-    if given is not True:
-        if not (Path(given) / STATE).is_file():
-            raise UsageError(
-                f"{given}: not a checkpoint to resume from (it has no {STATE})",
-                fix="Give a folder checkpoint-N that a training wrote.",
-            )
-        return Path(given)
-    if (found := last_checkpoint(output_dir)) is None:
-        raise UsageError(
-            f"{output_dir}: there is no checkpoint to resume from",
-            fix="Train without resume_from_checkpoint first; save_steps sets how often "
-            "checkpoints are written.",
-        )
-    return found
-
-
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The last complete checkpoint of a training; None if there is none. A checkpoint whose writing
-    was interrupted does not count."""
-    states = Path(output_dir).glob(f"checkpoint-*/{STATE}")
-    steps = {int(n): file.parent for file in states if (n := file.parent.name[11:]).isdecimal()}
-    return steps[max(steps)] if steps else None
-
-
-def _trained_before(folder: Path) -> set[str]:
-    """Exits that a checkpoint's training has trained so far."""
-    origins = read_exits(folder).origins
-    return {name for name, origin in origins.items() if origin == "trained"}
+@contextlib.contextmanager
+def _beside(model: nn.Module, companions: nn.ModuleDict) -> Iterator[None]:
+    """Attaches modules to a model while it trains (`Method.companions`)."""
+    if not len(companions):
+        yield
+        return
+    model.add_module("companions", companions)
+    try:
+        yield
+    finally:
+        del model.companions
 
 
 @contextlib.contextmanager
 def _only(part: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Freezes all but the part of a model, which is unfrozen and in eval mode afterwards."""
-    parameters = set(map(id, part.parameters()))
+    """Freezes all but the part of a model and its companions. All is unfrozen and in eval mode
+    afterwards."""
+    trained = [part, getattr(model, "companions", nn.Module())]
+    parameters = {id(parameter) for module in trained for parameter in module.parameters()}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in parameters]
     try:
         for parameter in frozen:
@@ -361,4 +322,4 @@ def _only(part: nn.Module, model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-__all__ = ["ExitTrainer", "last_checkpoint", "load_weights"]
+__all__ = ["ExitTrainer"]

@@ -20,10 +20,11 @@ from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.families import vit
 from edgeexit.export.methods.adapters import AdapterDistillation
+from edgeexit.export.methods.checkpoints import last_checkpoint
 from edgeexit.export.methods.joint import Joint
 from edgeexit.export.methods.layerskip import LayerSkip
 from edgeexit.export.methods.method import Method
-from edgeexit.export.methods.training import ExitTrainer, last_checkpoint
+from edgeexit.export.methods.training import ExitTrainer
 from edgeexit.export.pretrained import from_pretrained
 from tests.checkpoints import make_model
 from tests.training import (
@@ -254,7 +255,7 @@ def test_resuming_is_refused_when_the_checkpoint_does_not_fit(tmp_path: Path) ->
     train(tmp_path, make(), method, rows, **given)
     with pytest.raises(UsageError, match=r"checkpoint-2: the checkpoint was trained with Layer"):
         train(tmp_path, make(), LayerSkip(dropout=0.1), rows, **given, resume=True)
-    with pytest.raises(ExportError, match=r"behind layers \[1, 2\], the model behind \[2, 3\]"):
+    with pytest.raises(ExportError, match=r"behind layers \[1, 2\], the model \[2, 3\]"):
         other = LayerSkip(dropout=0.5, weights={2: 1.0, 3: 0.5})
         (tmp_path / "checkpoint-2/method.txt").write_text(f"{other}\n")
         train(tmp_path, decoder([2, 3]), other, rows, **given, resume=True)

@@ -16,10 +16,11 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.families import bart, bert
+from edgeexit.export.methods.checkpoints import load_weights
 from edgeexit.export.methods.joint import Joint
 from edgeexit.export.methods.layerskip import LayerSkip
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
-from edgeexit.export.methods.training import ExitTrainer, load_weights
+from edgeexit.export.methods.training import ExitTrainer
 from tests.checkpoints import CLASSES, make_model
 from tests.decoders import VOCABULARY
 from tests.encoder_decoders import make_bart
@@ -212,5 +213,5 @@ def test_an_encoder_decoder_is_trained_with_its_scaled_embedding(tmp_path: Path)
     torch.testing.assert_close(table.weight, trained * model.trunk.embedding_scale)  # type: ignore[union-attr]
     trainer.save_model()
     load_weights(make_reader([1]), tmp_path)
-    with pytest.raises(ExportError, match=r"behind layers of the encoder \[1\], the model behind"):
+    with pytest.raises(ExportError, match=r"behind layers of the encoder \[1\], the model"):
         load_weights(make_reader([2]), tmp_path)

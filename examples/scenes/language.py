@@ -1,0 +1,189 @@
+"""The first stage of training: the language model alone, on scenes whose image tokens are made from
+what lies there.
+
+A small language model learns to follow cards only from easy scenes and few steps on, and needs
+thousands of pictures for it. `SoftImages` therefore stands in for the tower: a token per patch that
+says which class lies there, and where. The tower then learns to make the same tokens from pixels
+(`train`), and both are trained together at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import data
+from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
+
+IGNORED = -100
+IDS = {word: number for number, word in enumerate(WORDS)}
+KINDS = ("read", "go", "follow", "after")
+"""What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
+a turn after a description."""
+
+
+class SoftImages(nn.Module):
+    """Image tokens ``[batch, patches, width]`` from the class in each cell."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.what = nn.Embedding(data.BLANK + 1, width)
+        self.where = nn.Embedding(PATCHES, width)
+        for table in (self.what, self.where):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, cover: torch.Tensor) -> torch.Tensor:
+        """cover ``[batch, patches]``: the class at each patch."""
+        return self.what(cover) + self.where.weight
+
+
+@dataclass
+class Level:
+    """How hard questions are by now: cards in a scene, steps at once, steps behind a description.
+    Each rises when the last questions were answered right."""
+
+    cards: int = data.FEWEST
+    go: int = 1
+    after: int = 1
+    shares: dict[str, float] = field(default_factory=dict)
+
+    RISES = 0.93
+
+    def note(self, shares: dict[str, float]) -> None:
+        """Takes the share of right answers of a step, by ``kind k`` for the hardest steps."""
+        for name, share in shares.items():
+            self.shares[name] = 0.95 * self.shares.get(name, 0.0) + 0.05 * share
+        for name in ("go", "after"):
+            steps = getattr(self, name)
+            if self.shares.get(f"{name} {steps}", 0.0) > self.RISES and steps < data.MOST_STEPS:
+                setattr(self, name, steps + 1)
+        first = self.shares.get("go 1", 0.0), self.shares.get("after 1", 0.0)
+        if min(first) > self.RISES and self.cards < data.CARDS:
+            self.cards += 1
+            self.shares |= {"go 1": 0.8, "after 1": 0.8}
+
+
+class Turns:
+    """Conversations about scenes as token ids: questions at once, then one that describes the scene
+    first, then more. All rows of a batch have one length.
+
+    Attributes:
+        ids: ``[batch, seq]``; image tokens first, if there are any.
+        labels: ``[batch, seq]``, `IGNORED` but for answers.
+        kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
+        steps: ``[batch, seq]``, the steps of the question that a token answers.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[data.Scene],
+        rng: np.random.Generator,
+        level: Level,
+        before: int,
+        after: int,
+        image: bool = True,
+        of: str = "digits",
+    ) -> None:
+        rows = [self._row(s, rng, level, before, after, image, data.WORDS[of]) for s in scenes]
+        self.ids, self.labels, self.kinds, self.steps = (
+            torch.tensor([row[column] for row in rows]) for column in range(4)
+        )
+
+    @staticmethod
+    def _row(scene, rng, level, before, after, image, words):  # type: ignore[no-untyped-def]
+        ids: list[int] = [IDS[USER]]
+        if image:
+            ids += [IDS[IMAGE]] * PATCHES
+        labels, kinds, hops = [IGNORED] * len(ids), [0] * len(ids), [0] * len(ids)
+
+        def add(text: str, kind: int = 0, steps: int = 0, learn: bool = True) -> None:
+            new = [IDS[word] for word in text.split()]
+            ids.extend(new)
+            labels.extend(new if kind and learn else [IGNORED] * len(new))
+            kinds.extend([kind] * len(new))
+            hops.extend([steps] * len(new))
+
+        def steps_of(most: int) -> int:
+            most = min(most, len(scene.cards) - 1)
+            return most if rng.random() < 0.4 else int(rng.integers(1, most + 1))
+
+        if not image:  # cards in another order, again and again: their right sides can be known
+            for again in range(4):
+                add(f"read the cards {ASSISTANT}")
+                for number, card in enumerate(rng.permutation(scene.cards)):
+                    add(("," if number else "") + f" {words[card[0]]}")
+                    add(words[card[1]], 1 + KINDS.index("read") if again else 0, 1)
+                add(f"{END} {USER}")
+        for turn in range(before + 1 + after):
+            if turn:
+                add(USER)
+            late = turn >= before
+            steps = steps_of(level.after if late else level.go)
+            start = int(rng.choice(scene.cards[:, 0]))
+            describes = turn == before
+            kind = "follow" if describes else "go"
+            question, answer = data.ask(scene, kind, start, steps, words)
+            add(f"{question} {ASSISTANT}")
+            if describes:
+                cards, _, answer = answer.partition(" : ")
+                add(f"{cards} :", 1 + KINDS.index("read"), 0, image)
+                kind = "follow"
+            elif late:
+                kind = "after"
+            add(f"{answer} {END}", 1 + KINDS.index(kind), steps)
+        return ids, labels, kinds, hops
+
+
+def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:
+    """Scenes with the same number of cards."""
+    cards = level.cards if rng.random() < 0.6 else int(rng.integers(data.FEWEST, level.cards + 1))
+    return [data.make_scene(rng, cards) for _ in range(count)]
+
+
+def cover_of(scenes: Sequence[data.Scene]) -> torch.Tensor:
+    """The class at each patch ``[batch, patches]``; a cell has 2 x 2 patches."""
+    cells = np.stack([scene.cover() for scene in scenes])
+    return torch.from_numpy(cells.repeat(2, 1).repeat(2, 2).reshape(len(scenes), PATCHES))
+
+
+def answer_loss(
+    logits: torch.Tensor, turns: Turns, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The sum over kinds of the mean cross-entropy of a kind's tokens, and the share of right
+    answers by ``kind steps``."""
+    targets, kinds = turns.labels[:, 1:], turns.kinds[:, 1:]
+    each = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+    learnt = targets != IGNORED
+    right = (logits[:, :-1].argmax(-1) == targets) & learnt
+    loss, shares = logits.new_zeros(()), {}
+    for number, kind in enumerate(KINDS, start=1):
+        of_kind = learnt & (kinds == number)
+        if not of_kind.any():
+            continue
+        loss = loss + weights[number - 1] * each[of_kind].mean()
+        said = of_kind & (targets != IDS[END])
+        for steps in turns.steps[:, 1:][said].unique().tolist():
+            asked = said & (turns.steps[:, 1:] == steps)
+            shares[f"{kind} {steps}"] = right[asked].float().mean().item()
+    return loss, shares
+
+
+def say(what: str, step: int, started: float, loss: torch.Tensor, level: Level) -> None:
+    shares = " ".join(f"{name}:{share:.2f}" for name, share in sorted(level.shares.items()))
+    print(
+        f"{what} step {step} {time.monotonic() - started:.0f} s loss {loss.item():.3f} "
+        f"level {level.cards},{level.go},{level.after} {shares}",
+        file=sys.stderr,
+        flush=True,
+    )
