@@ -56,6 +56,9 @@ class Walk:
                 shape = known[manifest.decoding.tokens].shape
                 places = np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape)
                 known[manifest.decoding.positions.name] = np.ascontiguousarray(places)
+                for group in manifest.decoding.groups.values():
+                    if group.mask is not None:
+                        known[group.mask] = known[manifest.decoding.tokens] == group.token
 
     @classmethod
     def of(cls, bundle: Bundle, batches: Sequence[Mapping[str, Any]]) -> Walk:

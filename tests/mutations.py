@@ -77,7 +77,7 @@ MUTATIONS = [
     Mutation(
         "gate at the prompt only: it is asked at every token",
         GATES,
-        "and gate.name not in self.dropped:",
+        "and gate.name not in self.dropped and self._has_tokens(gate):",
         ":",
     ),
     Mutation(

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.vision_models import PLACEHOLDER
+from edgeexit.runtime.executor.components import token_states
+from edgeexit.runtime.model import Model
+from edgeexit.runtime.programs.prompts import pad_source
+from tests.vision_models import LAYERS, PLACEHOLDER
+
+COUNT = 20
+Drops = int | Sequence[int | None] | None
+"""The layer behind which image tokens leave: of all texts, or of each."""
 
 
 def prompts_of(tokens: int, kinds: Sequence[str]) -> list[list[int]]:
@@ -116,3 +124,67 @@ def _turned(keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     first, second = keys[..., :half], keys[..., half:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+@dataclass
+class Asked:
+    """Prompts of unlike lengths and places, with their images."""
+
+    split: Any
+    prompts: list[list[int]]
+    images: list[torch.Tensor | None]
+
+    def alone(self, row: int) -> Asked:
+        return Asked(self.split, [self.prompts[row]], [self.images[row]])
+
+    @property
+    def encodes(self) -> bool:
+        return bool(self.split.model.config.is_encoder_decoder)
+
+    def generate(self, model: Model, **options: Any) -> Any:
+        pixels = [images for images in self.images if images is not None]
+        inputs = {"pixel_values": torch.cat(pixels).numpy()} if pixels else {}
+        prompts: list[Any] = self.prompts
+        if self.encodes:
+            inputs, prompts = inputs | pad_source(model.bundle, prompts), []
+        return model.generate(
+            prompts, inputs=inputs or None, max_new_tokens=COUNT, **options
+        ).finish()
+
+    def reference(
+        self, row: int, text: Sequence[int], drop: int | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        prompt, images = self.prompts[row], self.images[row]
+        return run_in_float64(self.split, prompt, text, images, drop)
+
+    def assert_greedy(self, texts: Sequence[list[int]], drop: Drops = None) -> None:
+        """Every text is what the reference writes."""
+        stops = (0, 2) if self.encodes else (0,)
+        for row, text in enumerate(texts):
+            _, logits = self.reference(row, text, _of_row(drop, row))
+            best = logits.argmax(-1).tolist()
+            assert best[: len(text)] == text, (row, drop)
+            assert len(text) == COUNT or best[len(text)] in stops
+
+    def assert_states(self, model: Model, texts: Sequence[list[int]], drop: Drops = None) -> None:
+        """The states of every layer are those of a whole run over the same tokens."""
+        session = model._session
+        assert session is not None
+        for row, text in enumerate(texts):
+            # The last token has been chosen, and nothing has run over it yet; a text that ended
+            # early ran over its last one to find the stop token.
+            states, _ = self.reference(row, text[: COUNT - 1], _of_row(drop, row))
+            layers = 0
+            for part in session.parts:
+                for state in token_states(part.component):
+                    expected = states[state.name]
+                    length = part.states.lengths[row]
+                    assert length == expected.shape[1], (row, state.name)
+                    found = np.asarray(part.states.rows(state.name))[row, :, :length]
+                    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
+                    layers += 1
+            assert layers == 2 * LAYERS
+
+
+def _of_row(drop: Drops, row: int) -> int | None:
+    return drop if drop is None or isinstance(drop, int) else drop[row]

@@ -195,6 +195,14 @@ class ExitDecoder(nn.Module):
                     adapted = self._layer(adapter_layer, adapted, positions, *source)
                 yield number, adapted
 
+    def _through(
+        self, first: int, last: int, state: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """The state ``[batch, seq, width]`` behind layer `last`, of that behind layer `first`."""
+        for layer in _typed(self.layers[first:last]):
+            state = self._layer(layer, state, positions)
+        return state
+
     def _logits(self, state: torch.Tensor) -> torch.Tensor:
         return self._head(state.reshape(-1, self.trunk.width)).unflatten(0, state.shape[:2])
 

@@ -30,9 +30,10 @@ def least(origins: Iterable[Origin]) -> Origin | None:
 def note_origins(model: Any, origins: Mapping[str, Origin]) -> None:
     """Records what is known about exits, in a model and in the provenance of its bundles."""
     model.exit_origins |= origins
-    groups: dict[str, list[Origin]] = {"exits": [], "tower_exits": [], "adapters": []}
+    groups: dict[str, list[Origin]] = {"exits": [], "tower_exits": [], "gates": [], "adapters": []}
     for name, origin in model.exit_origins.items():
-        groups["tower_exits" if name.startswith("tower_") else "exits"].append(origin)
+        kind = name.split("_")[0]
+        groups[{"tower": "tower_exits", "gate": "gates"}.get(kind, "exits")].append(origin)
         if name in getattr(model, "adapters", ()):
             groups["adapters"].append(origin)
     for group, found in groups.items():

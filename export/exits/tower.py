@@ -96,6 +96,11 @@ class ExitTower(nn.Module):
         projector = trunk.projector if last == self.depth else self.projectors[exit_name(last)]
         return projector(*(states[layer] for layer in self._read_at(last)))
 
+    def each_exit(self, pixel_values: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Image tokens ``[batch, tokens, width]`` of every exit, the last layer included, in one
+        pass: layer -> image tokens."""
+        return {layer: made[IMAGE_FEATURES] for layer, made in self.answers(pixel_values)}
+
     def answers(self, pixel_values: torch.Tensor) -> Iterator[tuple[int, Values]]:
         """What every exit hands on for images, and its score, by name: ``(layer, answers)``."""
         trunk, states = self.trunk, []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -79,6 +80,16 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         self.tower = ExitTower(trunk.tower, tower_exits)
         self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")
         self.prompt: ImageText | None = None
+
+    def forward(
+        self, input_ids: torch.Tensor | None, *, images: torch.Tensor | None = None, **options: Any
+    ) -> dict[int, torch.Tensor]:
+        """As `ExitDecoder.forward`; with `images` ``[images, channels, height, width]`` alone:
+        image tokens of the tower's exits (`ExitTower.each_exit`)."""
+        if images is not None:
+            return self.tower.each_exit(images)
+        assert input_ids is not None
+        return super().forward(input_ids, **options)
 
     def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[batch, source, width]`` with image tokens in place of their placeholders.

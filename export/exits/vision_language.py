@@ -1,15 +1,16 @@
 """A vision-language model that writes text: a vision tower (`edgeexit.export.exits.tower`) before a
 decoder (`edgeexit.export.exits.decoder`), with exits in both.
 
-The tower's image tokens replace the placeholders of a prompt, one for each. Behind every segment of
-the decoder, image tokens can leave (`drop_K`): the static cut that DyVTE (NeurIPS 2025) is measured
-against. A policy says whether they do.
+The tower's image tokens replace the placeholders of a prompt, one for each. Behind a segment of the
+decoder, image tokens can leave. A gate decides it for every prompt (`gate_K`, DyVTE), or they
+always leave there (`drop_K`, the static cut that gates are measured against). A policy says which.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -22,13 +23,16 @@ from edgeexit.bundle.manifest import (
     Place,
     Preprocessing,
     Run,
+    Tensor,
     TokenGroup,
 )
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk
+from edgeexit.export.exits.gates import Gate, gate_component, gate_exit, gate_name, make_gates
 from edgeexit.export.exits.saved import SavedExits
+from edgeexit.export.exits.states import state_between
 from edgeexit.export.exits.tower import (
     CHAIN,
     IMAGE_FEATURES,
@@ -39,6 +43,7 @@ from edgeexit.export.exits.tower import (
 )
 
 GROUP = "image"
+IMAGE_MASK = Tensor(name="image_tokens", dtype="bool", axes=["batch", "new"])
 EXAMPLE_TOKENS = 8
 """Text tokens of an example, besides its image."""
 
@@ -60,6 +65,21 @@ class VisionLanguageTrunk:
     prompt: ImageText
 
 
+@dataclasses.dataclass(frozen=True)
+class AtGate:
+    """What a gate says of prompts, and what depends on it.
+
+    Attributes:
+        gate: The gate's logits ``[batch, 2]``: stay, leave.
+        full: The model's logits ``[batch, seq, vocabulary]``.
+        without: Those of text tokens without image tokens in the layers behind the gate.
+    """
+
+    gate: torch.Tensor
+    full: torch.Tensor
+    without: torch.Tensor
+
+
 class ExitVisionLanguage(ExitDecoder):
     """A vision-language model with exits behind some layers of its tower and its decoder.
 
@@ -74,6 +94,7 @@ class ExitVisionLanguage(ExitDecoder):
 
     Attributes:
         tower: The vision tower with its exits.
+        gates: Name of a gate (``gate_LAYER``) -> the gate.
         prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
     """
 
@@ -87,15 +108,67 @@ class ExitVisionLanguage(ExitDecoder):
         tower_exits: Iterable[int] = (),
         drops: Iterable[int] = (),
         adapters: Iterable[int] | Mapping[int, int] = (),
+        gates: Iterable[int] | Mapping[int, int] = (),
     ) -> None:
         super().__init__(model, trunk.decoder, exits, adapters)
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
-        self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")
-        self.border_layers = sorted({*self.exit_layers, *_drop_layers(drops, self.depth)})
+        made = make_gates(gates, trunk.decoder.width, self.depth)
+        self.gates = nn.ModuleDict({gate_name(layer): gate for layer, gate in made.items()})
+        self.exit_origins |= dict.fromkeys([*self.tower.projectors, *self.gates], "untrained")
+        left = {*_drop_layers(drops, self.depth), *made}
+        self.border_layers = sorted({*self.exit_layers, *left})
         self.prompt: ImageText | None = None
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None,
+        *,
+        images: torch.Tensor | None = None,
+        gate: int | None = None,
+        prompts: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `ExitDecoder.forward`, or what a part of the model is trained with.
+
+        Args:
+            input_ids: ``[batch, seq]``; None with `images`.
+            images: ``[images, channels, height, width]``: returns image tokens of the tower's exits
+                (`ExitTower.each_exit`).
+            gate: A layer with a gate: returns `AtGate`.
+            prompts: With `gate`: ``[batch]``, tokens of each row's prompt.
+            options: As for `ExitDecoder.forward` and `embed`.
+        """
+        if images is not None:
+            return self.tower.each_exit(images)
+        assert input_ids is not None
+        if gate is None:
+            return super().forward(input_ids, **options)
+        assert prompts is not None
+        return self._at_gate(input_ids, gate, prompts, **options)
+
+    def _at_gate(
+        self, input_ids: torch.Tensor, layer: int, prompts: torch.Tensor, **inputs: torch.Tensor
+    ) -> AtGate:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        image = (input_ids == self.whole.placeholder) & (positions < prompts[:, None])
+        with torch.no_grad():
+            self._heads = self._heads.on(input_ids.device)
+            state = self.embed(input_ids, **inputs)
+            if self.trunk.stem is not None:
+                state = self.trunk.stem(state, positions)
+            state = self._through(0, layer, state, positions)
+            full = self._logits(self._through(layer, self.depth, state, positions))
+            # Text first, in order; image tokens behind it are padding that no text attends to.
+            count = int((~image).sum(dim=1).max())
+            kept = image.int().argsort(dim=1, stable=True)[:, :count]
+            left = state.gather(1, kept[..., None].expand(-1, -1, state.shape[2]))
+            left = self._logits(self._through(layer, self.depth, left, positions.gather(1, kept)))
+            without = torch.zeros_like(full)
+            without.scatter_(1, kept[..., None].expand(-1, -1, full.shape[2]), left)
+        return AtGate(self.gate(layer).logits(state, image, prompts), full, without)
 
     def embed(
         self,
@@ -120,10 +193,21 @@ class ExitVisionLanguage(ExitDecoder):
         return embedded.masked_scatter(places, image_features.to(embedded.dtype))
 
     def saved_exits(self) -> SavedExits:
-        return dataclasses.replace(super().saved_exits(), tower=self.tower.exit_layers)
+        gates = {layer: self.gate(layer).inner for layer in self.gate_layers}
+        return dataclasses.replace(super().saved_exits(), tower=self.tower.exit_layers, gates=gates)
 
     def saved_modules(self) -> dict[str, nn.ModuleDict]:
-        return super().saved_modules() | {"tower.projectors": self.tower.projectors}
+        own = {"tower.projectors": self.tower.projectors, "gates": self.gates}
+        return super().saved_modules() | own
+
+    @property
+    def gate_layers(self) -> list[int]:
+        """Layers with a gate."""
+        return [int(name.removeprefix("gate_")) for name in self.gates]
+
+    def gate(self, layer: int) -> Gate:
+        """The gate behind a layer."""
+        return cast("Gate", self.gates[gate_name(layer)])
 
     def split_model(self) -> SplitModel:
         """The contract for export: the tower's components and chain, and the decoder's
@@ -135,12 +219,19 @@ class ExitVisionLanguage(ExitDecoder):
         assert isinstance(table, Table)
         main = split.chains[decoding.chain]
         main = msgspec.structs.replace(main, exits=self._with_drops(main.exits))
-        group = TokenGroup(token=self.whole.placeholder, image=self.prompt)
+        mask = IMAGE_MASK.name if len(self.gates) else None
+        group = TokenGroup(token=self.whole.placeholder, mask=mask, image=self.prompt)
+        gates = [
+            gate_component(
+                n, self.gate(n), state_between(f"state_{n}", self.trunk.width), IMAGE_MASK
+            )
+            for n in self.gate_layers
+        ]
         return dataclasses.replace(
             split,
             task="image-text-to-text",
             inputs=(*split.inputs, self.tower.pixels),
-            components=[*self.tower.components(), *split.components],
+            components=[*self.tower.components(), *split.components, *gates],
             chains={CHAIN: self.tower.chain(), **split.chains, decoding.chain: main},
             steps=[
                 Run(chain=CHAIN),
@@ -159,11 +250,14 @@ class ExitVisionLanguage(ExitDecoder):
         return bool(self.border_layers or self.tower.exit_layers)
 
     def _with_drops(self, exits: Sequence[Exit]) -> list[Exit]:
-        """A decoder's exits, with one that drops image tokens behind every segment but the last."""
-        drops = [
-            Exit(name=f"drop_{layer}", behind=f"segment_{number}", action="drop", tokens=GROUP)
-            for number, layer in enumerate(self.border_layers)
-        ]
+        """A decoder's exits, and those where image tokens leave: a static one behind every segment
+        but the last, and the gates."""
+        drops = []
+        for number, layer in enumerate(self.border_layers):
+            behind = f"segment_{number}"
+            drops.append(Exit(name=f"drop_{layer}", behind=behind, action="drop", tokens=GROUP))
+            if layer in self.gate_layers:
+                drops.append(gate_exit(layer, behind, GROUP))
         order = {f"segment_{number}": number for number in range(len(self.border_layers) + 1)}
         return sorted([*exits, *drops], key=lambda exit_: (order[exit_.behind], exit_.action))
 
@@ -212,4 +306,4 @@ def _drop_layers(drops: Iterable[int], depth: int) -> list[int]:
     return layers
 
 
-__all__ = ["GROUP", "ExitVisionLanguage", "VisionLanguageTrunk"]
+__all__ = ["GROUP", "AtGate", "ExitVisionLanguage", "VisionLanguageTrunk"]

@@ -34,6 +34,7 @@ def from_pretrained(
     image_encoder_exits: Iterable[int] | None = None,
     tower_exits: Iterable[int] | None = None,
     image_drops: Iterable[int] = (),
+    gates: Iterable[int] | Mapping[int, int] | None = None,
     most_tiles: int | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
@@ -56,6 +57,9 @@ def from_pretrained(
             projector of its own. None: those saved with the checkpoint, or none.
         image_drops: Vision-language models: layers behind which image tokens can leave; they can
             behind every exit layer.
+        gates: Vision-language models: layers behind which a gate decides for every prompt whether
+            its image tokens leave (`edgeexit.export.exits.gates`); as a mapping: layer -> width of
+            the gate. None: those saved with the checkpoint.
         most_tiles: Vision-language models: most tiles that an image is cut into, besides its
             overview; None: as the checkpoint's processor does.
         adapter: A folder (or hub id) with a peft adapter such as LoRA, or several. They are merged
@@ -88,15 +92,16 @@ def from_pretrained(
             tower=tower_exits,
             drops=image_drops,
             adapters=adapters,
+            gates=gates,
             untrained=untrained,
         )
         return read_vision_language(checkpoint, saved, chosen, most_tiles)
-    of_images = (tower_exits, image_encoder_exits, most_tiles)
+    of_images = (tower_exits, image_encoder_exits, gates, most_tiles)
     if any(one is not None for one in of_images) or list(image_drops):
         raise UsageError(
             f"{path}: a {config.model_type} has no vision tower before a language model",
-            fix="Leave out --tower-exits, --image-encoder-exits, --drop-image-tokens and "
-            "--max-tiles (tower_exits, image_encoder_exits, image_drops, most_tiles).",
+            fix="Leave out --tower-exits, --image-encoder-exits, --drop-image-tokens, --gates and "
+            "--max-tiles (tower_exits, image_encoder_exits, image_drops, gates, most_tiles).",
         )
     if config.model_type in ENCODER_DECODERS:
         if adapters is not None:

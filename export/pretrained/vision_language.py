@@ -16,6 +16,7 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.device_tokenizer import make_tokenizer
 from edgeexit.export.exits.decomposed import ExitDecomposed
+from edgeexit.export.exits.gates import GATE_WIDTH
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
 from edgeexit.export.exits.tower import ExitTower
@@ -79,7 +80,9 @@ class Exits:
             `encoder` then has those for the text.
         drops: Further layers of the decoder behind which image tokens can leave.
         adapters: As for `edgeexit.export.exits.decoder.ExitDecoder`.
-        untrained: Attach new adapters and projectors where the checkpoint has none.
+        gates: Layers of the decoder with a gate that may drop image tokens; as a mapping: layer ->
+            width of the gate.
+        untrained: Attach new adapters, projectors and gates where the checkpoint has none.
     """
 
     decoder: Iterable[int] | None = None
@@ -88,6 +91,7 @@ class Exits:
     tower: Iterable[int] | None = None
     drops: Iterable[int] = ()
     adapters: Iterable[int] | Mapping[int, int] | None = None
+    gates: Iterable[int] | Mapping[int, int] | None = None
     untrained: bool = False
 
 
@@ -110,7 +114,7 @@ def read_vision_language(
     depth = depth_of_config(config)
     tower_exits = list(saved.tower or [] if exits.tower is None else exits.tower)
     drops = list(exits.drops)
-    given = (exits.decoder, exits.encoder, exits.image_encoder, saved.layers)
+    given = (exits.decoder, exits.encoder, exits.image_encoder, saved.layers, exits.gates)
     if given == (None,) * len(given) and not (tower_exits or drops):
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
@@ -148,8 +152,12 @@ def read_vision_language(
         adapters = exits.adapters
         if adapters is None:
             adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
-        split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters)
+        gates = _gates(path, saved, exits)
+        split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters, gates)
         load_adapters(checkpoint, split, saved, untrained=exits.untrained)
+        held = [layer for layer in split.gate_layers if layer in saved.gates]
+        if held:
+            load_exits(split.gates, held, checkpoint.folder, prefix="gate")
     _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
     split.eval()
     split.tokenizer_folder = checkpoint.text_folder
@@ -202,6 +210,23 @@ def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
         )
 
 
+def _gates(path: Any, saved: SavedExits, exits: Exits) -> dict[int, int]:
+    """Gates of the model: layer -> width. Those that are saved have their own width."""
+    if exits.gates is None:
+        return dict(saved.gates)
+    given = exits.gates
+    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, GATE_WIDTH)
+    missing = [layer for layer in sizes if layer not in saved.gates]
+    if missing and not exits.untrained:
+        raise UsageError(
+            f"{path}: no trained gate behind layer {missing[0]} (trained: "
+            f"{listed(saved.gates) or 'none'})",
+            fix="Choose trained gates, or pass untrained=True (--untrained-exits) to measure what "
+            "a gate would cost and save.",
+        )
+    return sizes | {layer: width for layer, width in saved.gates.items() if layer in sizes}
+
+
 def _load_projectors(
     checkpoint: Checkpoint, tower: ExitTower, saved: SavedExits, *, untrained: bool
 ) -> None:
@@ -223,18 +248,23 @@ def _origins(
     split: ExitVisionLanguage | ExitVisionEncoderDecoder, saved: SavedExits, *, untrained: bool
 ) -> dict[str, Origin]:
     """What is known about all exits. A projector that is not saved is new, so it is untrained."""
-    found = (
+    found: dict[str, Origin] = dict(
         origins_of_both(split, saved, untrained=untrained)
         if isinstance(split, ExitVisionEncoderDecoder)
         else origins_of_decoder(split, saved, untrained=untrained)
     )
-    return found | origins_of(
+    found |= origins_of(
         split.tower.exit_layers,
         saved.tower,
         saved.origins,
         prefix="tower_exit",
         otherwise="untrained",
     )
+    if isinstance(split, ExitVisionLanguage):
+        layers, held = split.gate_layers, list(saved.gates)
+        origins = saved.origins
+        found |= origins_of(layers, held, origins, prefix="gate", otherwise="untrained")
+    return found
 
 
 def _prompt_of(checkpoint: Checkpoint, placeholder: int, prompt: ImageText) -> ImageText | None:

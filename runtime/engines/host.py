@@ -34,11 +34,12 @@ class Window:
     pointer: int
 
 
-def row_of(bound: Bound, row: int) -> Bound:
-    """One row (of the first axis) of a bound tensor, as a tensor of one row, without a copy."""
+def rows_of(bound: Bound, start: int, stop: int) -> Bound:
+    """Rows (of the first axis) of a bound tensor, without a copy."""
     place, dtype, shape = bound
-    size = int(np.prod(shape[1:])) * dtype.itemsize
-    return Window(place.device, place.pointer + row * size), dtype, (1, *shape[1:])
+    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+    window = Window(place.device, place.pointer + start * row_bytes)
+    return window, dtype, (stop - start, *shape[1:])
 
 
 class HostSlot:

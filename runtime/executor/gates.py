@@ -35,7 +35,8 @@ class Gates:
             one run.
         pending: Whether a maker or gate has yet to run for this prompt.
         thresholds: Gate -> threshold of its score; missing: it never drops.
-        dropped: Gate -> per row, whether it dropped the group.
+        dropped: Gate -> per row, whether it dropped the group. Gates that were not asked, because
+            no row had tokens of the group there, are missing.
     """
 
     def __init__(self, session: Session, chain: Chain) -> None:
@@ -62,6 +63,7 @@ class Gates:
         self._made: set[str] = set()
         self._groups: Mapping[str, Sequence[NDArray[np.bool_]]] = {}
         self._over: set[str] = set()  # gates without a score whose prompts have passed
+        self._holding: dict[str, list[bool]] = {}  # group -> per row, whether it has such tokens
         self._scratch: Array | None = None
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
@@ -69,20 +71,24 @@ class Gates:
         self._made.clear()
         self.dropped.clear()
         self._groups = groups
-        sizes = {name: sum(int(own.sum()) for own in rows) for name, rows in groups.items()}
+        self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
         gates = [gate for behind in self._gates.values() for gate in behind]
-        self._over = {gate.name for gate in gates if not sizes.get(gate.tokens or "")}
+        self._over = {gate.name for gate in gates if not self._has_tokens(gate)}
         self.pending = self._open()
 
     def _open(self) -> bool:
         gates = [gate for behind in self._gates.values() for gate in behind]
         used = [gate for gate in gates if gate.name in self.thresholds]
-        asked = {gate.name for gate in used if gate.path}
+        asked = {gate.name for gate in used if gate.path and self._has_tokens(gate)}
         return (
             bool(asked - self.dropped.keys())
             or bool(self._makers - self._made)
             or any(gate.name not in self._over for gate in used if not gate.path)
         )
+
+    def _has_tokens(self, gate: Exit) -> bool:
+        """Whether any row still has tokens that a gate could drop."""
+        return any(self._holding.get(gate.tokens or "", ()))
 
     def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
         """Writes which of a block's tokens belong to the prompt and to its groups."""
@@ -121,7 +127,7 @@ class Gates:
                 if all(end >= length for end, length in zip(ends, prompts, strict=True)):
                     self._over.add(gate.name)
                     self.pending = self._open()
-            elif gate.path and gate.name not in self.dropped:
+            elif gate.path and gate.name not in self.dropped and self._has_tokens(gate):
                 block = self._ask(number, gate, block)
         return block
 
@@ -131,8 +137,15 @@ class Gates:
         self.write(block, session.positions_of(number, block))
         scores = self._scores(gate, block.new)
         threshold = self.thresholds[gate.name]
-        fired = [bool(score >= threshold) for score in scores.tolist()]
+        holding = self._holding[gate.tokens or ""]
+        fired = [
+            bool(score >= threshold) and holds  # a score that is NaN does not fire
+            for score, holds in zip(scores.tolist(), holding, strict=True)
+        ]
         block = self._drop(number, gate, block, fired)
+        self._holding[gate.tokens or ""] = [
+            holds and not fires for holds, fires in zip(holding, fired, strict=True)
+        ]
         self.pending = self._open()
         return block
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgeexit.bundle.manifest import Call
 from edgeexit.errors import EdgeExitError
 from edgeexit.runtime.engines.base import Bound
-from edgeexit.runtime.engines.host import row_of
+from edgeexit.runtime.engines.host import rows_of
 from edgeexit.runtime.executor.bindings import failure
 from edgeexit.runtime.executor.components import prompt_states, token_states
 from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, GraphAnswers
@@ -22,6 +22,31 @@ if TYPE_CHECKING:
 
 _Run = tuple[Callable[[], object], NewStates | None]
 """A call that runs a graph, and the new states, which must be appended after the run."""
+
+
+class _Group(NamedTuple):
+    """Rows `start` to before `stop` of a batch, and how many of their new tokens run. Only a single
+    row can run fewer tokens than there are at the boundary: those of several would not lie one
+    after the other."""
+
+    start: int
+    stop: int
+    tokens: int
+
+
+_Key = tuple[_Group, int, int, int]
+"""Rows, new tokens per row at the boundary, extent of the states, epoch of the tensors of earlier
+steps."""
+
+
+def _part_of(bound: Bound, group: _Group, token_axis: int | None) -> Bound:
+    """A group's part of a tensor. What has no axes is the same for all rows."""
+    if bound[2] == ():
+        return bound
+    place, dtype, shape = rows_of(bound, group.start, group.stop)
+    if token_axis is not None:
+        shape = (*shape[:token_axis], group.tokens, *shape[token_axis + 1 :])
+    return place, dtype, shape
 
 
 class Part:
@@ -42,8 +67,8 @@ class Part:
         self._token_states = own
         self._prompt_states = prompt_states(self.component)
         self._projection: tuple[Callable[[], object], NewStates] | None = None
-        self._bindings: dict[tuple[int, int | None, int, int], _Run] = {}
-        self._new: dict[int, NewStates] = {}
+        self._bindings: dict[_Key, _Run] = {}
+        self._new: dict[tuple[int, int], NewStates] = {}
         self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
         answers = [tensor for tensor in self.component.outputs if "new" not in tensor.axes]
         self._answers = GraphAnswers(answers, session.batch, self._engine)
@@ -65,25 +90,51 @@ class Part:
         for maker in dict.fromkeys(state.maker for state in self._prompt_states):
             self._session.gates.make(maker, self._prompt_states, new)
 
-    def run(self, new: int, *, gaps: bool = False) -> None:
+    def run(self, new: int, *, gaps: bool = False, counts: Sequence[int] | None = None) -> None:
         """Runs over the new tokens at its boundary. The caller updates lengths afterwards.
 
         Args:
             gaps: Whether positions of new tokens do not follow each other.
+            counts: Per row, the number of real tokens, if a gate dropped some; None: not known.
         """
         # ONNX Runtime's operator takes only the first position of a run that fills empty states,
         # which it knows by `most`.
-        least = new + 1 if gaps and new > 1 and not self.states.longest() else 0
-        if self._row_by_row(new, gaps=gaps):
-            for row, length in enumerate(self.states.lengths):
-                self._session.places.write_most(max(length + new, least))
-                self._call(new, row)
+        least = 1 if gaps and new > 1 and not self.states.longest() else 0
+        groups = self._groups(new, counts, gaps=gaps)
+        if groups is None:
+            if least and "most" in self.variant.lengths:
+                self._session.places.write_most(new + least)
+            new_states = self._call(_Group(0, self._batch, new), new)
+            if new_states is not None:
+                self.states.append(new_states)
             return
-        if least and "most" in self.variant.lengths:
-            self._session.places.write_most(least)
-        new_states = self._call(new, None)
-        if new_states is not None:
-            self.states.append(new_states)
+        for group in groups:
+            rows = range(group.start, group.stop)
+            longest = max(self.states.lengths[row] for row in rows)
+            self._session.places.write_rows(
+                rows, self.states.lengths, group.tokens, longest + least
+            )
+            new_states = self._call(group, new)
+            if new_states is not None:
+                self.states.append(new_states, rows, first=group.start)
+
+    def _groups(self, new: int, counts: Sequence[int] | None, *, gaps: bool) -> list[_Group] | None:
+        """The rows that run together, for a run of more than one call; None: all rows in one call.
+
+        Where a gate dropped tokens of some rows only, these rows run alone, over few tokens.
+        """
+        if self._row_by_row(new, gaps=gaps):
+            own = [new] * self._batch if counts is None else counts
+            return [_Group(row, row + 1, count) for row, count in enumerate(own) if count]
+        if counts is None or min(counts) > new // 2:
+            return None
+        groups: list[_Group] = []
+        for row, count in enumerate(counts):
+            if count > new // 2 and groups and groups[-1].stop == row and groups[-1].tokens == new:
+                groups[-1] = _Group(groups[-1].start, row + 1, new)
+            elif count:
+                groups.append(_Group(row, row + 1, new if count > new // 2 else count))
+        return groups
 
     def _row_by_row(self, new: int, *, gaps: bool = False) -> bool:
         """Whether rows must run one by one: ONNX Runtime's operator supports several new tokens
@@ -92,8 +143,8 @@ class Part:
         late = gaps or self.states.longest() > 0
         return several and "most" in self.variant.lengths and late
 
-    def _call(self, new: int, row: int | None) -> NewStates | None:
-        key = new, row, self.states.extent, self._session.handed.epoch
+    def _call(self, group: _Group, new: int) -> NewStates | None:
+        key = group, new, self.states.extent, self._session.handed.epoch
         run, new_states = self._bindings.get(key) or self._bind(key)
         try:
             run()
@@ -105,7 +156,7 @@ class Part:
         """The single call that `run` consists of; None if `run` does more."""
         if self._appends or (new > 1 and self._row_by_row(new)):
             return None
-        key = new, None, self.states.extent, self._session.handed.epoch
+        key = _Group(0, self._batch, new), new, self.states.extent, self._session.handed.epoch
         run, _ = self._bindings.get(key) or self._bind(key)
         return run
 
@@ -115,9 +166,9 @@ class Part:
         fix += "with the output of `edgeexit inspect`."
         return failure(error, self.name, self._engine, fix)
 
-    def _bind(self, key: tuple[int, int | None, int, int]) -> _Run:
-        """Binds all rows, or a single row."""
-        new, row, _, _ = key
+    def _bind(self, key: _Key) -> _Run:
+        """Binds all rows, or some."""
+        group, new, _, _ = key
         session = self._session
         sizes = {"batch": self._batch, "new": new}
         inputs = session.inputs_of(self.component.inputs, self._renamed, new)
@@ -127,15 +178,17 @@ class Part:
         for tensor in self.component.outputs:
             if "new" in tensor.axes:
                 outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
+        if not self._appends:
+            outputs |= self.states.present()
+        if group != _Group(0, self._batch, new):
+            per_token = [*self.component.inputs, *self.component.outputs]
+            axes = {t.name: t.axes.index("new") for t in per_token if "new" in t.axes}
+            inputs = {k: _part_of(v, group, axes.get(k)) for k, v in inputs.items()}
+            outputs = {k: _part_of(v, group, axes.get(k)) for k, v in outputs.items()}
         new_states = None
         if self._appends:
-            new_states = self._new_states(new)
+            new_states = self._new_states(group.stop - group.start, group.tokens)
             outputs |= new_states.bound
-        else:
-            outputs |= self.states.present()
-        if row is not None:
-            inputs = {k: v if v[2] == () else row_of(v, row) for k, v in inputs.items()}
-            outputs = {k: row_of(v, row) for k, v in outputs.items()}
         run = session.components.graph(self.name).bind(inputs, outputs)
         if self._answers.bound:
             run, self.answers = self._answers.around(run)
@@ -144,11 +197,12 @@ class Part:
         bound = self._bindings[key] = run, new_states
         return bound
 
-    def _new_states(self, new: int) -> NewStates:
-        """Memory for the states of that many new tokens per row."""
-        states = self._new.get(new)
+    def _new_states(self, rows: int, count: int) -> NewStates:
+        """Memory for the states of so many new tokens per row."""
+        states = self._new.get((rows, count))
         if states is None:
-            states = self._new[new] = NewStates(self._token_states, self._batch, new, self._engine)
+            states = NewStates(self._token_states, rows, count, self._engine)
+            self._new[rows, count] = states
         return states
 
     def project(self) -> NewStates | None:
@@ -157,7 +211,7 @@ class Part:
         if not self._token_states:
             return None
         if self._projection is None:
-            own = self._new_states(1)
+            own = self._new_states(self._batch, 1)
             session = self._session
             inputs = session.inputs_of(self.component.inputs, self._renamed, 1)
             graph = session.components.projection(self.name)

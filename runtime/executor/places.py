@@ -114,6 +114,21 @@ class Places:
         views["most"][()] = max(filled) + new
         self._written = written
 
+    def write_rows(
+        self, rows: Sequence[int], filled: Sequence[int], new: int, longest: int
+    ) -> None:
+        """Writes the lengths of some rows that run alone, over so many new tokens each. The next
+        `write` replaces them.
+
+        Args:
+            longest: Tokens in the states of the longest of them.
+        """
+        self._engine.settle()
+        for row in rows:
+            self._views["last"][row] = filled[row] + new - 1
+        self._views["most"][()] = longest + new
+        self._written = None
+
     def write_most(self, most: int) -> None:
         """Writes another length of the longest row. The next `write` replaces it."""
         self._engine.settle()

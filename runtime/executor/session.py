@@ -294,7 +294,8 @@ class Session:
         if self.gates.pending and part.reads_prompt:
             self.gates.write(block, standing(block, states.positions))
             part.make_prompt_states(block.new)
-        part.run(block.new, gaps=have_gaps(block))
+        ragged = None if positions is None or block.new == 1 else block.counts
+        part.run(block.new, gaps=have_gaps(block), counts=ragged)
         states.advance(block.counts)
         if block.positions is not None:
             states.find_gaps(block.counts, block.positions)

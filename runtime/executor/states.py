@@ -177,24 +177,26 @@ class TokenStates:
             tensors |= {getattr(cache, side): bound[cache.name] for cache in group.states}
         return tensors
 
-    def append(self, new: NewStates, rows: Sequence[int] | None = None) -> None:
+    def append(self, new: NewStates, rows: Sequence[int] | None = None, *, first: int = 0) -> None:
         """Writes new keys and values after each row's last token. Lengths do not change.
 
         Args:
             new: Keys and values from a run.
             rows: Rows of the batch; None: all.
+            first: The row of the batch that comes first in `new`.
         """
         count = new.count
-        self._reserve(self.longest() + count)
-        first, *others = self.lengths
+        chosen = range(self._batch) if rows is None else rows
+        self._reserve(max((self.lengths[row] for row in chosen), default=0) + count)
+        length, *others = self.lengths
         for group, added in zip(self._groups, new.arrays, strict=True):
             whole = group.array(self._batch, self.extent)
-            if rows is None and all(length == first for length in others):
-                whole[:, :, :, first : first + count] = added
+            if rows is None and all(other == length for other in others):
+                whole[:, :, :, length : length + count] = added
                 continue
-            for row in range(self._batch) if rows is None else rows:
-                length = self.lengths[row]
-                whole[:, row, :, length : length + count] = added[:, row]
+            for row in chosen:
+                start = self.lengths[row]
+                whole[:, row, :, start : start + count] = added[:, row - first]
 
     def _reserve(self, places: int) -> None:
         """Increases the extent to at least that many tokens, and moves the cache contents."""

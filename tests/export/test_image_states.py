@@ -8,8 +8,7 @@ greedy if the reference's likeliest token behind each of its tokens is the next 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from edgeexit.bundle.policy import ALWAYS, Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import InputError, PolicyError
 from edgeexit.runtime import load
-from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.model import Model
-from edgeexit.runtime.programs.prompts import pad_source
 from tests.vision_models import (
     DECODERS,
     EXITS,
@@ -32,73 +29,10 @@ from tests.vision_models import (
     PLACEHOLDER,
     load_split,
 )
-from tests.vision_reference import prompts_of, random_pixels, run_in_float64
+from tests.vision_reference import Asked, prompts_of, random_pixels
 
-COUNT = 20
 KINDS = ["start", "two", "none", "middle"]
 Bundles = Callable[[str], Bundle]
-
-
-@dataclass
-class Asked:
-    """Prompts of unlike lengths and places, with their images."""
-
-    split: Any
-    prompts: list[list[int]]
-    images: list[torch.Tensor | None]
-
-    def alone(self, row: int) -> Asked:
-        return Asked(self.split, [self.prompts[row]], [self.images[row]])
-
-    @property
-    def encodes(self) -> bool:
-        return bool(self.split.model.config.is_encoder_decoder)
-
-    def generate(self, model: Model, **options: Any) -> Any:
-        pixels = [images for images in self.images if images is not None]
-        inputs = {"pixel_values": torch.cat(pixels).numpy()} if pixels else {}
-        prompts: list[Any] = self.prompts
-        if self.encodes:
-            inputs, prompts = inputs | pad_source(model.bundle, prompts), []
-        return model.generate(
-            prompts, inputs=inputs or None, max_new_tokens=COUNT, **options
-        ).finish()
-
-    def reference(
-        self, row: int, text: Sequence[int], drop: int | None = None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        prompt, images = self.prompts[row], self.images[row]
-        return run_in_float64(self.split, prompt, text, images, drop)
-
-    def assert_greedy(self, texts: Sequence[list[int]], drop: int | None = None) -> None:
-        """Every text is what the reference writes."""
-        stops = (0, 2) if self.encodes else (0,)
-        for row, text in enumerate(texts):
-            _, logits = self.reference(row, text, drop)
-            best = logits.argmax(-1).tolist()
-            assert best[: len(text)] == text, (row, drop)
-            assert len(text) == COUNT or best[len(text)] in stops
-
-    def assert_states(
-        self, model: Model, texts: Sequence[list[int]], drop: int | None = None
-    ) -> None:
-        """The states of every layer are those of a whole run over the same tokens."""
-        session = model._session
-        assert session is not None
-        for row, text in enumerate(texts):
-            # The last token has been chosen, and nothing has run over it yet; a text that ended
-            # early ran over its last one to find the stop token.
-            states, _ = self.reference(row, text[: COUNT - 1], drop)
-            layers = 0
-            for part in session.parts:
-                for state in token_states(part.component):
-                    expected = states[state.name]
-                    length = part.states.lengths[row]
-                    assert length == expected.shape[1], (row, state.name)
-                    found = np.asarray(part.states.rows(state.name))[row, :, :length]
-                    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-3)
-                    layers += 1
-            assert layers == 2 * LAYERS
 
 
 @pytest.fixture(scope="session")
