@@ -35,6 +35,7 @@ OF_CHECKPOINTS = {
     "image_encoder_exits": "--image-encoder-exits",
     "tower_exits": "--tower-exits",
     "image_drops": "--drop-image-tokens",
+    "gates": "--gates",
     "max_tiles": "--max-tiles",
 }
 """Parameters that say which exits a checkpoint gets -> their options."""
@@ -102,6 +103,12 @@ OF_CHECKPOINTS = {
     metavar="LIST",
     help="Vision-language models: layers behind which image tokens can leave, besides the exit "
     "layers.",
+)
+@click.option(
+    "--gates",
+    metavar="LIST",
+    help="Vision-language models: layers with a gate that decides for every prompt whether its "
+    'image tokens leave; default: those saved with the checkpoint; "none": no gates.',
 )
 @click.option(
     "--max-tiles",
@@ -354,6 +361,7 @@ def _from_checkpoint(model: str, options: Mapping[str, Any]) -> SplitModel:
         image_encoder_exits=given("image_encoder_exits"),
         tower_exits=given("tower_exits"),
         image_drops=given("image_drops") or (),
+        gates=given("gates"),
         most_tiles=options["max_tiles"],
         adapter=options["merged"],
         untrained=untrained_exits is not None,

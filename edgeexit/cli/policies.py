@@ -31,12 +31,22 @@ def check_stopping(options: Mapping[str, Any]) -> None:
             f"--threshold {threshold:g} is out of range (0 to 1)",
             fix="Give a probability, as in --threshold 0.9; inf never stops.",
         )
-    alone = {"--drop-image-tokens": "image_drop", "--tower-exit": "tower_exit"}
+    alone = {
+        "--drop-image-tokens": "image_drop",
+        "--gate-threshold": "gate_threshold",
+        "--tower-exit": "tower_exit",
+    }
     if options["policy"] is not None and (
         given := [option for option, name in alone.items() if options[name] is not None]
     ):
         raise UsageError(
             f"--policy and {given[0]} exclude each other", fix="Put it into the policy."
+        )
+    gate = options["gate_threshold"]
+    if gate is not None and not 0 <= gate <= 1:
+        raise UsageError(
+            f"--gate-threshold {gate:g} is out of range (0 to 1)",
+            fix="Give a probability, as in --gate-threshold 0.5.",
         )
     encoder = options["encoder_threshold"]
     if encoder is not None and not (-1 <= encoder <= 1 or math.isinf(encoder)):
@@ -58,10 +68,11 @@ def chosen_policy(bundle: Bundle, options: Mapping[str, Any]) -> Policy | None:
     if options["policy"] is not None:
         return policy_for(options["policy"], bundle)
     threshold, encoder = options["threshold"], options["encoder_threshold"]
-    drop, tower = options["image_drop"], options["tower_exit"]
-    if all(one is None for one in (threshold, encoder, drop, tower)):
+    drop, gate, tower = (options[n] for n in ("image_drop", "gate_threshold", "tower_exit"))
+    if all(one is None for one in (threshold, encoder, drop, gate, tower)):
         return None
-    rules = dict(of_last_chain(bundle, Rule(thresholds=_thresholds(bundle, threshold, drop))).rules)
+    thresholds = _thresholds(bundle, threshold, drop, gate)
+    rules = dict(of_last_chain(bundle, Rule(thresholds=thresholds)).rules)
     if encoder is not None:
         rule = Rule(score="saturation", thresholds=encoder)
         rules |= dict.fromkeys(encoders(bundle), rule)
@@ -79,16 +90,25 @@ def chosen_policy(bundle: Bundle, options: Mapping[str, Any]) -> Policy | None:
 
 
 def _thresholds(
-    bundle: Bundle, threshold: float | None, drop: int | None
+    bundle: Bundle, threshold: float | None, drop: int | None, gate: float | None
 ) -> float | dict[str, float]:
-    """Thresholds of the last chain: of its exits, and of the layer where image tokens leave."""
+    """Thresholds of the last chain: of its exits, of the layer where image tokens leave, and of
+    gates."""
     from edgeexit.bundle.policy import ALWAYS, NEVER
 
-    if drop is None:
+    if drop is None and gate is None:
         return NEVER if threshold is None else threshold
     chain = bundle.manifest.last_chain
-    places = [exit_.name for exit_ in chain.exits if exit_.action == "drop" and not exit_.path]
-    if f"drop_{drop}" not in places:
+    stops = {} if threshold is None else {exit_.name: threshold for exit_ in chain.stops[:-1]}
+    drops = [exit_ for exit_ in chain.exits if exit_.action == "drop"]
+    places = [exit_.name for exit_ in drops if not exit_.path]
+    gates = [exit_.name for exit_ in drops if exit_.path]
+    if gate is not None and not gates:
+        raise UsageError(
+            f"--gate-threshold {gate:g}: the bundle has no gates",
+            fix="Leave it out, or export with --gates.",
+        )
+    if drop is not None and f"drop_{drop}" not in places:
         layers = [name.removeprefix("drop_") for name in places]
         raise UsageError(
             f"--drop-image-tokens {drop}: image tokens cannot leave behind layer {drop}",
@@ -96,8 +116,8 @@ def _thresholds(
             if places
             else "Leave it out: the bundle has no image tokens, or was exported without exits.",
         )
-    stops = {} if threshold is None else {exit_.name: threshold for exit_ in chain.stops[:-1]}
-    return {**stops, f"drop_{drop}": ALWAYS}
+    always = {} if drop is None else {f"drop_{drop}": ALWAYS}
+    return {**stops, **always, **({} if gate is None else dict.fromkeys(gates, gate))}
 
 
 def encoders(bundle: Bundle) -> list[str]:

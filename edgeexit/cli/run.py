@@ -71,6 +71,13 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     metavar="LAYER",
     help="Vision-language models: leave image tokens out behind this layer; no policy.",
 )
+@click.option(
+    "--gate-threshold",
+    type=float,
+    metavar="P",
+    help="Vision-language models: leave image tokens out behind the first gate whose score is at "
+    "least P; no policy.",
+)
 @click.option("--exit", "exit_name", metavar="NAME", help="Stop all rows at this exit.")
 @click.option("--rows", type=click.IntRange(min=1), help="Use only this many rows of the data.")
 @click.option(
