@@ -368,3 +368,19 @@ def vision_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[
     return functools.cache(
         lambda family: open_bundle(once(f"{family}-bundle", functools.partial(make, family)))
     )
+
+
+@pytest.fixture(scope="session")
+def gated_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[[str], Bundle]:
+    """The same with gates behind two layers, and one exit (`tests.vision_models.gated`)."""
+    from tests.vision_models import gated, with_fewer_forms
+
+    def make(family: str, folder: Path) -> None:
+        from edgeexit.export import export
+
+        split = gated(family, vision_folder(family)).split_model()
+        export(with_fewer_forms(family, split), folder)
+
+    return functools.cache(
+        lambda family: open_bundle(once(f"{family}-gated", functools.partial(make, family)))
+    )

@@ -30,6 +30,7 @@ DECODERS = ("llava", "internvl", "smolvlm", "blip2")
 FAMILIES = (*DECODERS, "florence2")
 MARKERS = {"internvl": "<IMG_CONTEXT>"}
 EXITS, DROPS = [1, 2], [3]
+GATES = [1, 3]
 TOWER_EXITS = {"llava": [1, 2], "florence2": [3]}
 """Exits of a family's tower; others have one behind the first layer. Florence-2's is inside a
 stage."""
@@ -283,6 +284,16 @@ def load_split(family: str, folder: Path) -> Any:
         image_drops=() if encodes else DROPS,
         untrained=True,
     )
+
+
+def gated(family: str, folder: Path) -> Any:
+    """A family's checkpoint with gates whose scores differ from prompt to prompt."""
+    split: Any = from_pretrained(folder, exits=[2], tower_exits=[1], gates=GATES, untrained=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in split.gates.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    return split
 
 
 def with_fewer_forms(family: str, model: SplitModel) -> SplitModel:

@@ -1,4 +1,4 @@
-"""Policies: when rows stop. Reads and writes ``policy.json`` and resolves rules at exits.
+"""Resolves policies at the exits of a bundle: when rows stop.
 
 A policy has a rule for every chain with exits. `calibrate` binds it to one bundle by its digest;
 its file is stored beside the bundle, never in it. A row stops at an exit when its score is at least
@@ -8,66 +8,26 @@ the exit's threshold and, with patience t, the last t + 1 exits that ran predict
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from edgeexit.bundle.documents import convert, decode
 from edgeexit.bundle.manifest import Chain, Exit
-from edgeexit.bundle.paths import shown
+from edgeexit.bundle.policy_file import read_policy as read_policy
+from edgeexit.bundle.policy_file import write_policy as write_policy
 from edgeexit.bundle.reader import Bundle
+from edgeexit.bundle.rules import ALWAYS as ALWAYS
+from edgeexit.bundle.rules import NEVER as NEVER
+from edgeexit.bundle.rules import OUT_OF_REACH as OUT_OF_REACH
+from edgeexit.bundle.rules import Policy as Policy
+from edgeexit.bundle.rules import Rule as Rule
 from edgeexit.errors import PolicyError
-
-POLICY_FORMAT = "2.0"
-NEVER, ALWAYS = math.inf, -math.inf
-OUT_OF_REACH = 3.4028234663852886e38
-"""The largest float32: a threshold that no score reaches, for measurements of the comparison."""
-
-
-class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When rows stop in one chain.
-
-    Attributes:
-        thresholds: Stop when score >= threshold: one number for all exits, one per exit in order
-            (the last exit, which always answers, left out), or a mapping from exit names. ``inf``
-            = never, ``-inf`` = always; exits missing from a mapping never stop a row. Only a
-            mapping can have thresholds of exits that drop token groups.
-        score: Name of the score to compare.
-        patience: 0, or how many further exits must have predicted the same before a row stops.
-        first: Name of the first exit where rows may stop; None = the first exit.
-        last: Name of the last exit where rows may stop early; None = the last but one.
-    """
-
-    thresholds: float | list[float] | dict[str, float] = NEVER
-    score: str = "max_prob"
-    patience: int = 0
-    first: str | None = None
-    last: str | None = None
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When rows stop, chain by chain.
-
-    Attributes:
-        rules: Chain -> its rule.
-        bundle: Digest of the bundle that it was made for; None = any bundle that it fits.
-        engine: Name and version of the engine used for calibration; informational.
-        calibration: Data, risk and measured figures of the calibration.
-    """
-
-    rules: dict[str, Rule]
-    bundle: str | None = None
-    engine: dict[str, str] = {}
-    calibration: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -320,77 +280,3 @@ def _checked(thresholds: Mapping[str, float]) -> dict[str, float]:
         if math.isnan(value):
             raise PolicyError(f"the threshold of {name} is NaN", fix="Use a number, inf or -inf.")
     return {name: float(value) for name, value in thresholds.items()}
-
-
-def read_policy(path: str | os.PathLike[str]) -> Policy:
-    """Reads ``policy.json``. Raises `PolicyError` with the cause if it is not a valid policy."""
-    path = Path(path)
-    fix = "Give the file that `edgeexit calibrate -o` wrote."
-    try:
-        raw: Any = decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), object)
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-        version = str(raw.pop("format", "missing"))
-        if version.split(".")[0] != POLICY_FORMAT.split(".")[0]:
-            raise PolicyError(
-                f"{path}: policy format {version}, this edgeexit reads {POLICY_FORMAT}", fix=fix
-            )
-        rules = raw.get("rules")
-        for rule in rules.values() if isinstance(rules, dict) else ():
-            if isinstance(rule, dict) and "thresholds" in rule:
-                rule["thresholds"] = _from_json(rule["thresholds"])
-        return convert(raw, Policy)
-    except OSError as error:
-        raise PolicyError(f"{shown(path)}: cannot be read ({error.strerror})", fix=fix) from error
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise PolicyError(f"{path}: not a policy ({error})", fix=fix) from error
-
-
-def write_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
-    """Writes a policy as JSON, atomically.
-
-    JSON has no infinity, so such thresholds are written as "never" and "always".
-    """
-    raw: dict[str, Any] = {"format": POLICY_FORMAT} | msgspec.to_builtins(policy)
-    for name, rule in policy.rules.items():
-        raw["rules"][name]["thresholds"] = _to_json(rule.thresholds)
-    path, partial, fix = Path(path), None, "Choose another -o."
-    try:
-        path = path.resolve()  # keep links: replace their target
-        if path.exists() and not path.is_file():
-            raise PolicyError(f"{path} exists and is not a regular file", fix=fix)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(raw), indent=1) + b"\n")
-        os.replace(partial, path)
-    except (OSError, RuntimeError, ValueError) as error:  # loops of links, null bytes
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        reason = getattr(error, "strerror", error)
-        raise PolicyError(f"{shown(path)}: cannot be written ({reason})", fix=fix) from error
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _to_json(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_to_json(one) for one in value]
-    if math.isnan(value):
-        raise PolicyError("a threshold is NaN", fix="Use a number, inf or -inf.")
-    return {NEVER: "never", ALWAYS: "always"}.get(value, value)
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _from_json(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_from_json(one) for one in value]
-    if isinstance(value, str):
-        named = {"never": NEVER, "always": ALWAYS}
-        if value not in named:
-            raise ValueError(f'the threshold {value!r} is neither a number, "never" nor "always"')
-        return named[value]
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a threshold")
-    return float(value)

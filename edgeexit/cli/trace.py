@@ -9,9 +9,11 @@ import click
 
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar, warn
 from edgeexit.cli.options import bundle_argument, engine_options, output_options, overwrite_option
+from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.measure.trace import Trace
+    from edgeexit.runtime import Model
 
 
 @click.command("trace")
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The trace (.npz)."
 )
 @click.option("--chain", metavar="NAME", help="The chain to trace; default: the one that answers.")
+@click.option(
+    "--gates",
+    is_flag=True,
+    help="Vision-language models: trace the gates that drop image tokens instead of exits.",
+)
+@click.option(
+    "--policy",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What other chains and exits do meanwhile; default: none stops early. `calibrate` adds to "
+    "this policy.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer, where answers are written.",
+)
 @engine_options
 @click.option(
     "--batch-size",
@@ -41,6 +60,9 @@ def command(
     data: str,
     output: Path,
     chain: str | None,
+    gates: bool,
+    policy: Path | None,
+    max_new_tokens: int | None,
     engine: str,
     threads: int | str,
     batch_size: int,
@@ -51,26 +73,43 @@ def command(
 ) -> None:
     """Record every exit's scores and predictions for a data set.
 
-    For a language model, rows are the tokens of the given texts.
+    For a language model, rows are the tokens of the given texts. Exits that are chosen once per
+    prompt (--gates, or --chain vision) change the answer: there the answer to every prompt is
+    written once per exit, and a row is a prompt.
 
     Examples:
 
     \b
     edgeexit trace bundle --data validation.npz -o trace.npz
     edgeexit trace writer --data texts.jsonl -o trace.npz
+    edgeexit trace vlm --data questions.jsonl --gates -o gates.npz
     """
     from edgeexit.measure.data import open_data
     from edgeexit.measure.files import check_output
+    from edgeexit.measure.texts import read_texts
     from edgeexit.measure.trace import record
+    from edgeexit.measure.trace_answers import record_answers
     from edgeexit.measure.trace_file import write_trace
     from edgeexit.runtime import load
 
     check_output(output, data, overwrite=overwrite)
     add_current_directory()
-    with load(bundle, engine, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
-        opened = open_data(data, model.bundle)
+    with load(bundle, engine, policy=policy, threads=threads, all_scores=True) as model:  # type: ignore[arg-type]
+        answers = gates or (model.writes and chain not in (None, model.chain_name))
+        _check(model, gates, answers, chain, max_new_tokens, batch_size)
         with progress_bar(quiet) as progress:
-            trace = record(model, opened, batch_size, chain=chain, progress=progress)
+            if answers:
+                trace = record_answers(
+                    model,
+                    read_texts(data, model.bundle),
+                    name=Path(data).name,
+                    chain=None if gates else chain,
+                    max_new_tokens=max_new_tokens,
+                    progress=progress,
+                )
+            else:
+                opened = open_data(data, model.bundle)
+                trace = record(model, opened, batch_size, chain=chain, progress=progress)
     if len(trace.exits) < 2 and not quiet:
         warn(f"the chain {trace.chain} has no early exit, so calibrate refuses this trace")
     write_trace(trace, output, overwrite=overwrite)
@@ -78,6 +117,27 @@ def command(
         print_json({"trace": str(output)} | _facts(trace))
     elif not quiet:
         click.echo(f"{output}: {_summary(trace)}")
+
+
+def _check(
+    model: Model, gates: bool, answers: bool, chain: str | None, most: int | None, batch_size: int
+) -> None:
+    """Refuses options that do not go together."""
+    if gates and chain not in (None, model.chain_name):
+        raise UsageError(
+            "--gates and --chain exclude each other",
+            fix=f"Gates are those of {model.chain_name}; trace {chain} in a second run.",
+        )
+    if answers and batch_size > 1:
+        raise UsageError(
+            f"--batch-size {batch_size}: answers are written one prompt at a time",
+            fix="Leave it out.",
+        )
+    if not answers and most is not None:
+        raise UsageError(
+            f"--max-new-tokens {most}: nothing is written for this trace",
+            fix="Leave it out; it is for --gates, and for a --chain before the text.",
+        )
 
 
 def _facts(trace: Trace) -> dict[str, object]:
@@ -97,7 +157,9 @@ def _facts(trace: Trace) -> dict[str, object]:
 
 
 def _summary(trace: Trace) -> str:
-    if trace.texts is None:
+    if trace.of_answers:
+        what, each = f"{trace.rows} prompts, answered at every exit", "first token"
+    elif trace.texts is None:
         what = f"{trace.rows} rows {'with' if trace.labels is not None else 'without'} labels"
         each = f"batch of {trace.batch_size}"
     else:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeexit.bundle.reader import Bundle
     from edgeexit.measure.given_text import GivenText
     from edgeexit.runtime import Generation, Model, Sampling
+    from edgeexit.runtime.programs.modes.full import Statistics
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -340,11 +341,20 @@ def _statistics(made: Generation) -> dict[str, Any]:
         "first_token_ms": made.first_token_s * 1000,
         "exits": statistics.exits,
         "earlier": statistics.earlier,
+        "gates": statistics.gates,
+        "dropped": statistics.dropped,
         "acceptance": statistics.acceptance,
         "alpha": statistics.alpha,
         "catch_ups": statistics.catch_ups,
         "agreement": statistics.agreement,
     }
+
+
+def _dropping(gate: str, statistics: Statistics) -> str:
+    """What a gate decided: ``gate_2 0.93: tokens dropped``."""
+    scores = ", ".join(f"{score:.2f}" for score in statistics.gates.get(gate, ()))
+    did = "dropped" if any(statistics.dropped[gate]) else "kept"
+    return f"{gate}{' ' * bool(scores)}{scores}: tokens {did}"
 
 
 def _summary(made: Generation) -> str:
@@ -353,6 +363,7 @@ def _summary(made: Generation) -> str:
     if made.tokens_per_s is not None:
         said.append(f"then {made.tokens_per_s:.1f} tokens/s")
     said += [f"{chain}: {', '.join(exits)}" for chain, exits in statistics.earlier.items()]
+    said += [_dropping(gate, statistics) for gate in statistics.dropped]
     said.append("exits " + ", ".join(f"{k} {v}" for k, v in in_exit_order(statistics.exits)))
     if statistics.acceptance is not None:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")

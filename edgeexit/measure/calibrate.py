@@ -24,11 +24,10 @@ from edgeexit.bundle.policy import NEVER, Policy, Rule
 from edgeexit.errors import CheckError, UsageError
 from edgeexit.measure.given_text import of_exits
 from edgeexit.measure.rows_needed import doubts, rows_needed
+from edgeexit.measure.threshold_search import ROUNDING, search
 from edgeexit.measure.trace import NO_LABEL, Trace, replay
 
 Risk = Literal["consistency", "performance"]
-_ROUNDING = 1e-12
-"""Tolerance for rounding: a risk of k/n must be within a limit of k/n."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def choose(curve: Curve, max_risk: float) -> int:
     Raises:
         CheckError: Only "never" is within the limit.
     """
-    over = np.flatnonzero(curve.risks > max_risk + _ROUNDING)
+    over = np.flatnonzero(curve.risks > max_risk + ROUNDING)
     chosen = int(over[0]) - 1 if len(over) else len(curve.risks) - 1
     if chosen == 0:
         first = f"{100 * curve.risks[1]:.3g} %" if len(curve.risks) > 1 else "none"
@@ -171,12 +170,18 @@ def calibrate(
     chosen = choose(curve, max_risk)
     thresholds: float | dict[str, float] = float(curve.thresholds[chosen])
     if per_exit:
-        thresholds = _greedy(
-            trace, score, losses(trace, risk), max_risk, float(curve.thresholds[chosen])
+        found = search(
+            _usable_scores(trace, score),
+            losses(trace, risk),
+            cumulative_ms(trace),
+            max_risk,
+            float(curve.thresholds[chosen]),
         )
+        thresholds = dict(zip(trace.exits[:-1], found, strict=True))
+    taken = replay(trace, Rule(thresholds=thresholds, score=score))
     rules = {name: Rule(score=one) for name, one in trace.other_chains.items()}  # never stop
-    rules[trace.chain] = Rule(thresholds=thresholds, score=score)
-    taken = replay(trace, rules[trace.chain])
+    rules |= trace.policy
+    rules[trace.chain] = _rule(trace, thresholds, score)
     calibration = {
         "method": "sweep, per exit" if per_exit else "sweep",
         "uncertified": True,
@@ -187,6 +192,20 @@ def calibrate(
     calibration["warnings"] = doubts(*_decisions(trace), max_risk) + _no_numbers(trace, score)
     policy = Policy(rules=rules, bundle=trace.bundle, engine=trace.engine, calibration=calibration)
     return policy, curve, chosen
+
+
+def _rule(trace: Trace, thresholds: float | dict[str, float], score: str) -> Rule:
+    """The rule for the traced chain. Thresholds of its exits that were not traced stay: those of
+    gates beside exits that stop, and the other way round."""
+    before = trace.policy.get(trace.chain, Rule())
+    known = before.thresholds if isinstance(before.thresholds, dict) else {}
+    others = {name: value for name, value in known.items() if name not in trace.exits}
+    if not others and not trace.gates:
+        return Rule(thresholds=thresholds, score=score)
+    own = thresholds
+    if not isinstance(own, dict):
+        own = dict.fromkeys(trace.exits[:-1], own)
+    return Rule(thresholds={**others, **own}, score=before.score if trace.gates else score)
 
 
 def _no_numbers(trace: Trace, score: str) -> list[str]:
@@ -323,67 +342,3 @@ def _usable_scores(trace: Trace, score: str) -> NDArray[np.float64]:
 
 def _shares(taken: NDArray[np.int64], exits: int) -> NDArray[np.float64]:
     return np.bincount(taken, minlength=exits) / len(taken)
-
-
-_LEVELS = 64
-
-
-def _greedy(
-    trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float, common: float
-) -> dict[str, float]:
-    """Lowers one exit's threshold at a time: the one that saves most time for its added risk.
-
-    It starts once from "never" and once from the common threshold and takes the faster result,
-    which is never slower than the common threshold on this data.
-    """
-    search = _Search(trace, score, loss, max_risk)
-    found = [search.descend(start) for start in (NEVER, common)]
-    _, thresholds = min(found, key=lambda one: one[0])
-    return dict(zip(trace.exits[:-1], thresholds.tolist(), strict=True))
-
-
-class _Search:
-    """State of the greedy search."""
-
-    def __init__(
-        self, trace: Trace, score: str, loss: NDArray[np.float64], max_risk: float
-    ) -> None:
-        self.usable = _usable_scores(trace, score)
-        self.loss = loss
-        self.max_risk = max_risk
-        self.per_row_ms = cumulative_ms(trace)
-        self.rows = np.arange(trace.rows)
-        self.levels = [self._grid(values) for values in self.usable]
-
-    @staticmethod
-    def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """At most `_LEVELS` of an exit's scores, evenly spaced in rank, strict to loose."""
-        finite = np.unique(values[np.isfinite(values)])
-        places = np.linspace(0, len(finite) - 1, min(_LEVELS, len(finite))).round().astype(np.int64)
-        return finite[np.unique(places)][::-1]
-
-    def measure(self, thresholds: NDArray[np.float64]) -> tuple[float, float]:
-        """Expected time per row and mean loss."""
-        fires = self.usable >= thresholds[:, None]
-        taken = np.vstack([fires, np.ones((1, len(self.rows)), np.bool_)]).argmax(axis=0)
-        return float(self.per_row_ms[taken].mean()), float(self.loss[taken, self.rows].mean())
-
-    def descend(self, start: float) -> tuple[float, NDArray[np.float64]]:
-        """Lowers thresholds while the risk allows. Returns the expected time and the thresholds."""
-        current = np.full(len(self.usable), start)
-        time_ms, risk = self.measure(current)
-        while True:
-            trials = []
-            for number, levels in enumerate(self.levels):
-                looser = levels[levels < current[number]]
-                if not len(looser):
-                    continue
-                trial = current.copy()
-                trial[number] = looser[0]
-                trial_ms, trial_risk = self.measure(trial)
-                if trial_risk <= self.max_risk + _ROUNDING:
-                    gain = (time_ms - trial_ms) / max(trial_risk - risk, 1e-9)
-                    trials.append((gain, number, trial, trial_ms, trial_risk))
-            if not trials:
-                return time_ms, current
-            _, _, current, time_ms, risk = max(trials, key=lambda one: one[0])

@@ -57,6 +57,10 @@ class Trace:
         timed_rows: ``[run]``, rows of each run of `times_ms`; None: those of the batches.
         next_log_probs: ``[exit, row]``, log-probability of the next token at an exit (NaN without
             a next token); None: rows are not tokens.
+        of_answers: Whether rows are prompts whose answers were written once per exit
+            (`edgeexit.measure.trace_answers`).
+        gates: Whether the exits are gates that drop tokens.
+        policy: The rules that other chains and exits followed; empty: none stopped early.
     """
 
     bundle: str
@@ -75,6 +79,9 @@ class Trace:
     groups: NDArray[np.int64] | None = None
     timed_rows: NDArray[np.int64] | None = None
     next_log_probs: NDArray[np.float32] | None = None
+    of_answers: bool = False
+    gates: bool = False
+    policy: Mapping[str, Rule] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -299,6 +306,7 @@ def _joined(
         },
         groups=found.get("groups"),
         next_log_probs=found.get("next_log_probs"),
+        policy=dict(model.policy.rules),
         **run,
     )
 

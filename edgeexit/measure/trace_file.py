@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.paths import not_a_file, shown
+from edgeexit.bundle.policy_file import rules_from_json, rules_to_json
 from edgeexit.errors import DataError
 from edgeexit.measure.batches import read_npz
 from edgeexit.measure.files import write_atomic
@@ -34,6 +35,11 @@ def write_trace(trace: Trace, path: str | os.PathLike[str], *, overwrite: bool =
     """Writes a trace as `edgeexit.measure.files.write_atomic` does."""
     about = {name: getattr(trace, name) for name in _ABOUT}
     about |= {"format": TRACE_FORMAT, "scores": list(trace.scores)}
+    about |= {
+        "of_answers": trace.of_answers,
+        "gates": trace.gates,
+        "policy": rules_to_json(trace.policy),
+    }
     arrays = {name: getattr(trace, name) for name in (*_ARRAYS, *_OPTIONAL)}
     arrays = {name: value for name, value in arrays.items() if value is not None}
     arrays |= {f"score/{name}": value for name, value in trace.scores.items()}
@@ -72,6 +78,9 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
             independent=about["independent"] is True,
             chain=str(about["chain"]),
             other_chains={str(k): str(v) for k, v in about["other_chains"].items()},
+            of_answers=about.get("of_answers") is True,
+            gates=about.get("gates") is True,
+            policy=rules_from_json(about.get("policy", {})),
             **required,
             **optional,
         )

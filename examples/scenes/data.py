@@ -4,8 +4,9 @@ A card leads from its left digit to its right one, and the cards of a scene form
 kinds of questions are asked about a scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
-- ``follow``: "read the cards , from 3 go 2", answered by the cards and where two steps from 3 lead,
-  ``3 5 , 7 1 , 5 7 : 7``. The model describes the scene and then works on its own text;
+- ``follow``: "read the cards , from 3 go 2", answered by the cards, the question and where two
+  steps from 3 lead, ``3 5 , 7 1 , 5 7 : from 3 go 2 : 7``. The model describes the scene and then
+  works on its own text;
 - ``go``: "from 3 go 2", answered at once, ``7``. The model must follow the cards in its layers.
 
 So most tokens of an answer are easy (they are read off the picture), and few are hard, the more so
@@ -126,14 +127,14 @@ def ask(
     """A question of a kind and its answer.
 
     >>> ask(Scene(np.array([[3, 5], [5, 3]]), np.array([0, 1])), "follow", 3, 1)
-    ('read the cards , from 3 go 1', '3 5 , 5 3 : 5')
+    ('read the cards , from 3 go 1', '3 5 , 5 3 : from 3 go 1 : 5')
     """
     if kind == "read":
         return "read the cards", listing(scene, words)
     question, answer = f"from {words[start]} go {steps}", words[scene.go(start, steps)]
     if kind == "go":
         return question, answer
-    return f"read the cards , {question}", f"{listing(scene, words)} : {answer}"
+    return f"read the cards , {question}", f"{listing(scene, words)} : {question} : {answer}"
 
 
 @functools.cache

@@ -134,8 +134,9 @@ class Turns:
             question, answer = data.ask(scene, kind, start, steps, words)
             add(f"{question} {ASSISTANT}")
             if describes:
-                cards, _, answer = answer.partition(" : ")
+                cards, asked, answer = answer.split(" : ")
                 add(f"{cards} :", 1 + KINDS.index("read"), 0, image)
+                add(f"{asked} :", 1 + KINDS.index("read"))
                 kind = "follow"
             elif late:
                 kind = "after"

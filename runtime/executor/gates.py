@@ -35,6 +35,7 @@ class Gates:
             one run.
         pending: Whether a maker or gate has yet to run for this prompt.
         thresholds: Gate -> threshold of its score; missing: it never drops.
+        scores: Gate -> per row, its score.
         dropped: Gate -> per row, whether it dropped the group. Gates that were not asked, because
             no row had tokens of the group there, are missing.
     """
@@ -60,6 +61,7 @@ class Gates:
         self.pending = False
         self.thresholds: dict[str, float] = {}
         self.dropped: dict[str, list[bool]] = {}
+        self.scores: dict[str, list[float]] = {}
         self._made: set[str] = set()
         self._groups: Mapping[str, Sequence[NDArray[np.bool_]]] = {}
         self._over: set[str] = set()  # gates without a score whose prompts have passed
@@ -69,7 +71,7 @@ class Gates:
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
         """Starts a new prompt."""
         self._made.clear()
-        self.dropped.clear()
+        self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
         self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
         gates = [gate for behind in self._gates.values() for gate in behind]
@@ -135,12 +137,12 @@ class Gates:
         """Scores a prompt, and drops the group where the score reaches the threshold."""
         session = self._session
         self.write(block, session.positions_of(number, block))
-        scores = self._scores(gate, block.new)
+        scores = self.scores[gate.name] = self._scores(gate, block.new).tolist()
         threshold = self.thresholds[gate.name]
         holding = self._holding[gate.tokens or ""]
         fired = [
             bool(score >= threshold) and holds  # a score that is NaN does not fire
-            for score, holds in zip(scores.tolist(), holding, strict=True)
+            for score, holds in zip(scores, holding, strict=True)
         ]
         block = self._drop(number, gate, block, fired)
         self._holding[gate.tokens or ""] = [

@@ -148,6 +148,8 @@ class TextProgram:
             prompts.groups,
             {key: value for key, value in handed.items() if key in session.takes},
         )
+        gates, statistics = session.gates, generation.statistics
+        statistics.gates, statistics.dropped = gates.scores, gates.dropped
 
     def _run_earlier(
         self, prompts: Prompts, seconds: dict[str, float]

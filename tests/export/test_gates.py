@@ -17,29 +17,17 @@ import pytest
 import torch
 
 from edgeexit.bundle.policy import ALWAYS, Policy, Rule
-from edgeexit.bundle.reader import Bundle, open_bundle
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import UsageError
 from edgeexit.export import export
 from edgeexit.export.exits.gates import Gate, make_gates
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
-from tests.vision_models import DECODERS, LAYERS, PLACEHOLDER, with_fewer_forms
+from tests.vision_models import DECODERS, GATES, LAYERS, PLACEHOLDER, gated
 from tests.vision_reference import Asked, in_float64, prompts_of, random_pixels
 
-GATES = [1, 3]
 KINDS = ["start", "two", "none", "middle", "start"]
-SEED = {"llava": 1, "internvl": 1, "smolvlm": 1, "blip2": 1}
-
-
-def gated(family: str, folder: Path) -> Any:
-    """A family's checkpoint with gates whose scores differ from prompt to prompt."""
-    split = from_pretrained(folder, exits=[2], tower_exits=[1], gates=GATES, untrained=True)
-    generator = torch.Generator().manual_seed(SEED[family])
-    with torch.no_grad():
-        for weight in split.gates.parameters():  # type: ignore[union-attr]
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    return split
 
 
 @pytest.fixture(scope="session")
@@ -53,17 +41,6 @@ def asked(vision_folder: Callable[[str], Path]) -> Callable[[str], Asked]:
         return Asked(split, prompts, [own if len(own) else None for own in images])
 
     return functools.cache(make)
-
-
-@pytest.fixture(scope="session")
-def gated_bundle(vision_folder: Callable[[str], Path], once: Any) -> Callable[[str], Bundle]:
-    def make(family: str, folder: Path) -> None:
-        split = gated(family, vision_folder(family)).split_model()
-        export(with_fewer_forms(family, split), folder)
-
-    return functools.cache(
-        lambda family: open_bundle(once(f"{family}-gated", functools.partial(make, family)))
-    )
 
 
 def policy(thresholds: dict[str, float]) -> Policy:

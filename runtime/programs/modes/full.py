@@ -46,6 +46,8 @@ class Statistics:
         audited: Tokens of early exits for which the full model's token was computed.
         agreed: Audited tokens that equal the full model's greedy token.
         earlier: Earlier chain -> per row, the exit at which it stopped.
+        gates: Gate -> per row, its score. Gates behind which no row had tokens to drop are missing.
+        dropped: Gate, or scheduled drop -> per row, whether it dropped its token group.
     """
 
     tokens: int = 0
@@ -57,6 +59,8 @@ class Statistics:
     audited: int = 0
     agreed: int = 0
     earlier: dict[str, list[str]] = field(default_factory=dict)
+    gates: dict[str, list[float]] = field(default_factory=dict)
+    dropped: dict[str, list[bool]] = field(default_factory=dict)
 
     def count(self, exit_name: str, tokens: int) -> None:
         """Counts tokens answered at an exit."""
