@@ -13,6 +13,7 @@ from tests.e2e.conftest import Ran
 from tests.vision_models import make_images
 
 Run = Callable[..., Ran]
+THREADS = ["--threads", "1"]  # other tests of this process load models, too
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_gates_are_traced_calibrated_and_asked(
     run_here: Run, gated_bundle: Callable[[str], Bundle], folder: Path
 ) -> None:
     bundle = str(gated_bundle("llava").path)
-    given = ["trace", bundle, "--data", "questions.jsonl", "--max-new-tokens", "3"]
+    given = ["trace", bundle, "--data", "questions.jsonl", "--max-new-tokens", "3", *THREADS]
     traced = run_here(*given, "--gates", "-o", "trace.npz")
     assert traced.code == 0 and "4 prompts, answered at every exit, 3 exits" in traced.out, traced
     made = run_here("calibrate", "trace.npz", "--max-risk", "99%", "-o", "policy.json")
@@ -38,13 +39,14 @@ def test_gates_are_traced_calibrated_and_asked(
     rules = json.loads(Path("policy.json").read_text())["rules"]
     assert set(rules["main"]["thresholds"]) == {"gate_1", "gate_3"}
     ask = ["run", bundle, "--image", "0.png", "--prompt", "is it?", "--max-new-tokens", "3"]
+    ask += THREADS
     for options in (["--policy", "policy.json"], ["--gate-threshold", "0.000001"]):
         asked = run_here(*ask, *options, "--json")
         assert asked.code == 0, asked
         said = asked.json["statistics"]
         assert list(said["dropped"].values())[-1] == [True]
         assert all(0 < score < 1 for [score] in said["gates"].values())
-    spoken = run_here(*ask, "--gate-threshold", "1", "--threads", "1")
+    spoken = run_here(*ask, "--gate-threshold", "1")
     assert "gate_1 0." in spoken.err and "tokens kept" in spoken.err, spoken
 
 
