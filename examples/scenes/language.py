@@ -2,9 +2,12 @@
 what lies there.
 
 A small language model learns to follow cards only from easy scenes and few steps on, and needs
-thousands of pictures for it. `SoftImages` therefore stands in for the tower: a token per patch that
+many thousand scenes for it. `SoftImages` therefore stands in for the tower: a token per patch that
 says which class lies there, and where. The tower then learns to make the same tokens from pixels
 (`train`), and both are trained together at the end.
+
+It begins with text alone: the same cards in another order again and again, so that their right
+sides can be known from before. Then come scenes, and `Level` makes them harder.
 """
 
 from __future__ import annotations
@@ -12,19 +15,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
 
-IGNORED = -100
+IGNORED, SAVE_EVERY = -100, 100
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
@@ -178,6 +182,87 @@ def answer_loss(
             asked = said & (turns.steps[:, 1:] == steps)
             shares[f"{kind} {steps}"] = right[asked].float().mean().item()
     return loss, shares
+
+
+@dataclass
+class Settings:
+    """How the language model is trained.
+
+    Attributes:
+        steps: Of the whole stage; of these, the first `text` are without images.
+        rate: Highest learning rate. It rises over `warm_up` steps and falls in the last third.
+    """
+
+    steps: int = 3600
+    text: int = 700
+    batch: int = 32
+    rate: float = 1.5e-3
+    warm_up: int = 100
+
+    def rate_at(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / self.warm_up)
+        falling = min(1.0, max(0.05, (self.steps - step) / (0.3 * self.steps)))
+        return self.rate * rising * falling
+
+
+def train_language(
+    model: LlavaForConditionalGeneration, soft: SoftImages, settings: Settings, file: Path
+) -> None:
+    """Trains a language model and the image tokens that it reads. Goes on from `file`, where it
+    stores itself every `SAVE_EVERY` steps."""
+    language, head = model.model.language_model, model.lm_head
+    weights = [*language.parameters(), *soft.parameters()]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+    level, first = Level(), 0
+    if file.exists():
+        known = torch.load(file, weights_only=True)
+        language.load_state_dict(known["lm"])
+        soft.load_state_dict(known["soft"])
+        optimizer.load_state_dict(known["opt"])
+        level, first = Level(**known["level"]), known["step"]
+    started = time.monotonic()
+    for step in range(first, settings.steps):
+        rng = np.random.default_rng([1, step])
+        image = step >= settings.text
+        if step == settings.text:
+            level.cards, level.go = max(data.FEWEST, level.cards - 2), 1
+        scenes = make_scenes(rng, settings.batch, level)
+        turns = Turns(scenes, rng, level, before=6 * image, after=6, image=image)
+        embedded = language.embed_tokens(turns.ids)
+        if image:
+            embedded = torch.cat(
+                [embedded[:, :1], soft(cover_of(scenes)), embedded[:, 1 + PATCHES :]], dim=1
+            )
+        states = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        loss, shares = answer_loss(head(states), turns)
+        level.note(shares if image else shares | {"go 1": 1.0})
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 25 == 24:
+            say("language", step, started, loss, level)
+        if step % SAVE_EVERY == SAVE_EVERY - 1 or step == settings.steps - 1:
+            store(
+                file,
+                lm=language.state_dict(),
+                soft=soft.state_dict(),
+                opt=optimizer.state_dict(),
+                level=asdict(level),
+                step=step + 1,
+            )
+
+
+def store(file: Path, **state: object) -> None:
+    """Writes a stage's state whole or not at all."""
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
 
 
 def say(what: str, step: int, started: float, loss: torch.Tensor, level: Level) -> None:

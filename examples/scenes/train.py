@@ -1,0 +1,219 @@
+"""Trains the scenes example in stages, each resumable: a small LLaVA that describes cards and
+follows them.
+
+    python examples/scenes/train.py                     # goes on where it was interrupted
+    python examples/scenes/train.py --layers 4          # a model that exits compete with
+    python examples/scenes/train.py --smoke -o DIR      # a few steps of each stage
+
+The stages are ``language`` (`language`), ``tower`` (image tokens from pixels, with a projector at
+each exit), and ``both`` (all of it on pixels). Their states are stored in local/scenes; the result
+is a checkpoint as hubs have them. The exits of the language model and its gates are trained by
+exits.py. Needs ``edgeexit[export]`` and scikit-learn. Only pictures of the training split are
+trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlavaProcessor
+
+from edgeexit.export.exits.origins import note_origins
+from edgeexit.export.exits.tower import exit_name
+from edgeexit.export.exits.vision_language import ExitVisionLanguage
+from edgeexit.export.families.llava import trunk
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import data  # noqa: E402
+import language  # noqa: E402
+from language import Level, Turns, answer_loss, cover_of, store  # noqa: E402
+from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
+
+TOWER_EXITS = [2, 4]
+TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2000, 48, 4e-3
+STEPS, BATCH, RATE = 1200, 24, 3e-4
+SMOKE = 3
+HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
+
+
+class Pixels:
+    """Scenes of the training split as pixels. Fashion-MNIST's garments: ``of="garments"``."""
+
+    def __init__(self, processor: LlavaProcessor, of: str = "digits") -> None:
+        self.processor, self.of = processor.image_processor, of
+
+    def __call__(
+        self, scenes: Sequence[data.Scene], rng: np.random.Generator, split: str = "train"
+    ) -> torch.Tensor:
+        """``[scenes, channels, height, width]``."""
+        drawn = [data.draw(scene, split, rng, self.of) for scene in scenes]
+        return self.processor(drawn, return_tensors="pt")["pixel_values"]
+
+
+def train_tower(
+    split: ExitVisionLanguage, soft: language.SoftImages, pixels: Pixels, steps: int, file: Path
+) -> None:
+    """The tower's exits learn to name the class at each patch, and to make the image tokens that
+    the language model reads."""
+    tower = split.tower
+    layers = [*tower.exit_layers, tower.depth]
+    probes = nn.ModuleList(nn.Linear(TOWER_WIDTH, data.BLANK + 1) for _ in layers)
+    weights = [
+        *split.model.model.vision_tower.parameters(),
+        *tower.trunk.projector.parameters(),
+        *tower.projectors.parameters(),
+        *probes.parameters(),
+    ]
+    optimizer = torch.optim.AdamW(weights, lr=TOWER_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, TOWER_RATE, total_steps=steps, pct_start=0.1
+    )
+    parts = {"split": split, "probes": probes, "optimizer": optimizer, "schedule": schedule}
+    first, started = resume(parts, file), time.monotonic()
+    for step in range(first, steps):
+        rng = np.random.default_rng([2, step])
+        counts = rng.integers(data.FEWEST, data.CARDS + 1, TOWER_BATCH)
+        scenes = [data.make_scene(rng, int(count)) for count in counts]
+        cover = cover_of(scenes)
+        with torch.no_grad():
+            wanted = soft(cover)
+        states = dict(enumerate(states_of(split, pixels(scenes, rng))))
+        losses, named = [], []
+        for probe, layer in zip(probes, layers, strict=True):
+            last = layer == tower.depth
+            projector = tower.trunk.projector if last else tower.projectors[exit_name(layer)]
+            guess = probe(states[layer])
+            losses.append(functional.cross_entropy(guess.flatten(0, 1), cover.flatten()))
+            apart = (projector(states[layer]) - wanted).square().mean() / wanted.var()
+            losses.append(apart)
+            lies = cover != data.BLANK
+            named.append(f"{(guess.argmax(-1) == cover)[lies].float().mean():.3f} {apart:.3f}")
+        take(torch.stack(losses).sum(), optimizer, weights)
+        schedule.step()
+        if step % 50 == 49:
+            seconds = time.monotonic() - started
+            print(
+                f"tower step {step} {seconds:.0f} s {', '.join(named)}", file=sys.stderr, flush=True
+            )
+        if step % 250 == 249 or step == steps - 1:
+            store(file, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
+
+
+def states_of(split: ExitVisionLanguage, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """States behind the tower's stem and each layer."""
+    trunk = split.tower.trunk
+    states = [trunk.stem(pixels)]
+    for layer in trunk.layers:
+        states.append(layer(states[-1]))
+    return states
+
+
+def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path) -> None:
+    """The whole model learns on pixels; projectors of the tower's exits follow its image tokens."""
+    optimizer = torch.optim.AdamW(split.parameters(), lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.05
+    )
+    parts = {"split": split, "optimizer": optimizer, "schedule": schedule}
+    level, first, started = Level(**vars(HARDEST)), resume(parts, file), time.monotonic()
+    weights = [*split.parameters()]
+    for step in range(first, steps):
+        rng = np.random.default_rng([3, step])
+        scenes = language.make_scenes(rng, BATCH, level)
+        turns = Turns(scenes, rng, level, before=6, after=6)
+        features = split.tower.each_exit(pixels(scenes, rng))
+        whole = features.pop(split.tower.depth)
+        logits = split(turns.ids, exits=[split.depth], image_features=whole)[split.depth]
+        loss, shares = answer_loss(logits, turns)
+        level.note(shares)
+        wanted = whole.detach()
+        apart = sum((made - wanted).square().mean() for made in features.values()) / wanted.var()
+        take(loss + apart, optimizer, weights)
+        schedule.step()
+        if step % 25 == 24:
+            language.say("both", step, started, loss, level)
+        if step % 100 == 99 or step == steps - 1:
+            store(file, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
+
+
+def take(loss: torch.Tensor, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+
+
+def resume(parts: dict[str, nn.Module], file: Path) -> int:
+    """Loads a stage's state, if it was stored. Returns the steps that it has made."""
+    if not file.exists():
+        return 0
+    known = torch.load(file, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(known[name])
+    return int(known["step"])
+
+
+def save(split: ExitVisionLanguage, processor: LlavaProcessor, folder: Path) -> None:
+    """Writes the checkpoint as a hub has them, in float16, with the exits beside it."""
+    split.half()
+    folder.mkdir(parents=True, exist_ok=True)
+    split.save_pretrained(folder)
+    split.float()
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    # transformers 5 writes a name that transformers 4 does not know.
+    written = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ here")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model")
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--state", type=Path, help="default: local/scenes/LAYERS-WIDTH")
+    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} steps a stage; needs -o")
+    parser.add_argument("--stop-after", choices=["language", "tower", "both"])
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    options = parser.parse_args()
+    plain = (options.layers, options.width) == (LAYERS, WIDTH)
+    if options.output is None and (options.smoke or not plain):
+        parser.error("give -o: it would replace the checkpoint of the example")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    state = options.state or HERE.parents[1] / f"local/scenes/{options.layers}-{options.width}"
+    if options.smoke:
+        state = options.output / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    processor, model = make_processor(), make_model(options.layers, options.width)
+    soft, pixels = language.SoftImages(options.width), Pixels(processor)
+    split = ExitVisionLanguage(model, trunk(model), [], TOWER_EXITS)
+    settings = language.Settings()
+    if options.smoke:
+        settings = language.Settings(steps=2 * SMOKE, text=SMOKE, batch=2)
+    language.train_language(model, soft, settings, state / "language.pt")
+    if options.stop_after == "language":
+        return
+    steps = SMOKE if options.smoke else TOWER_STEPS
+    train_tower(split, soft, pixels, steps, state / "tower.pt")
+    if options.stop_after == "tower":
+        return
+    train_both(split, pixels, SMOKE if options.smoke else STEPS, state / "both.pt")
+    note_origins(split, dict.fromkeys(split.exit_origins, "trained"))
+    save(split, processor, options.output or HERE / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()
