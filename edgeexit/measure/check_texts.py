@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Decoding, Place, PromptState
-from edgeexit.bundle.policy import Policy, Rule, decisions_of, drop_thresholds, rule_of
+from edgeexit.bundle.policy import (
+    OUT_OF_REACH,
+    Policy,
+    Rule,
+    decisions_of,
+    drop_thresholds,
+    rule_of,
+)
 from edgeexit.errors import InputError
 from edgeexit.measure.check_exits import (
     Checked,
@@ -34,6 +41,8 @@ NEW_TOKENS = 8
 """Number of tokens to compare between modes."""
 
 GIVEN = "the given policy"
+GATE = "gate"
+"""Score of a gate."""
 
 
 def check_texts(checked: Checked, given: Policy | None) -> None:
@@ -45,6 +54,7 @@ def check_texts(checked: Checked, given: Policy | None) -> None:
     model = checked.model
     _check_tokens(checked)
     _check_drafting(checked)
+    _check_gates(checked)
     for name, chain in chains_before(model).items():
         for title, rule in {**forced_rules(chain), **rules_of(checked, name, chain, given)}.items():
             _check_earlier(checked, name, chain, title, rule)
@@ -62,19 +72,36 @@ def _check_tokens(checked: Checked) -> None:
         compare_exits(checked, chain, ask(checked.model, checked.inputs, step=step).arrays, how)
 
 
+def _check_gates(checked: Checked) -> None:
+    """Compares the scores of gates, none of which drops anything meanwhile."""
+    model, samples = checked.model, checked.samples
+    gates = [
+        exit_
+        for exit_ in model.chain.exits
+        if exit_.action == "drop" and exit_.path and f"{exit_.name}/{GATE}" in samples
+    ]
+    if not gates:
+        return
+    rule = Rule(thresholds={gate.name: OUT_OF_REACH for gate in gates})
+    before, model.policy = model.policy, only(model, model.chain_name, rule)
+    scores = _write(checked, _starts(checked), 1, mode="full").statistics.gates
+    model.policy = before
+    for gate in gates:
+        expected = samples[f"{gate.name}/{GATE}"]
+        found = np.array(scores.get(gate.name, np.full(len(expected), np.nan)), np.float32)
+        checked.judge.compare_score(gate.name, "score gate, whole prompts", found, expected)
+
+
 def _reads_whole_prompts(model: Model) -> bool:
-    """Whether a state or a gate depends on all tokens of a prompt, so that a prompt cannot run in
-    pieces."""
+    """Whether a state depends on all tokens of a prompt, so that a prompt cannot run in pieces."""
     components = model.bundle.manifest.components
-    calls = [call.component for exit_ in model.chain.exits for call in exit_.path]
+    calls = [call.component for exit_ in model.chain.stops for call in exit_.path]
     readers = {
         state.maker
         for name in [*model.chain.components, *calls]
         for state in components[name].states
         if isinstance(state, PromptState)
     }
-    gates = [exit_ for exit_ in model.chain.exits if exit_.action == "drop"]
-    readers |= {call.component for gate in gates for call in gate.path}
     return any("new" in tensor.axes for name in readers for tensor in components[name].inputs)
 
 

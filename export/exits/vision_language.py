@@ -283,13 +283,30 @@ class ExitVisionLanguage(ExitDecoder):
             yield {f"{name}/{key}": value for key, value in answers.items()}
             behind.append(f"{name}/" if layer < self.tower.depth else "")
             features.append(answers[IMAGE_FEATURES])
-        seeing = (tokens == self.whole.placeholder).any(1)
+        image = tokens == self.whole.placeholder
+        seeing = image.any(1)
+        if len(self.gates):
+            yield from self._gate_scores(tokens, image, features[-1])
         batch = torch.cat([tokens[~seeing], *[tokens[seeing]] * len(behind)])
         blind, each = (~seeing).cumsum(0), seeing.cumsum(0)
         for number, logits in self.each_exit(batch, image_features=torch.cat(features)):
             for place, early in enumerate(behind):
                 rows = torch.where(seeing, blind[-1] + place * each[-1] + each, blind) - 1
                 yield {f"{early}exit_{number}": logits[rows]}
+
+    def _gate_scores(
+        self, tokens: torch.Tensor, image: torch.Tensor, features: torch.Tensor
+    ) -> Iterator[Values]:
+        """Scores ``[rows]`` of the gates for whole prompts, none of which drops anything."""
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        state = self.embed(tokens, image_features=features)
+        if self.trunk.stem is not None:
+            state = self.trunk.stem(state, positions)
+        done, prompts = 0, torch.full((len(tokens),), tokens.shape[1])
+        for layer in self.gate_layers:
+            state = self._through(done, layer, state, positions)
+            done = layer
+            yield {f"{gate_name(layer)}/gate": self.gate(layer)(state, image, prompts)}
 
 
 def _drop_layers(drops: Iterable[int], depth: int) -> list[int]:

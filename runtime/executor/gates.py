@@ -31,8 +31,7 @@ class Gates:
 
     Attributes:
         any: Whether the chain has gates.
-        whole_prompts: Whether a maker or gate reads all states of a prompt, which must then pass in
-            one run.
+        may_read_whole: Whether a maker or gate of the chain reads all states of a prompt.
         pending: Whether a maker or gate has yet to run for this prompt.
         thresholds: Gate -> threshold of its score; missing: it never drops.
         scores: Gate -> per row, its score.
@@ -51,12 +50,19 @@ class Gates:
         makers = {
             state.maker for name in chain.components for state in prompt_states(components[name])
         }
-        readers = [call.component for e in chain.exits if e.action == "drop" for call in e.path]
-        readers += makers
+        whole = {
+            name
+            for name in [*makers, *(call.component for e in chain.exits for call in e.path)]
+            if any("new" in tensor.axes for tensor in components[name].inputs)
+        }
         self.any = bool(self._gates)
-        self.whole_prompts = any(
-            "new" in tensor.axes for name in readers for tensor in components[name].inputs
-        )
+        self._whole_makers = bool(whole & makers)
+        self._whole_gates = {
+            e.name
+            for e in chain.exits
+            if e.action == "drop" and whole & {call.component for call in e.path}
+        }
+        self.may_read_whole = self._whole_makers or bool(self._whole_gates)
         self._makers = makers
         self.pending = False
         self.thresholds: dict[str, float] = {}
@@ -67,6 +73,12 @@ class Gates:
         self._over: set[str] = set()  # gates without a score whose prompts have passed
         self._holding: dict[str, list[bool]] = {}  # group -> per row, whether it has such tokens
         self._scratch: Array | None = None
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a maker, or a gate that is in use, reads all states of a prompt, which must then
+        pass in one run."""
+        return self._whole_makers or not self._whole_gates.isdisjoint(self.thresholds)
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
         """Starts a new prompt."""

@@ -74,7 +74,7 @@ class Session:
         self.engine = components.engine
         self._masks = masks = [g.mask for g in decoding.groups.values() if g.mask is not None]
         self.gates = Gates(self, chain)
-        self.chunk = chunk = capacity if self.gates.whole_prompts else chunk
+        self.chunk = chunk = capacity if self.gates.may_read_whole else chunk
         self.places = Places(batch, chunk, self.engine, masks)
         self.bindings = Bindings(chain, manifest.components, [embedded.output], set(), self.engine)
         self.handed = Handed()

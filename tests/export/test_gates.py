@@ -6,6 +6,7 @@ layer at which a text's gate fired.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -18,10 +19,11 @@ import torch
 
 from edgeexit.bundle.policy import ALWAYS, Policy, Rule
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import UsageError
-from edgeexit.export import export
+from edgeexit.errors import ExportError, UsageError
+from edgeexit.export import SplitModel, export
 from edgeexit.export.exits.gates import Gate, make_gates
 from edgeexit.export.pretrained import from_pretrained
+from edgeexit.measure.check import check
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
 from tests.vision_models import DECODERS, GATES, LAYERS, PLACEHOLDER, gated
@@ -146,14 +148,28 @@ def gates_of(model: Model) -> dict[str, list[bool]]:
     return session.gates.dropped
 
 
+def changed_reference(
+    model: SplitModel, change: Callable[[torch.Tensor], torch.Tensor]
+) -> SplitModel:
+    """The model with other scores of gates in its reference."""
+
+    def reference(inputs: Any) -> Any:
+        for values in model.reference(inputs):  # type: ignore[misc]
+            yield {k: change(v) if k.endswith("/gate") else v for k, v in values.items()}
+
+    return dataclasses.replace(model, reference=reference)
+
+
 def test_a_score_that_is_not_a_number_never_drops(
     vision_folder: Callable[[str], Path], asked: Callable[[str], Asked], tmp_path: Path
 ) -> None:
     split = gated("llava", vision_folder("llava"))
     with torch.no_grad():
         split.gate(1).second.weight.fill_(math.nan)
-    export(split.split_model(), tmp_path / "bundle")
-    own = asked("llava")
+    with pytest.raises(ExportError, match="gate_1: gate hold NaN"):
+        export(split.split_model(), tmp_path / "bundle")
+    own, hidden = asked("llava"), changed_reference(split.split_model(), torch.zeros_like)
+    export(hidden, tmp_path / "bundle")
     with load(tmp_path / "bundle", policy=policy({"gate_1": ALWAYS})) as model:
         own.assert_greedy(own.generate(model).tokens)
         assert gates_of(model) == {"gate_1": [False] * len(KINDS)}
@@ -222,3 +238,22 @@ def test_all_gates_have_scores_that_the_reference_computes(
                 alone.generate(model)
                 assert gates_of(model) == {"gate_3": [drops]}
     assert np.isfinite(score)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_check_compares_the_scores_of_gates(
+    vision_folder: Callable[[str], Path], tmp_path: Path, dtype: str
+) -> None:
+    split = gated("llava", vision_folder("llava")).split_model()
+    export(split, tmp_path / "bundle", dtype=dtype)
+    with load(tmp_path / "bundle", all_scores=True) as model:
+        report = check(model)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+    compared = [c.where for c in report.comparisons if c.what.startswith("score gate")]
+    assert compared == ["gate_1", "gate_3"]
+    assert any(c.what.endswith("in pieces") for c in report.comparisons)
+    wrong = changed_reference(split, lambda scores: 1 - scores)
+    export(wrong, tmp_path / "wrong", dtype=dtype)
+    with load(tmp_path / "wrong", all_scores=True) as model:
+        found = [c.where for c in check(model).comparisons if not c.passed]
+    assert found == ["gate_1", "gate_3"]
