@@ -1,11 +1,11 @@
-"""Warnings about the early answers that a policy gives."""
+"""Warnings about the early answers that a policy gives, and about tokens that it drops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from edgeexit.bundle.manifest import Chain
-from edgeexit.bundle.policy import Policy, decisions_of
+from edgeexit.bundle.policy import ALWAYS, Policy, Rule, decisions_of, drop_thresholds
 from edgeexit.bundle.reader import Bundle
 
 
@@ -23,39 +23,59 @@ def cautions(
         chains: Chains to look at; None: all.
         batch_size: Rows per batch; None: unknown (`edgeexit.runtime.Model` warns at the call).
     """
-    names = bundle.manifest.chains if chains is None else chains
-    early = [
-        name
-        for name in names
-        if any(d.consult for d in decisions_of(policy, bundle.manifest.chains[name], name)[:-1])
-    ]
-    if not early:
+    every, provenance = bundle.manifest.chains, bundle.manifest.provenance
+    names = list(every if chains is None else chains)
+    early = [name for name in names if _stops_early(policy, every[name], name)]
+    gates = [gate for name in names for gate in _gates_in_use(policy, every[name], name)]
+    if not early and not gates:
         return []
     found = []
-    if bundle.exits_untrained:
+    if early and bundle.exits_untrained:
         found.append(
             "the early exits of this bundle are untrained: times are valid, answers are meaningless"
         )
-    elif bundle.manifest.provenance.get("tower_exits") == "untrained" and any(
-        exit_.name.startswith("tower_")
-        for name in early
-        for exit_ in bundle.manifest.chains[name].exits
+    elif provenance.get("tower_exits") == "untrained" and any(
+        exit_.name.startswith("tower_") for name in early for exit_ in every[name].exits
     ):
         found.append("the exits of the vision tower are untrained: answers after them mean nothing")
+    if gates and provenance.get("gates") == "untrained":
+        found.append("the gates of this bundle are untrained: what they drop means nothing")
     if not policy.calibration:
-        if bundle.exits_unknown:
+        if early and bundle.exits_unknown:
             found.append("nothing says that the early exits of this bundle were trained")
-        found.append(
-            "the thresholds are not calibrated: the share of early answers that differ from the "
-            "last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds for an "
-            "accepted risk"
-        )
+        if any(not _by_hand(policy, every[name], name) for name in names):
+            found.append(
+                "the thresholds are not calibrated: the share of early answers that differ from "
+                "the last exit's is unknown; edgeexit trace and edgeexit calibrate find thresholds "
+                "for an accepted risk"
+            )
     doubts = policy.calibration.get("warnings", [])
     found += [f"calibration of the policy: {doubt}" for doubt in doubts]
     calibrated = calibrated_rows(policy, {name: bundle.manifest.chains[name] for name in early})
     if None not in (batch_size, calibrated) and batch_size != calibrated:
         found.append(other_batch_size(calibrated, batch_size))
     return found
+
+
+def _stops_early(policy: Policy, chain: Chain, name: str) -> bool:
+    return any(decision.consult for decision in decisions_of(policy, chain, name)[:-1])
+
+
+def _gates_in_use(policy: Policy, chain: Chain, name: str) -> dict[str, float]:
+    """Gates that may drop tokens -> thresholds; drops by a schedule are no gates."""
+    gates = {exit_.name for exit_ in chain.exits if exit_.action == "drop" and exit_.path}
+    used = drop_thresholds(policy.rules.get(name, Rule()), chain)
+    return {gate: value for gate, value in used.items() if gate in gates}
+
+
+def _by_hand(policy: Policy, chain: Chain, name: str) -> bool:
+    """Whether a rule compares no score: it never stops early, or it always takes an exit that
+    predicts nothing (of an encoder or a tower)."""
+    decisions = [d for d in decisions_of(policy, chain, name)[:-1] if d.consult]
+    if any(value != ALWAYS for value in _gates_in_use(policy, chain, name).values()):
+        return False
+    silent = any("logits" not in exit_.outputs for exit_ in chain.stops)
+    return not decisions or (silent and all(d.threshold == ALWAYS for d in decisions))
 
 
 def calibrated_rows(policy: Policy, chains: Mapping[str, Chain]) -> int | None:

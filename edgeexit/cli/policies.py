@@ -154,7 +154,7 @@ def of_last_chain(bundle: Bundle, rule: Rule) -> Policy:
 
 def say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, Any]) -> None:
     """Prints warnings about untrained exits and uncalibrated thresholds on stderr."""
-    from edgeexit.measure.encoder_cautions import cautions_of
+    from edgeexit.bundle.cautions import cautions
 
     manifest, found = bundle.manifest, []
     last = manifest.last_chain.stops[-1].name
@@ -162,7 +162,7 @@ def say_cautions(bundle: Bundle, policy: Policy | None, options: Mapping[str, An
     if manifest.decoding is not None and options["mode"] not in EARLY:
         chains.remove(manifest.decoding.chain)  # this mode does not use its policy
     if policy is not None:
-        found = cautions_of(policy, bundle, chains)
+        found = cautions(policy, bundle, chains)
     elif bundle.exits_untrained and options["exit_name"] not in (None, last):
         found = [f"the exit {options['exit_name']} is untrained: its answers are meaningless"]
     for caution in found:

@@ -214,8 +214,8 @@ def _traceable(name: str, chain: Chain) -> tuple[list[str], list[str]]:
     if missing := [exit_.name for exit_ in exits if "logits" not in exit_.outputs]:
         raise MeasurementError(
             f"exit {missing[0]} of the chain {name} gives no logits, so it predicts no class",
-            fix="Trace a chain whose exits have logits. For this chain, choose thresholds by "
-            "trial: compare the answers and times of the last chain (run, bench).",
+            fix="Trace a chain whose exits have logits. Thresholds of other chains can be chosen "
+            "in a model that writes text (trace --chain), by comparing its answers.",
         )
     scores = sorted(set.intersection(*(set(exit_.scores) for exit_ in exits)))
     if not scores:

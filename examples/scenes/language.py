@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import data
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
 
 IGNORED, SAVE_EVERY = -100, 100
+FIRST_STEP, PATH_WEIGHT = 3, 1.0
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
@@ -85,6 +86,8 @@ class Turns:
         labels: ``[batch, seq]``, `IGNORED` but for answers.
         kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
         steps: ``[batch, seq]``, the steps of the question that a token answers.
+        paths: ``[batch, seq, MOST_STEPS]``, where 1, 2, ... of these steps lead, for a token that
+            names where all of them lead; else `IGNORED`.
     """
 
     def __init__(
@@ -98,8 +101,8 @@ class Turns:
         of: str = "digits",
     ) -> None:
         rows = [self._row(s, rng, level, before, after, image, data.WORDS[of]) for s in scenes]
-        self.ids, self.labels, self.kinds, self.steps = (
-            torch.tensor([row[column] for row in rows]) for column in range(4)
+        self.ids, self.labels, self.kinds, self.steps, self.paths = (
+            torch.tensor([row[column] for row in rows]) for column in range(5)
         )
 
     @staticmethod
@@ -108,6 +111,8 @@ class Turns:
         if image:
             ids += [IDS[IMAGE]] * PATCHES
         labels, kinds, hops = [IGNORED] * len(ids), [0] * len(ids), [0] * len(ids)
+        nowhere = [IGNORED] * data.MOST_STEPS
+        paths = [nowhere] * len(ids)
 
         def add(text: str, kind: int = 0, steps: int = 0, learn: bool = True) -> None:
             new = [IDS[word] for word in text.split()]
@@ -115,6 +120,7 @@ class Turns:
             labels.extend(new if kind and learn else [IGNORED] * len(new))
             kinds.extend([kind] * len(new))
             hops.extend([steps] * len(new))
+            paths.extend([nowhere] * len(new))
 
         def steps_of(most: int) -> int:
             most = min(most, len(scene.cards) - 1)
@@ -144,8 +150,10 @@ class Turns:
                 kind = "follow"
             elif late:
                 kind = "after"
+            path = [scene.go(start, min(steps, n)) for n in range(1, data.MOST_STEPS + 1)]
             add(f"{answer} {END}", 1 + KINDS.index(kind), steps)
-        return ids, labels, kinds, hops
+            paths[-2] = [IDS[words[place]] for place in path]
+        return ids, labels, kinds, hops, paths
 
 
 def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:
@@ -182,6 +190,27 @@ def answer_loss(
             asked = said & (turns.steps[:, 1:] == steps)
             shares[f"{kind} {steps}"] = right[asked].float().mean().item()
     return loss, shares
+
+
+def path_loss(
+    states: Sequence[torch.Tensor], read: Callable[[torch.Tensor], torch.Tensor], turns: Turns
+) -> torch.Tensor:
+    """Mean cross-entropy, in nats, of the steps of an answer, one per layer from layer `FIRST_STEP`
+    on: its state must say where one step leads, that of the next layer where two lead. Without it,
+    a second step at once is not found in a thousand batches: both would have to be learnt
+    together.
+
+    Args:
+        states: ``[batch, seq, width]``, behind the embedding and each layer.
+        read: State -> logits: final norm and head.
+    """
+    answers = turns.paths[:, 1:, 0] != IGNORED
+    targets = turns.paths[:, 1:][answers]
+    losses = []
+    for number in range(len(states) - 1 - FIRST_STEP):
+        said = read(states[FIRST_STEP + number][:, :-1][answers])
+        losses.append(functional.cross_entropy(said, targets[:, min(number, targets.shape[1] - 1)]))
+    return torch.stack(losses).mean()
 
 
 @dataclass
@@ -236,8 +265,13 @@ def train_language(
             embedded = torch.cat(
                 [embedded[:, :1], soft(cover_of(scenes)), embedded[:, 1 + PATCHES :]], dim=1
             )
-        states = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        loss, shares = answer_loss(head(states), turns)
+        made = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+        loss, shares = answer_loss(head(made.last_hidden_state), turns)
+
+        def read(state: torch.Tensor) -> torch.Tensor:
+            return head(language.norm(state))
+
+        loss = loss + PATH_WEIGHT * path_loss(made.hidden_states, read, turns)
         level.note(shares if image else shares | {"go 1": 1.0})
         for group in optimizer.param_groups:
             group["lr"] = settings.rate_at(step)

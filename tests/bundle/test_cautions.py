@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeexit.bundle.cautions import cautions
+from edgeexit.bundle.policy import ALWAYS
 from edgeexit.bundle.reader import Bundle
 from edgeexit.cli import cli
 from edgeexit.errors import PolicyError
@@ -41,6 +43,24 @@ def test_another_batch_size_gives_a_warning_when_exits_apply_to_the_whole_batch(
     assert cautions(calibrated(8), together) == []
     assert cautions(calibrated(8, Rule()), together, batch_size=1) == []
     assert cautions(calibrated(8), toy_bundle, batch_size=1) == []
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "words"),
+    [
+        ({"gate_1": 0.5}, ["gates of this bundle are untrained", "not calibrated"]),
+        ({"gate_1": ALWAYS}, ["gates of this bundle are untrained"]),
+        ({"drop_1": ALWAYS}, []),
+        ({}, []),
+    ],
+)
+def test_gates_give_warnings_when_they_are_in_use(
+    gated_bundle: Callable[[str], Bundle], thresholds: dict[str, float], words: list[str]
+) -> None:
+    policy = Policy(rules={"vision": Rule(), "main": Rule(thresholds=thresholds)})
+    found = cautions(policy, gated_bundle("llava"))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
 
 
 def test_a_model_warns_once_when_a_batch_has_another_size(

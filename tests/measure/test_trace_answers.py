@@ -18,6 +18,8 @@ from edgeexit.measure.trace import replay
 from edgeexit.measure.trace_answers import STAY, record_answers
 from edgeexit.measure.trace_file import read_trace, write_trace
 from edgeexit.runtime import Model, load
+from tests.decoder_graphs import START
+from tests.decoder_toys import batch_inputs, make_decoder_toy, make_rows, write_decoder_toy
 from tests.vision_models import PLACEHOLDER, SIZE
 
 PROMPTS, COUNT = 12, 6
@@ -94,6 +96,28 @@ def test_replay_of_a_towers_trace_is_what_the_policy_does(model: Model) -> None:
         assert made.statistics.earlier["vision"] == [trace.exits[taken[number]]]
         same = trace.predictions[taken[number], number] == trace.predictions[-1, number]
         assert (made.tokens[0] == full[number]) == same
+
+
+def test_replay_of_an_encoders_trace_is_what_the_policy_does(tmp_path: Path) -> None:
+    toy = make_decoder_toy(encoder=True)
+    rows = make_rows(toy, [9, 12, 7, 10, 11, 8, 6, 12])
+    texts = [Text([START], batch_inputs([row])) for row in rows]
+    with load(write_decoder_toy(toy, tmp_path / "bundle"), all_scores=True) as model:
+        trace = record_answers(model, texts, name="toy", chain="encoder", max_new_tokens=COUNT)
+        assert trace.exits == ["encoder_1", "encoder_2", "encoder_3"]
+        threshold = float(np.median(trace.scores["saturation"][1]))
+        taken = replay(trace, Rule(thresholds=threshold, score="saturation"))
+        full = [answer(model, text) for text in texts]
+        rule = Rule(thresholds=threshold, score="saturation")
+        model.policy = Policy(rules={"encoder": rule, "decoder": Rule()})
+        assert len(set(taken.tolist())) > 1
+        for number, text in enumerate(texts):
+            made = model.generate(
+                [text.tokens], inputs=text.inputs, max_new_tokens=COUNT, text=False
+            ).finish()
+            assert made.statistics.earlier["encoder"] == [trace.exits[taken[number]]]
+            same = trace.predictions[taken[number], number] == trace.predictions[-1, number]
+            assert (made.tokens[0] == full[number]) == same
 
 
 def test_a_calibration_adds_to_the_policy_that_was_traced(model: Model, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.policy import policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
@@ -22,7 +23,6 @@ from edgeexit.measure.bench.cases import settings
 from edgeexit.measure.bench.contest import Contest, Options, Progress
 from edgeexit.measure.bench.inputs import Inputs, prepare_rows, prepare_texts
 from edgeexit.measure.bench.paired import Side, best_setting
-from edgeexit.measure.encoder_cautions import cautions_of
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 MAX_OTHER_CORES = 0.10
@@ -91,7 +91,7 @@ def _cautions(bundle: Bundle, options: Options) -> list[str]:
     """Warnings about the answers from which the figures are computed."""
     if options.policy is not None:
         batch_size = 1 if options.mode == "latency" else options.batch
-        return cautions_of(policy_for(options.policy, bundle), bundle, batch_size=batch_size)
+        return cautions(policy_for(options.policy, bundle), bundle, batch_size=batch_size)
     if bundle.exits_untrained:
         return ["the early exits were never trained: times are valid, their answers are not"]
     return []
