@@ -30,6 +30,7 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
 
 IGNORED, SAVE_EVERY = -100, 100
 FIRST_STEP, PATH_WEIGHT = 3, 1.0
+LISTINGS = 4
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
@@ -127,7 +128,7 @@ class Turns:
             return most if rng.random() < 0.4 else int(rng.integers(1, most + 1))
 
         if not image:  # cards in another order, again and again: their right sides can be known
-            for again in range(4):
+            for again in range(LISTINGS):
                 add(f"read the cards {ASSISTANT}")
                 for number, card in enumerate(rng.permutation(scene.cards)):
                     add(("," if number else "") + f" {words[card[0]]}")

@@ -1,0 +1,109 @@
+"""The share of questions that each exit of the scenes example answers right, by kind and steps: by
+layer of the language model, of the tower, and with image tokens dropped behind a layer.
+
+    python examples/scenes/accuracy.py -m local/scenes/exits -o accuracy.json
+
+A question is answered right if each token of its answer is the likeliest behind the right ones
+before it, which is when greedy decoding writes it. Needs ``edgeexit[export]`` and scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeexit.export.pretrained import from_pretrained
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import data  # noqa: E402
+from exits import collate, question  # noqa: E402
+from language import IGNORED  # noqa: E402
+from model import make_processor  # noqa: E402
+from train import Pixels  # noqa: E402
+
+ROWS = 50
+Shares = dict[str, dict[str, float]]
+
+
+def batches(split: str, kind: str, steps: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Questions of one kind and so many steps, about scenes of any size that allows them."""
+    pixels = Pixels(make_processor())
+    rng = np.random.default_rng([5, steps, len(kind)])
+    for start in range(0, count, ROWS):
+        rows = []
+        for _ in range(min(ROWS, count - start)):
+            fewest = max(data.FEWEST, steps + 1)
+            scene = data.make_scene(rng, int(rng.integers(fewest, data.CARDS + 1)))
+            ids, labels = question(scene, rng, kind, steps or 1)
+            [picture] = pixels([scene], rng, split)
+            rows.append({"input_ids": ids, "labels": labels, "pixel_values": picture})
+        yield collate(rows)
+
+
+@torch.no_grad()
+def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
+    """Which rows of a batch each exit answers right."""
+    ids, pixels, targets = batch["input_ids"], batch["pixel_values"], batch["labels"][:, 1:]
+    found = {}
+
+    def note(name: str, logits: torch.Tensor) -> None:
+        same = (logits[:, :-1].argmax(-1) == targets) | (targets == IGNORED)
+        found[name] = same.all(-1).tolist()
+
+    features = model.tower.each_exit(pixels)
+    for layer, logits in model(ids, image_features=features[model.tower.depth]).items():
+        note(f"exit_{layer}", logits)
+    for layer in model.tower.exit_layers:
+        logits = model(ids, exits=[model.depth], image_features=features[layer])
+        note(f"tower_exit_{layer}", logits[model.depth])
+    prompts = (batch["labels"] != IGNORED).int().argmax(1)
+    for layer in model.gate_layers:
+        made = model(ids, gate=layer, prompts=prompts, image_features=features[model.tower.depth])
+        note(f"drop_{layer}", made.without)
+    return found
+
+
+def table(model: Any, split: str, count: int) -> Shares:
+    """Exit -> ``kind steps`` -> share of right answers."""
+    shares: Shares = {}
+    for kind, most in (("read", 0), ("follow", data.MOST_STEPS), ("go", data.MOST_STEPS)):
+        for steps in range(min(1, most), most + 1):
+            hits: dict[str, list[bool]] = {}
+            for batch in batches(split, kind, steps, count):
+                for name, rows in right(model, batch).items():
+                    hits.setdefault(name, []).extend(rows)
+            for name, rows in hits.items():
+                shares.setdefault(name, {})[f"{kind} {steps}".removesuffix(" 0")] = float(
+                    np.mean(rows)
+                )
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--questions", type=int, default=200, help="of each kind and steps")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    model: Any = from_pretrained(options.model, exits=None).float().eval()
+    shares = table(model, options.split, options.questions)
+    kinds = list(next(iter(shares.values())))
+    print(f"{'':14}" + "".join(f"{kind:>10}" for kind in kinds))
+    for name, own in shares.items():
+        print(f"{name:14}" + "".join(f"{own[kind]:10.1%}" for kind in kinds))
+    if options.output is not None:
+        found = {"split": options.split, "questions": options.questions, "right": shares}
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

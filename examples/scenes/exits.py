@@ -1,0 +1,160 @@
+"""Trains the exits of the scenes example on its checkpoint, whose own weights do not change:
+adapters (FREE), gates (DyVTE) and projectors of the tower.
+
+    python examples/scenes/exits.py -o local/scenes/exits                      # all three
+    python examples/scenes/exits.py -o DIR --part free --supervision labels --seed 1
+    python examples/scenes/exits.py -o DIR --part free --exits 1,2,3,4,5,6,7   # quality by depth
+
+Every part can be interrupted; it goes on from its last checkpoint. Needs ``edgeexit[export]`` and
+scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+
+from edgeexit.export.methods.checkpoints import last_checkpoint
+from edgeexit.export.methods.dyvte import Dyvte
+from edgeexit.export.methods.free import Free
+from edgeexit.export.methods.method import Method
+from edgeexit.export.methods.tower import TowerDistillation
+from edgeexit.export.methods.training import ExitTrainer
+from edgeexit.export.pretrained import from_pretrained
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import data  # noqa: E402
+from language import IDS, IGNORED, Level, Turns  # noqa: E402
+from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
+from train import TOWER_EXITS, Pixels  # noqa: E402
+
+EXITS, GATES, GATE_WIDTH = [2, 4], [2, 4, 6], 64
+PARTS = ("tower", "free", "gates")
+STEPS = {"tower": 400, "free": 1200, "gates": 600}
+RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
+BATCH = {"tower": 32, "free": 24, "gates": 48}
+HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
+Row = dict[str, torch.Tensor]
+
+
+class Conversations(IterableDataset):
+    """Endless rows of a split: a picture, and token ids with labels for its answers.
+
+    Args:
+        packed: Several questions about a picture in one row; else one question of any kind.
+    """
+
+    def __init__(self, pixels: Pixels, seed: int, *, packed: bool, split: str = "train") -> None:
+        self.pixels, self.seed, self.packed, self.split = pixels, seed, packed, split
+
+    def __iter__(self) -> Iterator[Row]:
+        rng = np.random.default_rng([4, self.seed, self.packed])
+        while True:
+            scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
+            if self.packed:
+                turns = Turns([scene], rng, HARDEST, before=4, after=4)
+                ids, labels = turns.ids[0], turns.labels[0]
+            else:
+                ids, labels = question(scene, rng)
+            [picture] = self.pixels([scene], rng, self.split)
+            yield {"input_ids": ids, "labels": labels, "pixel_values": picture}
+
+
+def question(
+    scene: data.Scene, rng: np.random.Generator, kind: str | None = None, steps: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of one question with its answer, and the labels; by default of any kind."""
+    kind = kind or str(rng.choice(["read", "follow", "go", "go"]))
+    steps = steps or int(rng.integers(1, min(data.MOST_STEPS, len(scene.cards) - 1) + 1))
+    asked, answer = data.ask(scene, kind, int(rng.choice(scene.cards[:, 0])), steps)
+    prompt = [IDS[USER], *[IDS[IMAGE]] * PATCHES, *(IDS[w] for w in f"{asked} {ASSISTANT}".split())]
+    said = [IDS[word] for word in f"{answer} {END}".split()]
+    return torch.tensor(prompt + said), torch.tensor([IGNORED] * len(prompt) + said)
+
+
+def collate(rows: Sequence[Row]) -> Row:
+    """A batch of the columns that a method reads, padded on the right."""
+    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+    if "input_ids" not in rows[0]:
+        return batch
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    longest = int(lengths.max())
+    for name, value in (("input_ids", 0), ("labels", IGNORED)):
+        padded = [pad(row[name], (0, longest - len(row[name])), value=value) for row in rows]
+        batch[name] = torch.stack(padded)
+    return batch | {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+
+def train(model: Any, part: str, method: Method, options: argparse.Namespace) -> None:
+    """Trains one part."""
+    folder = options.output / "state" / part
+    steps = options.steps or STEPS[part]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        learning_rate=RATES[part],
+        lr_scheduler_type="cosine",
+        warmup_steps=min(50, steps // 10),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=BATCH[part],
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = Conversations(Pixels(make_processor()), options.seed, packed=part != "gates")
+    trainer = ExitTrainer(model, method, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, help="default: all")
+    parser.add_argument("--exits", default=",".join(map(str, EXITS)), help="with an adapter each")
+    parser.add_argument("--supervision", choices=["labels", "distillation"], default="distillation")
+    parser.add_argument("--adversary", type=float, default=0.1, help="its weight; 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of each part; default: as many as it takes")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    exits = [int(layer) for layer in options.exits.split(",")]
+    model = from_pretrained(
+        options.model,
+        exits=exits,
+        adapters=exits,
+        tower_exits=TOWER_EXITS,
+        gates=dict.fromkeys(GATES, GATE_WIDTH),
+        untrained=True,
+    ).float()
+    methods = {
+        "tower": TowerDistillation(),
+        "free": Free(supervision=options.supervision, adversary=options.adversary),
+        "gates": Dyvte(),
+    }
+    for part in PARTS if options.part is None else [options.part]:
+        train(model, part, methods[part], options)
+    model.half().save_pretrained(options.output)
+    make_processor().save_pretrained(options.output)
+
+
+if __name__ == "__main__":
+    main()
