@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 from language import IDS, IGNORED, Level, Turns  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
-from train import TOWER_EXITS, Pixels  # noqa: E402
+from train import TOWER_EXITS, Pixels, save  # noqa: E402
 
 EXITS, GATES, GATE_WIDTH = [2, 4], [2, 4, 6], 64
 PARTS = ("tower", "free", "gates")
@@ -152,8 +152,7 @@ def main() -> None:
     }
     for part in PARTS if options.part is None else [options.part]:
         train(model, part, methods[part], options)
-    model.half().save_pretrained(options.output)
-    make_processor().save_pretrained(options.output)
+    save(model, make_processor(), options.output)
 
 
 if __name__ == "__main__":

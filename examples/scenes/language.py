@@ -1,13 +1,15 @@
 """The first stage of training: the language model alone, on scenes whose image tokens are made from
 what lies there.
 
-A small language model learns to follow cards only from easy scenes and few steps on, and needs
-many thousand scenes for it. `SoftImages` therefore stands in for the tower: a token per patch that
-says which class lies there, and where. The tower then learns to make the same tokens from pixels
+A small language model learns to follow cards only from few cards and few steps on, and needs many
+thousand scenes for it. `SoftImages` therefore stands in for the tower: a token per patch that says
+which class lies there, and where. The tower then learns to make the same tokens from pixels
 (`train`), and both are trained together at the end.
 
-It begins with text alone: the same cards in another order again and again, so that their right
-sides can be known from before. Then come scenes, and `Level` makes them harder.
+It begins with text alone, where a description stands first: conversations are shorter, and what is
+learnt there serves for pictures. `Level` makes scenes harder, and `path_loss` says what each layer
+should have found out. Without it, the first step is found in the last layer, where no second one
+can follow.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ import data
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
 
 IGNORED, SAVE_EVERY = -100, 100
-FIRST_STEP, PATH_WEIGHT = 3, 1.0
-LISTINGS = 4
+FIRST_STEP = 3
+"""The layer that should have followed a card; the next one has followed two."""
+FEWEST = 2
+"""Cards of the first scenes."""
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
@@ -57,25 +61,34 @@ class Level:
     """How hard questions are by now: cards in a scene, steps at once, steps behind a description.
     Each rises when the last questions were answered right."""
 
-    cards: int = data.FEWEST
+    cards: int = FEWEST
     go: int = 1
     after: int = 1
     shares: dict[str, float] = field(default_factory=dict)
 
-    RISES = 0.93
+    RISES = 0.9
 
-    def note(self, shares: dict[str, float]) -> None:
-        """Takes the share of right answers of a step, by ``kind k`` for the hardest steps."""
+    def note(self, shares: dict[str, float], cards: int) -> None:
+        """Takes the share of right answers of a step by ``kind steps``, on scenes of so many
+        cards; only those of the hardest scenes count."""
+        if cards < self.cards:
+            return
         for name, share in shares.items():
-            self.shares[name] = 0.95 * self.shares.get(name, 0.0) + 0.05 * share
-        for name in ("go", "after"):
-            steps = getattr(self, name)
-            if self.shares.get(f"{name} {steps}", 0.0) > self.RISES and steps < data.MOST_STEPS:
-                setattr(self, name, steps + 1)
-        first = self.shares.get("go 1", 0.0), self.shares.get("after 1", 0.0)
-        if min(first) > self.RISES and self.cards < data.CARDS:
+            self.shares[name] = 0.9 * self.shares.get(name, 0.0) + 0.1 * share
+        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
+        if not known or min(self._least(kind) for kind in known) < self.RISES:
+            return
+        if self.cards < data.CARDS:
             self.cards += 1
-            self.shares |= {"go 1": 0.8, "after 1": 0.8}
+            self.shares = {name: 0.5 * share for name, share in self.shares.items()}
+            return
+        for kind in known:
+            setattr(self, kind, min(getattr(self, kind) + 1, data.MOST_STEPS))
+
+    def _least(self, kind: str) -> float:
+        """The share of right answers to the questions of a kind that are answered worst."""
+        most = min(getattr(self, kind), self.cards - 1)
+        return min(self.shares.get(f"{kind} {steps}", 0.0) for steps in range(1, most + 1))
 
 
 class Turns:
@@ -127,13 +140,8 @@ class Turns:
             most = min(most, len(scene.cards) - 1)
             return most if rng.random() < 0.4 else int(rng.integers(1, most + 1))
 
-        if not image:  # cards in another order, again and again: their right sides can be known
-            for again in range(LISTINGS):
-                add(f"read the cards {ASSISTANT}")
-                for number, card in enumerate(rng.permutation(scene.cards)):
-                    add(("," if number else "") + f" {words[card[0]]}")
-                    add(words[card[1]], 1 + KINDS.index("read") if again else 0, 1)
-                add(f"{END} {USER}")
+        if not image:
+            add(f"read the cards {ASSISTANT} {data.listing(scene, words)} {END} {USER}")
         for turn in range(before + 1 + after):
             if turn:
                 add(USER)
@@ -159,7 +167,7 @@ class Turns:
 
 def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:
     """Scenes with the same number of cards."""
-    cards = level.cards if rng.random() < 0.6 else int(rng.integers(data.FEWEST, level.cards + 1))
+    cards = level.cards if rng.random() < 0.5 else int(rng.integers(FEWEST, level.cards + 1))
     return [data.make_scene(rng, cards) for _ in range(count)]
 
 
@@ -196,10 +204,9 @@ def answer_loss(
 def path_loss(
     states: Sequence[torch.Tensor], read: Callable[[torch.Tensor], torch.Tensor], turns: Turns
 ) -> torch.Tensor:
-    """Mean cross-entropy, in nats, of the steps of an answer, one per layer from layer `FIRST_STEP`
-    on: its state must say where one step leads, that of the next layer where two lead. Without it,
-    a second step at once is not found in a thousand batches: both would have to be learnt
-    together.
+    """Sum over the layers from `FIRST_STEP` on, the last one left out, of the cross-entropy in nats
+    of a step of an answer: the first one's state must say where one step leads, that of the next
+    layer where two lead.
 
     Args:
         states: ``[batch, seq, width]``, behind the embedding and each layer.
@@ -211,7 +218,7 @@ def path_loss(
     for number in range(len(states) - 1 - FIRST_STEP):
         said = read(states[FIRST_STEP + number][:, :-1][answers])
         losses.append(functional.cross_entropy(said, targets[:, min(number, targets.shape[1] - 1)]))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()
 
 
 @dataclass
@@ -220,13 +227,15 @@ class Settings:
 
     Attributes:
         steps: Of the whole stage; of these, the first `text` are without images.
+        path: Weight of `path_loss`.
         rate: Highest learning rate. It rises over `warm_up` steps and falls in the last third.
     """
 
-    steps: int = 3600
-    text: int = 700
+    steps: int = 5000
+    text: int = 2500
+    path: float = 1.0
     batch: int = 32
-    rate: float = 1.5e-3
+    rate: float = 2e-3
     warm_up: int = 100
 
     def rate_at(self, step: int) -> float:
@@ -258,9 +267,10 @@ def train_language(
         rng = np.random.default_rng([1, step])
         image = step >= settings.text
         if step == settings.text:
-            level.cards, level.go = max(data.FEWEST, level.cards - 2), 1
+            level = Level(cards=data.FEWEST)
         scenes = make_scenes(rng, settings.batch, level)
-        turns = Turns(scenes, rng, level, before=6 * image, after=6, image=image)
+        before, after = (6, 6) if image else (0, 10)
+        turns = Turns(scenes, rng, level, before, after, image)
         embedded = language.embed_tokens(turns.ids)
         if image:
             embedded = torch.cat(
@@ -272,8 +282,8 @@ def train_language(
         def read(state: torch.Tensor) -> torch.Tensor:
             return head(language.norm(state))
 
-        loss = loss + PATH_WEIGHT * path_loss(made.hidden_states, read, turns)
-        level.note(shares if image else shares | {"go 1": 1.0})
+        loss = loss + settings.path * path_loss(made.hidden_states, read, turns)
+        level.note(shares, len(scenes[0].cards))
         for group in optimizer.param_groups:
             group["lr"] = settings.rate_at(step)
         optimizer.zero_grad()

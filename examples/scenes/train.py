@@ -135,7 +135,7 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
         whole = features.pop(split.tower.depth)
         logits = split(turns.ids, exits=[split.depth], image_features=whole)[split.depth]
         loss, shares = answer_loss(logits, turns)
-        level.note(shares)
+        level.note(shares, len(scenes[0].cards))
         wanted = whole.detach()
         apart = sum((made - wanted).square().mean() for made in features.values()) / wanted.var()
         take(loss + apart, optimizer, weights)

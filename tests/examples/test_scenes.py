@@ -1,0 +1,101 @@
+"""The scenes example: what its questions ask, that splits share no picture, and that every stage of
+its training runs and goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeexit.export import export
+from edgeexit.export.pretrained import from_pretrained
+from edgeexit.measure.check import check
+from edgeexit.runtime import load
+
+HERE = Path(__file__).parents[2] / "examples/scenes"
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.delitem(sys.modules, "data", raising=False)  # other examples have one, too
+    yield importlib.import_module("data")
+    sys.modules.pop("data", None)
+
+
+def test_answers_are_what_the_cards_say(data: Any) -> None:
+    """Worked out from the picture's own cells, step by step."""
+    for item in data.items("validation", 60, 3):
+        cells = item.scene.cover().reshape(-1, 2)
+        cards = [(a, b) for a, b in cells.tolist() if a != data.BLANK]
+        words = item.question.split()
+        if item.kind == "read":
+            assert item.answer == " , ".join(f"{a} {b}" for a, b in cards) and item.steps == 0
+            continue
+        place = int(words[words.index("from") + 1])
+        for _ in range(int(words[-1])):
+            [place] = [b for a, b in cards if a == place]
+        assert item.answer.split()[-1] == str(place) and item.steps == int(words[-1])
+        assert 1 <= item.steps < len(cards)
+
+
+def test_cards_form_one_ring(data: Any) -> None:
+    rng = np.random.default_rng(0)
+    for cards in range(data.FEWEST, data.CARDS + 1):
+        scene = data.make_scene(rng, cards)
+        start = int(scene.cards[0, 0])
+        assert [scene.go(start, n) == start for n in range(1, cards + 1)] == [False] * (
+            cards - 1
+        ) + [True]
+
+
+def test_splits_share_no_source_picture(data: Any) -> None:
+    seen: set[bytes] = set()
+    for split in ("train", "validation", "test"):
+        images = {image.tobytes() for image in data.pictures(split)[0]}
+        assert images and not images & seen
+        seen |= images
+
+
+def test_a_scene_is_drawn_the_same_again_and_otherwise_with_another_seed(data: Any) -> None:
+    scene = data.make_scene(np.random.default_rng(1), 5)
+    first, again, other = (
+        np.asarray(data.draw(scene, "test", np.random.default_rng(seed))) for seed in (2, 2, 3)
+    )
+    assert first.shape == (data.SIZE, data.SIZE)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(HERE / script), *arguments, "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """From nothing to a bundle that equals torch, in a few steps a stage."""
+    plain, exits = tmp_path / "plain", tmp_path / "exits"
+    run("train.py", "--smoke", "-o", str(plain), "--stop-after", "language")
+    stage = plain / "state" / "language.pt"
+    written = stage.stat().st_mtime_ns
+    run("train.py", "--smoke", "-o", str(plain))
+    assert stage.stat().st_mtime_ns == written  # a stage that is done is not trained again
+    trained = (plain / "model.safetensors").read_bytes()
+    run("exits.py", "-m", str(plain), "-o", str(exits), "--steps", "2")
+    assert (exits / "model.safetensors").read_bytes() == trained
+    origins = json.loads((exits / "edgeexit.json").read_text())["origins"]
+    assert origins["exit_2"] == origins["tower_exit_2"] == "trained"
+    files = [path for path in exits.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16e6
+    export(from_pretrained(exits).split_model(), tmp_path / "bundle")
+    with load(tmp_path / "bundle", all_scores=True, threads=1) as model:
+        report = check(model, threads=1)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
