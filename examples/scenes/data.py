@@ -4,10 +4,10 @@ A card leads from its left digit to its right one, and the cards of a scene form
 kinds of questions are asked about a scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
-- ``follow``: "read the cards , from 3 go 2", answered by the cards, the question and where two
-  steps from 3 lead, ``3 5 , 7 1 , 5 7 : from 3 go 2 : 7``. The model describes the scene and then
+- ``follow``: "read the cards , from 3 go two", answered by the cards, the question and where two
+  steps from 3 lead, ``3 5 , 7 1 , 5 7 : from 3 go two : 7``. The model describes the scene and then
   works on its own text;
-- ``go``: "from 3 go 2", answered at once, ``7``. The model must follow the cards in its layers.
+- ``go``: "from 3 go two", answered at once, ``7``. The model must follow the cards in its layers.
 
 So most tokens of an answer are easy (they are read off the picture), and few are hard, the more so
 the more steps they take (`Item.steps`). The digits are scikit-learn's, split as in the digits
@@ -48,6 +48,8 @@ GARMENTS = [
     "bag",
     "boot",
 ]  # by label
+STEPS = ("one", "two", "three", "four", "five", "six")
+"""Steps in words: as digits they would be taken for cards."""
 WORDS = {"digits": DIGITS, "garments": tuple(GARMENTS)}
 
 CELL, COLUMNS, ROWS = 16, 2, 4
@@ -55,7 +57,7 @@ SIZE = CELL * ROWS
 """Edge of a picture in pixels: four rows of two cards, each of two cells."""
 
 CARDS = COLUMNS * ROWS
-FEWEST, MOST_STEPS = 4, 6
+FEWEST, MOST_STEPS = 4, len(STEPS)
 BLANK = 10
 """What `Scene.cover` has where no card lies."""
 
@@ -127,11 +129,11 @@ def ask(
     """A question of a kind and its answer.
 
     >>> ask(Scene(np.array([[3, 5], [5, 3]]), np.array([0, 1])), "follow", 3, 1)
-    ('read the cards , from 3 go 1', '3 5 , 5 3 : from 3 go 1 : 5')
+    ('read the cards , from 3 go one', '3 5 , 5 3 : from 3 go one : 5')
     """
     if kind == "read":
         return "read the cards", listing(scene, words)
-    question, answer = f"from {words[start]} go {steps}", words[scene.go(start, steps)]
+    question, answer = f"from {words[start]} go {STEPS[steps - 1]}", words[scene.go(start, steps)]
     if kind == "go":
         return question, answer
     return f"read the cards , {question}", f"{listing(scene, words)} : {question} : {answer}"

@@ -38,10 +38,10 @@ CHAT = (
     "{{ ' <|end|> ' if message.role == 'assistant' else ' ' }}{% endfor %}"
     "{{ 'ASSISTANT:' if add_generation_prompt else '' }}"
 )
-"""``USER: <image> from 3 go 2 ASSISTANT: 7 <|end|> USER: ...``, which `train.Turns` writes too."""
+"""``USER: <image> from 3 go two ASSISTANT: 7 <|end|> USER: ...``, as `language.Turns` writes it."""
 
 WORDS = [END, IMAGE, USER, ASSISTANT, *data.DIGITS]
-WORDS += ["from", "go", "read", "the", "cards", ",", ":", *data.GARMENTS]
+WORDS += ["from", "go", "read", "the", "cards", ",", ":", *data.STEPS, *data.GARMENTS]
 
 
 def make_model(layers: int = LAYERS, width: int = WIDTH) -> LlavaForConditionalGeneration:
