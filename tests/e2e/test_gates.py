@@ -57,8 +57,8 @@ def test_invalid_options_are_refused(
     folder: Path,
 ) -> None:
     bundle, plain = str(gated_bundle("llava").path), str(vision_bundle("llava").path)
-    trace = ["trace", bundle, "--data", "questions.jsonl", "-o", "trace.npz"]
-    ask = ["run", bundle, "--image", "0.png", "--prompt", "is it?"]
+    trace = ["trace", bundle, "--data", "questions.jsonl", "-o", "trace.npz", *THREADS]
+    ask = ["run", bundle, "--image", "0.png", "--prompt", "is it?", *THREADS]
     for arguments, code, message in (
         ([*trace, "--gates", "--chain", "vision"], 2, "--gates and --chain exclude each other"),
         ([*trace, "--gates", "--batch-size", "2"], 2, "answers are written one prompt at a time"),

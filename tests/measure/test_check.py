@@ -247,9 +247,7 @@ def test_check_passes_when_a_model_writes(options: dict, places: set[str], tmp_p
     said = {one.what for one in report.comparisons}
     assert "score entropy, whole texts" in said
     # What a layer reads of a whole prompt is something else when the prompt comes in pieces.
-    assert ("greedy token, token by token" in said) != bool(
-        options.get("stateless") or options.get("gate")
-    )
+    assert ("greedy token, token by token" in said) != bool(options.get("stateless"))
     drafts = [one.what for one in report.comparisons if one.where == "exact"]
     assert len(drafts) == 1 + ("adapter" in options)
 
