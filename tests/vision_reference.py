@@ -188,3 +188,12 @@ class Asked:
 
 def _of_row(drop: Drops, row: int) -> int | None:
     return drop if drop is None or isinstance(drop, int) else drop[row]
+
+
+def asked_of(split: Any, kinds: Sequence[str]) -> Asked:
+    """Prompts with images at these places (`prompts_of`), for a model."""
+    tokens = int(split.whole.tower.tokens)
+    prompts = prompts_of(tokens, kinds)
+    counts = [prompt.count(PLACEHOLDER) // tokens for prompt in prompts]
+    images = random_pixels(split, sum(counts)).split(counts)
+    return Asked(split, prompts, [own if len(own) else None for own in images])

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -180,7 +181,7 @@ def calibrate(
         thresholds = dict(zip(trace.exits[:-1], found, strict=True))
     taken = replay(trace, Rule(thresholds=thresholds, score=score))
     rules = {name: Rule(score=one) for name, one in trace.other_chains.items()}  # never stop
-    rules |= trace.policy
+    rules |= {name: rule for name, rule in trace.policy.items() if rule != Rule()}
     rules[trace.chain] = _rule(trace, thresholds, score)
     calibration = {
         "method": "sweep, per exit" if per_exit else "sweep",
@@ -205,7 +206,8 @@ def _rule(trace: Trace, thresholds: float | dict[str, float], score: str) -> Rul
     own = thresholds
     if not isinstance(own, dict):
         own = dict.fromkeys(trace.exits[:-1], own)
-    return Rule(thresholds={**others, **own}, score=before.score if trace.gates else score)
+    rule = before if trace.gates else msgspec.structs.replace(before, score=score)
+    return msgspec.structs.replace(rule, thresholds={**others, **own})
 
 
 def _no_numbers(trace: Trace, score: str) -> list[str]:

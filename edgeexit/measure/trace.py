@@ -60,7 +60,7 @@ class Trace:
         of_answers: Whether rows are prompts whose answers were written once per exit
             (`edgeexit.measure.trace_answers`).
         gates: Whether the exits are gates that drop tokens.
-        policy: The rules that other chains and exits followed; empty: none stopped early.
+        policy: The rules that other chains and exits followed.
     """
 
     bundle: str

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Exit
-from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
+from edgeexit.bundle.policy import ALWAYS, NEVER, OUT_OF_REACH, Policy, Rule, forced
 from edgeexit.errors import DataError, MeasurementError
 from edgeexit.measure.probe import ask, chain_named
 from edgeexit.measure.texts import Text
@@ -111,7 +111,7 @@ def record_answers(
         chain=choice.chain,
         of_answers=True,
         gates=chain is None,
-        policy=dict(before.rules),
+        policy=before.rules | ({choice.chain: choice.rules[STAY]} if chain is None else {}),
     )
 
 
@@ -145,8 +145,8 @@ def _row(
         made.finish()
         return made.tokens[0], first_ms, made.statistics.gates
 
-    _, _, gates = write(choice.asking)
     if choice.chain == model.chain_name:
+        _, _, gates = write(choice.asking)
         if not gates:
             return None
         scores = {"gate": [gates[gate][0] for gate in list(choice.rules)[:-1]]}
@@ -206,16 +206,29 @@ def _gates(model: Model) -> _Choice:
         )
     before = model.policy.rules.get(model.chain_name, Rule())
     drops = {exit_.name for exit_ in chain.exits if exit_.action == "drop"}
-    stops = before.thresholds if isinstance(before.thresholds, dict) else {}
-    kept = {name: value for name, value in stops.items() if name not in drops}
+    kept = {name: value for name, value in _named(before, chain).items() if name not in drops}
     rules = {
-        gate.name: Rule(thresholds={**kept, _scheduled(chain, gate): ALWAYS}, score=before.score)
+        gate.name: _with_thresholds(before, {**kept, _scheduled(chain, gate): ALWAYS})
         for gate in gates
     }
     never = {gate.name: OUT_OF_REACH for gate in gates}
-    asking = Rule(thresholds={**kept, **never}, score=before.score)
-    stay = Rule(thresholds=kept, score=before.score)
+    asking = _with_thresholds(before, {**kept, **never})
+    stay = before if before.thresholds == NEVER else _with_thresholds(before, kept)
     return _Choice(model.chain_name, ["gate"], {**rules, STAY: stay}, asking)
+
+
+def _named(rule: Rule, chain: Chain) -> dict[str, float]:
+    """Thresholds of a rule, by the names of the exits."""
+    if isinstance(rule.thresholds, dict):
+        return rule.thresholds
+    early = [exit_.name for exit_ in chain.stops[:-1]]
+    if isinstance(rule.thresholds, list):
+        return dict(zip(early, rule.thresholds, strict=True))
+    return {} if rule.thresholds == NEVER else dict.fromkeys(early, rule.thresholds)
+
+
+def _with_thresholds(rule: Rule, thresholds: dict[str, float]) -> Rule:
+    return msgspec.structs.replace(rule, thresholds=thresholds)
 
 
 def _scheduled(chain: Chain, gate: Exit) -> str:

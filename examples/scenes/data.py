@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
-FASHION = Path("/usr/share/dataset-fashion-mnist")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package has its files: ``train-images-idx3-ubyte.gz`` and three more."""
 
 DIGITS = tuple("0123456789")

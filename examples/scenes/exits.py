@@ -34,16 +34,16 @@ from edgeexit.export.pretrained import from_pretrained
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
-from language import IDS, IGNORED, Level, Turns  # noqa: E402
+from language import IDS, IGNORED, Turns  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
-from train import TOWER_EXITS, Pixels, save  # noqa: E402
+from small_llava import save  # noqa: E402
+from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
 
 EXITS, GATES, GATE_WIDTH = [2, 4], [2, 4, 6], 64
 PARTS = ("tower", "free", "gates")
 STEPS = {"tower": 400, "free": 1200, "gates": 600}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
 BATCH = {"tower": 32, "free": 24, "gates": 48}
-HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
 Row = dict[str, torch.Tensor]
 
 

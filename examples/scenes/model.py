@@ -4,7 +4,6 @@ token."""
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -15,20 +14,25 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import data
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import data  # noqa: E402
+from small_llava import (  # noqa: E402
+    END,
+    IMAGE,
+    POSITIONS,
+    processor_of,
+    sine_positions,
+)
 
 PATCH = 8
 PATCHES = (data.SIZE // PATCH) ** 2
 TOWER_LAYERS, TOWER_WIDTH = 6, 96
 LAYERS, WIDTH, INNER, HEADS, KEY_HEADS = 8, 256, 512, 8, 4
-POSITIONS = 512
-END, IMAGE, USER, ASSISTANT = "<|end|>", "<image>", "USER:", "ASSISTANT:"
+USER, ASSISTANT = "USER:", "ASSISTANT:"
 CHAT = (
     "{% for message in messages %}"
     "{% if message.role == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
@@ -80,38 +84,14 @@ def make_model(layers: int = LAYERS, width: int = WIDTH) -> LlavaForConditionalG
     )
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        model.model.vision_tower.embeddings.position_embedding.weight.copy_(2 * positions())
+        model.model.vision_tower.embeddings.position_embedding.weight.copy_(
+            2 * sine_positions(data.SIZE // PATCH, TOWER_WIDTH)
+        )
     return model
-
-
-def positions() -> torch.Tensor:
-    """Sines and cosines of row and column ``[patches, width]``, for the tower's positions to start
-    from: in so few steps it would not find out which patches are neighbours."""
-    side = data.SIZE // PATCH
-    rates = 16.0 ** -torch.linspace(0, 1, TOWER_WIDTH // 4) * math.pi / 2
-    angles = torch.arange(side)[:, None] * rates
-    waves = torch.cat([angles.sin(), angles.cos()], -1)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def make_processor() -> LlavaProcessor:
     """Tokenizer, image processor and chat template."""
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, END))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    edge = {"height": data.SIZE, "width": data.SIZE}
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size=edge, do_convert_rgb=True),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=END,
-            pad_token=END,
-            padding_side="right",
-            model_max_length=POSITIONS,
-            extra_special_tokens={"image_token": IMAGE},
-        ),
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        image_token=IMAGE,
-        chat_template=CHAT,
-    )
+    return processor_of(tokenizer, data.SIZE, PATCH, CHAT)

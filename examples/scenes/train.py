@@ -15,7 +15,6 @@ trained on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ import data  # noqa: E402
 import language  # noqa: E402
 from language import Level, Turns, answer_loss, cover_of, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
+from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2000, 48, 4e-3
@@ -161,20 +161,6 @@ def resume(parts: dict[str, nn.Module], file: Path) -> int:
     for name, part in parts.items():
         part.load_state_dict(known[name])
     return int(known["step"])
-
-
-def save(split: ExitVisionLanguage, processor: LlavaProcessor, folder: Path) -> None:
-    """Writes the checkpoint as a hub has them, in float16, with the exits beside it."""
-    split.half()
-    folder.mkdir(parents=True, exist_ok=True)
-    split.save_pretrained(folder)
-    split.float()
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-    config = folder / "tokenizer_config.json"
-    # transformers 5 writes a name that transformers 4 does not know.
-    written = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@ transformers' own classes, with tokenizer, image processor and chat template."""
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -14,20 +13,25 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import data
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import data  # noqa: E402
+from small_llava import (  # noqa: E402
+    END,
+    IMAGE,
+    POSITIONS,
+    processor_of,
+    sine_positions,
+)
 
 LAYERS = 4
 """Of the tower, and of the decoder."""
 
 PATCH, TOWER_WIDTH, WIDTH, INNER, HEADS = 6, 64, 80, 224, 4
-VOCABULARY, POSITIONS = 512, 512
-END, IMAGE = "<|end|>", "<image>"
+VOCABULARY = 512
 CHAT = (
     "{% for message in messages %}"
     "{{ message.role | upper }}:{{ '\\n' if message.role == 'assistant' else ' ' }}"
@@ -75,19 +79,10 @@ def make_model() -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        model.model.vision_tower.embeddings.position_embedding.weight.copy_(2 * positions())
+        model.model.vision_tower.embeddings.position_embedding.weight.copy_(
+            2 * sine_positions(data.SIZE // PATCH, TOWER_WIDTH)
+        )
     return model
-
-
-def positions() -> torch.Tensor:
-    """Sines and cosines of row and column ``[patches, width]``, for the tower's positions to start
-    from: in so few steps it would not find out which patches are neighbours."""
-    side = data.SIZE // PATCH
-    rates = 16.0 ** -torch.linspace(0, 1, TOWER_WIDTH // 4) * math.pi / 2
-    angles = torch.arange(side)[:, None] * rates
-    waves = torch.cat([angles.sin(), angles.cos()], -1)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def make_processor() -> LlavaProcessor:
@@ -103,19 +98,4 @@ def make_processor() -> LlavaProcessor:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*data.texts(), *["USER: ", "ASSISTANT:\n"] * 20], trainer)
-    edge = {"height": data.SIZE, "width": data.SIZE}
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size=edge, do_convert_rgb=True),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token=END,
-            pad_token=END,
-            padding_side="right",
-            model_max_length=POSITIONS,
-            extra_special_tokens={"image_token": IMAGE},
-        ),
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        image_token=IMAGE,
-        chat_template=CHAT,
-    )
+    return processor_of(tokenizer, data.SIZE, PATCH, CHAT)

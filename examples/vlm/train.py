@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 from model import END, IMAGE, LAYERS, PATCH, TOWER_WIDTH, make_model, make_processor  # noqa: E402
+from small_llava import save  # noqa: E402
 
 EXITS, TOWER_EXITS = [2], [2, 3]
 """Layers with an exit: of the decoder, and of the tower."""
@@ -190,17 +191,6 @@ def accuracy(
     return {name: round(float(np.mean(found)), 4) for name, found in right.items()}
 
 
-def save(split: ExitVisionLanguage, processor: LlavaProcessor, folder: Path) -> None:
-    """Writes the checkpoint as a hub has them, with the exits beside it."""
-    split.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-    config = folder / "tokenizer_config.json"
-    # transformers 5 writes a name that transformers 4 does not know.
-    written = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.write_text(json.dumps(written, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ here")
@@ -229,8 +219,6 @@ def main() -> None:
         "processor_minutes": minutes,
         "validation": accuracy(split, batches, examples),
     }
-    split.half()
-    output.mkdir(parents=True, exist_ok=True)
     save(split, processor, output)
     (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))

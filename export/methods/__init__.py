@@ -2,10 +2,12 @@
 
 A method (`method.Method`) says which part of a model is trained, and with which loss. `joint`
 trains a classifier with all its exits, or only the exit heads on a frozen backbone. `layerskip`
-trains a language model with early exits, `adapters` the adapters of a frozen one. `training` has
-`ExitTrainer`: transformers' `Trainer` with a method. Schedule, checkpoints and resumption,
-precision, logging and several devices are set with `TrainingArguments`. Exits are attached before
-training (`edgeexit.export.pretrained.from_pretrained`); a method only changes weights.
+trains a language model with early exits, `adapters` the adapters of a frozen one, `free` the same
+against an adversary. `dyvte` trains gates that drop image tokens, `tower` exits of a vision tower.
+`training` has `ExitTrainer`: transformers' `Trainer` with a method. Schedule, checkpoints and
+resumption, precision, logging and several devices are set with `TrainingArguments`. Exits are
+attached before training (`edgeexit.export.pretrained.from_pretrained`); a method only changes
+weights.
 
     from transformers import TrainingArguments
 

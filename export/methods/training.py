@@ -47,7 +47,7 @@ class ExitTrainer(transformers.Trainer):
     Args:
         model: The model to train, in place. After `train` it is in eval mode, and the exits that
             had a loss in at least one step are marked as trained (`exit_origins`).
-        method: `Joint`, `LayerSkip`, `AdapterDistillation`, `Free`, or your own.
+        method: A class of this package (`Joint`, `Free`, ...), or your own.
         args: `transformers.TrainingArguments`: all settings that do not belong to the method.
         others: Further arguments of `transformers.Trainer`: `train_dataset`, `eval_dataset`,
             `data_collator`, `processing_class`, `callbacks`, `compute_metrics` (its predictions are
@@ -78,7 +78,7 @@ class ExitTrainer(transformers.Trainer):
         method.check(model)
         refuse_unsupported(model, args, others)
         check_data_sets(args, others)
-        if not model.exit_layers and not getattr(model, "encoder_exit_layers", None):
+        if not model.exit_origins:
             logger.warning("training: the model has no exits; only its last layer is trained")
         self.exits, self.method = model, method
         with torch.random.fork_rng(devices=()):  # the same in every process

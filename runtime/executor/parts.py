@@ -33,10 +33,15 @@ class _Group(NamedTuple):
     stop: int
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
 
-_Key = tuple[_Group, int, int, int]
-"""Rows, new tokens per row at the boundary, extent of the states, epoch of the tensors of earlier
-steps."""
+
+_Key = tuple[_Group | None, int, int, int]
+"""Rows (None: all), new tokens per row at the boundary, extent of the states, epoch of the tensors
+of earlier steps."""
 
 
 def _part_of(bound: Bound, group: _Group, token_axis: int | None) -> Bound:
@@ -104,7 +109,7 @@ class Part:
         if groups is None:
             if least and "most" in self.variant.lengths:
                 self._session.places.write_most(new + least)
-            new_states = self._call(_Group(0, self._batch, new), new)
+            new_states = self._call(None, new)
             if new_states is not None:
                 self.states.append(new_states)
             return
@@ -143,7 +148,7 @@ class Part:
         late = gaps or self.states.longest() > 0
         return several and "most" in self.variant.lengths and late
 
-    def _call(self, group: _Group, new: int) -> NewStates | None:
+    def _call(self, group: _Group | None, new: int) -> NewStates | None:
         key = group, new, self.states.extent, self._session.handed.epoch
         run, new_states = self._bindings.get(key) or self._bind(key)
         try:
@@ -156,7 +161,7 @@ class Part:
         """The single call that `run` consists of; None if `run` does more."""
         if self._appends or (new > 1 and self._row_by_row(new)):
             return None
-        key = _Group(0, self._batch, new), new, self.states.extent, self._session.handed.epoch
+        key = None, new, self.states.extent, self._session.handed.epoch
         run, _ = self._bindings.get(key) or self._bind(key)
         return run
 
@@ -180,14 +185,15 @@ class Part:
                 outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
         if not self._appends:
             outputs |= self.states.present()
-        if group != _Group(0, self._batch, new):
+        if group is not None:
             per_token = [*self.component.inputs, *self.component.outputs]
             axes = {t.name: t.axes.index("new") for t in per_token if "new" in t.axes}
             inputs = {k: _part_of(v, group, axes.get(k)) for k, v in inputs.items()}
             outputs = {k: _part_of(v, group, axes.get(k)) for k, v in outputs.items()}
         new_states = None
         if self._appends:
-            new_states = self._new_states(group.stop - group.start, group.tokens)
+            rows, count = (self._batch, new) if group is None else (group.rows, group.tokens)
+            new_states = self._new_states(rows, count)
             outputs |= new_states.bound
         run = session.components.graph(self.name).bind(inputs, outputs)
         if self._answers.bound:

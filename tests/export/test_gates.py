@@ -27,22 +27,14 @@ from edgeexit.measure.check import check
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
 from tests.vision_models import DECODERS, GATES, LAYERS, PLACEHOLDER, gated
-from tests.vision_reference import Asked, in_float64, prompts_of, random_pixels
+from tests.vision_reference import Asked, asked_of, in_float64
 
 KINDS = ["start", "two", "none", "middle", "start"]
 
 
 @pytest.fixture(scope="session")
 def asked(vision_folder: Callable[[str], Path]) -> Callable[[str], Asked]:
-    def make(family: str) -> Asked:
-        split = gated(family, vision_folder(family))
-        tokens = int(split.whole.tower.tokens)
-        prompts = prompts_of(tokens, KINDS)
-        counts = [prompt.count(PLACEHOLDER) // tokens for prompt in prompts]
-        images = random_pixels(split, sum(counts)).split(counts)
-        return Asked(split, prompts, [own if len(own) else None for own in images])
-
-    return functools.cache(make)
+    return functools.cache(lambda family: asked_of(gated(family, vision_folder(family)), KINDS))
 
 
 def policy(thresholds: dict[str, float]) -> Policy:

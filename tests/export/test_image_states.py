@@ -29,7 +29,7 @@ from tests.vision_models import (
     PLACEHOLDER,
     load_split,
 )
-from tests.vision_reference import Asked, prompts_of, random_pixels
+from tests.vision_reference import Asked, asked_of, prompts_of, random_pixels
 
 KINDS = ["start", "two", "none", "middle"]
 Bundles = Callable[[str], Bundle]
@@ -37,15 +37,9 @@ Bundles = Callable[[str], Bundle]
 
 @pytest.fixture(scope="session")
 def asked(vision_folder: Callable[[str], Path]) -> Callable[[str], Asked]:
-    def make(family: str) -> Asked:
-        split = load_split(family, vision_folder(family))
-        tokens = int(split.whole.tower.tokens)
-        prompts = prompts_of(tokens, KINDS)
-        counts = [prompt.count(PLACEHOLDER) // tokens for prompt in prompts]
-        images = random_pixels(split, sum(counts)).split(counts)
-        return Asked(split, prompts, [own if len(own) else None for own in images])
-
-    return functools.cache(make)
+    return functools.cache(
+        lambda family: asked_of(load_split(family, vision_folder(family)), KINDS)
+    )
 
 
 def leaving(model: Model, asked: Asked) -> dict[str, float]:
