@@ -180,8 +180,9 @@ def calibrate(
         )
         thresholds = dict(zip(trace.exits[:-1], found, strict=True))
     taken = replay(trace, Rule(thresholds=thresholds, score=score))
-    rules = {name: Rule(score=one) for name, one in trace.other_chains.items()}  # never stop
-    rules |= {name: rule for name, rule in trace.policy.items() if rule != Rule()}
+    never = {name: Rule(score=one) for name, one in trace.other_chains.items()}
+    stopping = {name: rule for name, rule in trace.policy.items() if rule != Rule()}
+    rules = {**trace.policy, **never, **stopping}
     rules[trace.chain] = _rule(trace, thresholds, score)
     calibration = {
         "method": "sweep, per exit" if per_exit else "sweep",
