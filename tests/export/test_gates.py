@@ -234,18 +234,28 @@ def test_all_gates_have_scores_that_the_reference_computes(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_check_compares_the_scores_of_gates(
-    vision_folder: Callable[[str], Path], tmp_path: Path, dtype: str
+    vision_folder: Callable[[str], Path],
+    gated_bundle: Callable[[str], Bundle],
+    tmp_path: Path,
+    dtype: str,
 ) -> None:
-    split = gated("llava", vision_folder("llava")).split_model()
-    export(split, tmp_path / "bundle", dtype=dtype)
-    with load(tmp_path / "bundle", all_scores=True) as model:
+    bundle = gated_bundle("llava").path
+    if dtype != "float32":
+        bundle = tmp_path / "bundle"
+        export(gated("llava", vision_folder("llava")).split_model(), bundle, dtype=dtype)
+    with load(bundle, all_scores=True) as model:
         report = check(model)
     assert report.passed, [c for c in report.comparisons if not c.passed]
     compared = [c.where for c in report.comparisons if c.what.startswith("score gate")]
     assert compared == ["gate_1", "gate_3"]
     assert any(c.what.endswith("in pieces") for c in report.comparisons)
-    wrong = changed_reference(split, lambda scores: 1 - scores)
-    export(wrong, tmp_path / "wrong", dtype=dtype)
+
+
+def test_check_fails_for_gates_with_other_scores(
+    vision_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    split = gated("llava", vision_folder("llava")).split_model()
+    export(changed_reference(split, lambda scores: 1 - scores), tmp_path / "wrong")
     with load(tmp_path / "wrong", all_scores=True) as model:
         found = [c.where for c in check(model).comparisons if not c.passed]
     assert found == ["gate_1", "gate_3"]
