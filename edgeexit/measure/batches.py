@@ -34,12 +34,14 @@ class Batch:
         labels: ``[batch]`` class indices, or None.
         rows: Number of rows.
         numbers: Index of each row in the data set, if batches are in another order.
+        asked: Number of tokens of each row that ask for the others; None: rows are not texts.
     """
 
     inputs: dict[str, NDArray]
     labels: NDArray[np.int64] | None
     rows: int
     numbers: NDArray[np.int64] | None = None
+    asked: NDArray[np.int64] | None = None
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 Formats: ``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; ``.npz`` keyed by
 the program's inputs; or ``module:function`` that returns a list of texts, of lists of ids, or of
-such objects. If an encoder reads the prompt, ``target`` is the text of the decoder. A line may have
-``image`` or ``images``: paths, relative to the file.
+such objects. ``target`` is the answer to a prompt: what traces are about. If an encoder reads the
+prompt, it is the text of the decoder. A line may have ``image`` or ``images``: paths, relative to
+the file.
 """
 
 from __future__ import annotations
@@ -37,10 +38,16 @@ class Text:
     Attributes:
         tokens: Token ids for the decoder.
         inputs: Inputs of earlier chains, with one row.
+        asked: Number of tokens in front of a target.
     """
 
     tokens: list[int]
     inputs: dict[str, NDArray] = field(default_factory=dict)
+    asked: int = 0
+
+    def row(self, tokens: str) -> dict[str, NDArray]:
+        """The program's inputs, with one row; `tokens`: the name of the decoder's."""
+        return {tokens: np.array([self.tokens])} | self.inputs
 
 
 def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Text]:
@@ -49,8 +56,8 @@ def read_texts(source: str, bundle: Bundle, *, targets: bool = False) -> list[Te
     Args:
         source: A ``.jsonl`` or ``.npz`` file, or ``module:function``.
         bundle: Of a model that writes text.
-        targets: If an encoder reads the prompt, also read the decoder's text. Without, the
-            decoder's text has only the start tokens.
+        targets: Also read targets. Without, a text ends with its prompt, or has only the start
+            tokens if an encoder reads the prompt.
 
     Raises:
         DataError: The texts cannot be read or do not fit; with file and line.
@@ -119,28 +126,31 @@ def as_data(texts: Sequence[Text | Callable[[], Text]], bundle: Bundle, name: st
     assert decoding is not None
 
     def batches(size: int, update: Update) -> Iterator[Batch]:
-        alike: dict[object, dict[int, dict[str, NDArray]]] = {}
+        alike: dict[object, dict[int, Text]] = {}
         for number, given in enumerate(texts):
             text = given() if callable(given) else given
-            row = {decoding.tokens: np.array([text.tokens])} | text.inputs
+            row = text.row(decoding.tokens)
             for name, value in sorted(row.items()):
                 update(f"{name} {value.dtype.str} {value.shape} ".encode() + value.tobytes())
+            if text.asked:
+                update(f"asked {text.asked} ".encode())
             same = alike.setdefault(tuple(value.shape for value in row.values()), {})
-            same[number] = row
+            same[number] = text
             if len(same) == size:
-                yield _together(same)
+                yield _together(same, decoding.tokens)
                 same.clear()
         for same in alike.values():
             if same:
-                yield _together(same)
+                yield _together(same, decoding.tokens)
 
     return DataSet(name=name, rows=len(texts), _batches=batches)
 
 
-def _together(rows: Mapping[int, Mapping[str, NDArray]]) -> Batch:
-    names = next(iter(rows.values()))
-    inputs = {name: np.concatenate([row[name] for row in rows.values()]) for name in names}
-    return Batch(inputs, None, len(rows), np.array(list(rows)))
+def _together(texts: Mapping[int, Text], tokens: str) -> Batch:
+    rows = [text.row(tokens) for text in texts.values()]
+    inputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    asked = np.array([text.asked for text in texts.values()])
+    return Batch(inputs, None, len(rows), np.array(list(texts)), asked)
 
 
 def vocabulary(bundle: Bundle, ids: str) -> int:
@@ -172,7 +182,10 @@ class _Reader:
                 if images
                 else (self._ids(given, self._tokens, where), {})
             )
-            return Text(tokens, inputs)
+            if not self._targets or row.get("target") is None:
+                return Text(tokens, inputs)
+            written = self._ids(row["target"], self._tokens, where, special_tokens=False)
+            return Text([*tokens, *written], inputs, len(tokens))
         inputs = self._seen(given, images, where)[1] if images else self._source(given, where)
         if not self._targets:
             return Text(list(self._start), inputs)
@@ -244,14 +257,14 @@ class _Reader:
         mask = {} if preprocessing.mask is None else {preprocessing.mask: np.ones_like(ids)}
         return {preprocessing.ids: ids} | mask
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self._bundle)
-        return encode(self._tokenizer, text)
+        return encode(self._tokenizer, text, special_tokens=special_tokens)
 
-    def _ids(self, given: Any, name: str, where: str) -> list[int]:
+    def _ids(self, given: Any, name: str, where: str, *, special_tokens: bool = True) -> list[int]:
         if isinstance(given, str):
-            given = self._encode(given)
+            given = self._encode(given, special_tokens=special_tokens)
         limit = vocabulary(self._bundle, name)
         if isinstance(given, np.ndarray):
             given = given.tolist()

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 NO_LABEL = -1
 """Label of a token without a next token."""
+NOT_SCORED = -2
+"""Label of a token whose next one belongs to a prompt before a target; traces have no such rows."""
 
 
 @dataclass(frozen=True)
@@ -243,13 +245,17 @@ def _about_rows(batch: Batch, tokens: NDArray | None) -> dict[str, NDArray]:
     assert batch.numbers is not None
     following = np.full_like(tokens, NO_LABEL)
     following[:, :-1] = tokens[:, 1:]
+    if batch.asked is not None:
+        places = np.arange(1, tokens.shape[1] + 1)
+        following[places < batch.asked[:, None]] = NOT_SCORED
     groups = np.repeat(batch.numbers, tokens.shape[1])
     return {"labels": following.reshape(-1), "groups": groups}
 
 
 def _without(said: Mapping[str, NDArray], placeholders: Sequence[int]) -> dict[str, NDArray]:
-    """The rows whose label is no placeholder, and whose token reached every exit."""
-    kept = ~np.isin(said["labels"], placeholders)
+    """The rows whose label is no placeholder and no token of a prompt before a target, and whose
+    token reached every exit."""
+    kept = ~np.isin(said["labels"], [*placeholders, NOT_SCORED])
     kept &= (said["predictions"] != NO_TOKEN).all(axis=0)
     return {name: values[..., kept] for name, values in said.items()}
 

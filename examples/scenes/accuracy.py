@@ -24,8 +24,8 @@ from edgeexit.export.pretrained import from_pretrained
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
+from conversations import IGNORED  # noqa: E402
 from exits import collate, question  # noqa: E402
-from language import IGNORED  # noqa: E402
 from model import make_processor  # noqa: E402
 from train import Pixels  # noqa: E402
 
@@ -74,7 +74,12 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
 def table(model: Any, split: str, count: int) -> Shares:
     """Exit -> ``kind steps`` -> share of right answers."""
     shares: Shares = {}
-    for kind, most in (("read", 0), ("follow", data.MOST_STEPS), ("go", data.MOST_STEPS)):
+    for kind, most in (
+        ("read", 0),
+        ("walk", 0),
+        ("follow", data.MOST_STEPS),
+        ("go", data.MOST_STEPS),
+    ):
         for steps in range(min(1, most), most + 1):
             hits: dict[str, list[bool]] = {}
             for batch in batches(split, kind, steps, count):

@@ -1,13 +1,14 @@
 """Scenes: pictures of cards with two handwritten digits each, and questions that follow the cards.
 
-A card leads from its left digit to its right one, and the cards of a scene form one ring. Three
+A card leads from its left digit to its right one, and the cards of a scene form one ring. Four
 kinds of questions are asked about a scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
 - ``follow``: "read the cards , from 3 go two", answered by the cards, the question and where two
   steps from 3 lead, ``3 5 , 7 1 , 5 7 : from 3 go two : 7``. The model describes the scene and then
   works on its own text;
-- ``go``: "from 3 go two", answered at once, ``7``. The model must follow the cards in its layers.
+- ``go``: "from 3 go two", answered at once, ``7``. The model must follow the cards in its layers;
+- ``walk``: "walk from 3", answered by the whole ring, ``5 7 1 3``. Each token follows one card.
 
 So most tokens of an answer are easy (they are read off the picture), and few are hard, the more so
 the more steps they take (`Item.steps`). The digits are scikit-learn's, split as in the digits
@@ -58,6 +59,7 @@ SIZE = CELL * ROWS
 
 CARDS = COLUMNS * ROWS
 FEWEST, MOST_STEPS = 4, len(STEPS)
+KINDS = ("read", "follow", "go", "walk")
 BLANK = 10
 """What `Scene.cover` has where no card lies."""
 
@@ -93,9 +95,9 @@ class Item:
     """A picture with a question about it and its answer.
 
     Attributes:
-        kind: ``read``, ``follow`` or ``go``.
-        steps: How many cards must be followed; 0 for ``read``. With the number of cards, the
-            item's difficulty.
+        kind: One of `KINDS`.
+        steps: How many cards must be followed for a token; 0 for ``read``, 1 for ``walk``. With the
+            number of cards, the item's difficulty.
     """
 
     picture: Image.Image
@@ -130,9 +132,14 @@ def ask(
 
     >>> ask(Scene(np.array([[3, 5], [5, 3]]), np.array([0, 1])), "follow", 3, 1)
     ('read the cards , from 3 go one', '3 5 , 5 3 : from 3 go one : 5')
+    >>> ask(Scene(np.array([[3, 5], [5, 3]]), np.array([0, 1])), "walk", 3, 1)
+    ('walk from 3', '5 3')
     """
     if kind == "read":
         return "read the cards", listing(scene, words)
+    if kind == "walk":
+        ring = range(1, len(scene.cards) + 1)
+        return f"walk from {words[start]}", " ".join(words[scene.go(start, n)] for n in ring)
     question, answer = f"from {words[start]} go {STEPS[steps - 1]}", words[scene.go(start, steps)]
     if kind == "go":
         return question, answer
@@ -198,7 +205,7 @@ def items(
     count: int,
     seed: int | Sequence[int],
     *,
-    kinds: Sequence[str] = ("read", "follow", "go"),
+    kinds: Sequence[str] = KINDS,
     most_steps: int = MOST_STEPS,
     of: str = "digits",
 ) -> list[Item]:
@@ -211,12 +218,12 @@ def items(
         start = int(rng.choice(scene.cards[:, 0]))
         steps = int(rng.integers(1, min(most_steps, len(scene.cards) - 1) + 1))
         question, answer = ask(scene, kind, start, steps, WORDS[of])
-        steps = 0 if kind == "read" else steps
+        steps = {"read": 0, "walk": 1}.get(kind, steps)
         made.append(Item(draw(scene, split, rng, of), scene, kind, steps, question, answer))
     return made
 
 
-def preview(path: Path, rows: int = 2, columns: int = 3, zoom: int = 3) -> None:
+def preview(path: Path, rows: int = 2, columns: int = 4, zoom: int = 3) -> None:
     """A sheet of scenes of the test split, each with its question and answer."""
     edge, margin, text = SIZE * zoom, 12, 44
     width, height = 300, edge + text + margin

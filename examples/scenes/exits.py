@@ -34,7 +34,7 @@ from edgeexit.export.pretrained import from_pretrained
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
-from language import IDS, IGNORED, Turns  # noqa: E402
+from conversations import IDS, IGNORED, Turns  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
@@ -74,7 +74,7 @@ def question(
     scene: data.Scene, rng: np.random.Generator, kind: str | None = None, steps: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of one question with its answer, and the labels; by default of any kind."""
-    kind = kind or str(rng.choice(["read", "follow", "go", "go"]))
+    kind = kind or str(rng.choice(["read", "walk", "follow", "go", "go"]))
     steps = steps or int(rng.integers(1, min(data.MOST_STEPS, len(scene.cards) - 1) + 1))
     asked, answer = data.ask(scene, kind, int(rng.choice(scene.cards[:, 0])), steps)
     prompt = [IDS[USER], *[IDS[IMAGE]] * PATCHES, *(IDS[w] for w in f"{asked} {ASSISTANT}".split())]

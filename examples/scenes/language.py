@@ -1,15 +1,20 @@
 """The first stage of training: the language model alone, on scenes whose image tokens are made from
 what lies there.
 
-A small language model learns to follow cards only from few cards and few steps on, and needs many
-thousand scenes for it. `SoftImages` therefore stands in for the tower: a token per patch that says
-which class lies there, and where. The tower then learns to make the same tokens from pixels
-(`train`), and both are trained together at the end.
+A small language model learns to follow cards only from few steps on, and needs many thousand scenes
+for it. `SoftImages` therefore stands in for the tower: a token per patch that says which class lies
+there, and where. The tower then learns to make the same tokens from pixels (`train`), and both are
+trained together at the end.
 
 It begins with text alone, where a description stands first: conversations are shorter, and what is
-learnt there serves for pictures. `Level` makes scenes harder, and `path_loss` says what each layer
-should have found out. Without it, the first step is found in the last layer, where no second one
-can follow.
+learnt there serves for pictures. Three things make it learn at all, or several times sooner:
+
+- walks: in an answer such as ``5 7 1 3`` each token follows one card, so steps are learnt from many
+  tokens at once;
+- `lefts_loss`: behind layer 2 a card's right digit must know the left one, and the place of an
+  answer where it starts;
+- `path_loss` says what each layer should have found out. Without it, the first step is found in the
+  last layer, where no second one can follow.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,17 +34,13 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
-from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
+from conversations import IDS, IGNORED, KINDS, Level, Turns, cover_of, make_scenes
+from model import END, PATCHES, WORDS
 
-IGNORED, SAVE_EVERY = -100, 100
-FIRST_STEP = 3
-"""The layer that should have followed a card; the next one has followed two."""
-FEWEST = 2
-"""Cards of the first scenes."""
-IDS = {word: number for number, word in enumerate(WORDS)}
-KINDS = ("read", "go", "follow", "after")
-"""What a token of an answer belongs to: the cards, an answer at once, behind a description, or in
-a turn after a description."""
+SAVE_EVERY = 100
+PAIRED, FIRST_STEP = 2, 4
+"""The layer that should know what each card leads from; that which should have followed a card; the
+one behind it has followed two."""
 
 
 class SoftImages(nn.Module):
@@ -56,129 +58,8 @@ class SoftImages(nn.Module):
         return self.what(cover) + self.where.weight
 
 
-@dataclass
-class Level:
-    """How hard questions are by now: cards in a scene, steps at once, steps behind a description.
-    Each rises when the last questions were answered right."""
-
-    cards: int = FEWEST
-    go: int = 1
-    after: int = 1
-    shares: dict[str, float] = field(default_factory=dict)
-
-    RISES = 0.9
-
-    def note(self, shares: dict[str, float], cards: int) -> None:
-        """Takes the share of right answers of a step by ``kind steps``, on scenes of so many
-        cards; only those of the hardest scenes count."""
-        if cards < self.cards:
-            return
-        for name, share in shares.items():
-            self.shares[name] = 0.9 * self.shares.get(name, 0.0) + 0.1 * share
-        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
-        if not known or min(self._least(kind) for kind in known) < self.RISES:
-            return
-        if self.cards < data.CARDS:
-            self.cards += 1
-            self.shares = {name: 0.5 * share for name, share in self.shares.items()}
-            return
-        for kind in known:
-            setattr(self, kind, min(getattr(self, kind) + 1, data.MOST_STEPS))
-
-    def _least(self, kind: str) -> float:
-        """The share of right answers to the questions of a kind that are answered worst."""
-        most = min(getattr(self, kind), self.cards - 1)
-        return min(self.shares.get(f"{kind} {steps}", 0.0) for steps in range(1, most + 1))
-
-
-class Turns:
-    """Conversations about scenes as token ids: questions at once, then one that describes the scene
-    first, then more. All rows of a batch have one length.
-
-    Attributes:
-        ids: ``[batch, seq]``; image tokens first, if there are any.
-        labels: ``[batch, seq]``, `IGNORED` but for answers.
-        kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
-        steps: ``[batch, seq]``, the steps of the question that a token answers.
-        paths: ``[batch, seq, MOST_STEPS]``, where 1, 2, ... of these steps lead, for a token that
-            names where all of them lead; else `IGNORED`.
-    """
-
-    def __init__(
-        self,
-        scenes: Sequence[data.Scene],
-        rng: np.random.Generator,
-        level: Level,
-        before: int,
-        after: int,
-        image: bool = True,
-        of: str = "digits",
-    ) -> None:
-        rows = [self._row(s, rng, level, before, after, image, data.WORDS[of]) for s in scenes]
-        self.ids, self.labels, self.kinds, self.steps, self.paths = (
-            torch.tensor([row[column] for row in rows]) for column in range(5)
-        )
-
-    @staticmethod
-    def _row(scene, rng, level, before, after, image, words):  # type: ignore[no-untyped-def]
-        ids: list[int] = [IDS[USER]]
-        if image:
-            ids += [IDS[IMAGE]] * PATCHES
-        labels, kinds, hops = [IGNORED] * len(ids), [0] * len(ids), [0] * len(ids)
-        nowhere = [IGNORED] * data.MOST_STEPS
-        paths = [nowhere] * len(ids)
-
-        def add(text: str, kind: int = 0, steps: int = 0, learn: bool = True) -> None:
-            new = [IDS[word] for word in text.split()]
-            ids.extend(new)
-            labels.extend(new if kind and learn else [IGNORED] * len(new))
-            kinds.extend([kind] * len(new))
-            hops.extend([steps] * len(new))
-            paths.extend([nowhere] * len(new))
-
-        def steps_of(most: int) -> int:
-            most = min(most, len(scene.cards) - 1)
-            return most if rng.random() < 0.4 else int(rng.integers(1, most + 1))
-
-        if not image:
-            add(f"read the cards {ASSISTANT} {data.listing(scene, words)} {END} {USER}")
-        for turn in range(before + 1 + after):
-            if turn:
-                add(USER)
-            late = turn >= before
-            steps = steps_of(level.after if late else level.go)
-            start = int(rng.choice(scene.cards[:, 0]))
-            describes = turn == before
-            kind = "follow" if describes else "go"
-            question, answer = data.ask(scene, kind, start, steps, words)
-            add(f"{question} {ASSISTANT}")
-            if describes:
-                cards, asked, answer = answer.split(" : ")
-                add(f"{cards} :", 1 + KINDS.index("read"), 0, image)
-                add(f"{asked} :", 1 + KINDS.index("read"))
-                kind = "follow"
-            elif late:
-                kind = "after"
-            path = [scene.go(start, min(steps, n)) for n in range(1, data.MOST_STEPS + 1)]
-            add(f"{answer} {END}", 1 + KINDS.index(kind), steps)
-            paths[-2] = [IDS[words[place]] for place in path]
-        return ids, labels, kinds, hops, paths
-
-
-def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:
-    """Scenes with the same number of cards."""
-    cards = level.cards if rng.random() < 0.5 else int(rng.integers(FEWEST, level.cards + 1))
-    return [data.make_scene(rng, cards) for _ in range(count)]
-
-
-def cover_of(scenes: Sequence[data.Scene]) -> torch.Tensor:
-    """The class at each patch ``[batch, patches]``; a cell has 2 x 2 patches."""
-    cells = np.stack([scene.cover() for scene in scenes])
-    return torch.from_numpy(cells.repeat(2, 1).repeat(2, 2).reshape(len(scenes), PATCHES))
-
-
 def answer_loss(
-    logits: torch.Tensor, turns: Turns, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+    logits: torch.Tensor, turns: Turns, weights: Sequence[float] = (1.0,) * len(KINDS)
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The sum over kinds of the mean cross-entropy of a kind's tokens, and the share of right
     answers by ``kind steps``."""
@@ -221,27 +102,104 @@ def path_loss(
     return torch.stack(losses).sum()
 
 
+def lefts_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torch.Tensor:
+    """Cross-entropy in nats of what cards and questions start from (`Turns.lefts`), as a probe
+    reads it from states ``[batch, seq, width]``."""
+    known = turns.lefts != IGNORED
+    return functional.cross_entropy(probe(states[known]), turns.lefts[known])
+
+
 @dataclass
 class Settings:
     """How the language model is trained.
 
     Attributes:
-        steps: Of the whole stage; of these, the first `text` are without images.
-        path: Weight of `path_loss`.
-        rate: Highest learning rate. It rises over `warm_up` steps and falls in the last third.
+        text: Steps without images, at most; they end when all questions are answered.
+        image: Steps with images, at most.
+        rate: Learning rate. It rises over `warm_up` steps.
     """
 
-    steps: int = 5000
-    text: int = 2500
-    path: float = 1.0
+    text: int = 3000
+    image: int = 2000
     batch: int = 32
     rate: float = 2e-3
-    warm_up: int = 100
+    warm_up: int = 50
 
-    def rate_at(self, step: int) -> float:
-        rising = min(1.0, (step + 1) / self.warm_up)
-        falling = min(1.0, max(0.05, (self.steps - step) / (0.3 * self.steps)))
-        return self.rate * rising * falling
+
+class LanguageStage:
+    """The language model with what is trained beside it, and how far it got."""
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, soft: SoftImages, settings: Settings
+    ) -> None:
+        self.language, self.head, self.soft = model.model.language_model, model.lm_head, soft
+        self.settings = settings
+        self.probe = nn.Linear(model.config.text_config.hidden_size, len(WORDS))
+        parts = (self.language, self.soft, self.probe)
+        self.weights = [weight for part in parts for weight in part.parameters()]
+        groups = [
+            {"params": [w for w in self.weights if w.ndim > 1], "weight_decay": 0.05},
+            {"params": [w for w in self.weights if w.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+        self.level, self.step, self.images_since = Level(), 0, -1
+
+    def done(self) -> bool:
+        """Turns from text to images when it is time; whether the images are done, too."""
+        begun = self.images_since if self.images_since >= 0 else 0
+        most = self.settings.image if self.images_since >= 0 else self.settings.text
+        if self.step - begun < most and not self.level.passed():
+            return False
+        if self.images_since >= 0:
+            return True
+        self.images_since, self.level = self.step, Level()
+        return False
+
+    def take(self) -> torch.Tensor:
+        """One step of training. Returns the loss."""
+        rng = np.random.default_rng([1, self.step])
+        image = self.images_since >= 0
+        scenes = make_scenes(rng, self.settings.batch, self.level)
+        turns = Turns(scenes, rng, self.level, *((5, 4) if image else (0, 10)), image)
+        with autocast():
+            embedded = self.language.embed_tokens(turns.ids)
+            if image:
+                seen = self.soft(cover_of(scenes))
+                embedded = torch.cat([embedded[:, :1], seen, embedded[:, 1 + PATCHES :]], dim=1)
+            made = self.language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+            logits = self.head(made.last_hidden_state)
+        loss, shares = answer_loss(logits.float(), turns)
+        loss = loss + path_loss(made.hidden_states, self._read, turns)
+        loss = loss + lefts_loss(made.hidden_states[PAIRED], self.probe, turns)
+        self.level.note(shares, len(scenes[0].cards))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate * min(1.0, (self.step + 1) / self.settings.warm_up)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss
+
+    def _read(self, state: torch.Tensor) -> torch.Tensor:
+        return self.head(self.language.norm(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {"level": asdict(self.level), "at": [self.step, self.images_since]}
+
+    def load_state_dict(self, known: dict[str, Any]) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(known[name])
+        self.level = Level(**known["level"])
+        self.step, self.images_since = known["at"]
+
+    PARTS = ("language", "soft", "probe", "optimizer")
+
+
+def autocast() -> torch.autocast:
+    """Products in bfloat16 on processors that have instructions for them: half of the time."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
 
 
 def train_language(
@@ -249,58 +207,19 @@ def train_language(
 ) -> None:
     """Trains a language model and the image tokens that it reads. Goes on from `file`, where it
     stores itself every `SAVE_EVERY` steps."""
-    language, head = model.model.language_model, model.lm_head
-    weights = [*language.parameters(), *soft.parameters()]
-    matrices = [weight for weight in weights if weight.ndim > 1]
-    others = [weight for weight in weights if weight.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
-    level, first = Level(), 0
+    stage = LanguageStage(model, soft, settings)
     if file.exists():
-        known = torch.load(file, weights_only=True)
-        language.load_state_dict(known["lm"])
-        soft.load_state_dict(known["soft"])
-        optimizer.load_state_dict(known["opt"])
-        level, first = Level(**known["level"]), known["step"]
+        stage.load_state_dict(torch.load(file, weights_only=True))
+    # On processors its gradients take a third of the time of the fused form's in bfloat16.
+    model.set_attn_implementation({"text_config": "eager"})
     started = time.monotonic()
-    for step in range(first, settings.steps):
-        rng = np.random.default_rng([1, step])
-        image = step >= settings.text
-        if step == settings.text:
-            level = Level(cards=data.FEWEST)
-        scenes = make_scenes(rng, settings.batch, level)
-        before, after = (6, 6) if image else (0, 10)
-        turns = Turns(scenes, rng, level, before, after, image)
-        embedded = language.embed_tokens(turns.ids)
-        if image:
-            embedded = torch.cat(
-                [embedded[:, :1], soft(cover_of(scenes)), embedded[:, 1 + PATCHES :]], dim=1
-            )
-        made = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
-        loss, shares = answer_loss(head(made.last_hidden_state), turns)
-
-        def read(state: torch.Tensor) -> torch.Tensor:
-            return head(language.norm(state))
-
-        loss = loss + settings.path * path_loss(made.hidden_states, read, turns)
-        level.note(shares, len(scenes[0].cards))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        if step % 25 == 24:
-            say("language", step, started, loss, level)
-        if step % SAVE_EVERY == SAVE_EVERY - 1 or step == settings.steps - 1:
-            store(
-                file,
-                lm=language.state_dict(),
-                soft=soft.state_dict(),
-                opt=optimizer.state_dict(),
-                level=asdict(level),
-                step=step + 1,
-            )
+    while not stage.done():
+        loss = stage.take()
+        if stage.step % 25 == 0:
+            say("language", stage.step, started, loss, stage.level)
+        if stage.step % SAVE_EVERY == 0:
+            store(file, **stage.state_dict())
+    store(file, **stage.state_dict())
 
 
 def store(file: Path, **state: object) -> None:

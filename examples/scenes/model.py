@@ -31,7 +31,7 @@ from small_llava import (  # noqa: E402
 PATCH = 8
 PATCHES = (data.SIZE // PATCH) ** 2
 TOWER_LAYERS, TOWER_WIDTH = 6, 96
-LAYERS, WIDTH, INNER, HEADS, KEY_HEADS = 8, 256, 512, 8, 4
+LAYERS, WIDTH, HEAD = 12, 192, 32
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 CHAT = (
     "{% for message in messages %}"
@@ -45,7 +45,7 @@ CHAT = (
 """``USER: <image> from 3 go two ASSISTANT: 7 <|end|> USER: ...``, as `language.Turns` writes it."""
 
 WORDS = [END, IMAGE, USER, ASSISTANT, *data.DIGITS]
-WORDS += ["from", "go", "read", "the", "cards", ",", ":", *data.STEPS, *data.GARMENTS]
+WORDS += ["from", "go", "walk", "read", "the", "cards", ",", ":", *data.STEPS, *data.GARMENTS]
 
 
 def make_model(layers: int = LAYERS, width: int = WIDTH) -> LlavaForConditionalGeneration:
@@ -55,7 +55,7 @@ def make_model(layers: int = LAYERS, width: int = WIDTH) -> LlavaForConditionalG
             hidden_size=TOWER_WIDTH,
             intermediate_size=2 * TOWER_WIDTH,
             num_hidden_layers=TOWER_LAYERS,
-            num_attention_heads=HEADS // 2,
+            num_attention_heads=TOWER_WIDTH // HEAD,
             image_size=data.SIZE,
             patch_size=PATCH,
             vision_use_head=False,
@@ -63,10 +63,10 @@ def make_model(layers: int = LAYERS, width: int = WIDTH) -> LlavaForConditionalG
         text_config=LlamaConfig(
             vocab_size=len(WORDS),
             hidden_size=width,
-            intermediate_size=INNER * width // WIDTH,
+            intermediate_size=2 * width,
             num_hidden_layers=layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KEY_HEADS,
+            num_attention_heads=width // HEAD,
+            num_key_value_heads=width // HEAD // 2,
             max_position_embeddings=POSITIONS,
             tie_word_embeddings=True,
             bos_token_id=None,

@@ -35,7 +35,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
-from language import Level, Turns, answer_loss, cover_of, store  # noqa: E402
+from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
+from language import answer_loss, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
@@ -129,7 +130,7 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
     weights = [*split.parameters()]
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
-        scenes = language.make_scenes(rng, BATCH, level)
+        scenes = make_scenes(rng, BATCH, level)
         turns = Turns(scenes, rng, level, before=6, after=6)
         features = split.tower.each_exit(pixels(scenes, rng))
         whole = features.pop(split.tower.depth)
@@ -188,7 +189,7 @@ def main() -> None:
     split = ExitVisionLanguage(model, trunk(model), [], TOWER_EXITS)
     settings = language.Settings()
     if options.smoke:
-        settings = language.Settings(steps=2 * SMOKE, text=SMOKE, batch=2)
+        settings = language.Settings(text=SMOKE, image=SMOKE, batch=2)
     language.train_language(model, soft, settings, state / "language.pt")
     if options.stop_after == "language":
         return

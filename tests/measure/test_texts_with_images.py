@@ -17,7 +17,7 @@ from edgeexit.measure.calibrate import calibrate
 from edgeexit.measure.data import open_data
 from edgeexit.measure.given_text import on_given_texts
 from edgeexit.measure.texts import Text, as_data, read_texts
-from edgeexit.measure.trace import Trace, record
+from edgeexit.measure.trace import NO_LABEL, Trace, record
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
@@ -156,6 +156,29 @@ def test_placeholders_are_not_scored(model: Model, folder: Path, batch_size: int
             values = outputs[NEXT_LOG_PROB][0, scored]
             np.testing.assert_allclose(trace.next_log_probs[place, own], values, atol=1e-4)
     assert trace.batch_rows.sum() == trace.rows == 4 + 3 + 4
+
+
+def test_a_trace_is_about_the_target(model: Model, folder: Path) -> None:
+    """A row for each token of the target, with what every exit says behind the one before it."""
+    prompt, target = "<image>what is it?", "a cat"
+    path = write_lines(
+        folder,
+        {"text": prompt, "image": CAT, "target": target},
+        {"text": "no image", "target": target},
+    )
+    written = model.encode(target, special_tokens=False)
+    texts = read_texts(path, model.bundle, targets=True)
+    assert [text.tokens[text.asked :] for text in texts] == [written, written]
+    [seen, _] = read_texts(path, model.bundle)
+    assert seen.tokens == texts[0].tokens[: texts[0].asked]
+    trace = record(model, open_data(path, model.bundle), 2, token_times=False)
+    assert trace.labels is not None and trace.groups is not None
+    for number, text in enumerate(texts):
+        own = trace.groups == number
+        assert trace.labels[own].tolist() == [*written, NO_LABEL]
+        said = model.trace({"tokens": np.array([text.tokens])} | text.inputs)
+        expected = np.stack([outputs["token"][0] for outputs in said.outputs])
+        assert np.array_equal(trace.predictions[:, own], expected[:, text.asked - 1 :])
 
 
 def test_a_policy_on_given_texts_counts_no_placeholders(model: Model, folder: Path) -> None:

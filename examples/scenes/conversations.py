@@ -1,0 +1,199 @@
+"""Conversations about scenes as token ids with labels, and how hard their questions are by now."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import data
+from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
+
+IGNORED = -100
+EASY = 5
+"""Cards of the first scenes, at most."""
+WALKS = 0.5
+"""The share of questions that are walks."""
+IDS = {word: number for number, word in enumerate(WORDS)}
+KINDS = ("read", "walk", "go", "follow", "after")
+"""What a token of an answer belongs to: the cards, a walk, an answer at once, behind a description,
+or in a turn after a description."""
+
+
+@dataclass
+class Level:
+    """How hard questions are by now: cards in a scene, steps at once, steps behind a description.
+    Each rises when the last questions were answered right."""
+
+    cards: int = EASY
+    go: int = 1
+    after: int = 1
+    shares: dict[str, float] = field(default_factory=dict)
+
+    RISES = 0.9
+
+    def note(self, shares: dict[str, float], cards: int) -> None:
+        """Takes the share of right answers of a step by ``kind steps``, on scenes of so many
+        cards; only those of the hardest scenes count."""
+        if cards < self.cards:
+            return
+        for name, share in shares.items():
+            self.shares[name] = 0.9 * self.shares.get(name, 0.0) + 0.1 * share
+        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
+        if not known or min(self._least(kind) for kind in known) < self.RISES:
+            return
+        if self.cards < data.CARDS:
+            self.cards += 1
+            self.shares = {name: 0.5 * share for name, share in self.shares.items()}
+            return
+        for kind in known:
+            setattr(self, kind, min(getattr(self, kind) + 1, data.MOST_STEPS))
+
+    def passed(self) -> bool:
+        """Whether the hardest questions are answered right."""
+        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
+        hardest = all(getattr(self, kind) == data.MOST_STEPS for kind in known)
+        least = min((self._least(kind) for kind in known), default=0.0)
+        return self.cards == data.CARDS and hardest and least >= self.RISES
+
+    def _least(self, kind: str) -> float:
+        """The share of right answers to the questions of a kind that are answered worst."""
+        most = min(getattr(self, kind), self.cards - 1)
+        return min(self.shares.get(f"{kind} {steps}", 0.0) for steps in range(1, most + 1))
+
+
+class Turns:
+    """Conversations about scenes as token ids: questions at once, then one that describes the scene
+    first, then more. Rows are padded on the right.
+
+    Attributes:
+        ids: ``[batch, seq]``; image tokens first, if there are any.
+        labels: ``[batch, seq]``, `IGNORED` but for answers.
+        kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
+        steps: ``[batch, seq]``, the steps of the question that a token answers.
+        paths: ``[batch, seq, MOST_STEPS]``, where 1, 2, ... of these steps lead, for a token that
+            names where all of them lead; else `IGNORED`.
+        lefts: ``[batch, seq]``, what a card's right digit is led to from (in a description and in
+            the image), and what the question starts from that is answered next; else `IGNORED`.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[data.Scene],
+        rng: np.random.Generator,
+        level: Level,
+        before: int,
+        after: int,
+        image: bool = True,
+        of: str = "digits",
+    ) -> None:
+        rows = [_Row(rng, data.WORDS[of], image) for _ in scenes]
+        for row, scene in zip(rows, scenes, strict=True):
+            row.converse(scene, level, before, after)
+        length = max(len(row.ids) for row in rows)
+        nowhere = [IGNORED] * data.MOST_STEPS
+        self.ids = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
+        shape = (len(rows), length)
+        self.labels, self.lefts = (torch.full(shape, IGNORED) for _ in range(2))
+        self.kinds, self.steps = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+        self.paths = torch.tensor(nowhere).expand(*shape, -1).clone()
+        for number, row in enumerate(rows):
+            for place, (kind, steps) in row.said.items():
+                self.kinds[number, place], self.steps[number, place] = 1 + KINDS.index(kind), steps
+                self.labels[number, place] = row.ids[place]
+            for place, left in row.lefts.items():
+                self.lefts[number, place] = left
+            for place, path in row.paths.items():
+                self.paths[number, place] = torch.tensor(path)
+            if image:
+                cells = torch.from_numpy(scenes[number].cover()).repeat_interleave(2, 0)
+                lefts = torch.full((*cells.shape, 2), IGNORED)
+                known = cells[:, 0::2]
+                ids = torch.tensor([IDS[word] for word in [*data.WORDS[of], END]])
+                lefts[:, 1::2] = torch.where(known == data.BLANK, IGNORED, ids[known])[..., None]
+                self.lefts[number, 1 : 1 + PATCHES] = lefts.flatten()
+
+
+class _Row:
+    """A conversation while it is written; places are counted in tokens."""
+
+    def __init__(self, rng: np.random.Generator, words: Sequence[str], image: bool) -> None:
+        self.rng, self.words, self.image = rng, words, image
+        self.ids = [IDS[USER], *([IDS[IMAGE]] * PATCHES if image else [])]
+        self.said: dict[int, tuple[str, int]] = {}
+        self.lefts: dict[int, int] = {}
+        self.paths: dict[int, list[int]] = {}
+
+    def converse(self, scene: data.Scene, level: Level, before: int, after: int) -> None:
+        """Questions before a description, with it, and after it; without an image a description
+        stands first."""
+        if not self.image:
+            self._add(f"read the cards {ASSISTANT}")
+            self._describe(scene, learn=False)
+            self._add(f"{END} {USER}")
+        for turn in range(before + 1 + after):
+            if turn:
+                self._add(USER)
+            start = int(self.rng.choice(scene.cards[:, 0]))
+            late = turn >= before
+            if turn != before and self.rng.random() < WALKS:
+                self._walk(scene, start)
+            else:
+                most = level.after if late else level.go
+                kind = "follow" if turn == before else "after" if late else "go"
+                self._go(scene, start, self._steps(most, scene), kind)
+
+    def _add(self, text: str, kind: str = "", steps: int = 0) -> int:
+        """Appends text, as part of an answer of a kind. Returns its place."""
+        first = len(self.ids)
+        self.ids += [IDS[word] for word in text.split()]
+        if kind:
+            self.said |= dict.fromkeys(range(first, len(self.ids)), (kind, steps))
+        return first
+
+    def _describe(self, scene: data.Scene, *, learn: bool) -> None:
+        first = self._add(data.listing(scene, self.words), "read" if learn else "")
+        for number, left in enumerate(scene.cards[:, 0]):
+            self.lefts[first + 3 * number + 1] = IDS[self.words[left]]
+
+    def _walk(self, scene: data.Scene, start: int) -> None:
+        question, answer = data.ask(scene, "walk", start, 1, self.words)
+        self._add(f"{question} {ASSISTANT}")
+        self.lefts[len(self.ids) - 1] = IDS[self.words[start]]
+        first = self._add(f"{answer} {END}", "walk", 1)
+        for number, word in enumerate(answer.split()):
+            self.paths[first + number] = [IDS[word]] * data.MOST_STEPS
+
+    def _go(self, scene: data.Scene, start: int, steps: int, kind: str) -> None:
+        asked = "follow" if kind == "follow" else "go"
+        question, answer = data.ask(scene, asked, start, steps, self.words)
+        self._add(f"{question} {ASSISTANT}")
+        if asked == "follow":
+            _, again, answer = answer.split(" : ")
+            self._describe(scene, learn=self.image)
+            self._add(f": {again} :", "read")
+        self.lefts[len(self.ids) - 1] = IDS[self.words[start]]
+        place = self._add(f"{answer} {END}", kind, steps)
+        ways = [scene.go(start, min(steps, n)) for n in range(1, data.MOST_STEPS + 1)]
+        self.paths[place] = [IDS[self.words[way]] for way in ways]
+
+    def _steps(self, most: int, scene: data.Scene) -> int:
+        most = min(most, len(scene.cards) - 1)
+        return most if self.rng.random() < 0.4 else int(self.rng.integers(1, most + 1))
+
+
+def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:
+    """Scenes with the same number of cards."""
+    cards = level.cards if rng.random() < 0.5 else int(rng.integers(data.FEWEST, level.cards + 1))
+    return [data.make_scene(rng, cards) for _ in range(count)]
+
+
+def cover_of(scenes: Sequence[data.Scene]) -> torch.Tensor:
+    """The class at each patch ``[batch, patches]``; a cell has 2 x 2 patches."""
+    cells = np.stack([scene.cover() for scene in scenes])
+    return torch.from_numpy(cells.repeat(2, 1).repeat(2, 2).reshape(len(scenes), PATCHES))
