@@ -3,12 +3,13 @@
 
 `Lookup` drafts tokens from earlier occurrences of the last tokens (prompt lookup). `Copied` and
 `Missing` are alternatives to `Approximate` for tokens that skip layers: copy the keys and values of
-the last layer that ran, or add none. `Random` stops at random exits.
+the last layer that ran, or add none. `Random` stops at random exits, `Patience` where exits agree
+(PABEE).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,9 @@ class Missing(Approximate):
 class Random(Fast):
     """Stops at each exit with a given probability, independent of the score."""
 
-    def __init__(self, *arguments: Any, chances: Sequence[float], **options: Any) -> None:
+    def __init__(self, *arguments: Any, chances: Mapping[str, float], **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._chances = list(chances)
+        self._chances = chances
         self._rng = np.random.default_rng()
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
@@ -131,7 +132,51 @@ class Random(Fast):
         return super().prefill(prompts)
 
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
-        return [row for row in rows if self._rng.random() < self._chances[number]]
+        return [row for row in rows if self._rng.random() < self._chances[self.exits[number]]]
 
 
-__all__ = ["Copied", "Lookup", "Missing", "Random"]
+class Patience(Fast):
+    """Stops at the first exit that says what so many exits before it say, whatever the score
+    (PABEE, Zhou et al. 2020)."""
+
+    def __init__(self, *arguments: Any, patience: int = 1, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._patience = patience
+        self._said: dict[int, list[int]] = {}
+        self._first = next(n for n, one in enumerate(self._decisions) if one.consult)
+
+    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
+        gone = []
+        for row in rows:
+            said = [] if number == self._first else self._said[row]
+            self._said[row] = [*said, int(answers["token"][row])]
+            last = self._said[row][-self._patience - 1 :]
+            if len(last) > self._patience and len(set(last)) == 1:
+                gone.append(row)
+        return gone
+
+
+def exit_chances(exits: Mapping[str, int], early: Sequence[str]) -> dict[str, float]:
+    """Probability of stopping at each early exit, given that the token reached it.
+
+    Args:
+        exits: Tokens by exit.
+    """
+    left, found = sum(exits.values()), {}
+    for name in early:
+        found[name] = round(exits.get(name, 0) / left, 4) if left else 0.0
+        left -= exits.get(name, 0)
+    return found
+
+
+MODES: dict[str, Callable[..., Any]] = {
+    "lookup": lambda session, exits, _: Lookup(session, exits),
+    "copied": Copied,
+    "missing": Missing,
+    "random": Random,
+    "patience": Patience,
+}
+"""Name -> mode of a session, exits and decisions."""
+
+
+__all__ = ["MODES", "Copied", "Lookup", "Missing", "Patience", "Random", "exit_chances"]

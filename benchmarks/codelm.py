@@ -25,7 +25,8 @@ import numpy as np
 from results import HERE, RESULTS, ROOT, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import ALWAYS, decide
+from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, decide
+from edgeexit.bundle.policy_file import rules_to_json
 from edgeexit.bundle.reader import open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
@@ -41,7 +42,7 @@ from edgeexit.runtime.programs.modes.full import Full, Mode
 EXAMPLE = ROOT / "examples" / "codelm"
 sys.path.insert(0, str(EXAMPLE))
 import data  # noqa: E402
-from alternatives import Copied, Missing, Random  # noqa: E402
+from alternatives import Copied, Missing, Random, exit_chances  # noqa: E402
 
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
@@ -367,16 +368,38 @@ def early_exits(folder: Path) -> list[str]:
 
 
 def chain_side(
-    folder: Path, chosen: dict[str, Any], threads: Any, chances: list[float] | None = None
+    folder: Path, chosen: dict[str, Any], threads: Any, chances: dict[str, float] | None = None
 ) -> Side:
-    """The bundle in its own process, with all modes and alternatives."""
+    """The bundle in its own process, with all modes and alternatives. ``random`` uses `chances`;
+    ``audit`` and ``audit_loose`` also count agreement."""
+    names = early_exits(folder)
+
+    def rules(kind: str) -> dict[str, Any]:
+        found = chosen[kind]
+        own = {name: found["thresholds"].get(name, OUT_OF_REACH) for name in names}
+        return rules_to_json({"main": runtime.Rule(thresholds=own, score=found["score"])})
+
+    strict, loose = rules("strict"), rules("loose")
+    cases = {
+        mode: {"mode": mode, "rules": strict}
+        for mode in ("full", "exact", "fast", "approximate", "copied", "missing")
+    }
+    always = rules_to_json({"main": runtime.Rule(thresholds=ALWAYS)})
+    cases["lookup"] = {"mode": "lookup"}
+    cases["random"] = {
+        "mode": "random",
+        "rules": always,
+        "chances": chances or dict.fromkeys(names, 0.0),
+    }
+    cases["fast_loose"] = {"mode": "fast", "rules": loose}
+    cases["audit"] = {"mode": "fast", "rules": strict, "audit": True}
+    cases["audit_loose"] = {"mode": "fast", "rules": loose, "audit": True}
     own = {
         "bundle": str(folder / "bundle"),
         "prompts": str(folder / "prompts.npz"),
         "new_tokens": NEW_TOKENS,
         "capacity": CAPACITY,
-        "policies": chosen,
-        "chances": chances or [0.0] * len(early_exits(folder)),
+        "cases": cases,
         "threads": threads,
     }
     return Side("peers:alternatives", own, folder=str(HERE), name="chain")
@@ -465,15 +488,6 @@ def whole_rate(writer: Writer) -> float:
     records = writer.usual()
     took = sum(record["first_token_s"] + record["decode_s"] for record in records)
     return round(sum(len(record["tokens"]) for record in records) / took, 2)
-
-
-def exit_chances(exits: dict[str, int], early: list[str]) -> list[float]:
-    """Probability of stopping at each exit, given that the token reached it."""
-    left, found = sum(exits.values()), []
-    for name in early:
-        found.append(exits.get(name, 0) / left if left else 0.0)
-        left -= exits.get(name, 0)
-    return [round(chance, 4) for chance in found]
 
 
 def quality(

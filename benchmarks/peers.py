@@ -206,66 +206,64 @@ def alternatives(
     prompts: str,
     new_tokens: int,
     threads: Any,
-    policies: dict[str, dict[str, Any]],
-    chances: list[float],
     capacity: int,
+    cases: dict[str, dict[str, Any]],
 ) -> Subject:
-    """One loaded chain with all modes. Cases: the runtime's modes, ``lookup``, ``copied``,
-    ``missing`` and ``random``. Modes with exits use the policy ``strict``; ``random`` uses
-    `chances`; ``fast_loose`` uses the policy ``loose``. ``audit`` and ``audit_loose`` also count
-    agreement."""
-    from alternatives import Copied, Lookup, Missing, Random
+    """One loaded chain under several policies, in the runtime's modes and in those of
+    `alternatives`.
+
+    Args:
+        cases: Name -> ``rules`` (as `rules_to_json` made them; default: nothing stops), ``mode``
+            (the runtime's, or a name in `alternatives.MODES`), and arguments of `Model.generate`
+            or of that mode.
+    """
+    from alternatives import MODES
 
     from edgeexit import runtime
-    from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, decide
+    from edgeexit.bundle.policy import decisions_of
+    from edgeexit.bundle.policy_file import rules_from_json
     from edgeexit.measure.bench.cases import read_generation
+    from edgeexit.runtime.programs.modes.choose import by_component
 
     model = runtime.load(bundle, threads=threads, capacity=capacity)
-    names = [exit_.name for exit_ in model.exits]
-    known = {
-        kind: runtime.Rule(
-            thresholds={n: found["thresholds"].get(n, OUT_OF_REACH) for n in names[:-1]},
-            score=found["score"],
-        )
-        for kind, found in policies.items()
-    }
-    strict = policies["strict"]
-    decisions = decide(
-        runtime.Rule(thresholds=strict["thresholds"], score=strict["score"]), model.exits
-    )
-    asked = decide(runtime.Rule(thresholds=ALWAYS), model.exits)
-    rows = _rows(prompts)
+    model.features.limit_bytes = 0  # a known image would not run
+    rows = read_inputs(Path(prompts))
     own = type(model)._mode
-    makers: dict[str, Any] = {
-        "lookup": lambda session: Lookup(session, names),
-        "copied": lambda session: Copied(session, names, decisions),
-        "missing": lambda session: Missing(session, names, decisions),
-        "random": lambda session: Random(session, names, asked, chances=chances),
-    }
 
-    def case(policy: str = "strict", **options: Any) -> Case:
-        maker = makers.get(options.get("mode", ""))
+    def case(mode: str, rules: Any = None, **options: Any) -> Case:
+        # A rule for every chain, so that none asks for one.
+        never = {name: runtime.Rule() for name in model.chains}
+        policy = runtime.Policy(rules=never | rules_from_json(rules or {}))
+        decisions = decisions_of(policy, model.chain, model.chain_name)
+        maker = MODES.get(mode)
+
+        def make(session: Any, *_: Any, **__: Any) -> Any:
+            assert maker is not None
+            names = ["" if exit_ is None else exit_.name for exit_ in session.exits]
+            return maker(session, names, by_component(names, decisions), **options)
 
         def enter() -> None:
-            model.policy = known[policy]
-            model._mode = (  # type: ignore[method-assign]
-                own.__get__(model) if maker is None else lambda session, *_, **__: maker(session)
-            )
+            model.policy = policy
+            bound = own.__get__(model) if maker is None else make
+            model._mode = bound  # type: ignore[method-assign]
 
         def call(number: int) -> Any:
-            arguments = {} if maker is not None else options
+            arguments = {"mode": mode, **options} if maker is None else {}
+            inputs = dict(rows[number])
+            tokens = [int(token) for token in inputs.pop("tokens").reshape(-1)]
             return model.generate(
-                rows[number], max_new_tokens=new_tokens, text=False, **arguments
+                [tokens],
+                inputs=inputs,
+                max_new_tokens=new_tokens,
+                sampling=runtime.Sampling(),
+                text=False,
+                **arguments,
             ).finish()
 
         return Case(call, read_generation, enter)
 
-    modes = ["full", "exact", "fast", "approximate", *makers]
-    cases = {mode: case(mode=mode) for mode in modes}
-    cases["fast_loose"] = case("loose", mode="fast")
-    cases["audit"] = case(mode="fast", audit=True)
-    cases["audit_loose"] = case("loose", mode="fast", audit=True)
-    return Subject(cases, len(rows), model.describe_engine(), model.close)
+    made = {name: case(**options) for name, options in cases.items()}
+    return Subject(made, len(rows), model.describe_engine(), model.close)
 
 
 def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str) -> int:

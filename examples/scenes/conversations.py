@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
@@ -17,8 +18,8 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, WORDS
 IGNORED = -100
 EASY = 5
 """Cards of the first scenes, at most."""
-WALKS = 0.5
-"""The share of questions that are walks."""
+WALKS = (0.5, 0.1)
+"""The share of questions that are walks, at first and when walks are known."""
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "walk", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, a walk, an answer at once, behind a description,
@@ -53,6 +54,18 @@ class Level:
             return
         for kind in known:
             setattr(self, kind, min(getattr(self, kind) + 1, data.MOST_STEPS))
+
+    def walks(self) -> float:
+        """The share of questions that are walks."""
+        return WALKS[self.shares.get("walk 1", 0.0) > 0.97]
+
+    def chances(self, kind: str, cards: int) -> NDArray[np.float64]:
+        """Probabilities of one, two, ... steps in questions of a kind: more of those that are
+        answered worse."""
+        most = min(getattr(self, kind), cards - 1)
+        known = np.array([self.shares.get(f"{kind} {n}", 0.0) for n in range(1, most + 1)])
+        weights = 1.15 - known.clip(0, 1)
+        return np.asarray(weights / weights.sum())
 
     def passed(self) -> bool:
         """Whether the hardest questions are answered right."""
@@ -141,12 +154,12 @@ class _Row:
                 self._add(USER)
             start = int(self.rng.choice(scene.cards[:, 0]))
             late = turn >= before
-            if turn != before and self.rng.random() < WALKS:
+            if turn != before and self.rng.random() < level.walks():
                 self._walk(scene, start)
             else:
-                most = level.after if late else level.go
                 kind = "follow" if turn == before else "after" if late else "go"
-                self._go(scene, start, self._steps(most, scene), kind)
+                chances = level.chances("after" if late else "go", len(scene.cards))
+                self._go(scene, start, 1 + self.rng.choice(len(chances), p=chances), kind)
 
     def _add(self, text: str, kind: str = "", steps: int = 0) -> int:
         """Appends text, as part of an answer of a kind. Returns its place."""
@@ -181,10 +194,6 @@ class _Row:
         place = self._add(f"{answer} {END}", kind, steps)
         ways = [scene.go(start, min(steps, n)) for n in range(1, data.MOST_STEPS + 1)]
         self.paths[place] = [IDS[self.words[way]] for way in ways]
-
-    def _steps(self, most: int, scene: data.Scene) -> int:
-        most = min(most, len(scene.cards) - 1)
-        return most if self.rng.random() < 0.4 else int(self.rng.integers(1, most + 1))
 
 
 def make_scenes(rng: np.random.Generator, count: int, level: Level) -> list[data.Scene]:

@@ -153,6 +153,9 @@ class LanguageStage:
         if self.images_since >= 0:
             return True
         self.images_since, self.level = self.step, Level()
+        with torch.no_grad():  # an image token begins as the word of what it shows
+            words = [IDS[word] for word in data.DIGITS]
+            self.soft.what.weight[: len(words)] = self.language.embed_tokens.weight[words]
         return False
 
     def take(self) -> torch.Tensor:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
-from language import answer_loss, store  # noqa: E402
+from language import answer_loss, autocast, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
@@ -88,14 +88,17 @@ def train_tower(
         cover = cover_of(scenes)
         with torch.no_grad():
             wanted = soft(cover)
-        states = dict(enumerate(states_of(split, pixels(scenes, rng))))
+        seen = pixels(scenes, rng)
+        with autocast():
+            states = dict(enumerate(states_of(split, seen)))
         losses, named = [], []
         for probe, layer in zip(probes, layers, strict=True):
             last = layer == tower.depth
             projector = tower.trunk.projector if last else tower.projectors[exit_name(layer)]
-            guess = probe(states[layer])
+            state = states[layer].float()
+            guess = probe(state)
             losses.append(functional.cross_entropy(guess.flatten(0, 1), cover.flatten()))
-            apart = (projector(states[layer]) - wanted).square().mean() / wanted.var()
+            apart = (projector(state) - wanted).square().mean() / wanted.var()
             losses.append(apart)
             lies = cover != data.BLANK
             named.append(f"{(guess.argmax(-1) == cover)[lies].float().mean():.3f} {apart:.3f}")
@@ -131,14 +134,17 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
-        turns = Turns(scenes, rng, level, before=6, after=6)
-        features = split.tower.each_exit(pixels(scenes, rng))
-        whole = features.pop(split.tower.depth)
-        logits = split(turns.ids, exits=[split.depth], image_features=whole)[split.depth]
-        loss, shares = answer_loss(logits, turns)
+        turns = Turns(scenes, rng, level, before=5, after=3)
+        seen = pixels(scenes, rng)
+        with autocast():
+            features = split.tower.each_exit(seen)
+            whole = features.pop(split.tower.depth)
+            logits = split(turns.ids, exits=[split.depth], image_features=whole)[split.depth]
+        loss, shares = answer_loss(logits.float(), turns)
         level.note(shares, len(scenes[0].cards))
         wanted = whole.detach()
-        apart = sum((made - wanted).square().mean() for made in features.values()) / wanted.var()
+        apart = sum((made - wanted).float().square().mean() for made in features.values())
+        apart = apart / wanted.float().var()
         take(loss + apart, optimizer, weights)
         schedule.step()
         if step % 25 == 24:

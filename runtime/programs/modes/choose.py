@@ -30,6 +30,18 @@ class Drafting:
     threshold: float = 0.0
 
 
+def by_component(exits: Sequence[str], decisions: Sequence[Decision]) -> list[Decision]:
+    """A decision behind each component.
+
+    Args:
+        exits: Name of the exit behind each component; empty where there is none.
+        decisions: At the exits, in order.
+    """
+    behind = dict(zip((name for name in exits if name), decisions, strict=True))
+    never = Decision(consult=False, threshold=float("inf"))
+    return [behind.get(name, never) for name in exits]
+
+
 def make_mode(
     session: Session,
     mode: ModeName,
@@ -68,9 +80,7 @@ def make_mode(
             if len(decisions) > 1
             else "the chain that writes has no early exits",
         )
-    behind = dict(zip((name for name in names if name), decisions, strict=True))
-    never = Decision(consult=False, threshold=float("inf"))
-    own = [behind.get(name, never) for name in names]
+    own = by_component(names, decisions)
     if mode == "approximate":
         return Approximate(session, names, own, sampler=sampler)
     return Fast(session, names, own, audit=audit, sampler=sampler)
