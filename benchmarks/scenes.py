@@ -330,6 +330,7 @@ def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any
         found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(pairs)
     if writer is not plain:
         found |= {key: totals(records, key) for key in ("exits", "earlier")}
+        found["mean_layer"] = depths(records, asked)
     return found
 
 
@@ -364,6 +365,20 @@ def interval(right: NDArray[np.bool_], plain: NDArray[np.bool_]) -> list[float]:
     draws = rng.integers(len(right), size=(2000, len(right)))
     shares = right[draws].mean(1) / np.maximum(plain[draws].mean(1), 1e-9)
     return [round(float(edge), 4) for edge in np.quantile(shares, [0.025, 0.975])]
+
+
+def depths(records: list[dict[str, Any]], asked: Questions) -> dict[str, float]:
+    """Mean layer of a token's exit by ``kind steps``, and of ``all``."""
+    of_kind: dict[str, list[dict[str, Any]]] = {"all": records}
+    for one in records:
+        item = asked.items[one["prompt"]]
+        of_kind.setdefault(f"{item.kind} {item.steps}", []).append(one)
+    found = {}
+    for kind in sorted(of_kind):
+        taken = totals(of_kind[kind], "exits")
+        layers = sum(layer_of(name) * number for name, number in taken.items())
+        found[kind] = round(layers / max(sum(taken.values()), 1), 3)
+    return found
 
 
 def totals(records: list[dict[str, Any]], key: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
-"""The share of questions that each exit of the scenes example answers right, by kind and steps: by
-layer of the language model, of the tower, and with image tokens dropped behind a layer.
+"""The share of questions that the scenes example answers right, by kind and steps: at each exit of
+the language model (``exit``) and of the tower, by each layer with the head of the last (``layer``),
+and when image tokens leave behind a layer (``drop``).
 
     python examples/scenes/accuracy.py -m local/scenes/exits -o accuracy.json
 
@@ -24,12 +25,18 @@ from edgeexit.export.pretrained import from_pretrained
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
-from conversations import IGNORED  # noqa: E402
+from conversations import IDS, IGNORED  # noqa: E402
 from exits import collate, question  # noqa: E402
-from model import make_processor  # noqa: E402
+from model import IMAGE, make_processor  # noqa: E402
 from train import Pixels  # noqa: E402
 
 ROWS = 50
+ASKED = {"read": ("read", 0), "walk": ("walk", 0)} | {
+    f"{kind} {steps}": (kind, steps)
+    for kind in ("follow", "go")
+    for steps in range(1, data.MOST_STEPS + 1)
+}
+"""Name of a row of questions -> kind and steps."""
 Shares = dict[str, dict[str, float]]
 
 
@@ -64,31 +71,27 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     for layer in model.tower.exit_layers:
         logits = model(ids, exits=[model.depth], image_features=features[layer])
         note(f"tower_exit_{layer}", logits[model.depth])
-    prompts = (batch["labels"] != IGNORED).int().argmax(1)
-    for layer in model.gate_layers:
-        made = model(ids, gate=layer, prompts=prompts, image_features=features[model.tower.depth])
-        note(f"drop_{layer}", made.without)
+    image, whole = ids == IDS[IMAGE], features[model.tower.depth]
+    language = model.model.model.language_model
+    embedded = model.embed(ids, image_features=whole)
+    states = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+    for layer in range(1, model.depth):
+        state = language.norm(states.hidden_states[layer])
+        note(f"layer_{layer}", model.model.lm_head(state))
+        note(f"drop_{layer}", model.logits_without(ids, layer, image, image_features=whole))
     return found
 
 
 def table(model: Any, split: str, count: int) -> Shares:
     """Exit -> ``kind steps`` -> share of right answers."""
     shares: Shares = {}
-    for kind, most in (
-        ("read", 0),
-        ("walk", 0),
-        ("follow", data.MOST_STEPS),
-        ("go", data.MOST_STEPS),
-    ):
-        for steps in range(min(1, most), most + 1):
-            hits: dict[str, list[bool]] = {}
-            for batch in batches(split, kind, steps, count):
-                for name, rows in right(model, batch).items():
-                    hits.setdefault(name, []).extend(rows)
-            for name, rows in hits.items():
-                shares.setdefault(name, {})[f"{kind} {steps}".removesuffix(" 0")] = float(
-                    np.mean(rows)
-                )
+    for asked, (kind, steps) in ASKED.items():
+        hits: dict[str, list[bool]] = {}
+        for batch in batches(split, kind, steps, count):
+            for name, rows in right(model, batch).items():
+                hits.setdefault(name, []).extend(rows)
+        for name, rows in hits.items():
+            shares.setdefault(name, {})[asked] = float(np.mean(rows))
     return shares
 
 
@@ -103,7 +106,7 @@ def main() -> None:
     shares = table(model, options.split, options.questions)
     kinds = list(next(iter(shares.values())))
     print(f"{'':14}" + "".join(f"{kind:>10}" for kind in kinds))
-    for name, own in shares.items():
+    for name, own in sorted(shares.items(), key=lambda one: one[0].split("_")[0]):
         print(f"{name:14}" + "".join(f"{own[kind]:10.1%}" for kind in kinds))
     if options.output is not None:
         found = {"split": options.split, "questions": options.questions, "right": shares}

@@ -113,6 +113,7 @@ def train(model: Any, part: str, method: Method, options: argparse.Namespace) ->
         save_total_limit=1,
         seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),
         report_to="none",
         disable_tqdm=True,
     )

@@ -109,6 +109,28 @@ def lefts_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torch.Te
     return functional.cross_entropy(probe(states[known]), turns.lefts[known])
 
 
+def losses(
+    model: LlavaForConditionalGeneration,
+    embedded: torch.Tensor,
+    turns: Turns,
+    probe: nn.Module | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The losses of a batch, those of `probe` only if it is given; and `answer_loss`'s shares.
+
+    Args:
+        embedded: ``[batch, seq, width]``, the language model's input.
+    """
+    language, head = model.model.language_model, model.lm_head
+    with autocast():
+        made = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
+        logits = head(made.last_hidden_state)
+    loss, shares = answer_loss(logits.float(), turns)
+    loss = loss + path_loss(made.hidden_states, lambda state: head(language.norm(state)), turns)
+    if probe is not None:
+        loss = loss + lefts_loss(made.hidden_states[PAIRED], probe, turns)
+    return loss, shares
+
+
 @dataclass
 class Settings:
     """How the language model is trained.
@@ -120,7 +142,7 @@ class Settings:
     """
 
     text: int = 3000
-    image: int = 2000
+    image: int = 750
     batch: int = 32
     rate: float = 2e-3
     warm_up: int = 50
@@ -132,8 +154,8 @@ class LanguageStage:
     def __init__(
         self, model: LlavaForConditionalGeneration, soft: SoftImages, settings: Settings
     ) -> None:
-        self.language, self.head, self.soft = model.model.language_model, model.lm_head, soft
-        self.settings = settings
+        self.model, self.soft, self.settings = model, soft, settings
+        self.language = model.model.language_model
         self.probe = nn.Linear(model.config.text_config.hidden_size, len(WORDS))
         parts = (self.language, self.soft, self.probe)
         self.weights = [weight for part in parts for weight in part.parameters()]
@@ -169,11 +191,7 @@ class LanguageStage:
             if image:
                 seen = self.soft(cover_of(scenes))
                 embedded = torch.cat([embedded[:, :1], seen, embedded[:, 1 + PATCHES :]], dim=1)
-            made = self.language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
-            logits = self.head(made.last_hidden_state)
-        loss, shares = answer_loss(logits.float(), turns)
-        loss = loss + path_loss(made.hidden_states, self._read, turns)
-        loss = loss + lefts_loss(made.hidden_states[PAIRED], self.probe, turns)
+        loss, shares = losses(self.model, embedded, turns, self.probe)
         self.level.note(shares, len(scenes[0].cards))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * min(1.0, (self.step + 1) / self.settings.warm_up)
@@ -183,9 +201,6 @@ class LanguageStage:
         self.optimizer.step()
         self.step += 1
         return loss
-
-    def _read(self, state: torch.Tensor) -> torch.Tensor:
-        return self.head(self.language.norm(state))
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}

@@ -36,13 +36,13 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
-from language import answer_loss, autocast, store  # noqa: E402
+from language import autocast, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
-TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2000, 48, 4e-3
-STEPS, BATCH, RATE = 1200, 24, 3e-4
+TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1000, 48, 4e-3
+STEPS, BATCH, RATE = 500, 24, 3e-4
 SMOKE = 3
 HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
 
@@ -139,8 +139,8 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
         with autocast():
             features = split.tower.each_exit(seen)
             whole = features.pop(split.tower.depth)
-            logits = split(turns.ids, exits=[split.depth], image_features=whole)[split.depth]
-        loss, shares = answer_loss(logits.float(), turns)
+            embedded = split.embed(turns.ids, image_features=whole)
+        loss, shares = language.losses(split.model, embedded, turns)
         level.note(shares, len(scenes[0].cards))
         wanted = whole.detach()
         apart = sum((made - wanted).float().square().mean() for made in features.values())

@@ -155,20 +155,46 @@ class ExitVisionLanguage(ExitDecoder):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         image = (input_ids == self.whole.placeholder) & (positions < prompts[:, None])
         with torch.no_grad():
-            self._heads = self._heads.on(input_ids.device)
-            state = self.embed(input_ids, **inputs)
-            if self.trunk.stem is not None:
-                state = self.trunk.stem(state, positions)
-            state = self._through(0, layer, state, positions)
+            state = self._behind(input_ids, layer, positions, **inputs)
             full = self._logits(self._through(layer, self.depth, state, positions))
-            # Text first, in order; image tokens behind it are padding that no text attends to.
-            count = int((~image).sum(dim=1).max())
-            kept = image.int().argsort(dim=1, stable=True)[:, :count]
-            left = state.gather(1, kept[..., None].expand(-1, -1, state.shape[2]))
-            left = self._logits(self._through(layer, self.depth, left, positions.gather(1, kept)))
-            without = torch.zeros_like(full)
-            without.scatter_(1, kept[..., None].expand(-1, -1, full.shape[2]), left)
+            without = self._logits_without(state, layer, positions, image)
         return AtGate(self.gate(layer).logits(state, image, prompts), full, without)
+
+    def logits_without(
+        self, input_ids: torch.Tensor, layer: int, gone: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits ``[batch, seq, classes]`` of the last exit when tokens leave behind a layer; the
+        others keep their positions.
+
+        Args:
+            input_ids: ``[batch, seq]``.
+            layer: 0: in front of the first.
+            gone: ``[batch, seq]``, the tokens that leave; their logits are 0.
+            inputs: As for `embed`.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        state = self._behind(input_ids, layer, positions, **inputs)
+        return self._logits_without(state, layer, positions, gone)
+
+    def _behind(
+        self, input_ids: torch.Tensor, layer: int, positions: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        self._heads = self._heads.on(input_ids.device)
+        state = self.embed(input_ids, **inputs)
+        if self.trunk.stem is not None:
+            state = self.trunk.stem(state, positions)
+        return self._through(0, layer, state, positions)
+
+    def _logits_without(
+        self, state: torch.Tensor, layer: int, positions: torch.Tensor, gone: torch.Tensor
+    ) -> torch.Tensor:
+        # Kept tokens first, in order; those behind them are padding that none of them attends to.
+        count = int((~gone).sum(dim=1).max())
+        kept = gone.int().argsort(dim=1, stable=True)[:, :count]
+        left = state.gather(1, kept[..., None].expand(-1, -1, state.shape[2]))
+        left = self._logits(self._through(layer, self.depth, left, positions.gather(1, kept)))
+        logits = left.new_zeros(*state.shape[:2], left.shape[2])
+        return logits.scatter_(1, kept[..., None].expand(-1, -1, left.shape[2]), left)
 
     def embed(
         self,
