@@ -15,7 +15,6 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,6 +42,7 @@ EXAMPLE = ROOT / "examples" / "codelm"
 sys.path.insert(0, str(EXAMPLE))
 import data  # noqa: E402
 from alternatives import Copied, Missing, Random, exit_chances  # noqa: E402
+from placement import asking_costs  # noqa: E402
 
 PARTS = ("speeds", "quality", "exactness")
 PROMPTS, NEW_TOKENS, CAPACITY = 50, 128, 512
@@ -166,7 +166,7 @@ def choose(
         names = [exit_.name for exit_ in model.exits]
         layers = [int(name.rpartition("_")[2]) for name in names]
         said, scores = ask_everywhere(model, prompts)
-        asking = asking_costs(model, prompts[:ASKING_PROMPTS])
+        asked = asking_costs(model, prompts[:ASKING_PROMPTS], NEW_TOKENS // 2)
     best: dict[str, dict[str, Any]] = {
         kind: {"cost": np.inf} for kind in ("agreement", "agreement_of_all_tokens")
     }
@@ -174,7 +174,7 @@ def choose(
         quantiles = np.quantile(values, np.linspace(0.05, 0.95, 16), axis=1).T
         limits = [[np.inf, *row] for row in quantiles[:-1]]
         for thresholds in itertools.product(*limits):
-            found = replay(said, values, thresholds, layers, asking)
+            found = replay(said, values, thresholds, layers, list(asked.values()))
             for kind, known in best.items():
                 if found[kind] < AIMED_AGREEMENT or found["cost"] >= known["cost"]:
                     continue
@@ -186,7 +186,7 @@ def choose(
                 rounded = {key: round(value, 4) for key, value in found.items()}
                 best[kind] = {"score": score, "thresholds": chosen, **rounded}
     chosen = {"strict": best["agreement"], "loose": best["agreement_of_all_tokens"]}
-    return chosen, dict(zip(names, np.round(asking, 4).tolist(), strict=False))
+    return chosen, asked
 
 
 def ask_everywhere(
@@ -213,28 +213,6 @@ def ask_everywhere(
     return tokens, {
         name: np.array([np.concatenate(one) for one in found]) for name, found in scores.items()
     }
-
-
-def asking_costs(model: runtime.Model, prompts: list[list[int]]) -> list[float]:
-    """Cost of evaluating each early exit without stopping, relative to a token through all layers.
-
-    Each exit is measured alone, with a threshold that is never reached, in turns with no exit.
-    """
-    names = [exit_.name for exit_ in model.exits]
-    never = [np.inf] * (len(names) - 1)
-    ways = [never] + [[*never[:n], 2.0, *never[n + 1 :]] for n in range(len(never))]
-    times: list[list[float]] = [[] for _ in ways]
-    for prompt in prompts:
-        for way, thresholds in enumerate(ways):
-            rule = runtime.Rule(thresholds=thresholds, score="margin")
-            mode = Fast(model.session(1), names, decide(rule, model.exits))
-            mode.prefill([np.array(prompt)])
-            for _ in range(NEW_TOKENS // 2):
-                started = time.perf_counter()
-                mode.step([True])
-                times[way].append(time.perf_counter() - started)
-    none, *asked = (float(np.median(one)) for one in times)
-    return [max(0.0, one / none - 1) for one in asked]
 
 
 def replay(

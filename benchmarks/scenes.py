@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from alternatives import exit_chances
 from numpy.typing import NDArray
+from placement import TOKEN_RISKS, asking_costs, placements
 from results import HERE, ROOT, SCRATCH, save, say, verdict
 
 from edgeexit import runtime
@@ -51,7 +52,6 @@ KEPT = {"free": 0.99, "gates": 0.99, "tower_gates": 0.98, "all": 0.98}
 """Share of the right answers that a case must keep."""
 CHANGED = {"free": 0.005, "tower": 0.007, "gates": 0.007}
 """Share of answers that thresholds may change on the validation split."""
-TOKEN_RISKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)
 SCORES = ("max_prob", "margin", "entropy")
 MAIN, TOWER = "main", "vision"
 Rules = dict[str, runtime.Rule]
@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, help="from examples/scenes")
     parser.add_argument("--name", default="", help="of the result: scenes-NAME")
     parser.add_argument("--drops", default="2,3,4,5,6,8", help="layers of static cuts")
+    parser.add_argument("--exits", help="default: all that the checkpoint has")
+    parser.add_argument("--place", action="store_true", help="only compare sets of exits")
     parser.add_argument("--keep", action="store_true", help="reuse the bundle of the last run")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -70,6 +72,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "edgeexit", "export", "-m", str(given.model)]
     command += ["--drop-image-tokens", given.drops, "--overwrite", "-o", str(folder / "bundle")]
+    if given.exits:
+        command += ["--exits", given.exits]
     if not (given.keep and (folder / "bundle").is_dir()):
         subprocess.run(command, check=True)
     count = {split: QUICK if given.quick else most for split, most in QUESTIONS.items()}
@@ -77,6 +81,8 @@ def main() -> None:
         folder / "bundle", threads="process", capacity=CAPACITY, all_scores=True
     ) as model:
         questions = Questions(model, "validation", count["validation"], 11)
+        if given.place:
+            return place(model, questions, quick=given.quick)
         chosen = Thresholds(model, questions)
         asked = Questions(model, "test", count["test"], 12)
         floor = floor_of(model, asked.texts[:QUICK])
@@ -90,6 +96,47 @@ def main() -> None:
     machine.pop("other_load_cores")
     result["environment"] = environment.describe() | {"machine": machine}
     save(f"scenes-{given.name}" if given.name else "scenes", result, quick=given.quick)
+
+
+def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
+    """Compares sets of exits and writes a result."""
+    watch = environment.Watch()
+    trace = trace_of_answers(model, questions)
+    prompts = [row[-8:] for row in (text.tokens for text in questions.texts[:6])]
+    asking = asking_costs(model, prompts, NEW_TOKENS // 2)
+    say(f"  evaluating an exit costs, in tokens through all layers: {asking}")
+    found = placements(trace, asking, score="max_prob", changed=CHANGED["free"])
+    for one in found[:5]:
+        say(f"  {one}")
+    machine = watch.stop(0.0)
+    machine.pop("other_load_cores")
+    result = {
+        "questions": len(questions.items),
+        "asking_costs": asking,
+        "most_answers_changed": CHANGED["free"],
+        "agreement": dict(
+            zip(
+                trace.exits,
+                (trace.predictions == trace.predictions[-1]).mean(1).round(4).tolist(),
+                strict=True,
+            )
+        ),
+        "sets": found,
+        "environment": environment.describe() | {"machine": machine},
+    }
+    save("scenes-placement", result, quick=quick)
+
+
+def trace_of_answers(model: runtime.Model, questions: Questions) -> Trace:
+    """What every exit says in the model's own answers, under its policy."""
+    texts = []
+    for text in questions.texts:
+        made = model.generate(
+            text.tokens, inputs=text.inputs, max_new_tokens=NEW_TOKENS, text=False
+        )
+        [written] = made.finish().tokens
+        texts.append(Text([*text.tokens, *written], text.inputs, len(text.tokens)))
+    return record(model, as_data(texts, model.bundle, "answers"), 1)
 
 
 class Questions:
@@ -152,15 +199,7 @@ class Thresholds:
         ``CHANGED["free"]`` of the answers change."""
         model = self._model
         model.policy = self._policy(before)
-        texts = []
-        for text in self._questions.texts:
-            made = model.generate(
-                text.tokens, inputs=text.inputs, max_new_tokens=NEW_TOKENS, text=False
-            )
-            [written] = made.finish().tokens
-            whole = [*text.tokens, *written]
-            texts.append(Text(whole, text.inputs, len(text.tokens)))
-        trace = record(model, as_data(texts, model.bundle, "answers"), 1)
+        trace = trace_of_answers(model, self._questions)
         best: tuple[float, Rules] = (np.inf, before)
         for score in scores:
             for risk in TOKEN_RISKS:

@@ -20,6 +20,8 @@ EASY = 5
 """Cards of the first scenes, at most."""
 WALKS = (0.5, 0.1)
 """The share of questions that are walks, at first and when walks are known."""
+READS = 0.3
+"""The share of descriptions that no question follows."""
 IDS = {word: number for number, word in enumerate(WORDS)}
 KINDS = ("read", "walk", "go", "follow", "after")
 """What a token of an answer belongs to: the cards, a walk, an answer at once, behind a description,
@@ -154,7 +156,11 @@ class _Row:
                 self._add(USER)
             start = int(self.rng.choice(scene.cards[:, 0]))
             late = turn >= before
-            if turn != before and self.rng.random() < level.walks():
+            if turn == before and self.image and self.rng.random() < READS:
+                self._add(f"{data.ask(scene, 'read', 0, 0, self.words)[0]} {ASSISTANT}")
+                self._describe(scene, learn=True)
+                self._add(END, "read")
+            elif turn != before and self.rng.random() < level.walks():
                 self._walk(scene, start)
             else:
                 kind = "follow" if turn == before else "after" if late else "go"

@@ -35,13 +35,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 from conversations import IDS, IGNORED, Turns  # noqa: E402
+from language import TURNS  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [2, 4], [2, 4, 6], 64
+EXITS, GATES, GATE_WIDTH = [2, 5], [3, 5, 7, 9], 64
 PARTS = ("tower", "free", "gates")
-STEPS = {"tower": 400, "free": 1200, "gates": 600}
+STEPS = {"tower": 200, "free": 500, "gates": 400}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
 BATCH = {"tower": 32, "free": 24, "gates": 48}
 Row = dict[str, torch.Tensor]
@@ -62,7 +63,8 @@ class Conversations(IterableDataset):
         while True:
             scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
             if self.packed:
-                turns = Turns([scene], rng, HARDEST, before=4, after=4)
+                before = int(rng.integers(TURNS + 1))
+                turns = Turns([scene], rng, HARDEST, before, TURNS - before)
                 ids, labels = turns.ids[0], turns.labels[0]
             else:
                 ids, labels = question(scene, rng)

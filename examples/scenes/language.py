@@ -38,6 +38,8 @@ from conversations import IDS, IGNORED, KINDS, Level, Turns, cover_of, make_scen
 from model import END, PATCHES, WORDS
 
 SAVE_EVERY = 100
+TURNS = 9
+"""Questions about a scene, besides that which describes it."""
 PAIRED, FIRST_STEP = 2, 4
 """The layer that should know what each card leads from; that which should have followed a card; the
 one behind it has followed two."""
@@ -185,7 +187,8 @@ class LanguageStage:
         rng = np.random.default_rng([1, self.step])
         image = self.images_since >= 0
         scenes = make_scenes(rng, self.settings.batch, self.level)
-        turns = Turns(scenes, rng, self.level, *((5, 4) if image else (0, 10)), image)
+        before = int(rng.integers(TURNS + 1)) if image else 0
+        turns = Turns(scenes, rng, self.level, before, TURNS - before, image)
         with autocast():
             embedded = self.language.embed_tokens(turns.ids)
             if image:

@@ -36,13 +36,13 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
-from language import autocast, store  # noqa: E402
+from language import TURNS, autocast, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1000, 48, 4e-3
-STEPS, BATCH, RATE = 500, 24, 3e-4
+STEPS, BATCH, RATE = 800, 24, 3e-4
 SMOKE = 3
 HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
 
@@ -134,7 +134,8 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
-        turns = Turns(scenes, rng, level, before=5, after=3)
+        before = int(rng.integers(TURNS + 1))
+        turns = Turns(scenes, rng, level, before, TURNS - before)
         seen = pixels(scenes, rng)
         with autocast():
             features = split.tower.each_exit(seen)
