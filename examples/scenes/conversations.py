@@ -173,6 +173,9 @@ class _Row:
         self.ids += [IDS[word] for word in text.split()]
         if kind:
             self.said |= dict.fromkeys(range(first, len(self.ids)), (kind, steps))
+        if kind == "read":
+            for place in range(first, len(self.ids)):
+                self.paths[place] = [self.ids[place]] * data.MOST_STEPS
         return first
 
     def _describe(self, scene: data.Scene, *, learn: bool) -> None:

@@ -226,7 +226,7 @@ def items(
 def preview(path: Path, rows: int = 2, columns: int = 4, zoom: int = 3) -> None:
     """A sheet of scenes of the test split, each with its question and answer."""
     edge, margin, text = SIZE * zoom, 12, 44
-    width, height = 300, edge + text + margin
+    width, height = 350, edge + text + margin
     sheet = Image.new("RGB", (width * columns, height * rows + margin), "white")
     pen = ImageDraw.Draw(sheet)
     for number, item in enumerate(items("test", rows * columns, 1)):

@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 from conversations import IDS, IGNORED, Turns  # noqa: E402
-from language import TURNS  # noqa: E402
+from language import TURNS, describing_turn  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
@@ -63,7 +63,7 @@ class Conversations(IterableDataset):
         while True:
             scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
             if self.packed:
-                before = int(rng.integers(TURNS + 1))
+                before = describing_turn(rng)
                 turns = Turns([scene], rng, HARDEST, before, TURNS - before)
                 ids, labels = turns.ids[0], turns.labels[0]
             else:

@@ -89,7 +89,7 @@ def path_loss(
 ) -> torch.Tensor:
     """Sum over the layers from `FIRST_STEP` on, the last one left out, of the cross-entropy in nats
     of a step of an answer: the first one's state must say where one step leads, that of the next
-    layer where two lead.
+    layer where two lead. Tokens that are read or copied must be known from the first one on.
 
     Args:
         states: ``[batch, seq, width]``, behind the embedding and each layer.
@@ -97,11 +97,19 @@ def path_loss(
     """
     answers = turns.paths[:, 1:, 0] != IGNORED
     targets = turns.paths[:, 1:][answers]
+    reads = turns.kinds[:, 1:][answers] == 1 + KINDS.index("read")
     losses = []
     for number in range(len(states) - 1 - FIRST_STEP):
-        said = read(states[FIRST_STEP + number][:, :-1][answers])
-        losses.append(functional.cross_entropy(said, targets[:, min(number, targets.shape[1] - 1)]))
+        said = read(states[FIRST_STEP + number][:, :-1][answers]).float()
+        wanted = targets[:, min(number, targets.shape[1] - 1)]
+        each = functional.cross_entropy(said, wanted, reduction="none")
+        losses += [each[one].mean() for one in (reads, ~reads) if one.any()]
     return torch.stack(losses).sum()
+
+
+def describing_turn(rng: np.random.Generator) -> int:
+    """Which turn describes the scene: often the first."""
+    return 0 if rng.random() < 0.4 else int(rng.integers(TURNS + 1))
 
 
 def lefts_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torch.Tensor:
@@ -187,7 +195,7 @@ class LanguageStage:
         rng = np.random.default_rng([1, self.step])
         image = self.images_since >= 0
         scenes = make_scenes(rng, self.settings.batch, self.level)
-        before = int(rng.integers(TURNS + 1)) if image else 0
+        before = describing_turn(rng) if image else 0
         turns = Turns(scenes, rng, self.level, before, TURNS - before, image)
         with autocast():
             embedded = self.language.embed_tokens(turns.ids)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
-from language import TURNS, autocast, store  # noqa: E402
+from language import TURNS, autocast, describing_turn, store  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
@@ -134,7 +134,7 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
-        before = int(rng.integers(TURNS + 1))
+        before = describing_turn(rng)
         turns = Turns(scenes, rng, level, before, TURNS - before)
         seen = pixels(scenes, rng)
         with autocast():
