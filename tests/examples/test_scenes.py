@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeexit.bundle.rules import ALWAYS
 from edgeexit.export import export
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
-from edgeexit.runtime import load
+from edgeexit.runtime import Policy, Rule, load
 
 HERE = Path(__file__).parents[2] / "examples/scenes"
 
@@ -107,3 +108,29 @@ def test_every_stage_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with load(tmp_path / "bundle", all_scores=True, threads=1) as model:
         report = check(model, threads=1)
     assert report.passed, [c for c in report.comparisons if not c.passed]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_answers_questions_about_unseen_scenes(tmp_path: Path, data: Any) -> None:
+    """Word for word, on the device; and what it needs an image for depends on the question."""
+    export(from_pretrained(HERE / "checkpoint", image_drops=[4]).split_model(), tmp_path / "bundle")
+    items = data.items("test", 80, 5)
+    by_steps: dict[str, list[list[bool]]] = {"stay": [[], []], "drop": [[], []]}
+    right = dict.fromkeys(by_steps, 0)
+    with load(tmp_path / "bundle", threads=1) as model:
+        rules = {name: Rule() for name in model.chains}
+        drop = {model.chain_name: Rule(thresholds={"drop_4": ALWAYS})}
+        for name, policy in (("stay", rules), ("drop", rules | drop)):
+            model.policy = Policy(rules=policy)
+            for item in items:
+                asked = [{"type": "image"}, {"type": "text", "text": item.question}]
+                chat = [{"role": "user", "content": asked}]
+                made = model.chat(chat, images=[item.picture], max_new_tokens=48).finish()
+                same = made.texts[0].strip() == item.answer
+                right[name] += same
+                if item.kind == "go":
+                    by_steps[name][item.steps > 2].append(same)
+    assert right["stay"] >= 0.6 * len(items)
+    few, many = (np.mean(one) for one in by_steps["drop"])
+    assert few > many  # behind layer 4 one step is over, three are not
+    assert np.mean(by_steps["stay"][1]) > many
