@@ -40,7 +40,7 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: 
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [2, 5], [3, 5, 7, 9], 64
+EXITS, GATES, GATE_WIDTH = [2, 5], [4, 5, 7, 9], 64
 PARTS = ("tower", "free", "gates")
 STEPS = {"tower": 200, "free": 500, "gates": 400}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}

@@ -42,7 +42,7 @@ from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1000, 48, 4e-3
-STEPS, BATCH, RATE = 800, 24, 3e-4
+STEPS, BATCH, RATE = 1600, 24, 6e-4
 SMOKE = 3
 HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
 
