@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     **{name: FAMILIES[name] for name in ("bart", "t5", "t5-1.1")},
     "trained": trained_bart,
 }
-LOWERED = ("bart", "t5-1.1")
+BART, T5 = "bart", "t5-1.1"
 """Families that are exported in lower precision, too."""
 ONE, SEVERAL = ["abcj"], ["abc", "jihgfed", "c"]
 NEW = 12
@@ -287,7 +287,7 @@ def split_of(
     return split
 
 
-@pytest.mark.parametrize("family", LOWERED)
+@pytest.mark.parametrize("family", [pytest.param(BART, marks=pytest.mark.slow), T5])
 def test_half_precision_holds(family: str, tmp_path: Path) -> None:
     whole = FAMILIES[family]()
     for name, parameter in whole.named_parameters():
@@ -373,7 +373,7 @@ def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
     assert "have no effect: no_repeat_ngram_size=3" in caplog.text
 
 
-@pytest.mark.parametrize("family", LOWERED)
+@pytest.mark.parametrize("family", [BART, pytest.param(T5, marks=pytest.mark.slow)])
 def test_int8_is_exported_and_checked(family: str, tmp_path: Path) -> None:
     split = split_of(family, tmp_path)
 

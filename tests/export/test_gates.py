@@ -31,6 +31,12 @@ from tests.vision_reference import Asked, asked_of, in_float64
 
 KINDS = ["start", "two", "none", "middle", "start"]
 
+QUICK = ("llava", "blip2")
+"""One family whose image tokens stand where the prompt says, and one where they stand in front."""
+SOME_SLOW = [
+    pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in DECODERS
+]
+
 
 @pytest.fixture(scope="session")
 def asked(vision_folder: Callable[[str], Path]) -> Callable[[str], Asked]:
@@ -77,7 +83,7 @@ def threshold_between(own: Asked, layer: int) -> float:
     return (seeing[middle] + seeing[middle - 1]) / 2
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", SOME_SLOW)
 def test_rows_that_disagree_run_as_each_row_alone(
     asked: Callable[[str], Asked], gated_bundle: Callable[[str], Bundle], family: str
 ) -> None:
@@ -103,7 +109,7 @@ def test_rows_that_disagree_run_as_each_row_alone(
             alone.assert_states(model, [texts[row]], [drops[row]])
 
 
-@pytest.mark.parametrize("family", ["llava", "blip2"])
+@pytest.mark.parametrize("family", QUICK)
 def test_a_later_gate_decides_for_the_rows_that_stayed(
     asked: Callable[[str], Asked], gated_bundle: Callable[[str], Bundle], family: str
 ) -> None:
