@@ -241,14 +241,15 @@ def train_language(
         stage.load_state_dict(torch.load(file, weights_only=True))
     # On processors its gradients take a third of the time of the fused form's in bfloat16.
     model.set_attn_implementation({"text_config": "eager"})
-    started = time.monotonic()
+    started, first = time.monotonic(), stage.step
     while not stage.done():
         loss = stage.take()
         if stage.step % 25 == 0:
             say("language", stage.step, started, loss, stage.level)
         if stage.step % SAVE_EVERY == 0:
             store(file, **stage.state_dict())
-    store(file, **stage.state_dict())
+    if stage.step > first:
+        store(file, **stage.state_dict())
 
 
 def store(file: Path, **state: object) -> None:
