@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import NEVER, decide
+from edgeexit.measure.bench.vision_cases import layer_of
 from edgeexit.measure.threshold_search import search
 from edgeexit.measure.trace import Trace
 from edgeexit.runtime.programs.modes.choose import by_component
@@ -115,7 +116,7 @@ def costs_of(names: Sequence[str], asking: Mapping[str, float]) -> NDArray[np.fl
     Args:
         names: Of the exits, the last one included.
     """
-    layers = np.array([int(name.rpartition("_")[2]) for name in names], np.float64)
+    layers = np.array([layer_of(name) for name in names], np.float64)
     asked = np.cumsum([asking.get(name, 0.0) for name in names])
     shares = layers / layers[-1]
     return np.asarray(shares + CATCHING_UP * (1 - shares) + asked)

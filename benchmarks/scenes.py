@@ -35,6 +35,7 @@ from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Side, best_setting
 from edgeexit.measure.bench.texts import Writer, take_turns
+from edgeexit.measure.bench.vision_cases import layer_of
 from edgeexit.measure.calibrate import calibrate
 from edgeexit.measure.texts import Text, as_data
 from edgeexit.measure.trace import Trace, record, replay
@@ -260,11 +261,6 @@ def floor_of(model: runtime.Model, texts: Sequence[Text]) -> float:
     return round(float(np.median(shares)), 4)
 
 
-def layer_of(name: str) -> int:
-    """The layer in an exit's name."""
-    return int(name.rpartition("_")[2])
-
-
 def cases_of(chosen: Thresholds, drops: Sequence[int], chances: dict[str, float]) -> dict[str, Any]:
     """Name -> case of `peers.alternatives`."""
 
@@ -347,26 +343,18 @@ def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any
     assert order == [record["prompt"] for record in plain_records]
     right = asked.right([record["tokens"] for record in records])
     right_of_plain = asked.right([record["tokens"] for record in plain_records])
+    pairs = zip(records, plain_records, strict=True)
+    same = [ours["tokens"] == theirs["tokens"] for ours, theirs in pairs]
     found: dict[str, Any] = {
         "right": round(float(right.mean()), 4),
         "kept": round(float(right.mean() / max(right_of_plain.mean(), 1e-9)), 4),
         "kept_interval": interval(right, right_of_plain),
-        "same_answers": round(
-            float(
-                np.mean(
-                    [
-                        a["tokens"] == b["tokens"]
-                        for a, b in zip(records, plain_records, strict=True)
-                    ]
-                )
-            ),
-            4,
-        ),
+        "same_answers": round(float(np.mean(same)), 4),
     }
     for kind in ("all", *data.KINDS):
         of_kind = np.ones(len(records), bool) if kind == "all" else asked.of_kind(kind)
-        pairs = [(records[n], plain_records[n]) for n in np.flatnonzero(of_kind)]
-        found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(pairs)
+        chosen = [(records[n], plain_records[n]) for n in np.flatnonzero(of_kind)]
+        found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(chosen)
     if writer is not plain:
         found |= {key: totals(records, key) for key in ("exits", "earlier")}
         found["mean_layer"] = depths(records, asked)

@@ -47,7 +47,7 @@ class Level:
             return
         for name, share in shares.items():
             self.shares[name] = 0.9 * self.shares.get(name, 0.0) + 0.1 * share
-        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
+        known = self._known()
         if not known or min(self._least(kind) for kind in known) < self.RISES:
             return
         if self.cards < data.CARDS:
@@ -71,10 +71,13 @@ class Level:
 
     def passed(self) -> bool:
         """Whether the hardest questions are answered right."""
-        known = {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
+        known = self._known()
         hardest = all(getattr(self, kind) == data.MOST_STEPS for kind in known)
         least = min((self._least(kind) for kind in known), default=0.0)
         return self.cards == data.CARDS and hardest and least >= self.RISES
+
+    def _known(self) -> set[str]:
+        return {kind for kind in ("go", "after") if f"{kind} 1" in self.shares}
 
     def _least(self, kind: str) -> float:
         """The share of right answers to the questions of a kind that are answered worst."""

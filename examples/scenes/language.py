@@ -7,7 +7,7 @@ there, and where. The tower then learns to make the same tokens from pixels (`tr
 trained together at the end.
 
 It begins with text alone, where a description stands first: conversations are shorter, and what is
-learnt there serves for pictures. Three things make it learn at all, or several times sooner:
+learnt there serves for pictures. What helps it (README.md says how much):
 
 - walks: in an answer such as ``5 7 1 3`` each token follows one card, so steps are learnt from many
   tokens at once;
@@ -60,9 +60,7 @@ class SoftImages(nn.Module):
         return self.what(cover) + self.where.weight
 
 
-def answer_loss(
-    logits: torch.Tensor, turns: Turns, weights: Sequence[float] = (1.0,) * len(KINDS)
-) -> tuple[torch.Tensor, dict[str, float]]:
+def answer_loss(logits: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, dict[str, float]]:
     """The sum over kinds of the mean cross-entropy of a kind's tokens, and the share of right
     answers by ``kind steps``."""
     targets, kinds = turns.labels[:, 1:], turns.kinds[:, 1:]
@@ -76,7 +74,7 @@ def answer_loss(
         of_kind = learnt & (kinds == number)
         if not of_kind.any():
             continue
-        loss = loss + weights[number - 1] * each[of_kind].mean()
+        loss = loss + each[of_kind].mean()
         said = of_kind & (targets != IDS[END])
         for steps in turns.steps[:, 1:][said].unique().tolist():
             asked = said & (turns.steps[:, 1:] == steps)
@@ -206,10 +204,7 @@ class LanguageStage:
         self.level.note(shares, len(scenes[0].cards))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * min(1.0, (self.step + 1) / self.settings.warm_up)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
+        take(loss, self.optimizer, self.weights)
         self.step += 1
         return loss
 
@@ -250,6 +245,14 @@ def train_language(
             store(file, **stage.state_dict())
     if stage.step > first:
         store(file, **stage.state_dict())
+
+
+def take(loss: torch.Tensor, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+    """One step of an optimizer, with clipped gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
 
 
 def store(file: Path, **state: object) -> None:

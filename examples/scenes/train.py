@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
-from language import TURNS, autocast, describing_turn, store  # noqa: E402
+from language import TURNS, autocast, describing_turn, store, take  # noqa: E402
 from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
@@ -152,13 +152,6 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
             language.say("both", step, started, loss, level)
         if step % 100 == 99 or step == steps - 1:
             store(file, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
-
-
-def take(loss: torch.Tensor, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(weights, 1.0)
-    optimizer.step()
 
 
 def resume(parts: dict[str, nn.Module], file: Path) -> int:
