@@ -33,6 +33,7 @@ from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.families.llama import trunk
 from edgeexit.export.methods.checkpoints import last_checkpoint
 from edgeexit.export.methods.layerskip import LayerSkip, token_loss
+from edgeexit.export.methods.method import Method
 from edgeexit.export.methods.training import ExitTrainer
 
 HERE = Path(__file__).resolve().parent
@@ -118,7 +119,7 @@ def perplexities(decoder: ExitDecoder, tokens: np.ndarray, limit: int = 200) -> 
 
 def train(
     decoder: ExitDecoder,
-    method: LayerSkip,
+    method: Method,
     passages: Passages,
     checkpoints: Path,
     resume: bool,

@@ -20,6 +20,12 @@ EASY = 5
 """Cards of the first scenes, at most."""
 WALKS = (0.5, 0.1)
 """The share of questions that are walks, at first and when walks are known."""
+FIRST_STEP, READING = 3, 4
+"""The layer that should have followed a card (the one behind it has followed two), and that which
+should have read the next digit of a description."""
+HIDDEN, NEVER = 0.5, 1000
+"""The share of turns whose deeper layers see no image, and behind which layer the others see
+none."""
 READS = 0.3
 """The share of descriptions that no question follows."""
 IDS = {word: number for number, word in enumerate(WORDS)}
@@ -95,9 +101,13 @@ class Turns:
         kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
         steps: ``[batch, seq]``, the steps of the question that a token answers.
         paths: ``[batch, seq, MOST_STEPS]``, where 1, 2, ... of these steps lead, for a token that
-            names where all of them lead; else `IGNORED`.
-        lefts: ``[batch, seq]``, what a card's right digit is led to from (in a description and in
-            the image), and what the question starts from that is answered next; else `IGNORED`.
+            names where all of them lead; other tokens of answers repeat themselves; else
+            `IGNORED`.
+        preceding: ``[batch, seq]``, what a card's right digit is led to from (in a description and
+            in the image), what is read before a left one (in the image; `END` before the first),
+            and what the question starts from that is answered next; else `IGNORED`.
+        leaves: ``[batch, seq]``, the layer behind which a token sees no image: that which should
+            have found out what its turn asks, or a random one behind it; or `NEVER`.
     """
 
     def __init__(
@@ -117,24 +127,33 @@ class Turns:
         nowhere = [IGNORED] * data.MOST_STEPS
         self.ids = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in rows])
         shape = (len(rows), length)
-        self.labels, self.lefts = (torch.full(shape, IGNORED) for _ in range(2))
+        self.labels, self.preceding = (torch.full(shape, IGNORED) for _ in range(2))
         self.kinds, self.steps = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+        self.leaves = torch.full(shape, NEVER)
         self.paths = torch.tensor(nowhere).expand(*shape, -1).clone()
         for number, row in enumerate(rows):
             for place, (kind, steps) in row.said.items():
                 self.kinds[number, place], self.steps[number, place] = 1 + KINDS.index(kind), steps
                 self.labels[number, place] = row.ids[place]
-            for place, left in row.lefts.items():
-                self.lefts[number, place] = left
+            for place, left in row.preceding.items():
+                self.preceding[number, place] = left
             for place, path in row.paths.items():
                 self.paths[number, place] = torch.tensor(path)
+            self.leaves[number, : len(row.ids)] = torch.tensor(row.leaves)
             if image:
-                cells = torch.from_numpy(scenes[number].cover()).repeat_interleave(2, 0)
-                lefts = torch.full((*cells.shape, 2), IGNORED)
-                known = cells[:, 0::2]
-                ids = torch.tensor([IDS[word] for word in [*data.WORDS[of], END]])
-                lefts[:, 1::2] = torch.where(known == data.BLANK, IGNORED, ids[known])[..., None]
-                self.lefts[number, 1 : 1 + PATCHES] = lefts.flatten()
+                seen = preceding_in_image(scenes[number], data.WORDS[of])
+                self.preceding[number, 1 : 1 + PATCHES] = seen
+
+
+def preceding_in_image(scene: data.Scene, words: Sequence[str]) -> torch.Tensor:
+    """What is read before the digit at each patch ``[patches]``; a cell has 2 x 2 patches."""
+    cells = torch.full((data.CARDS, 2), IGNORED)
+    before = IDS[END]
+    for place, (left, right) in zip(scene.places, scene.cards, strict=True):
+        cells[place] = torch.tensor([before, IDS[words[left]]])
+        before = IDS[words[right]]
+    grid = cells.view(data.ROWS, 2 * data.COLUMNS)
+    return grid.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
 
 
 class _Row:
@@ -144,8 +163,9 @@ class _Row:
         self.rng, self.words, self.image = rng, words, image
         self.ids = [IDS[USER], *([IDS[IMAGE]] * PATCHES if image else [])]
         self.said: dict[int, tuple[str, int]] = {}
-        self.lefts: dict[int, int] = {}
+        self.preceding: dict[int, int] = {}
         self.paths: dict[int, list[int]] = {}
+        self.leaves = [NEVER] * len(self.ids)
 
     def converse(self, scene: data.Scene, level: Level, before: int, after: int) -> None:
         """Questions before a description, with it, and after it; without an image a description
@@ -163,12 +183,25 @@ class _Row:
                 self._add(f"{data.ask(scene, 'read', 0, 0, self.words)[0]} {ASSISTANT}")
                 self._describe(scene, learn=True)
                 self._add(END, "read")
+                self._leave(READING)
             elif turn != before and self.rng.random() < level.walks():
                 self._walk(scene, start)
+                self._leave(FIRST_STEP)
             else:
                 kind = "follow" if turn == before else "after" if late else "go"
                 chances = level.chances("after" if late else "go", len(scene.cards))
-                self._go(scene, start, 1 + self.rng.choice(len(chances), p=chances), kind)
+                steps = 1 + int(self.rng.choice(len(chances), p=chances))
+                self._go(scene, start, steps, kind)
+                self._leave(FIRST_STEP + steps - 1 if kind == "go" else READING)
+
+    def _leave(self, earliest: int) -> None:
+        """Ends a turn: draws the layer behind which it sees no image."""
+        last = FIRST_STEP + data.MOST_STEPS
+        layer = NEVER
+        if self.rng.random() < HIDDEN:
+            later = self.rng.random() < 0.5
+            layer = int(self.rng.integers(earliest, last)) if later else earliest
+        self.leaves += [layer] * (len(self.ids) - len(self.leaves))
 
     def _add(self, text: str, kind: str = "", steps: int = 0) -> int:
         """Appends text, as part of an answer of a kind. Returns its place."""
@@ -176,20 +209,20 @@ class _Row:
         self.ids += [IDS[word] for word in text.split()]
         if kind:
             self.said |= dict.fromkeys(range(first, len(self.ids)), (kind, steps))
-        if kind == "read":
-            for place in range(first, len(self.ids)):
+        for place in range(first, len(self.ids)):
+            if kind == "read" or (kind and self.ids[place] == IDS[END]):
                 self.paths[place] = [self.ids[place]] * data.MOST_STEPS
         return first
 
     def _describe(self, scene: data.Scene, *, learn: bool) -> None:
         first = self._add(data.listing(scene, self.words), "read" if learn else "")
         for number, left in enumerate(scene.cards[:, 0]):
-            self.lefts[first + 3 * number + 1] = IDS[self.words[left]]
+            self.preceding[first + 3 * number + 1] = IDS[self.words[left]]
 
     def _walk(self, scene: data.Scene, start: int) -> None:
         question, answer = data.ask(scene, "walk", start, 1, self.words)
         self._add(f"{question} {ASSISTANT}")
-        self.lefts[len(self.ids) - 1] = IDS[self.words[start]]
+        self.preceding[len(self.ids) - 1] = IDS[self.words[start]]
         first = self._add(f"{answer} {END}", "walk", 1)
         for number, word in enumerate(answer.split()):
             self.paths[first + number] = [IDS[word]] * data.MOST_STEPS
@@ -202,7 +235,7 @@ class _Row:
             _, again, answer = answer.split(" : ")
             self._describe(scene, learn=self.image)
             self._add(f": {again} :", "read")
-        self.lefts[len(self.ids) - 1] = IDS[self.words[start]]
+        self.preceding[len(self.ids) - 1] = IDS[self.words[start]]
         place = self._add(f"{answer} {END}", kind, steps)
         ways = [scene.go(start, min(steps, n)) for n in range(1, data.MOST_STEPS + 1)]
         self.paths[place] = [IDS[self.words[way]] for way in ways]

@@ -5,8 +5,9 @@ adapters (FREE), gates (DyVTE) and projectors of the tower.
     python examples/scenes/exits.py -o DIR --part free --supervision labels --seed 1
     python examples/scenes/exits.py -o DIR --part free --exits 1,2,3,4,5,6,7   # quality by depth
 
-Every part can be interrupted; it goes on from its last checkpoint. Needs ``edgeexit[export]`` and
-scikit-learn.
+Adapters have no adversary unless `--adversary` asks for one: with it they are sure of what they do
+not know (README.md). Every part can be interrupted; it goes on from its last checkpoint. Needs
+``edgeexit[export]`` and scikit-learn.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: 
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [2, 5], [4, 5, 7, 9], 64
+EXITS, GATES, GATE_WIDTH = [3, 4], [3, 4, 5, 7], 64
 PARTS = ("tower", "free", "gates")
 STEPS = {"tower": 200, "free": 500, "gates": 400}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="default: all")
     parser.add_argument("--exits", default=",".join(map(str, EXITS)), help="with an adapter each")
     parser.add_argument("--supervision", choices=["labels", "distillation"], default="distillation")
-    parser.add_argument("--adversary", type=float, default=0.1, help="its weight; 0: none")
+    parser.add_argument("--adversary", type=float, default=0.0, help="its weight; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of each part; default: as many as it takes")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")

@@ -11,17 +11,20 @@ learnt there serves for pictures. What helps it (README.md says how much):
 
 - walks: in an answer such as ``5 7 1 3`` each token follows one card, so steps are learnt from many
   tokens at once;
-- `lefts_loss`: behind layer 2 a card's right digit must know the left one, and the place of an
-  answer where it starts;
+- `preceding_loss`: behind layer 2 a digit in the picture must know which one is read before it, and
+  the place of an answer where it starts;
 - `path_loss` says what each layer should have found out. Without it, the first step is found in the
-  last layer, where no second one can follow.
+  last layer, where no second one can follow;
+- `hidden_images`: in half of the turns, layers behind those that should have read a picture do not
+  see it.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +37,14 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
-from conversations import IDS, IGNORED, KINDS, Level, Turns, cover_of, make_scenes
-from model import END, PATCHES, WORDS
+from conversations import FIRST_STEP, IDS, IGNORED, KINDS, Level, Turns, cover_of, make_scenes
+from model import END, IMAGE, PATCHES, WORDS
 
 SAVE_EVERY = 100
 TURNS = 9
 """Questions about a scene, besides that which describes it."""
-PAIRED, FIRST_STEP = 2, 4
-"""The layer that should know what each card leads from; that which should have followed a card; the
-one behind it has followed two."""
+PAIRED = 2
+"""The layer that should know what precedes each digit."""
 
 
 class SoftImages(nn.Module):
@@ -110,33 +112,57 @@ def describing_turn(rng: np.random.Generator) -> int:
     return 0 if rng.random() < 0.4 else int(rng.integers(TURNS + 1))
 
 
-def lefts_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torch.Tensor:
-    """Cross-entropy in nats of what cards and questions start from (`Turns.lefts`), as a probe
+def preceding_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torch.Tensor:
+    """Cross-entropy in nats of what precedes digits and answers (`Turns.preceding`), as a probe
     reads it from states ``[batch, seq, width]``."""
-    known = turns.lefts != IGNORED
-    return functional.cross_entropy(probe(states[known]), turns.lefts[known])
+    known = turns.preceding != IGNORED
+    return functional.cross_entropy(probe(states[known]), turns.preceding[known])
 
 
 def losses(
     model: LlavaForConditionalGeneration,
     embedded: torch.Tensor,
     turns: Turns,
-    probe: nn.Module | None = None,
+    probe: nn.Module,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The losses of a batch, those of `probe` only if it is given; and `answer_loss`'s shares.
+    """The losses of a batch, and `answer_loss`'s shares.
 
     Args:
         embedded: ``[batch, seq, width]``, the language model's input.
     """
     language, head = model.model.language_model, model.lm_head
-    with autocast():
+    with autocast(), hidden_images(language.layers, turns):
         made = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
         logits = head(made.last_hidden_state)
     loss, shares = answer_loss(logits.float(), turns)
     loss = loss + path_loss(made.hidden_states, lambda state: head(language.norm(state)), turns)
-    if probe is not None:
-        loss = loss + lefts_loss(made.hidden_states[PAIRED], probe, turns)
+    loss = loss + preceding_loss(made.hidden_states[PAIRED].float(), probe, turns)
     return loss, shares
+
+
+@contextmanager
+def hidden_images(layers: nn.ModuleList, turns: Turns) -> Iterator[None]:
+    """Image tokens are hidden from each token behind its layer (`Turns.leaves`), as if they had
+    left there. Attention must be ``eager``."""
+    image = (turns.ids == IDS[IMAGE])[:, None, None]
+
+    def hide(number: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        hidden = (turns.leaves <= number)[:, None, :, None] & image
+        mask = arguments["attention_mask"]
+        return arguments | {"attention_mask": mask.masked_fill(hidden, torch.finfo(mask.dtype).min)}
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, positional, named, number=number: (positional, hide(number, named)),
+            with_kwargs=True,
+        )
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass

@@ -37,7 +37,7 @@ import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
 from language import TURNS, autocast, describing_turn, store, take  # noqa: E402
-from model import LAYERS, TOWER_WIDTH, WIDTH, make_model, make_processor  # noqa: E402
+from model import LAYERS, TOWER_WIDTH, WIDTH, WORDS, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
@@ -124,13 +124,14 @@ def states_of(split: ExitVisionLanguage, pixels: torch.Tensor) -> list[torch.Ten
 
 def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path) -> None:
     """The whole model learns on pixels; projectors of the tower's exits follow its image tokens."""
-    optimizer = torch.optim.AdamW(split.parameters(), lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    probe = nn.Linear(split.model.config.text_config.hidden_size, len(WORDS))
+    weights = [*split.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=steps, pct_start=0.05
     )
-    parts = {"split": split, "optimizer": optimizer, "schedule": schedule}
+    parts = {"split": split, "probe": probe, "optimizer": optimizer, "schedule": schedule}
     level, first, started = Level(**vars(HARDEST)), resume(parts, file), time.monotonic()
-    weights = [*split.parameters()]
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
@@ -141,7 +142,7 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
             features = split.tower.each_exit(seen)
             whole = features.pop(split.tower.depth)
             embedded = split.embed(turns.ids, image_features=whole)
-        loss, shares = language.losses(split.model, embedded, turns)
+        loss, shares = language.losses(split.model, embedded, turns, probe)
         level.note(shares, len(scenes[0].cards))
         wanted = whole.detach()
         apart = sum((made - wanted).float().square().mean() for made in features.values())

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgeexit.bundle.rules import ALWAYS
 from edgeexit.export import export
+from edgeexit.export.exits.vision_language import ExitVisionLanguage
+from edgeexit.export.families.llava import trunk
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
 from edgeexit.runtime import Policy, Rule, load
@@ -81,6 +84,38 @@ def test_a_scene_is_drawn_the_same_again_and_otherwise_with_another_seed(data: A
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_a_hidden_image_is_as_one_that_left(data: Any) -> None:
+    """The training hides pictures from layers; on the device their tokens leave."""
+    names = ("model", "language", "conversations", "small_llava")
+    for name in names:
+        sys.modules.pop(name, None)
+    language, parts = importlib.import_module("language"), importlib.import_module("model")
+    torch.manual_seed(0)
+    model = parts.make_model(layers=4, width=64).eval()
+    split = ExitVisionLanguage(model, trunk(model), [], [])
+    model.set_attn_implementation({"text_config": "eager"})
+    scenes = [data.make_scene(np.random.default_rng(seed), 4) for seed in (1, 2)]
+    level = language.Level(cards=8, go=3, after=3)
+    turns = language.Turns(scenes, np.random.default_rng(3), level, 1, 0)
+    image = turns.ids == language.IDS[parts.IMAGE]
+    pixels = torch.rand(2, 3, data.SIZE, data.SIZE)
+    turns.leaves[~image] = 2
+    turns.leaves[image] = 1000
+    with torch.no_grad():
+        embedded = split.embed(turns.ids, pixel_values=pixels)
+        decoder = model.model.language_model
+        with language.hidden_images(decoder.layers, turns):
+            hidden = model.lm_head(decoder(inputs_embeds=embedded, use_cache=False)[0])
+        seen = model.lm_head(decoder(inputs_embeds=embedded, use_cache=False)[0])
+        left = split.logits_without(turns.ids, 2, image, pixel_values=pixels)
+    behind = ~image
+    behind[:, 0] = False
+    assert torch.allclose(hidden[behind], left[behind], atol=1e-4)
+    assert not torch.allclose(seen[behind], left[behind], atol=1e-2)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(HERE / script), *arguments, "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -101,7 +136,7 @@ def test_every_stage_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     run("exits.py", "-m", str(plain), "-o", str(exits), "--steps", "2")
     assert (exits / "model.safetensors").read_bytes() == trained
     origins = json.loads((exits / "edgeexit.json").read_text())["origins"]
-    assert origins["exit_2"] == origins["tower_exit_2"] == "trained"
+    assert origins["exit_4"] == origins["tower_exit_2"] == "trained"
     files = [path for path in exits.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16e6
     export(from_pretrained(exits).split_model(), tmp_path / "bundle")

@@ -1,0 +1,231 @@
+"""Questions of `scenes.py`, and its figures: what a case answers right, how long it takes beside
+the same model unsplit, and what is required."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from results import ROOT, verdict
+
+from edgeexit import runtime
+from edgeexit.measure.bench.texts import Writer
+from edgeexit.measure.bench.vision_cases import layer_of
+from edgeexit.measure.texts import Text
+
+EXAMPLE = ROOT / "examples" / "scenes"
+sys.path.insert(0, str(EXAMPLE))
+import data  # noqa: E402
+
+KEPT = {"free": 0.99, "gates": 0.99, "tower_gates": 0.98, "all": 0.98}
+"""Share of the right answers that a case must keep."""
+
+
+class Questions:
+    """Questions about scenes of a split, as a bundle's inputs.
+
+    Attributes:
+        items: Questions with their pictures and answers; all kinds take turns.
+        texts: Prompts.
+        answers: Token ids of the right answers, without the token that ends them.
+    """
+
+    def __init__(self, model: runtime.Model, split: str, count: int, seed: int) -> None:
+        self.items = data.items(split, count, seed)
+        chats = [
+            model.chat_prompt([{"role": "user", "content": f"<image>{item.question}"}])
+            for item in self.items
+        ]
+        pictures = [[item.picture] for item in self.items]
+        rows = [
+            model.prompts_with_images([chat], [own])
+            for chat, own in zip(chats, pictures, strict=True)
+        ]
+        self.texts = [Text(list(tokens), inputs) for [tokens], inputs in rows]
+        self.answers = [model.encode(item.answer, special_tokens=False) for item in self.items]
+
+    def answered_right(self, model: runtime.Model, new_tokens: int) -> Questions:
+        """Those that the model answers right at full depth. Of these, answers that an exit changes
+        are right answers that it loses."""
+        written = [
+            model.generate(t.tokens, inputs=t.inputs, max_new_tokens=new_tokens, text=False)
+            .finish()
+            .tokens[0]
+            for t in self.texts
+        ]
+        kept = np.flatnonzero(self.right(written))
+        found = copy.copy(self)
+        for name in ("items", "texts", "answers"):
+            setattr(found, name, [getattr(self, name)[number] for number in kept])
+        return found
+
+    def right(self, written: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """Which answers are right, word for word."""
+        pairs = zip(written, self.answers, strict=True)
+        return np.array([list(made) == answer for made, answer in pairs])
+
+    def of_kind(self, kind: str) -> NDArray[np.bool_]:
+        return np.array([item.kind == kind for item in self.items])
+
+
+def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any]:
+    """Quality and times of a case. Times are ratios to the unsplit model's: of the time to the
+    first token, per token behind it, and of whole answers, each over all answers of a kind."""
+    records, plain_records = writer.usual(), plain.usual()
+    order = [record["prompt"] for record in records]
+    assert order == [record["prompt"] for record in plain_records]
+    right = asked.right([record["tokens"] for record in records])
+    right_of_plain = asked.right([record["tokens"] for record in plain_records])
+    pairs = zip(records, plain_records, strict=True)
+    same = [ours["tokens"] == theirs["tokens"] for ours, theirs in pairs]
+    found: dict[str, Any] = {
+        "right": round(float(right.mean()), 4),
+        "kept": round(float(right.mean() / max(right_of_plain.mean(), 1e-9)), 4),
+        "kept_interval": interval(right, right_of_plain),
+        "same_answers": round(float(np.mean(same)), 4),
+    }
+    for kind in ("all", *data.KINDS):
+        of_kind = np.ones(len(records), bool) if kind == "all" else asked.of_kind(kind)
+        chosen = [(records[n], plain_records[n]) for n in np.flatnonzero(of_kind)]
+        found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(chosen)
+    found |= {key: totals(records, key) for key in ("exits", "earlier")}
+    return found | {"mean_layer": depths(records, asked)}
+
+
+def times(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
+    """Ratios of summed times, a case's over the unsplit model's. Times per token are of answers
+    that both wrote with more than one."""
+
+    def ratio(values: list[tuple[float, float]]) -> float:
+        ours, theirs = (sum(column) for column in zip(*values, strict=True))
+        return round(ours / theirs, 4)
+
+    long = [(a, b) for a, b in pairs if min(len(a["tokens"]), len(b["tokens"])) > 1]
+    found = {
+        "first_token": ratio([(a["first_token_s"], b["first_token_s"]) for a, b in pairs]),
+        "prefill": ratio([(_prefill(a), _prefill(b)) for a, b in pairs]),
+        "whole": ratio([tuple(r["first_token_s"] + r["decode_s"] for r in pair) for pair in pairs]),
+    }
+    if long:
+        found["per_token"] = ratio(
+            [tuple(r["decode_s"] / (len(r["tokens"]) - 1) for r in pair) for pair in long]
+        )
+    return found
+
+
+def _prefill(record: dict[str, Any]) -> float:
+    return float(record["first_token_s"] - record["earlier_s"])
+
+
+def interval(right: NDArray[np.bool_], plain: NDArray[np.bool_]) -> list[float]:
+    """95 % interval of the share of right answers that is kept, over resampled questions."""
+    rng = np.random.default_rng(0)
+    draws = rng.integers(len(right), size=(2000, len(right)))
+    shares = right[draws].mean(1) / np.maximum(plain[draws].mean(1), 1e-9)
+    return [round(float(edge), 4) for edge in np.quantile(shares, [0.025, 0.975])]
+
+
+def depths(records: list[dict[str, Any]], asked: Questions) -> dict[str, float]:
+    """Mean layer of a token's exit by ``kind steps``, and of ``all``."""
+    of_kind: dict[str, list[dict[str, Any]]] = {"all": records}
+    for one in records:
+        item = asked.items[one["prompt"]]
+        of_kind.setdefault(f"{item.kind} {item.steps}", []).append(one)
+    found = {}
+    for kind in sorted(of_kind):
+        taken = totals(of_kind[kind], "exits")
+        layers = sum(layer_of(name) * number for name, number in taken.items())
+        found[kind] = round(layers / max(sum(taken.values()), 1), 3)
+    return found
+
+
+def totals(records: list[dict[str, Any]], key: str) -> dict[str, int]:
+    """Tokens by exit (``exits``), or prompts by exit of the tower (``earlier``)."""
+    counts: dict[str, int] = {}
+    for one in records:
+        taken = one[key] if key == "exits" else Counter(one[key].values())
+        for name, number in taken.items():
+            counts[name] = counts.get(name, 0) + number
+    return {name: counts[name] for name in sorted(counts, key=layer_of)}
+
+
+def truncate_instead(
+    writers: Mapping[str, Writer], smaller: Sequence[str], asked: Questions
+) -> dict[str, list[str]]:
+    """Case with exits -> what takes as little time for whole answers (up to 2 % more) and is not
+    surpassed by it: plain models of `smaller`, and random exits. A case surpasses another if the
+    95 % interval of the difference between their shares of right answers, over resampled questions,
+    is above 0."""
+    rng = np.random.default_rng(1)
+    draws = rng.integers(len(asked.items), size=(2000, len(asked.items)))
+    seconds, right = {}, {}
+    for name, writer in writers.items():
+        records = sorted(writer.usual(), key=lambda record: int(record["prompt"]))
+        seconds[name] = sum(one["first_token_s"] + one["decode_s"] for one in records)
+        right[name] = asked.right([one["tokens"] for one in records]).astype(float)
+    found = {}
+    for case in ("free", "exact", "gates", "tower_gates", "all"):
+        rivals = [*smaller, *(["random"] if case == "free" else [])]
+        found[case] = [
+            name
+            for name in rivals
+            if seconds[name] <= 1.02 * seconds[case]
+            and np.quantile((right[case] - right[name])[draws].mean(1), 0.025) <= 0
+        ]
+    return found
+
+
+def kept_by_static_cuts(cases: Mapping[str, Any], prefill: float) -> float:
+    """The share of right answers that dropping image tokens behind one layer for every prompt keeps
+    at this prefill time, interpolated between layers."""
+    static = [case for name, case in cases.items() if name.startswith("static_")]
+    points = sorted((case["all"]["prefill"], case["kept"]) for case in static)
+    times, kept = zip(*points, (1.0, 1.0), strict=True)
+    return float(np.interp(prefill, times, kept))
+
+
+def judge(cases: dict[str, Any], floor: float) -> list[dict[str, Any]]:
+    """The required figures."""
+    found = [
+        (
+            "free: time of whole descriptions with answers",
+            cases["free"]["follow"]["whole"],
+            "<=",
+            0.66,
+            0.5,
+        ),
+        ("free: kept", cases["free"]["kept"], ">=", KEPT["free"], 1.0),
+        (
+            "exact: time of whole descriptions with answers",
+            cases["exact"]["follow"]["whole"],
+            "<=",
+            0.75,
+            0.55,
+        ),
+        ("exact: same answers", cases["exact"]["same_answers"], ">=", 1.0, 1.0),
+        ("gates: prefill", cases["gates"]["all"]["prefill"], "<=", 0.6, 0.45),
+        ("gates: kept", cases["gates"]["kept"], ">=", KEPT["gates"], 1.0),
+        (
+            "gates: kept, less what a static cut keeps in the same prefill time",
+            cases["gates"]["kept"] - kept_by_static_cuts(cases, cases["gates"]["all"]["prefill"]),
+            ">=",
+            0.0,
+            0.05,
+        ),
+        (
+            "tower and gates: time to the first token",
+            cases["tower_gates"]["all"]["first_token"],
+            "<=",
+            round(floor + 0.4 * (1 - floor), 4),
+            floor,
+        ),
+        ("tower and gates: kept", cases["tower_gates"]["kept"], ">=", KEPT["tower_gates"], 1.0),
+        ("all: time of whole answers", cases["all"]["all"]["whole"], "<=", 0.55, 0.4),
+        ("all: kept", cases["all"]["kept"], ">=", KEPT["all"], 1.0),
+    ]
+    return verdict(found)
