@@ -61,9 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", type=Path, required=True, help="from examples/scenes")
     parser.add_argument("--name", default="", help="of the result: scenes-NAME")
-    parser.add_argument("--exits", default="all", help="of FREE; default: all of the checkpoint")
-    parser.add_argument("--gates", default="3,4,5,6,8")
-    parser.add_argument("--both", default="", metavar="GATES", help="beside exits; default: all")
+    parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
+    parser.add_argument("--gates", help="measured without exits of the language model")
+    parser.add_argument("--both", metavar="GATES", help="measured with them; default: as --gates")
     parser.add_argument("--drops", default="2,3,4,5,6,8", help="layers of static cuts")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument("--place", action="store_true", help="only compare sets of exits")
@@ -72,14 +72,15 @@ def main() -> None:
     given = parser.parse_args()
     folder = SCRATCH / "scenes"
     folder.mkdir(parents=True, exist_ok=True)
-    last = str(
-        json.loads((given.model / "config.json").read_text())["text_config"]["num_hidden_layers"]
-    )
+    config = json.loads((given.model / "config.json").read_text())
+    last = ["--exits", str(config["text_config"]["num_hidden_layers"])]
+    exits = ["--exits", given.exits] if given.exits else []
+    gates = ["--gates", given.gates] if given.gates else []
     bundles = {
-        "tokens": ["--exits", given.exits, "--gates", "none"],
-        "images": ["--exits", last, "--gates", given.gates],
-        "both": ["--exits", given.exits, "--gates", given.both or given.gates],
-        "cuts": ["--exits", last, "--gates", "none", "--drop-image-tokens", given.drops],
+        "tokens": [*exits, "--gates", "none"],
+        "images": [*last, *gates],
+        "both": [*exits, *(["--gates", given.both] if given.both else gates)],
+        "cuts": [*last, "--gates", "none", "--drop-image-tokens", given.drops],
     }
     for name, options in bundles.items():
         exported(given.model, folder / name, options, keep=given.keep)
@@ -178,8 +179,7 @@ def trace_of_answers(model: runtime.Model, questions: Questions) -> Trace:
             text.tokens, inputs=text.inputs, max_new_tokens=NEW_TOKENS, text=False
         )
         [written] = made.finish().tokens
-        ends = model.bundle.manifest.decoding.stop_tokens[:1] if len(written) < NEW_TOKENS else []
-        texts.append(Text([*text.tokens, *written, *ends], text.inputs, len(text.tokens)))
+        texts.append(Text([*text.tokens, *written], text.inputs, len(text.tokens)))
     return record(model, as_data(texts, model.bundle, "answers"), 1)
 
 

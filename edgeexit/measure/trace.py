@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -317,6 +318,21 @@ def _joined(
     )
 
 
+def _of_traced(trace: Trace, rule: Rule) -> Rule:
+    """The part of a rule that is about the traced exits. A chain may have others (gates beside
+    exits that stop), which followed the trace's own policy; and a rule names the score of those
+    that stop, while gates have one of their own."""
+    if trace.gates:
+        [score] = trace.scores
+        rule = msgspec.structs.replace(rule, score=score)
+    followed = trace.policy.get(trace.chain, Rule()).thresholds
+    if isinstance(rule.thresholds, dict) and isinstance(followed, dict):
+        others = followed.keys() - set(trace.exits)
+        own = {name: value for name, value in rule.thresholds.items() if name not in others}
+        rule = msgspec.structs.replace(rule, thresholds=own)
+    return rule
+
+
 def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:
     """Index of the exit ``[row]`` where each row stops with a policy, or a rule for the chain.
 
@@ -331,6 +347,7 @@ def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:
                 fix="Calibrate again on this trace.",
             )
         policy = policy.rules.get(trace.chain, Rule())
+    policy = _of_traced(trace, policy)
     exits = [
         Exit(
             name=name,

@@ -6,8 +6,8 @@ adapters (FREE), gates (DyVTE) and projectors of the tower.
     python examples/scenes/exits.py -o DIR --part free --exits 1,2,3,4,5,6,7   # quality by depth
 
 Adapters have no adversary unless `--adversary` asks for one: with it they are sure of what they do
-not know (README.md). Every part can be interrupted; it goes on from its last checkpoint. Needs
-``edgeexit[export]`` and scikit-learn.
+not know (README.md). Parts are trained apart, in any order or side by side; each can be
+interrupted and goes on from its last checkpoint. Needs ``edgeexit[export]`` and scikit-learn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from edgeexit.export.methods.checkpoints import last_checkpoint
+from edgeexit.export.exits.origins import note_origins
+from edgeexit.export.exits.saved import load_named
+from edgeexit.export.methods.checkpoints import last_checkpoint, trained_before
 from edgeexit.export.methods.dyvte import Dyvte
 from edgeexit.export.methods.free import Free
 from edgeexit.export.methods.method import Method
@@ -98,8 +100,8 @@ def collate(rows: Sequence[Row]) -> Row:
     return batch | {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
 
-def train(model: Any, part: str, method: Method, options: argparse.Namespace) -> None:
-    """Trains one part."""
+def train(part: str, options: argparse.Namespace) -> None:
+    """Trains one part, if it is not trained yet."""
     folder = options.output / "state" / part
     steps = options.steps or STEPS[part]
     arguments = TrainingArguments(
@@ -120,9 +122,45 @@ def train(model: Any, part: str, method: Method, options: argparse.Namespace) ->
         report_to="none",
         disable_tqdm=True,
     )
+    torch.manual_seed(options.seed)
     rows = Conversations(Pixels(make_processor()), options.seed, packed=part != "gates")
+    model, method = new_model(options), method_of(part, options)
     trainer = ExitTrainer(model, method, arguments, train_dataset=rows, data_collator=collate)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+
+def new_model(options: argparse.Namespace) -> Any:
+    """The model with new exits of every part."""
+    exits = [int(layer) for layer in options.exits.split(",")]
+    return from_pretrained(
+        options.model,
+        exits=exits,
+        adapters=exits,
+        tower_exits=TOWER_EXITS,
+        gates=dict.fromkeys(GATES, GATE_WIDTH),
+        untrained=True,
+    ).float()
+
+
+def method_of(part: str, options: argparse.Namespace) -> Method:
+    """How a part is trained."""
+    if part == "free":
+        return Free(supervision=options.supervision, adversary=options.adversary)
+    return TowerDistillation() if part == "tower" else Dyvte()
+
+
+def gathered(options: argparse.Namespace) -> Any:
+    """The model with every part that has been trained so far, each from its own training."""
+    model = new_model(options)
+    for part in PARTS:
+        folder = last_checkpoint(options.output / "state" / part)
+        if folder is None:
+            continue
+        method = method_of(part, options)
+        modules: Any = method.part(model)
+        load_named(modules, modules, folder)
+        note_origins(model, dict.fromkeys(trained_before(folder), "trained"))
+    return model
 
 
 def main() -> None:
@@ -139,24 +177,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    exits = [int(layer) for layer in options.exits.split(",")]
-    model = from_pretrained(
-        options.model,
-        exits=exits,
-        adapters=exits,
-        tower_exits=TOWER_EXITS,
-        gates=dict.fromkeys(GATES, GATE_WIDTH),
-        untrained=True,
-    ).float()
-    methods = {
-        "tower": TowerDistillation(),
-        "free": Free(supervision=options.supervision, adversary=options.adversary),
-        "gates": Dyvte(),
-    }
     for part in PARTS if options.part is None else [options.part]:
-        train(model, part, methods[part], options)
-    save(model, make_processor(), options.output)
+        train(part, options)
+    save(gathered(options), make_processor(), options.output)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def test_replay_of_a_gates_trace_is_what_the_policy_does(model: Model) -> None:
                 "main": Rule(thresholds=dict.fromkeys(["gate_1", "gate_3"], float(threshold))),
             }
         )
+        assert replay(trace, model.policy).tolist() == taken.tolist()
         for number, text in enumerate(texts[: PROMPTS - 2]):
             made = model.generate(text.tokens, inputs=text.inputs, max_new_tokens=COUNT).finish()
             fired = [gate for gate, rows in made.statistics.dropped.items() if rows[0]]
@@ -143,6 +144,7 @@ def test_a_calibration_adds_to_the_policy_that_was_traced(model: Model, tmp_path
     found = both.rules["main"].thresholds
     assert isinstance(found, dict) and set(found) == {"gate_1", "gate_3", "exit_2"}
     assert {name: found[name] for name in thresholds} == thresholds
+    assert replay(tokens, both).tolist() == replay(tokens, both.rules["main"]).tolist()
     assert both.rules["main"].score == "max_prob" and both.rules["vision"] == base.rules["vision"]
     model.policy = both
     assert answer(model, texts[0], "fast")
