@@ -64,6 +64,13 @@ class Questions:
             setattr(found, name, [getattr(self, name)[number] for number in kept])
         return found
 
+    def with_targets(self) -> list[Text]:
+        """The prompts with their right answers."""
+        return [
+            Text([*text.tokens, *answer], text.inputs, len(text.tokens))
+            for text, answer in zip(self.texts, self.answers, strict=True)
+        ]
+
     def right(self, written: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
         """Which answers are right, word for word."""
         pairs = zip(written, self.answers, strict=True)

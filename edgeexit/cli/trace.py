@@ -101,7 +101,7 @@ def command(
             if answers:
                 trace = record_answers(
                     model,
-                    read_texts(data, model.bundle),
+                    read_texts(data, model.bundle, targets=True),
                     name=Path(data).name,
                     chain=None if gates else chain,
                     max_new_tokens=max_new_tokens,

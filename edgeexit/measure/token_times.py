@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.manifest import Chain
+from edgeexit.bundle.policy import Rule
 from edgeexit.measure.probe import times_to_exits
 from edgeexit.runtime import Model
 
@@ -32,6 +36,8 @@ def measure_token_times(
 ) -> tuple[list[list[float]], NDArray[np.int64]]:
     """Measures single tokens: milliseconds per run and segment, and rows of each run.
 
+    Gates do not act meanwhile: they read prompts, which must then pass in one run.
+
     Args:
         batches: Inputs to take turns with, all of the same number of rows.
         tokens: The input with token ids ``[batch, seq]``.
@@ -42,15 +48,34 @@ def measure_token_times(
         dict(batch) if whole else {**batch, tokens: batch[tokens][:, :TIMED_TOKENS]}
         for batch in batches
     ]
-    for batch in prepared:
-        model.trace(batch, step=1)
 
     def run(number: int) -> list[float]:
         steps = model.trace(prepared[number % len(prepared)], step=1).step_times_ms
         return times_to_exits(chain, median_of_tokens(steps))
 
-    runs = run_until_settled(run, at_least=max(MIN_RUNS, 2 * len(prepared)))
+    with _gates_at_rest(model, chain):
+        for batch in prepared:
+            model.trace(batch, step=1)
+        runs = run_until_settled(run, at_least=max(MIN_RUNS, 2 * len(prepared)))
     return runs, np.full(len(runs), len(prepared[0][tokens]))
+
+
+@contextmanager
+def _gates_at_rest(model: Model, chain: Chain) -> Iterator[None]:
+    """The model's policy without thresholds of gates."""
+    before, name = model.policy, model.chain_name
+    rule = before.rules.get(name, Rule())
+    gates = {exit_.name for exit_ in chain.exits if exit_.action == "drop" and exit_.path}
+    if not isinstance(rule.thresholds, dict) or gates.isdisjoint(rule.thresholds):
+        yield
+        return
+    others = {exit_: value for exit_, value in rule.thresholds.items() if exit_ not in gates}
+    rule = msgspec.structs.replace(rule, thresholds=others)
+    model.policy = msgspec.structs.replace(before, rules=before.rules | {name: rule})
+    try:
+        yield
+    finally:
+        model.policy = before
 
 
 def median_of_tokens(steps: Sequence[Sequence[float]]) -> list[float]:

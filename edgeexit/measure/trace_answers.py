@@ -3,7 +3,8 @@ vision tower, an encoder), and gates that drop tokens.
 
 What such an exit changes is the answer. So `record_answers` writes the answer to every prompt in
 full and again with each exit forced, and keeps the exits' scores. A row is a prompt, a prediction
-the number of its answer, and two answers are the same if all of their tokens are. Because the exit
+the number of its answer, and two answers are the same if all of their tokens are. The label of a
+prompt with a target is the number of the answer that is the target. Because the exit
 is chosen before the first token, `edgeexit.measure.trace.replay` is exact for such a trace.
 """
 
@@ -23,7 +24,7 @@ from edgeexit.bundle.policy import ALWAYS, NEVER, OUT_OF_REACH, Policy, Rule, fo
 from edgeexit.errors import DataError, MeasurementError
 from edgeexit.measure.probe import ask, chain_named
 from edgeexit.measure.texts import Text
-from edgeexit.measure.trace import Trace
+from edgeexit.measure.trace import NO_LABEL, Trace
 from edgeexit.runtime import Model
 
 STAY = "no gate"
@@ -63,7 +64,7 @@ def record_answers(
 
     Args:
         model: The bundle, preferably loaded with all scores.
-        texts: Prompts.
+        texts: Prompts, with or without targets.
         name: Name of the data set.
         chain: The chain; None: the gates of the chain that writes the text.
         max_new_tokens: As for `Model.generate`.
@@ -104,7 +105,7 @@ def record_answers(
         exits=exits,
         scores=scores,
         predictions=np.array([row.answers for row in rows], np.int64).T.copy(),
-        labels=None,
+        labels=_labels([row.label for row in rows]),
         batch_rows=np.ones(len(rows), np.int64),
         times_ms=np.diff(np.maximum.accumulate(times, axis=1), axis=1, prepend=0.0),
         batch_size=1,
@@ -120,6 +121,7 @@ class _Row:
     scores: dict[str, list[float]]
     answers: list[int]
     first_token_ms: list[float]
+    label: int
 
 
 def _row(
@@ -131,14 +133,13 @@ def _row(
     number: int,
 ) -> _Row | None:
     """What every exit answers to a prompt; None: the exits do not concern it."""
+    prompt = text.tokens[: text.asked or None]
 
     def write(rule: Rule) -> tuple[list[int], float, dict[str, list[float]]]:
         model.policy = _with(before, choice.chain, rule)
         model.features.clear()
         started = time.perf_counter()
-        made = model.generate(
-            text.tokens, inputs=text.inputs or None, max_new_tokens=most, text=False
-        )
+        made = model.generate(prompt, inputs=text.inputs or None, max_new_tokens=most, text=False)
         pieces = iter(made)
         next(pieces, None)
         first_ms = (time.perf_counter() - started) * 1000
@@ -171,7 +172,20 @@ def _row(
         tokens, first_ms, _ = write(rule)
         answers.append(known.setdefault(tuple(tokens), len(known)))
         times.append(first_ms)
-    return _Row(scores, answers[::-1], times[::-1])
+    label = known.get(_target(model, text), len(known)) if text.asked else NO_LABEL
+    return _Row(scores, answers[::-1], times[::-1], label)
+
+
+def _target(model: Model, text: Text) -> tuple[int, ...]:
+    """The tokens of a text's target, without the one that ends it."""
+    decoding = model.bundle.manifest.decoding
+    assert decoding is not None
+    target = text.tokens[text.asked :]
+    return tuple(target[:-1] if target[-1] in decoding.stop_tokens else target)
+
+
+def _labels(labels: list[int]) -> NDArray[np.int64] | None:
+    return np.array(labels, np.int64) if set(labels) != {NO_LABEL} else None
 
 
 def _with(before: Policy, chain: str, rule: Rule) -> Policy:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeexit.bundle.policy import Policy, Rule
+from edgeexit.bundle.policy import ALWAYS, Policy, Rule
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import CheckError, DataError, MeasurementError
 from edgeexit.measure.calibrate import calibrate, losses
 from edgeexit.measure.texts import Text
-from edgeexit.measure.trace import replay
+from edgeexit.measure.trace import NO_LABEL, replay
 from edgeexit.measure.trace_answers import STAY, record_answers
 from edgeexit.measure.trace_file import read_trace, write_trace
 from edgeexit.runtime import Model, load
@@ -139,7 +139,8 @@ def test_a_calibration_adds_to_the_policy_that_was_traced(model: Model, tmp_path
     from edgeexit.measure.texts import as_data
     from edgeexit.measure.trace import record
 
-    tokens = record(model, as_data(written, model.bundle, "x"), 1, token_times=False)
+    tokens = record(model, as_data(written, model.bundle, "x"), 1)
+    assert model.policy == policy
     both, _, _ = calibrate(tokens, max_risk=1.0, score="max_prob")
     found = both.rules["main"].thresholds
     assert isinstance(found, dict) and set(found) == {"gate_1", "gate_3", "exit_2"}
@@ -148,6 +149,31 @@ def test_a_calibration_adds_to_the_policy_that_was_traced(model: Model, tmp_path
     assert both.rules["main"].score == "max_prob" and both.rules["vision"] == base.rules["vision"]
     model.policy = both
     assert answer(model, texts[0], "fast")
+
+
+def test_targets_are_labels(model: Model) -> None:
+    """Right in full, right at a gate only, never right, and a prompt without a target."""
+    texts = questions(model.bundle)[: PROMPTS - 2]
+    plain = record_answers(model, texts, name="some", max_new_tokens=COUNT)
+    assert plain.labels is None
+    [changed, *_] = np.flatnonzero(plain.predictions[0] != plain.predictions[-1])
+    [kept, other, without] = [n for n in range(len(texts)) if n != changed][:3]
+    model.policy = Policy(rules={"vision": Rule(), "main": Rule(thresholds={"gate_1": ALWAYS})})
+    targets = {changed: answer(model, texts[changed])}
+    model.policy = Policy(rules={"vision": Rule(), "main": Rule()})
+    [stop, *_] = model.bundle.manifest.decoding.stop_tokens or [None]  # type: ignore[union-attr]
+    ends = [] if stop is None else [stop]
+    targets |= {kept: [*answer(model, texts[kept]), *ends], other: [3]}
+    asked = [
+        Text(text.tokens + targets[n], text.inputs, len(text.tokens)) if n in targets else text
+        for n, text in enumerate(texts)
+    ]
+    trace = record_answers(model, asked, name="some", max_new_tokens=COUNT)
+    assert np.array_equal(trace.predictions, plain.predictions)
+    assert trace.labels is not None and trace.labels[without] == NO_LABEL
+    right = trace.predictions == trace.labels
+    assert right[0, changed] and not right[-1, changed]
+    assert right[-1, kept] and not right[:, other].any()
 
 
 def test_no_threshold_is_an_answer(model: Model) -> None:
