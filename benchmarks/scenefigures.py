@@ -100,6 +100,8 @@ def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any
         of_kind = np.ones(len(records), bool) if kind == "all" else asked.of_kind(kind)
         chosen = [(records[n], plain_records[n]) for n in np.flatnonzero(of_kind)]
         found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(chosen)
+    if writer.case == "unsplit":
+        return found
     found |= {key: totals(records, key) for key in ("exits", "earlier")}
     return found | {"mean_layer": depths(records, asked)}
 
@@ -119,9 +121,12 @@ def times(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, f
         "whole": ratio([tuple(r["first_token_s"] + r["decode_s"] for r in pair) for pair in pairs]),
     }
     if long:
-        found["per_token"] = ratio(
-            [tuple(r["decode_s"] / (len(r["tokens"]) - 1) for r in pair) for pair in long]
+        ours, theirs = (
+            sum(pair[side]["decode_s"] for pair in long)
+            / sum(len(pair[side]["tokens"]) - 1 for pair in long)
+            for side in (0, 1)
         )
+        found["per_token"] = round(ours / theirs, 4)
     return found
 
 
