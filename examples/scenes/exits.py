@@ -5,8 +5,8 @@ adapters (FREE), gates (DyVTE) and projectors of the tower.
     python examples/scenes/exits.py -o DIR --part free --supervision labels --seed 1
     python examples/scenes/exits.py -o DIR --part free --exits 1,2,3,4,5,6,7   # quality by depth
 
-Adapters have no adversary unless `--adversary` asks for one (README.md). Parts are trained apart, in
-any order or side by side; each can be interrupted and goes on from its last checkpoint. Needs
+Adapters have no adversary unless `--adversary` asks for one (README.md). Parts are trained apart,
+in any order or side by side; each can be interrupted and goes on from its last checkpoint. Needs
 ``edgeexit[export]`` and scikit-learn.
 """
 
