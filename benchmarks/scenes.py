@@ -131,8 +131,7 @@ def main() -> None:
 
 
 def opened(bundle: Path) -> runtime.Model:
-    """A bundle for choosing thresholds; nothing stops early. It has one thread, because a pool of
-    threads would go on spinning beside what is measured afterwards."""
+    """A bundle for choosing thresholds; nothing stops early."""
     model = runtime.load(bundle, threads=1, capacity=CAPACITY, all_scores=True)
     model.policy = runtime.Policy(rules={name: runtime.Rule() for name in model.chains})
     return model
