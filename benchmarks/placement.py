@@ -124,15 +124,16 @@ def costs_of(names: Sequence[str], asking: Mapping[str, float]) -> NDArray[np.fl
 
 def oracle(trace: Trace) -> dict[str, Any]:
     """What leaving at the earliest exit that says what the last one says would give: the mean layer
-    of a token, and its expected cost if evaluating exits cost nothing. No rule can do better on
-    these tokens without changing them."""
-    taken = (trace.predictions == trace.predictions[-1]).argmax(axis=0)
+    of a token, and its expected cost if evaluating exits cost nothing; beside it, how often each
+    exit says that. No rule can do better on these tokens without changing them."""
+    same = trace.predictions == trace.predictions[-1]
+    taken = same.argmax(axis=0)
     layers = np.array([layer_of(name) for name in trace.exits], np.float64)
     return {
         "mean_layer": round(float(layers[taken].mean()), 3),
         "cost": round(float(costs_of(trace.exits, {})[taken].mean()), 4),
         "shares": (np.bincount(taken, minlength=len(layers)) / trace.rows).round(4).tolist(),
-        "agreement": (trace.predictions == trace.predictions[-1]).mean(1).round(4).tolist(),
+        "agreement": dict(zip(trace.exits, same.mean(1).round(4).tolist(), strict=True)),
     }
 
 

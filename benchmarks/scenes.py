@@ -161,13 +161,7 @@ def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
         "questions": len(questions.items),
         "asking_costs": asking,
         "most_answers_changed": LOST["free"],
-        "agreement": dict(
-            zip(
-                trace.exits,
-                (trace.predictions == trace.predictions[-1]).mean(1).round(4).tolist(),
-                strict=True,
-            )
-        ),
+        "oracle": oracle(trace),
         "sets": found,
         "environment": environment.describe() | {"machine": machine},
     }

@@ -99,9 +99,12 @@ def command(
         _check(model, gates, answers, chain, max_new_tokens, batch_size)
         with progress_bar(quiet) as progress:
             if answers:
+                decoding = model.bundle.manifest.decoding
+                # Where an encoder reads the prompt, a target would be part of what is continued.
+                targets = decoding is not None and not decoding.start_tokens
                 trace = record_answers(
                     model,
-                    read_texts(data, model.bundle, targets=True),
+                    read_texts(data, model.bundle, targets=targets),
                     name=Path(data).name,
                     chain=None if gates else chain,
                     max_new_tokens=max_new_tokens,

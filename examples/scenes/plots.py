@@ -20,6 +20,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from edgeexit.measure.bench.vision_cases import layer_of
+
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parents[1] / "benchmarks/results/scenes.json"
 KINDS = ("read", "walk", "follow", "go")
@@ -70,7 +72,7 @@ def draw_quality(axes: Axes, cases: dict[str, Any]) -> None:
 def draw_settings(axes: Axes, depth: dict[str, Any], kinds: tuple[str, ...], title: str) -> None:
     """Right answers of each exit alone, by layer."""
     for setting, shares in depth["right"].items():
-        layers = sorted(int(name.rpartition("_")[2]) for name in shares)
+        layers = sorted(layer_of(name) for name in shares)
         means = []
         for layer in layers:
             own = shares[f"exit_{layer}"]

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeexit.bundle.reader import Bundle
+from tests.decoder_toys import batch_inputs, make_decoder_toy, make_rows, write_decoder_toy
 from tests.e2e.conftest import Ran
 from tests.vision_models import make_images
 
@@ -69,3 +71,13 @@ def test_invalid_options_are_refused(
         ran = run_here(*arguments)
         assert ran.code == code and message in ran.err, ran
         assert not Path("trace.npz").exists()
+
+
+def test_an_encoder_is_traced_without_targets(run_here: Run, tmp_path: Path) -> None:
+    """Its prompts have no answers beside them; the model writes these."""
+    toy = make_decoder_toy(encoder=True)
+    bundle, data = write_decoder_toy(toy, tmp_path / "bundle").path, tmp_path / "prompts.npz"
+    np.savez(data, **batch_inputs(make_rows(toy, [9, 9])))  # type: ignore[arg-type]
+    given = ["trace", str(bundle), "--data", str(data), "--chain", "encoder", *THREADS]
+    made = run_here(*given, "--max-new-tokens", "3", "-o", str(tmp_path / "trace.npz"))
+    assert made.code == 0 and "2 prompts, answered at every exit, 3 exits" in made.out, made
