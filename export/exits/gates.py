@@ -51,25 +51,29 @@ class Gate(nn.Module):
             image: bool ``[batch, new]``: which tokens are image tokens.
             prompt: int64 ``[batch]``: tokens of each row's prompt; the rest is padding.
         """
-        difference = self.logits(state, image, prompt).diff(dim=-1)[:, 0]
-        return torch.sigmoid(difference.float())
+        hidden = self._hidden(state, image, prompt)
+        difference = functional.linear(hidden, self.second.weight.diff(dim=0))
+        return torch.sigmoid(difference.float())[:, 0]
 
     def logits(
         self, state: torch.Tensor, image: torch.Tensor, prompt: torch.Tensor
     ) -> torch.Tensor:
         """Logits ``[batch, 2]``: stay, leave."""
+        return self.second(self._hidden(state, image, prompt))
+
+    def _hidden(
+        self, state: torch.Tensor, image: torch.Tensor, prompt: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden layer ``[batch, inner]``."""
         places = torch.arange(state.shape[1], device=state.device)
         behind = (image * (places + 1)).amax(dim=1, keepdim=True)  # the last image token
-        last = places == prompt[:, None] - 1
-        text = (places >= behind) & (places < prompt[:, None] - 1)
-        read = torch.cat([_mean(state, text), _mean(state, last)], dim=-1)
-        return self.second(functional.gelu(self.first(read)))
-
-
-def _mean(state: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean ``[batch, width]`` of the chosen tokens' states; 0 without any."""
-    states = torch.where(chosen[..., None], state, torch.zeros_like(state)).float().sum(dim=1)
-    return (states / chosen.sum(dim=1, keepdim=True).clamp(min=1)).to(state.dtype)
+        end = prompt[:, None] - 1
+        text, last = (places >= behind) & (places < end), places == end
+        chosen = torch.stack([text, last], dim=1).float()
+        shares = chosen / chosen.sum(dim=2, keepdim=True).clamp(min=1)
+        # One product, as a sum over tokens: each operation takes long beside this little work.
+        read = (shares @ state.float()).flatten(1).to(state.dtype)
+        return functional.gelu(self.first(read))
 
 
 def gate_name(layer: int) -> str:

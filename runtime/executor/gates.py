@@ -9,7 +9,7 @@ so states behind the gate hold fewer tokens than the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +20,14 @@ from edgeexit.errors import InputError
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.blocks import Block, keep_tokens
 from edgeexit.runtime.executor.components import prompt_states
+from edgeexit.runtime.executor.head import BINDINGS_KEPT
 from edgeexit.runtime.executor.slots import dtype_of, shape_of
 
 if TYPE_CHECKING:
     from edgeexit.runtime.executor.session import Session
+
+_Run = tuple[list[Callable[[], object]], NDArray[np.float32]]
+"""Calls that score a prompt, and the scores."""
 
 
 class Gates:
@@ -73,6 +77,8 @@ class Gates:
         self._over: set[str] = set()  # gates without a score whose prompts have passed
         self._holding: dict[str, list[bool]] = {}  # group -> per row, whether it has such tokens
         self._scratch: Array | None = None
+        self._bindings: dict[tuple[str, int, int], _Run] = {}
+        self._written: Block | None = None  # whose masks are in the session's places
 
     @property
     def whole_prompts(self) -> bool:
@@ -83,6 +89,7 @@ class Gates:
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
         """Starts a new prompt."""
         self._made.clear()
+        self._written = None
         self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
         self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
@@ -106,7 +113,7 @@ class Gates:
 
     def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
         """Writes which of a block's tokens belong to the prompt and to its groups."""
-        session = self._session
+        session, self._written = self._session, block
         session.places.write_prompt(block.new, positions, session.prompts, session.group_masks)
 
     def make(self, maker: str, wanted: Sequence[PromptState], new: int) -> None:
@@ -148,7 +155,8 @@ class Gates:
     def _ask(self, number: int, gate: Exit, block: Block) -> Block:
         """Scores a prompt, and drops the group where the score reaches the threshold."""
         session = self._session
-        self.write(block, session.positions_of(number, block))
+        if block is not self._written:
+            self.write(block, session.positions_of(number, block))
         scores = self.scores[gate.name] = self._scores(gate, block.new).tolist()
         threshold = self.thresholds[gate.name]
         holding = self._holding[gate.tokens or ""]
@@ -198,11 +206,20 @@ class Gates:
         return Block(new, counts, standing)
 
     def _scores(self, gate: Exit, new: int) -> NDArray[np.float32]:
-        """A gate's score of every row, ``[batch]``."""
+        """A gate's score of every row, ``[batch]``; its next run overwrites them."""
+        key = gate.name, new, self._session.handed.epoch
+        runs, scores = self._bindings.get(key) or self._bind(gate, new)
+        for run in runs:
+            run()
+        return scores
+
+    def _bind(self, gate: Exit, new: int) -> _Run:
+        """Binds the components that score a prompt of so many tokens."""
         session = self._session
         [tensor] = gate.scores.values()
         host = session.engine.allocate_host(session.batch * 4)
         dtype, shape = np.dtype(np.float32), (session.batch,)
+        runs = []
         for call in gate.path:
             component = session.components.bundle.manifest.components[call.component]
             inputs = session.inputs_of(component.inputs, call.inputs, new)
@@ -213,9 +230,12 @@ class Gates:
                 else session.bindings.bound(output.name, {"batch": session.batch, "new": new})
                 for output in component.outputs
             }
-            session.components.graph(call.component).bind(inputs, outputs)()
-        scores: NDArray[np.float32] = host.array(dtype, shape)
-        return scores
+            runs.append(session.components.graph(call.component).bind(inputs, outputs))
+        while len(self._bindings) >= BINDINGS_KEPT:
+            self._bindings.pop(next(iter(self._bindings)))
+        key = gate.name, new, session.handed.epoch
+        bound = self._bindings[key] = runs, host.array(dtype, shape)
+        return bound
 
 
 def _within(own: NDArray[np.bool_], place: int) -> bool:

@@ -68,14 +68,16 @@ class Places:
             groups: Mask -> per row, which tokens of the prompt belong to the group.
         """
         self._engine.settle()
-        for row, (places, length) in enumerate(zip(positions, prompts, strict=True)):
-            self._views["prompt"][row] = sum(place < length for place in places)
+        places_of = [np.asarray(places, np.int64) for places in positions]
+        for row, (places, length) in enumerate(zip(places_of, prompts, strict=True)):
+            self._views["prompt"][row] = np.count_nonzero(places < length)
         for name, slot in self._masks.items():
             view = slot.array(np.dtype(np.bool_), (self._batch, new))
             view[...] = False
-            for row, places in enumerate(positions):
+            for row, places in enumerate(places_of):
                 own = groups[name][row]
-                view[row, : len(places)] = [place < len(own) and own[place] for place in places]
+                within = places < len(own)
+                view[row, : len(places)][within] = own[places[within]]
 
     def write(
         self,
