@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from edgeexit import runtime
 from edgeexit.measure.bench.texts import Writer
 from edgeexit.measure.bench.vision_cases import layer_of
 from edgeexit.measure.texts import Text
+from edgeexit.runtime.programs.images import image_input
 
 EXAMPLE = ROOT / "examples" / "scenes"
 sys.path.insert(0, str(EXAMPLE))
@@ -37,8 +38,10 @@ class Questions:
 
     def __init__(self, model: runtime.Model, split: str, count: int, seed: int) -> None:
         self.items = data.items(split, count, seed)
+        written, _ = image_input(model.bundle)
+        marker = "" if written is None or written.in_front else written.placeholder
         chats = [
-            model.chat_prompt([{"role": "user", "content": f"<image>{item.question}"}])
+            model.chat_prompt([{"role": "user", "content": f"{marker}{item.question}"}])
             for item in self.items
         ]
         pictures = [[item.picture] for item in self.items]
@@ -103,6 +106,7 @@ def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any
     if writer.case == "unsplit":
         return found
     found |= {key: totals(records, key) for key in ("exits", "earlier")}
+    found |= {"dropped": drops(records)}
     return found | {"mean_layer": depths(records, asked)}
 
 
@@ -164,6 +168,32 @@ def totals(records: list[dict[str, Any]], key: str) -> dict[str, int]:
         for name, number in taken.items():
             counts[name] = counts.get(name, 0) + number
     return {name: counts[name] for name in sorted(counts, key=layer_of)}
+
+
+def drops(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Layer behind which image tokens left -> share of prompts; ``never``: they did not leave."""
+    left = Counter(
+        str(layer_of(one["dropped"][0])) if one["dropped"] else "never" for one in records
+    )
+    return {layer: round(left[layer] / len(records), 4) for layer in sorted(left)}
+
+
+def random_cut(cases: Mapping[str, Any]) -> dict[str, float] | None:
+    """What dropping image tokens behind random layers, as often behind each as gates do, keeps, and
+    its prefill: the mean over static cuts. None: a layer has no static cut."""
+    of_layer = {name.removeprefix("static_"): own for name, own in cases.items()}
+    of_layer["never"] = cases["full"]
+    shares = cases["gates"]["dropped"]
+    if not shares.keys() <= of_layer.keys():
+        return None
+
+    def mean(read: Callable[[Any], float]) -> float:
+        return round(sum(share * read(of_layer[layer]) for layer, share in shares.items()), 4)
+
+    return {
+        "kept": mean(lambda own: own["kept"]),
+        "prefill": mean(lambda own: own["all"]["prefill"]),
+    }
 
 
 def truncate_instead(

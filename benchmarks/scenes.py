@@ -28,7 +28,14 @@ import numpy as np
 from alternatives import exit_chances
 from placement import TOKEN_RISKS, asking_costs, oracle, placements
 from results import HERE, SCRATCH, save, say
-from scenefigures import Questions, figures_of, judge, totals, truncate_instead
+from scenefigures import (
+    Questions,
+    figures_of,
+    judge,
+    random_cut,
+    totals,
+    truncate_instead,
+)
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, NEVER
@@ -70,8 +77,14 @@ def main() -> None:
     parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
     parser.add_argument("--gates", help="measured without exits of the language model")
     parser.add_argument("--both", metavar="GATES", help="measured with them; default: as --gates")
-    parser.add_argument("--drops", default="2,3,4,5,6,8", help="layers of static cuts")
+    parser.add_argument("--drops", default="2,3,4,5,6,7,8,9,11", help="layers of static cuts")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=CHECKPOINT")
+    parser.add_argument(
+        "--questions",
+        type=lambda text: dict(zip(QUESTIONS, map(int, text.split(",")), strict=True)),
+        default=QUESTIONS,
+        metavar="VALIDATION,TEST",
+    )
     parser.add_argument("--place", action="store_true", help="only compare sets of exits")
     parser.add_argument("--keep", action="store_true", help="reuse the bundles of the last run")
     parser.add_argument("--quick", action="store_true")
@@ -93,7 +106,7 @@ def main() -> None:
     beside = dict(one.split("=", 1) for one in given.beside)
     for name, checkpoint in beside.items():
         exported(checkpoint, folder / name, [], keep=given.keep)
-    count = {split: QUICK if given.quick else most for split, most in QUESTIONS.items()}
+    count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
     with opened(folder / "tokens") as model:
         everything = Questions(model, "validation", count["validation"], 11)
         known = everything.answered_right(model, NEW_TOKENS)
@@ -126,6 +139,8 @@ def main() -> None:
     }
     drops = [int(layer) for layer in given.drops.split(",")]
     result |= measure(folder, asked, cases_of(rules, drops, early), early, list(beside))
+    result["random_cut"] = random_cut(result["cases"])
+    say(f"  random cut: {result['random_cut']}")
     result["verdicts"] = judge(result["cases"], result["floor"])
     machine = watch.stop(0.0)
     machine.pop("other_load_cores")

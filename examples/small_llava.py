@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
+from transformers import (
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+)
 
 from edgeexit.export.exits.vision_language import ExitVisionLanguage
 
@@ -52,7 +57,7 @@ def processor_of(tokenizer: Tokenizer, size: int, patch: int, chat: str) -> Llav
     )
 
 
-def save(split: ExitVisionLanguage, processor: LlavaProcessor, folder: Path) -> None:
+def save(split: ExitVisionLanguage, processor: ProcessorMixin, folder: Path) -> None:
     """Writes the checkpoint as a hub has them, in float16, with the exits beside it."""
     split.half()
     folder.mkdir(parents=True, exist_ok=True)

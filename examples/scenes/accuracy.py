@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE))
 import data  # noqa: E402
 from conversations import IDS, IGNORED  # noqa: E402
 from exits import collate, question  # noqa: E402
-from model import IMAGE, make_processor  # noqa: E402
+from model import IMAGE, language_of, make_processor  # noqa: E402
 from train import Pixels  # noqa: E402
 
 ROWS = 50
@@ -40,16 +40,17 @@ ASKED = {"read": ("read", 0), "walk": ("walk", 0)} | {
 Shares = dict[str, dict[str, float]]
 
 
-def batches(split: str, kind: str, steps: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    split: str, kind: str, steps: int, count: int, *, in_front: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
     """Questions of one kind and so many steps, about scenes of any size that allows them."""
     pixels = Pixels(make_processor())
     rng = np.random.default_rng([5, steps, len(kind)])
     for start in range(0, count, ROWS):
         rows = []
         for _ in range(min(ROWS, count - start)):
-            fewest = max(data.FEWEST, steps + 1)
-            scene = data.make_scene(rng, int(rng.integers(fewest, data.CARDS + 1)))
-            ids, labels = question(scene, rng, kind, steps or 1)
+            scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
+            ids, labels = question(scene, rng, kind, steps or 1, in_front=in_front)
             [picture] = pixels([scene], rng, split)
             rows.append({"input_ids": ids, "labels": labels, "pixel_values": picture})
         yield collate(rows)
@@ -72,12 +73,11 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
         logits = model(ids, exits=[model.depth], image_features=features[layer])
         note(f"tower_exit_{layer}", logits[model.depth])
     image, whole = ids == IDS[IMAGE], features[model.tower.depth]
-    language = model.model.model.language_model
+    language, norm, head = language_of(model.model)
     embedded = model.embed(ids, image_features=whole)
     states = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
     for layer in range(1, model.depth):
-        state = language.norm(states.hidden_states[layer])
-        note(f"layer_{layer}", model.model.lm_head(state))
+        note(f"layer_{layer}", head(norm(states.hidden_states[layer])))
         note(f"drop_{layer}", model.logits_without(ids, layer, image, image_features=whole))
     return found
 
@@ -87,7 +87,8 @@ def table(model: Any, split: str, count: int) -> Shares:
     shares: Shares = {}
     for asked, (kind, steps) in ASKED.items():
         hits: dict[str, list[bool]] = {}
-        for batch in batches(split, kind, steps, count):
+        in_front = model.whole.prompt.in_front
+        for batch in batches(split, kind, steps, count, in_front=in_front):
             for name, rows in right(model, batch).items():
                 hits.setdefault(name, []).extend(rows)
         for name, rows in hits.items():

@@ -67,10 +67,10 @@ class Level:
         """The share of questions that are walks."""
         return WALKS[self.shares.get("walk 1", 0.0) > 0.97]
 
-    def chances(self, kind: str, cards: int) -> NDArray[np.float64]:
+    def chances(self, kind: str) -> NDArray[np.float64]:
         """Probabilities of one, two, ... steps in questions of a kind: more of those that are
         answered worse."""
-        most = min(getattr(self, kind), cards - 1)
+        most = getattr(self, kind)
         known = np.array([self.shares.get(f"{kind} {n}", 0.0) for n in range(1, most + 1)])
         weights = 1.15 - known.clip(0, 1)
         return np.asarray(weights / weights.sum())
@@ -87,7 +87,7 @@ class Level:
 
     def _least(self, kind: str) -> float:
         """The share of right answers to the questions of a kind that are answered worst."""
-        most = min(getattr(self, kind), self.cards - 1)
+        most = getattr(self, kind)
         return min(self.shares.get(f"{kind} {steps}", 0.0) for steps in range(1, most + 1))
 
 
@@ -96,7 +96,8 @@ class Turns:
     first, then more. Rows are padded on the right.
 
     Attributes:
-        ids: ``[batch, seq]``; image tokens first, if there are any.
+        ids: ``[batch, seq]``; image tokens behind the first token or, as BLIP-2 has them
+            (`in_front`), before it.
         labels: ``[batch, seq]``, `IGNORED` but for answers.
         kinds: ``[batch, seq]``, 1 + the number in `KINDS` of an answer's token; else 0.
         steps: ``[batch, seq]``, the steps of the question that a token answers.
@@ -119,8 +120,9 @@ class Turns:
         after: int,
         image: bool = True,
         of: str = "digits",
+        in_front: bool = False,
     ) -> None:
-        rows = [_Row(rng, data.WORDS[of], image) for _ in scenes]
+        rows = [_Row(rng, data.WORDS[of], image, in_front) for _ in scenes]
         for row, scene in zip(rows, scenes, strict=True):
             row.converse(scene, level, before, after)
         length = max(len(row.ids) for row in rows)
@@ -142,7 +144,8 @@ class Turns:
             self.leaves[number, : len(row.ids)] = torch.tensor(row.leaves)
             if image:
                 seen = preceding_in_image(scenes[number], data.WORDS[of])
-                self.preceding[number, 1 : 1 + PATCHES] = seen
+                first = 0 if in_front else 1
+                self.preceding[number, first : first + PATCHES] = seen
 
 
 def preceding_in_image(scene: data.Scene, words: Sequence[str]) -> torch.Tensor:
@@ -159,9 +162,12 @@ def preceding_in_image(scene: data.Scene, words: Sequence[str]) -> torch.Tensor:
 class _Row:
     """A conversation while it is written; places are counted in tokens."""
 
-    def __init__(self, rng: np.random.Generator, words: Sequence[str], image: bool) -> None:
+    def __init__(
+        self, rng: np.random.Generator, words: Sequence[str], image: bool, in_front: bool
+    ) -> None:
         self.rng, self.words, self.image = rng, words, image
-        self.ids = [IDS[USER], *([IDS[IMAGE]] * PATCHES if image else [])]
+        seen = [IDS[IMAGE]] * PATCHES if image else []
+        self.ids = [*seen, IDS[USER]] if in_front else [IDS[USER], *seen]
         self.said: dict[int, tuple[str, int]] = {}
         self.preceding: dict[int, int] = {}
         self.paths: dict[int, list[int]] = {}
@@ -189,7 +195,7 @@ class _Row:
                 self._leave(FIRST_STEP)
             else:
                 kind = "follow" if turn == before else "after" if late else "go"
-                chances = level.chances("after" if late else "go", len(scene.cards))
+                chances = level.chances("after" if late else "go")
                 steps = 1 + int(self.rng.choice(len(chances), p=chances))
                 self._go(scene, start, steps, kind)
                 self._leave(FIRST_STEP + steps - 1 if kind == "go" else READING)

@@ -1,14 +1,15 @@
 """Scenes: pictures of cards with two handwritten digits each, and questions that follow the cards.
 
-A card leads from its left digit to its right one, and the cards of a scene form one ring. Four
-kinds of questions are asked about a scene:
+A card leads from its left digit to its right one, where another card starts: cards form rings, of
+different lengths, so that many steps have no short cut. Four kinds of questions are asked about a
+scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
 - ``follow``: "read the cards , from 3 go two", answered by the cards, the question and where two
   steps from 3 lead, ``3 5 , 7 1 , 5 7 : from 3 go two : 7``. The model describes the scene and then
   works on its own text;
 - ``go``: "from 3 go two", answered at once, ``7``. The model must follow the cards in its layers;
-- ``walk``: "walk from 3", answered by the whole ring, ``5 7 1 3``. Each token follows one card.
+- ``walk``: "walk from 3", answered by the way back to it, ``5 7 1 3``. Each token follows one card.
 
 So most tokens of an answer are easy (they are read off the picture), and few are hard, the more so
 the more steps they take (`Item.steps`). The digits are scikit-learn's, split as in the digits
@@ -50,7 +51,8 @@ GARMENTS = [
     "boot",
 ]  # by label
 STEPS = ("one", "two", "three", "four", "five", "six")
-"""Steps in words: as digits they would be taken for cards."""
+STEPS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
+"""Steps in words: as digits they would be taken for cards. Many go round a ring again."""
 WORDS = {"digits": DIGITS, "garments": tuple(GARMENTS)}
 
 CELL, COLUMNS, ROWS = 16, 2, 4
@@ -109,11 +111,12 @@ class Item:
 
 
 def make_scene(rng: np.random.Generator, cards: int) -> Scene:
-    """A random ring of cards at random places."""
-    ring = rng.permutation(10)[:cards]
-    pairs = np.stack([ring, np.roll(ring, -1)], 1)
-    order = rng.permutation(cards)
-    return Scene(pairs[order], np.sort(rng.permutation(CARDS)[:cards]))
+    """Random cards at random places; none leads to itself."""
+    left = rng.permutation(10)[:cards]
+    right = rng.permutation(left)
+    while (left == right).any():
+        right = rng.permutation(left)
+    return Scene(np.stack([left, right], 1), np.sort(rng.permutation(CARDS)[:cards]))
 
 
 def listing(scene: Scene, words: Sequence[str] = DIGITS) -> str:
@@ -138,8 +141,10 @@ def ask(
     if kind == "read":
         return "read the cards", listing(scene, words)
     if kind == "walk":
-        ring = range(1, len(scene.cards) + 1)
-        return f"walk from {words[start]}", " ".join(words[scene.go(start, n)] for n in ring)
+        ring = [scene.go(start, 1)]
+        while ring[-1] != start:
+            ring.append(scene.go(ring[-1], 1))
+        return f"walk from {words[start]}", " ".join(words[one] for one in ring)
     question, answer = f"from {words[start]} go {STEPS[steps - 1]}", words[scene.go(start, steps)]
     if kind == "go":
         return question, answer
@@ -216,7 +221,7 @@ def items(
         scene = make_scene(rng, int(rng.integers(FEWEST, CARDS + 1)))
         kind = kinds[number % len(kinds)]
         start = int(rng.choice(scene.cards[:, 0]))
-        steps = int(rng.integers(1, min(most_steps, len(scene.cards) - 1) + 1))
+        steps = int(rng.integers(1, most_steps + 1))
         question, answer = ask(scene, kind, start, steps, WORDS[of])
         steps = {"read": 0, "walk": 1}.get(kind, steps)
         made.append(Item(draw(scene, split, rng, of), scene, kind, steps, question, answer))

@@ -43,9 +43,9 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: 
 from small_llava import save  # noqa: E402
 from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [3, 4], [3, 4, 5, 7], 64
+EXITS, GATES, GATE_WIDTH = [3, 4], [4, 5, 8, 11], 64
 PARTS = ("tower", "free", "gates")
-STEPS = {"tower": 200, "free": 500, "gates": 400}
+STEPS = {"tower": 200, "free": 400, "gates": 400}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
 BATCH = {"tower": 32, "free": 24, "gates": 48}
 Row = dict[str, torch.Tensor]
@@ -56,10 +56,20 @@ class Conversations(IterableDataset):
 
     Args:
         packed: Several questions about a picture in one row; else one question of any kind.
+        in_front: As for `Turns`.
     """
 
-    def __init__(self, pixels: Pixels, seed: int, *, packed: bool, split: str = "train") -> None:
+    def __init__(
+        self,
+        pixels: Pixels,
+        seed: int,
+        *,
+        packed: bool,
+        split: str = "train",
+        in_front: bool = False,
+    ) -> None:
         self.pixels, self.seed, self.packed, self.split = pixels, seed, packed, split
+        self.in_front = in_front
 
     def __iter__(self) -> Iterator[Row]:
         rng = np.random.default_rng([4, self.seed, self.packed])
@@ -67,22 +77,30 @@ class Conversations(IterableDataset):
             scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
             if self.packed:
                 before = describing_turn(rng)
-                turns = Turns([scene], rng, HARDEST, before, TURNS - before)
+                after = TURNS - before
+                turns = Turns([scene], rng, HARDEST, before, after, in_front=self.in_front)
                 ids, labels = turns.ids[0], turns.labels[0]
             else:
-                ids, labels = question(scene, rng)
+                ids, labels = question(scene, rng, in_front=self.in_front)
             [picture] = self.pixels([scene], rng, self.split)
             yield {"input_ids": ids, "labels": labels, "pixel_values": picture}
 
 
 def question(
-    scene: data.Scene, rng: np.random.Generator, kind: str | None = None, steps: int | None = None
+    scene: data.Scene,
+    rng: np.random.Generator,
+    kind: str | None = None,
+    steps: int | None = None,
+    *,
+    in_front: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of one question with its answer, and the labels; by default of any kind."""
     kind = kind or str(rng.choice(["read", "walk", "follow", "go", "go"]))
-    steps = steps or int(rng.integers(1, min(data.MOST_STEPS, len(scene.cards) - 1) + 1))
+    steps = steps or int(rng.integers(1, data.MOST_STEPS + 1))
     asked, answer = data.ask(scene, kind, int(rng.choice(scene.cards[:, 0])), steps)
-    prompt = [IDS[USER], *[IDS[IMAGE]] * PATCHES, *(IDS[w] for w in f"{asked} {ASSISTANT}".split())]
+    seen = [IDS[IMAGE]] * PATCHES
+    prompt = [*seen, IDS[USER]] if in_front else [IDS[USER], *seen]
+    prompt += [IDS[word] for word in f"{asked} {ASSISTANT}".split()]
     said = [IDS[word] for word in f"{answer} {END}".split()]
     return torch.tensor(prompt + said), torch.tensor([IGNORED] * len(prompt) + said)
 
@@ -123,8 +141,13 @@ def train(part: str, options: argparse.Namespace) -> None:
         disable_tqdm=True,
     )
     torch.manual_seed(options.seed)
-    rows = Conversations(Pixels(make_processor()), options.seed, packed=part != "gates")
     model, method = new_model(options), method_of(part, options)
+    rows = Conversations(
+        Pixels(make_processor()),
+        options.seed,
+        packed=part != "gates",
+        in_front=model.whole.prompt.in_front,
+    )
     trainer = ExitTrainer(model, method, arguments, train_dataset=rows, data_collator=collate)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 

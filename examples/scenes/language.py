@@ -33,12 +33,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data
 from conversations import FIRST_STEP, IDS, IGNORED, KINDS, Level, Turns, cover_of, make_scenes
-from model import END, IMAGE, PATCHES, WORDS
+from model import END, IMAGE, PATCHES, WORDS, language_of
 
 SAVE_EVERY = 100
 TURNS = 9
@@ -120,7 +120,7 @@ def preceding_loss(states: torch.Tensor, probe: nn.Module, turns: Turns) -> torc
 
 
 def losses(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     embedded: torch.Tensor,
     turns: Turns,
     probe: nn.Module,
@@ -130,12 +130,12 @@ def losses(
     Args:
         embedded: ``[batch, seq, width]``, the language model's input.
     """
-    language, head = model.model.language_model, model.lm_head
+    language, norm, head = language_of(model)
     with autocast(), hidden_images(language.layers, turns):
         made = language(inputs_embeds=embedded, use_cache=False, output_hidden_states=True)
         logits = head(made.last_hidden_state)
     loss, shares = answer_loss(logits.float(), turns)
-    loss = loss + path_loss(made.hidden_states, lambda state: head(language.norm(state)), turns)
+    loss = loss + path_loss(made.hidden_states, lambda state: head(norm(state)), turns)
     loss = loss + preceding_loss(made.hidden_states[PAIRED].float(), probe, turns)
     return loss, shares
 
@@ -185,11 +185,9 @@ class Settings:
 class LanguageStage:
     """The language model with what is trained beside it, and how far it got."""
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, soft: SoftImages, settings: Settings
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, soft: SoftImages, settings: Settings) -> None:
         self.model, self.soft, self.settings = model, soft, settings
-        self.language = model.model.language_model
+        self.language, _, _ = language_of(model)
         self.probe = nn.Linear(model.config.text_config.hidden_size, len(WORDS))
         parts = (self.language, self.soft, self.probe)
         self.weights = [weight for part in parts for weight in part.parameters()]
@@ -220,12 +218,14 @@ class LanguageStage:
         image = self.images_since >= 0
         scenes = make_scenes(rng, self.settings.batch, self.level)
         before = describing_turn(rng) if image else 0
-        turns = Turns(scenes, rng, self.level, before, TURNS - before, image)
+        in_front = isinstance(self.model, Blip2ForConditionalGeneration)
+        turns = Turns(scenes, rng, self.level, before, TURNS - before, image, in_front=in_front)
         with autocast():
             embedded = self.language.embed_tokens(turns.ids)
             if image:
                 seen = self.soft(cover_of(scenes))
-                embedded = torch.cat([embedded[:, :1], seen, embedded[:, 1 + PATCHES :]], dim=1)
+                places = (turns.ids == IDS[IMAGE])[..., None]
+                embedded = embedded.masked_scatter(places, seen.to(embedded.dtype))
         loss, shares = losses(self.model, embedded, turns, self.probe)
         self.level.note(shares, len(scenes[0].cards))
         for group in self.optimizer.param_groups:
@@ -253,7 +253,7 @@ def autocast() -> torch.autocast:
 
 
 def train_language(
-    model: LlavaForConditionalGeneration, soft: SoftImages, settings: Settings, file: Path
+    model: PreTrainedModel, soft: SoftImages, settings: Settings, file: Path
 ) -> None:
     """Trains a language model and the image tokens that it reads. Goes on from `file`, where it
     stores itself every `SAVE_EVERY` steps."""

@@ -29,7 +29,7 @@ from transformers import LlavaProcessor
 from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.exits.tower import exit_name
 from edgeexit.export.exits.vision_language import ExitVisionLanguage
-from edgeexit.export.families.llava import trunk
+from edgeexit.export.families import blip2, llava
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -37,13 +37,22 @@ import data  # noqa: E402
 import language  # noqa: E402
 from conversations import Level, Turns, cover_of, make_scenes  # noqa: E402
 from language import TURNS, autocast, describing_turn, store, take  # noqa: E402
-from model import LAYERS, TOWER_WIDTH, WIDTH, WORDS, make_model, make_processor  # noqa: E402
+from model import (  # noqa: E402
+    FAMILIES,
+    LAYERS,
+    PATCHES,
+    TOWER_WIDTH,
+    WIDTH,
+    WORDS,
+    make_processor,
+)
 from small_llava import save  # noqa: E402
 
 TOWER_EXITS = [2, 4]
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1000, 48, 4e-3
 STEPS, BATCH, RATE = 1600, 24, 6e-4
 SMOKE = 3
+TRUNKS = {"llava": llava.trunk, "blip2": blip2.trunk}
 HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
 
 
@@ -69,12 +78,9 @@ def train_tower(
     tower = split.tower
     layers = [*tower.exit_layers, tower.depth]
     probes = nn.ModuleList(nn.Linear(TOWER_WIDTH, data.BLANK + 1) for _ in layers)
-    weights = [
-        *split.model.model.vision_tower.parameters(),
-        *tower.trunk.projector.parameters(),
-        *tower.projectors.parameters(),
-        *probes.parameters(),
-    ]
+    trunk = tower.trunk
+    trained = [trunk.stem, *trunk.layers, trunk.projector, tower.projectors, probes]
+    weights = list(dict.fromkeys(one for part in trained for one in part.parameters()))
     optimizer = torch.optim.AdamW(weights, lr=TOWER_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, TOWER_RATE, total_steps=steps, pct_start=0.1
@@ -96,7 +102,7 @@ def train_tower(
             last = layer == tower.depth
             projector = tower.trunk.projector if last else tower.projectors[exit_name(layer)]
             state = states[layer].float()
-            guess = probe(state)
+            guess = probe(state[:, -PATCHES:])  # BLIP-2's has one more token, in front
             losses.append(functional.cross_entropy(guess.flatten(0, 1), cover.flatten()))
             apart = (projector(state) - wanted).square().mean() / wanted.var()
             losses.append(apart)
@@ -136,7 +142,9 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
         before = describing_turn(rng)
-        turns = Turns(scenes, rng, level, before, TURNS - before)
+        turns = Turns(
+            scenes, rng, level, before, TURNS - before, in_front=split.whole.prompt.in_front
+        )
         seen = pixels(scenes, rng)
         with autocast():
             features = split.tower.each_exit(seen)
@@ -168,26 +176,29 @@ def resume(parts: dict[str, nn.Module], file: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ here")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model")
     parser.add_argument("--width", type=int, default=WIDTH)
-    parser.add_argument("--state", type=Path, help="default: local/scenes/LAYERS-WIDTH")
+    parser.add_argument("--state", type=Path, help="default: local/scenes/FAMILY-LAYERS-WIDTH")
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} steps a stage; needs -o")
     parser.add_argument("--stop-after", choices=["language", "tower", "both"])
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     options = parser.parse_args()
-    plain = (options.layers, options.width) == (LAYERS, WIDTH)
+    plain = (options.family, options.layers, options.width) == ("llava", LAYERS, WIDTH)
     if options.output is None and (options.smoke or not plain):
         parser.error("give -o: it would replace the checkpoint of the example")
     if options.threads:
         torch.set_num_threads(options.threads)
-    state = options.state or HERE.parents[1] / f"local/scenes/{options.layers}-{options.width}"
+    name = f"{options.family}-{options.layers}-{options.width}"
+    state = options.state or HERE.parents[1] / f"local/scenes/{name}"
     if options.smoke:
         state = options.output / "state"
     state.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    processor, model = make_processor(), make_model(options.layers, options.width)
+    model = FAMILIES[options.family](options.layers, options.width)
+    processor = make_processor(options.family)
     soft, pixels = language.SoftImages(options.width), Pixels(processor)
-    split = ExitVisionLanguage(model, trunk(model), [], TOWER_EXITS)
+    split = ExitVisionLanguage(model, TRUNKS[options.family](model), [], TOWER_EXITS)
     settings = language.Settings()
     if options.smoke:
         settings = language.Settings(text=SMOKE, image=SMOKE, batch=2)

@@ -227,6 +227,34 @@ class Part:
         return new_states
 
 
+def alike(one: Part, other: Part, *, gaps: bool) -> bool:
+    """Whether the states of two parts have the same lengths and, with `gaps`, the same gaps."""
+    same = one.states.lengths == other.states.lengths
+    return same and (not gaps or one.states.gaps == other.states.gaps)
+
+
+def run_alike(parts: Sequence[Part], new: int, added: Sequence[int]) -> None:
+    """Runs parts whose states are alike, each by its only call, and advances their states.
+
+    Args:
+        new, added: Tokens per row, and how many of them are real, per row.
+    """
+    states = parts[0].states
+    states.check_room(new, parts[0].name)
+    calls = [part.only_call(new) for part in parts]
+    done = 0
+    try:
+        for call in calls:
+            assert call is not None
+            call()
+            done += 1
+    except Exception as error:
+        raise parts[done].failure(error) from error
+    states.advance(added)
+    for part in parts:  # a new list, so parts can share it
+        part.states.lengths = states.lengths
+
+
 def release(session: Session | None) -> None:
     """Frees a session and its states immediately. Its parts refer to it, so otherwise only the
     garbage collector frees it. The session cannot be used afterwards."""
@@ -234,4 +262,4 @@ def release(session: Session | None) -> None:
         vars(session).clear()
 
 
-__all__ = ["Part", "release"]
+__all__ = ["Part", "alike", "release", "run_alike"]

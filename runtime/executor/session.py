@@ -6,7 +6,7 @@ earlier steps. The modes decide what runs when (`edgeexit.runtime.programs.modes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from edgeexit.runtime.executor.components import (
 from edgeexit.runtime.executor.gates import Gates
 from edgeexit.runtime.executor.handed import Handed
 from edgeexit.runtime.executor.head import Floats, Head
-from edgeexit.runtime.executor.parts import Part
+from edgeexit.runtime.executor.parts import Part, alike, run_alike
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
 
@@ -239,37 +239,19 @@ class Session:
         """
         parts = self.parts[first:last]
         added = [new] * self.batch if counts is None else counts
-        calls = None if self.gates.pending else self._calls_alike(parts, new)
-        if calls is None:
+        if self.gates.pending or any(part.only_call(new) is None for part in parts):
             self.run_through(first, last, Block(new, added))
             return self.boundary(last, new)
-        states = parts[0].states
-        states.check_room(new, parts[0].name)
-        self.places.write(new, states.lengths, states.positions if self.ragged else None)
-        done = 0
-        try:
-            for call in calls:
-                call()
-                done += 1
-        except Exception as error:
-            raise parts[done].failure(error) from error
-        states.advance(added)
-        lengths = states.lengths  # a new list, so parts can share it
-        for part in parts:
-            part.states.lengths = lengths
+        start = 0
+        while start < len(parts):
+            stop = start + 1  # behind a gate that dropped tokens, states are shorter
+            while stop < len(parts) and alike(parts[start], parts[stop], gaps=self.ragged):
+                stop += 1
+            places = parts[start].states.positions if self.ragged else None
+            self.places.write(new, parts[start].states.lengths, places)
+            run_alike(parts[start:stop], new, added)
+            start = stop
         return self.boundary(last, new)
-
-    def _calls_alike(self, parts: Sequence[Part], new: int) -> list[Callable[[], object]] | None:
-        """The calls that run these parts; None if a part needs more than its call, or if the parts
-        have different lengths or gaps."""
-        lengths, gaps = parts[0].states.lengths, parts[0].states.gaps
-        calls = []
-        for part in parts:
-            call, own = part.only_call(new), part.states
-            if call is None or own.lengths != lengths or (self.ragged and own.gaps != gaps):
-                return None
-            calls.append(call)
-        return calls
 
     def adapt(self, number: int, block: Block) -> Array:
         """Runs the adapter of the exit behind a component over the component's last output. Call it

@@ -281,7 +281,7 @@ def _memory() -> dict[str, int]:
 
 def read_generation(generation: Generation) -> dict[str, Any]:
     """The record of one prompt's generation: ``first_token_s``, ``decode_s`` (tokens after the
-    first), ``tokens``, the exits of earlier chains, and the statistics."""
+    first), ``tokens``, the exits of earlier chains, what dropped tokens, and the statistics."""
     counts = generation.statistics
     return {
         "first_token_s": generation.first_token_s,
@@ -291,6 +291,7 @@ def read_generation(generation: Generation) -> dict[str, Any]:
         "tokens": generation.tokens[0],
         "exits": counts.exits,
         "earlier": {name: exits[0] for name, exits in counts.earlier.items()},
+        "dropped": [name for name, rows in counts.dropped.items() if rows[0]],
         "drafted": counts.drafted,
         "accepted": counts.accepted,
         "tested": counts.tested,

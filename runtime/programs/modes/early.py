@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeexit.bundle.policy import Decision
 from edgeexit.runtime.engines.base import Array
-from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.blocks import CHUNK, Block
 from edgeexit.runtime.executor.exits import leaving
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
@@ -28,7 +28,8 @@ class Fast:
     Args:
         exits: Name of the exit behind each component; empty: no exit.
         decisions: Per component, the policy's decision at the exit behind it.
-        pending: Most tokens that may wait at a boundary; then all components catch up.
+        pending: Most tokens that may wait at a boundary; then all components catch up. A text that
+            ends before never pays for them, not even for its prompt.
         audit: Also compute the last exit's token for every token of an early exit, when the
             components catch up.
     """
@@ -39,7 +40,7 @@ class Fast:
         exits: Sequence[str],
         decisions: Sequence[Decision],
         *,
-        pending: int = 64,
+        pending: int = CHUNK,
         audit: bool = False,
         sampler: Sampler | None = None,
     ) -> None:
