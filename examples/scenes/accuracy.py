@@ -43,7 +43,7 @@ Shares = dict[str, dict[str, float]]
 def batches(
     split: str, kind: str, steps: int, count: int, *, in_front: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Questions of one kind and so many steps, about scenes of any size that allows them."""
+    """Questions of one kind and so many steps, about scenes of any size."""
     pixels = Pixels(make_processor())
     rng = np.random.default_rng([5, steps, len(kind)])
     for start in range(0, count, ROWS):
@@ -85,9 +85,9 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
 def table(model: Any, split: str, count: int) -> Shares:
     """Exit -> ``kind steps`` -> share of right answers."""
     shares: Shares = {}
+    in_front = model.whole.prompt.in_front
     for asked, (kind, steps) in ASKED.items():
         hits: dict[str, list[bool]] = {}
-        in_front = model.whole.prompt.in_front
         for batch in batches(split, kind, steps, count, in_front=in_front):
             for name, rows in right(model, batch).items():
                 hits.setdefault(name, []).extend(rows)

@@ -1,7 +1,7 @@
 """Scenes: pictures of cards with two handwritten digits each, and questions that follow the cards.
 
-A card leads from its left digit to its right one, where another card starts: cards form rings, of
-different lengths, so that many steps have no short cut. Four kinds of questions are asked about a
+A card leads from its left digit to its right one, where another card starts: cards form rings. How
+many steps lead back is not known before they are followed. Four kinds of questions are asked about a
 scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
@@ -50,8 +50,10 @@ GARMENTS = [
     "bag",
     "boot",
 ]  # by label
-STEPS = ("one", "two", "three", "four", "five", "six")
-STEPS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
+STEPS = (
+    *("one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 """Steps in words: as digits they would be taken for cards. Many go round a ring again."""
 WORDS = {"digits": DIGITS, "garments": tuple(GARMENTS)}
 

@@ -1,6 +1,6 @@
-"""The model of the scenes example before its training: a SigLIP tower, a projector and a Llama, in
-transformers' own classes, with tokenizer, image processor and chat template. Every word is one
-token."""
+"""The model of the scenes example before its training, in transformers' own classes, with
+tokenizer, image processor and chat template: a LLaVA (a SigLIP tower, a projector and a Llama), or
+the same in BLIP-2's form. Every word is one token."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 follows them.
 
     python examples/scenes/train.py                     # goes on where it was interrupted
-    python examples/scenes/train.py --layers 4          # a model that exits compete with
+    python examples/scenes/train.py --layers 4 -o DIR   # a model that exits compete with
+    python examples/scenes/train.py --family blip2 -o DIR
     python examples/scenes/train.py --smoke -o DIR      # a few steps of each stage
 
 The stages are ``language`` (`language`), ``tower`` (image tokens from pixels, with a projector at

@@ -233,19 +233,30 @@ def alike(one: Part, other: Part, *, gaps: bool) -> bool:
     return same and (not gaps or one.states.gaps == other.states.gaps)
 
 
-def run_alike(parts: Sequence[Part], new: int, added: Sequence[int]) -> None:
-    """Runs parts whose states are alike, each by its only call, and advances their states.
+def only_calls(parts: Sequence[Part], new: int) -> list[Callable[[], object]]:
+    """The only call of each part (`Part.only_call`); none if a part does more."""
+    calls = []
+    for part in parts:
+        call = part.only_call(new)
+        if call is None:
+            return []
+        calls.append(call)
+    return calls
+
+
+def run_alike(
+    parts: Sequence[Part], calls: Sequence[Callable[[], object]], added: Sequence[int]
+) -> None:
+    """Runs parts whose states are alike, and advances their states.
 
     Args:
-        new, added: Tokens per row, and how many of them are real, per row.
+        calls: The only call of each (`Part.only_call`).
+        added: Per row, the number of real tokens.
     """
     states = parts[0].states
-    states.check_room(new, parts[0].name)
-    calls = [part.only_call(new) for part in parts]
     done = 0
     try:
         for call in calls:
-            assert call is not None
             call()
             done += 1
     except Exception as error:
@@ -262,4 +273,4 @@ def release(session: Session | None) -> None:
         vars(session).clear()
 
 
-__all__ = ["Part", "alike", "release", "run_alike"]
+__all__ = ["Part", "alike", "only_calls", "release", "run_alike"]

@@ -25,7 +25,7 @@ from edgeexit.runtime.executor.components import (
 from edgeexit.runtime.executor.gates import Gates
 from edgeexit.runtime.executor.handed import Handed
 from edgeexit.runtime.executor.head import Floats, Head
-from edgeexit.runtime.executor.parts import Part, alike, run_alike
+from edgeexit.runtime.executor.parts import Part, alike, only_calls, run_alike
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
 
@@ -239,7 +239,8 @@ class Session:
         """
         parts = self.parts[first:last]
         added = [new] * self.batch if counts is None else counts
-        if self.gates.pending or any(part.only_call(new) is None for part in parts):
+        calls = [] if self.gates.pending else only_calls(parts, new)
+        if not calls:
             self.run_through(first, last, Block(new, added))
             return self.boundary(last, new)
         start = 0
@@ -247,9 +248,10 @@ class Session:
             stop = start + 1  # behind a gate that dropped tokens, states are shorter
             while stop < len(parts) and alike(parts[start], parts[stop], gaps=self.ragged):
                 stop += 1
-            places = parts[start].states.positions if self.ragged else None
-            self.places.write(new, parts[start].states.lengths, places)
-            run_alike(parts[start:stop], new, added)
+            states = parts[start].states
+            states.check_room(new, parts[start].name)
+            self.places.write(new, states.lengths, states.positions if self.ragged else None)
+            run_alike(parts[start:stop], calls[start:stop], added)
             start = stop
         return self.boundary(last, new)
 
