@@ -1,8 +1,8 @@
 """Scenes: pictures of cards with two handwritten digits each, and questions that follow the cards.
 
 A card leads from its left digit to its right one, where another card starts: cards form rings. How
-many steps lead back is not known before they are followed. Four kinds of questions are asked about a
-scene:
+many steps lead back is not known before they are followed. Four kinds of questions are asked about
+a scene:
 
 - ``read``: "read the cards", answered by every card in reading order, ``3 5 , 7 1 , 5 7``;
 - ``follow``: "read the cards , from 3 go two", answered by the cards, the question and where two
