@@ -62,9 +62,6 @@ LOST = {"free": 0.005, "tower": 0.003, "gates": 0.005}
 beyond those that the whole model gets wrong; else when answers that become right are deducted."""
 SCORES = ("max_prob", "margin", "entropy")
 MAIN, TOWER = "main", "vision"
-TOGETHER = ("brief", "blocking", 1)
-"""Thread settings of sides that take turns. Of the others, pools that spin while idle, seven would
-take the cores from each other; the result has their times, alone, too (``threads_tried``)."""
 Rules = dict[str, runtime.Rule]
 Cases = dict[str, dict[str, dict[str, Any]]]
 
@@ -343,9 +340,9 @@ def measure(
     searched: dict[str, Any] = {}
 
     def search(name: str, open_side: Callable[[Any], Side], case: str) -> None:
-        side, _, searched[name] = best_setting(open_side, case, settings("cpu", available_cores()))
+        tried = settings("cpu", available_cores())
+        side, threads[name], searched[name] = best_setting(open_side, case, tried)
         side.close()
-        threads[name] = min(TOGETHER, key=lambda one: searched[name][str(one)])
 
     search("chain", functools.partial(chain, "tokens"), "full")
     for name, bundle in plain.items():

@@ -104,7 +104,8 @@ class Component:
         forms: Fastest first; the last form runs on every engine.
         states: What the component stores per token, or reads of a prompt.
         projection: Layers that compute the token states from the component's input only, for tokens
-            that skip the component (``approximate`` decoding).
+            that skip the component (``approximate`` decoding). That of an adapter must give what
+            the component gives: prompt tokens that nobody asks pass by it.
     """
 
     name: str

@@ -160,7 +160,12 @@ def main() -> None:
             for key, value in trainer.model.state_dict().items()
         }
         torch.save(state, folder / f"rank-{trainer.args.process_index}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # Gloo's threads now and then abort an interpreter that ends while they still run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

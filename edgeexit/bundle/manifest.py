@@ -137,7 +137,7 @@ class Component(Struct, frozen=True, kw_only=True):
     Its inputs are earlier tensors, by name. If its inputs have no axis ``new`` and it receives a
     tensor that has one, selected tokens become its rows. `projection` is a graph for tokens that
     skip the component: it takes the same inputs without lengths and outputs only the token states
-    of the new tokens.
+    of the new tokens. On the path of an exit these are what the component itself would give.
     """
 
     variants: Annotated[list[Variant], Meta(min_length=1)]

@@ -183,7 +183,6 @@ class _Row:
         for turn in range(before + 1 + after):
             if turn:
                 self._add(USER)
-            start = int(self.rng.choice(scene.cards[:, 0]))
             late = turn >= before
             if turn == before and self.image and self.rng.random() < READS:
                 self._add(f"{data.ask(scene, 'read', 0, 0, self.words)[0]} {ASSISTANT}")
@@ -191,12 +190,13 @@ class _Row:
                 self._add(END, "read")
                 self._leave(READING)
             elif turn != before and self.rng.random() < level.walks():
-                self._walk(scene, start)
+                self._walk(scene, int(self.rng.choice(scene.cards[:, 0])))
                 self._leave(FIRST_STEP)
             else:
                 kind = "follow" if turn == before else "after" if late else "go"
                 chances = level.chances("after" if late else "go")
-                steps = 1 + int(self.rng.choice(len(chances), p=chances))
+                drawn = 1 + int(self.rng.choice(len(chances), p=chances))
+                start, steps = scene.draw_question(self.rng, drawn)
                 self._go(scene, start, steps, kind)
                 self._leave(FIRST_STEP + steps - 1 if kind == "go" else READING)
 

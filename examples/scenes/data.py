@@ -50,11 +50,8 @@ GARMENTS = [
     "bag",
     "boot",
 ]  # by label
-STEPS = (
-    *("one", "two", "three", "four", "five", "six"),
-    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
-)
-"""Steps in words: as digits they would be taken for cards. Many go round a ring again."""
+STEPS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+"""Steps in words: as digits they would be taken for cards. Many go round a ring, and further."""
 WORDS = {"digits": DIGITS, "garments": tuple(GARMENTS)}
 
 CELL, COLUMNS, ROWS = 16, 2, 4
@@ -85,6 +82,14 @@ class Scene:
         cells = np.full((CARDS, 2), BLANK)
         cells[self.places] = self.cards
         return cells.reshape(ROWS, 2 * COLUMNS)
+
+    def draw_question(self, rng: np.random.Generator, steps: int) -> tuple[int, int]:
+        """A random start from which so many steps don't lead back to it, which is easily guessed.
+        If all do, one step less does not. Returns it and the steps."""
+        starts = [one for one in self.cards[:, 0] if self.go(one, steps) != one]
+        if not starts:
+            return self.draw_question(rng, steps - 1)
+        return int(rng.choice(starts)), steps
 
     def go(self, start: int, steps: int) -> int:
         """The class that so many steps lead to."""
@@ -222,8 +227,7 @@ def items(
     for number in range(count):
         scene = make_scene(rng, int(rng.integers(FEWEST, CARDS + 1)))
         kind = kinds[number % len(kinds)]
-        start = int(rng.choice(scene.cards[:, 0]))
-        steps = int(rng.integers(1, most_steps + 1))
+        start, steps = scene.draw_question(rng, int(rng.integers(1, most_steps + 1)))
         question, answer = ask(scene, kind, start, steps, WORDS[of])
         steps = {"read": 0, "walk": 1}.get(kind, steps)
         made.append(Item(draw(scene, split, rng, of), scene, kind, steps, question, answer))

@@ -97,7 +97,7 @@ def question(
     """Token ids of one question with its answer, and the labels; by default of any kind."""
     kind = kind or str(rng.choice(["read", "walk", "follow", "go", "go"]))
     steps = steps or int(rng.integers(1, data.MOST_STEPS + 1))
-    asked, answer = data.ask(scene, kind, int(rng.choice(scene.cards[:, 0])), steps)
+    asked, answer = data.ask(scene, kind, *scene.draw_question(rng, steps))
     seen = [IDS[IMAGE]] * PATCHES
     prompt = [*seen, IDS[USER]] if in_front else [IDS[USER], *seen]
     prompt += [IDS[word] for word in f"{asked} {ASSISTANT}".split()]

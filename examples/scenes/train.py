@@ -52,6 +52,7 @@ from small_llava import save  # noqa: E402
 TOWER_EXITS = [2, 4]
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1000, 48, 4e-3
 STEPS, BATCH, RATE = 1600, 24, 6e-4
+EARLY = 0.4
 SMOKE = 3
 TRUNKS = {"llava": llava.trunk, "blip2": blip2.trunk}
 HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
@@ -130,7 +131,8 @@ def states_of(split: ExitVisionLanguage, pixels: torch.Tensor) -> list[torch.Ten
 
 
 def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path) -> None:
-    """The whole model learns on pixels; projectors of the tower's exits follow its image tokens."""
+    """The whole model learns on pixels. Projectors of the tower's exits follow its image tokens, and
+    in `EARLY` of the steps the language model reads those of an exit."""
     probe = nn.Linear(split.model.config.text_config.hidden_size, len(WORDS))
     weights = [*split.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))
@@ -150,7 +152,9 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
         with autocast():
             features = split.tower.each_exit(seen)
             whole = features.pop(split.tower.depth)
-            embedded = split.embed(turns.ids, image_features=whole)
+            early = rng.choice(split.tower.exit_layers) if rng.random() < EARLY else None
+            read = whole if early is None else features[early]
+            embedded = split.embed(turns.ids, image_features=read)
         loss, shares = language.losses(split.model, embedded, turns, probe)
         level.note(shares, len(scenes[0].cards))
         wanted = whole.detach()

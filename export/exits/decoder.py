@@ -336,9 +336,10 @@ class ExitDecoder(nn.Module):
                 name, looked_at = f"adapter_{stop}", state_between(f"adapted_{stop}", trunk.width)
                 names = [f"{name}/{layer}" for layer in layer_names(0, len(adapter))]
                 states = token_states(trunk.heads, names)
-                adapters.append(
-                    Component(name, (state, POSITIONS), (looked_at,), stacks.forms(adapter), states)
-                )
+                # What a single layer keeps of a token follows from its input alone.
+                projection = stacks.projection(adapter) if len(adapter) == 1 else None
+                ins, outs, forms = (state, POSITIONS), (looked_at,), stacks.forms(adapter)
+                adapters.append(Component(name, ins, outs, forms, states, projection))
                 path.append(Call(component=name))
             path.append(Call(component="head", inputs={"state": looked_at.name}))
             exits.append(

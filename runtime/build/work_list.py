@@ -123,13 +123,17 @@ def work_of(
     ranges = usual_ranges(manifest, asked, sample)
     profiles = _profiles(ranges, capacity, tunes=tunes and "batch" not in asked.opt)
     works = []
+    paths = [exit_.path for chain in manifest.chains.values() for exit_ in chain.exits]
+    adapters = {call.component for path in paths for call in path}
     for name, uses in _uses(manifest, unsplit=unsplit).items():
         component = manifest.components[name]
         variant = _usable(name, component, features, form)
         own = [ranges for use in uses for ranges in profiles[use]]
         works.append(_component(name, component, variant, own, capacity))
         if component.projection is not None:
-            works.append(_projection(name, component, component.projection, ranges))
+            one = {**ranges, "new": Range(1, 1, 1)}
+            profile = profiles["prompt"][0] if name in adapters else one
+            works.append(_projection(name, component, component.projection, profile))
     return works
 
 
@@ -276,12 +280,11 @@ def _component(
     return Work(name, variant, outputs, shapes, fixed, _largest(profiles, axes))
 
 
-def _projection(name: str, component: Component, variant: Variant, ranges: Ranges) -> Work:
-    """The engine of a component's projection. It takes one token per row; `largest` leaves this out
-    because it does not limit the other engines."""
+def _projection(name: str, component: Component, variant: Variant, profile: Ranges) -> Work:
+    """The engine of a component's projection; `largest` leaves its tokens out, because they do not
+    limit the other engines."""
     where = f"projection of {name}"
     axes = {tensor.name: tensor.axes for tensor in component.inputs}
-    profile = {**ranges, "new": Range(1, 1, 1)}
     outputs = tuple(state.present for state in token_states(component))
     largest = {axis: most for axis, most in _largest([profile], axes).items() if axis != "new"}
     return Work(where, variant, outputs, (shapes_of(axes, profile, where),), {}, largest)

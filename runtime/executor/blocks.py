@@ -50,6 +50,26 @@ def keep_tokens(source: Array, target: Array, kept: Sequence[Sequence[int]]) -> 
             at += stop - start
 
 
+def copy_newest(source: Array, counts: Sequence[int], target: Array) -> None:
+    """Copies the last real token of every row ``[batch, new, width]`` that has one to
+    ``[batch, width]``."""
+    for row, count in enumerate(counts):
+        if count:
+            target[row] = source[row, count - 1]
+
+
+def last_of(positions: Sequence[int | Sequence[int]], counts: Sequence[int]) -> list[int]:
+    """Per row, the position of its last token (`Block.positions`); 0 for rows without tokens.
+
+    >>> last_of([4, [0, 2, 7], []], [3, 2, 0])
+    [6, 2, 0]
+    """
+    return [
+        0 if not count else place + count - 1 if isinstance(place, int) else place[count - 1]
+        for place, count in zip(positions, counts, strict=True)
+    ]
+
+
 def runs(places: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending numbers as ranges.
 

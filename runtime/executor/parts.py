@@ -71,7 +71,7 @@ class Part:
         self._appends = bool(own) and not self._in_place
         self._token_states = own
         self._prompt_states = prompt_states(self.component)
-        self._projection: tuple[Callable[[], object], NewStates] | None = None
+        self._projections: dict[int, tuple[Callable[[], object], NewStates]] = {}
         self._bindings: dict[_Key, _Run] = {}
         self._new: dict[tuple[int, int], NewStates] = {}
         self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
@@ -211,18 +211,21 @@ class Part:
             self._new[rows, count] = states
         return states
 
-    def project(self) -> NewStates | None:
-        """Runs the projection: keys and values of tokens that skip the component, from the hidden
-        states at its boundary, one per row. None if the component has no token states."""
+    def project(self, new: int) -> NewStates | None:
+        """Runs the projection: keys and values of tokens that skip the component, from the states
+        at its boundary. None if the component has no token states."""
         if not self._token_states:
             return None
-        if self._projection is None:
-            own = self._new_states(self._batch, 1)
+        bound = self._projections.get(new)
+        if bound is None:
             session = self._session
-            inputs = session.inputs_of(self.component.inputs, self._renamed, 1)
+            own = NewStates(self._token_states, self._batch, new, self._engine)
+            inputs = session.inputs_of(self.component.inputs, self._renamed, new)
             graph = session.components.projection(self.name)
-            self._projection = graph.bind(inputs, own.bound), own
-        run, new_states = self._projection
+            while len(self._projections) >= BINDINGS_KEPT:
+                self._projections.pop(next(iter(self._projections)))
+            bound = self._projections[new] = graph.bind(inputs, own.bound), own
+        run, new_states = bound
         run()
         return new_states
 

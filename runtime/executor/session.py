@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Tensor
 from edgeexit.runtime.engines.base import Array, Bound
+from edgeexit.runtime.executor.adapters import Adapters
 from edgeexit.runtime.executor.bindings import Bindings
 from edgeexit.runtime.executor.blocks import Block, even_chunk, have_gaps, standing
 from edgeexit.runtime.executor.components import (
@@ -90,7 +91,7 @@ class Session:
         self._rows: dict[str, Array] = {}
         self._heads: dict[tuple[object, ...], Head] = {}
         self._late: dict[int, Ring] = {}
-        self._paths = [self._path_parts(exit_) for exit_ in self.exits]
+        self.adapters = Adapters(self)
         self.takes = inputs_taken(manifest, chain)
         self.prompts: list[int] = [0] * batch
         self._prefix: list[tuple[NDArray[np.int64], NDArray]] = []
@@ -99,7 +100,7 @@ class Session:
     @property
     def stateful(self) -> list[Part]:
         """All parts with token states: the components, and the adapters of exits."""
-        return [*self.parts, *(part for path in self._paths for part in path)]
+        return [*self.parts, *self.adapters.parts]
 
     @property
     def answers_itself(self) -> bool:
@@ -113,11 +114,6 @@ class Session:
         by their states."""
         layers = [max(1, len(token_states(part.component))) for part in self.parts]
         return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
-
-    def adapter(self, number: int) -> Part | None:
-        """The last component between a component and the head of its exit; None: there is none."""
-        path = self._paths[number]
-        return path[-1] if path else None
 
     def head(self, number: int, scores: Collection[str] = ()) -> Head:
         """The head of the exit behind a component, with at least these scores."""
@@ -213,7 +209,7 @@ class Session:
         """
         if block.positions is not None and not any(block.counts):
             return block  # a gate dropped all of its tokens
-        self._advance(self.parts[number], block)
+        self.advance(self.parts[number], block)
         return self.gates.after(number, block) if self.ragged else block
 
     def run_through(self, first: int, last: int, block: Block) -> Block:
@@ -255,26 +251,9 @@ class Session:
             start = stop
         return self.boundary(last, new)
 
-    def adapt(self, number: int, block: Block) -> Array:
-        """Runs the adapter of the exit behind a component over the component's last output. Call it
-        for every token, in order; otherwise the adapter's KV cache has gaps.
-
-        Returns:
-            The input of the head, ``[batch, new, width]``: the adapter's output or, without an
-            adapter, the boundary.
-        """
-        for part in self._paths[number]:
-            self._advance(part, block)
-        path = self._paths[number]
-        return self.tensor(path[-1].state if path else self.boundaries[number + 1], block.new)
-
-    def _advance(self, part: Part, block: Block) -> None:
-        states = part.states
-        states.check_room(block.new, part.name)
-        positions = block.positions
-        if positions is None and any(states.gaps):
-            positions = states.positions
-        self.places.write(block.new, states.lengths, positions)
+    def advance(self, part: Part, block: Block) -> None:
+        """Runs a part over the block at its boundary."""
+        states, positions = part.states, self.place(part, block)
         if self.gates.pending and part.reads_prompt:
             self.gates.write(block, standing(block, states.positions))
             part.make_prompt_states(block.new)
@@ -283,6 +262,26 @@ class Session:
         states.advance(block.counts)
         if block.positions is not None:
             states.find_gaps(block.counts, block.positions)
+
+    def place(self, part: Part, block: Block) -> Sequence[int | Sequence[int]] | None:
+        """Writes lengths and positions for a run of a part. Returns the positions; None: they
+        follow the tokens in its states."""
+        states, positions = part.states, block.positions
+        states.check_room(block.new, part.name)
+        if positions is None and any(states.gaps):
+            positions = states.positions
+        self.places.write(block.new, states.lengths, positions)
+        return positions
+
+    def add_projected(self, part: Part, block: Block, counts: Sequence[int]) -> None:
+        """Adds the first ``counts[row]`` tokens of a block to the states of a part, by its
+        projection."""
+        states = part.states
+        if (projected := part.project(block.new)) is not None:
+            states.append(projected, [row for row, count in enumerate(block.counts) if count])
+        states.advance(counts)
+        if block.positions is not None:
+            states.find_gaps(counts, block.positions)
 
     def project(self, number: int, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Lets one token per row skip a component. The component's projection computes its keys and
@@ -294,10 +293,8 @@ class Session:
         """
         part = self.parts[number]
         self.places.write(1, part.states.lengths, positions)
-        projected = part.project()
-        if projected is not None:
-            part.states.append(projected, rows)
-        part.states.advance([int(row in rows) for row in range(self.batch)])
+        own = [int(row in rows) for row in range(self.batch)]
+        self.add_projected(part, Block(1, own), own)
 
     def crop(self, positions: Sequence[int]) -> None:
         """Removes tokens from these positions ``[batch]`` on, in all states."""
@@ -369,15 +366,6 @@ class Session:
         _, dtype, shape = self.bindings.bound(boundary, self._sizes)
         assert "new" in tensor.axes
         return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine)
-
-    def _path_parts(self, exit_: Exit | None) -> list[Part]:
-        """The adapter: the components between a component and the head of its exit."""
-        if exit_ is None:
-            return []
-        parts = [Part(self, call.component, call) for call in exit_.path[:-1]]
-        for part in parts:
-            self.bindings.bound(part.state, self._sizes)
-        return parts
 
 
 __all__ = ["Session"]

@@ -169,7 +169,7 @@ def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
 def _ask(session: Session, number: int, head: Head | None, block: Block) -> Answers:
     if head is None:
         return session.parts[number].answers
-    states = session.adapt(number, block)
+    states = session.adapters.run(number, block)
     return head(states.reshape(-1, states.shape[-1]))
 
 

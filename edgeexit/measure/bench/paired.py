@@ -3,7 +3,8 @@
 A machine's speed changes from second to second, so only times that are close together are compared.
 `alternate` runs a block of the baseline and a block of a candidate over the same inputs, one right
 after the other; the order alternates from round to round. Figures are computed from the ratios of
-such pairs. The waiting side is idle (`edgeexit.measure.bench.worker`).
+such pairs. The waiting side is idle (`edgeexit.measure.bench.worker`), and stopped by a signal:
+threads of a pool that spin for a while would take cores from the side that is measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import statistics
 import subprocess
 import threading
@@ -96,6 +98,7 @@ class Side:
         """Ends the process."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
+        self._send(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         self._end()
@@ -124,12 +127,17 @@ class Side:
         """The command that starts the worker, and its working folder; None: the current folder."""
         return child_command("edgeexit.measure.bench.worker"), None
 
+    def _send(self, number: int) -> None:
+        """Stops the process between its turns, or lets it go on."""
+        self._process.send_signal(number)
+
     def _ask(self, **order: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         hangs = threading.Timer(self._answer_s, self._process.kill)
         hangs.daemon = True
         hangs.start()
         started = time.monotonic()
+        self._send(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
@@ -152,6 +160,7 @@ class Side:
                 fix="If it was killed (-9), memory ran out: close other programs or use "
                 "a smaller batch.",
             )
+        self._send(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise MeasurementError(f"{self.name}: {answer['error']}", fix=answer["fix"])

@@ -9,6 +9,7 @@ answers.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -34,6 +35,10 @@ second of one."""
 
 CALM_STEP_S, CALM_LIMIT_S, CALM_SHARE = 0.005, 1.0, 0.1
 """A process is calm when it used less than this share of one core during a step."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent dies."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def main() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole process group; the parent ends this process
+    _go_on_alone()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     subject: Subject | None = None
@@ -99,6 +105,13 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
     if subject is not None and subject.close is not None:
         subject.close()
+
+
+def _go_on_alone() -> None:
+    """Lets this process go on, and so end, if its parent dies while it is stopped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def make_subject(name: str, folder: str | None, arguments: dict[str, Any]) -> Subject:

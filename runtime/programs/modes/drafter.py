@@ -25,7 +25,7 @@ class Drafter:
 
     def __init__(self, session: Session, number: int, head: Head) -> None:
         self._session, self._number, self._head = session, number, head
-        self._adapter = session.adapter(number)
+        self._adapter = session.adapters[number]
         # If several new tokens run row by row (see `Part.run`), waiting takes more time than it
         # saves.
         self._waits = session.batch == 1 or (
@@ -39,7 +39,7 @@ class Drafter:
         """Answers for the last output of the component in front of the exit,
         ``[batch, 1, width]``."""
         if self._adapter is None or not self._late.most():
-            return self._head(self._session.adapt(self._number, self._block)[:, 0])
+            return self._head(self._session.adapters.run(self._number, self._block)[:, 0])
         self._push(states)
         return self._head(self._catch_up())
 
@@ -51,7 +51,7 @@ class Drafter:
         if self._waits:
             self._push(states)
         else:
-            self._session.adapt(self._number, self._block)
+            self._session.adapters.run(self._number, self._block)
 
     def crop(self, positions: Sequence[int]) -> None:
         """Removes waiting states from these positions ``[batch]`` on. Call it after cropping all
@@ -74,7 +74,7 @@ class Drafter:
         newest = session.row_states("newest draft", late.states(0, 1))
         waiting = session.boundaries[self._number + 1]
         for block, ends in session.portions(late, adapter, waiting):
-            adapted = session.adapt(self._number, block)
+            adapted = session.adapters.run(self._number, block)
             for row, place in ends:
                 newest[row] = adapted[row, place]
         return newest

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeexit.bundle.policy import Decision
 from edgeexit.runtime.engines.base import Array
-from edgeexit.runtime.executor.blocks import CHUNK, Block
+from edgeexit.runtime.executor.blocks import CHUNK, Block, copy_newest
 from edgeexit.runtime.executor.exits import leaving
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
@@ -70,7 +70,7 @@ class Fast:
             if on:
                 self._emitted[row].append(-1)
         seen, _ = self._enter(Block(1, counts))
-        tokens = self._decide(seen[:, 0], active).tolist()
+        tokens = self._decide(seen, active).tolist()
         new_tokens = [[token] if on else [] for token, on in zip(tokens, active, strict=True)]
         if any(ring.most() >= self._pending for ring in session.rings[1:]):
             self.flush()
@@ -85,12 +85,20 @@ class Fast:
             self._drain(number)
 
     def _look(self, number: int, block: Block) -> Array:
-        """The head's input for a block that a component has just run over. Runs the exit's adapter,
-        if it has one and the policy uses the exit."""
-        final = number == len(self.session.parts) - 1
-        if final or not self._decisions[number].consult:
-            return self.session.boundary(number + 1, block.new)
-        return self.session.adapt(number, block)
+        """The head's input for the newest token of each row ``[batch, width]`` of a block that a
+        component has just run over; undefined for rows without tokens. Runs the exit's adapter, if
+        it has one and the policy uses the exit."""
+        session = self.session
+        final = number == len(session.parts) - 1
+        if not final and self._decisions[number].consult and session.adapters[number] is not None:
+            return session.adapters.run_newest(number, block)
+        states = session.boundary(number + 1, block.new)
+        newest: Array = states[:, 0]
+        if block.new == 1:
+            return newest
+        newest = session.row_states("newest of a block", newest)
+        copy_newest(states, block.counts, newest)
+        return newest
 
     def _decide(self, states: Array, active: Sequence[bool]) -> Ints:
         """Answers for the newest token of every active row; these tokens wait behind the first
@@ -122,17 +130,17 @@ class Fast:
         return leaving(answers[decision.score], decision, rows)
 
     def _enter(self, block: Block) -> tuple[Array, Sequence[int]]:
-        """Runs the first component; its tokens then wait behind it. Returns its exit's input, and
-        the number of real tokens per row."""
+        """Runs the first component; its tokens then wait behind it. Returns its exit's input
+        ``[batch, width]``, and the number of real tokens per row."""
         block = self.session.run(0, block)
         self._wait(1, block)
         return self._look(0, block), block.counts
 
     def _enter_prompt(self, block: Block) -> tuple[Array, Sequence[int]]:
-        states, counts = self._enter(block)
+        newest, counts = self._enter(block)
         for row, count in enumerate(counts):
             self._emitted[row] += [-1] * count
-        return states, counts
+        return newest.reshape(len(counts), 1, -1), [1] * len(counts)
 
     def _wait(self, number: int, block: Block) -> None:
         session = self.session
@@ -155,8 +163,8 @@ class Fast:
             before, block = block, session.run(number, block)
             seen = self._look(number, block)
             gone = [a - b for a, b in zip(before.counts, block.counts, strict=True)]
-            for row, place in ends:
-                newest[row] = seen[row, place - gone[row]]
+            for row, _ in ends:
+                newest[row] = seen[row]
             for row, count in enumerate(gone):  # prompt tokens that a gate dropped
                 del self._emitted[row][:count]
             if number + 1 < len(session.parts):

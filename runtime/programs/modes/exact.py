@@ -62,7 +62,7 @@ class Exact:
         for number in early:
             known.setdefault(number, Pace(shares[number])).next_text()
         # An adapter must process every token, so exits with adapters cannot alternate.
-        if exit_number is None and any(session.adapter(number) for number in early):
+        if exit_number is None and any(session.adapters[number] for number in early):
             exit_number = early[0]
         chosen = early if exit_number is None else [exit_number]
         scores = [score] if threshold > 0 else []

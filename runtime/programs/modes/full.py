@@ -6,7 +6,7 @@ tokens per row). All modes follow four rules:
 
 - A token that has passed a boundary, but not the component behind it, waits in the boundary's ring.
 - Running a component empties its ring first.
-- The adapter of an exit that is used processes every token that passes the exit (`Session.adapt`).
+- The adapter of an exit that is used processes every token that passes the exit (`Adapters`).
 - Contents of states beyond their lengths are ignored.
 """
 
@@ -117,7 +117,7 @@ class Full:
         asked: Collection[int] = (),
     ) -> None:
         self.session, self.exits, self.sampler = session, exits, sampler
-        self._asked = [number for number in asked if session.adapter(number) is not None]
+        self._asked = [number for number in asked if session.adapters[number] is not None]
         self.statistics = Statistics()
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         self._own = session.answers_itself
@@ -149,7 +149,7 @@ class Full:
         for number in range(len(session.parts)):
             block = session.run(number, block)
             if number in self._asked:
-                session.adapt(number, block)
+                session.adapters.pass_by(number, block)
         return session.boundary(len(session.parts), block.new), block.counts
 
     def _answer(self, states: Array) -> Ints:

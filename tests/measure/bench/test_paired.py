@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +197,46 @@ def test_ratios_are_those_of_the_medians_of_neighbouring_blocks(clockwork: str) 
         for block in blocks
     ]
     assert lane.ratios == pytest.approx(expected)
+
+
+def test_a_side_is_stopped_between_its_turns(clockwork: str) -> None:
+    """Threads of a pool that spin for a while would take cores from the other sides."""
+    with Side("clockwork:make", {}, folder=clockwork) as side:
+        for _ in range(2):
+            _await_state(side._process.pid, "T")
+            assert side.run("sleep", [0])["records"] == [{"number": 0}]
+        process = side._process
+    assert process.returncode == 0
+
+
+def test_a_stopped_side_ends_when_its_parent_is_killed(clockwork: str) -> None:
+    code = (
+        "import sys, time; from edgeexit.measure.bench.paired import Side; "
+        "side = Side('clockwork:make', {}, folder=sys.argv[1]); "
+        "print(side._process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, clockwork], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    _await_state(child, "T")
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _await_state(child, "", "Z")
+
+
+def _await_state(pid: int, *wanted: str) -> None:
+    until = time.monotonic() + 10
+    while (state := _state(pid)) not in wanted:
+        assert time.monotonic() < until, f"{state}, not {wanted}"
+        time.sleep(0.01)
+
+
+def _state(pid: int) -> str:
+    """Of a process, as Linux has it (T: stopped, Z: ended); empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -157,7 +157,7 @@ def decoder(
 
 def adapters_of(session: Session) -> dict[int, Part]:
     """Component -> what stands between it and the head of its exit."""
-    found = {number: session.adapter(number) for number in range(len(session.parts))}
+    found = {number: session.adapters[number] for number in range(len(session.parts))}
     return {number: part for number, part in found.items() if part is not None}
 
 
