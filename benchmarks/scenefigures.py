@@ -36,8 +36,10 @@ class Questions:
         answers: Token ids of the right answers, without the token that ends them.
     """
 
-    def __init__(self, model: runtime.Model, split: str, count: int, seed: int) -> None:
-        self.items = data.items(split, count, seed)
+    def __init__(
+        self, model: runtime.Model, split: str, count: int, seed: int, most_steps: int
+    ) -> None:
+        self.items = data.items(split, count, seed, most_steps=most_steps)
         written, _ = image_input(model.bundle)
         marker = "" if written is None or written.in_front else written.placeholder
         chats = [
@@ -231,9 +233,25 @@ def kept_by_static_cuts(cases: Mapping[str, Any], prefill: float) -> float:
     return float(np.interp(prefill, times, kept))
 
 
-def judge(cases: dict[str, Any], floor: float) -> list[dict[str, Any]]:
-    """The required figures."""
-    found = [
+def judge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The required figures: means over results (``cases`` and ``floor``) of several trainings, with
+    each one's value."""
+    of_each = [required(own["cases"], own["floor"]) for own in results]
+    means = []
+    for rows in zip(*of_each, strict=True):
+        (name, _, sign, _, _), *_ = rows
+        value, must, aim = (float(np.mean([row[n] for row in rows])) for n in (1, 3, 4))
+        means.append((name, value, sign, round(must, 4), round(aim, 4)))
+    verdicts = verdict(means)
+    if len(results) > 1:
+        for found, rows in zip(verdicts, zip(*of_each, strict=True), strict=True):
+            found["each"] = [round(row[1], 4) for row in rows]
+    return verdicts
+
+
+def required(cases: Mapping[str, Any], floor: float) -> list[tuple[str, float, str, float, float]]:
+    """The required figures of one training, as `results.verdict` takes them."""
+    return [
         (
             "free: time of whole descriptions with answers",
             cases["free"]["follow"]["whole"],
@@ -270,4 +288,3 @@ def judge(cases: dict[str, Any], floor: float) -> list[dict[str, Any]]:
         ("all: time of whole answers", cases["all"]["all"]["whole"], "<=", 0.55, 0.4),
         ("all: kept", cases["all"]["kept"], ">=", KEPT["all"], 1.0),
     ]
-    return verdict(found)

@@ -4,6 +4,7 @@ tower, and all of them on one bundle, against the same model unsplit.
     python benchmarks/scenes.py -m local/scenes/exits
     python benchmarks/scenes.py -m local/scenes/exits --name seed-1
     python benchmarks/scenes.py -m local/scenes/exits --beside layers-8=local/scenes/8
+    python benchmarks/scenes.py --summary seed-0 seed-1 seed-2
     python benchmarks/scenes.py -m local/scenes/exits --quick
 
 Thresholds are chosen on scenes of the validation split, figures are of the test split. Every case
@@ -27,9 +28,10 @@ import msgspec
 import numpy as np
 from alternatives import exit_chances
 from placement import TOKEN_RISKS, asking_costs, oracle, placements
-from results import HERE, SCRATCH, save, say
+from results import HERE, RESULTS, SCRATCH, save, say
 from scenefigures import (
     Questions,
+    data,
     figures_of,
     judge,
     random_cut,
@@ -69,7 +71,7 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 def main() -> None:
     """Measures and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-m", "--model", type=Path, required=True, help="from examples/scenes")
+    parser.add_argument("-m", "--model", type=Path, help="from examples/scenes")
     parser.add_argument("--name", default="", help="of the result: scenes-NAME")
     parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
     parser.add_argument("--gates", help="measured without exits of the language model")
@@ -82,10 +84,16 @@ def main() -> None:
         default=QUESTIONS,
         metavar="VALIDATION,TEST",
     )
+    parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="that are asked")
+    parser.add_argument("--summary", nargs="+", metavar="NAME", help="of results: their means")
     parser.add_argument("--place", action="store_true", help="only compare sets of exits")
     parser.add_argument("--keep", action="store_true", help="reuse the bundles of the last run")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
+    if given.summary:
+        return summarise(given.summary)
+    if given.model is None:
+        parser.error("give -m, a checkpoint, or --summary")
     folder = SCRATCH / "scenes"
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((given.model / "config.json").read_text())
@@ -105,9 +113,9 @@ def main() -> None:
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
     with opened(folder / "tokens") as model:
-        everything = Questions(model, "validation", count["validation"], 11)
+        everything = Questions(model, "validation", count["validation"], 11, given.most_steps)
         known = everything.answered_right(model, NEW_TOKENS)
-        asked = Questions(model, "test", count["test"], 12)
+        asked = Questions(model, "test", count["test"], 12, given.most_steps)
         if given.place:
             return place(model, known, quick=given.quick)
         tokens = Thresholds(model, everything, known)
@@ -138,11 +146,18 @@ def main() -> None:
     result |= measure(folder, asked, cases_of(rules, drops, early), early, list(beside))
     result["random_cut"] = random_cut(result["cases"])
     say(f"  random cut: {result['random_cut']}")
-    result["verdicts"] = judge(result["cases"], result["floor"])
+    result["verdicts"] = judge([result])
     machine = watch.stop(0.0)
     machine.pop("other_load_cores")
     result["environment"] = environment.describe() | {"machine": machine}
     save(f"scenes-{given.name}" if given.name else "scenes", result, quick=given.quick)
+
+
+def summarise(names: Sequence[str]) -> None:
+    """Writes the means of results of several trainings."""
+    known = [json.loads((RESULTS / f"scenes-{name}.json").read_text()) for name in names]
+    result = {"results": list(names), "verdicts": judge(known)}
+    save("scenes", result, quick=False)
 
 
 def opened(bundle: Path) -> runtime.Model:

@@ -131,8 +131,8 @@ def states_of(split: ExitVisionLanguage, pixels: torch.Tensor) -> list[torch.Ten
 
 
 def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path) -> None:
-    """The whole model learns on pixels. Projectors of the tower's exits follow its image tokens, and
-    in `EARLY` of the steps the language model reads those of an exit."""
+    """The whole model learns on pixels. Projectors of the tower's exits follow its image tokens;
+    in a share of `EARLY` of the steps the language model reads those of an exit."""
     probe = nn.Linear(split.model.config.text_config.hidden_size, len(WORDS))
     weights = [*split.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))

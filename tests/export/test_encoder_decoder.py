@@ -34,6 +34,8 @@ KINDS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     **{name: FAMILIES[name] for name in ("bart", "t5", "t5-1.1")},
     "trained": trained_bart,
 }
+TIMELY = ["bart", pytest.param("t5", marks=pytest.mark.slow), "t5-1.1", "trained"]
+"""These kinds; those that are much like another one take part in the slow tests only."""
 BART, T5 = "bart", "t5-1.1"
 """Families that are exported in lower precision, too."""
 ONE, SEVERAL = ["abcj"], ["abc", "jihgfed", "c"]
@@ -48,7 +50,7 @@ def references(
     return {name: value for part in split._reference(inputs) for name, value in part.items()}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=TIMELY)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -260,7 +262,7 @@ def test_every_form_of_states_writes_the_same(
             assert found == expected(folder, SEVERAL)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("t5")], indirect=True)
+@pytest.mark.parametrize("kind", TIMELY[1:3], indirect=True)
 def test_a_text_may_be_of_any_length_where_positions_are_relative(
     bundle: Bundle, folder: Path
 ) -> None:

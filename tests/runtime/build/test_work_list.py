@@ -77,7 +77,10 @@ def components() -> dict[str, Component]:
             projection=Variant(graph="graphs/d0_projection.onnx"),
         ),
         **component("d1", [states[0]], [states[1]], states=[reads]),
-        **component("adapter", [states[0], POSITIONS], [states[2]], states=[keys("adapter")]),
+        **component(
+            "adapter", [states[0], POSITIONS], [states[2]], states=[keys("adapter")],
+            projection=Variant(graph="graphs/adapter_projection.onnx"),
+        ),
         **component("head", [tensor("state", "batch", WIDTH)], ANSWERS),
         **component(
             "unsplit_decoder", [EMBEDDED, POSITIONS], ANSWERS, states=[keys("unsplit"), reads]
@@ -152,7 +155,8 @@ def shapes(work: Work, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]
 
 def test_every_component_of_the_program_has_an_engine_and_the_unsplit_ones_come_last() -> None:
     order = [
-        "encoder", "d0", "projection of d0", "d1", "adapter", "head", "cross_keys",
+        "encoder", "d0", "projection of d0", "d1", "adapter", "projection of adapter", "head",
+        "cross_keys",
         "unsplit_decoder",
     ]  # fmt: skip
     assert list(works(seq2seq())) == order
@@ -200,6 +204,13 @@ def test_projections_take_one_token_and_limit_no_other_engine() -> None:
     assert profile["embedded"] == ((1, 1, 8), (1, 1, 8), (8, 1, 8))
     assert work.outputs == ("d0/new",) and work.largest == {"batch": 8}
     assert work.variant.graph == "graphs/d0_projection.onnx"
+
+
+def test_projections_of_adapters_take_prompts() -> None:
+    """Of a prompt's tokens, only the last one is asked."""
+    [profile] = works(seq2seq(), tunes=True)["projection of adapter"].profiles
+    assert profile["h0"][2][1] == profile["positions"][2][1] == 64
+    assert profile["h0"][0] == (1, 1, 8)
 
 
 def test_a_gate_over_prompts_makes_prompts_pass_in_one_run() -> None:

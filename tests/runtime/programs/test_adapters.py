@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,6 +321,42 @@ def test_states_that_wait_enter_adapters_when_a_full_ring_is_caught_up(
     assert mode.statistics.catch_ups > 2
     mode.flush()
     compare_caches(decoder, answers, prompts, tokens, EXITS, all_rows=True)
+
+
+def test_a_prompt_waits_behind_the_exit_that_answers(decoder: Model, answers: Answers) -> None:
+    """No deeper component runs at all, and the adapter holds the prompt as well as the text."""
+    prompts = answers.prompts(answers.greedy)
+    decoder.policy = Rule(thresholds=[float("-inf"), float("inf")])
+    made = decoder.generate(prompts, max_new_tokens=NEW, mode="fast").finish()
+    assert list(made.statistics.exits) == ["exit_1"] and not made.statistics.catch_ups
+    session = session_of(decoder)
+    first, *deeper = (part.states.lengths for part in session.parts)
+    adapter = adapters_of(session)[0].states.lengths
+    assert adapter == first and min(first) > 1 and not any(map(any, deeper))
+
+
+def test_prompts_pass_by_an_adapter_of_one_layer(
+    decoder: Model, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last token of a prompt runs through it; one of two layers processes all of them."""
+    prompts = answers.prompts(answers.greedy, LENGTHS[2:3])
+    runs: list[tuple[str, int]] = []
+    run = Part.run
+
+    def noted(part: Part, new: int, **more: Any) -> None:
+        runs.append((part.name, new))
+        run(part, new, **more)
+
+    monkeypatch.setattr(Part, "run", noted)
+    session = decoder.session(1)
+    adapters = {part.name: part for part in adapters_of(session).values()}
+    assert {n for n, p in adapters.items() if p.component.projection} == {"adapter_1"}
+    decisions = [Decision(True, np.inf), Decision(True, np.inf), Decision(True, -np.inf)]
+    mode = Fast(session, ["exit_1", "exit_2", "exit_4"], decisions)
+    mode.prefill([np.array(prompt) for prompt in prompts])
+    found = [(name, new) for name, new in runs if name in adapters]
+    assert sorted(found) == [("adapter_1", 1), ("adapter_2", LENGTHS[2])]
+    assert all(part.states.lengths == [LENGTHS[2]] for part in adapters.values())
 
 
 def test_full_decoding_asks_no_adapter(decoder: Model, answers: Answers) -> None:
