@@ -50,7 +50,7 @@ def batches(
         rows = []
         for _ in range(min(ROWS, count - start)):
             scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
-            ids, labels = question(scene, rng, kind, steps or 1, in_front=in_front)
+            ids, labels = question(scene, rng, steps or 1, kind, in_front=in_front)
             [picture] = pixels([scene], rng, split)
             rows.append({"input_ids": ids, "labels": labels, "pixel_values": picture})
         yield collate(rows)

@@ -37,11 +37,12 @@ or in a turn after a description."""
 @dataclass
 class Level:
     """How hard questions are by now: cards in a scene, steps at once, steps behind a description.
-    Each rises when the last questions were answered right."""
+    Each rises when the last questions were answered right, steps up to `most`."""
 
     cards: int = EASY
     go: int = 1
     after: int = 1
+    most: int = data.MOST_STEPS
     shares: dict[str, float] = field(default_factory=dict)
 
     RISES = 0.9
@@ -61,7 +62,7 @@ class Level:
             self.shares = {name: 0.5 * share for name, share in self.shares.items()}
             return
         for kind in known:
-            setattr(self, kind, min(getattr(self, kind) + 1, data.MOST_STEPS))
+            setattr(self, kind, min(getattr(self, kind) + 1, self.most))
 
     def walks(self) -> float:
         """The share of questions that are walks."""
@@ -78,7 +79,7 @@ class Level:
     def passed(self) -> bool:
         """Whether the hardest questions are answered right."""
         known = self._known()
-        hardest = all(getattr(self, kind) == data.MOST_STEPS for kind in known)
+        hardest = all(getattr(self, kind) == self.most for kind in known)
         least = min((self._least(kind) for kind in known), default=0.0)
         return self.cards == data.CARDS and hardest and least >= self.RISES
 

@@ -41,11 +41,11 @@ from conversations import IDS, IGNORED, Turns  # noqa: E402
 from language import TURNS, describing_turn  # noqa: E402
 from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
-from train import HARDEST, TOWER_EXITS, Pixels  # noqa: E402
+from train import TOWER_EXITS, Pixels, hardest  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [3, 4], [4, 5, 8, 11], 64
+EXITS, GATES, GATE_WIDTH = [3, 4], [4, 6, 8, 10], 64
 PARTS = ("tower", "free", "gates")
-STEPS = {"tower": 200, "free": 400, "gates": 400}
+STEPS = {"tower": 200, "free": 400, "gates": 600}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
 BATCH = {"tower": 32, "free": 24, "gates": 48}
 Row = dict[str, torch.Tensor]
@@ -56,6 +56,7 @@ class Conversations(IterableDataset):
 
     Args:
         packed: Several questions about a picture in one row; else one question of any kind.
+        most_steps: Of questions.
         in_front: As for `Turns`.
     """
 
@@ -65,11 +66,12 @@ class Conversations(IterableDataset):
         seed: int,
         *,
         packed: bool,
+        most_steps: int = data.MOST_STEPS,
         split: str = "train",
         in_front: bool = False,
     ) -> None:
         self.pixels, self.seed, self.packed, self.split = pixels, seed, packed, split
-        self.in_front = in_front
+        self.most_steps, self.in_front = most_steps, in_front
 
     def __iter__(self) -> Iterator[Row]:
         rng = np.random.default_rng([4, self.seed, self.packed])
@@ -77,11 +79,12 @@ class Conversations(IterableDataset):
             scene = data.make_scene(rng, int(rng.integers(data.FEWEST, data.CARDS + 1)))
             if self.packed:
                 before = describing_turn(rng)
-                after = TURNS - before
-                turns = Turns([scene], rng, HARDEST, before, after, in_front=self.in_front)
+                level, after = hardest(self.most_steps), TURNS - before
+                turns = Turns([scene], rng, level, before, after, in_front=self.in_front)
                 ids, labels = turns.ids[0], turns.labels[0]
             else:
-                ids, labels = question(scene, rng, in_front=self.in_front)
+                steps = int(rng.integers(1, self.most_steps + 1))
+                ids, labels = question(scene, rng, steps, in_front=self.in_front)
             [picture] = self.pixels([scene], rng, self.split)
             yield {"input_ids": ids, "labels": labels, "pixel_values": picture}
 
@@ -89,14 +92,13 @@ class Conversations(IterableDataset):
 def question(
     scene: data.Scene,
     rng: np.random.Generator,
+    steps: int,
     kind: str | None = None,
-    steps: int | None = None,
     *,
     in_front: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of one question with its answer, and the labels; by default of any kind."""
     kind = kind or str(rng.choice(["read", "walk", "follow", "go", "go"]))
-    steps = steps or int(rng.integers(1, data.MOST_STEPS + 1))
     asked, answer = data.ask(scene, kind, *scene.draw_question(rng, steps))
     seen = [IDS[IMAGE]] * PATCHES
     prompt = [*seen, IDS[USER]] if in_front else [IDS[USER], *seen]
@@ -146,6 +148,7 @@ def train(part: str, options: argparse.Namespace) -> None:
         Pixels(make_processor()),
         options.seed,
         packed=part != "gates",
+        most_steps=options.most_steps,
         in_front=model.whole.prompt.in_front,
     )
     trainer = ExitTrainer(model, method, arguments, train_dataset=rows, data_collator=collate)
@@ -160,7 +163,7 @@ def new_model(options: argparse.Namespace) -> Any:
         exits=exits,
         adapters=exits,
         tower_exits=TOWER_EXITS,
-        gates=dict.fromkeys(GATES, GATE_WIDTH),
+        gates=dict.fromkeys(map(int, options.gates.split(",")), GATE_WIDTH),
         untrained=True,
     ).float()
 
@@ -192,6 +195,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, help="default: all")
     parser.add_argument("--exits", default=",".join(map(str, EXITS)), help="with an adapter each")
+    parser.add_argument("--gates", default=",".join(map(str, GATES)))
+    parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="of questions")
     parser.add_argument("--supervision", choices=["labels", "distillation"], default="distillation")
     parser.add_argument("--adversary", type=float, default=0.0, help="its weight; 0: none")
     parser.add_argument("--seed", type=int, default=0)

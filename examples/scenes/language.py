@@ -173,6 +173,7 @@ class Settings:
         text: Steps without images, at most; they end when all questions are answered.
         image: Steps with images, at most.
         rate: Learning rate. It rises over `warm_up` steps.
+        most_steps: Of questions.
     """
 
     text: int = 3000
@@ -180,6 +181,7 @@ class Settings:
     batch: int = 32
     rate: float = 2e-3
     warm_up: int = 50
+    most_steps: int = data.MOST_STEPS
 
 
 class LanguageStage:
@@ -196,7 +198,7 @@ class LanguageStage:
             {"params": [w for w in self.weights if w.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
-        self.level, self.step, self.images_since = Level(), 0, -1
+        self.level, self.step, self.images_since = Level(most=settings.most_steps), 0, -1
 
     def done(self) -> bool:
         """Turns from text to images when it is time; whether the images are done, too."""
@@ -206,7 +208,7 @@ class LanguageStage:
             return False
         if self.images_since >= 0:
             return True
-        self.images_since, self.level = self.step, Level()
+        self.images_since, self.level = self.step, Level(most=self.settings.most_steps)
         with torch.no_grad():  # an image token begins as the word of what it shows
             words = [IDS[word] for word in data.DIGITS]
             self.soft.what.weight[: len(words)] = self.language.embed_tokens.weight[words]

@@ -55,7 +55,11 @@ STEPS, BATCH, RATE = 1600, 24, 6e-4
 EARLY = 0.4
 SMOKE = 3
 TRUNKS = {"llava": llava.trunk, "blip2": blip2.trunk}
-HARDEST = Level(cards=data.CARDS, go=data.MOST_STEPS, after=data.MOST_STEPS)
+
+
+def hardest(most_steps: int) -> Level:
+    """All cards, and questions of up to so many steps."""
+    return Level(cards=data.CARDS, go=most_steps, after=most_steps)
 
 
 class Pixels:
@@ -130,7 +134,9 @@ def states_of(split: ExitVisionLanguage, pixels: torch.Tensor) -> list[torch.Ten
     return states
 
 
-def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path) -> None:
+def train_both(
+    split: ExitVisionLanguage, pixels: Pixels, level: Level, steps: int, file: Path
+) -> None:
     """The whole model learns on pixels. Projectors of the tower's exits follow its image tokens;
     in a share of `EARLY` of the steps the language model reads those of an exit."""
     probe = nn.Linear(split.model.config.text_config.hidden_size, len(WORDS))
@@ -140,7 +146,7 @@ def train_both(split: ExitVisionLanguage, pixels: Pixels, steps: int, file: Path
         optimizer, RATE, total_steps=steps, pct_start=0.05
     )
     parts = {"split": split, "probe": probe, "optimizer": optimizer, "schedule": schedule}
-    level, first, started = Level(**vars(HARDEST)), resume(parts, file), time.monotonic()
+    first, started = resume(parts, file), time.monotonic()
     for step in range(first, steps):
         rng = np.random.default_rng([3, step])
         scenes = make_scenes(rng, BATCH, level)
@@ -184,6 +190,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model")
     parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="of questions")
     parser.add_argument("--state", type=Path, help="default: local/scenes/FAMILY-LAYERS-WIDTH")
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} steps a stage; needs -o")
     parser.add_argument("--stop-after", choices=["language", "tower", "both"])
@@ -204,7 +211,7 @@ def main() -> None:
     processor = make_processor(options.family)
     soft, pixels = language.SoftImages(options.width), Pixels(processor)
     split = ExitVisionLanguage(model, TRUNKS[options.family](model), [], TOWER_EXITS)
-    settings = language.Settings()
+    settings = language.Settings(most_steps=options.most_steps)
     if options.smoke:
         settings = language.Settings(text=SMOKE, image=SMOKE, batch=2)
     language.train_language(model, soft, settings, state / "language.pt")
@@ -214,7 +221,8 @@ def main() -> None:
     train_tower(split, soft, pixels, steps, state / "tower.pt")
     if options.stop_after == "tower":
         return
-    train_both(split, pixels, SMOKE if options.smoke else STEPS, state / "both.pt")
+    level = hardest(options.most_steps)
+    train_both(split, pixels, level, SMOKE if options.smoke else STEPS, state / "both.pt")
     note_origins(split, dict.fromkeys(split.exit_origins, "trained"))
     save(split, processor, options.output or HERE / "checkpoint")
 

@@ -51,6 +51,7 @@ class Gates:
         for exit_ in chain.exits:
             if exit_.action == "drop":
                 self._gates.setdefault(numbers[exit_.behind], []).append(exit_)
+        self._all = [gate for behind in self._gates.values() for gate in behind]
         makers = {
             state.maker for name in chain.components for state in prompt_states(components[name])
         }
@@ -93,19 +94,21 @@ class Gates:
         self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
         self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
-        gates = [gate for behind in self._gates.values() for gate in behind]
-        self._over = {gate.name for gate in gates if not self._has_tokens(gate)}
+        self._over = {gate.name for gate in self._all if not self._has_tokens(gate)}
         self.pending = self._open()
 
     def _open(self) -> bool:
-        gates = [gate for behind in self._gates.values() for gate in behind]
-        used = [gate for gate in gates if gate.name in self.thresholds]
-        asked = {gate.name for gate in used if gate.path and self._has_tokens(gate)}
-        return (
-            bool(asked - self.dropped.keys())
-            or bool(self._makers - self._made)
-            or any(gate.name not in self._over for gate in used if not gate.path)
-        )
+        if len(self._made) < len(self._makers):
+            return True
+        for gate in self._all if self.thresholds else ():
+            if gate.name not in self.thresholds:
+                continue
+            if not gate.path:
+                if gate.name not in self._over:
+                    return True
+            elif gate.name not in self.dropped and self._has_tokens(gate):
+                return True
+        return False
 
     def _has_tokens(self, gate: Exit) -> bool:
         """Whether any row still has tokens that a gate could drop."""
