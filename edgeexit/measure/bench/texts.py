@@ -28,16 +28,21 @@ FEW_PROMPTS = 5
 @dataclass
 class Writer:
     """One case that generates text, with one record per turn
-    (`edgeexit.measure.bench.cases.read_generation`)."""
+    (`edgeexit.measure.bench.cases.read_generation`).
+
+    Attributes:
+        lead: Whether each turn begins with an untimed run of the same prompt.
+    """
 
     name: str
     side: Side
     case: str
+    lead: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, number: int) -> None:
         """Continues a prompt."""
-        [record] = self.side.run(self.case, [number], lead=False)["records"]
+        [record] = self.side.run(self.case, [number], lead=self.lead)["records"]
         self.records.append(record | {"prompt": number})
 
     def usual(self) -> list[dict[str, Any]]:
@@ -52,6 +57,10 @@ class Writer:
             ]
             for records in of_prompt.values()
         ]
+
+    def seconds(self) -> float:
+        """Time of all `usual` turns together."""
+        return sum(one["first_token_s"] + one["decode_s"] for one in self.usual())
 
     def prefill_ms(self) -> list[float]:
         """Time to the first token, per turn."""
