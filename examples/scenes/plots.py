@@ -4,7 +4,7 @@ ways to train adapters).
 
     python examples/scenes/plots.py
 
-Reads benchmarks/results/scenes.json (benchmarks/scenes.py) and depth.json (depth.py). Needs
+Reads benchmarks/results/scenes-seed-0.json (benchmarks/scenes.py) and depth.json (depth.py). Needs
 ``edgeexit[plot]``.
 """
 
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from edgeexit.measure.bench.vision_cases import layer_of
 
 HERE = Path(__file__).resolve().parent
-RESULT = HERE.parents[1] / "benchmarks/results/scenes.json"
+RESULT = HERE.parents[1] / "benchmarks/results/scenes-seed-0.json"
 KINDS = ("read", "walk", "follow", "go")
 NAMES = {
     "free": "FREE",
