@@ -9,6 +9,7 @@ the last layer that ran, or add none. `Random` stops at random exits, `Patience`
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,8 +128,9 @@ class Random(Fast):
         self._rng = np.random.default_rng()
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
-        # Each prompt has its own seed, so repetitions draw the same numbers.
-        self._rng = np.random.default_rng([int(token) for token in prompts[0]])
+        # Each prompt with its pictures has its own seed, so repetitions draw the same numbers.
+        seen = [zlib.crc32(np.ascontiguousarray(rows)) for _, rows in self.session.prefix]
+        self._rng = np.random.default_rng([int(token) for token in prompts[0]] + seen)
         return super().prefill(prompts)
 
     def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ the same model unsplit, and what is required."""
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -82,57 +83,86 @@ class Questions:
         return np.array([list(made) == answer for made, answer in pairs])
 
     def of_kind(self, kind: str) -> NDArray[np.bool_]:
-        return np.array([item.kind == kind for item in self.items])
+        """Which questions are of a kind, or of ``all``."""
+        return np.array([kind in (item.kind, "all") for item in self.items])
 
 
-def figures_of(writer: Writer, plain: Writer, asked: Questions) -> dict[str, Any]:
-    """Quality and times of a case. Times are ratios to the unsplit model's: of the time to the
-    first token, per token behind it, and of whole answers, each over all answers of a kind."""
-    records, plain_records = writer.usual(), plain.usual()
-    order = [record["prompt"] for record in records]
-    assert order == [record["prompt"] for record in plain_records]
-    right = asked.right([record["tokens"] for record in records])
-    right_of_plain = asked.right([record["tokens"] for record in plain_records])
-    pairs = zip(records, plain_records, strict=True)
+Records = list[dict[str, Any]]
+
+
+class Answered:
+    """What a case answered, question by question.
+
+    Attributes:
+        records: One per question, in order (`edgeexit.measure.bench.cases.read_generation`).
+        right: ``[question]``, which answers are right.
+    """
+
+    def __init__(self, writer: Writer, asked: Questions) -> None:
+        self.name, self.case = writer.name, writer.case
+        self.records: Records = sorted(writer.usual(), key=lambda one: int(one["prompt"]))
+        assert [one["prompt"] for one in self.records] == list(range(len(asked.items)))
+        self.right = asked.right([one["tokens"] for one in self.records])
+
+    def seconds(self, read: Callable[[dict[str, Any]], float]) -> float:
+        """A time of all questions together."""
+        return sum(map(read, self.records))
+
+
+def figures_of(
+    case: Answered, plain: Sequence[Answered], best: Answered, asked: Questions
+) -> dict[str, Any]:
+    """Quality and times of a case. Times are ratios to those of the unsplit model: of the time to
+    the first token, per token behind it, and of whole answers, each over all answers of a kind.
+
+    Args:
+        plain: The unsplit model in several thread settings; the fastest counts, figure by figure.
+        best: What answers most questions right: the unsplit model, or a smaller plain one.
+    """
+    pairs = zip(case.records, plain[0].records, strict=True)
     same = [ours["tokens"] == theirs["tokens"] for ours, theirs in pairs]
     found: dict[str, Any] = {
-        "right": round(float(right.mean()), 4),
-        "kept": round(float(right.mean() / max(right_of_plain.mean(), 1e-9)), 4),
-        "kept_interval": interval(right, right_of_plain),
+        "right": round(float(case.right.mean()), 4),
+        "kept": round(kept(case.right, best.right), 4),
+        "kept_interval": interval(case.right, best.right),
         "same_answers": round(float(np.mean(same)), 4),
     }
     for kind in ("all", *data.KINDS):
-        of_kind = np.ones(len(records), bool) if kind == "all" else asked.of_kind(kind)
-        chosen = [(records[n], plain_records[n]) for n in np.flatnonzero(of_kind)]
-        found[kind] = {"right": round(float(right[of_kind].mean()), 4)} | times(chosen)
-    if writer.case == "unsplit":
+        of_kind = asked.of_kind(kind)
+        chosen = np.flatnonzero(of_kind)
+        ours, *theirs = ([one.records[n] for n in chosen] for one in (case, *plain))
+        found[kind] = {"right": round(float(case.right[of_kind].mean()), 4)} | times(ours, theirs)
+    if case.case == "unsplit":
         return found
-    found |= {key: totals(records, key) for key in ("exits", "earlier")}
-    found |= {"dropped": drops(records)}
-    return found | {"mean_layer": depths(records, asked)}
+    found |= {key: totals(case.records, key) for key in ("exits", "earlier")}
+    found |= {"dropped": drops(case.records)}
+    return found | {"mean_layer": depths(case.records, asked)}
 
 
-def times(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
-    """Ratios of summed times, a case's over the unsplit model's. Times per token are of answers
-    that both wrote with more than one."""
+def kept(right: NDArray[np.bool_], best: NDArray[np.bool_]) -> float:
+    """The share of right answers that is kept."""
+    return float(right.mean() / max(best.mean(), 1e-9))
 
-    def ratio(values: list[tuple[float, float]]) -> float:
-        ours, theirs = (sum(column) for column in zip(*values, strict=True))
-        return round(ours / theirs, 4)
 
-    long = [(a, b) for a, b in pairs if min(len(a["tokens"]), len(b["tokens"])) > 1]
+def times(ours: Records, baselines: Sequence[Records]) -> dict[str, float]:
+    """Ratios of summed times, a case's over the fastest baseline's. Times per token are of answers
+    with more than one, behind the first."""
+
+    def ratio(read: Callable[[dict[str, Any]], float], chosen: Sequence[int] | range) -> float:
+        totals = [sum(read(one[n]) for n in chosen) for one in (ours, *baselines)]
+        return round(totals[0] / min(totals[1:]), 4)
+
+    every = range(len(ours))
     found = {
-        "first_token": ratio([(_first_token(a), _first_token(b)) for a, b in pairs]),
-        "prefill": ratio([(_prefill(a), _prefill(b)) for a, b in pairs]),
-        "whole": ratio([(_whole(a), _whole(b)) for a, b in pairs]),
+        "first_token": ratio(_first_token, every),
+        "prefill": ratio(_prefill, every),
+        "whole": ratio(_whole, every),
     }
-    if long:
-        ours, theirs = (
-            sum(pair[side]["decode_s"] for pair in long)
-            / sum(len(pair[side]["tokens"]) - 1 for pair in long)
-            for side in (0, 1)
-        )
-        found["per_token"] = round(ours / theirs, 4)
+    several = [n for n in every if min(len(one[n]["tokens"]) for one in (ours, *baselines)) > 1]
+    if several:
+        decoded = [sum(len(one[n]["tokens"]) - 1 for n in several) for one in (ours, baselines[0])]
+        whole = ratio(lambda record: float(record["decode_s"]), several)
+        found["per_token"] = round(whole * decoded[1] / decoded[0], 4)
     return found
 
 
@@ -149,20 +179,25 @@ def _whole(record: dict[str, Any]) -> float:
 
 
 TIMED = {
-    "free": _whole,
-    "exact": _whole,
-    "gates": _prefill,
-    "tower_gates": _first_token,
-    "all": _whole,
+    "free": (_whole, "follow"),
+    "exact": (_whole, "follow"),
+    "gates": (_prefill, "all"),
+    "tower_gates": (_first_token, "all"),
+    "all": (_whole, "all"),
 }
+"""Case -> the time that it is about, and of which questions."""
 
 
-def interval(right: NDArray[np.bool_], plain: NDArray[np.bool_]) -> list[float]:
+def interval(right: NDArray[np.bool_], best: NDArray[np.bool_]) -> list[float]:
     """95 % interval of the share of right answers that is kept, over resampled questions."""
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(right), size=(2000, len(right)))
-    shares = right[draws].mean(1) / np.maximum(plain[draws].mean(1), 1e-9)
+    draws = _draws(len(right))
+    shares = right[draws].mean(1) / np.maximum(best[draws].mean(1), 1e-9)
     return [round(float(edge), 4) for edge in np.quantile(shares, [0.025, 0.975])]
+
+
+def _draws(count: int) -> NDArray[np.int64]:
+    """Questions of 2000 resamplings, ``[draw, question]``."""
+    return np.random.default_rng(0).integers(count, size=(2000, count))
 
 
 def depths(records: list[dict[str, Any]], asked: Questions) -> dict[str, float]:
@@ -197,68 +232,93 @@ def drops(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {layer: round(left[layer] / len(records), 4) for layer in sorted(left)}
 
 
-def random_cut(cases: Mapping[str, Any]) -> dict[str, float] | None:
-    """What dropping image tokens behind random layers, as often behind each as gates do, keeps, and
-    its prefill: the mean over static cuts. None: a layer has no static cut."""
-    of_layer = {name.removeprefix("static_"): own for name, own in cases.items()}
-    of_layer["never"] = cases["full"]
-    shares = cases["gates"]["dropped"]
-    if not shares.keys() <= of_layer.keys():
-        return None
+def beside_cuts(gates: Answered, cuts: Mapping[int, Answered], whole: Answered) -> dict[str, Any]:
+    """Gates beside cuts behind one layer for every prompt.
 
-    def mean(read: Callable[[Any], float]) -> float:
-        return round(sum(share * read(of_layer[layer]) for layer, share in shares.items()), 4)
+    ``over_static``: how many more questions they answer right (a share of all, with its 95 %
+    interval over resampled questions) than the best mixture of two cuts with the same prefill time.
+    ``random``: what dropping behind random layers gives, as often behind each as gates do: the mean
+    over cuts.
 
+    Args:
+        cuts: Layer -> that cut, in a bundle of its own.
+        whole: The bundle of gates, when none is asked.
+    """
+    points = [(one.seconds(_prefill), one.right.astype(float)) for one in [*cuts.values(), whole]]
+    mixed = mixture(sorted(points, key=lambda point: point[0]), gates.seconds(_prefill))
+    more = gates.right - mixed
+    edges = np.quantile(more[_draws(len(more))].mean(1), [0.025, 0.975])
+    of_layer = {str(layer): one for layer, one in cuts.items()} | {"never": whole}
+    shares = drops(gates.records)
+    chances = [(share, of_layer[layer]) for layer, share in shares.items()]
     return {
-        "kept": mean(lambda own: own["kept"]),
-        "prefill": mean(lambda own: own["all"]["prefill"]),
+        "over_static": round(float(more.mean()), 4),
+        "over_static_interval": [round(float(edge), 4) for edge in edges],
+        "random": {
+            "right": round(sum(share * float(one.right.mean()) for share, one in chances), 4),
+            "prefill_over_gates": round(
+                sum(share * one.seconds(_prefill) for share, one in chances)
+                / gates.seconds(_prefill),
+                4,
+            ),
+        },
     }
+
+
+def mixture(
+    points: Sequence[tuple[float, NDArray[np.float64]]], seconds: float
+) -> NDArray[np.float64]:
+    """Right answers ``[question]`` of the best mixture of two points ``(time, right answers)``
+    that takes so long: on the upper hull of shares of right answers over times.
+
+    >>> [float(right[0]) for right in [mixture([(1, np.zeros(1)), (3, np.ones(1))], 2)]]
+    [0.5]
+    """
+    hull: list[tuple[float, NDArray[np.float64]]] = []
+    for time_s, right in points:
+        if hull and right.mean() <= hull[-1][1].mean():
+            continue
+        while len(hull) > 1:
+            (first_s, first), (middle_s, middle) = hull[-2:]
+            share = (middle_s - first_s) / (time_s - first_s)
+            if middle.mean() > (1 - share) * first.mean() + share * right.mean():
+                break
+            hull.pop()
+        hull.append((time_s, right))
+    for (first_s, first), (second_s, second) in itertools.pairwise(hull):
+        if seconds < second_s:
+            share = max(0.0, (seconds - first_s) / (second_s - first_s))
+            return (1 - share) * first + share * second
+    return hull[-1][1]
 
 
 def truncate_instead(
-    writers: Mapping[str, Writer], smaller: Sequence[str], asked: Questions
-) -> dict[str, list[str]]:
+    cases: Mapping[str, Answered], smaller: Sequence[str], asked: Questions
+) -> dict[str, list[str]] | None:
     """Case with exits -> what takes as little time (up to 2 % more) and is not surpassed by it:
-    plain models of `smaller`, and random exits. The time is the one that the case is about: of
-    whole answers, prefill for gates, or to the first token where the tower has exits, too. A case
-    surpasses another if the 95 % interval of the difference between their shares of right answers,
-    over resampled questions, is above 0."""
-    rng = np.random.default_rng(1)
-    draws = rng.integers(len(asked.items), size=(2000, len(asked.items)))
-    records = {
-        name: sorted(writer.usual(), key=lambda record: int(record["prompt"]))
-        for name, writer in writers.items()
-    }
-    right = {
-        name: asked.right([one["tokens"] for one in own]).astype(float)
-        for name, own in records.items()
-    }
-    found = {}
-    for case, seconds in TIMED.items():
-        times = {name: sum(map(seconds, own)) for name, own in records.items()}
-        rivals = [*smaller, *(["random"] if case == "free" else [])]
-        found[case] = [
-            name
-            for name in rivals
-            if times[name] <= 1.02 * times[case]
-            and np.quantile((right[case] - right[name])[draws].mean(1), 0.025) <= 0
+    plain models of `smaller`, and random exits. The time is the one that the case is about
+    (`TIMED`). A case surpasses another if the 95 % interval of the difference between their shares
+    of right answers, over resampled questions, is above 0. None: there is no plain model."""
+    if not smaller:
+        return None
+    draws, found = _draws(len(asked.items)), {}
+    for name, (read, kind) in TIMED.items():
+        chosen = np.flatnonzero(asked.of_kind(kind))
+        rivals = [*smaller, *(["random"] if name == "free" else [])]
+        seconds = {one: sum(read(cases[one].records[n]) for n in chosen) for one in (name, *rivals)}
+        right = cases[name].right.astype(float)
+        found[name] = [
+            rival
+            for rival in rivals
+            if seconds[rival] <= 1.02 * seconds[name]
+            and np.quantile((right - cases[rival].right)[draws].mean(1), 0.025) <= 0
         ]
     return found
 
 
-def kept_by_static_cuts(cases: Mapping[str, Any], prefill: float) -> float:
-    """The share of right answers that dropping image tokens behind one layer for every prompt keeps
-    at this prefill time, interpolated between layers."""
-    static = [case for name, case in cases.items() if name.startswith("static_")]
-    points = sorted((case["all"]["prefill"], case["kept"]) for case in static)
-    times, kept = zip(*points, (1.0, 1.0), strict=True)
-    return float(np.interp(prefill, times, kept))
-
-
 def judge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The required figures: means over results (``cases`` and ``floor``) of several trainings, with
-    each one's value."""
-    of_each = [required(own["cases"], own["floor"]) for own in results]
+    """The required figures: means over results of several trainings, with each one's value."""
+    of_each = [required(own["cases"], own["floor"], own["cuts"]) for own in results]
     means = []
     for rows in zip(*of_each, strict=True):
         (name, _, sign, _, _), *_ = rows
@@ -271,7 +331,9 @@ def judge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def required(cases: Mapping[str, Any], floor: float) -> list[tuple[str, float, str, float, float]]:
+def required(
+    cases: Mapping[str, Any], floor: float, cuts: Mapping[str, Any]
+) -> list[tuple[str, float, str, float, float]]:
     """The required figures of one training, as `results.verdict` takes them."""
     return [
         (
@@ -293,8 +355,8 @@ def required(cases: Mapping[str, Any], floor: float) -> list[tuple[str, float, s
         ("gates: prefill", cases["gates"]["all"]["prefill"], "<=", 0.6, 0.45),
         ("gates: kept", cases["gates"]["kept"], ">=", KEPT["gates"], 1.0),
         (
-            "gates: kept, less what a static cut keeps in the same prefill time",
-            cases["gates"]["kept"] - kept_by_static_cuts(cases, cases["gates"]["all"]["prefill"]),
+            "gates: right, less what static cuts answer in the same prefill time",
+            cuts["over_static"],
             ">=",
             0.0,
             0.05,

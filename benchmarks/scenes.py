@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -30,11 +31,12 @@ from alternatives import exit_chances
 from placement import TOKEN_RISKS, asking_costs, oracle, placements
 from results import HERE, RESULTS, SCRATCH, save, say
 from scenefigures import (
+    Answered,
     Questions,
+    beside_cuts,
     data,
     figures_of,
     judge,
-    random_cut,
     totals,
     truncate_instead,
 )
@@ -67,6 +69,7 @@ CLOSE = 1.1
 """A plain model takes part in its fastest thread setting and in those that take up to so many times
 as long; the fastest in turns counts."""
 MAIN, TOWER = "main", "vision"
+TOWER_EXITS = (2, 4)
 Rules = dict[str, runtime.Rule]
 Cases = dict[str, dict[str, dict[str, Any]]]
 
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
     parser.add_argument("--gates", help="measured without exits of the language model")
     parser.add_argument("--both", metavar="GATES", help="measured with them; default: as --gates")
-    parser.add_argument("--drops", default="2,3,4,5,6,7,8,9,11", help="layers of static cuts")
+    parser.add_argument("--drops", default="3,4,5,6,7,8,10,12,14", help="layers of static cuts")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument(
         "--questions",
@@ -107,8 +110,10 @@ def main() -> None:
         "tokens": [*exits, "--gates", "none"],
         "images": [*last, *gates],
         "both": [*exits, *(["--gates", given.both] if given.both else gates)],
-        "cuts": [*last, "--gates", "none", "--drop-image-tokens", given.drops],
     }
+    drops = [int(layer) for layer in given.drops.split(",")]
+    for layer in drops:  # each in a bundle of its own, since splits cost time
+        bundles[f"cut_{layer}"] = [*last, "--gates", "none", "--drop-image-tokens", str(layer)]
     for name, options in bundles.items():
         exported(given.model, folder / name, options, keep=given.keep)
     beside = dict(one.split("=", 1) for one in given.beside)
@@ -116,9 +121,9 @@ def main() -> None:
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
     with opened(folder / "tokens") as model:
-        everything = Questions(model, "validation", count["validation"], 11, given.most_steps)
+        everything = Questions(model, "validation", count["validation"], 21, given.most_steps)
         known = everything.answered_right(model, NEW_TOKENS)
-        asked = Questions(model, "test", count["test"], 12, given.most_steps)
+        asked = Questions(model, "test", count["test"], 22, given.most_steps)
         if given.place:
             return place(model, known, quick=given.quick)
         tokens = Thresholds(model, everything, known)
@@ -131,6 +136,9 @@ def main() -> None:
         rules["tower"], rules["gates"] = images.of_answers({}, TOWER), images.of_answers({}, None)
         rules["tower_gates"] = images.of_answers(rules["tower"], None)
         floor = floor_of(model, asked.texts[:QUICK])
+        gated = {layer_of(e.name) for e in model.chain.exits if e.path and e.action == "drop"}
+        if lacking := gated - set(drops):
+            parser.error(f"--drops lacks layers of gates: {sorted(lacking)}")
     with opened(folder / "both") as model:
         both = Thresholds(model, everything, known)
         seen = rules["tower_gates"]
@@ -141,16 +149,16 @@ def main() -> None:
     watch = environment.Watch()
     result = {
         "questions": count | {"validation, right": len(known.items)},
+        "most_steps": given.most_steps,
+        "checkpoints": {n: digest(c) for n, c in {"exits": given.model, **beside}.items()},
         "bundles": bundles,
+        "lost": LOST,
         "rules": {name: rules_to_json(own) for name, own in rules.items()},
         "exits": images.exits,
         "floor": floor,
         "oracle": earliest,
     }
-    drops = [int(layer) for layer in given.drops.split(",")]
     result |= measure(folder, asked, cases_of(rules, drops, early), early, list(beside))
-    result["random_cut"] = random_cut(result["cases"])
-    say(f"  random cut: {result['random_cut']}")
     result["verdicts"] = judge([result])
     machine = watch.stop(0.0)
     machine.pop("other_load_cores")
@@ -161,8 +169,20 @@ def main() -> None:
 def summarise(names: Sequence[str]) -> None:
     """Writes the means of results of several trainings."""
     known = [json.loads((RESULTS / f"scenes-{name}.json").read_text()) for name in names]
-    result = {"results": list(names), "verdicts": judge(known)}
+    same = ("questions", "most_steps", "bundles", "lost")
+    for key in same:
+        assert all(own[key] == known[0][key] for own in known), f"results differ in {key}"
+    result = {"results": list(names)} | {key: known[0][key] for key in same}
+    result["verdicts"] = judge(known)
     save("scenes", result, quick=False)
+
+
+def digest(checkpoint: str | Path) -> str:
+    """SHA-256 over a checkpoint's weights, the first 16 digits."""
+    found = hashlib.sha256()
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def opened(bundle: Path) -> runtime.Model:
@@ -328,14 +348,22 @@ def cases_of(rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[s
             "random": case("random", always, chances=dict.fromkeys(early, 0.0)),
             "lookup": case("lookup", {}),
         },
-        "images": {name: case("full", rules[name]) for name in ("tower", "gates", "tower_gates")},
+        "images": {name: case("full", rules[name]) for name in ("tower", "gates", "tower_gates")}
+        | {"whole": case("full", {})}
+        | {
+            f"tower_{layer}": case(
+                "full", {TOWER: runtime.Rule(thresholds={f"tower_exit_{layer}": ALWAYS})}
+            )
+            for layer in TOWER_EXITS
+        },
         "both": {"all": case("fast", rules["all"])},
-        "cuts": {
+    } | {
+        f"cut_{layer}": {
             f"static_{layer}": case(
                 "full", {MAIN: runtime.Rule(thresholds={f"drop_{layer}": ALWAYS})}
             )
-            for layer in drops
-        },
+        }
+        for layer in drops
     }
 
 
@@ -386,22 +414,31 @@ def measure(
             side = stack.enter_context(chain(bundle, of_chain))
             writers += [Writer(name, side, name, lead=True) for name in of_bundle]
         take_turns([*(one for own in rivals.values() for one in own), *writers], numbers)
+    settings_of_plain = [Answered(writer, asked) for writer in rivals["unsplit"]]
     for name, own in rivals.items():  # what is fastest alone need not be so in turns
-        best = min(range(len(own)), key=lambda number: own[number].seconds())
-        threads[name], rivals[name] = threads[name][best], [own[best]]
-    writers = [*(own for [own] in rivals.values()), *writers]
-    figures = {writer.name: figures_of(writer, writers[0], asked) for writer in writers}
-    for name, found in figures.items():
-        say(f"  {name}: {json.dumps(found)}")
-    cheaper = truncate_instead({writer.name: writer for writer in writers}, beside, asked)
-    say(f"  truncate instead: {cheaper}")
+        number = min(range(len(own)), key=lambda number: own[number].seconds())
+        threads[name], rivals[name] = threads[name][number], [own[number]]
+    found = {
+        writer.name: Answered(writer, asked)
+        for writer in (*(own for [own] in rivals.values()), *writers)
+    }
+    best = max((found[name] for name in plain), key=lambda one: float(one.right.mean()))
+    figures = {n: figures_of(one, settings_of_plain, best, asked) for n, one in found.items()}
+    for name, own_figures in figures.items():
+        say(f"  {name}: {json.dumps(own_figures)}")
+    statics = {layer_of(name): one for name, one in found.items() if name.startswith("static_")}
+    compared = {
+        "kept_of": best.name,
+        "cuts": beside_cuts(found["gates"], statics, found["whole"]),
+        "truncate_instead": truncate_instead(found, beside, asked),
+    }
+    say(f"  {compared}")
     return {
         "threads": {"chain": of_chain} | threads,
         "threads_tried": searched,
         "random_chances": chances,
         "cases": figures,
-        "truncate_instead": cheaper,
-    }
+    } | compared
 
 
 if __name__ == "__main__":

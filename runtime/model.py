@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -216,6 +216,7 @@ class Model(Writer, Loaded):
         *,
         chain: str | None = None,
         step: int | None = None,
+        asked: Sequence[int] | None = None,
     ) -> Trace:
         """Runs every component for every row and returns the outputs and scores of every exit.
 
@@ -229,6 +230,8 @@ class Model(Writer, Loaded):
                 Earlier chains use their last exit; those of a language model stop where the
                 policy says.
             step: Tokens per run; None: as many as possible.
+            asked: Per text, how many of its tokens are its prompt, which gates read; the others are
+                an answer. 0 or None: all are.
         """
         name = self.chain_name if chain is None else chain
         if name not in self.chains:
@@ -250,7 +253,7 @@ class Model(Writer, Loaded):
                 raise InputError(
                     f"input {decoding.tokens} is missing", fix="Give token ids [batch, seq]."
                 )
-            return self._trace_texts(tokens, given, step)
+            return self._trace_texts(tokens, given, step, asked)
         finally:
             self._lock.release()
 

@@ -41,9 +41,10 @@ def ask(
     *,
     chain: str | None = None,
     step: int | None = None,
+    asked: Sequence[int] | None = None,
 ) -> Answers:
     """Runs every exit of a chain on a batch. Arguments as for `Model.trace`."""
-    trace = model.trace(inputs, chain=chain, step=step)
+    trace = model.trace(inputs, chain=chain, step=step, asked=asked)
     pairs = zip(trace.exits, trace.outputs, trace.scores, strict=True)
     arrays = {f"{e}/{k}": v for e, outputs, scores in pairs for k, v in (outputs | scores).items()}
     return Answers(arrays, times_to_exits(chain_named(model, chain), trace.times_ms))

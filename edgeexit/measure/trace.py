@@ -177,10 +177,11 @@ def record(
         inputs = dict(batch.inputs)
         if tokens is not None:
             inputs[tokens] = inputs[tokens][:, : model.capacity]
+        asked = None if batch.asked is None else batch.asked.tolist()
         with naming_rows(count, batch.rows):
             if not batches:
-                ask(model, inputs, chain=name)
-            answers = ask(model, inputs, chain=name)
+                ask(model, inputs, chain=name, asked=asked)
+            answers = ask(model, inputs, chain=name, asked=asked)
         own = None if tokens is None else inputs[tokens]
         rows_timed = rows_timed or batch.rows
         if tokens is not None and len(timed) < TIMED_TEXTS and batch.rows == rows_timed:

@@ -150,6 +150,7 @@ class Gates:
                 ends, prompts = self._session.parts[number].states.positions, self._session.prompts
                 if all(end >= length for end, length in zip(ends, prompts, strict=True)):
                     self._over.add(gate.name)
+                    self._holding[gate.tokens or ""] = [False] * self._session.batch
                     self.pending = self._open()
             elif gate.path and gate.name not in self.dropped and self._has_tokens(gate):
                 block = self._ask(number, gate, block)

@@ -50,6 +50,7 @@ class Session:
         rings: ``rings[k]`` holds the tokens that wait for `parts[k]`; the first stays empty.
         takes: Tensors of earlier steps that components and makers read.
         prompts: Per row, the number of tokens in its prompt.
+        prefix: As for `begin`.
         group_masks: Mask -> per row, which tokens of the prompt belong to the group.
         ragged: Whether gates may drop tokens of these texts, so that positions have gaps.
     """
@@ -94,7 +95,7 @@ class Session:
         self.adapters = Adapters(self)
         self.takes = inputs_taken(manifest, chain)
         self.prompts: list[int] = [0] * batch
-        self._prefix: list[tuple[NDArray[np.int64], NDArray]] = []
+        self.prefix: list[tuple[NDArray[np.int64], NDArray]] = []
         self.group_masks: dict[str, list[NDArray[np.bool_]]] = {}
 
     @property
@@ -172,7 +173,7 @@ class Session:
             handed: Tensors of earlier steps, by name.
         """
         self.empty()
-        self.prompts, self._prefix = list(prompts), list(prefix)
+        self.prompts, self.prefix = list(prompts), list(prefix)
         self.group_masks = {
             group.mask: list((groups or {})[name])
             for name, group in self.decoding.groups.items()
@@ -193,7 +194,7 @@ class Session:
         self._table.take(tokens, axis=0, out=first)  # type: ignore[call-overload]
         if start is None:
             return
-        for row, (places, rows) in enumerate(self._prefix):
+        for row, (places, rows) in enumerate(self.prefix):
             chosen = (places >= start) & (places < start + tokens.shape[1])
             if chosen.any():
                 first[row, places[chosen] - start] = rows[chosen]
@@ -308,7 +309,7 @@ class Session:
             part.states.clear()
         for ring in self.rings:
             ring.clear(positions=self.ragged)
-        self.prompts, self._prefix = [0] * self.batch, []
+        self.prompts, self.prefix = [0] * self.batch, []
         self.gates.begin({})
 
     def portions(

@@ -128,8 +128,15 @@ class TextProgram:
         session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
         return session
 
-    def _hand_on(self, session: Session, prompts: Prompts, generation: Generation) -> None:
-        """Runs the steps before the text, and starts the session with their outputs."""
+    def _hand_on(
+        self,
+        session: Session,
+        prompts: Prompts,
+        generation: Generation,
+        asked: Sequence[int] | None = None,
+    ) -> None:
+        """Runs the steps before the text, and starts the session with their outputs. `asked`: as
+        for `Model.trace`."""
         handed: dict[str, NDArray[Any]] = {}
         if prompts.asks_earlier and self._steps.passes:
             self._checked.sizes(prompts.inputs)
@@ -142,8 +149,9 @@ class TextProgram:
                     f"{key} has {len(handed[key])} rows for {len(prompts.tokens)} texts",
                     fix="Give one row of inputs for each text.",
                 )
+        lengths = [len(row) for row in prompts.tokens]
         session.begin(
-            [len(row) for row in prompts.tokens],
+            [n or length for n, length in zip(asked or lengths, lengths, strict=True)],
             prompts.prefix(handed),
             prompts.groups,
             {key: value for key, value in handed.items() if key in session.takes},
@@ -170,14 +178,18 @@ class TextProgram:
         }
 
     def _trace_texts(
-        self, tokens: NDArray[np.int64], inputs: Mapping[str, NDArray[Any]], step: int | None
+        self,
+        tokens: NDArray[np.int64],
+        inputs: Mapping[str, NDArray[Any]],
+        step: int | None,
+        asked: Sequence[int] | None,
     ) -> Trace:
         [tensor] = [t for t in self.bundle.manifest.inputs if t.name == self._decoding().tokens]
         check_inputs({tensor.name: tensor}, {tensor.name: tokens}, {})
         check_ids(self._text_table(), tokens)
         given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
         session = self.session(len(tokens))
-        self._hand_on(session, given, Generation([], [], Statistics()))
+        self._hand_on(session, given, Generation([], [], Statistics()), asked)
         return trace_texts(session, tokens, step)
 
     def segment_times(

@@ -125,6 +125,27 @@ def test_a_later_gate_decides_for_the_rows_that_stayed(
         own.assert_states(model, texts, drops)
 
 
+def test_gates_read_the_prompt_of_a_text_that_is_traced_with_its_answer(
+    asked: Callable[[str], Asked], gated_bundle: Callable[[str], Bundle]
+) -> None:
+    """In a trace they decide as they did when the answer was written."""
+    own = asked("llava").alone(0)
+    [prompt] = own.prompts
+    with load(gated_bundle("llava"), policy=policy({"gate_1": 2.0})) as model:
+        [written] = own.generate(model).tokens
+        session = model._session
+        assert session is not None
+        known = session.gates.scores["gate_1"]
+        tokens = np.array([[*prompt, *written]])
+        given = {model.bundle.manifest.decoding.tokens: tokens, "pixel_values": own.images[0].numpy()}
+        scores = {}
+        for count in (len(prompt), 0):
+            model.trace(given, asked=[count])
+            scores[count] = model._session.gates.scores["gate_1"]
+    np.testing.assert_allclose(scores[len(prompt)], known, atol=1e-6)
+    assert abs(scores[0][0] - known[0]) > 1e-4
+
+
 def test_gates_are_not_asked_when_nothing_is_left_to_drop(
     asked: Callable[[str], Asked], gated_bundle: Callable[[str], Bundle]
 ) -> None:
@@ -138,6 +159,9 @@ def test_gates_are_not_asked_when_nothing_is_left_to_drop(
         blind = own.alone(KINDS.index("none"))
         blind.assert_greedy(blind.generate(model).tokens)
         assert gates_of(model) == {}
+        model.policy = policy({"drop_1": ALWAYS, "gate_3": ALWAYS})
+        assert own.generate(model).tokens == texts
+        assert gates_of(model) == {"drop_1": [images is not None for images in own.images]}
 
 
 def gates_of(model: Model) -> dict[str, list[bool]]:

@@ -31,7 +31,7 @@ class Writer:
     (`edgeexit.measure.bench.cases.read_generation`).
 
     Attributes:
-        lead: Whether each turn begins with an untimed run of the same prompt.
+        lead: Whether each turn begins with another prompt, whose time does not count.
     """
 
     name: str
@@ -42,7 +42,8 @@ class Writer:
 
     def write(self, number: int) -> None:
         """Continues a prompt."""
-        [record] = self.side.run(self.case, [number], lead=self.lead)["records"]
+        numbers = [(number + 1) % self.side.inputs, number] if self.lead else [number]
+        record = self.side.run(self.case, numbers, lead=False)["records"][-1]
         self.records.append(record | {"prompt": number})
 
     def usual(self) -> list[dict[str, Any]]:
