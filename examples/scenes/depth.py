@@ -1,5 +1,5 @@
-"""How often each exit is right if it answers alone, by its layer, for three ways to train adapters:
-with labels, from the last layer's predictions, and both of them without an adversary.
+"""How often each exit is right if it answers alone, by its layer, for four ways to train adapters:
+with labels or from the last layer's predictions, each with an adversary and without.
 
     python examples/scenes/depth.py -o local/scenes/depth         # depth.json; resumable
 

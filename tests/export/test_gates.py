@@ -137,7 +137,8 @@ def test_gates_read_the_prompt_of_a_text_that_is_traced_with_its_answer(
         assert session is not None
         known = session.gates.scores["gate_1"]
         tokens = np.array([[*prompt, *written]])
-        given = {model.bundle.manifest.decoding.tokens: tokens, "pixel_values": own.images[0].numpy()}
+        given = {model.bundle.manifest.decoding.tokens: tokens}
+        given |= {"pixel_values": own.images[0].numpy()}
         scores = {}
         for count in (len(prompt), 0):
             model.trace(given, asked=[count])
