@@ -351,9 +351,7 @@ def cases_of(rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[s
         "images": {name: case("full", rules[name]) for name in ("tower", "gates", "tower_gates")}
         | {"whole": case("full", {})}
         | {
-            f"tower_{layer}": case(
-                "full", {TOWER: runtime.Rule(thresholds={f"tower_exit_{layer}": ALWAYS})}
-            )
+            f"tower_{layer}": case("full", {TOWER: always_left(f"tower_exit_{layer}")})
             for layer in TOWER_EXITS
         },
         "both": {"all": case("fast", rules["all"])},
@@ -365,6 +363,11 @@ def cases_of(rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[s
         }
         for layer in drops
     }
+
+
+def always_left(exit_name: str) -> runtime.Rule:
+    """The rule by which every row leaves a tower at an exit."""
+    return runtime.Rule(thresholds={exit_name: ALWAYS}, score="saturation")
 
 
 def measure(
