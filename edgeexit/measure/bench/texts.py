@@ -37,8 +37,8 @@ class Writer:
     name: str
     side: Side
     case: str
-    lead: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
+    lead: bool = False
 
     def write(self, number: int) -> None:
         """Continues a prompt."""
