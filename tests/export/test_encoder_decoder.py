@@ -289,7 +289,8 @@ def split_of(
     return split
 
 
-@pytest.mark.parametrize("family", [pytest.param(BART, marks=pytest.mark.slow), T5])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [BART, T5])
 def test_half_precision_holds(family: str, tmp_path: Path) -> None:
     whole = FAMILIES[family]()
     for name, parameter in whole.named_parameters():
@@ -375,7 +376,8 @@ def test_what_is_not_heeded_of_a_checkpoints_settings_is_said(
     assert "have no effect: no_repeat_ngram_size=3" in caplog.text
 
 
-@pytest.mark.parametrize("family", [BART, pytest.param(T5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [BART, T5])
 def test_int8_is_exported_and_checked(family: str, tmp_path: Path) -> None:
     split = split_of(family, tmp_path)
 
