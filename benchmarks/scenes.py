@@ -69,7 +69,6 @@ CLOSE = 1.1
 """A plain model takes part in its fastest thread setting and in those that take up to so many times
 as long; the fastest in turns counts."""
 MAIN, TOWER = "main", "vision"
-TOWER_EXITS = (2, 4)
 Rules = dict[str, runtime.Rule]
 Cases = dict[str, dict[str, dict[str, Any]]]
 
@@ -158,7 +157,13 @@ def main() -> None:
         "floor": floor,
         "oracle": earliest,
     }
-    result |= measure(folder, asked, cases_of(rules, drops, early), early, list(beside))
+    result |= measure(
+        folder,
+        asked,
+        cases_of(rules, drops, early, list(images.exits["tower"])),
+        early,
+        list(beside),
+    )
     result["verdicts"] = judge([result])
     machine = watch.stop(0.0)
     machine.pop("other_load_cores")
@@ -331,7 +336,9 @@ def floor_of(model: runtime.Model, texts: Sequence[Text]) -> float:
     return round(float(np.median(shares)), 4)
 
 
-def cases_of(rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[str]) -> Cases:
+def cases_of(
+    rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[str], towers: Sequence[str]
+) -> Cases:
     """Bundle -> name -> case of `peers.alternatives`."""
 
     def case(mode: str, rules: Rules, **more: Any) -> dict[str, Any]:
@@ -350,10 +357,7 @@ def cases_of(rules: Mapping[str, Rules], drops: Sequence[int], early: Sequence[s
         },
         "images": {name: case("full", rules[name]) for name in ("tower", "gates", "tower_gates")}
         | {"whole": case("full", {})}
-        | {
-            f"tower_{layer}": case("full", {TOWER: always_left(f"tower_exit_{layer}")})
-            for layer in TOWER_EXITS
-        },
+        | {f"tower_{layer_of(name)}": case("full", {TOWER: always_left(name)}) for name in towers},
         "both": {"all": case("fast", rules["all"])},
     } | {
         f"cut_{layer}": {

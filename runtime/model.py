@@ -230,8 +230,8 @@ class Model(Writer, Loaded):
                 Earlier chains use their last exit; those of a language model stop where the
                 policy says.
             step: Tokens per run; None: as many as possible.
-            asked: Per text, how many of its tokens are its prompt, which gates read; the others are
-                an answer. 0 or None: all are.
+            asked: ``[batch]``, how many of a text's tokens are its prompt, which gates read; the
+                others are an answer. 0 or None: all are.
         """
         name = self.chain_name if chain is None else chain
         if name not in self.chains:

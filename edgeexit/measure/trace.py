@@ -177,7 +177,9 @@ def record(
         inputs = dict(batch.inputs)
         if tokens is not None:
             inputs[tokens] = inputs[tokens][:, : model.capacity]
-        asked = None if batch.asked is None else batch.asked.tolist()
+        asked = None
+        if tokens is not None and batch.asked is not None:
+            asked = np.minimum(batch.asked, inputs[tokens].shape[1]).tolist()
         with naming_rows(count, batch.rows):
             if not batches:
                 ask(model, inputs, chain=name, asked=asked)

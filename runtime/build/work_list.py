@@ -124,7 +124,7 @@ def work_of(
     profiles = _profiles(ranges, capacity, tunes=tunes and "batch" not in asked.opt)
     works = []
     paths = [exit_.path for chain in manifest.chains.values() for exit_ in chain.exits]
-    adapters = {call.component for path in paths for call in path}
+    on_paths = {call.component for path in paths for call in path}
     for name, uses in _uses(manifest, unsplit=unsplit).items():
         component = manifest.components[name]
         variant = _usable(name, component, features, form)
@@ -132,7 +132,7 @@ def work_of(
         works.append(_component(name, component, variant, own, capacity))
         if component.projection is not None:
             one = {**ranges, "new": Range(1, 1, 1)}
-            profile = profiles["prompt"][0] if name in adapters else one
+            profile = profiles["prompt"][0] if name in on_paths else one
             works.append(_projection(name, component, component.projection, profile))
     return works
 

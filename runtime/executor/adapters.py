@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgeexit.bundle.manifest import Exit
 from edgeexit.runtime.engines.base import Array
-from edgeexit.runtime.executor.blocks import Block, copy_newest, last_of
+from edgeexit.runtime.executor.blocks import Block, last_of
 from edgeexit.runtime.executor.parts import Part
 
 if TYPE_CHECKING:
@@ -68,25 +68,20 @@ class Adapters:
         Returns:
             ``[batch, width]``; undefined for rows without tokens. The next call overwrites it.
         """
-        if block.new == 1:
-            asked: Array = self.run(number, block)[:, 0]
-            return asked
         session, part = self._session, self._projecting(number)
-        one = session.boundary(number + 1, 1)[:, 0]
-        newest = session.row_states("newest of a block", one)
         if part is None or block.new < FEW:
-            copy_newest(self.run(number, block), block.counts, newest)
-            return newest
+            return session.newest(self.run(number, block), block)
         positions = session.place(part, block)
-        copy_newest(session.boundary(number + 1, block.new), block.counts, newest)
+        newest = session.newest(session.boundary(number + 1, block.new), block)
         session.add_projected(part, block, [max(count - 1, 0) for count in block.counts])
-        # The newest token takes the place of the block's first one for a moment.
+        # The newest tokens stand in front of the buffer for a moment; the block is still read.
+        one = session.boundary(number + 1, 1)[:, 0]
         first = session.row_states("first of a block", one)
         first[...], one[...] = one, newest
         last = None if positions is None else last_of(positions, block.counts)
         session.advance(part, Block(1, [min(count, 1) for count in block.counts], last))
         one[...] = first
-        asked = session.tensor(part.state, 1)[:, 0]
+        asked: Array = session.tensor(part.state, 1)[:, 0]
         return asked
 
     def _open(self, exit_: Exit | None) -> list[Part]:

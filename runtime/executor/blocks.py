@@ -50,14 +50,6 @@ def keep_tokens(source: Array, target: Array, kept: Sequence[Sequence[int]]) -> 
             at += stop - start
 
 
-def copy_newest(source: Array, counts: Sequence[int], target: Array) -> None:
-    """Copies the last real token of every row ``[batch, new, width]`` that has one to
-    ``[batch, width]``."""
-    for row, count in enumerate(counts):
-        if count:
-            target[row] = source[row, count - 1]
-
-
 def last_of(positions: Sequence[int | Sequence[int]], counts: Sequence[int]) -> list[int]:
     """Per row, the position of its last token (`Block.positions`); 0 for rows without tokens.
 

@@ -148,6 +148,18 @@ class Session:
             states = self._rows[name] = slot.array(like.dtype, shape)
         return states
 
+    def newest(self, states: Array, block: Block) -> Array:
+        """The last real token of each row ``[batch, width]`` of a block's states ``[batch, new,
+        width]``; undefined for rows without tokens. The next call overwrites it."""
+        newest: Array = states[:, 0]
+        if block.new == 1:
+            return newest
+        newest = self.row_states("newest of a block", newest)
+        for row, count in enumerate(block.counts):
+            if count:
+                newest[row] = states[row, count - 1]
+        return newest
+
     def late(self, number: int) -> Ring:
         """The ring of tokens that wait for an exit's adapter, emptied."""
         ring = self._late.get(number)
@@ -312,14 +324,12 @@ class Session:
         self.prompts, self.prefix = [0] * self.batch, []
         self.gates.begin({})
 
-    def portions(
-        self, ring: Ring, part: Part, boundary: str
-    ) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
+    def portions(self, ring: Ring, part: Part, boundary: str) -> Iterator[tuple[Block, list[int]]]:
         """Moves the tokens of a ring to the tensor that a part reads, in blocks of the size of one
         run.
 
         Yields:
-            The block, and for every row whose newest token is in it, the row and its index.
+            The block, and the rows whose newest token is in it.
         """
         waiting, start = ring.counts, 0
         chunk = even_chunk(max(waiting), self.chunk)
@@ -328,7 +338,7 @@ class Session:
             new = min(chunk, max(waiting) - start, self.capacity - part.states.longest())
             self.tensor(boundary, new)[...] = ring.states(start, start + new)
             counts = [min(max(count - start, 0), new) for count in waiting]
-            ends = [(n, c - start - 1) for n, c in enumerate(waiting) if start < c <= start + new]
+            ends = [row for row, count in enumerate(waiting) if start < count <= start + new]
             positions = None
             if ring.positions is not None:
                 positions = [

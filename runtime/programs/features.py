@@ -70,8 +70,7 @@ class FeatureCache:
             run: Runs the chain over images that are not known.
             together: Images that run at a time.
         """
-        alone = len(images) == 1 and self._limit_bytes == 0  # it is like no other
-        digests = [b""] if alone else [_digest(chain, image) for image in images]
+        digests = [_digest(chain, image) for image in images]
         rows = {digest: self._kept[digest] for digest in digests if digest in self._kept}
         new = [digest for digest in dict.fromkeys(digests) if digest not in rows]
         self.hits += len(digests) - len(new)

@@ -187,6 +187,12 @@ class TextProgram:
         [tensor] = [t for t in self.bundle.manifest.inputs if t.name == self._decoding().tokens]
         check_inputs({tensor.name: tensor}, {tensor.name: tokens}, {})
         check_ids(self._text_table(), tokens)
+        rows, length = tokens.shape
+        if asked is not None and not (len(asked) == rows and all(0 <= n <= length for n in asked)):
+            raise InputError(
+                f"asked is {list(asked)} for {rows} texts of {length} tokens",
+                fix=f"Give a number from 0 to {length} for each text.",
+            )
         given = read_prompts(self.bundle, [row.tolist() for row in tokens], inputs, None)
         session = self.session(len(tokens))
         self._hand_on(session, given, Generation([], [], Statistics()), asked)

@@ -53,11 +53,11 @@ def test_answers_are_what_the_cards_say(data: Any) -> None:
                 ring.append(str(place))
             assert item.answer.split() == ring and item.steps == 1
             continue
-        steps = 1 + data.STEPS.index(words[-1])
+        steps, start = 1 + data.STEPS.index(words[-1]), place
         for _ in range(steps):
             [place] = [b for a, b in cards if a == place]
         assert item.answer.split()[-1] == str(place) and item.steps == steps
-        assert 1 <= item.steps <= data.MOST_STEPS
+        assert 1 <= item.steps <= data.MOST_STEPS and place != start
 
 
 def test_each_card_is_led_to_by_another(data: Any) -> None:

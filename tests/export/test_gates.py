@@ -19,7 +19,7 @@ import torch
 
 from edgeexit.bundle.policy import ALWAYS, Policy, Rule
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import ExportError, UsageError
+from edgeexit.errors import ExportError, InputError, UsageError
 from edgeexit.export import SplitModel, export
 from edgeexit.export.exits.gates import Gate, make_gates
 from edgeexit.export.pretrained import from_pretrained
@@ -143,6 +143,9 @@ def test_gates_read_the_prompt_of_a_text_that_is_traced_with_its_answer(
         for count in (len(prompt), 0):
             model.trace(given, asked=[count])
             scores[count] = model._session.gates.scores["gate_1"]
+        for wrong in ([1, 1], [tokens.size + 1], [-1]):
+            with pytest.raises(InputError, match=r"asked is \[.* for 1 texts of \d+ tokens"):
+                model.trace(given, asked=wrong)
     np.testing.assert_allclose(scores[len(prompt)], known, atol=1e-6)
     assert abs(scores[0][0] - known[0]) > 1e-4
 

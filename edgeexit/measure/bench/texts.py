@@ -53,15 +53,12 @@ class Writer:
         for record in self.records:
             of_prompt.setdefault(record["prompt"], []).append(record)
         return [
-            sorted(records, key=lambda record: record["first_token_s"] + record["decode_s"])[
-                (len(records) - 1) // 2
-            ]
-            for records in of_prompt.values()
+            sorted(records, key=whole_s)[(len(records) - 1) // 2] for records in of_prompt.values()
         ]
 
     def seconds(self) -> float:
         """Time of all `usual` turns together."""
-        return sum(one["first_token_s"] + one["decode_s"] for one in self.usual())
+        return sum(map(whole_s, self.usual()))
 
     def prefill_ms(self) -> list[float]:
         """Time to the first token, per turn."""
@@ -90,6 +87,11 @@ def _blind(contest: Contest) -> list[str]:
     if contest.bundle.manifest.vision_chain is None or contest.inputs.seeing:
         return []
     return ["not every prompt has an image: tower and image tokens were not measured"]
+
+
+def whole_s(record: dict[str, Any]) -> float:
+    """Seconds of a whole text."""
+    return float(record["first_token_s"] + record["decode_s"])
 
 
 def decoded(record: dict[str, Any]) -> int:

@@ -3,8 +3,8 @@
 `main` runs in a process that `edgeexit.runtime.child` starts, and exchanges JSON lines with
 `edgeexit.measure.bench.paired` over pipes. A subject is a ``module:function`` that takes keyword
 arguments and returns a `Subject`. Each case of a subject runs one input. The process is idle
-between requests: after a block it waits until its thread pools have stopped spinning, and only then
-answers.
+between requests: after a block it waits until its thread pools have stopped spinning, as far as its
+own account shows, and only then answers. The parent then stops it by a signal until the next one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ second of one."""
 
 CALM_STEP_S, CALM_LIMIT_S, CALM_SHARE = 0.005, 1.0, 0.1
 """A process is calm when it used less than this share of one core during a step."""
-
 
 PR_SET_PDEATHSIG = 1
 """Linux: the signal that a process gets when its parent dies."""

@@ -74,7 +74,7 @@ class Drafter:
         newest = session.row_states("newest draft", late.states(0, 1))
         waiting = session.boundaries[self._number + 1]
         for block, ends in session.portions(late, adapter, waiting):
-            adapted = session.adapters.run(self._number, block)
-            for row, place in ends:
-                newest[row] = adapted[row, place]
+            adapted = session.adapters.run_newest(self._number, block)
+            for row in ends:
+                newest[row] = adapted[row]
         return newest

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeexit.bundle.policy import Decision
 from edgeexit.runtime.engines.base import Array
-from edgeexit.runtime.executor.blocks import CHUNK, Block, copy_newest
+from edgeexit.runtime.executor.blocks import CHUNK, Block
 from edgeexit.runtime.executor.exits import leaving
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
@@ -89,16 +89,9 @@ class Fast:
         component has just run over; undefined for rows without tokens. Runs the exit's adapter, if
         it has one and the policy uses the exit."""
         session = self.session
-        final = number == len(session.parts) - 1
-        if not final and self._decisions[number].consult and session.adapters[number] is not None:
-            return session.adapters.run_newest(number, block)
-        states = session.boundary(number + 1, block.new)
-        newest: Array = states[:, 0]
-        if block.new == 1:
-            return newest
-        newest = session.row_states("newest of a block", newest)
-        copy_newest(states, block.counts, newest)
-        return newest
+        if self._heads[number] is None:  # its adapter, if it has one, is not asked
+            return session.newest(session.boundary(number + 1, block.new), block)
+        return session.adapters.run_newest(number, block)
 
     def _decide(self, states: Array, active: Sequence[bool]) -> Ints:
         """Answers for the newest token of every active row; these tokens wait behind the first
@@ -163,7 +156,7 @@ class Fast:
             before, block = block, session.run(number, block)
             seen = self._look(number, block)
             gone = [a - b for a, b in zip(before.counts, block.counts, strict=True)]
-            for row, _ in ends:
+            for row in ends:
                 newest[row] = seen[row]
             for row, count in enumerate(gone):  # prompt tokens that a gate dropped
                 del self._emitted[row][:count]
