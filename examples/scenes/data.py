@@ -50,7 +50,20 @@ GARMENTS = [
     "bag",
     "boot",
 ]  # by label
-STEPS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+STEPS = (
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 """Steps in words: as digits they would be taken for cards. Many go round a ring, and further."""
 WORDS = {"digits": DIGITS, "garments": tuple(GARMENTS)}
 

@@ -43,7 +43,7 @@ from model import ASSISTANT, END, IMAGE, PATCHES, USER, make_processor  # noqa: 
 from small_llava import save  # noqa: E402
 from train import TOWER_EXITS, Pixels, hardest  # noqa: E402
 
-EXITS, GATES, GATE_WIDTH = [3, 4], [4, 6, 8, 10], 64
+EXITS, GATES, GATE_WIDTH = [3, 4], [4, 7, 10], 64
 PARTS = ("tower", "free", "gates")
 STEPS = {"tower": 200, "free": 400, "gates": 600}
 RATES = {"tower": 1e-3, "free": 1e-3, "gates": 2e-3}
