@@ -102,17 +102,15 @@ class Part:
             gaps: Whether positions of new tokens do not follow each other.
             counts: Per row, the number of real tokens, if a gate dropped some; None: not known.
         """
-        # ONNX Runtime's operator takes only the first position of a run that fills empty states,
-        # which it knows by `most`.
-        least = 1 if gaps and new > 1 and not self.states.longest() else 0
         groups = self._groups(new, counts, gaps=gaps)
         if groups is None:
-            if least and "most" in self.variant.lengths:
-                self._session.places.write_most(new + least)
+            if gaps:
+                self.write_gaps(new)
             new_states = self._call(None, new)
             if new_states is not None:
                 self.states.append(new_states)
             return
+        least = int(gaps and self._fills_empty(new))
         for group in groups:
             rows = range(group.start, group.stop)
             longest = max(self.states.lengths[row] for row in rows)
@@ -122,6 +120,16 @@ class Part:
             new_states = self._call(group, new)
             if new_states is not None:
                 self.states.append(new_states, rows, first=group.start)
+
+    def write_gaps(self, new: int) -> None:
+        """Writes, behind all else, what a run needs whose positions do not follow each other."""
+        if "most" in self.variant.lengths and self._fills_empty(new):
+            self._session.places.write_most(new + 1)
+
+    def _fills_empty(self, new: int) -> bool:
+        """Whether several tokens fill empty states. Of such a run, which it knows by ``most``, ONNX
+        Runtime's operator takes the first position only, so ``most`` must be larger."""
+        return new > 1 and not self.states.longest()
 
     def _groups(self, new: int, counts: Sequence[int] | None, *, gaps: bool) -> list[_Group] | None:
         """The rows that run together, for a run of more than one call; None: all rows in one call.

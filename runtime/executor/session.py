@@ -6,7 +6,7 @@ earlier steps. The modes decide what runs when (`edgeexit.runtime.programs.modes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,18 +226,30 @@ class Session:
         return self.gates.after(number, block) if self.ragged else block
 
     def run_through(self, first: int, last: int, block: Block) -> Block:
-        """Runs components `first` to `last` - 1 over a block, one after the other."""
+        """Runs components `first` to `last` - 1 over a block.
+
+        A component's weights evict Python's code from the CPU caches. So, where no gate can change
+        the block, everything is written before the first component runs.
+
+        Returns:
+            The block at boundary `last`.
+        """
+        together = block.positions is None or self.batch == 1
         for number in range(first, last):
+            parts = self.parts[number:last]
+            wait = self.gates.pending or not together
+            calls = [] if wait or not any(block.counts) else only_calls(parts, block.new)
+            if calls:
+                self._run_calls(parts, calls, block)
+                break
             block = self.run(number, block)
+            together = block.positions is None or self.batch == 1
         return block
 
     def run_all(
         self, first: int, last: int, new: int, counts: Sequence[int] | None = None
     ) -> Array:
-        """Runs components `first` to `last` - 1 over tokens after the prompt.
-
-        A component's weights evict Python's code from the CPU caches. So, where possible,
-        everything is written before the first component runs.
+        """As `run_through`, over tokens behind those in the states.
 
         Args:
             first, last: Range of components.
@@ -246,23 +258,28 @@ class Session:
         Returns:
             Boundary `last`, ``[batch, new, width]``.
         """
-        parts = self.parts[first:last]
         added = [new] * self.batch if counts is None else counts
-        calls = [] if self.gates.pending else only_calls(parts, new)
-        if not calls:
-            self.run_through(first, last, Block(new, added))
-            return self.boundary(last, new)
-        start = 0
+        self.run_through(first, last, Block(new, added))
+        return self.boundary(last, new)
+
+    def _run_calls(
+        self, parts: Sequence[Part], calls: Sequence[Callable[[], object]], block: Block
+    ) -> None:
+        """Runs parts by their only calls (`Part.only_call`)."""
+        start, gaps = 0, have_gaps(block)
         while start < len(parts):
             stop = start + 1  # behind a gate that dropped tokens, states are shorter
             while stop < len(parts) and alike(parts[start], parts[stop], gaps=self.ragged):
                 stop += 1
-            states = parts[start].states
-            states.check_room(new, parts[start].name)
-            self.places.write(new, states.lengths, states.positions if self.ragged else None)
-            run_alike(parts[start:stop], calls[start:stop], added)
+            self.place(parts[start], block)
+            if gaps:
+                for part in parts[start:stop]:
+                    part.write_gaps(block.new)
+            run_alike(parts[start:stop], calls[start:stop], block.counts)
+            if block.positions is not None:
+                for part in parts[start:stop]:
+                    part.states.find_gaps(block.counts, block.positions)
             start = stop
-        return self.boundary(last, new)
 
     def advance(self, part: Part, block: Block) -> None:
         """Runs a part over the block at its boundary."""

@@ -117,7 +117,7 @@ class Full:
         asked: Collection[int] = (),
     ) -> None:
         self.session, self.exits, self.sampler = session, exits, sampler
-        self._asked = [number for number in asked if session.adapters[number] is not None]
+        self._asked = [number for number in sorted(asked) if session.adapters[number] is not None]
         self.statistics = Statistics()
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         self._own = session.answers_itself
@@ -144,13 +144,13 @@ class Full:
     def _pass(self, block: Block) -> tuple[Array, Sequence[int]]:
         """Runs every component, and the adapters of the exits in `asked`."""
         session = self.session
-        if not self._asked and not session.ragged:
-            return session.run_all(0, len(session.parts), block.new, block.counts), block.counts
-        for number in range(len(session.parts)):
-            block = session.run(number, block)
-            if number in self._asked:
-                session.adapters.pass_by(number, block)
-        return session.boundary(len(session.parts), block.new), block.counts
+        start, last = 0, len(session.parts)
+        for number in self._asked:
+            block = session.run_through(start, number + 1, block)
+            session.adapters.pass_by(number, block)
+            start = number + 1
+        block = session.run_through(start, last, block)
+        return session.boundary(last, block.new), block.counts
 
     def _answer(self, states: Array) -> Ints:
         """Tokens for states ``[batch, width]``; the unsplit graph outputs tokens itself."""
