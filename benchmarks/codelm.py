@@ -2,6 +2,7 @@
 
     python benchmarks/codelm.py            # the trained checkpoint of examples/codelm
     python benchmarks/codelm.py --quick    # few prompts
+    python benchmarks/codelm.py --checkpoint local/codelm/free --name free    # with adapters (FREE)
     python benchmarks/codelm.py --keep --only quality    # after training more truncated-N models
 
 All modes continue the same 50 prompts, in turns. benchmarks/README.md explains the figures.
@@ -65,6 +66,7 @@ def main() -> None:
     """Measures and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
+    parser.add_argument("--name", default="", help="of the result: codelm-NAME")
     parser.add_argument(
         "--truncated", type=Path, default=ROOT / "local/codelm", help="folder with truncated-N"
     )
@@ -78,7 +80,8 @@ def main() -> None:
     if given.quick and given.only:
         parser.error("--only needs a complete earlier result, so it excludes --quick")
     count = 4 if given.quick else PROMPTS
-    folder = SCRATCH / "codelm"
+    result_name = f"codelm-{given.name}" if given.name else "codelm"
+    folder = SCRATCH / result_name
     folder.mkdir(parents=True, exist_ok=True)
     bundle, tokenizer = folder / "bundle", given.checkpoint / "tokenizer.json"
     if not (given.keep and bundle.is_dir()):
@@ -88,7 +91,7 @@ def main() -> None:
     write_inputs(folder / "prompts.npz", [{"tokens": np.array(row)} for row in rows])
     training = json.loads((given.checkpoint / "training.json").read_text())
     if given.only:
-        result = json.loads((RESULTS / "codelm.json").read_text())
+        result = json.loads((RESULTS / f"{result_name}.json").read_text())
         if result["training"] != training:
             sys.exit("the last result is of another checkpoint: measure all parts")
         result.pop("verdicts", None)
@@ -122,7 +125,7 @@ def main() -> None:
         result[name] = found | {"environment": environment.describe() | {"machine": machine}}
         if set(PARTS) <= result.keys():
             result["verdicts"] = judge(result)
-        save("codelm", result, quick=given.quick)
+        save(result_name, result, quick=given.quick)
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -58,10 +58,10 @@ from edgeexit.measure.trace import Trace, record, replay
 from edgeexit.measure.trace_answers import record_answers
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
-QUESTIONS = {"validation": 800, "test": 480}
+QUESTIONS = {"validation": 800, "test": 360}
 QUICK = 24
 NEW_TOKENS, CAPACITY = 48, 192
-LOST = {"free": 0.005, "tower": 0.008, "gates": 0.005}
+LOST = {"free": 0.005, "tower": 0.003, "gates": 0.004}
 """Share of the answers that thresholds of a kind may get wrong on the validation split: of tokens,
 beyond those that the whole model gets wrong; else when answers that become right are deducted."""
 SCORES = ("max_prob", "margin", "entropy")
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
     parser.add_argument("--gates", help="measured without exits of the language model")
     parser.add_argument("--both", metavar="GATES", help="measured with them; default: as --gates")
-    parser.add_argument("--drops", default="3,4,5,6,7,8,10,12,14", help="layers of static cuts")
+    parser.add_argument("--drops", default="4,5,6,7", help="layers of static cuts")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument(
         "--questions",
@@ -120,9 +120,9 @@ def main() -> None:
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
     with opened(folder / "tokens") as model:
-        everything = Questions(model, "validation", count["validation"], 21, given.most_steps)
+        everything = Questions(model, "validation", count["validation"], 23, given.most_steps)
         known = everything.answered_right(model, NEW_TOKENS)
-        asked = Questions(model, "test", count["test"], 22, given.most_steps)
+        asked = Questions(model, "test", count["test"], 24, given.most_steps)
         if given.place:
             return place(model, known, quick=given.quick)
         tokens = Thresholds(model, everything, known)

@@ -3,7 +3,7 @@ learn from the last layer's predictions, without labels.
 
     python examples/codelm/free.py -o local/codelm/free     # goes on where it was interrupted
     python examples/codelm/free.py -o DIR --adversary 0     # without the discriminators
-    python benchmarks/codelm.py --checkpoint local/codelm/free
+    python benchmarks/codelm.py --checkpoint local/codelm/free --name free
 
 Needs ``edgeexit[export]``.
 """
