@@ -90,6 +90,12 @@ def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
     """
     drops = {exit_.name: exit_ for exit_ in chain.exits if exit_.action == "drop"}
     if not isinstance(rule.thresholds, dict):
+        if drops and len(chain.stops) == 1 and rule.thresholds not in (NEVER, []):
+            raise PolicyError(
+                f"the threshold {rule.thresholds} is for exits that answer, of which this chain "
+                f"has none but the last; it has {', '.join(drops)}",
+                fix="Give thresholds by name, as in {" + f'"{next(iter(drops))}": -inf' + "}.",
+            )
         return {}
     chosen = _checked({name: value for name, value in rule.thresholds.items() if name in drops})
     for name, value in chosen.items():
@@ -266,7 +272,8 @@ def _by_name(
                 fix="Give one per early exit, in order, or a single number for all.",
             )
         return _checked(dict(zip(early, thresholds, strict=True)))
-    return _checked(dict.fromkeys(early, thresholds))
+    [threshold] = _checked({"all exits": thresholds}).values()
+    return dict.fromkeys(early, threshold)
 
 
 def _checked(thresholds: Mapping[str, float]) -> dict[str, float]:

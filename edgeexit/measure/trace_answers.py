@@ -11,6 +11,7 @@ is chosen before the first token, `edgeexit.measure.trace.replay` is exact for s
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def _row(
                     fix="Trace prompts with one image each.",
                 )
             scores[score] = [float(value[0]) for value in values]
+    _check_scores(scores, list(choice.rules), number)
     known: dict[tuple[int, ...], int] = {}
     answers, times = [], []
     for rule in reversed(list(choice.rules.values())):  # the answer at full depth is number 0
@@ -174,6 +176,18 @@ def _row(
         times.append(first_ms)
     label = known.get(_target(model, text), len(known)) if text.asked else NO_LABEL
     return _Row(scores, answers[::-1], times[::-1], label)
+
+
+def _check_scores(scores: Mapping[str, list[float]], exits: Sequence[str], number: int) -> None:
+    """Raises `MeasurementError` for scores that are NaN: no threshold could be chosen for them."""
+    for score, values in scores.items():
+        for exit_, value in zip(exits, values, strict=False):
+            if math.isnan(value):
+                raise MeasurementError(
+                    f"prompt {number}: the score {score} of {exit_} is NaN",
+                    fix="Run `edgeexit check` on the bundle; if it passes, look for numbers in the "
+                    "inputs that are too large.",
+                )
 
 
 def _target(model: Model, text: Text) -> tuple[int, ...]:

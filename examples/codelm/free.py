@@ -29,10 +29,15 @@ from train import EXITS, SMOKE_STEPS, Passages, perplexities, train  # noqa: E40
 STEPS, RATE, WARMUP = 600, 1e-3, 50
 
 
+def layers(text: str) -> list[int]:
+    """``"2,4"`` -> layers."""
+    return [int(layer) for layer in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--exits", default=",".join(map(str, EXITS)), help="with an adapter each")
+    parser.add_argument("--exits", type=layers, default=EXITS, help="with an adapter each")
     parser.add_argument("--adversary", type=float, default=0.1, help="its weight; 0: none")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps")
@@ -40,8 +45,9 @@ def main() -> None:
     checkpoint = HERE / "checkpoint"
     text, test = (data.tokens(split, checkpoint / "tokenizer.json") for split in ("train", "test"))
     torch.manual_seed(1)
-    exits = [int(layer) for layer in given.exits.split(",")]
-    decoder = from_pretrained(checkpoint, exits=exits, adapters=exits, untrained=True).float()
+    decoder = from_pretrained(
+        checkpoint, exits=given.exits, adapters=given.exits, untrained=True
+    ).float()
     train(
         decoder,
         Free(supervision="distillation", adversary=given.adversary),

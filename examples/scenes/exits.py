@@ -157,13 +157,13 @@ def train(part: str, options: argparse.Namespace) -> None:
 
 def new_model(options: argparse.Namespace) -> Any:
     """The model with new exits of every part."""
-    exits = [int(layer) for layer in options.exits.split(",")]
+    exits = options.exits
     return from_pretrained(
         options.model,
         exits=exits,
         adapters=exits,
         tower_exits=TOWER_EXITS,
-        gates=dict.fromkeys(map(int, options.gates.split(",")), GATE_WIDTH),
+        gates=dict.fromkeys(options.gates, GATE_WIDTH),
         untrained=True,
     ).float()
 
@@ -189,13 +189,18 @@ def gathered(options: argparse.Namespace) -> Any:
     return model
 
 
+def layers(text: str) -> list[int]:
+    """``"3,4"`` -> layers."""
+    return [int(layer) for layer in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, help="default: all")
-    parser.add_argument("--exits", default=",".join(map(str, EXITS)), help="with an adapter each")
-    parser.add_argument("--gates", default=",".join(map(str, GATES)))
+    parser.add_argument("--exits", type=layers, default=EXITS, help="with an adapter each")
+    parser.add_argument("--gates", type=layers, default=GATES)
     parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="of questions")
     parser.add_argument("--supervision", choices=["labels", "distillation"], default="distillation")
     parser.add_argument("--adversary", type=float, default=0.0, help="its weight; 0: none")

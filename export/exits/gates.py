@@ -16,7 +16,7 @@ from torch.nn import functional
 from edgeexit.bundle.manifest import Call, Exit, Tensor
 from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form
-from edgeexit.export.exits.saved import name_layers
+from edgeexit.export.exits.saved import check_repeated, name_layers
 
 GATE_WIDTH = 128
 """Of a new gate's hidden layer. The paper's 2048 is for models of 7 billion weights, in which the
@@ -81,6 +81,15 @@ def gate_name(layer: int) -> str:
     return f"gate_{layer}"
 
 
+def gate_sizes(given: Iterable[int] | Mapping[int, int]) -> dict[int, int]:
+    """Layer -> size of its gate's hidden layer. Raises `UsageError` if a layer is given twice."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    layers = list(given)
+    check_repeated(layers, "gates")
+    return dict.fromkeys(layers, GATE_WIDTH)
+
+
 def make_gates(given: Iterable[int] | Mapping[int, int], width: int, depth: int) -> dict[int, Gate]:
     """New gates by layer.
 
@@ -92,7 +101,7 @@ def make_gates(given: Iterable[int] | Mapping[int, int], width: int, depth: int)
     Raises:
         UsageError: A layer or a size is out of range.
     """
-    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, GATE_WIDTH)
+    sizes = gate_sizes(given)
     for layer, inner in sizes.items():
         if not isinstance(layer, int) or not 1 <= layer < depth:
             raise UsageError(
@@ -128,4 +137,12 @@ def gate_exit(layer: int, behind: str, group: str) -> Exit:
     )
 
 
-__all__ = ["GATE_WIDTH", "Gate", "gate_component", "gate_exit", "gate_name", "make_gates"]
+__all__ = [
+    "GATE_WIDTH",
+    "Gate",
+    "gate_component",
+    "gate_exit",
+    "gate_name",
+    "gate_sizes",
+    "make_gates",
+]

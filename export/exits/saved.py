@@ -149,16 +149,19 @@ def check_layers(exits: Iterable[int], depth: int, part: str = "model") -> list[
                 f"exits: there is no layer {layer!r}; the {part} has layers 1 to {depth}",
                 fix=f"{name_layers(depth)}; the last layer always has an exit.",
             )
-    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
-        raise UsageError(
-            f"exits of the {part}: layer {repeated[0]} is given twice", fix="Name each layer once."
-        )
+    check_repeated(layers, f"exits of the {part}")
     if layers != sorted(layers):
         raise UsageError(
             f"exits of the {part}: {listed(layers)} are not in order",
             fix="Give them from shallow to deep.",
         )
     return [layer for layer in layers if layer != depth]
+
+
+def check_repeated(layers: Sequence[int], what: str) -> None:
+    """Raises `UsageError` if a layer is given twice."""
+    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
+        raise UsageError(f"{what}: layer {repeated[0]} is given twice", fix="Name each layer once.")
 
 
 def check_adapters(

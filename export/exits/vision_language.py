@@ -31,7 +31,7 @@ from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.exits.gates import Gate, gate_component, gate_exit, gate_name, make_gates
-from edgeexit.export.exits.saved import SavedExits
+from edgeexit.export.exits.saved import SavedExits, check_repeated
 from edgeexit.export.exits.states import state_between
 from edgeexit.export.exits.tower import (
     CHAIN,
@@ -346,6 +346,7 @@ def _drop_layers(drops: Iterable[int], depth: int) -> list[int]:
                 fix=f"Give layers from 1 to {depth - 1} (--drop-image-tokens): before the first, "
                 "nothing has read the image, and behind the last, nothing reads it.",
             )
+    check_repeated(layers, "layers behind which image tokens leave")
     return layers
 
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.methods.images import further_inputs
 from edgeexit.export.methods.layerskip import (
     IGNORED,
     agreement_loss,
     check_decoder,
     checked_tokens,
-    further_inputs,
     tokens_and_targets,
 )
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
@@ -57,7 +57,7 @@ class AdapterDistillation(Method):
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
         tokens, targets = checked_tokens(model, inputs, step)
         exits = [*model.adapter_sizes, model.depth]
-        logits = forward(tokens, exits=exits, **further_inputs(model, inputs))
+        logits = forward(tokens, exits=exits, **further_inputs(model, inputs, step))
         last = logits[model.depth]
         losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]
         return torch.stack(losses).mean(), {f"exit_{n}": z for n, z in logits.items()}

@@ -33,14 +33,17 @@ def load_weights(model: ExitClassifier | ExitDecoder, folder: Path) -> None:
     saved, own = read_exits(folder), model.saved_exits()
     pairs = [
         ("exits behind layers", saved.layers, own.layers),
+        ("adapters (layer: layers of its own)", saved.adapters, own.adapters),
         ("exits behind layers of the encoder", saved.encoder, own.encoder),
+        ("exits for images behind layers", saved.image_encoder, own.image_encoder),
         ("exits behind layers of the tower", saved.tower, own.tower),
-        ("gates behind layers", list(saved.gates), list(own.gates)),
+        ("gates (layer: width)", saved.gates, own.gates),
     ]
     for what, those, ours in pairs:
-        if (those or []) != (ours or []):
+        if (those or None) != (ours or None):
             raise ExportError(
-                f"{folder}: the checkpoint has {what} {those}, the model {ours}",
+                f"{folder}: the checkpoint has {what} {those or 'none'}, the model "
+                f"{ours or 'none'}",
                 fix="Resume with the checkpoint's exits, or train into another output_dir.",
             )
     try:

@@ -16,8 +16,18 @@ from torch.nn import functional
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.gates import gate_name
 from edgeexit.export.exits.vision_language import AtGate, ExitVisionLanguage
-from edgeexit.export.methods.layerskip import IGNORED, checked_tokens, further_inputs
-from edgeexit.export.methods.method import GIVE_EXITS, Batch, Forward, Loss, Method, column
+from edgeexit.export.methods.images import further_inputs
+from edgeexit.export.methods.layerskip import IGNORED, checked_tokens
+from edgeexit.export.methods.method import (
+    GIVE_EXITS,
+    Batch,
+    Forward,
+    Loss,
+    Method,
+    check_share,
+    column,
+    is_number,
+)
 
 _ANSWERS = (
     "Give rows of one question each, with labels: -100 for the prompt, token ids for the answer."
@@ -61,10 +71,12 @@ class Dyvte(Method):
                 fix="Read it with gates: from_pretrained(path, gates=[4], untrained=True), and the "
                 "layers of your choice.",
             )
-        for name, least in (("agreement", 0.0), ("ratio", 1.0), ("slack", 0.0)):
-            if not getattr(self, name) >= least:
+        check_share("Dyvte", "agreement", self.agreement, "Give a share of an answer's tokens.")
+        for name, least in (("ratio", 1.0), ("slack", 0.0)):
+            value = getattr(self, name)
+            if not is_number(value) or value < least:
                 raise UsageError(
-                    f"Dyvte: {name} {getattr(self, name)!r} is out of range",
+                    f"Dyvte: {name} {value!r} is out of range",
                     fix=f"Give a number of at least {least:g}.",
                 )
 
@@ -107,7 +119,7 @@ class Dyvte(Method):
         prompts = answer.int().argmax(dim=1) + 1
         if not step:
             _check_rows(model, tokens, answer, prompts)
-        others = further_inputs(model, inputs)
+        others = further_inputs(model, inputs, step)
         made: AtGate = forward(tokens, gate=layer, prompts=prompts, **others)
         with torch.no_grad():
             counts = answer.sum(dim=1)

@@ -20,11 +20,11 @@ from torch.nn import functional
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.methods.adapters import AdapterDistillation
+from edgeexit.export.methods.images import further_inputs
 from edgeexit.export.methods.layerskip import (
     IGNORED,
     agreement_loss,
     checked_tokens,
-    further_inputs,
     token_loss,
 )
 from edgeexit.export.methods.method import Batch, Forward, Loss, column, is_number
@@ -86,7 +86,9 @@ class Free(AdapterDistillation):
         tokens, targets = checked_tokens(model, inputs, step)
         features: dict[int, torch.Tensor] = {}
         exits = [*model.adapter_sizes, model.depth]
-        logits = forward(tokens, exits=exits, features=features, **further_inputs(model, inputs))
+        logits = forward(
+            tokens, exits=exits, features=features, **further_inputs(model, inputs, step)
+        )
         last, counted = logits[model.depth], targets != IGNORED
         losses = []
         for layer in model.adapter_sizes:
@@ -94,7 +96,7 @@ class Free(AdapterDistillation):
                 loss = token_loss(logits[layer], targets)
             else:
                 loss = agreement_loss(logits[layer], last, targets)
-            if self.adversary and step is not None:
+            if self.adversary and step is not None and bool(counted.any()):
                 generator, discriminator = adversarial_losses(
                     cast("nn.ModuleDict", model.companions)[f"exit_{layer}"],
                     features[layer][counted],

@@ -21,6 +21,7 @@ from edgeexit.errors import UsageError
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
+from edgeexit.export.methods.images import further_inputs
 from edgeexit.export.methods.method import (
     GIVE_EXITS,
     Batch,
@@ -105,7 +106,7 @@ class LayerSkip(Method):
             rates = dropout_rates(depth, self.dropout)
             skipped = [n for n, rate in enumerate(rates, start=1) if draws[n - 1] < rate]
         tokens, targets = checked_tokens(model, inputs, step)
-        others = further_inputs(model, inputs)
+        others = further_inputs(model, inputs, step)
         logits = forward(tokens, exits=[*early, depth], skipped=skipped, **others)
         loss = token_loss(logits[depth], targets)
         for layer in early:
@@ -218,11 +219,6 @@ def checked_tokens(
     )
 
 
-def further_inputs(model: ExitDecoder, inputs: Batch) -> dict[str, torch.Tensor]:
-    """What `ExitDecoder.embed` reads of a batch besides its tokens: images."""
-    return {name: inputs[name] for name in model.read_by_embed if name in inputs}
-
-
 def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits ``[batch, seq, vocabulary]`` against targets ``[batch, seq]``
     that are not -100, in nats."""
@@ -250,7 +246,6 @@ __all__ = [
     "checked_tokens",
     "dropout_rates",
     "exit_weights",
-    "further_inputs",
     "token_loss",
     "tokens_and_targets",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.tower import PIXELS, ExitTower, exit_name
+from edgeexit.export.methods.images import GIVE_IMAGES, checked_pixels
 from edgeexit.export.methods.method import GIVE_EXITS, Batch, Forward, Loss, Method, column
 
 
@@ -49,7 +50,7 @@ class TowerDistillation(Method):
         return [PIXELS]
 
     def loss(self, model: Any, forward: Forward, inputs: Batch, step: int | None) -> Loss:
-        pixels = column(inputs, PIXELS, "Give images as the model's image processor makes them.")
+        pixels = checked_pixels(model.tower, inputs)
         features = forward(None, images=pixels)
         whole = features.pop(model.tower.depth).detach()
         errors = [(made - whole).square().mean() for made in features.values()]
@@ -57,7 +58,7 @@ class TowerDistillation(Method):
         return loss, {exit_name(layer): made for layer, made in features.items()}
 
     def count(self, inputs: Batch) -> torch.Tensor:
-        return torch.tensor(len(inputs[PIXELS]))
+        return torch.tensor(len(column(inputs, PIXELS, GIVE_IMAGES)))
 
     def trains(self, model: Any) -> list[str]:
         return list(model.tower.projectors)

@@ -132,7 +132,10 @@ class ExitTrainer(transformers.Trainer):
 
     def _note_trained(self) -> None:
         if not self._trained and self.method.trains(self.exits):
-            logger.warning("training: no step had a learning rate above 0; no exit was trained")
+            logger.warning(
+                "training: no exit was trained, since no step had a learning rate above 0 and a "
+                "target (labels other than -100)"
+            )
         note_origins(self.exits, dict.fromkeys(self._trained, "trained"))
 
     def _ended(self, folder: Path) -> TrainOutput | None:
@@ -181,7 +184,9 @@ class ExitTrainer(transformers.Trainer):
                 fix="Lower the learning rate or warm up longer; check inputs for NaN.",
             )
         if training and any(group["lr"] > 0 for group in self.optimizer.param_groups):
-            self._trained |= set(logits).intersection(self.method.trains(self.exits))
+            new = set(logits).intersection(self.method.trains(self.exits)) - self._trained
+            if new and bool(self.method.count(inputs)):  # a GPU is asked once per exit
+                self._trained |= new
         if num_items_in_batch is not None:
             loss = loss * (self.method.count(inputs) / num_items_in_batch)
         return (loss, logits) if return_outputs else loss

@@ -16,7 +16,7 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.device_tokenizer import make_tokenizer
 from edgeexit.export.exits.decomposed import ExitDecomposed
-from edgeexit.export.exits.gates import GATE_WIDTH
+from edgeexit.export.exits.gates import gate_sizes
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, listed, load_exits, name_layers
 from edgeexit.export.exits.tower import ExitTower
@@ -214,8 +214,7 @@ def _gates(path: Any, saved: SavedExits, exits: Exits) -> dict[int, int]:
     """Gates of the model: layer -> width. Those that are saved have their own width."""
     if exits.gates is None:
         return dict(saved.gates)
-    given = exits.gates
-    sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, GATE_WIDTH)
+    sizes = gate_sizes(exits.gates)
     missing = [layer for layer in sizes if layer not in saved.gates]
     if missing and not exits.untrained:
         raise UsageError(

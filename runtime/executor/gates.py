@@ -9,6 +9,8 @@ so states behind the gate hold fewer tokens than the text.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ from edgeexit.runtime.executor.slots import dtype_of, shape_of
 
 if TYPE_CHECKING:
     from edgeexit.runtime.executor.session import Session
+
+logger = logging.getLogger(__name__)
 
 _Run = tuple[list[Callable[[], object]], NDArray[np.float32]]
 """Calls that score a prompt, and the scores."""
@@ -88,14 +92,31 @@ class Gates:
         return self._whole_makers or not self._whole_gates.isdisjoint(self.thresholds)
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
-        """Starts a new prompt."""
+        """Starts a new prompt.
+
+        Raises:
+            InputError: A prompt ends with tokens that a gate in use may drop.
+        """
         self._made.clear()
         self._written = None
         self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
         self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
+        for gate in self._all if self.thresholds else ():
+            if gate.name in self.thresholds:
+                self._check_ends(gate)
         self._over = {gate.name for gate in self._all if not self._has_tokens(gate)}
         self.pending = self._open()
+
+    def _check_ends(self, gate: Exit) -> None:
+        """Refuses prompts whose last token, which is answered, a gate may drop."""
+        for row, own in enumerate(self._groups.get(gate.tokens or "", ())):
+            if _within(own, self._session.prompts[row] - 1):
+                raise InputError(
+                    f"{gate.name}: cannot drop the group {gate.tokens}: prompt {row + 1} ends with "
+                    "tokens of that group",
+                    fix="Put text after them, or use a policy that does not drop this group.",
+                )
 
     def _open(self) -> bool:
         if len(self._made) < len(self._makers):
@@ -162,6 +183,11 @@ class Gates:
         if block is not self._written:
             self.write(block, session.positions_of(number, block))
         scores = self.scores[gate.name] = self._scores(gate, block.new).tolist()
+        if any(map(math.isnan, scores)):
+            logger.warning(
+                "%s: a score is NaN, so it drops nothing; run `edgeexit check` on the bundle",
+                gate.name,
+            )
         threshold = self.thresholds[gate.name]
         holding = self._holding[gate.tokens or ""]
         fired = [
@@ -190,13 +216,6 @@ class Gates:
             [n for n, place in enumerate(places) if not (fires and _within(own[row], place))]
             for row, (places, fires) in enumerate(zip(positions, fired, strict=True))
         ]
-        for row, fires in enumerate(fired):
-            if fires and _within(own[row], session.prompts[row] - 1):
-                raise InputError(
-                    f"{gate.name}: cannot drop the group {gate.tokens}: the prompt of row {row} "
-                    "ends with tokens of that group",
-                    fix="Put text after them, or use a policy that does not drop this group.",
-                )
         counts = [len(left) for left in kept]
         states = session.boundary(number + 1, block.new)
         if self._scratch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def questions(split: Any, count: int) -> list[dict[str, torch.Tensor]]:
 
 def batch_of(rows: list[dict[str, torch.Tensor]]) -> Batch:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def cut_short(row: dict[str, torch.Tensor]) -> None:
+    """Leaves out a row's first two tokens, as a limit of its length does."""
+    for name in ("input_ids", "labels", "attention_mask"):
+        row[name] = row[name][2:]
 
 
 @pytest.mark.parametrize("layer", GATES)
@@ -133,6 +140,9 @@ def test_projectors_of_tower_exits_learn_the_image_tokens(tmp_path: Path, split:
         trained = name.startswith("tower.projectors.")
         assert torch.equal(weight, before[name]) != trained, name
     assert split.provenance["tower_exits"] == "trained"
+    without = [{"labels": torch.tensor([1])}] * 4
+    with pytest.raises(UsageError, match="a batch has no 'pixel_values'"):
+        train(tmp_path / "without", split, method, without, **GIVEN)
 
 
 def test_a_training_of_other_gates_or_tower_exits_is_not_resumed(
@@ -142,7 +152,9 @@ def test_a_training_of_other_gates_or_tower_exits_is_not_resumed(
     train(tmp_path, split, Dyvte(), questions(split, 8), **given)
     folder = vision_folder("llava")
     for options, message in (
-        ({"gates": [2], "tower_exits": [1, 2]}, r"gates behind layers \[1, 3\], the model \[2\]"),
+        ({"gates": [2], "tower_exits": [1, 2]}, r"\{1: 128, 3: 128\}, the model \{2: 128\}"),
+        ({"gates": {1: 8, 3: 128}, "tower_exits": [1, 2]}, r"the model \{1: 8, 3: 128\}"),
+        ({"gates": GATES, "tower_exits": [1, 2], "adapters": [2]}, r"none, the model \{2: 1\}"),
         ({"gates": GATES, "tower_exits": [1]}, r"of the tower \[1, 2\], the model \[1\]"),
     ):
         other: Any = from_pretrained(folder, exits=[2], untrained=True, **options)  # type: ignore[arg-type]
@@ -158,8 +170,14 @@ def test_models_and_settings_are_refused_when_they_do_not_fit(split: Any) -> Non
         Dyvte().check(decoder([1]))
     with pytest.raises(UsageError, match="TowerDistillation trains vision-language models"):
         TowerDistillation().check(decoder([1]))
-    with pytest.raises(UsageError, match=r"ratio 0\.5 is out of range"):
-        Dyvte(ratio=0.5).check(split)
+    for method, message in (
+        (Dyvte(ratio=0.5), r"ratio 0\.5 is out of range"),
+        (Dyvte(slack=math.inf), "slack inf is out of range"),
+        (Dyvte(agreement=1.5), r"agreement 1\.5 is out of range"),
+        (Dyvte(agreement="all"), "agreement 'all' is out of range"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UsageError, match=message):
+            method.check(split)
     split.gates.clear()
     with pytest.raises(UsageError, match="the model has no gates"):
         Dyvte().check(split)
@@ -171,6 +189,10 @@ def test_models_and_settings_are_refused_when_they_do_not_fit(split: Any) -> Non
         (lambda row: row.pop("labels"), "a batch has no 'labels'"),
         (lambda row: row["labels"].fill_(-100), "a row has no answer"),
         (lambda row: row["input_ids"].clamp_(max=7), "has no image tokens in its prompt"),
+        (lambda row: row.pop("pixel_values"), "places for 4 images, and it has 0"),
+        (cut_short, "row 0 of a batch has .* places for image tokens, and an image makes"),
+        (lambda row: row.update(pixel_values=row["pixel_values"][:, 1:]), "not floating point"),
+        (lambda row: row.update(pixel_values=row["pixel_values"].int()), "pixel_values are int32"),
     ],
 )
 def test_rows_that_teach_a_gate_nothing_are_refused(

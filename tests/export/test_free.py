@@ -140,6 +140,17 @@ def test_settings_are_refused_when_they_are_invalid(method: Free, message: str) 
         method.check(decoder([1], adapters=[1]))
 
 
+@pytest.mark.parametrize("method", [Free(), Free(supervision="distillation", adversary=0)])
+def test_without_a_label_nothing_is_trained_or_called_so(
+    tmp_path: Path, method: Free, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = decoder([1], adapters=[1])
+    rows = [row | {"labels": torch.full_like(row["input_ids"], -100)} for row in counting(8)]
+    train(tmp_path, model, method, rows, **GIVEN)
+    assert model.exit_origins["exit_1"] == "untrained"
+    assert "no exit was trained" in caplog.text
+
+
 def test_models_without_adapters_and_rows_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Free: the decoder has no adapters"):
         Free().check(decoder([1]))

@@ -19,11 +19,13 @@ import torch
 
 from edgeexit.bundle.policy import ALWAYS, Policy, Rule
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import ExportError, InputError, UsageError
+from edgeexit.errors import ExportError, InputError, MeasurementError, UsageError
 from edgeexit.export import SplitModel, export
 from edgeexit.export.exits.gates import Gate, make_gates
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
+from edgeexit.measure.texts import Text
+from edgeexit.measure.trace_answers import record_answers
 from edgeexit.runtime import load
 from edgeexit.runtime.model import Model
 from tests.vision_models import DECODERS, GATES, LAYERS, PLACEHOLDER, gated
@@ -187,8 +189,12 @@ def changed_reference(
 
 
 def test_a_score_that_is_not_a_number_never_drops(
-    vision_folder: Callable[[str], Path], asked: Callable[[str], Asked], tmp_path: Path
+    vision_folder: Callable[[str], Path],
+    asked: Callable[[str], Asked],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """And it is said, and no threshold is chosen for it."""
     split = gated("llava", vision_folder("llava"))
     with torch.no_grad():
         split.gate(1).second.weight.fill_(math.nan)
@@ -199,6 +205,10 @@ def test_a_score_that_is_not_a_number_never_drops(
     with load(tmp_path / "bundle", policy=policy({"gate_1": ALWAYS})) as model:
         own.assert_greedy(own.generate(model).tokens)
         assert gates_of(model) == {"gate_1": [False] * len(KINDS)}
+        assert "gate_1: a score is NaN, so it drops nothing" in caplog.text
+        text = Text(list(own.prompts[0]), {"pixel_values": own.images[0].numpy()}, 0)
+        with pytest.raises(MeasurementError, match="prompt 1: the score gate of gate_1 is NaN"):
+            record_answers(model, [text], name="questions", max_new_tokens=2)
 
 
 def test_the_score_reads_the_text_behind_the_last_image_alone() -> None:
