@@ -7,7 +7,7 @@ import copy
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,11 +64,11 @@ class Questions:
             .tokens[0]
             for t in self.texts
         ]
-        kept = np.flatnonzero(self.right(written))
-        found = copy.copy(self)
-        for name in ("items", "texts", "answers"):
-            setattr(found, name, [getattr(self, name)[number] for number in kept])
-        return found
+        return self._only(np.flatnonzero(self.right(written)).tolist())
+
+    def first(self, count: int) -> Questions:
+        """The first questions."""
+        return self._only(range(min(count, len(self.items))))
 
     def with_targets(self) -> list[Text]:
         """The prompts with their right answers."""
@@ -81,6 +81,12 @@ class Questions:
         """Which answers are right, word for word."""
         pairs = zip(written, self.answers, strict=True)
         return np.array([list(made) == answer for made, answer in pairs])
+
+    def _only(self, numbers: Iterable[int]) -> Questions:
+        chosen, found = list(numbers), copy.copy(self)
+        for name in ("items", "texts", "answers"):
+            setattr(found, name, [getattr(self, name)[number] for number in chosen])
+        return found
 
     def of_kind(self, kind: str) -> NDArray[np.bool_]:
         """Which questions are of a kind, or of ``all``."""
