@@ -82,15 +82,15 @@ class Questions:
         pairs = zip(written, self.answers, strict=True)
         return np.array([list(made) == answer for made, answer in pairs])
 
+    def of_kind(self, kind: str) -> NDArray[np.bool_]:
+        """Which questions are of a kind, or of ``all``."""
+        return np.array([kind in (item.kind, "all") for item in self.items])
+
     def _only(self, numbers: Iterable[int]) -> Questions:
         chosen, found = list(numbers), copy.copy(self)
         for name in ("items", "texts", "answers"):
             setattr(found, name, [getattr(self, name)[number] for number in chosen])
         return found
-
-    def of_kind(self, kind: str) -> NDArray[np.bool_]:
-        """Which questions are of a kind, or of ``all``."""
-        return np.array([kind in (item.kind, "all") for item in self.items])
 
 
 Records = list[dict[str, Any]]

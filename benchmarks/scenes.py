@@ -63,8 +63,8 @@ TOKEN_QUESTIONS = 800
 """Of the validation split, for thresholds of token exits: each question has many tokens."""
 QUICK = 24
 NEW_TOKENS, CAPACITY = 48, 192
-LOST = {"free": 0.005, "tower": 0.005, "gates": 0.005}
-"""Share of the answers that thresholds of a kind may get wrong on the validation split: of tokens,
+LOST = 0.005
+"""Share of the answers that thresholds may get wrong on the validation split: those of token exits,
 beyond those that the whole model gets wrong; else when answers that become right are deducted."""
 SCORES = ("max_prob", "margin", "entropy")
 CLOSE = 1.1
@@ -214,7 +214,7 @@ def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
     prompts = [row[-8:] for row in (text.tokens for text in questions.texts[:6])]
     asking = asking_costs(model, prompts, NEW_TOKENS // 2)
     say(f"  evaluating an exit costs, in tokens through all layers: {asking}")
-    found = placements(trace, asking, score="max_prob", changed=LOST["free"])
+    found = placements(trace, asking, score="max_prob", changed=LOST)
     for one in found[:5]:
         say(f"  {one}")
     machine = watch.stop(0.0)
@@ -222,7 +222,7 @@ def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
     result = {
         "questions": len(questions.items),
         "asking_costs": asking,
-        "most_answers_changed": LOST["free"],
+        "most_answers_changed": LOST,
         "oracle": oracle(trace),
         "sets": found,
         "environment": environment.describe() | {"machine": machine},
@@ -265,7 +265,7 @@ class Thresholds:
 
     def of_tokens(self, before: Rules, scores: Sequence[str] = SCORES) -> Rules:
         """Token exits behind the rules `before`: the fewest layers with which at most
-        ``LOST["free"]`` of the answers change."""
+        `LOST` of the answers change."""
         self.use(before)
         trace = trace_of_answers(self._model, self._questions)
         best: tuple[float, Rules] = (np.inf, before)
@@ -276,14 +276,14 @@ class Thresholds:
                 except CheckError:
                     continue
                 changed, layers = effect(trace, policy.rules[MAIN])
-                if changed <= LOST["free"] and layers < best[0]:
+                if changed <= LOST and layers < best[0]:
                     best = (layers, before | policy.rules)
         say(f"  token exits: {best}")
         return best[1]
 
     def of_answers(self, before: Rules, chain: str | None) -> Rules:
         """Exits of the tower, or gates (None), behind the rules `before`: the fastest thresholds
-        with which the share of right answers falls by at most ``LOST``."""
+        with which the share of right answers falls by at most `LOST`."""
         kind = "gates" if chain is None else "tower"
         self.use(before)
         trace = record_answers(
@@ -302,7 +302,7 @@ class Thresholds:
             say(f"  {kind}: {self.exits[kind]}")
         usable = trace.scores[score][:-1].astype(np.float64)
         wrong = (trace.predictions != trace.labels).astype(np.float64)
-        found = search(usable, wrong - wrong[-1], cumulative_ms(trace), LOST[kind], NEVER)
+        found = search(usable, wrong - wrong[-1], cumulative_ms(trace), LOST, NEVER)
         thresholds = dict(zip(trace.exits[:-1], found, strict=True))
         taken = replay(trace, runtime.Rule(thresholds=thresholds, score=score))
         shares = np.bincount(taken, minlength=len(trace.exits)) / trace.rows

@@ -94,7 +94,7 @@ def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
             raise PolicyError(
                 f"the threshold {rule.thresholds} is for exits that answer, of which this chain "
                 f"has none but the last; it has {', '.join(drops)}",
-                fix="Give thresholds by name, as in {" + f'"{next(iter(drops))}": -inf' + "}.",
+                fix=f'Give thresholds by name, as in {{"{next(iter(drops))}": -inf}}.',
             )
         return {}
     chosen = _checked({name: value for name, value in rule.thresholds.items() if name in drops})

@@ -147,11 +147,12 @@ def _row(
         made.finish()
         return made.tokens[0], first_ms, made.statistics.gates
 
+    *early, _ = choice.rules
     if choice.chain == model.chain_name:
         _, _, gates = write(choice.asking)
         if not gates:
             return None
-        scores = {"gate": [gates[gate][0] for gate in list(choice.rules)[:-1]]}
+        scores = {"gate": [gates[gate][0] for gate in early]}
     else:
         if not text.inputs:
             return None
@@ -159,7 +160,7 @@ def _row(
         arrays = ask(model, text.inputs, chain=choice.chain).arrays
         scores = {}
         for score in choice.scores:
-            values = [arrays[f"{exit_}/{score}"] for exit_ in list(choice.rules)[:-1]]
+            values = [arrays[f"{exit_}/{score}"] for exit_ in early]
             if any(len(value) != 1 for value in values):
                 raise DataError(
                     f"prompt {number}: the chain {choice.chain} runs for {len(values[0])} rows, "
@@ -167,7 +168,7 @@ def _row(
                     fix="Trace prompts with one image each.",
                 )
             scores[score] = [float(value[0]) for value in values]
-    _check_scores(scores, list(choice.rules), number)
+    _check_scores(scores, early, number)
     known: dict[tuple[int, ...], int] = {}
     answers, times = [], []
     for rule in reversed(list(choice.rules.values())):  # the answer at full depth is number 0
@@ -181,7 +182,7 @@ def _row(
 def _check_scores(scores: Mapping[str, list[float]], exits: Sequence[str], number: int) -> None:
     """Raises `MeasurementError` for scores that are NaN: no threshold could be chosen for them."""
     for score, values in scores.items():
-        for exit_, value in zip(exits, values, strict=False):
+        for exit_, value in zip(exits, values, strict=True):
             if math.isnan(value):
                 raise MeasurementError(
                     f"prompt {number}: the score {score} of {exit_} is NaN",

@@ -90,13 +90,14 @@ class Free(AdapterDistillation):
             tokens, exits=exits, features=features, **further_inputs(model, inputs, step)
         )
         last, counted = logits[model.depth], targets != IGNORED
+        against = self.adversary and step is not None and bool(counted.any())
         losses = []
         for layer in model.adapter_sizes:
             if self.supervision == "labels":
                 loss = token_loss(logits[layer], targets)
             else:
                 loss = agreement_loss(logits[layer], last, targets)
-            if self.adversary and step is not None and bool(counted.any()):
+            if against:
                 generator, discriminator = adversarial_losses(
                     cast("nn.ModuleDict", model.companions)[f"exit_{layer}"],
                     features[layer][counted],

@@ -102,7 +102,7 @@ class Gates:
         self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
         self._holding = {name: [bool(own.any()) for own in rows] for name, rows in groups.items()}
-        for gate in self._all if self.thresholds else ():
+        for gate in self._all:
             if gate.name in self.thresholds:
                 self._check_ends(gate)
         self._over = {gate.name for gate in self._all if not self._has_tokens(gate)}

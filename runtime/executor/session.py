@@ -234,16 +234,15 @@ class Session:
         Returns:
             The block at boundary `last`.
         """
-        together = block.positions is None or self.batch == 1
         for number in range(first, last):
             parts = self.parts[number:last]
-            wait = self.gates.pending or not together
-            calls = [] if wait or not any(block.counts) else only_calls(parts, block.new)
+            apart = block.positions is not None and self.batch > 1  # a gate let some rows go on
+            wait = self.gates.pending or apart or not any(block.counts)
+            calls = [] if wait else only_calls(parts, block.new)
             if calls:
                 self._run_calls(parts, calls, block)
                 break
             block = self.run(number, block)
-            together = block.positions is None or self.batch == 1
         return block
 
     def run_all(

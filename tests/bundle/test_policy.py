@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edgeexit.bundle.manifest import Exit
-from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, decide, forced
+from edgeexit.bundle.manifest import Call, Chain, Exit
+from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, decide, drop_thresholds, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, PolicyError
 from edgeexit.runtime import Policy, Rule, load, read_policy, write_policy
@@ -99,6 +99,26 @@ def test_first_and_last_bound_the_exits_consulted(
 def test_a_rule_that_does_not_fit_is_refused(rule: Rule, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         decide(rule, EXITS)
+
+
+def test_one_number_for_a_chain_that_has_gates_alone_is_refused() -> None:
+    """It is for exits that answer, so it would be followed nowhere."""
+    gate = Exit(
+        name="gate_1",
+        behind="a",
+        scores={"gate": "g"},
+        path=[Call(component="gate_1")],
+        action="drop",
+        tokens="image",
+    )
+    chain = Chain(components=["a", "d"], outputs=[], exits=[gate, EXITS[-1]], unsplit=[])
+    for value in (0.5, math.nan):
+        with pytest.raises(PolicyError, match=f"the threshold {value} is for exits that answer"):
+            drop_thresholds(Rule(thresholds=value), chain)
+    with pytest.raises(PolicyError, match="the threshold of all exits is NaN"):
+        decide(Rule(thresholds=math.nan), chain.stops)
+    assert drop_thresholds(Rule(thresholds=NEVER), chain) == {}
+    assert drop_thresholds(Rule(thresholds={"gate_1": 0.5}), chain) == {"gate_1": 0.5}
 
 
 def test_a_model_with_one_exit_takes_any_single_threshold() -> None:
