@@ -145,7 +145,7 @@ def figures_of(
     return found | {"mean_layer": depths(case.records, asked)}
 
 
-def kept(right: NDArray[np.bool_], best: NDArray[np.bool_]) -> float:
+def kept(right: NDArray[Any], best: NDArray[Any]) -> float:
     """The share of right answers that is kept."""
     return float(right.mean() / max(best.mean(), 1e-9))
 
@@ -181,16 +181,16 @@ def _first_token(record: dict[str, Any]) -> float:
 
 
 TIMED = {
-    "free": (whole_s, "follow"),
-    "exact": (whole_s, "follow"),
-    "gates": (_prefill, "all"),
-    "tower_gates": (_first_token, "all"),
-    "all": (whole_s, "all"),
+    "free": ("follow", "whole"),
+    "exact": ("follow", "whole"),
+    "gates": ("all", "prefill"),
+    "tower_gates": ("all", "first_token"),
+    "all": ("all", "whole"),
 }
-"""Case -> the time that it is about, and of which questions."""
+"""Case -> the questions that it is about, and which time of theirs."""
 
 
-def interval(right: NDArray[np.bool_], best: NDArray[np.bool_]) -> list[float]:
+def interval(right: NDArray[Any], best: NDArray[Any]) -> list[float]:
     """95 % interval of the share of right answers that is kept, over resampled questions."""
     draws = _draws(len(right))
     shares = right[draws].mean(1) / np.maximum(best[draws].mean(1), 1e-9)
@@ -248,14 +248,13 @@ def beside_cuts(gates: Answered, cuts: Mapping[int, Answered], whole: Answered) 
     """
     points = [(one.seconds(_prefill), one.right.astype(float)) for one in [*cuts.values(), whole]]
     mixed = mixture(sorted(points, key=lambda point: point[0]), gates.seconds(_prefill))
-    more = gates.right - mixed
-    edges = np.quantile(more[_draws(len(more))].mean(1), [0.025, 0.975])
+    right = gates.right.astype(float)
     of_layer = {str(layer): one for layer, one in cuts.items()} | {"never": whole}
     shares = drops(gates.records)
     chances = [(share, of_layer[layer]) for layer, share in shares.items()]
     return {
-        "over_static": round(float(more.mean()), 4),
-        "over_static_interval": [round(float(edge), 4) for edge in edges],
+        "over_static": round(float((right - mixed).mean()), 4),
+        "over_static_interval": gain_interval(right, mixed),
         "random": {
             "right": round(sum(share * float(one.right.mean()) for share, one in chances), 4),
             "prefill_over_gates": round(
@@ -294,42 +293,78 @@ def mixture(
     return hull[-1][1]
 
 
-def truncate_instead(
-    cases: Mapping[str, Answered], smaller: Sequence[str], asked: Questions
-) -> dict[str, list[str]] | None:
+def truncate_instead(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Case with exits -> what takes as little time (up to 2 % more) and is not surpassed by it:
-    plain models of `smaller`, and random exits. The time is the one that the case is about
-    (`TIMED`). A case surpasses another if the 95 % interval of the difference between their shares
-    of right answers, over resampled questions, is above 0. None: there is no plain model."""
-    if not smaller:
-        return None
-    draws, found = _draws(len(asked.items)), {}
-    for name, (read, kind) in TIMED.items():
-        chosen = np.flatnonzero(asked.of_kind(kind))
-        rivals = [*smaller, *(["random"] if name == "free" else [])]
-        seconds = {one: sum(read(cases[one].records[n]) for n in chosen) for one in (name, *rivals)}
-        right = cases[name].right.astype(float)
+    plain models, and random exits. The time is the one that the case is about (`TIMED`), the mean
+    over results. A case surpasses another if the 95 % interval of the difference between their
+    shares of right answers, over resampled questions of all results, is above 0."""
+    rights = pooled(results)
+    found: dict[str, list[str]] = {}
+    for name, (kind, figure) in TIMED.items():
+        rivals = [*results[0]["beside"], *(["random"] if name == "free" else [])]
+        ratios = {
+            one: np.mean([own["cases"][one][kind][figure] for own in results])
+            for one in (name, *rivals)
+        }
         found[name] = [
             rival
             for rival in rivals
-            if seconds[rival] <= 1.02 * seconds[name]
-            and np.quantile((right - cases[rival].right)[draws].mean(1), 0.025) <= 0
+            if ratios[rival] <= 1.02 * ratios[name]
+            and gain_interval(rights[name], rights[rival])[0] <= 0
         ]
+    return found
+
+
+def pooled(results: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """Case -> which answers are right, 1 or 0, ``[question]``: questions of all results."""
+    found = {}
+    for name in results[0]["wrong"]:
+        of_each = [np.ones(own["questions"]["test"]) for own in results]
+        for right, own in zip(of_each, results, strict=True):
+            right[own["wrong"][name]] = 0
+        found[name] = np.concatenate(of_each)
+    return found
+
+
+def gain_interval(right: NDArray[np.float64], other: NDArray[np.float64]) -> list[float]:
+    """95 % interval of a difference between shares of right answers, over resampled questions."""
+    shares = (right - other)[_draws(len(right))].mean(1)
+    return [round(float(edge), 4) for edge in np.quantile(shares, [0.025, 0.975])]
+
+
+def means(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Case -> its figures over results of several trainings: shares over all questions, and the
+    means of times."""
+    rights = pooled(results)
+    best = max(("unsplit", *results[0]["beside"]), key=lambda name: float(rights[name].mean()))
+    found: dict[str, dict[str, Any]] = {}
+    for name, right in rights.items():
+        own = [result["cases"][name] for result in results]
+        found[name] = {
+            "right": round(float(right.mean()), 4),
+            "kept": round(kept(right, rights[best]), 4),
+            "kept_interval": interval(right, rights[best]),
+        }
+        for kind in ("all", *data.KINDS):
+            found[name][kind] = {
+                figure: round(float(np.mean([one[kind][figure] for one in own])), 4)
+                for figure in own[0][kind]
+            }
     return found
 
 
 def judge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The required figures: means over results of several trainings, with each one's value."""
     of_each = [required(own["cases"], own["floor"], own["cuts"]) for own in results]
-    means = []
+    found = []
     for rows in zip(*of_each, strict=True):
         (name, _, sign, _, _), *_ = rows
         value, must, aim = (float(np.mean([row[n] for row in rows])) for n in (1, 3, 4))
-        means.append((name, value, sign, round(must, 4), round(aim, 4)))
-    verdicts = verdict(means)
+        found.append((name, value, sign, round(must, 4), round(aim, 4)))
+    verdicts = verdict(found)
     if len(results) > 1:
-        for found, rows in zip(verdicts, zip(*of_each, strict=True), strict=True):
-            found["each"] = [round(row[1], 4) for row in rows]
+        for one, rows in zip(verdicts, zip(*of_each, strict=True), strict=True):
+            one["each"] = [round(row[1], 4) for row in rows]
     return verdicts
 
 

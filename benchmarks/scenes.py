@@ -37,6 +37,7 @@ from scenefigures import (
     data,
     figures_of,
     judge,
+    means,
     totals,
     truncate_instead,
 )
@@ -91,6 +92,9 @@ def main() -> None:
         default=QUESTIONS,
         metavar="VALIDATION,TEST",
     )
+    parser.add_argument(
+        "--test-seed", type=int, default=26, help="another one asks other questions of the test"
+    )
     parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="that are asked")
     parser.add_argument("--summary", nargs="+", metavar="NAME", help="of results: their means")
     parser.add_argument("--place", action="store_true", help="only compare sets of exits")
@@ -124,7 +128,7 @@ def main() -> None:
     with opened(folder / "tokens") as model:
         everything = Questions(model, "validation", count["validation"], 25, given.most_steps)
         known = everything.first(TOKEN_QUESTIONS).answered_right(model, NEW_TOKENS)
-        asked = Questions(model, "test", count["test"], 26, given.most_steps)
+        asked = Questions(model, "test", count["test"], given.test_seed, given.most_steps)
         if given.place:
             return place(model, known, quick=given.quick)
         tokens = Thresholds(model, everything, known)
@@ -150,7 +154,9 @@ def main() -> None:
     watch = environment.Watch()
     result = {
         "questions": count | {"validation, right": len(known.items)},
+        "test_seed": given.test_seed,
         "most_steps": given.most_steps,
+        "beside": list(beside),
         "checkpoints": {n: digest(c) for n, c in {"exits": given.model, **beside}.items()},
         "bundles": bundles,
         "lost": LOST,
@@ -166,6 +172,8 @@ def main() -> None:
         early,
         list(beside),
     )
+    result["truncate_instead"] = truncate_instead([result])
+    say(f"  truncate instead: {result['truncate_instead']}")
     result["verdicts"] = judge([result])
     machine = watch.stop(0.0)
     machine.pop("other_load_cores")
@@ -174,12 +182,14 @@ def main() -> None:
 
 
 def summarise(names: Sequence[str]) -> None:
-    """Writes the means of results of several trainings."""
+    """Writes the means of results of several trainings, each of which answered other questions."""
     known = [json.loads((RESULTS / f"scenes-{name}.json").read_text()) for name in names]
-    same = ("questions", "most_steps", "bundles", "lost")
+    same = ("most_steps", "beside", "bundles", "lost")
     for key in same:
         assert all(own[key] == known[0][key] for own in known), f"results differ in {key}"
+    assert len({own["test_seed"] for own in known}) == len(known), "the same questions"
     result = {"results": list(names)} | {key: known[0][key] for key in same}
+    result |= {"cases": means(known), "truncate_instead": truncate_instead(known)}
     result["verdicts"] = judge(known)
     save("scenes", result, quick=False)
 
@@ -439,13 +449,13 @@ def measure(
     compared = {
         "kept_of": best.name,
         "cuts": beside_cuts(found["gates"], statics, found["whole"]),
-        "truncate_instead": truncate_instead(found, beside, asked),
     }
     say(f"  {compared}")
     return {
         "threads": {"chain": of_chain} | threads,
         "threads_tried": searched,
         "random_chances": chances,
+        "wrong": {name: np.flatnonzero(~one.right).tolist() for name, one in found.items()},
         "cases": figures,
     } | compared
 
