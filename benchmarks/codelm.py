@@ -16,7 +16,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from results import HERE, RESULTS, ROOT, SCRATCH, save, say, verdict
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, decide
 from edgeexit.bundle.policy_file import rules_to_json
-from edgeexit.bundle.reader import open_bundle
+from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Side, best_setting
@@ -59,6 +59,9 @@ AGREEMENT, AIMED_AGREEMENT = 0.95, 0.96
 """Agreement of early exits' tokens with the last exit: the required value, and the value for which
 thresholds are chosen on other prompts."""
 
+INEXACT = ("approximate", "copied", "missing")
+"""Modes whose deeper layers lack the tokens that left earlier. They need exits without adapters,
+whose states would lack these tokens, too."""
 PASSAGES, PASSAGE_TOKENS, LEAD_TOKENS = 40, 160, 32
 
 
@@ -66,6 +69,7 @@ def main() -> None:
     """Measures and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
+    parser.add_argument("--exits", help="default: those of the checkpoint")
     parser.add_argument("--name", default="", help="of the result: codelm-NAME")
     parser.add_argument(
         "--truncated", type=Path, default=ROOT / "local/codelm", help="folder with truncated-N"
@@ -86,6 +90,7 @@ def main() -> None:
     bundle, tokenizer = folder / "bundle", given.checkpoint / "tokenizer.json"
     if not (given.keep and bundle.is_dir()):
         command = ["export", "-m", str(given.checkpoint), "-o", str(bundle), "--overwrite"]
+        command += ["--exits", given.exits] if given.exits else []
         subprocess.run([sys.executable, "-m", "edgeexit", *command], check=True)
     rows = data.prompts("test", tokenizer, count)
     write_inputs(folder / "prompts.npz", [{"tokens": np.array(row)} for row in rows])
@@ -294,10 +299,8 @@ def speeds(
             "exact",
             "fast",
             "fast_loose",
-            "approximate",
             "lookup",
-            "copied",
-            "missing",
+            *inexact(open_bundle(folder / "bundle")),
             "random",
         ]
         writers = [Writer(name, ours, name) for name in names]
@@ -343,6 +346,12 @@ def speeds(
     return found
 
 
+def inexact(bundle: Bundle) -> Sequence[str]:
+    """The modes of `INEXACT`, if the bundle can run them."""
+    adapters = any(len(exit_.path) > 1 for exit_ in bundle.manifest.last_chain.stops)
+    return () if adapters else INEXACT
+
+
 def early_exits(folder: Path) -> list[str]:
     """Names of the bundle's exits except the last."""
     return [exit_.name for exit_ in open_bundle(folder / "bundle").manifest.last_chain.stops[:-1]]
@@ -363,7 +372,7 @@ def chain_side(
     strict, loose = rules("strict"), rules("loose")
     cases = {
         mode: {"mode": mode, "rules": strict}
-        for mode in ("full", "exact", "fast", "approximate", "copied", "missing")
+        for mode in ("full", "exact", "fast", *inexact(open_bundle(folder / "bundle")))
     }
     always = rules_to_json({"main": runtime.Rule(thresholds=ALWAYS)})
     cases["lookup"] = {"mode": "lookup"}
@@ -506,8 +515,8 @@ def quality(
             "missing": lambda s: Missing(s, names, decisions),
         }
         answers = {"full": (full, exits)}
-        for way, make in ways.items():
-            answers[way] = run(make)
+        for way in ("fast", *inexact(model.bundle)):
+            answers[way] = run(ways[way])
         chances = exit_chances(answers["fast"][1], names[:-1])
         answers["random"] = run(lambda s: Random(s, names, asked, chances=chances))
     true = np.array([passage[LEAD_TOKENS:] for passage in passages])
