@@ -357,13 +357,13 @@ def vision_folder(once: Once) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def vision_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[[str], Bundle]:
     """The same as a bundle with exits in all of its parts. Shared: never change it."""
-    from tests.vision_models import load_split, with_fewer_forms
+    from tests.vision_models import FIRST_FORM, PLAIN, load_split, with_fewer_forms
 
     def make(family: str, folder: Path) -> None:
         from edgeexit.export import export
 
         split = load_split(family, vision_folder(family)).split_model()
-        export(with_fewer_forms(family, split), folder)
+        export(with_fewer_forms(split, FIRST_FORM.get(family, PLAIN)), folder)
 
     return functools.cache(
         lambda family: open_bundle(once(f"{family}-bundle", functools.partial(make, family)))
@@ -373,13 +373,13 @@ def vision_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[
 @pytest.fixture(scope="session")
 def gated_bundle(vision_folder: Callable[[str], Path], once: Once) -> Callable[[str], Bundle]:
     """The same with gates behind two layers, and one exit (`tests.vision_models.gated`)."""
-    from tests.vision_models import gated, with_fewer_forms
+    from tests.vision_models import FIRST_FORM, PLAIN, gated, with_fewer_forms
 
     def make(family: str, folder: Path) -> None:
         from edgeexit.export import export
 
         split = gated(family, vision_folder(family)).split_model()
-        export(with_fewer_forms(family, split), folder)
+        export(with_fewer_forms(split, FIRST_FORM.get(family, PLAIN)), folder)
 
     return functools.cache(
         lambda family: open_bundle(once(f"{family}-gated", functools.partial(make, family)))

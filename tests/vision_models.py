@@ -296,10 +296,14 @@ def gated(family: str, folder: Path) -> Any:
     return split
 
 
-def with_fewer_forms(family: str, model: SplitModel) -> SplitModel:
-    """A split model without the fastest forms of token states, so that families differ in the form
-    that their tests run: LLaVA in place, InternVL fixed, the others the plain form."""
-    first = {"llava": 0, "internvl": 1}.get(family, 2)
+FIRST_FORM = {"llava": 0, "internvl": 1}
+"""The first form of token states in a family's shared bundles, so that families differ in the form
+that their tests run: LLaVA in place, InternVL fixed, the others `PLAIN`."""
+PLAIN = 2
+
+
+def with_fewer_forms(model: SplitModel, first: int) -> SplitModel:
+    """A split model without the fastest forms of token states."""
     components = [
         dataclasses.replace(one, forms=one.forms[first:]) if one.token_states else one
         for one in model.components

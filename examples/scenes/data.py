@@ -18,6 +18,7 @@ With ``garments``, cards show Fashion-MNIST's ten garments instead, if Debian's 
 ``dataset-fashion-mnist`` is installed. Needs numpy, Pillow and scikit-learn, not torch.
 
     python examples/scenes/data.py      # preview.png: scenes of the test split with their texts
+    edgeexit trace scenes --data examples/scenes/data.py:validation -o trace.npz
 """
 
 from __future__ import annotations
@@ -247,6 +248,27 @@ def items(
     return made
 
 
+def validation() -> list[dict[str, object]]:
+    """400 questions of the validation split with their answers, for ``edgeexit trace``."""
+    return _rows(items("validation", 400, 2))
+
+
+def test() -> list[dict[str, object]]:
+    """100 questions of the test split."""
+    return _rows(items("test", 100, 3))
+
+
+def _rows(asked: Sequence[Item]) -> list[dict[str, object]]:
+    return [
+        {
+            "prompt": f"USER: <image> {item.question} ASSISTANT:",
+            "target": f"{item.answer} <|end|>",
+            "images": [item.picture],
+        }
+        for item in asked
+    ]
+
+
 def preview(path: Path, rows: int = 2, columns: int = 4, zoom: int = 3) -> None:
     """A sheet of scenes of the test split, each with its question and answer."""
     edge, margin, text = SIZE * zoom, 12, 44
@@ -264,3 +286,4 @@ def preview(path: Path, rows: int = 2, columns: int = 4, zoom: int = 3) -> None:
 
 if __name__ == "__main__":
     preview(HERE / "preview.png")
+    items("test", 1, 1)[0].picture.save(HERE / "scene.png")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,22 @@ def train(part: str, options: argparse.Namespace) -> None:
 
 
 def new_model(options: argparse.Namespace) -> Any:
-    """The model with new exits of every part."""
+    """The model with new adapters and gates, whether or not the checkpoint has some. Projectors of
+    the tower go on from those of the checkpoint, which `train.py` has trained with the model."""
     exits = options.exits
-    return from_pretrained(
-        options.model,
-        exits=exits,
-        adapters=exits,
-        tower_exits=TOWER_EXITS,
-        gates=dict.fromkeys(options.gates, GATE_WIDTH),
-        untrained=True,
-    ).float()
+    bare = from_pretrained(
+        options.model, exits=[], gates=[], tower_exits=TOWER_EXITS, untrained=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save(bare.float(), make_processor(), Path(folder))
+        return from_pretrained(
+            folder,
+            exits=exits,
+            adapters=exits,
+            tower_exits=TOWER_EXITS,
+            gates=dict.fromkeys(options.gates, GATE_WIDTH),
+            untrained=True,
+        ).float()
 
 
 def method_of(part: str, options: argparse.Namespace) -> Method:

@@ -109,18 +109,13 @@ def test_a_second_question_about_an_image_does_not_run_the_tower(made: Made) -> 
         assert (model.features.misses, model.features.hits) == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "exits"),
     [
         ({"tower_exits": [4]}, {"vision": ["tower_exit_4"]}),
-        pytest.param(
-            {"encoder_exits": [1]}, {"encoder": ["encoder_exit_1"]}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"image_encoder_exits": [2]},
-            {"image_encoder": ["image_encoder_exit_2"]},
-            marks=pytest.mark.slow,
-        ),
+        ({"encoder_exits": [1]}, {"encoder": ["encoder_exit_1"]}),
+        ({"image_encoder_exits": [2]}, {"image_encoder": ["image_encoder_exit_2"]}),
     ],
     ids=["tower", "encoder", "image encoder"],
 )

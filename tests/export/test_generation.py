@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from edgeexit.bundle.manifest import GenerationDefaults
+from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import export
 from edgeexit.export.families.llama import stop_tokens
@@ -187,10 +189,8 @@ def test_a_start_that_the_model_lacks_is_refused(name: str, value: object, tmp_p
     assert str(folder) in caught.value.what
 
 
-def test_suppressing_every_token_is_refused(tmp_path: Path) -> None:
-    make_decoder("llama").save_pretrained(tmp_path / "c")
-    made = from_pretrained(tmp_path / "c", exits=[1]).split_model()
-    with load(export(made, tmp_path / "bundle")) as loaded:
+def test_suppressing_every_token_is_refused(decoder_bundle: Callable[[str], Bundle]) -> None:
+    with load(decoder_bundle("llama")) as loaded:
         with pytest.raises(UsageError, match=f"all {VOCABULARY} tokens"):
             loaded.generate([5], sampling=Sampling(suppressed=tuple(range(VOCABULARY))))
         few = Sampling(suppressed=tuple(range(VOCABULARY - 1)))

@@ -76,6 +76,7 @@ def test_exits_that_were_never_trained_are_not_called_trained_when_saved_and_rea
         from_pretrained(classifier)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_is_known_about_the_exits(tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     make_decoder("llama").save_pretrained(folder)

@@ -102,6 +102,7 @@ def test_training_gives_the_same_weights_when_interrupted_and_resumed(
     assert "trained" in ended.provenance.values()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """With DistributedDataParallel, and sharded by FSDP; rows have different numbers of tokens."""
     names = ["joint-ddp", "layerskip-ddp"]
