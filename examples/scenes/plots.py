@@ -4,8 +4,8 @@ ways to train adapters).
 
     python examples/scenes/plots.py
 
-Reads benchmarks/results/scenes-seed-0.json (benchmarks/scenes.py) and depth.json (depth.py). Needs
-``edgeexit[plot]``.
+Reads scenes-seed-0.json and scenes.json in benchmarks/results (benchmarks/scenes.py), and
+depth.json (depth.py). Needs ``edgeexit[plot]``.
 """
 
 from __future__ import annotations
@@ -23,27 +23,39 @@ from matplotlib.axes import Axes
 from edgeexit.measure.bench.vision_cases import layer_of
 
 HERE = Path(__file__).resolve().parent
-RESULT = HERE.parents[1] / "benchmarks/results/scenes-seed-0.json"
+RESULTS = HERE.parents[1] / "benchmarks/results"
 KINDS = ("read", "walk", "follow", "go")
-NAMES = {
-    "free": "FREE",
-    "exact": "FREE, exact",
-    "gates": "DyVTE",
-    "tower": "tower exits",
-    "tower_gates": "DyVTE + tower exits",
-    "all": "all of it",
+OURS = {
+    "free": ("FREE", (4, 5)),
+    "exact": ("FREE, exact", (-52, 5)),
+    "gates": ("DyVTE", (7, -10)),
+    "all": ("all of it", (-12, -13)),
+}
+"""Case with exits -> its name, and where it is written from its place, in points."""
+OTHERS = {
+    "unsplit": ("unsplit", (4, 4)),
+    "lookup": ("prompt lookup", (-44, 5)),
+    "layers-8": ("8 layers, plain", (6, -8)),
+    "layers-12": ("cut behind layer 12", (-88, 5)),
+    "patience": ("PABEE", (5, -3)),
+    "random": ("random exits", (5, -3)),
+    "tower_2": ("tower left behind layer 2", (-30, 6)),
 }
 
 
 def draw_depths(axes: Axes, cases: dict[str, Any]) -> None:
     """Mean layer of a token's exit by kind and steps."""
     own = cases["free"]["mean_layer"]
-    rows = [row for kind in KINDS for row in own if row.split()[0] == kind]
-    colours = {kind: f"C{number}" for number, kind in enumerate(KINDS)}
+
+    def order(row: str) -> tuple[int, int]:
+        kind, steps = row.split()
+        return KINDS.index(kind), int(steps)
+
+    rows = sorted((row for row in own if " " in row), key=order)
     axes.bar(
-        range(len(rows)), [own[row] for row in rows], color=[colours[r.split()[0]] for r in rows]
+        range(len(rows)), [own[row] for row in rows], color=[f"C{order(row)[0]}" for row in rows]
     )
-    labels = [row.removesuffix(" 0") if row.startswith("read") else row for row in rows]
+    labels = [row if order(row)[0] > 1 else row.split()[0] for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=90)
     axes.set(ylabel="mean layer of a token's exit", title="FREE: kinds of questions, and steps")
 
@@ -54,16 +66,14 @@ def draw_quality(axes: Axes, cases: dict[str, Any]) -> None:
     def place(name: str) -> tuple[float, float]:
         return cases[name]["all"]["whole"], 100 * cases[name]["right"]
 
-    static = sorted((name for name in cases if name.startswith("static_")), key=place)
-    axes.plot(*zip(*map(place, static), strict=True), "o-", color="0.7", label="static cuts")
-    for name in cases:
-        if name in static:
-            continue
-        x, y = place(name)
-        axes.plot(x, y, "s" if name in NAMES else "o", color="C3" if name in NAMES else "0.4")
-        axes.annotate(
-            NAMES.get(name, name), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7
-        )
+    static = sorted((name for name in cases if name.startswith("static_")), key=layer_of)
+    axes.plot(*zip(*map(place, static), strict=True), "o-", color="0.7")
+    for name in static:
+        axes.annotate(f"drop {layer_of(name)}", place(name), (5, -3), textcoords="offset points")
+    for named, form, colour in ((OURS, "s", "C3"), (OTHERS, "o", "0.4")):
+        for name, (label, offset) in named.items():
+            axes.plot(*place(name), form, color=colour)
+            axes.annotate(label, place(name), offset, textcoords="offset points")
     axes.set(
         xlabel="time of whole answers ÷ unsplit", ylabel="right answers in %", title="all questions"
     )
@@ -84,10 +94,14 @@ def draw_settings(axes: Axes, depth: dict[str, Any], kinds: tuple[str, ...], tit
 
 
 def main() -> None:
-    cases = json.loads(RESULT.read_text())["cases"]
+    plt.rcParams["font.size"] = 8
+    one, means = (
+        json.loads((RESULTS / f"{name}.json").read_text())["cases"]
+        for name in ("scenes-seed-0", "scenes")
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    draw_depths(left, cases)
-    draw_quality(right, cases)
+    draw_depths(left, one)
+    draw_quality(right, means)
     figure.savefig(HERE / "exits.png", dpi=110)
     depth = json.loads((HERE / "depth.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")

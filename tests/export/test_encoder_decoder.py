@@ -125,6 +125,7 @@ def test_every_mode_writes_what_transformers_writes_where_no_exit_is_taken(
     assert found.tokens == expected(folder, texts)
 
 
+@pytest.mark.slow
 def test_the_trained_one_has_learnt_its_task(tmp_path: Path) -> None:
     folder = save_checkpoint(trained_bart(), tmp_path / "checkpoint")
     letters = [[4, 5, 6], [13, 12, 11, 10, 9, 8, 7], [6]]
