@@ -103,6 +103,8 @@ def main() -> None:
     draw_depths(left, one)
     draw_quality(right, means)
     figure.savefig(HERE / "exits.png", dpi=110)
+    if not (HERE / "depth.json").exists():
+        return print("depth.json is missing, so depth.png is not drawn: run depth.py")
     depth = json.loads((HERE / "depth.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     draw_settings(left, depth, ("read", "walk", "follow"), "described scenes and walks")
