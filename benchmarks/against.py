@@ -241,7 +241,7 @@ class Figure:
 
 def main() -> None:
     """Measures the parts and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="the other checkout")
     parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
     parser.add_argument(

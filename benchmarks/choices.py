@@ -27,7 +27,7 @@ CHOICES = ("one score", "fusions left out", "shared arena", "compiled session")
 
 def main() -> None:
     """Measures every choice and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--threads", nargs="+", default=["process", "1"])
     parser.add_argument("--seconds", type=float, default=12)
     given = parser.parse_args()

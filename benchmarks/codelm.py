@@ -67,7 +67,7 @@ PASSAGES, PASSAGE_TOKENS, LEAD_TOKENS = 40, 160, 32
 
 def main() -> None:
     """Measures and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
     parser.add_argument("--exits", help="default: those of the checkpoint")
     parser.add_argument("--name", default="", help="of the result: codelm-NAME")

@@ -46,7 +46,7 @@ PEER_SETTINGS: list[Any] = ["default", "blocking", *range(1, available_cores() +
 
 def main() -> None:
     """Measures and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")
     parser.add_argument("--turns", type=int)

@@ -45,7 +45,7 @@ VALIDATION_ROWS = 400
 
 def main() -> None:
     """Measures and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE / "checkpoint")
     parser.add_argument("--truncated", type=Path, default=EXAMPLE / "truncated")
     parser.add_argument("--splits", type=int, default=20)

@@ -39,7 +39,7 @@ ROUNDS, BLOCK_S = 15, 0.2
 
 def main() -> None:
     """Measures and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--engine", choices=["cuda", "tensorrt", "cpu"], required=True)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
     given = parser.parse_args()

@@ -78,7 +78,7 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 
 def main() -> None:
     """Measures and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-m", "--model", type=Path, help="from examples/scenes")
     parser.add_argument("--name", default="", help="of the result: scenes-NAME")
     parser.add_argument("--exits", help="default: those of the checkpoint, as for the next")
@@ -210,11 +210,16 @@ def opened(bundle: Path) -> runtime.Model:
 
 
 def exported(checkpoint: str | Path, bundle: Path, more: Sequence[str], *, keep: bool) -> None:
-    """Exports a checkpoint, unless its bundle of the last run is to be kept."""
-    if keep and bundle.is_dir():
+    """Exports a checkpoint, unless its bundle of the last run is to be kept, which must be of the
+    same weights and options."""
+    note = bundle.with_suffix(".txt")
+    source = " ".join([digest(checkpoint), *more])
+    if keep and bundle.is_dir() and note.is_file() and note.read_text() == source:
         return
     command = [sys.executable, "-m", "edgeexit", "export", "-m", str(checkpoint)]
+    note.unlink(missing_ok=True)
     subprocess.run([*command, *more, "--overwrite", "-o", str(bundle)], check=True)
+    note.write_text(source)
 
 
 def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:

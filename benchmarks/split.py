@@ -55,7 +55,7 @@ EFFORTS = {
 
 def main() -> None:
     """Measures the requested shapes and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--shape", choices=["large", "small"], action="append")
     parser.add_argument("--quick", action="store_true", help="tiny models, few rounds")
     parser.add_argument("--keep", action="store_true", help="use the bundles of the last run")

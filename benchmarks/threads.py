@@ -53,7 +53,7 @@ def measure(bundle: str, threads: Any) -> float:
 
 def main() -> None:
     """Measures every setting and writes one result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--digits", type=Path, help="a bundle of examples/digits")
     parser.add_argument("--writer", type=Path, help="a bundle of examples/codelm")
     parser.add_argument("--turns", type=int, default=9)

@@ -37,7 +37,7 @@ TURNS = {"full": 6, "quick": 2}
 
 def main() -> None:
     """Measures each shape and writes one result for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "quick"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")

@@ -40,6 +40,7 @@ def cautions(
         found.append("the exits of the vision tower are untrained: answers after them mean nothing")
     if gates and provenance.get("gates") == "untrained":
         found.append("the gates of this bundle are untrained: what they drop means nothing")
+    found += [doubt for name in names for doubt in _doubts_about_gates(policy, every[name], name)]
     if not policy.calibration:
         if early and bundle.exits_unknown:
             found.append("nothing says that the early exits of this bundle were trained")
@@ -66,6 +67,25 @@ def _gates_in_use(policy: Policy, chain: Chain, name: str) -> dict[str, float]:
     gates = {exit_.name for exit_ in chain.exits if exit_.action == "drop" and exit_.path}
     used = drop_thresholds(policy.rules.get(name, Rule()), chain)
     return {gate: value for gate, value in used.items() if gate in gates}
+
+
+def _doubts_about_gates(policy: Policy, chain: Chain, name: str) -> list[str]:
+    """Gates that are never asked, or whose threshold no score or every score reaches."""
+    used = drop_thresholds(policy.rules.get(name, Rule()), chain)
+    gates, found = _gates_in_use(policy, chain, name), []
+    always: dict[str | None, str] = {}  # token group -> what drops it from every prompt
+    for exit_ in chain.exits:
+        if exit_.name in used and not exit_.path:
+            always.setdefault(exit_.tokens, exit_.name)
+        if exit_.name not in gates:
+            continue
+        if (drop := always.get(exit_.tokens)) is not None:
+            found.append(f"{exit_.name} is never asked: {drop} drops the tokens of every prompt")
+        elif gates[exit_.name] != ALWAYS and not 0 < gates[exit_.name] <= 1:
+            does = "never drops" if gates[exit_.name] > 1 else "drops always"
+            value = f"{gates[exit_.name]:.4g}"
+            found.append(f"{exit_.name} {does}: its scores are from 0 to 1, its threshold {value}")
+    return found
 
 
 def _by_hand(policy: Policy, chain: Chain, name: str) -> bool:

@@ -82,13 +82,18 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
     return [*decisions, Decision(True, ALWAYS, rule.score)] if exits else []
 
 
+def drops_of(chain: Chain) -> dict[str, Exit]:
+    """The exits of a chain that may drop a token group, by name."""
+    return {exit_.name: exit_ for exit_ in chain.exits if exit_.action == "drop"}
+
+
 def drop_thresholds(rule: Rule, chain: Chain) -> dict[str, float]:
     """Exits of a chain that may drop a token group -> thresholds; exits without one never drop.
 
     Raises:
         PolicyError: A threshold is not a number, or compares a score that the exit does not have.
     """
-    drops = {exit_.name: exit_ for exit_ in chain.exits if exit_.action == "drop"}
+    drops = drops_of(chain)
     if not isinstance(rule.thresholds, dict):
         if drops and len(chain.stops) == 1 and rule.thresholds not in (NEVER, []):
             raise PolicyError(

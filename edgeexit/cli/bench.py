@@ -163,6 +163,7 @@ def command(
 
 def _print_texts(result: dict[str, Any]) -> None:
     machine, data = result["environment"], result["data"]
+    most = "" if result["stop_tokens"] == "ignored" else "at most "
     columns = ["mode", "first token ms", "x unsplit", "tokens/s", "x unsplit", "x full", "notes"]
     unsplit = result["unsplit"]
     first, speed = f"{unsplit['prefill_ms']:.2f}", f"{unsplit['tokens_per_s']:.1f}"
@@ -181,7 +182,7 @@ def _print_texts(result: dict[str, Any]) -> None:
             ]
         )
     print_table(
-        f"{machine['bundle']['name']} on {data['name']}, {result['new_tokens']} tokens each",
+        f"{machine['bundle']['name']} on {data['name']}, {most}{result['new_tokens']} tokens each",
         columns,
         rows,
         notes=[
@@ -194,6 +195,7 @@ def _print_texts(result: dict[str, Any]) -> None:
             f"{machine['engine']['library']} {machine['engine']['version']}",
             _how_texts_are_written(result),
             *(_earlier(*item) for item in result["earlier_exits"].items()),
+            *([_earlier("dropped", result["dropped"])] if result["dropped"] else []),
             *_given_text(result["fast_on_given_text"]),
             *(f"warning: {text}" for text in result["warnings"]),
         ],
@@ -203,18 +205,20 @@ def _print_texts(result: dict[str, Any]) -> None:
 def _how_texts_are_written(result: dict[str, Any]) -> str:
     said = "texts are greedy, whatever the checkpoint's sampling settings are"
     if result["stop_tokens"] != "ignored":
-        return said
+        return f"{said}, and end where the model ends them"
     return f"{said}, and no token ends them; for modes with exits, give prompts with --data"
 
 
 def _earlier(chain: str, shares: dict[str, float]) -> str:
-    """The exits of a chain before the text."""
+    """The exits of a chain before the text, or the gates that dropped tokens."""
     return f"{chain}, of prompts: " + ", ".join(f"{k} {share(v)}" for k, v in shares.items())
 
 
 def _print_vision(found: dict[str, Any]) -> None:
     """Tower, prefill and decoding apart."""
     named = {"unsplit": found["unsplit"], "full": found["full"], **found["cases"]}
+    if found["by_policy"] is not None:
+        named |= {"full+policy": found["by_policy"]}
     encodes = found["full"]["encoder_ms"] > 0.1 * found["full"]["prefill_ms"]
     parts = ["tower", *(["encoder"] if encodes else []), "prefill", "first_token"]
     columns = ["case", *(f"{part.replace('_', ' ')} ms" for part in parts), "x unsplit", "floor"]
@@ -277,7 +281,7 @@ def _given_text(found: dict[str, Any] | None) -> list[str]:
 def _remark(name: str, found: dict[str, Any], turns: int) -> str:
     baseline = "unsplit" if name == "full" else "full"
     other = found[f"turns_with_other_tokens_than_{baseline}"]
-    same = f"{other} of {turns} texts differ from {baseline}" if other else f"texts as {baseline}"
+    same = f"{other} of {turns} turns differ from {baseline}" if other else f"texts as {baseline}"
     said = [same]
     if "alpha" in found:
         said.insert(0, f"{share(found['accepted_of_drafted'])} of drafts accepted")

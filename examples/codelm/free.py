@@ -35,7 +35,7 @@ def layers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--exits", type=layers, default=EXITS, help="with an adapter each")
     parser.add_argument("--adversary", type=float, default=0.1, help="its weight; 0: none")

@@ -152,7 +152,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, help="where to write; default: see above")
     parser.add_argument("--plain", action="store_true", help="no dropout, no losses at exits")
     parser.add_argument("--truncated", type=int, metavar="N", help="a plain model of N layers")

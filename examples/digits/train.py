@@ -156,7 +156,7 @@ def logits(classifier: ExitClassifier, split: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "-o", "--output", type=Path, help="default: checkpoint/ or truncated/N/ here"
     )

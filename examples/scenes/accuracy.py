@@ -97,7 +97,7 @@ def table(model: Any, split: str, count: int) -> Shares:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--questions", type=int, default=200, help="of each kind and steps")

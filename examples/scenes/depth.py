@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="for the checkpoints")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--questions", type=int, default=50, help="of each kind and steps")

@@ -202,7 +202,7 @@ def layers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, help="default: all")

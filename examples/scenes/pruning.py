@@ -143,7 +143,7 @@ def shares(model: Any, way: str, kept: int, split: str, count: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--mean-layer", type=float, required=True)
     parser.add_argument("--split", choices=["validation", "test"], default="test")

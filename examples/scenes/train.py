@@ -185,7 +185,7 @@ def resume(parts: dict[str, nn.Module], file: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ here")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model")

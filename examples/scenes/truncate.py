@@ -44,7 +44,7 @@ def cut(checkpoint: Path, layers: int) -> ExitVisionLanguage:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--layers", type=int, required=True, help=f"less than {LAYERS}")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -59,7 +59,7 @@ def message(example: data.Example) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--split", choices=["validation", "test"], default="test")
     parser.add_argument("--questions", type=int, default=QUESTIONS)

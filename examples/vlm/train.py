@@ -192,7 +192,7 @@ def accuracy(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("-o", "--output", type=Path, help="default: checkpoint/ here")
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps; needs -o")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")

@@ -50,6 +50,12 @@ def test_another_batch_size_gives_a_warning_when_exits_apply_to_the_whole_batch(
     [
         ({"gate_1": 0.5}, ["gates of this bundle are untrained", "not calibrated"]),
         ({"gate_1": ALWAYS}, ["gates of this bundle are untrained"]),
+        ({"gate_1": -0.5}, ["untrained", "gate_1 drops always: its scores are from 0 to 1", "not"]),
+        ({"gate_1": 1.5}, ["untrained", "gate_1 never drops: its scores are from", "not calib"]),
+        (
+            {"drop_1": ALWAYS, "gate_1": 0.5},
+            ["untrained", "gate_1 is never asked: drop_1 drops the tokens", "not calibrated"],
+        ),
         ({"drop_1": ALWAYS}, []),
         ({}, []),
     ],

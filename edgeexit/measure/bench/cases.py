@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, forced
+from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, drops_of, forced
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure.bench.vision_cases import vision_settings
 from edgeexit.measure.bench.worker import Case, Subject
@@ -31,6 +31,8 @@ from edgeexit.runtime.programs.arguments import ModeName
 
 Inputs = Mapping[str, NDArray]
 
+BY_POLICY = "full+policy"
+"""The case of texts in which the policy decides once per prompt only."""
 NEW_TOKENS, SEARCH_TOKENS = 64, 32
 """New tokens per prompt: the default, and in the search for thread settings."""
 
@@ -110,9 +112,10 @@ def chain(
     All except ``natural`` and ``gpu`` apply to the chain that gives the answers; earlier chains use
     their last exit.
 
-    Cases of texts: the modes by name; ``search``: as ``full``, with few tokens; ``given text``: the
-    policy evaluated on all prompts as given texts. This opens every score, so it must run after
-    timed cases.
+    Cases of texts: the modes by name, of which only ``fast`` and ``approximate`` follow the policy;
+    `BY_POLICY`: as ``full``, with what the policy decides once per prompt; ``search``: as ``full``,
+    with few tokens; ``given text``: the policy evaluated on all prompts as given texts. This opens
+    every score, so it must run after timed cases.
 
     Args:
         new_tokens, capacity, endless: As for `unsplit`.
@@ -133,13 +136,29 @@ def chain(
     facts = model.describe_engine()
     if model.writes:
         modes: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in get_args(ModeName)}
-        modes |= vision_settings(model.bundle.manifest)
+        plain = _once_per_prompt_never(model)
+        for name in ("full", "exact"):
+            modes[name]["rules"] = plain
+        modes[BY_POLICY] = {"mode": "full"}
+        for name, own in vision_settings(model.bundle.manifest).items():
+            modes[name] = {"rules": plain | own["rules"]}
         cases = _text_cases(model, rows, new_tokens, modes | (settings or {}))
     else:
         cases = _row_cases(model, rows)
         rule = model.policy.rules.get(model.chain_name, Rule())
         facts |= {"score": rule.score, "thresholds": str(rule.thresholds)}
     return Subject(cases, len(rows), facts, model.close)
+
+
+def _once_per_prompt_never(model: Model) -> dict[str, Rule]:
+    """The policy's rules without those that apply once per prompt: exits of earlier chains, and
+    gates."""
+    rules = {name: Rule() for name in model.chains}
+    own, drops = model.policy.rules.get(model.chain_name, Rule()), drops_of(model.chain)
+    if isinstance(own.thresholds, dict):
+        left = {name: value for name, value in own.thresholds.items() if name not in drops}
+        own = msgspec.structs.replace(own, thresholds=left)
+    return rules | {model.chain_name: own}
 
 
 def _without_stop_tokens(bundle: str) -> Bundle:
@@ -253,8 +272,10 @@ def _text_cases(
         return on_given_texts(model, prompts, others)
 
     cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
-    cases["search"] = case({}, min(new_tokens, SEARCH_TOKENS))
-    cases["memory"] = Case(lambda _: _memory(), lambda found: found, case({}, 1).enter)
+    full = {} if model.unsplit else settings["full"]
+    cases["search"] = case(full, min(new_tokens, SEARCH_TOKENS))
+    enter = case(full, 1).enter
+    cases["memory"] = Case(lambda _: _memory(), lambda found: found, enter)
     if tokens := {group.token for group in decoding.groups.values()}:
 
         def parts(_: int) -> dict[str, list[float]]:
@@ -267,7 +288,7 @@ def _text_cases(
                 "tower_exits_ms": tower.exit_times_ms,
             }
 
-        cases["parts"] = Case(parts, lambda times: times, case({}, 1).enter)
+        cases["parts"] = Case(parts, lambda times: times, enter)
     cases["given text"] = Case(
         on_prompts, lambda given: given and given.to_dict(), case({}, 1).enter
     )

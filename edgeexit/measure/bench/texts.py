@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from edgeexit.bundle.policy import decisions_of, policy_for
+from edgeexit.bundle.policy import Rule, decisions_of, drop_thresholds, policy_for
 from edgeexit.errors import MeasurementError
+from edgeexit.measure.bench.cases import BY_POLICY
 from edgeexit.measure.bench.contest import Contest
 from edgeexit.measure.bench.paired import Side, spread
 from edgeexit.measure.bench.vision_cases import vision_settings
@@ -112,6 +113,7 @@ def measure(contest: Contest) -> dict[str, Any]:
     writers = [baseline, *(Writer(mode, contest.chain, mode) for mode in modes), *seen]
     turns = _write(contest, writers)
     full = writers[1]
+    by_policy = next((writer for writer in writers if writer.name == BY_POLICY), None)
     given = None
     if "fast" in modes:
         [given] = contest.chain.run("given text", [0], lead=False)["records"]
@@ -139,8 +141,9 @@ def measure(contest: Contest) -> dict[str, Any]:
             }
             for writer in writers[1 : len(modes) + 1]
         },
-        "vision": figures(contest, baseline, full, seen) if inputs.seeing else None,
-        "earlier_exits": _earlier_exits(contest, full, left),
+        "vision": figures(contest, baseline, full, seen, by_policy) if inputs.seeing else None,
+        "earlier_exits": {} if by_policy is None else _earlier_exits(contest, by_policy, left),
+        "dropped": {} if by_policy is None else _dropped(contest, by_policy),
         "fast_on_given_text": given,
         "split_tax": time_against(full, baseline)["decode"],
         "same_threads": contest.same_threads,
@@ -153,6 +156,8 @@ def _modes(contest: Contest, left: Sequence[str]) -> list[str]:
     decoding = contest.bundle.manifest.decoding
     assert decoding is not None
     modes = ["full"]
+    if set(left) - {decoding.chain} or _drops(contest):
+        modes.append(BY_POLICY)
     if contest.inputs.real and len(contest.bundle.manifest.chains[decoding.chain].stops) > 1:
         modes.append("exact")
     return [*modes, "fast"] if decoding.chain in left else modes
@@ -168,6 +173,25 @@ def _left_early(contest: Contest) -> list[str]:
         for name, chain in contest.bundle.manifest.chains.items()
         if any(decision.consult for decision in decisions_of(policy, chain, name)[:-1])
     ]
+
+
+def _drops(contest: Contest) -> list[str]:
+    """Gates and scheduled drops that the policy uses."""
+    manifest, policy = contest.bundle.manifest, contest.options.policy
+    if policy is None or manifest.decoding is None:
+        return []
+    name = manifest.decoding.chain
+    rule = policy_for(policy, contest.bundle).rules.get(name, Rule())
+    return [*drop_thresholds(rule, manifest.chains[name])]
+
+
+def _dropped(contest: Contest, writer: Writer) -> dict[str, float]:
+    """Gate or scheduled drop -> share of prompts whose tokens it dropped."""
+    usual = writer.usual()
+    return {
+        name: round(sum(name in one["dropped"] for one in usual) / len(usual), 4)
+        for name in _drops(contest)
+    }
 
 
 def _earlier_exits(contest: Contest, writer: Writer, left: Sequence[str]) -> dict[str, Any]:

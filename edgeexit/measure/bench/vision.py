@@ -24,9 +24,19 @@ PARTS_RUNS = 15
 """Runs in which the segments of tower and decoder are measured apart."""
 
 
-def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Writer]) -> Any:
+def figures(
+    contest: Contest,
+    baseline: Writer,
+    full: Writer,
+    others: list[Writer],
+    by_policy: Writer | None = None,
+) -> Any:
     """The parts of each case, its ratios to the unsplit model, floors and predictions; None for a
-    model without a vision tower."""
+    model without a vision tower.
+
+    Args:
+        by_policy: The case in which the policy decides per prompt; it has no prediction.
+    """
     tower = contest.bundle.manifest.vision_chain
     if tower is None:
         return None
@@ -63,6 +73,9 @@ def figures(contest: Contest, baseline: Writer, full: Writer, others: list[Write
             "prefill_against_unsplit": _ratio(full, baseline, _prompt_s),
             **_against(full, baseline),
         },
+        "by_policy": None
+        if by_policy is None
+        else _parts(by_policy, tower) | _against(by_policy, baseline),
         "segments_ms": None if segments is None else segments.to_dict(),
         "cases": cases,
         "memory": bytes_by_part(contest.bundle) | memory,
