@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -43,13 +44,19 @@ class Layer:
     """A layer of a `Stack`.
 
     Attributes:
-        module: ``forward(state, *states, *shared)`` returns ``(state, *present)``. Layers that
+        module: ``forward(state, *states, *shared)`` returns ``(state, *updated)``. Layers that
             compute the same share one module, which is traced once.
         weights: The layer's parameters and buffers, by their names in the module.
+        shared: Names of the stack's shared tensors that it takes.
+        states: How many of the component's states it takes.
+        updated: How many of the updated states it returns.
     """
 
     module: nn.Module
     weights: Mapping[str, torch.Tensor]
+    shared: tuple[str, ...] = ()
+    states: int = 0
+    updated: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,10 @@ class Form:
     Attributes:
         body: A module, which is traced whole, or a `Stack`, which is traced layer by layer.
             ``forward(*inputs, *lengths, *states)`` of a module returns ``(*outputs, *present)``,
-            where a token state is given by its past. The entry of a stack takes
-            ``(*inputs, *lengths)`` and the past of the first state, whose shape has the capacity;
-            each layer takes its share of the states and returns its share of the present states.
+            where a token state is given by its past; prompt states that the component makes itself
+            are among the present ones. The entry of a stack takes ``(*inputs, *lengths)`` and the
+            past of the first token state, if there is one, whose shape has the capacity; each layer
+            takes its share of the states and returns its share of the present states.
         requires, states, lengths: As in `edgeexit.bundle.manifest.Variant`.
         opset: Lowest ONNX opset of its graph.
     """
@@ -130,9 +138,16 @@ class Component:
         return [*self.inputs, *lengths], states
 
     def present(self, form: StateForm) -> list[Tensor]:
-        """Token states that a graph returns: the ``new`` entries, or whole states (``past``)."""
+        """States that a graph returns: of token states the ``new`` entries, or the whole state
+        (``past``), and prompt states that it makes itself."""
         grown = "new" if form == "append" else "past"
-        return [_tensor(state, state.present, grown) for state in self.token_states]
+        return [
+            _tensor(state, state.present, grown)
+            if isinstance(state, TokenState)
+            else msgspec.structs.replace(state.tensor, name=state.made)
+            for state in self.states
+            if isinstance(state, TokenState) or state.made is not None
+        ]
 
 
 def length(kind: Length, name: str) -> Tensor:

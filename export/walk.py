@@ -90,7 +90,9 @@ class Walk:
         """
         component = self.manifest.components[name]
         for state in component.states:
-            if not isinstance(state, TokenState) and state.tensor.name not in self.known[0]:
+            if isinstance(state, TokenState) or state.made is not None:
+                continue
+            if state.tensor.name not in self.known[0]:
                 self.run(state.maker)
         return [_feed(component, known, names or {}) for known in self.known]
 
@@ -174,6 +176,9 @@ def _feed(component: Component, known: Known, names: Mapping[str, str]) -> Known
             sizes = {"batch": rows}
             shape = [sizes.get(a, 1) if isinstance(a, str) else int(a or 1) for a in state.axes]
             feed[state.past] = np.zeros(shape, state.dtype)
+        elif state.made is not None:
+            sizes_of = [int(size or 1) for size in state.tensor.axes[1:]]
+            feed[state.tensor.name] = np.zeros([rows, *sizes_of], state.tensor.dtype)
         else:
             feed[state.tensor.name] = known[state.tensor.name]
     return feed

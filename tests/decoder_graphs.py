@@ -46,6 +46,8 @@ ENCODER_STATE = Tensor(name="encoder_state", dtype="float32", axes=["batch", "so
 PIXEL_VALUES = Tensor(name="pixel_values", dtype="float32", axes=["batch", PIXELS])
 IMAGE_FEATURES = Tensor(name="features", dtype="float32", axes=["batch", FEATURES, WIDTH])
 PROMPT_MEAN = Tensor(name="prompt_mean", dtype="float32", axes=["batch", MEAN])
+OWN_MEAN = Tensor(name="own_mean", dtype="float32", axes=["batch", MEAN])
+"""The same, made in the run of the component that reads it."""
 ANSWERS = [
     Tensor(name="token", dtype="int64", axes=["batch"]),
     Tensor(name="logits", dtype="float32", axes=["batch", VOCABULARY]),
@@ -177,7 +179,7 @@ class Graph:
             if isinstance(state, TokenState):
                 own |= {state.past, state.present}
             else:
-                own.add(state.tensor.name)
+                own |= {state.tensor.name, state.made or ""}
         return (
             [tensor for name, tensor in self.inputs.items() if name not in own],
             [tensor for name, tensor in self.outputs.items() if name not in own],
@@ -243,7 +245,7 @@ class Components:
         self._head()
         if toy.adapter is not None:
             self._adapter()
-        if toy.stateless:
+        if toy.stateless and not toy.own_mean:
             self._mean_maker()
         if toy.gate:
             self._gate()
@@ -288,7 +290,7 @@ class Components:
     def _segment(self, number: int) -> None:
         layers = self._toy.layers_of(number)
         graph, state = self._begin(number, layers)
-        graph.give(self._state(number + 1), self._layers(graph, layers, state))
+        graph.give(self._state(number + 1), self._layers(graph, layers, state, f"s{number}"))
         projection = None
         if number and self._toy.projections and any(map(self._toy.attends, layers)):
             projection = self._projection(number, layers)
@@ -302,12 +304,13 @@ class Components:
             _keep(graph, name, _placed(graph, name, state))
         return self._variant(f"s{number}_projection", graph)
 
-    def _layers(self, graph: Graph, layers: Sequence[int], state: str) -> str:
-        """Layers of the decoder on top of each other."""
+    def _layers(self, graph: Graph, layers: Sequence[int], state: str, component: str) -> str:
+        """Layers of the decoder on top of each other, in a component."""
         for layer in layers:
             name = f"layer{layer}"
             if not self._toy.attends(layer):
-                state = _mean_layer(graph, name, state)
+                maker = component if self._toy.own_mean else "mean"
+                state = _mean_layer(graph, name, state, maker)
                 continue
             state = _self_attention(graph, name, state)
             if self._toy.encoder:
@@ -371,14 +374,15 @@ class Components:
         """All layers, and the answer for the last place. Where a layer reads a mean of what comes
         into it, that is made between two graphs."""
         number, layers = 0, list(range(LAYERS))
-        if self._toy.stateless:
+        if self._toy.stateless and not self._toy.own_mean:
             number, front = self._toy.component_of(STATELESS), layers[:STATELESS]
             graph, state = self._begin(0, front)
-            graph.give(self._state(number), self._layers(graph, front, state))
+            state = self._layers(graph, front, state, "unsplit_front")
+            graph.give(self._state(number), state)
             self._add("unsplit_front", graph)
             layers = layers[STATELESS:]
         graph, state = self._begin(number, layers)
-        state = self._layers(graph, layers, state)
+        state = self._layers(graph, layers, state, "unsplit")
         _answer(graph, graph.op("Gather", state, graph.number(-1), axis=1), "{}")
         self._add("unsplit", graph)
 
@@ -487,10 +491,19 @@ def _feed_forward(graph: Graph, name: str, state: str, more: str = "") -> str:
     return graph.op("Add", state, made)
 
 
-def _mean_layer(graph: Graph, name: str, state: str) -> str:
-    """The layer without attention."""
-    graph.states.append(PromptState(tensor=PROMPT_MEAN, maker="mean"))
-    mean = graph.linear(graph.take(PROMPT_MEAN), f"{name}/mean")
+def _mean_layer(graph: Graph, name: str, state: str, maker: str) -> str:
+    """The layer without attention, in the component that makes its mean or in another."""
+    given = graph.take(PROMPT_MEAN)
+    if maker == "mean":
+        graph.states.append(PromptState(tensor=PROMPT_MEAN, maker=maker))
+    else:
+        made = graph.linear(_mean_of(graph, state, _of_prompt(graph, state)), "mean")
+        begins = graph.op("Greater", graph.unsqueeze(graph.length("prompt"), 1), graph.number(0))
+        given = graph.op("Where", begins, made, given)
+        graph.give(OWN_MEAN, given)
+        state_of = PromptState(tensor=PROMPT_MEAN, maker=maker, made=OWN_MEAN.name)
+        graph.states.append(state_of)
+    mean = graph.linear(given, f"{name}/mean")
     return _feed_forward(graph, name, state, graph.unsqueeze(mean, 1))
 
 

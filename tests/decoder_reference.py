@@ -160,8 +160,8 @@ class Reference:
         for number in range(len(toy.layers)):
             stays = np.array([left.get(place, number) >= number for place in places.tolist()])
             before = state
-            mean = state[places < len(row.prompt)].mean(0) @ self._weights["mean"]
             for layer in toy.layers_of(number):
+                mean = state[places < len(row.prompt)].mean(0) @ self._weights["mean"]
                 made = self._layer(layer, state, places, found, mean, source.get("encoder_state"))
                 state = np.where(stays[:, None], made, before)
             if toy.gate and number == toy.gate_behind:

@@ -87,6 +87,7 @@ class DecoderToy:
         adapter: The component whose exit has an adapter: a layer with keys and values of its own.
         stateless: The third layer has no attention. It reads a vector made of the mean of the
             states of the prompt's tokens that come into it.
+        own_mean: The component that reads the mean makes it in its own run.
         gate: Behind component `gate_behind` stands the exit ``gate``, where the group ``image``
             may leave.
         prefix: A chain ``vision`` with two exits makes `FEATURES` rows of an image, which stand at
@@ -103,6 +104,7 @@ class DecoderToy:
     exits: tuple[int, ...] = (0, 1)
     adapter: int | None = None
     stateless: bool = False
+    own_mean: bool = False
     gate: bool = False
     gate_behind: int = 1
     prefix: bool = False
@@ -149,7 +151,7 @@ def make_decoder_toy(*, seed: int = 0, **options: Any) -> DecoderToy:
     assert sum(toy.layers) == LAYERS and all(n < len(toy.layers) - 1 for n in toy.exits)
     assert toy.adapter is None or toy.adapter in toy.exits
     assert not (toy.encoder and toy.groups)  # an encoder prompts, and has no placeholders
-    if toy.stateless:  # what comes into the layer is what comes into a component
+    if toy.stateless and not toy.own_mean:  # what comes into the layer comes into a component
         assert STATELESS in [toy.layers_of(n)[0] for n in range(len(toy.layers))]
     return toy
 
@@ -317,7 +319,7 @@ def _decoder_chain(toy: DecoderToy) -> Chain:
         components=names,
         outputs=ANSWERS,
         exits=[exit_ for own in behind for exit_ in own],
-        unsplit=["unsplit_front", "unsplit"] if toy.stateless else ["unsplit"],
+        unsplit=["unsplit"] if toy.own_mean or not toy.stateless else ["unsplit_front", "unsplit"],
     )
 
 

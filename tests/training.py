@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.families import bert, llama
+from edgeexit.export.methods.free import Free
 from edgeexit.export.methods.joint import Joint
 from edgeexit.export.methods.layerskip import LayerSkip
 from edgeexit.export.methods.method import Method
@@ -140,6 +141,9 @@ def in_all_processes(folder: Path, kind: str, rows: int, **given: Any) -> ExitTr
     given |= {"per_device_train_batch_size": rows}
     if kind == "joint":  # without dropout, whose draws differ from process to process
         return train(folder, text_classifier(0.0), Joint(distillation=0.5), first_word(96), **given)
+    if kind == "free":
+        free = Free(supervision="distillation", adversary=0.3)
+        return train(folder, decoder([1, 2], [1, 2]), free, ragged(96), **given)
     method = LayerSkip(dropout=0.5, weights={1: 1.0, 2: 0.5})
     return train(folder, decoder([1, 2], [1]), method, ragged(96), **given)
 

@@ -125,10 +125,14 @@ class PromptState(Struct, frozen=True, kw_only=True, tag="prompt"):
 
     The component `maker` computes it before this component first runs on a prompt. `tensor` is the
     maker's output and this component's input.
+
+    With `made`, the maker is this component itself: its graph takes ``lengths/prompt`` and outputs
+    `made`, the state of rows that have prompt tokens in this run, and what it was given for others.
     """
 
     tensor: Tensor
     maker: Name
+    made: Name | None = None
 
 
 class Component(Struct, frozen=True, kw_only=True):

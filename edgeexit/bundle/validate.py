@@ -28,7 +28,7 @@ from edgeexit.bundle.manifest import (
     Tensor,
     TokenState,
 )
-from edgeexit.bundle.tensor_forms import check_rows
+from edgeexit.bundle.tensor_forms import check_rows, describe
 from edgeexit.bundle.validate_images import check_images
 from edgeexit.bundle.validate_steps import check_steps
 from edgeexit.bundle.validate_texts import check_text_chain
@@ -63,16 +63,18 @@ def graph_signatures(manifest: Manifest) -> Iterable[tuple[str, set[str], set[st
     for component in manifest.components.values():
         inputs = {tensor.name for tensor in component.inputs}
         outputs = {tensor.name for tensor in component.outputs}
-        past, present, made = set(), set(), set()
+        past, present, read, made = set(), set(), set(), set()
         for state in component.states:
             if isinstance(state, TokenState):
                 past.add(state.past)
                 present.add(state.present)
-            else:
-                made.add(state.tensor.name)
+                continue
+            read.add(state.tensor.name)
+            if state.made is not None:
+                made.add(state.made)
         for variant in component.variants:
             lengths = {f"lengths/{kind}" for kind in variant.lengths}
-            yield variant.graph, inputs | lengths | past | made, outputs | present
+            yield variant.graph, inputs | lengths | past | read, outputs | present | made
         if component.projection is not None:
             yield component.projection.graph, inputs, present
 
@@ -125,7 +127,11 @@ def _check_components(manifest: Manifest) -> None:
     if unused := sorted(manifest.components.keys() - used):
         raise BundleError(f"{MANIFEST}: nothing uses the component {unused[0]}", fix=EXPORT_AGAIN)
     for name, component in manifest.components.items():
-        _check_component(f"{MANIFEST}: component {name}", component)
+        where = f"{MANIFEST}: component {name}"
+        _check_component(where, component)
+        for state in component.states:
+            if isinstance(state, PromptState) and state.made:
+                _check_own_state(where, name, component, state)
 
 
 def _named_components(manifest: Manifest) -> Iterable[tuple[str, str]]:
@@ -142,10 +148,10 @@ def _named_components(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 
 def _makers(manifest: Manifest, names: Iterable[str]) -> set[str]:
-    """The components that compute prompt states of these components."""
+    """The components that compute prompt states of these components for them."""
     components = [manifest.components[name] for name in names if name in manifest.components]
     states = [state for component in components for state in component.states]
-    return {state.maker for state in states if isinstance(state, PromptState)}
+    return {state.maker for state in states if isinstance(state, PromptState) and not state.made}
 
 
 def _check_component(where: str, component: Component) -> None:
@@ -166,6 +172,7 @@ def _check_component(where: str, component: Component) -> None:
     taken = [tensor.name for tensor in component.inputs] + [state.past for state in tokens]
     taken += [*(state.tensor.name for state in prompts), *lengths]
     given = [tensor.name for tensor in component.outputs] + [state.present for state in tokens]
+    given += [state.made for state in prompts if state.made]
     for what, names in (
         ("inputs", taken),
         ("outputs", given),
@@ -176,6 +183,26 @@ def _check_component(where: str, component: Component) -> None:
         raise BundleError(f"{where} has a projection that takes lengths", fix=EXPORT_AGAIN)
     if component.projection is not None and not tokens:
         raise BundleError(f"{where} has a projection, but no token states", fix=EXPORT_AGAIN)
+
+
+def _check_own_state(where: str, name: str, component: Component, state: PromptState) -> None:
+    """Checks a prompt state that its component makes itself."""
+    if state.maker != name:
+        raise BundleError(
+            f"{where}: {state.made} is said to be made by {state.maker}, not by the component",
+            fix=EXPORT_AGAIN,
+        )
+    first, *sizes = state.tensor.axes
+    if first != "batch" or not all(isinstance(size, int) for size in sizes):
+        raise BundleError(
+            f"{where}: {describe(state.tensor)} is no state of rows, [batch, ...] with numbers",
+            fix=EXPORT_AGAIN,
+        )
+    if not all("prompt" in variant.lengths for variant in component.variants):
+        raise BundleError(
+            f"{where} makes {state.made} of a prompt, but does not take lengths/prompt",
+            fix=EXPORT_AGAIN,
+        )
 
 
 def _check_chains(manifest: Manifest) -> None:

@@ -198,6 +198,8 @@ class _Walk:
             )
         made: Tensors = {}
         for state in component.states:
+            if isinstance(state, PromptState) and state.made:
+                continue  # made in the component's own run
             if isinstance(state, PromptState):
                 made |= self._prompt_state(scope, where, state, taken)
             elif scope.when == "input":

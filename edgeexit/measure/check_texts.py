@@ -101,7 +101,7 @@ def _reads_whole_prompts(model: Model) -> bool:
         for name in [*model.chain.components, *calls]
         for state in components[name].states
         if isinstance(state, PromptState)
-    }
+    }  # a component's own states among them
     return any("new" in tensor.axes for name in readers for tensor in components[name].inputs)
 
 

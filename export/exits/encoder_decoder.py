@@ -212,11 +212,11 @@ class ExitEncoderDecoder(ExitDecoder):
     def _also_read(self) -> tuple[Tensor, ...]:
         return (SOURCE_MASK,)
 
-    def _held(self, start: int, stop: int) -> tuple[TokenState | PromptState, ...]:
+    def _held(self, start: int, stop: int, component: str) -> tuple[TokenState | PromptState, ...]:
         states: list[TokenState | PromptState] = []
         for layer in range(start, stop):
             segment = sum(border <= layer for border in self._borders[1:])
-            states += super()._held(layer, layer + 1)
+            states += super()._held(layer, layer + 1, component)
             states += self._cross_states(layer + 1, segment)
         return tuple(states)
 

@@ -8,18 +8,25 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgeexit.errors import UsageError
-from edgeexit.export.exits.origins import ORIGINS, Origin
+from edgeexit.export.exits.origins import Origin
 from edgeexit.export.library_errors import translated
 
 EXITS_CONFIG = "edgeexit.json"
 EXITS_WEIGHTS = "exits.safetensors"
+SAVE_AGAIN = "Save the exits again with save_pretrained."
+FORMAT = 1
+"""Of ``edgeexit.json``."""
+
+_Layer = Annotated[int, msgspec.Meta(ge=1)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class SavedExits:
             images; `encoder` then has those for texts. None: it reads them together.
         tower: Layers of a vision tower with an exit.
         gates: Layers with a gate that drops image tokens -> width of the gate.
+        removed: Layers of a decoder without attention.
+        pia: Of these, layers with an adapter in its place -> its rank.
         origins: Exit name -> what is known about its training. Exits that are missing, as in files
             of older versions: unknown.
     """
@@ -44,6 +53,8 @@ class SavedExits:
     image_encoder: list[int] | None = None
     tower: list[int] | None = None
     gates: dict[int, int] = field(default_factory=dict)
+    removed: list[int] = field(default_factory=list)
+    pia: dict[int, int] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
@@ -63,7 +74,7 @@ def save_exits(
     """
     own = None if state_dict is None else weights_of(state_dict, "model.")
     model.save_pretrained(folder, state_dict=own)  # type: ignore[operator]
-    config: dict[str, object] = {"format": 1, "exits": exits.layers}
+    config: dict[str, object] = {"format": FORMAT, "exits": exits.layers}
     if exits.adapters:
         config["adapters"] = {str(layer): count for layer, count in exits.adapters.items()}
     if exits.encoder is not None:
@@ -74,6 +85,9 @@ def save_exits(
         config["tower_exits"] = exits.tower
     if exits.gates:
         config["gates"] = {str(layer): width for layer, width in exits.gates.items()}
+    if exits.removed:
+        config["removed_attention"] = exits.removed
+        config["pia"] = {str(layer): rank for layer, rank in exits.pia.items()}
     config["origins"] = dict(exits.origins)
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     weights: dict[str, torch.Tensor] = {}
@@ -83,35 +97,52 @@ def save_exits(
         save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / EXITS_WEIGHTS)
 
 
+class _File(msgspec.Struct):
+    """The content of ``edgeexit.json``."""
+
+    format: int
+    exits: list[_Layer]
+    adapters: dict[_Layer, _Size] = {}
+    encoder_exits: list[_Layer] | None = None
+    image_encoder_exits: list[_Layer] | None = None
+    tower_exits: list[_Layer] | None = None
+    gates: dict[_Layer, _Size] = {}
+    removed_attention: list[_Layer] = []
+    pia: dict[_Layer, _Size] = {}
+    origins: dict[str, Origin] = {}
+
+    def __post_init__(self) -> None:
+        if self.format > FORMAT:
+            raise ValueError(
+                f"format {self.format} is of a newer edgeexit, this one reads {FORMAT}"
+            )
+        for name, given, of in (
+            ("adapters", self.adapters, self.exits),
+            ("pia", self.pia, self.removed_attention),
+        ):
+            if more := sorted(set(given) - set(of)):
+                what = "an exit" if name == "adapters" else "its attention removed"
+                raise ValueError(f"{name} names layer {more[0]}, which does not have {what}")
+
+
 def read_exits(folder: Path) -> SavedExits:
     """Reads the list of a checkpoint's exits."""
     config = folder / EXITS_CONFIG
     if not config.is_file():
         return SavedExits()
-    with translated(config, "cannot be read", "Save the exits again with save_pretrained."):
-        saved = json.loads(config.read_text(encoding="utf-8"))
-        layers = saved["exits"]
-        if not all(isinstance(layer, int) for layer in layers):
-            raise ValueError("exits is not a list of layer numbers")
-        adapters = _numbers(saved, "adapters", "numbers of layers")
-        gates = _numbers(saved, "gates", "widths")
-        others = {}
-        for name in ("encoder", "image_encoder", "tower"):
-            others[name] = saved.get(f"{name}_exits")
-            if not all(isinstance(layer, int) for layer in others[name] or ()):
-                raise ValueError(f"{name}_exits is not a list of layer numbers")
-        origins = saved.get("origins", {})
-        if not all(origin in ORIGINS for origin in origins.values()):
-            raise ValueError(f"origins has other values than {', '.join(ORIGINS)}")
-        return SavedExits(list(layers), adapters, **others, gates=gates, origins=origins)
-
-
-def _numbers(saved: Mapping[str, Any], name: str, what: str) -> dict[int, int]:
-    """A list of layers with a number for each. Raises `ValueError` if it is something else."""
-    entries = saved.get(name, {})
-    if not all(isinstance(number, int) and number > 0 for number in entries.values()):
-        raise ValueError(f"{name} does not map layer numbers to {what}")
-    return {int(layer): number for layer, number in entries.items()}
+    with translated(config, "cannot be read", SAVE_AGAIN):
+        saved = msgspec.json.decode(config.read_bytes(), type=_File)
+    return SavedExits(
+        saved.exits,
+        saved.adapters,
+        saved.encoder_exits,
+        saved.image_encoder_exits,
+        saved.tower_exits,
+        gates=saved.gates,
+        removed=saved.removed_attention,
+        pia=saved.pia,
+        origins=saved.origins,
+    )
 
 
 def load_exits(
@@ -169,6 +200,9 @@ def check_adapters(
 ) -> dict[int, int]:
     """Exits with an adapter: exit layer -> number of adapter layers, from shallow to deep. Raises
     `UsageError` for invalid ones."""
+    if not isinstance(given, Mapping):
+        given = list(given)
+        check_repeated(given, "adapters")
     sizes = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1)
     for layer, count in sizes.items():
         if layer not in exits:
@@ -210,6 +244,7 @@ def listed(layers: Iterable[int]) -> str:
 
 
 __all__ = [
+    "SAVE_AGAIN",
     "SavedExits",
     "check_adapters",
     "check_layers",

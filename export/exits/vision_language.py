@@ -154,14 +154,20 @@ class ExitVisionLanguage(ExitDecoder):
     ) -> AtGate:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         image = (input_ids == self.whole.placeholder) & (positions < prompts[:, None])
+        belongs = positions < prompts[:, None]
         with torch.no_grad():
-            state = self._behind(input_ids, layer, positions, **inputs)
-            full = self._logits(self._through(layer, self.depth, state, positions))
-            without = self._logits_without(state, layer, positions, image)
+            state = self._behind(input_ids, layer, positions, belongs, **inputs)
+            full = self._logits(self._through(layer, self.depth, state, positions, belongs))
+            without = self._logits_without(state, layer, positions, image, belongs)
         return AtGate(self.gate(layer).logits(state, image, prompts), full, without)
 
     def logits_without(
-        self, input_ids: torch.Tensor, layer: int, gone: torch.Tensor, **inputs: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        layer: int,
+        gone: torch.Tensor,
+        prompts: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
         """Logits ``[batch, seq, classes]`` of the last exit when tokens leave behind a layer; the
         others keep their positions.
@@ -170,29 +176,40 @@ class ExitVisionLanguage(ExitDecoder):
             input_ids: ``[batch, seq]``.
             layer: 0: in front of the first.
             gone: ``[batch, seq]``, the tokens that leave; their logits are 0.
+            prompts: As for `forward`.
             inputs: As for `embed`.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        state = self._behind(input_ids, layer, positions, **inputs)
-        return self._logits_without(state, layer, positions, gone)
+        belongs = torch.ones_like(gone) if prompts is None else positions < prompts[:, None]
+        state = self._behind(input_ids, layer, positions, belongs, **inputs)
+        return self._logits_without(state, layer, positions, gone, belongs)
 
     def _behind(
-        self, input_ids: torch.Tensor, layer: int, positions: torch.Tensor, **inputs: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        layer: int,
+        positions: torch.Tensor,
+        belongs: torch.Tensor,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
         self._heads = self._heads.on(input_ids.device)
-        state = self.embed(input_ids, **inputs)
-        if self.trunk.stem is not None:
-            state = self.trunk.stem(state, positions)
-        return self._through(0, layer, state, positions)
+        state = self._first_state(input_ids, positions, **inputs)
+        return self._through(0, layer, state, positions, belongs)
 
     def _logits_without(
-        self, state: torch.Tensor, layer: int, positions: torch.Tensor, gone: torch.Tensor
+        self,
+        state: torch.Tensor,
+        layer: int,
+        positions: torch.Tensor,
+        gone: torch.Tensor,
+        belongs: torch.Tensor,
     ) -> torch.Tensor:
         # Kept tokens first, in order; those behind them are padding that none of them attends to.
         count = int((~gone).sum(dim=1).max())
         kept = gone.int().argsort(dim=1, stable=True)[:, :count]
         left = state.gather(1, kept[..., None].expand(-1, -1, state.shape[2]))
-        left = self._logits(self._through(layer, self.depth, left, positions.gather(1, kept)))
+        places, summarised = positions.gather(1, kept), (belongs & ~gone).gather(1, kept)
+        left = self._logits(self._through(layer, self.depth, left, places, summarised))
         logits = left.new_zeros(*state.shape[:2], left.shape[2])
         return logits.scatter_(1, kept[..., None].expand(-1, -1, left.shape[2]), left)
 

@@ -20,6 +20,7 @@ from transformers import (
 from edgeexit.errors import ExportError
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk
 from edgeexit.export.trace.attention import Heads
+from edgeexit.export.trace.without_attention import FeedForward
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 """Model types that this module describes."""
@@ -99,6 +100,25 @@ class _Layer(nn.Module):
         layer = self.layer
         state = state + layer.self_attn.o_proj(attended)  # type: ignore[operator,union-attr]
         return state + layer.mlp(layer.post_attention_layernorm(state))  # type: ignore[operator]
+
+    def silence(self) -> None:
+        """Makes the layer's attention add nothing."""
+        projection = self.layer.self_attn.o_proj  # type: ignore[union-attr]
+        for parameter in projection.parameters():  # type: ignore[union-attr]
+            nn.init.zeros_(parameter)
+
+    @property
+    def feed_forward(self) -> FeedForward:
+        """What the layer does behind its attention."""
+        mlp, norm = self.layer.mlp, self.layer.post_attention_layernorm
+        return FeedForward(
+            norm=norm,  # type: ignore[arg-type]
+            epsilon=norm.variance_epsilon,  # type: ignore[union-attr,arg-type]
+            gate=mlp.gate_proj,  # type: ignore[union-attr,arg-type]
+            up=mlp.up_proj,  # type: ignore[union-attr,arg-type]
+            down=mlp.down_proj,  # type: ignore[union-attr,arg-type]
+            activation=mlp.act_fn,  # type: ignore[union-attr,arg-type]
+        )
 
 
 def _per_head(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -111,16 +111,16 @@ class Dyvte(Method):
         """A gate's logits for the prompts of a batch, and its labels.
 
         Raises:
-            UsageError: A row has no labels, no prompt before them, or no image tokens.
+            UsageError: A row has not one answer, no prompt before it, or no image tokens.
         """
         column(inputs, "labels", _ANSWERS)
         tokens, targets = checked_tokens(model, inputs, step)
         answer = targets != IGNORED
         prompts = answer.int().argmax(dim=1) + 1
-        if not step:
+        if not (tokens.is_cuda and step):  # a GPU would wait for it
             _check_rows(model, tokens, answer, prompts)
         others = further_inputs(model, inputs, step)
-        made: AtGate = forward(tokens, gate=layer, prompts=prompts, **others)
+        made: AtGate = forward(tokens, gate=layer, **{**others, "prompts": prompts})
         with torch.no_grad():
             counts = answer.sum(dim=1)
             same = made.full.argmax(-1) == made.without.argmax(-1)
@@ -162,6 +162,9 @@ def _check_rows(
     """Raises `UsageError` for rows from which a gate cannot learn."""
     if not bool(answer.any(dim=1).all()):
         raise UsageError("training: a row has no answer (all labels are -100)", fix=_ANSWERS)
+    begins = answer[:, :1].sum(dim=1) + (answer[:, 1:] & ~answer[:, :-1]).sum(dim=1)
+    if bool((begins > 1).any()):
+        raise UsageError("training: a row has more than one answer", fix=_ANSWERS)
     places = torch.arange(tokens.shape[1], device=tokens.device)
     image = (tokens == model.whole.placeholder) & (places < prompts[:, None])
     if not bool(image.any(dim=1).all()):

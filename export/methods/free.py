@@ -30,6 +30,8 @@ from edgeexit.export.methods.layerskip import (
 from edgeexit.export.methods.method import Batch, Forward, Loss, column, is_number
 
 Supervision = Literal["labels", "distillation"]
+Features = dict[int, torch.Tensor]
+"""Layer -> logits or features of its exit."""
 _FIX_LABELS = (
     'Give rows with labels (-100 for tokens to ignore), or use supervision="distillation", which '
     "needs none."
@@ -84,20 +86,30 @@ class Free(AdapterDistillation):
         if self.supervision == "labels":
             column(inputs, "labels", _FIX_LABELS)
         tokens, targets = checked_tokens(model, inputs, step)
-        features: dict[int, torch.Tensor] = {}
         exits = [*model.adapter_sizes, model.depth]
-        logits = forward(
-            tokens, exits=exits, features=features, **further_inputs(model, inputs, step)
-        )
-        last, counted = logits[model.depth], targets != IGNORED
+        counted = targets != IGNORED
         against = self.adversary and step is not None and bool(counted.any())
+
+        def finish(logits: Features, features: Features) -> Loss:
+            return self._loss(model, logits, features if against else {}, targets)
+
+        made: Loss = forward(
+            tokens, exits=exits, finish=finish, **further_inputs(model, inputs, step)
+        )
+        return made
+
+    def _loss(
+        self, model: ExitDecoder, logits: Features, features: Features, targets: torch.Tensor
+    ) -> Loss:
+        """The loss, and logits by exit. `features`: empty without an adversary."""
+        last, counted = logits[model.depth], targets != IGNORED
         losses = []
         for layer in model.adapter_sizes:
             if self.supervision == "labels":
                 loss = token_loss(logits[layer], targets)
             else:
                 loss = agreement_loss(logits[layer], last, targets)
-            if against:
+            if features:
                 generator, discriminator = adversarial_losses(
                     cast("nn.ModuleDict", model.companions)[f"exit_{layer}"],
                     features[layer][counted],

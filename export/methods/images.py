@@ -1,4 +1,5 @@
-"""Checks that the images of a batch are those that its rows have places for."""
+"""What a pass reads of a batch besides its tokens: images, which must be those that its rows have
+places for, and where prompts end."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.tower import PIXELS, ExitTower
 from edgeexit.export.exits.vision_language import ExitVisionLanguage
-from edgeexit.export.methods.method import Batch, column
+from edgeexit.export.methods.method import IGNORED, Batch, column
 
 GIVE_IMAGES = "Give images as the model's image processor makes them."
 
 
 def further_inputs(model: ExitDecoder, inputs: Batch, step: int | None) -> dict[str, torch.Tensor]:
-    """What `ExitDecoder.embed` reads of a batch besides its tokens: images.
+    """What an `ExitDecoder` reads of a batch besides its tokens: images, and the lengths of prompts
+    if adapters in place of attentions summarise them.
 
     Args:
         step: As in `Method.loss`. On a GPU, which would wait for it, places are only counted in the
@@ -29,12 +31,30 @@ def further_inputs(model: ExitDecoder, inputs: Batch, step: int | None) -> dict[
             images = len(checked_pixels(model.tower, inputs))
         if not (ids.is_cuda and step):
             _check_places(ids == model.whole.placeholder, images, model.whole.tower.tokens)
-    return {name: inputs[name] for name in model.read_by_embed if name in inputs}
+    others = {name: inputs[name] for name in model.read_by_embed if name in inputs}
+    return others | ({"prompts": prompts_of(inputs)} if model.skipped.summarises else {})
+
+
+def prompts_of(inputs: Batch) -> torch.Tensor:
+    """Tokens in front of the first label that is not ignored, ``[batch]``; of rows without one, all
+    tokens.
+
+    Raises:
+        UsageError: There are no labels.
+    """
+    labels = column(
+        inputs,
+        "labels",
+        "Layers without attention summarise prompts: give labels, -100 for the prompt.",
+    )
+    answer = labels[:, 1:] != IGNORED
+    ends = answer.int().argmax(dim=1) + 1
+    return torch.where(answer.any(dim=1), ends, answer.shape[1])
 
 
 def checked_pixels(tower: ExitTower, inputs: Batch) -> torch.Tensor:
-    """The images of a batch ``[images, channels, height, width]``. Raises `UsageError` if there are
-    none, or if they have another shape or kind."""
+    """The images of a batch ``[images, channels, height, width]``. Raises `UsageError` if there is
+    no such column, or if they have another shape or kind."""
     pixels = column(inputs, PIXELS, GIVE_IMAGES)
     wanted = list(tower.trunk.pixels)
     if pixels.ndim != 4 or list(pixels.shape[1:]) != wanted or not pixels.is_floating_point():

@@ -24,6 +24,7 @@ from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.methods.images import further_inputs
 from edgeexit.export.methods.method import (
     GIVE_EXITS,
+    IGNORED,
     Batch,
     Forward,
     Loss,
@@ -33,9 +34,6 @@ from edgeexit.export.methods.method import (
     is_number,
     whole_numbers,
 )
-
-IGNORED = -100
-"""Label of a token that the loss ignores, as in transformers."""
 
 
 @dataclass(frozen=True)

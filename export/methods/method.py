@@ -27,6 +27,8 @@ Forward = Callable[..., Any]
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """A scalar, and logits by exit, from shallow to deep."""
 
+IGNORED = -100
+"""Label of a token that the loss ignores, as in transformers."""
 
 GIVE_EXITS = (
     "Give it exits: edgeexit.export.pretrained.from_pretrained(path, exits=..., untrained=True)."
@@ -153,6 +155,7 @@ def _listed(names: Iterable[str]) -> str:
 
 __all__ = [
     "GIVE_EXITS",
+    "IGNORED",
     "Batch",
     "Forward",
     "Loss",

@@ -51,6 +51,8 @@ class TowerDistillation(Method):
 
     def loss(self, model: Any, forward: Forward, inputs: Batch, step: int | None) -> Loss:
         pixels = checked_pixels(model.tower, inputs)
+        if not len(pixels):
+            raise UsageError("training: a batch has no image to learn from", fix=GIVE_IMAGES)
         features = forward(None, images=pixels)
         whole = features.pop(model.tower.depth).detach()
         errors = [(made - whole).square().mean() for made in features.values()]

@@ -85,7 +85,9 @@ class ExitTrainer(transformers.Trainer):
             torch.manual_seed(args.seed)
             self._companions = method.companions(model)
         self._trained: set[str] = set()
-        self._decaying = {name for name, weight in model.named_parameters() if _decays(weight)}
+        named = [*model.named_parameters()]
+        named += [(f"companions.{name}", one) for name, one in self._companions.named_parameters()]
+        self._decaying = {name for name, weight in named if _decays(weight)}
         super().__init__(model, args, **others)
         self.model_accepts_loss_kwargs = True
         self.data_collator = ClearCollator(self.data_collator)  # type: ignore[has-type]
@@ -122,7 +124,9 @@ class ExitTrainer(transformers.Trainer):
 
     def _warn_of_exits_left_out(self) -> None:
         trained = self.method.trains(self.exits)
-        if left_out := [name for name in self.exits.exit_origins if name not in trained]:
+        kinds = {_kind(name) for name in trained}  # other parts are left out by a method's nature
+        names = [name for name in self.exits.exit_origins if not kinds or _kind(name) in kinds]
+        if left_out := [name for name in names if name not in trained]:
             logger.warning(
                 "training: %s does not train %s: %s",
                 type(self.method).__name__,
@@ -289,6 +293,11 @@ class ExitTrainer(transformers.Trainer):
                 f"{folder}: the checkpoint was trained with {written}, not with {self.method}",
                 fix="Resume with the checkpoint's method, or train into another output_dir.",
             )
+
+
+def _kind(exit_name: str) -> str:
+    """``tower_exit_4`` -> ``tower_exit``."""
+    return exit_name.rpartition("_")[0]
 
 
 def _decays(parameter: nn.Parameter) -> bool:

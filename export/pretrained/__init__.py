@@ -8,7 +8,7 @@ checkpoint has only their layer numbers and the adapters of some exits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from edgeexit.errors import ExportError, UsageError
@@ -34,7 +34,7 @@ def from_pretrained(
     image_encoder_exits: Iterable[int] | None = None,
     tower_exits: Iterable[int] | None = None,
     image_drops: Iterable[int] = (),
-    gates: Iterable[int] | Mapping[int, int] | None = None,
+    gates: Collection[int] | Mapping[int, int] | None = None,
     most_tiles: int | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
@@ -84,6 +84,10 @@ def from_pretrained(
             "(edgeexit/export/families/bert.py is the example) and give it as module:function.",
         )
     saved = _saved_exits(checkpoint, use=saved_exits)
+    exits, tower_exits = _listed(exits), _listed(tower_exits)
+    if untrained:
+        asked = {"exit": exits, "tower_exit": tower_exits, "gate": gates}
+        _tell_of_left_out(checkpoint, saved, asked)
     if config.model_type in VISION_LANGUAGE:
         chosen = Exits(
             decoder=exits,
@@ -141,7 +145,7 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
     they were trained without the adapters that are merged."""
     found = read_exits(checkpoint.folder)
     if not found.layers and not found.encoder:
-        return found if use else SavedExits()
+        return found if use else SavedExits(removed=found.removed, pia=found.pia)
     layers = ", ".join(map(str, found.layers or []))
     if not use:
         logger.warning(
@@ -150,7 +154,7 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
             checkpoint.path,
             layers,
         )
-        return SavedExits()
+        return SavedExits(removed=found.removed, pia=found.pia)  # no matter of exits
     if checkpoint.adapters is not None:
         logger.warning(
             "%s: the exits that are saved with the checkpoint (behind layers %s) were trained "
@@ -160,6 +164,32 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
             layers,
         )
     return found
+
+
+def _listed(layers: Iterable[int] | None) -> list[int] | None:
+    return None if layers is None else list(layers)
+
+
+def _tell_of_left_out(
+    checkpoint: Checkpoint,
+    saved: SavedExits,
+    asked: Mapping[str, Collection[int] | Mapping[int, int] | None],
+) -> None:
+    """Warns of trained exits that the model will not have: saved again, it has lost them."""
+    known = {"exit": saved.layers, "tower_exit": saved.tower, "gate": saved.gates}
+    left = [
+        name
+        for prefix, chosen in asked.items()
+        for layer in known[prefix] or ()
+        if chosen is not None and layer not in chosen
+        if saved.origins.get(name := f"{prefix}_{layer}") == "trained"
+    ]
+    if left:
+        logger.warning(
+            "%s: its trained exits %s are left out; name their layers, too, to keep them",
+            checkpoint.path,
+            ", ".join(left),
+        )
 
 
 __all__ = [

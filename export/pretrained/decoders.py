@@ -8,8 +8,16 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
-from edgeexit.export.exits.saved import SavedExits, load_exits, name_layers
+from edgeexit.export.exits.saved import (
+    SAVE_AGAIN,
+    SavedExits,
+    load_exits,
+    load_named,
+    name_layers,
+)
+from edgeexit.export.exits.skipped_attention import SkippedAttention
 from edgeexit.export.generation import generation_of
+from edgeexit.export.library_errors import translated
 from edgeexit.export.pretrained.common import (
     depth_of_config,
     name_of,
@@ -48,6 +56,7 @@ def read_decoder(
     if adapters is None:
         adapters = {layer: size for layer, size in held.items() if layer in chosen}
     decoder = ExitDecoder(model, trunk, chosen, adapters)
+    load_skipped(checkpoint, decoder, found)
     load_adapters(checkpoint, decoder, found, untrained=untrained)
     decoder.eval()
     decoder.name = name_of(path)
@@ -75,6 +84,18 @@ def load_adapters(
         load_exits(decoder.adapters, loaded, checkpoint.folder)
 
 
+def load_skipped(checkpoint: Checkpoint, decoder: ExitDecoder, found: SavedExits) -> None:
+    """Removes attentions that the checkpoint has none of, and loads the adapters in their place."""
+    if not found.removed:
+        return
+    with translated(checkpoint.path, "its list of removed attentions does not fit", SAVE_AGAIN):
+        skipped = SkippedAttention(decoder.layers, decoder.trunk.width, found.pia)
+        skipped.remove(found.removed)
+        decoder.skipped = skipped
+    if len(skipped.pia):
+        load_named(skipped.pia, skipped.pia, checkpoint.folder)
+
+
 def origins_of_decoder(
     decoder: ExitDecoder, found: SavedExits, *, untrained: bool
 ) -> dict[str, Origin]:
@@ -95,4 +116,4 @@ def _sizes(held: Mapping[int, int]) -> str:
     return ", ".join(found) or "none"
 
 
-__all__ = ["DECODERS", "load_adapters", "origins_of_decoder", "read_decoder"]
+__all__ = ["DECODERS", "load_adapters", "load_skipped", "origins_of_decoder", "read_decoder"]

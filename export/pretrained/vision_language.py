@@ -34,7 +34,11 @@ from edgeexit.export.pretrained.common import (
     tell_of_tokenizer,
     trunk_of,
 )
-from edgeexit.export.pretrained.decoders import load_adapters, origins_of_decoder
+from edgeexit.export.pretrained.decoders import (
+    load_adapters,
+    load_skipped,
+    origins_of_decoder,
+)
 from edgeexit.export.pretrained.encoder_decoders import origins_of_both
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,7 @@ def read_vision_language(
             adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
         gates = _gates(path, saved, exits)
         split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters, gates)
+        load_skipped(checkpoint, split, saved)
         load_adapters(checkpoint, split, saved, untrained=exits.untrained)
         held = [layer for layer in split.gate_layers if layer in saved.gates]
         if held:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 import torch
 
-from edgeexit.bundle.manifest import Tensor
+from edgeexit.bundle.manifest import Tensor, TokenState
 from edgeexit.export.contract import Component, Form, Stack
 from edgeexit.export.describe import Derived
 from edgeexit.export.passes.ort_fusions import fuse
@@ -47,7 +47,12 @@ def graph_of_form(
     known = {tensor.name: _zeros(tensor) for tensor in [*inputs, *states]} | dict(values or {})
     options = {"opset": max(opset, form.opset), "what": component.name}
     if isinstance(form.body, Stack):
-        entry = [*inputs, *states[:1]]
+        first = [
+            tensor
+            for state, tensor in zip(component.states, states, strict=True)
+            if isinstance(state, TokenState)
+        ][:1]
+        entry = [*inputs, *first]
         model = pieces.graph(form.body, entry, outputs, states, present, known, **options)  # type: ignore[arg-type]
     else:
         taken, made = [*inputs, *states], [*outputs, *present]
@@ -69,7 +74,9 @@ def graph_of_projection(component: Component, *, opset: int, pieces: Pieces) -> 
     """The graph that computes a component's token states for tokens that skip the component."""
     assert component.projection is not None
     values = {tensor.name: _zeros(tensor) for tensor in component.inputs}
-    what, made = f"{component.name}, projection", component.present("append")
+    kept = {state.present for state in component.token_states}
+    what = f"{component.name}, projection"
+    made = [tensor for tensor in component.present("append") if tensor.name in kept]
     return pieces.graph(
         component.projection, component.inputs, [], [], made, values, opset=opset, what=what
     )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from edgeexit.bundle.manifest import PromptState, Tensor, TokenState
-from edgeexit.export.contract import Component, Form, Layer, SplitModel, Stack, Table
+from edgeexit.export.contract import Component, Form, SplitModel, Stack, Table
 from edgeexit.export.trace.attention import FLOAT32_ATTENTION
 from edgeexit.export.trace.torch_graph import dtype_name
 
@@ -109,9 +109,10 @@ class _Halves:
             state=self.tensor(stack.state),
             shared=tuple(self._described(tensor) for tensor in stack.shared),
             layers=[
-                Layer(
-                    self._module(layer.module),
-                    {
+                dataclasses.replace(
+                    layer,
+                    module=self._module(layer.module),
+                    weights={
                         f"module.{name}": x if self._stays(name) else self._weight(x)
                         for name, x in layer.weights.items()
                     },

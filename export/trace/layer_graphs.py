@@ -47,8 +47,7 @@ class Pieces:
             stack: What to trace.
             inputs: Inputs of its entry.
             outputs: Outputs of the stack besides those of layers; may be empty.
-            own: Inputs of layers besides state and shared tensors: an equal share for each layer,
-                in order.
+            own: Inputs of layers besides state and shared tensors, layer by layer.
             made: Outputs of layers besides the state, likewise.
             values: An example of every input, with two rows or more.
             what: The graph's name.
@@ -66,18 +65,28 @@ class Pieces:
             opset=opset,
             what=f"{what}, entry",
         )
-        carried, *common = join.add(entry, "entry", [join.values[tensor.name] for tensor in inputs])
+        carried, *values_of = join.add(
+            entry, "entry", [join.values[tensor.name] for tensor in inputs]
+        )
+        common = {tensor.name: x for tensor, x in zip(stack.shared, values_of, strict=True)}
         of_layers: list[ir.Value] = []
+        taken = given = 0
         for number, layer in enumerate(stack.layers):
             name = f"layer_{number + 1}"
-            takes, gives = (_share(part, number, len(stack.layers)) for part in (own, made))
+            takes = own[taken : taken + layer.states]
+            gives = made[given : given + layer.updated]
+            taken, given = taken + layer.states, given + layer.updated
             piece = self._trace_layer(
                 stack, layer, takes, gives, known, opset=opset, what=f"{what}, {name}"
             )
             carried, *more = join.add(
                 piece,
                 name,
-                [carried, *(join.values[tensor.name] for tensor in takes), *common],
+                [
+                    carried,
+                    *(join.values[tensor.name] for tensor in takes),
+                    *(common[shared] for shared in layer.shared),
+                ],
                 layer.weights,
             )
             of_layers += more
@@ -102,9 +111,11 @@ class Pieces:
     ) -> ir.Model:
         weights = [_described(key, value) for key, value in layer.weights.items()]
         own = {t.name: x for t, x in zip(weights, layer.weights.values(), strict=True)}
+        described = {tensor.name: tensor for tensor in stack.shared}
+        shared = [described[name] for name in layer.shared]
         return self._trace(
             layer.module,
-            [stack.state, *takes, *stack.shared, *weights],
+            [stack.state, *takes, *shared, *weights],
             [msgspec.structs.replace(stack.state, name="state_after"), *gives],
             {**known, **own},
             weights=list(layer.weights),
@@ -240,12 +251,6 @@ def _value(tensor: Tensor) -> ir.Value:
 def _described(name: str, value: torch.Tensor) -> Tensor:
     dtype = torch_graph.dtype_name(value.dtype)
     return Tensor(name=name, dtype=dtype, axes=list(value.shape))  # type: ignore[arg-type]
-
-
-def _share(tensors: Sequence[Tensor], number: int, of: int) -> Sequence[Tensor]:
-    """The tensors of layer `number`, of `of` layers with equal shares."""
-    each = len(tensors) // of
-    return tensors[number * each : (number + 1) * each]
 
 
 __all__ = ["Pieces"]

@@ -16,8 +16,16 @@ from torch.func import functional_call
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.export.contract import Form, Layer, Stack
-from edgeexit.export.trace.attention import AnyForm, Heads, forms, read_source, split_heads
+from edgeexit.export.trace.attention import (
+    AnyForm,
+    Append,
+    Heads,
+    forms,
+    read_source,
+    split_heads,
+)
 from edgeexit.export.trace.rotary import angles, rotations, turn
+from edgeexit.export.trace.without_attention import PROMPT, WithoutAttention, prompt_of
 
 
 class CutLayer(Protocol):
@@ -66,51 +74,87 @@ class Stacks:
         self._heads = heads
         self._state = Tensor(name="state", dtype="float32", axes=["batch", "new", width])
         self._attentions = [form(heads) for form in forms(heads)]
-        self._shared = (_UNREAD,) if reading else ()
-        self._entries = [_Entry(None, attention, reading) for attention in self._attentions]
-        self._first_entries = self._entries
-        if stem is not None:
-            self._first_entries = [
-                _Entry(stem, attention, reading) for attention in self._attentions
-            ]
+        self._stem, self._reading = stem, reading
+        self._entries: dict[tuple[object, ...], _Entry] = {}
         self._head = _LastToken(head)
         self._rotations = _Rotations(heads)
         self._kinds: list[_Kind] = []
+        self._without: list[WithoutAttention] = []
 
     def forms(
         self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
     ) -> tuple[Form, ...]:
-        """Layers with their caches, in every form that supports the heads."""
-        entries = self._first_entries if stem else self._entries
-        kinds = [self._kind(layer) for layer in layers]
-        return tuple(
-            Form(
+        """Layers with their caches, in every form that supports the heads. Layers without attention
+        (`WithoutAttention`) may be among them; a stack of nothing else has forms with and without
+        ONNX Runtime's own operators."""
+        attends = any(not isinstance(layer, WithoutAttention) for layer in layers)
+        summarises = any(isinstance(layer, WithoutAttention) and layer.takes for layer in layers)
+        made: list[Form] = []
+        for number, attention in enumerate(self._attentions):
+            entry = self._entry(attention if attends else None, stem=stem, summarises=summarises)
+            requires = attention.requires
+            if not attends:
+                requires = tuple(name for name in requires if name == "onnxruntime-operators")
+            form = Form(
                 body=Stack(
-                    entry=entries[number].eval(),
+                    entry=entry.eval(),
                     state=self._state,
-                    shared=(*attention.shared, *self._shared),
-                    layers=[
-                        Layer(kind.cached[number], _weights(layer))
-                        for kind, layer in zip(kinds, layers, strict=True)
-                    ],
+                    shared=entry.shared,
+                    layers=[self._layer(layer, number) for layer in layers],
                     head=self._head if head else None,
                 ),
-                requires=attention.requires,
-                states=attention.states,
-                lengths=attention.lengths,
-                opset=attention.opset,
+                requires=requires,
+                states=attention.states if attends else "append",
+                lengths=(
+                    *(attention.lengths if attends else ()),
+                    *(("prompt",) if summarises else ()),
+                ),
+                opset=attention.opset if attends else Append.opset,
             )
-            for number, attention in enumerate(self._attentions)
+            if attends or all(form.requires != known.requires for known in made):
+                made.append(form)
+        return tuple(made)
+
+    def _entry(self, attention: AnyForm | None, *, stem: bool, summarises: bool) -> _Entry:
+        key = attention, stem, summarises
+        if key not in self._entries:
+            self._entries[key] = _Entry(
+                self._stem if stem else None, attention, self._reading, summarises=summarises
+            )
+        return self._entries[key]
+
+    def _layer(self, layer: nn.Module, number: int) -> Layer:
+        """A layer in one of the forms."""
+        if isinstance(layer, WithoutAttention):
+            module = next((known for known in self._without if _same(known, layer)), layer)
+            if module is layer:
+                self._without.append(layer)
+            names = tuple(tensor.name for tensor in layer.takes)
+            count = 0 if layer.width is None else 1
+            return Layer(module.eval(), _own_tensors(layer), names, count, count)
+        shared = (*self._attentions[number].shared, *((_UNREAD,) if self._reading else ()))
+        return Layer(
+            self._kind(layer).cached[number],
+            _weights(layer),
+            tuple(tensor.name for tensor in shared),
+            states=4 if self._reading else 2,
+            updated=2,
         )
 
     def projection(self, layers: Sequence[nn.Module]) -> Stack:
         """Computes the keys and values of all layers from one state, as if it were the input of
         each layer (CALM's propagation of a skipped token's state, arXiv:2207.07061)."""
+        shared = () if self._heads.rotary is None else rotations(self._heads.size)
+        names = tuple(tensor.name for tensor in shared)
         return Stack(
             entry=self._rotations,
             state=self._state,
-            shared=() if self._heads.rotary is None else rotations(self._heads.size),
-            layers=[Layer(self._kind(layer).projecting, _weights(layer)) for layer in layers],
+            shared=shared,
+            layers=[
+                Layer(self._kind(layer).projecting, _weights(layer), names, updated=2)
+                for layer in layers
+                if not isinstance(layer, WithoutAttention)
+            ],
         )
 
     def _kind(self, layer: nn.Module) -> _Kind:
@@ -131,23 +175,36 @@ class _Kind:
 
 
 class _Entry(nn.Module):
-    """Computes the first state, and the values that attention's layers share."""
+    """Computes the first state, and the values that layers share (`shared`)."""
 
-    def __init__(self, stem: nn.Module | None, attention: AnyForm, reading: bool) -> None:
+    def __init__(
+        self, stem: nn.Module | None, attention: AnyForm | None, reading: bool, *, summarises: bool
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.attention = attention
         self.reading = reading
+        self.summarises = summarises
+
+    @property
+    def shared(self) -> tuple[Tensor, ...]:
+        own = () if self.attention is None else self.attention.shared
+        return (*own, *((_UNREAD,) if self.reading else ()), *(PROMPT if self.summarises else ()))
 
     def forward(
         self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        source, rest = (rest[:1], rest[1:]) if self.reading else ((), rest)
-        *lengths, past = rest
+        source, given = (rest[:1], list(rest[1:])) if self.reading else ((), list(rest))
+        past = None if self.attention is None else given.pop()
+        counts = [given.pop()] if self.summarises else []
         if self.stem is not None:
             state = self.stem(state, positions)
-        shared = self.attention.prepare(positions, lengths, past.shape[2])
-        return (state, *shared, *(~mask.bool()[:, None, None] for mask in source))
+        shared: tuple[torch.Tensor, ...] = ()
+        if self.attention is not None and past is not None:
+            shared = self.attention.prepare(positions, given, past.shape[2])
+        unread = (~mask.bool()[:, None, None] for mask in source)
+        prompt = (value for count in counts for value in prompt_of(count, state))
+        return (state, *shared, *unread, *prompt)
 
 
 class _CachedLayer(nn.Module):
@@ -238,7 +295,17 @@ class _WithoutAttention(nn.Module):
 
 def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
     """A layer's tensors by their names in this file's modules, where the layer is ``layer``."""
-    return {f"layer.{name}": value.detach() for name, value in _tensors(layer).items()}
+    return {f"layer.{name}": value for name, value in _own_tensors(layer).items()}
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in _tensors(layer).items()}
+
+
+def _same(known: nn.Module, layer: nn.Module) -> bool:
+    """Whether modules have the same structure and shapes."""
+    same = type(known) is type(layer) and repr(known) == repr(layer)
+    return same and _shapes(layer) == _shapes(known)
 
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -250,7 +317,7 @@ def _alike(known: nn.Module, layer: nn.Module, width: object, heads: Heads) -> b
     and bit-identical outputs if the known layer runs with its weights."""
     if layer is known:
         return True
-    if repr(layer) != repr(known) or _shapes(layer) != _shapes(known):
+    if not _same(known, layer):
         return False
     assert isinstance(width, int)
     generator = torch.Generator().manual_seed(0)

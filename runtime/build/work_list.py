@@ -46,7 +46,12 @@ from edgeexit.runtime.build.profiles import (
     usual_ranges,
 )
 from edgeexit.runtime.executor.blocks import CHUNK
-from edgeexit.runtime.executor.components import graph_outputs, prompt_states, token_states
+from edgeexit.runtime.executor.components import (
+    graph_outputs,
+    made_by_others,
+    prompt_states,
+    token_states,
+)
 
 REFERENCE = "samples/reference.npz"
 
@@ -223,7 +228,7 @@ def _chain_uses(manifest: Manifest, chain: Chain, when: When) -> Iterator[tuple[
 
 def _makers(manifest: Manifest, components: Sequence[str]) -> list[str]:
     """The components that compute the prompt states of these components."""
-    states = (prompt_states(manifest.components[name]) for name in components)
+    states = (made_by_others(manifest.components[name]) for name in components)
     return list(dict.fromkeys(state.maker for own in states for state in own))
 
 
@@ -233,11 +238,14 @@ def _takes_tokens(component: Component) -> bool:
 
 
 def _whole_prompts(manifest: Manifest) -> bool:
-    """Whether a maker or a gate reads all tokens of a prompt, which must then pass in one run
-    (`edgeexit.runtime.executor.gates`)."""
+    """Whether a maker or a gate reads all tokens of a prompt, or a component makes a state of them,
+    so that prompts pass in one run (`edgeexit.runtime.executor.gates`)."""
     assert manifest.decoding is not None
     chain = manifest.chains[manifest.decoding.chain]
-    readers = _makers(manifest, [*chain.components, *chain.unsplit])
+    running = [*chain.components, *chain.unsplit]
+    if any(s.made for name in running for s in prompt_states(manifest.components[name])):
+        return True
+    readers = _makers(manifest, running)
     readers += [call.component for e in chain.exits if e.action == "drop" for call in e.path]
     return any(_takes_tokens(manifest.components[name]) for name in readers)
 

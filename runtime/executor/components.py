@@ -118,9 +118,19 @@ class Components:
 
 
 def graph_outputs(component: Component) -> list[str]:
-    """All outputs of a component's graph: its outputs, and its updated token states."""
+    """All outputs of a component's graph: its outputs, and its updated states."""
+    return [*(tensor.name for tensor in component.outputs), *updated_states(component)]
+
+
+def updated_states(component: Component) -> list[str]:
+    """Names of the states that a component's graph outputs."""
     present = [state.present for state in token_states(component)]
-    return [*(tensor.name for tensor in component.outputs), *present]
+    return [*present, *(state.made for state in prompt_states(component) if state.made)]
+
+
+def made_by_others(component: Component) -> list[PromptState]:
+    """The prompt states of a component that another component makes."""
+    return [state for state in prompt_states(component) if state.made is None]
 
 
 def token_states(component: Component) -> list[TokenState]:
@@ -161,7 +171,7 @@ def outputs_asked(
         for call in exit_.path[:-1]:
             wanted[call.component] = set(graph_outputs(known[call.component]))
         giver = exit_.path[-1].component if exit_.path else exit_.behind
-        states = {state.present for state in token_states(known[giver])}
+        states = set(updated_states(known[giver]))
         scores = {exit_.scores[name] for name in scores_asked(exit_, ask)}
         wanted[giver] = wanted.get(giver, states) | {*exit_.outputs.values()}
         wanted[exit_.behind if scored_before_path(exit_, known) else giver] |= scores
@@ -246,7 +256,7 @@ def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
     """Input tensors of a chain's components, of the makers of their states, and of its exits."""
     names = [*chain.components]
     for name in chain.components:
-        names += [state.maker for state in prompt_states(manifest.components[name])]
+        names += [state.maker for state in made_by_others(manifest.components[name])]
     for exit_ in chain.exits:
         names += [call.component for call in exit_.path]
     return {tensor.name for name in names for tensor in manifest.components[name].inputs}
@@ -254,6 +264,6 @@ def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
 
 __all__ = [
     "EVERY_SCORE", "NO_SCORE", "Components", "Opened", "choose_variant", "exit_calls",
-    "graph_outputs", "inputs_taken", "outputs_asked", "prompt_states",
+    "graph_outputs", "inputs_taken", "made_by_others", "outputs_asked", "prompt_states",
     "scored_before_path", "scores_asked", "token_states", "unsplit_chain",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
 """Work that is done once per prompt: prompt states are computed, and gates drop token groups.
 
 A component may read a prompt state (`PromptState`). The state's maker runs before the component's
-first run. A component may have a gate behind it (an exit with the action ``drop``): it scores the
-prompt once, and if its score reaches the threshold, the tokens of its group are dropped. A gate
-without a score drops them always, chunk by chunk. The positions of the other tokens do not change,
-so states behind the gate hold fewer tokens than the text.
+first run; or the component makes it itself, in its run over the prompt. A component may have a gate
+behind it (an exit with the action ``drop``): it scores the prompt once, and if its score reaches
+the threshold, the tokens of its group are dropped. A gate without a score drops them always, chunk
+by chunk. The positions of the other tokens do not change, so states behind the gate hold fewer
+tokens than the text.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from edgeexit.bundle.manifest import Chain, Exit, PromptState, Tensor
 from edgeexit.errors import InputError
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.blocks import Block, keep_tokens
-from edgeexit.runtime.executor.components import prompt_states
+from edgeexit.runtime.executor.components import made_by_others, prompt_states
 from edgeexit.runtime.executor.head import BINDINGS_KEPT
 from edgeexit.runtime.executor.slots import dtype_of, shape_of
 
 if TYPE_CHECKING:
+    from edgeexit.runtime.executor.parts import Part
     from edgeexit.runtime.executor.session import Session
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,9 @@ class Gates:
 
     Attributes:
         any: Whether the chain has gates.
-        may_read_whole: Whether a maker or gate of the chain reads all states of a prompt.
-        pending: Whether a maker or gate has yet to run for this prompt.
+        may_read_whole: Whether a maker, a gate or a component that makes states of its own reads
+            all states of a prompt.
+        pending: Whether one of these has yet to run for this prompt.
         thresholds: Gate -> threshold of its score; missing: it never drops.
         scores: Gate -> per row, its score.
         dropped: Gate -> per row, whether it dropped the group. Gates that were not asked, because
@@ -57,8 +60,13 @@ class Gates:
                 self._gates.setdefault(numbers[exit_.behind], []).append(exit_)
         self._all = [gate for behind in self._gates.values() for gate in behind]
         makers = {
-            state.maker for name in chain.components for state in prompt_states(components[name])
+            state.maker for name in chain.components for state in made_by_others(components[name])
         }
+        self._own_makers = [
+            name
+            for name in chain.components
+            if any(state.made for state in prompt_states(components[name]))
+        ]
         whole = {
             name
             for name in [*makers, *(call.component for e in chain.exits for call in e.path)]
@@ -71,13 +79,16 @@ class Gates:
             for e in chain.exits
             if e.action == "drop" and whole & {call.component for call in e.path}
         }
-        self.may_read_whole = self._whole_makers or bool(self._whole_gates)
+        self.may_read_whole = bool(self._whole_makers or self._own_makers or self._whole_gates)
         self._makers = makers
         self.pending = False
         self.thresholds: dict[str, float] = {}
         self.dropped: dict[str, list[bool]] = {}
         self.scores: dict[str, list[float]] = {}
         self._made: set[str] = set()
+        self._left: dict[
+            str, set[int]
+        ] = {}  # component -> rows whose own states it has yet to make
         self._groups: Mapping[str, Sequence[NDArray[np.bool_]]] = {}
         self._over: set[str] = set()  # gates without a score whose prompts have passed
         self._holding: dict[str, list[bool]] = {}  # group -> per row, whether it has such tokens
@@ -87,9 +98,10 @@ class Gates:
 
     @property
     def whole_prompts(self) -> bool:
-        """Whether a maker, or a gate that is in use, reads all states of a prompt, which must then
-        pass in one run."""
-        return self._whole_makers or not self._whole_gates.isdisjoint(self.thresholds)
+        """Whether a maker, a component that makes states of its own, or a gate that is in use reads
+        all states of a prompt, which must then pass in one run."""
+        always = bool(self._whole_makers or self._own_makers)
+        return always or not self._whole_gates.isdisjoint(self.thresholds)
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
         """Starts a new prompt.
@@ -98,6 +110,8 @@ class Gates:
             InputError: A prompt ends with tokens that a gate in use may drop.
         """
         self._made.clear()
+        rows = {row for row, length in enumerate(self._session.prompts) if length}
+        self._left = {name: set(rows) for name in self._own_makers if rows}
         self._written = None
         self.dropped, self.scores = {}, {}  # a generation may hold the ones before
         self._groups = groups
@@ -119,7 +133,7 @@ class Gates:
                 )
 
     def _open(self) -> bool:
-        if len(self._made) < len(self._makers):
+        if self._left or len(self._made) < len(self._makers):
             return True
         for gate in self._all if self.thresholds else ():
             if gate.name not in self.thresholds:
@@ -135,10 +149,31 @@ class Gates:
         """Whether any row still has tokens that a gate could drop."""
         return any(self._holding.get(gate.tokens or "", ()))
 
-    def write(self, block: Block, positions: Sequence[Sequence[int]]) -> None:
-        """Writes which of a block's tokens belong to the prompt and to its groups."""
+    def write(self, block: Block, positions: Sequence[Sequence[int]]) -> list[int]:
+        """Writes which of a block's tokens belong to the prompt and to its groups. Returns the rows
+        that have any."""
         session, self._written = self._session, block
-        session.places.write_prompt(block.new, positions, session.prompts, session.group_masks)
+        return session.places.write_prompt(
+            block.new, positions, session.prompts, session.group_masks
+        )
+
+    def ran(self, part: Part, rows: Sequence[int]) -> None:
+        """Keeps the states that a part has made itself in a run over the prompts of these rows."""
+        self._end_prompt()
+        if part.name not in self._left:
+            return
+        part.made.keep(rows)
+        self._left[part.name].difference_update(rows)
+        if not self._left[part.name]:
+            del self._left[part.name]
+            self.pending = self._open()
+
+    def _end_prompt(self) -> None:
+        """Later runs belong to no prompt, unless `write` says so: nothing is written when no prompt
+        is pending."""
+        if self._own_makers:
+            self._session.places.end_prompt()
+            self._written = None
 
     def make(self, maker: str, wanted: Sequence[PromptState], new: int) -> None:
         """Runs a maker, if it has not run for this prompt, over the block at the boundary before
@@ -183,6 +218,7 @@ class Gates:
         if block is not self._written:
             self.write(block, session.positions_of(number, block))
         scores = self.scores[gate.name] = self._scores(gate, block.new).tolist()
+        self._end_prompt()
         if any(map(math.isnan, scores)):
             logger.warning(
                 "%s: a score is NaN, so it drops nothing; run `edgeexit check` on the bundle",

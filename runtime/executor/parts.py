@@ -13,8 +13,9 @@ from edgeexit.errors import EdgeExitError
 from edgeexit.runtime.engines.base import Bound
 from edgeexit.runtime.engines.host import rows_of
 from edgeexit.runtime.executor.bindings import failure
-from edgeexit.runtime.executor.components import prompt_states, token_states
+from edgeexit.runtime.executor.components import made_by_others, prompt_states, token_states
 from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, GraphAnswers
+from edgeexit.runtime.executor.made_states import MadeStates
 from edgeexit.runtime.executor.states import NewStates, TokenStates
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class Part:
         )
         self._appends = bool(own) and not self._in_place
         self._token_states = own
-        self._prompt_states = prompt_states(self.component)
+        self._prompt_states = made_by_others(self.component)
+        states = [state for state in prompt_states(self.component) if state.made]
+        self.made = MadeStates(states, session.batch, self._engine)
         self._projections: dict[int, tuple[Callable[[], object], NewStates]] = {}
         self._bindings: dict[_Key, _Run] = {}
         self._new: dict[tuple[int, int], NewStates] = {}
@@ -87,8 +90,8 @@ class Part:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether it reads prompt states."""
-        return bool(self._prompt_states)
+        """Whether it reads prompt states, or makes some."""
+        return bool(self._prompt_states or self.made)
 
     def make_prompt_states(self, new: int) -> None:
         """Runs the makers of its prompt states, if they have not run for this prompt."""
@@ -186,8 +189,9 @@ class Part:
         sizes = {"batch": self._batch, "new": new}
         inputs = session.inputs_of(self.component.inputs, self._renamed, new)
         inputs |= {s.tensor.name: session.handed.bound[s.tensor.name] for s in self._prompt_states}
-        inputs |= self.states.past() | session.places.lengths(self.variant.lengths)
-        outputs: dict[str, Bound] = dict(self._answers.bound)
+        inputs |= self.made.read | self.states.past()
+        inputs |= session.places.lengths(self.variant.lengths)
+        outputs: dict[str, Bound] = self._answers.bound | self.made.written
         for tensor in self.component.outputs:
             if "new" in tensor.axes:
                 outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)

@@ -58,7 +58,7 @@ class Places:
         positions: Sequence[Sequence[int]],
         prompts: Sequence[int],
         groups: Mapping[str, Sequence[NDArray[np.bool_]]],
-    ) -> None:
+    ) -> list[int]:
         """Writes which new tokens belong to the prompt and to its groups.
 
         Args:
@@ -66,6 +66,9 @@ class Places:
             positions: Per row, the positions of its real tokens.
             prompts: Per row, the number of tokens in its prompt.
             groups: Mask -> per row, which tokens of the prompt belong to the group.
+
+        Returns:
+            The rows with tokens of the prompt.
         """
         self._engine.settle()
         places_of = [np.asarray(places, np.int64) for places in positions]
@@ -78,6 +81,12 @@ class Places:
                 own = groups[name][row]
                 within = places < len(own)
                 view[row, : len(places)][within] = own[places[within]]
+        return np.flatnonzero(self._views["prompt"]).tolist()
+
+    def end_prompt(self) -> None:
+        """Writes that no new token belongs to a prompt."""
+        self._engine.settle()
+        self._views["prompt"][...] = 0
 
     def write(
         self,

@@ -64,6 +64,11 @@ def cut_short(row: dict[str, torch.Tensor]) -> None:
         row[name] = row[name][2:]
 
 
+def two_answers(row: dict[str, torch.Tensor]) -> None:
+    """Labels a token of the question, too."""
+    row["labels"][0] = row["input_ids"][0]
+
+
 @pytest.mark.parametrize("layer", GATES)
 def test_labels_are_those_of_a_run_without_the_image_tokens(split: Any, layer: int) -> None:
     """Against a run in float64 in which every row is alone; both labels occur."""
@@ -188,6 +193,7 @@ def test_models_and_settings_are_refused_when_they_do_not_fit(split: Any) -> Non
     [
         (lambda row: row.pop("labels"), "a batch has no 'labels'"),
         (lambda row: row["labels"].fill_(-100), "a row has no answer"),
+        (two_answers, "a row has more than one answer"),
         (lambda row: row["input_ids"].clamp_(max=7), "has no image tokens in its prompt"),
         (lambda row: row.pop("pixel_values"), "places for 4 images, and it has 0"),
         (cut_short, "row 0 of a batch has .* places for image tokens, and an image makes"),

@@ -71,8 +71,26 @@ def test_exits_that_were_never_trained_are_not_called_trained_when_saved_and_rea
     del config["origins"]  # as in files of older versions
     (classifier / EXITS_CONFIG).write_text(json.dumps(config))
     assert from_pretrained(classifier).provenance["exits"] == "unknown"
-    (classifier / EXITS_CONFIG).write_text(json.dumps(config | {"origins": {"exit_1": "yes"}}))
-    with pytest.raises(ExportError, match="origins has other values than trained, untrained"):
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"origins": {"exit_1": "yes"}}, r"Invalid enum value 'yes' - at `\$.origins\[...\]`"),
+        ({"exits": [True, 2]}, r"Expected `int`, got `bool` - at `\$.exits\[0\]`"),
+        ({"exits": None}, r"Expected `array`, got `null` - at `\$.exits`"),
+        ({"gates": [4]}, r"Expected `object`, got `array` - at `\$.gates`"),
+        ({"gates": {"1": 10**9}}, r"Expected `int` <= 1048576 - at `\$.gates\[...\]`"),
+        ({"adapters": {"9": 1}}, "adapters names layer 9, which does not have an exit"),
+        ({"format": 9}, "format 9 is of a newer edgeexit, this one reads 1"),
+    ],
+)
+def test_a_list_of_exits_that_cannot_be_read_is_refused_with_its_place(
+    classifier: Path, given: dict[str, object], message: str
+) -> None:
+    config = json.loads((classifier / EXITS_CONFIG).read_text())
+    (classifier / EXITS_CONFIG).write_text(json.dumps(config | given))
+    with pytest.raises(ExportError, match=message):
         from_pretrained(classifier)
 
 

@@ -105,7 +105,7 @@ def test_training_gives_the_same_weights_when_interrupted_and_resumed(
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """With DistributedDataParallel, and sharded by FSDP; rows have different numbers of tokens."""
-    names = ["joint-ddp", "layerskip-ddp"]
+    names = ["joint-ddp", "layerskip-ddp", "free-ddp"]
     if int(transformers.__version__.split(".")[0]) >= 5:  # before, FSDP is one that needs GPUs
         names.append("layerskip-fsdp")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -43,6 +43,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "prefix, gate and stateless": {"prefix": True, "gate": True, "stateless": True},
     "gate before the mean": {"gate": True, "gate_behind": 0, "stateless": True},
     "encoder": {"encoder": True},
+    "own mean": {"stateless": True, "own_mean": True, "layers": (1, 3), "exits": (0,)},
+    "own mean, gate": {"stateless": True, "own_mean": True, "gate": True, "prefix": True},
+    "own mean, adapter": {"stateless": True, "own_mean": True, "adapter": 1, "layers": (2, 1, 1)},
+    "encoder, own mean": {"encoder": True, "stateless": True, "own_mean": True},
     "encoder, stateless, adapter": {"encoder": True, "stateless": True, "adapter": 0},
 }
 Toys = Callable[[str], tuple[DecoderToy, Bundle]]

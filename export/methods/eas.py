@@ -1,0 +1,280 @@
+"""EAS ("Not All Attention is Needed", IJCV 2026): finds attentions that a task does not need, and
+removes them before export.
+
+    found = search(range(1, 17), remove=8, loss=loss, train=train, steps=400)
+    rewrite(model, found.chosen)
+    ExitTrainer(model, Eas(), arguments, train_dataset=rows).train()
+    fold(model, batches)          # optional: no cost, but an approximation
+    model.save_pretrained("my-llama-eas")
+
+An adapter stands in place of a removed attention (`edgeexit.export.exits.skipped_attention.Pia`).
+The search knows nothing of the task: a function gives it the loss without some attentions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeexit.errors import UsageError
+from edgeexit.export.exits.decoder import ExitDecoder
+from edgeexit.export.exits.skipped_attention import RANK, SkippedAttention, check_removed
+from edgeexit.export.methods.images import further_inputs, prompts_of
+from edgeexit.export.methods.layerskip import check_decoder, checked_tokens, token_loss
+from edgeexit.export.methods.method import Batch, Forward, Loss, Method
+
+Trained = Literal["adapters", "decoder"]
+
+
+def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) -> None:
+    """Removes the attention of some layers of a model, in place.
+
+    The removed attentions' last projections become 0, so that a checkpoint which transformers
+    itself reads computes the model without adapters, not another one.
+
+    Args:
+        model: A model of the Llama or Qwen families, alone or behind a vision tower.
+        layers: 1 = the first; at least one layer must keep its attention.
+        rank: Of the new adapters, which change nothing until they are trained; None: no adapters.
+
+    Raises:
+        UsageError: Layers or rank are out of range, or the family is not supported.
+    """
+    check_decoder("EAS", model)
+    removed = list(layers)
+    check_removed(removed, model.depth)
+    check_rank(rank)
+    model.skipped = SkippedAttention(
+        model.layers, model.trunk.width, {} if rank is None else dict.fromkeys(removed, rank)
+    ).to(next(model.model.parameters()))
+    model.skipped.remove(removed)
+    for layer in removed:
+        model.skipped.rest(layer)  # refuses families whose layers cannot do without
+        model.layers[layer - 1].silence()  # type: ignore[operator]
+
+
+def check_rank(rank: int | None) -> None:
+    """Raises `UsageError` for a rank that an adapter cannot have."""
+    if rank is not None and (type(rank) is not int or rank < 2 or rank % 2):
+        raise UsageError(
+            f"EAS: an adapter cannot have the rank {rank!r}",
+            fix="Give an even number, as in rank=32, or None for no adapters.",
+        )
+
+
+@dataclass(frozen=True)
+class Eas(Method):
+    """Trains a model without some of its attentions (`rewrite`), on the labels of its last layer.
+
+    Batches hold ``input_ids`` and ``labels`` ``[batch, seq]``; labels are -100 up to the first
+    answer. That part of a row is its prompt, which adapters summarise. Vision-language models also
+    read ``pixel_values``. The paper trains the adapters alone.
+
+    Attributes:
+        trained: ``adapters``: those in place of attentions, with everything else frozen.
+            ``decoder``: all layers of the decoder, its embedding and its head as well.
+    """
+
+    trained: Trained = "adapters"
+    left_out: ClassVar[str] = "it trains the last layer's answers"
+
+    def check(self, model: Any) -> None:
+        check_decoder("Eas", model)
+        if self.trained not in get_args(Trained):
+            raise UsageError(
+                f"Eas: trained {self.trained!r} is not known",
+                fix=f"Use one of {', '.join(get_args(Trained))}.",
+            )
+        if self.trained == "adapters" and not len(model.skipped.pia):
+            raise UsageError(
+                "Eas: no attention of the model has an adapter in its place",
+                fix="Remove some first: eas.rewrite(model, [3, 4]), with the layers that "
+                'eas.search found; or train the whole decoder: Eas(trained="decoder").',
+            )
+
+    def part(self, model: ExitDecoder) -> nn.Module:
+        if self.trained == "adapters":
+            return model.skipped.pia
+        own = nn.ModuleList([model.skipped.pia, *model.layers, model.trunk.head])
+        own.register_parameter("embedding", model.trunk.embedding)  # type: ignore[arg-type]
+        return own
+
+    def inputs(self, model: ExitDecoder) -> list[str]:
+        return ["input_ids", "attention_mask", *model.read_by_embed]
+
+    def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
+        tokens, targets = checked_tokens(model, inputs, step)
+        logits = forward(tokens, exits=[model.depth], **further_inputs(model, inputs, step))
+        last = logits[model.depth]
+        return token_loss(last, targets), {f"exit_{model.depth}": last}
+
+    def count(self, inputs: Batch) -> torch.Tensor:
+        return (inputs["labels"][:, 1:] >= 0).sum()
+
+    def trains(self, model: ExitDecoder) -> list[str]:
+        return []
+
+
+@torch.no_grad()
+def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
+    """Folds the adapters into the weights of their layers: each reads one fixed summary from now
+    on, the mean over the prompts of these batches.
+
+    Give prompts of the kind that the model will see: all with an image, or all without.
+
+    Args:
+        batches: As for a training with `Eas`.
+
+    Raises:
+        UsageError: There are no adapters, or no batches.
+    """
+    if not model.skipped.ranks:
+        raise UsageError(
+            "EAS: no attention of the model has an adapter in its place, so there is none to fold",
+            fix="Remove some first: eas.rewrite(model, [3, 4]).",
+        )
+    sums: dict[int, torch.Tensor] = {}
+    rows = 0
+    for batch in batches:
+        tokens, _ = checked_tokens(model, batch, None)
+        others = further_inputs(model, batch, None)
+        found = model.summaries(tokens, **{"prompts": prompts_of(batch), **others})
+        for layer, own in found.items():
+            sums[layer] = sums.get(layer, torch.zeros(())) + own.double().sum(dim=0)
+        rows += len(tokens)
+    if not rows:
+        raise UsageError(
+            "EAS: folding needs prompts of the task, and there are no batches",
+            fix="Give batches of the data that the model was trained on.",
+        )
+    for layer, total in sums.items():
+        pia = model.skipped.adapter(layer)
+        assert pia is not None
+        pia.fixed.copy_(total / rows)
+    model.skipped.remove(model.skipped.removed)  # exports the layers anew
+
+
+@dataclass
+class Search:
+    """What a search for unneeded attentions found.
+
+    Attributes:
+        scores: Layer -> score; the higher, the less its attention is needed.
+        tried: Layers without attention, and the loss, in the order of the search.
+        remove: How many attentions to remove.
+    """
+
+    scores: dict[int, float]
+    remove: int
+    tried: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> list[int]:
+        """The layers with the highest scores, in order."""
+        ranked = sorted(self.scores, key=lambda layer: (-self.scores[layer], layer))
+        return sorted(ranked[: self.remove])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "chosen": self.chosen,
+            "scores": {str(layer): round(score, 5) for layer, score in self.scores.items()},
+            "tried": [[list(layers), round(loss, 6)] for layers, loss in self.tried],
+        }
+
+
+def search(
+    layers: Iterable[int],
+    remove: int,
+    loss: Callable[[Sequence[int]], float],
+    *,
+    train: Callable[[Sequence[int]], None] | None = None,
+    steps: int = 200,
+    warm_up: int = 0,
+    turn: int = 10,
+    subsets: int = 3,
+    rate: float = 1.0,
+    seed: int = 0,
+) -> Search:
+    """Looks for attentions that can be removed together (the paper's bandit over subsets).
+
+    In every step, `remove` layers are drawn without replacement, in proportion to the sigmoids of
+    their scores, and `train` makes a training step without their attentions. Every `turn` steps
+    behind the warm-up, `subsets` sets of layers are drawn and their losses compared, and the
+    scores of the layers in a set rise or fall with exp(-loss).
+
+    Args:
+        layers: Candidates.
+        remove: Attentions to remove.
+        loss: The loss without the attentions of some layers, on a batch that is held out.
+        train: A training step without the attentions of some layers; None: nothing is trained.
+        steps: Training steps.
+        turn, subsets, rate: In the paper 10 or 3 steps, 3 or 5 sets, and 1 to 2.
+        seed: Of all draws.
+
+    Raises:
+        UsageError: A number is out of range, or a loss is not finite.
+    """
+    scores = dict.fromkeys(layers, 0.0)
+    if not 0 < remove < len(scores):
+        raise UsageError(
+            f"EAS: {remove} of {len(scores)} attentions cannot be removed",
+            fix="Remove at least one, and leave at least one.",
+        )
+    if steps < 1 or turn < 1 or subsets < 2 or not rate > 0:
+        raise UsageError(
+            f"EAS: {steps} steps with {subsets} subsets every {turn} steps at a rate of {rate} "
+            "compare nothing",
+            fix="Give at least one step, two subsets, and a rate above 0.",
+        )
+    found = Search(scores, remove)
+    random = np.random.default_rng(seed)
+    for step in range(1, steps + 1):
+        if train is not None:
+            train(_draw(scores, remove, random))
+        if step > warm_up and step % turn == 0:
+            _learn(found, [_draw(scores, remove, random) for _ in range(subsets)], loss, rate)
+    return found
+
+
+def _learn(
+    found: Search,
+    subsets: Sequence[tuple[int, ...]],
+    loss: Callable[[Sequence[int]], float],
+    rate: float,
+) -> None:
+    """Compares subsets and changes the scores."""
+    losses = [float(loss(subset)) for subset in subsets]
+    found.tried += zip(subsets, losses, strict=True)
+    if not all(map(math.isfinite, losses)):
+        raise UsageError(
+            "EAS: the loss of a subset is not finite",
+            fix="Check the loss function; a mean of cross-entropies in nats is usual.",
+        )
+    rewards = [math.exp(-loss) for loss in losses]
+    mean = sum(rewards) / len(rewards)
+    before = dict(found.scores)
+    for subset, reward in zip(subsets, rewards, strict=True):
+        for layer in subset:
+            chance = _sigmoid(before[layer])
+            found.scores[layer] += rate * (reward - mean) * chance * (1 - chance)
+
+
+def _draw(scores: Mapping[int, float], count: int, random: np.random.Generator) -> tuple[int, ...]:
+    """Layers drawn without replacement, in proportion to the sigmoids of their scores."""
+    chances = np.array([_sigmoid(score) for score in scores.values()])
+    drawn = random.choice(list(scores), count, replace=False, p=chances / chances.sum())
+    return tuple(sorted(int(layer) for layer in drawn))
+
+
+def _sigmoid(score: float) -> float:
+    return 1 / (1 + math.exp(-score))
+
+
+__all__ = ["Eas", "Search", "check_rank", "fold", "rewrite", "search"]
