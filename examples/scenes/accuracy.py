@@ -57,8 +57,11 @@ def batches(
 
 
 @torch.no_grad()
-def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
-    """Which rows of a batch each exit answers right."""
+def right(
+    model: Any, batch: dict[str, torch.Tensor], *, layers: bool = True
+) -> dict[str, list[bool]]:
+    """Which rows of a batch each exit answers right; with `layers` also each layer with the last
+    head, and the model when image tokens leave behind a layer."""
     ids, pixels, targets = batch["input_ids"], batch["pixel_values"], batch["labels"][:, 1:]
     found = {}
 
@@ -72,6 +75,8 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     for layer in model.tower.exit_layers:
         logits = model(ids, exits=[model.depth], image_features=features[layer])
         note(f"tower_exit_{layer}", logits[model.depth])
+    if not layers:
+        return found
     image, whole = ids == IDS[IMAGE], features[model.tower.depth]
     language, norm, head = language_of(model.model)
     embedded = model.embed(ids, image_features=whole)
@@ -82,14 +87,14 @@ def right(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     return found
 
 
-def table(model: Any, split: str, count: int) -> Shares:
-    """Exit -> ``kind steps`` -> share of right answers."""
+def table(model: Any, split: str, count: int, *, layers: bool = True) -> Shares:
+    """Exit -> ``kind steps`` -> share of right answers; `layers`: as for `right`."""
     shares: Shares = {}
     in_front = model.whole.prompt.in_front
     for asked, (kind, steps) in ASKED.items():
         hits: dict[str, list[bool]] = {}
         for batch in batches(split, kind, steps, count, in_front=in_front):
-            for name, rows in right(model, batch).items():
+            for name, rows in right(model, batch, layers=layers).items():
                 hits.setdefault(name, []).extend(rows)
         for name, rows in hits.items():
             shares.setdefault(name, {})[asked] = float(np.mean(rows))

@@ -46,7 +46,7 @@ def main() -> None:
             command += ["--steps", str(options.steps), "-o", str(folder), *setting]
             subprocess.run(command, check=True)
         model: Any = from_pretrained(folder, exits=None).float().eval()
-        shares = table(model, "validation", options.questions)
+        shares = table(model, "validation", options.questions, layers=False)
         found["right"][name] = {n: own for n, own in shares.items() if n.startswith("exit_")}
     (HERE / "depth.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -160,8 +160,7 @@ def read_vision_language(
         split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters, gates)
         load_skipped(checkpoint, split, saved)
         load_adapters(checkpoint, split, saved, untrained=exits.untrained)
-        held = [layer for layer in split.gate_layers if layer in saved.gates]
-        if held:
+        if held := [layer for layer in split.gate_layers if layer in saved.gates]:
             load_exits(split.gates, held, checkpoint.folder, prefix="gate")
     _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
     split.eval()

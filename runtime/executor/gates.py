@@ -159,8 +159,9 @@ class Gates:
 
     def ran(self, part: Part, rows: Sequence[int]) -> None:
         """Keeps the states that a part has made itself in a run over the prompts of these rows."""
-        self._end_prompt()
-        if part.name not in self._left:
+        if rows:
+            self._end_prompt()
+        if not rows or part.name not in self._left:
             return
         part.made.keep(rows)
         self._left[part.name].difference_update(rows)

@@ -283,14 +283,13 @@ class Session:
     def advance(self, part: Part, block: Block) -> None:
         """Runs a part over the block at its boundary."""
         states, positions = part.states, self.place(part, block)
-        rows = []
+        rows: list[int] = []
         if self.gates.pending and part.reads_prompt:
             rows = self.gates.write(block, standing(block, states.positions))
             part.make_prompt_states(block.new)
         ragged = None if positions is None or block.new == 1 else block.counts
         part.run(block.new, gaps=have_gaps(block), counts=ragged)
-        if rows:
-            self.gates.ran(part, rows)
+        self.gates.ran(part, rows)
         states.advance(block.counts)
         if block.positions is not None:
             states.find_gaps(block.counts, block.positions)
