@@ -116,6 +116,7 @@ class Stacks:
         return tuple(made)
 
     def _entry(self, attention: AnyForm | None, *, stem: bool, summarises: bool) -> _Entry:
+        stem = stem and self._stem is not None
         key = attention, stem, summarises
         if key not in self._entries:
             self._entries[key] = _Entry(

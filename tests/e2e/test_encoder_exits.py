@@ -115,7 +115,7 @@ def test_bench_measures_the_modes_that_a_bundle_has(bundle: Path, tmp_path: Path
     ran = call("bench", bundle, *given, "--time", "10ms", "--threads", "1", "--json")
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
-    assert set(found["modes"]) == {"full"}
+    assert set(found["modes"]) == {"full", "full+policy"}
     assert found["earlier_exits"]["encoder"]["encoder_exit_1"] == 1.0
     assert any("thresholds are not calibrated" in warning for warning in found["warnings"])
 

@@ -66,7 +66,7 @@ def cut_short(row: dict[str, torch.Tensor]) -> None:
 
 def two_answers(row: dict[str, torch.Tensor]) -> None:
     """Labels a token of the question, too."""
-    row["labels"][0] = row["input_ids"][0]
+    row["labels"][1] = row["input_ids"][1]
 
 
 @pytest.mark.parametrize("layer", GATES)

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[list[int], int | None, bool]] = {
     "a whole segment": ([2, 4], 4, False),
 }
 """Removed attentions, rank of the adapters, whether they are folded; exits are behind 1 and 2."""
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("lost", "a whole segment")]
 EARLY = ["exit_1", "exit_2"]
 NEW = 12
 
@@ -170,7 +171,7 @@ def test_the_exported_adapter_summarises_each_rows_prompt() -> None:
         torch.testing.assert_close(later[:2], first[:2], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adapters", "folded", *SLOW])
 def test_a_bundle_writes_what_the_rewritten_model_does(
     kind: str, bundles: Callable[[str], tuple[ExitDecoder, Bundle]]
 ) -> None:
@@ -193,7 +194,7 @@ def test_a_bundle_writes_what_the_rewritten_model_does(
             assert model.generate([prompt], max_new_tokens=NEW).finish().tokens == [tokens]
 
 
-@pytest.mark.parametrize("kind", ["adapters", "a whole segment"])
+@pytest.mark.parametrize("kind", ["adapters", SLOW[1]])
 def test_tokens_that_left_early_are_summarised_when_deeper_layers_run(
     kind: str, bundles: Callable[[str], tuple[ExitDecoder, Bundle]]
 ) -> None:
@@ -228,7 +229,8 @@ def test_tokens_that_left_early_are_summarised_when_deeper_layers_run(
 def test_only_layers_with_attention_keep_something_per_token(
     bundles: Callable[[str], tuple[ExitDecoder, Bundle]],
 ) -> None:
-    for kind, (removed, rank, folded) in KINDS.items():
+    for kind in ("adapters", "folded"):
+        removed, rank, folded = KINDS[kind]
         _, bundle = bundles(kind)
         states = bundle.manifest.components["unsplit"].states
         of_tokens = {s.name.split("/")[0] for s in states if isinstance(s, TokenState)}

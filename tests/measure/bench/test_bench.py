@@ -302,7 +302,8 @@ def test_bench_tells_the_exits_of_an_encoder(tmp_path: Path) -> None:
         catch_exceptions=False,
     )
     found = json.loads((tmp_path / "result.json").read_text())
-    assert set(found["modes"]) == {"full", "exact"}  # the policy has no thresholds for fast
+    # The policy has no thresholds for fast.
+    assert set(found["modes"]) == {"full", "full+policy", "exact"}
     names = [exit_.name for exit_ in bundle.manifest.chains["encoder"].stops]
     rates = dict.fromkeys(names, 0.0) | {names[0]: 1.0}
     assert found["earlier_exits"] == {"encoder": rates}
@@ -340,7 +341,7 @@ def test_cases_of_texts_are_the_modes_and_further_settings(writer: Bundle, tmp_p
     arguments = {"bundle": str(writer.path), "inputs": str(tmp_path / "prompts.npz")}
     settings = {"sure": {"mode": "fast", "thresholds": float("inf")}}
     subject = cases.chain(**arguments, new_tokens=40, settings=settings)
-    modes = {"full", "exact", "fast", "approximate"}
+    modes = {"full", "full+policy", "exact", "fast", "approximate"}
     assert set(subject.cases) == modes | {"sure", "search", "given text", "memory"}
     made = {}
     for name in ("full", "sure", "search"):
