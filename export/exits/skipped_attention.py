@@ -205,7 +205,9 @@ class SkippedAttention(nn.Module):
         """The state that a removed layer has as a part of a component."""
         width = self.deployed(number).width
         if width is not None:
-            tensor = Tensor(name=f"layer_{number}/prompt", dtype="float32", axes=["batch", width])
+            tensor = Tensor(
+                name=f"layer_{number}/prompt", dtype="float32", axes=["batch", 1, width]
+            )
             yield PromptState(tensor=tensor, maker=component, made=f"layer_{number}/prompt_made")
 
     def rest(self, number: int) -> FeedForward:
@@ -227,23 +229,21 @@ def deployed(rest: FeedForward, pia: Pia | None) -> WithoutAttention:
                 rest, *(_folded(one, rest.scale, turn, bias) for one in _first(rest))
             )
         gate, up = (_linear(one.weight * rest.scale, one.bias) for one in _first(rest))
-        # A further element of z, always 1, has the biases of B and D as its weights.
-        one_more = pia.enter.weight.new_zeros(1, pia.enter.in_features)
-        read = torch.cat([pia.choose.weight / TEMPERATURE, pia.mean.weight / 2, one_more])
-        read_bias = torch.cat([pia.choose.bias / TEMPERATURE, pia.mean.bias / 2])
-        enter_bias = pia.enter.bias / 2
-        leave = torch.cat([pia.leaving(), pia.scale * pia.leave_bias[:, None]], dim=1)
-        return AdaptedLayer(
-            rest,
-            gate,
-            up,
-            _linear(read, functional.pad(read_bias, (0, 1))),
-            _linear(
-                torch.cat([pia.enter.weight / 2, one_more]),
-                functional.pad(enter_bias, (0, 1), value=1.0),
-            ),
-            leave.flatten(0, 1),
+        # A further element of z, always 1, has the biases of B and D as its weights. The two
+        # weights are sigmoid(g) and 1 - sigmoid(g).
+        nothing = pia.enter.weight.new_zeros(1, pia.enter.in_features)
+        chosen = (pia.choose.weight[:1] - pia.choose.weight[1:]) / TEMPERATURE
+        read = torch.cat([pia.enter.weight / 2, nothing, pia.mean.weight / 2, nothing, chosen])
+        bias = torch.cat(
+            [
+                (pia.enter.bias + pia.mean.bias) / 2,
+                torch.ones_like(pia.enter.bias[:1]),
+                (pia.choose.bias[:1] - pia.choose.bias[1:]) / TEMPERATURE,
+            ]
         )
+        one, other = torch.cat([pia.leaving(), pia.scale * pia.leave_bias[:, None]], dim=1)
+        leave = torch.cat([other, one - other])
+        return AdaptedLayer(rest, gate, up, read.T.contiguous(), bias, leave)
 
 
 def check_removed(layers: Sequence[object], depth: int) -> None:

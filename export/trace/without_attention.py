@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from edgeexit.bundle.manifest import Tensor
 
 PROMPT = (
     Tensor(name="prompt_shares", dtype="float32", axes=["batch", 1, "new"]),
-    Tensor(name="begins", dtype="bool", axes=["batch", 1]),
+    Tensor(name="begins", dtype="bool", axes=["batch", 1, 1]),
 )
 """What layers that summarise a prompt share: the weights of a mean over its tokens, and whether a
 row has any of them."""
@@ -67,7 +66,7 @@ class WithoutAttention(nn.Module):
 
     Attributes:
         takes: Shared tensors that it takes.
-        width: Size of its prompt state; None: it has none.
+        width: Size of its prompt state ``[batch, 1, width]``; None: it has none.
     """
 
     takes: tuple[Tensor, ...] = ()
@@ -107,17 +106,18 @@ class FoldedLayer(WithoutAttention):
 
 
 class AdaptedLayer(WithoutAttention):
-    """A layer with an adapter in place of its attention, of products only.
+    """A layer with an adapter in place of its attention, in as few operators as it takes: beside a
+    single token, they take longer than what they compute.
 
-    The adapter is linear in a token's normed state x and in ``[w, m]``, which it computes of the
-    prompt's mean x: ``x + (w outer (enter(x) + m)) leave``.
+    Of normed states x, ``z, q = x @ read``. A prompt's summary ``[m, g]`` is its mean q, plus a
+    bias. With ``z = z + m``, ``x + [z, sigmoid(g) z] @ leave`` goes on to the layer's rest.
 
     Args:
         rest: The layer's rest.
         gate, up: As for `FoldedLayer`.
-        read: Prompt mean -> two logits of w, then m.
-        enter: State -> as wide as m.
-        leave: ``[2 * len(m), width]``.
+        read: ``[width, inner + inner + 1]``.
+        bias: ``[inner + 1]``.
+        leave: ``[2 * inner, width]``.
     """
 
     takes = PROMPT
@@ -127,15 +127,15 @@ class AdaptedLayer(WithoutAttention):
         rest: FeedForward,
         gate: nn.Linear,
         up: nn.Linear,
-        read: nn.Linear,
-        enter: nn.Linear,
+        read: torch.Tensor,
+        bias: torch.Tensor,
         leave: torch.Tensor,
     ) -> None:
         super().__init__(rest)
         nn.init.ones_(self.norm.weight)  # type: ignore[arg-type]
-        self.gate, self.up, self.read, self.enter = gate, up, read, enter
-        self.leave = nn.Buffer(leave)
-        self.width = read.out_features
+        self.gate, self.up = gate, up
+        self.read, self.bias, self.leave = (nn.Buffer(one) for one in (read, bias, leave))
+        self.width = len(bias)
 
     def forward(
         self,
@@ -145,11 +145,11 @@ class AdaptedLayer(WithoutAttention):
         begins: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.norm(state)
-        read = self.read((shares @ x).squeeze(1))
-        made = torch.cat([functional.softmax(read[:, :2], dim=-1), read[:, 2:]], dim=-1)
-        summary = torch.where(begins, made, summary)
-        mixed = self.enter(x) + summary[:, None, 2:]
-        both = (summary[:, None, :2, None] * mixed[:, :, None, :]).flatten(2)
+        z, q = torch.split(x @ self.read, [len(self.bias) - 1, len(self.bias)], dim=-1)
+        summary = torch.where(begins, shares @ q + self.bias, summary)
+        m, g = torch.split(summary, [len(self.bias) - 1, 1], dim=-1)
+        z = z + m
+        both = torch.cat([z, z * torch.sigmoid(g)], dim=-1)
         return self._add(state, x + both @ self.leave, self.gate, self.up), summary
 
 
@@ -159,7 +159,7 @@ def prompt_of(counts: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, t
     places = torch.arange(like.shape[1], device=like.device)
     belongs = (places < counts[:, None]).to(like.dtype)
     shares = belongs / counts.clamp(min=1)[:, None].to(like.dtype)
-    return shares[:, None], counts[:, None] > 0
+    return shares[:, None], counts[:, None, None] > 0
 
 
 __all__ = ["PROMPT", "AdaptedLayer", "FeedForward", "FoldedLayer", "WithoutAttention", "prompt_of"]

@@ -160,7 +160,7 @@ def test_the_exported_adapter_summarises_each_rows_prompt() -> None:
     state = torch.randn(3, 6, decoder.trunk.width, generator=generator, dtype=torch.float64)
     counts = torch.tensor([6, 4, 0])
     belongs = torch.arange(6) < counts[:, None]
-    held = torch.randn(3, module.width or 0, generator=generator, dtype=torch.float64)
+    held = torch.randn(3, 1, module.width or 0, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         first, made = module(state, held, *prompt_of(counts, state))
         expected = decoder.skipped.through(layer, state[:2], belongs[:2])
