@@ -6,8 +6,8 @@
 Random weights: latency only. A Llama of each shape, unsplit, without the attentions of its last
 half, or of all layers but the first; the prompt has 600 tokens. `lost`: the attention is gone and
 nothing stands in its place, which is the reachable saving. `folded`: an adapter folded into the
-layer's weights. `adapted`: the adapter itself, of rank 32. Each case takes turns with the whole
-model; figures are ratios to it. Needs ``edgeexit[export]``.
+layer's weights. `adapted`: the adapter itself, of rank 32. Cases take turns with the whole model;
+figures are ratios to it. Needs ``edgeexit[export]``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 """Of the scenes example, Qwen2.5-0.5B and Llama-3.2-1B."""
-CASES = [("half", form) for form in ("lost", "folded", "adapted")] + [
-    ("all", form) for form in ("lost", "folded", "adapted")
-]
-TURNS = {"scenes": 20, "0.5B": 4, "1B": 3}
+FORMS = ("lost", "folded", "adapted")
+TOGETHER = {
+    "scenes": [[f"{share}, {form}" for share in ("half", "all") for form in FORMS]],
+    "0.5B": [[f"{share}, {form}" for form in FORMS] for share in ("half", "all")],
+    "1B": [
+        [f"{share}, lost", f"{share}, {form}"] for share in ("half", "all") for form in FORMS[1:]
+    ],
+}
+"""Cases that take turns with each other and the whole model, as many as fit into memory. Shares of
+the reachable saving are of the same turns."""
+TURNS = {"scenes": 40, "0.5B": 4, "1B": 3}
 TOKENS = {"scenes": 65, "0.5B": 17, "1B": 17}
 PROMPT, CAPACITY, PROMPTS = 600, 704, 4
 RANK = 32
@@ -92,31 +100,37 @@ def measure(name: str) -> dict[str, Any]:
 
     tried = settings("cpu", available_cores())
     first, threads, others = best_setting(lambda one: side(whole, one), "search", tried, seconds=2)
-    found: dict[str, Any] = {"threads": threads, "threads_tried": others, "cases": {}}
-    for share, form in CASES:
-        case = f"{share}, {form}"
-        bundle = exported(name, case, folder)
-        with side(bundle, threads) as other:
-            writers = [Writer("whole", first, "unsplit"), Writer(case, other, "unsplit")]
-            for writer in writers:
+    found: dict[str, Any] = {"shape": SHAPES[name], "threads": threads, "threads_tried": others}
+    whole_model = Writer("whole", first, "unsplit")
+    found["groups"] = []
+    for cases in TOGETHER[name]:
+        bundles = [exported(name, case, folder) for case in cases]
+        with ExitStack() as stack:
+            sides = [stack.enter_context(side(bundle, threads)) for bundle in bundles]
+            writers = [Writer(case, one, "unsplit") for case, one in zip(cases, sides, strict=True)]
+            whole_model.records.clear()
+            for writer in (whole_model, *writers):
                 writer.side.run(writer.case, [0], lead=False)
-            take_turns(writers, [turn % PROMPTS for turn in range(TURNS[name])])
-        found["cases"][case] = time_against(writers[1], writers[0])
-        found["ms_per_token"] = round(1e3 / writers[0].total_tokens_per_s(), 3)
-        found["prefill_ms"] = round(float(np.median(writers[0].prefill_ms())), 2)
-        say(f"  {name}, {case}: {found['cases'][case]}")
+            numbers = [turn % PROMPTS for turn in range(TURNS[name])]
+            take_turns([whole_model, *writers], numbers)
+        times = {writer.name: time_against(writer, whole_model) for writer in writers}
+        found["groups"].append({"times": times, "share_of_saving": shares(times)})
+        say(f"  {name}: {json.dumps(found['groups'][-1])}")
+    found["ms_per_token"] = round(1e3 / whole_model.total_tokens_per_s(), 3)
+    found["prefill_ms"] = round(float(np.median(whole_model.prefill_ms())), 2)
     first.close()
-    return found | {"shape": SHAPES[name], "share_of_saving": shares(found["cases"])}
+    return found
 
 
-def shares(cases: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def shares(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """How much of the saving of the same attentions lost a form keeps."""
     found: dict[str, dict[str, float]] = {}
-    for case, own in cases.items():
-        most = cases[f"{case.split(',')[0]}, lost"]
-        found[case] = {
-            part: round((1 - own[part]) / (1 - most[part]), 3) for part in ("decode", "prefill")
-        }
+    for case, own in times.items():
+        lost = times[f"{case.split(',')[0]}, lost"]
+        if own is not lost:
+            found[case] = {
+                part: round((1 - own[part]) / (1 - lost[part]), 3) for part in ("decode", "prefill")
+            }
     return found
 
 
@@ -126,14 +140,15 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
         [
             (
                 f"{name}, {case}: share of the reachable saving per token",
-                own["share_of_saving"][case]["decode"],
+                own["decode"],
                 ">=",
                 MUST,
                 1.0,
             )
-            for name, own in found.items()
-            for case in own["cases"]
-            if name != "scenes" and not case.endswith("lost")
+            for name, shape in found.items()
+            for group in shape["groups"]
+            for case, own in group["share_of_saving"].items()
+            if name != "scenes"
         ]
     )
 
