@@ -55,10 +55,12 @@ TOGETHER = {
 }
 """Cases that take turns with each other and the whole model, as many as fit into memory. Shares of
 the reachable saving are of the same turns."""
-TURNS = {"scenes": 40, "0.5B": 4, "1B": 3}
-TOKENS = {"scenes": 65, "0.5B": 17, "1B": 17}
+TURNS = {"scenes": 40, "0.5B": 8, "1B": 4}
+TOKENS = {"scenes": 65, "0.5B": 49, "1B": 33}
 PROMPT, CAPACITY, PROMPTS = 600, 704, 4
 RANK = 32
+LEAST = 0.03
+"""A smaller saving is not told from noise."""
 MUST = 0.8
 """Of the reachable saving of time per token, at 0.5 B and 1 B."""
 
@@ -122,14 +124,18 @@ def measure(name: str) -> dict[str, Any]:
     return found
 
 
-def shares(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """How much of the saving of the same attentions lost a form keeps."""
-    found: dict[str, dict[str, float]] = {}
+def shares(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """How much of the saving of the same attentions lost a form keeps; None: there is less than
+    `LEAST` to save."""
+    found: dict[str, dict[str, float | None]] = {}
     for case, own in times.items():
         lost = times[f"{case.split(',')[0]}, lost"]
         if own is not lost:
             found[case] = {
-                part: round((1 - own[part]) / (1 - lost[part]), 3) for part in ("decode", "prefill")
+                part: round((1 - own[part]) / (1 - lost[part]), 3)
+                if 1 - lost[part] >= LEAST
+                else None
+                for part in ("decode", "prefill")
             }
     return found
 
@@ -148,7 +154,7 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
             for name, shape in found.items()
             for group in shape["groups"]
             for case, own in group["share_of_saving"].items()
-            if name != "scenes"
+            if name != "scenes" and own["decode"] is not None
         ]
     )
 
