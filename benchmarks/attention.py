@@ -1,6 +1,6 @@
 """What removing attentions saves at most, and how much of that its deployed forms keep (EAS).
 
-    python benchmarks/attention.py                    # all shapes, about half an hour
+    python benchmarks/attention.py                    # all shapes; the large ones take long
     python benchmarks/attention.py --shape scenes     # one; the others' results stay
 
 Random weights: latency only. A Llama of each shape, unsplit, without the attentions of its last

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -128,12 +128,17 @@ class ExitDecoder(DecoderPass):
         token = Tensor(name="token", dtype="int64", axes=["batch"])
         also = self._also_read()
         stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head, reading=bool(also))
-        segments, adapters, exits = self._segments(embedded, stacks)
+        removed = self.skipped.removed
+        layers = [
+            self.skipped.deployed(number) if number in removed else layer
+            for number, layer in enumerate(trunk.layers, start=1)
+        ]
+        segments, adapters, exits = self._segments(embedded, stacks, layers)
         unsplit = Component(
             name="unsplit",
             inputs=(embedded, POSITIONS, *also),
             outputs=(logits,),
-            forms=stacks.forms(self._deployed(0, self.depth), stem=True, head=True),
+            forms=stacks.forms(layers, stem=True, head=True),
             states=self._held(0, self.depth, "unsplit"),
         )
         head = Component("head", (looked_at,), (logits,), (Form(trunk.head),))
@@ -171,16 +176,17 @@ class ExitDecoder(DecoderPass):
         )
 
     def _segments(
-        self, embedded: Tensor, stacks: Stacks
+        self, embedded: Tensor, stacks: Stacks, every: Sequence[nn.Module]
     ) -> tuple[list[Component], list[Component], list[Exit]]:
-        """Segments (the layers between exits), adapters, and the exits."""
+        """Segments (the layers between exits), adapters, and the exits. `every`: all layers as they
+        are exported."""
         trunk = self.trunk
         also = self._also_read()
         segments: list[Component] = []
         adapters, exits = [], []
         borders = [0, *self.border_layers, self.depth]
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-            layers, state = self._deployed(start, stop), state_between(f"state_{stop}", trunk.width)
+            layers, state = every[start:stop], state_between(f"state_{stop}", trunk.width)
             states = self._held(start, stop, f"segment_{number}")
             projects = start > 0 and any(isinstance(one, TokenState) for one in states)
             segments.append(
@@ -223,14 +229,6 @@ class ExitDecoder(DecoderPass):
     def _also_read(self) -> tuple[Tensor, ...]:
         """Inputs of layers besides states and positions."""
         return ()
-
-    def _deployed(self, start: int, stop: int) -> list[nn.Module]:
-        """The layers from `start` to before `stop` as they are exported."""
-        removed = self.skipped.removed
-        return [
-            self.skipped.deployed(n + 1) if n + 1 in removed else self.trunk.layers[n]
-            for n in range(start, stop)
-        ]
 
     def _held(self, start: int, stop: int, component: str) -> tuple[TokenState | PromptState, ...]:
         """States of the layers from `start` to before `stop`, layer by layer, in a component."""

@@ -65,6 +65,11 @@ class Pia(nn.Module):
         """Size of z."""
         return self.mean.out_features
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it reads one summary for every prompt."""
+        return not bool(self.fixed.isnan().any())
+
     def summary(self, mean: torch.Tensor) -> torch.Tensor:
         """What the adapter reads of prompts: w, then m, ``[batch, 2 + rank]``.
 
@@ -125,13 +130,10 @@ class SkippedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self._layers = list(layers)
-        self.width = width
         self.pia = nn.ModuleDict(
             {_name(layer): Pia(width, rank) for layer, rank in sorted((adapted or {}).items())}
         )
-        self.removed: tuple[int, ...] = ()
         self.remove(removed)
-        self._deployed: dict[int, WithoutAttention] = {}
 
     def remove(self, layers: Iterable[int]) -> None:
         """Removes the attention of these layers, and of no others.
@@ -148,8 +150,7 @@ class SkippedAttention(nn.Module):
                 fix="Use one of these, or describe the family's layers (FeedForward in "
                 "edgeexit/export/families/llama.py).",
             )
-        self.removed = tuple(sorted(removed))
-        self._deployed = {}
+        self.removed: tuple[int, ...] = tuple(sorted(removed))
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -180,10 +181,8 @@ class SkippedAttention(nn.Module):
         if pia is None:
             return rest.add(state, rest.norm(state))
         x = rest.normed(state)
-        if bool(pia.fixed.isnan().any()):
-            summary = pia.summary(_mean(x, belongs))
-        else:
-            summary = pia.fixed.expand(len(x), -1)
+        fixed = pia.is_fixed
+        summary = pia.fixed.expand(len(x), -1) if fixed else pia.summary(_mean(x, belongs))
         return rest.add(state, rest.scale * pia(x, summary))
 
     def summaries(
@@ -196,15 +195,14 @@ class SkippedAttention(nn.Module):
         return pia.summary(_mean(self.rest(number).normed(state), belongs))
 
     def deployed(self, number: int) -> WithoutAttention:
-        """A layer without attention as it is exported."""
-        if number not in self._deployed:
-            self._deployed[number] = deployed(self.rest(number), self.adapter(number))
-        return self._deployed[number]
+        """A layer without attention as it is exported, with the weights that it has now."""
+        return deployed(self.rest(number), self.adapter(number))
 
     def states(self, number: int, component: str) -> Iterator[PromptState]:
         """The state that a removed layer has as a part of a component."""
-        width = self.deployed(number).width
-        if width is not None:
+        pia = self.adapter(number)
+        if pia is not None and not pia.is_fixed:
+            width = pia.rank + 2  # `AdaptedLayer`
             tensor = Tensor(
                 name=f"layer_{number}/prompt", dtype="float32", axes=["batch", 1, width]
             )
@@ -223,7 +221,7 @@ def deployed(rest: FeedForward, pia: Pia | None) -> WithoutAttention:
     if pia is None:
         return FoldedLayer(rest)
     with torch.no_grad():
-        if not bool(pia.fixed.isnan().any()):
+        if pia.is_fixed:
             turn, bias = pia.folded(pia.fixed)
             return FoldedLayer(
                 rest, *(_folded(one, rest.scale, turn, bias) for one in _first(rest))

@@ -50,12 +50,10 @@ def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) 
     removed = list(layers)
     check_removed(removed, model.depth)
     check_rank(rank)
-    model.skipped = SkippedAttention(
-        model.layers, model.trunk.width, {} if rank is None else dict.fromkeys(removed, rank)
-    ).to(next(model.model.parameters()))
-    model.skipped.remove(removed)
+    ranks = {} if rank is None else dict.fromkeys(removed, rank)
+    skipped = SkippedAttention(model.layers, model.trunk.width, ranks, removed)
+    model.skipped = skipped.to(next(model.model.parameters()))
     for layer in removed:
-        model.skipped.rest(layer)  # refuses families whose layers cannot do without
         model.layers[layer - 1].silence()  # type: ignore[operator]
 
 
@@ -157,7 +155,6 @@ def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
         pia = model.skipped.adapter(layer)
         assert pia is not None
         pia.fixed.copy_(total / rows)
-    model.skipped.remove(model.skipped.removed)  # exports the layers anew
 
 
 @dataclass

@@ -34,7 +34,7 @@ def from_pretrained(
     image_encoder_exits: Iterable[int] | None = None,
     tower_exits: Iterable[int] | None = None,
     image_drops: Iterable[int] = (),
-    gates: Collection[int] | Mapping[int, int] | None = None,
+    gates: Iterable[int] | Mapping[int, int] | None = None,
     most_tiles: int | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
@@ -85,6 +85,7 @@ def from_pretrained(
         )
     saved = _saved_exits(checkpoint, use=saved_exits)
     exits, tower_exits = _listed(exits), _listed(tower_exits)
+    gates = gates if isinstance(gates, Mapping) else _listed(gates)
     if untrained:
         asked = {"exit": exits, "tower_exit": tower_exits, "gate": gates}
         _tell_of_left_out(checkpoint, saved, asked)

@@ -89,9 +89,9 @@ def load_skipped(checkpoint: Checkpoint, decoder: ExitDecoder, found: SavedExits
     if not found.removed:
         return
     with translated(checkpoint.path, "its list of removed attentions does not fit", SAVE_AGAIN):
-        skipped = SkippedAttention(decoder.layers, decoder.trunk.width, found.pia)
-        skipped.remove(found.removed)
-        decoder.skipped = skipped
+        decoder.skipped = skipped = SkippedAttention(
+            decoder.layers, decoder.trunk.width, found.pia, found.removed
+        )
     if len(skipped.pia):
         load_named(skipped.pia, skipped.pia, checkpoint.folder)
 

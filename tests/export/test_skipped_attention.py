@@ -19,6 +19,7 @@ from edgeexit.bundle.manifest import PromptState, TokenState
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export import export
+from edgeexit.export.contract import Stack
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.skipped_attention import Pia, deployed
 from edgeexit.export.families import llama, opt
@@ -294,6 +295,19 @@ def test_training_changes_the_adapters_alone_or_the_decoder(tmp_path: Path) -> N
                 "model.model.embed_tokens.weight",
                 "model.model.layers.1.mlp.up_proj.weight",
             } <= changed
+
+
+def test_an_export_has_the_weights_of_its_time() -> None:
+    decoder = make("adapters")
+
+    def leaving() -> torch.Tensor:
+        body = decoder.split_model().component("unsplit").forms[-1].body
+        assert isinstance(body, Stack)
+        return body.layers[0].weights["leave"]
+
+    before = leaving()
+    draw(decoder)
+    assert not torch.equal(leaving(), before)
 
 
 def test_training_summarises_what_stands_before_the_first_label(tmp_path: Path) -> None:
