@@ -70,6 +70,8 @@ class Stack:
         shared: The shared tensors.
         layers: From the first to the last.
         head: ``forward(state)`` returns the outputs; None if the state is the output.
+        closing: ``forward(before, state)`` of the last layer's input and output returns the outputs
+            behind the state, of a stack without a head; None: there are none.
     """
 
     entry: nn.Module
@@ -77,6 +79,7 @@ class Stack:
     shared: tuple[Tensor, ...]
     layers: Sequence[Layer]
     head: nn.Module | None = None
+    closing: nn.Module | None = None
 
 
 @dataclass(frozen=True)

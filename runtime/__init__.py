@@ -1,8 +1,8 @@
 """The device side: opens a bundle, runs its components, and stops at an exit whose score is enough.
 
-`load` returns a `Model`. Classifiers are called; language models `generate` and `chat`. `Policy`
-and `Rule` set the thresholds. The package needs numpy and one engine library, which is imported
-when a model is loaded.
+`load` returns a `Model`. Classifiers are called; language models `generate` and `chat`. `Policy`,
+`Rule` and `Schedule` set the thresholds. The package needs numpy and one engine library, which is
+imported when a model is loaded.
 
     with edgeexit.runtime.load("bundle", policy="policy.json") as model:
         result = model({"pixel_values": images})   # result.outputs["logits"], result.exit_names
@@ -10,7 +10,7 @@ when a model is loaded.
 
 from __future__ import annotations
 
-from edgeexit.bundle.policy import Policy, Rule, read_policy, write_policy
+from edgeexit.bundle.policy import Policy, Rule, Schedule, read_policy, write_policy
 from edgeexit.runtime.load import load
 from edgeexit.runtime.model import Model
 from edgeexit.runtime.programs.forward import Result, Trace
@@ -25,6 +25,7 @@ __all__ = [
     "Result",
     "Rule",
     "Sampling",
+    "Schedule",
     "Trace",
     "load",
     "read_policy",

@@ -290,7 +290,13 @@ class Components:
     def _segment(self, number: int) -> None:
         layers = self._toy.layers_of(number)
         graph, state = self._begin(number, layers)
-        graph.give(self._state(number + 1), self._layers(graph, layers, state, f"s{number}"))
+        before = self._layers(graph, layers[:-1], state, f"s{number}")
+        after = self._layers(graph, layers[-1:], before, f"s{number}")
+        graph.give(self._state(number + 1), after)
+        if self._toy.saturated and number in self._toy.stops.values():
+            axes: list[str | int | None] = ["batch", "new"]
+            score = Tensor(name=f"s{number}/saturation", dtype="float32", axes=axes)
+            graph.give(score, _cosine(graph, before, after, [2]))
         projection = None
         if number and self._toy.projections and any(map(self._toy.attends, layers)):
             projection = self._projection(number, layers)
@@ -560,8 +566,13 @@ def _saturation(graph: Graph, before: str, after: str) -> str:
     """Cosine of two states over the places that are no padding, ``[batch]``."""
     mask = graph.op("Cast", graph.take(SOURCE_MASK), to=TensorProto.FLOAT)
     kept = [graph.op("Mul", one, graph.unsqueeze(mask, 2)) for one in (before, after)]
-    products = [(kept[0], kept[1]), (kept[0], kept[0]), (kept[1], kept[1])]
-    inner, *squares = (graph.sum(graph.op("Mul", a, b), [1, 2]) for a, b in products)
+    return _cosine(graph, *kept, [1, 2])
+
+
+def _cosine(graph: Graph, one: str, other: str, axes: list[int]) -> str:
+    """Cosine of two tensors over some axes."""
+    products = [(one, other), (one, one), (other, other)]
+    inner, *squares = (graph.sum(graph.op("Mul", a, b), axes) for a, b in products)
     return graph.op("Div", inner, graph.op("Sqrt", graph.op("Mul", *squares)))
 
 

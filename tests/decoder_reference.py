@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.policy import Schedule
 from tests.decoder_graphs import ENCODERS, EPSILON, FEATURES, IMAGE
 from tests.toys import score_values
 
@@ -44,6 +45,9 @@ class Pass:
     Attributes:
         places: Per component, where the tokens that are left behind it stand in the text.
         states: Per component, their states ``[left, WIDTH]``.
+        saturation: Per component, the cosine of its last layer's input and output, of the tokens
+            that came into it ``[came]``.
+        came: Per component, where those stand in the text.
         kept: Token state (``layer0/keys``, ``adapter/values``) -> ``[tokens, HEAD]``.
         gate: What the gate says; None: there is none.
         dropped: Whether the image tokens left there.
@@ -51,6 +55,8 @@ class Pass:
 
     places: list[NDArray] = field(default_factory=list)
     states: list[NDArray] = field(default_factory=list)
+    saturation: list[NDArray] = field(default_factory=list)
+    came: list[NDArray] = field(default_factory=list)
     kept: dict[str, NDArray] = field(default_factory=dict)
     gate: float | None = None
     dropped: bool = False
@@ -78,16 +84,19 @@ class Reference:
     Args:
         toy: The toy.
         thresholds: Exit (of any chain; ``gate`` too) -> what its score must reach; missing: never.
-        score: Which of the decoder's scores counts.
+        score: Which of the decoder's scores counts; empty: the toy's own.
+        schedule: Of the decoder's thresholds.
     """
 
     def __init__(
         self,
         toy: DecoderToy,
         thresholds: Mapping[str, float] | None = None,
-        score: str = "max_prob",
+        score: str = "",
+        schedule: Schedule | None = None,
     ) -> None:
-        self._toy, self._thresholds, self._score = toy, thresholds or {}, score
+        self._toy, self._thresholds, self._score = toy, thresholds or {}, score or toy.score
+        self._schedule = schedule
         self._weights = {name: w.astype(np.float64) for name, w in toy.weights.items()}
 
     def vision(self, row: Row) -> list[dict[str, NDArray]]:
@@ -161,9 +170,13 @@ class Reference:
             stays = np.array([left.get(place, number) >= number for place in places.tolist()])
             before = state
             for layer in toy.layers_of(number):
+                into = state
                 mean = state[places < len(row.prompt)].mean(0) @ self._weights["mean"]
                 made = self._layer(layer, state, places, found, mean, source.get("encoder_state"))
                 state = np.where(stays[:, None], made, before)
+            lengths = np.linalg.norm(into, axis=-1) * np.linalg.norm(state, axis=-1)
+            found.saturation.append((into * state).sum(-1) / lengths)
+            found.came.append(places)
             if toy.gate and number == toy.gate_behind:
                 state, places = self._ask_gate(row, state, places, found)
             found.states.append(state)
@@ -191,6 +204,8 @@ class Reference:
         for name in self._toy.stops:
             logits = self._logits(passed, name, len(tokens))
             found[name] = {"token": logits.argmax(-1), "logits": logits, **score_values(logits)}
+            if self._toy.saturated:
+                found[name]["saturation"] = self._saturation(passed, name, len(tokens))
         return found
 
     def full(self, row: Row, count: int) -> Written:
@@ -332,6 +347,14 @@ class Reference:
         found[passed.places[number]] = _norm(states) @ self._weights["head"]
         return found
 
+    def _saturation(self, passed: Pass, exit: str, length: int) -> NDArray:
+        """How little the last layer in front of an exit changed each token of a text, ``[seq]``."""
+        number, found = self._toy.stops[exit], np.full(length, np.nan)
+        found[passed.came[number]] = passed.saturation[number]
+        gone = np.setdiff1d(passed.came[number], passed.places[number])
+        found[gone] = np.nan
+        return found
+
     def _last(self, passed: Pass, exit: str) -> NDArray:
         """What an exit says of a text's last token."""
         length = int(passed.places[0][-1]) + 1
@@ -342,7 +365,14 @@ class Reference:
         *early, last = self._toy.stops
         for name in early:
             threshold = self._thresholds.get(name, NEVER)
-            score = float(score_values(self._last(passed, name))[self._score])
+            if self._schedule is not None:
+                threshold = self._schedule.threshold(threshold, len(written.tokens) + 1)
+            length = int(passed.places[0][-1]) + 1
+            score = float(
+                self._saturation(passed, name, length)[-1]
+                if self._score == "saturation"
+                else score_values(self._last(passed, name))[self._score]
+            )
             written.closest = min(written.closest, abs(score - threshold))
             if score >= threshold:
                 return name

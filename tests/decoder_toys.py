@@ -97,6 +97,7 @@ class DecoderToy:
         projections: Components have projections, for mode ``approximate``.
         capacity: Tokens of the longest text.
         stop_tokens: As in `edgeexit.bundle.manifest.Decoding`.
+        saturated: Components compute the score ``saturation`` of every token, which decides.
     """
 
     weights: Mapping[str, NDArray]
@@ -111,7 +112,13 @@ class DecoderToy:
     encoder: bool = False
     projections: bool = True
     capacity: int = 48
+    saturated: bool = False
     stop_tokens: tuple[int, ...] = ()
+
+    @property
+    def score(self) -> str:
+        """The score of the decoder that decides."""
+        return "saturation" if self.saturated else "max_prob"
 
     @property
     def groups(self) -> bool:
@@ -221,12 +228,12 @@ def batch_inputs(rows: Sequence[Row]) -> dict[str, NDArray]:
     return found
 
 
-def toy_policy(toy: DecoderToy, thresholds: Mapping[str, float], score: str = "max_prob") -> Policy:
+def toy_policy(toy: DecoderToy, thresholds: Mapping[str, float], score: str = "") -> Policy:
     """The policy that `tests.decoder_reference.Reference` follows with the same arguments."""
     names = {"decoder": [*toy.stops][:-1] + ["gate"] * toy.gate}
     names |= {"vision": ["vision_1"]} if toy.prefix else {}
     names |= {"encoder": ["encoder_1", "encoder_2"]} if toy.encoder else {}
-    scores = {"decoder": score, "vision": "confidence", "encoder": "saturation"}
+    scores = {"decoder": score or toy.score, "vision": "confidence", "encoder": "saturation"}
     rules = {
         chain: Rule(
             thresholds={name: thresholds[name] for name in own if name in thresholds},
@@ -326,6 +333,7 @@ def _decoder_chain(toy: DecoderToy) -> Chain:
 def _stop(toy: DecoderToy, name: str, number: int) -> Exit:
     """An exit that answers, behind a component."""
     state, path = f"h{number}", []
+    own = {"saturation": f"s{number}/saturation"} if toy.saturated else {}
     if number == toy.adapter:
         path.append(Call(component="adapter", inputs={"state": state}))
         state = "adapted"
@@ -334,7 +342,7 @@ def _stop(toy: DecoderToy, name: str, number: int) -> Exit:
         name=name,
         behind=f"s{number}",
         outputs={tensor.name: f"head/{tensor.name}" for tensor in ANSWERS},
-        scores={score: f"head/{score}" for score in SCORE_NAMES},
+        scores={score: f"head/{score}" for score in SCORE_NAMES} | own,
         path=path,
     )
 

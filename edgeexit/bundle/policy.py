@@ -27,6 +27,7 @@ from edgeexit.bundle.rules import NEVER as NEVER
 from edgeexit.bundle.rules import OUT_OF_REACH as OUT_OF_REACH
 from edgeexit.bundle.rules import Policy as Policy
 from edgeexit.bundle.rules import Rule as Rule
+from edgeexit.bundle.rules import Schedule as Schedule
 from edgeexit.errors import PolicyError
 
 
@@ -41,6 +42,13 @@ class Decision:
     consult: bool
     threshold: float
     score: str = "max_prob"
+    schedule: Schedule | None = None
+
+    def threshold_at(self, token: int) -> float:
+        """The threshold for token number `token` of a text (1 = the first)."""
+        if self.schedule is None:
+            return self.threshold
+        return _float32_above(self.schedule.threshold(self.threshold, token))
 
 
 def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
@@ -51,6 +59,8 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
     """
     if not isinstance(rule.score, str):
         raise PolicyError(f"score is {rule.score!r}, not a string", fix="Give a score's name.")
+    if rule.schedule is not None:
+        _check_schedule(rule.schedule)
     early = [exit_.name for exit_ in exits[:-1]]
     thresholds = _by_name(rule.thresholds, early)
     if not isinstance(rule.patience, int) or rule.patience < 0:
@@ -78,8 +88,27 @@ def decide(rule: Rule, exits: Sequence[Exit]) -> list[Decision]:
                 f"{', '.join(sorted(exit_.scores)) or 'none'})",
                 fix="Choose one of those.",
             )
-        decisions.append(Decision(consult, threshold, rule.score))
+        decisions.append(Decision(consult, threshold, rule.score, rule.schedule))
     return [*decisions, Decision(True, ALWAYS, rule.score)] if exits else []
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    if not isinstance(schedule, Schedule):
+        raise PolicyError(f"schedule is {schedule!r}", fix="Give a Schedule, or leave it out.")
+    numbers_ = {
+        "length": (type(schedule.length) is int and schedule.length > 0, "1 or more tokens"),
+        "temperature": (_within(schedule.temperature, 0, 1e6), "a number from 0 up"),
+        "warm_up": (_within(schedule.warm_up, 0, 1), "a share from 0 to 1"),
+    }
+    for name, (good, kind) in numbers_.items():
+        if not good:
+            raise PolicyError(
+                f"the schedule's {name} is {getattr(schedule, name)!r}", fix=f"Use {kind}."
+            )
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    return isinstance(value, numbers.Real) and low <= float(value) <= high
 
 
 def drops_of(chain: Chain) -> dict[str, Exit]:
@@ -200,10 +229,17 @@ def policy_for(given: Policy | Rule | str | os.PathLike[str] | None, bundle: Bun
     decoding = bundle.manifest.decoding
     for name, chain in chains.items():
         decisions_of(given, chain, name)
-        if decoding is not None and name == decoding.chain and rule_of(given, chain, name).patience:
+        rule, writes = rule_of(given, chain, name), decoding is not None and name == decoding.chain
+        if writes and rule.patience:
             raise PolicyError(
                 f"patience is not supported for the chain {name}, which writes text",
                 fix="Use a policy without patience.",
+            )
+        if rule.schedule is not None and not writes:
+            raise PolicyError(
+                f"the rule for the chain {name} has a schedule over the tokens of a text, which "
+                "this chain does not write",
+                fix="Leave its schedule out.",
             )
         drop_thresholds(given.rules.get(name, Rule()), chain)
     return given

@@ -256,24 +256,25 @@ class _Walk:
             given = self._call(scope, where, call, local)
             local |= given
         giver = exit_.path[-1].component if exit_.path else exit_.behind
-        scored = given
-        if scope.when == "input" and not given.keys() & exit_.scores.values():
-            scored = {t.name: t for t in self.manifest.components[exit_.behind].outputs}
-        named = [(t, given, giver) for t in exit_.outputs.values()]
-        named += [
-            (t, scored, giver if scored is given else exit_.behind) for t in exit_.scores.values()
-        ]
-        for tensor, there, component in named:
-            if tensor not in there:
+        before = {t.name: t for t in self.manifest.components[exit_.behind].outputs}
+        for tensor in exit_.outputs.values():
+            if tensor not in given:
                 raise BundleError(
-                    f"{where} names {tensor}, which is not an output of {component}",
-                    fix=EXPORT_AGAIN,
+                    f"{where} names {tensor}, which is not an output of {giver}", fix=EXPORT_AGAIN
                 )
         for score, tensor in exit_.scores.items():
-            if (scored[tensor].dtype, scored[tensor].axes) != ("float32", ["batch"]):
+            found, axes = given.get(tensor), ["batch"]
+            if found is None and exit_.path:  # known before the path runs
+                found = before.get(tensor)
+                axes = ["batch"] if scope.when == "input" else ["batch", "new"]
+            if found is None:
                 raise BundleError(
-                    f"{where}: the score {score} is {describe(scored[tensor])}, not float32 "
-                    "[batch]",
+                    f"{where} names {tensor}, which is not an output of {giver}", fix=EXPORT_AGAIN
+                )
+            if (found.dtype, found.axes) != ("float32", axes):
+                raise BundleError(
+                    f"{where}: the score {score} is {describe(found)}, not float32 "
+                    f"[{', '.join(axes)}]",
                     fix=EXPORT_AGAIN,
                 )
         if exit_.action == "drop":

@@ -25,8 +25,9 @@ def check_text_chain(manifest: Manifest, decoding: Decoding) -> None:
     feeds = {decoding.positions.name}
     feeds |= {group.mask for group in decoding.groups.values() if group.mask is not None}
     where = f"{MANIFEST}: chain {decoding.chain}"
-    states = _check_row(manifest.components, where, chain.components, tables, feeds)
-    _check_row(manifest.components, f"{where}, unsplit", chain.unsplit, tables, feeds)
+    scores = {tensor for exit_ in chain.stops for tensor in exit_.scores.values()}
+    states = _check_row(manifest.components, where, chain.components, tables, feeds, scores)
+    _check_row(manifest.components, f"{where}, unsplit", chain.unsplit, tables, feeds, ())
     for exit_ in chain.stops:
         _check_path(manifest.components, f"{where}, exit {exit_.name}", exit_, states, feeds)
 
@@ -37,14 +38,16 @@ def _check_row(
     names: Sequence[str],
     tables: Sequence[str],
     feeds: Collection[str],
+    scores: Collection[str],
 ) -> dict[str, str]:
-    """Checks components that run in sequence. Returns component -> the state that it passes on."""
+    """Checks components that run in sequence. Returns component -> the state that it passes on,
+    beside scores of exits."""
     coming = list(tables)
     states: dict[str, str] = {}
     for number, name in enumerate(names):
         component, here = components[name], f"{where}, component {name}"
         _check_taken(here, _of_tokens(component.inputs), coming, feeds)
-        made = _of_tokens(component.outputs)
+        made = [name for name in _of_tokens(component.outputs) if name not in scores]
         if len(made) > 1 or (not made and number + 1 < len(names)):
             raise BundleError(
                 f"{here} passes on {', '.join(made) or 'nothing'} per token, not one state",

@@ -125,6 +125,7 @@ def encoders(bundle: Bundle) -> list[str]:
     found = [
         name
         for name, chain in bundle.manifest.chains.items()
+        if chain is not bundle.manifest.last_chain
         if len(chain.exits) > 1 and all("saturation" in exit_.scores for exit_ in chain.exits)
     ]
     if not found:

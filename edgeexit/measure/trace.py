@@ -351,6 +351,12 @@ def replay(trace: Trace, policy: Policy | Rule) -> NDArray[np.int64]:
             )
         policy = policy.rules.get(trace.chain, Rule())
     policy = _of_traced(trace, policy)
+    if policy.schedule is not None:
+        raise PolicyError(
+            "the rule has a schedule over the tokens of a text, and a trace does not say how long "
+            "its texts were",
+            fix="Leave the schedule out, and measure the policy on texts that are written.",
+        )
     exits = [
         Exit(
             name=name,

@@ -1,11 +1,16 @@
 """Removes attentions that the scenes model does not need (EAS): looks for them, trains the model
-without them, and folds the adapters in their place.
+without them, and folds the adapters in their place; also in other ways, to compare.
 
-    python examples/scenes/attention.py -o local/scenes/eas --remove 4        # resumable
-    python examples/scenes/attention.py -o local/scenes/eas --remove 4 --smoke # the way
+    python examples/scenes/attention.py -o local/scenes/eas --remove 6             # resumable
+    python examples/scenes/attention.py -o local/scenes/last --remove 6 --choose last
+    python examples/scenes/attention.py -o local/scenes/whole --remove 6 --choose whole
+    python examples/scenes/attention.py --table local/scenes/{eas,last,whole} -o attention.json
+    python examples/scenes/attention.py -o DIR --remove 4 --smoke                  # the way
 
-Writes ``search.json`` (each attention's loss alone, scores, everything that was tried), and two
-checkpoints: ``adapted`` and ``folded``. Needs ``edgeexit[export]`` and scikit-learn.
+Layers before the first one that loses something stay as they are, and their exits and gates with
+them. Writes ``search.json`` (each attention's loss alone, scores, everything that was tried),
+checkpoints ``adapted`` and ``folded``, and ``report.json`` with the answers to questions of the
+test split. Needs ``edgeexit[export]`` and scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,15 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from edgeexit.export.exits.saved import read_exits
 from edgeexit.export.exits.skipped_attention import SkippedAttention
+from edgeexit.export.exits.vision_language import ExitVisionLanguage
+from edgeexit.export.families import llava
 from edgeexit.export.methods.checkpoints import last_checkpoint
 from edgeexit.export.methods.eas import Eas, fold, rewrite, search
 from edgeexit.export.methods.training import ExitTrainer
@@ -29,22 +39,47 @@ from edgeexit.export.pretrained import from_pretrained
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import accuracy  # noqa: E402
 from exits import Conversations, Row, collate  # noqa: E402
-from model import LAYERS, make_processor  # noqa: E402
+from model import LAYERS, language_of, make_model, make_processor  # noqa: E402
 from small_llava import save  # noqa: E402
-from train import Pixels  # noqa: E402
+from train import TOWER_EXITS, Pixels  # noqa: E402
 
 RANK = 16
 SEARCH_STEPS, SEARCH_BATCH, HELD_OUT = 150, 8, 48
 FOLDED_ON = 8
 """Batches of prompts whose mean summary the folded adapters read."""
+CHOICES = ("search", "last", "random", "whole")
+"""Attentions by the search; the last ones; drawn ones; whole layers that change states least."""
 
 
-def bare(checkpoint: Path) -> Any:
-    """The model without its exits."""
-    return from_pretrained(
-        checkpoint, exits=[LAYERS // 2], adapters=[], tower_exits=[], gates=[], untrained=True
-    ).float()
+def with_exits_before(checkpoint: Path, first: int) -> Any:
+    """The model with those of its exits and gates that stand before a layer."""
+    saved = read_exits(checkpoint)
+    before = {
+        "exits": [layer for layer in saved.layers or [] if layer < first],
+        "adapters": {layer: size for layer, size in saved.adapters.items() if layer < first},
+        "gates": {layer: width for layer, width in saved.gates.items() if layer < first},
+    }
+    if not before["exits"]:
+        before["exits"] = [LAYERS // 2]  # without a module, so nothing to train
+    return from_pretrained(checkpoint, **before, untrained=True).float()  # type: ignore[arg-type]
+
+
+def without_layers(checkpoint: Path, layers: Sequence[int]) -> ExitVisionLanguage:
+    """The model without whole layers, and without exits."""
+    whole: Any = from_pretrained(checkpoint, exits=None).float()
+    kept = [layer for layer in range(1, LAYERS + 1) if layer not in layers]
+    model = make_model(len(kept))
+    split = ExitVisionLanguage(model, llava.trunk(model), [], TOWER_EXITS)
+    weights = whole.state_dict()
+    for name in split.state_dict():
+        place, found, rest = name.partition(".layers.")
+        if found and "language_model" in place:
+            number, _, rest = rest.partition(".")
+            weights[name] = whole.state_dict()[f"{place}{found}{kept[int(number)] - 1}.{rest}"]
+    split.load_state_dict({name: weights[name] for name in split.state_dict()})
+    return split
 
 
 def batches(split: str, size: int, seed: int, *, packed: bool = True) -> Iterator[Row]:
@@ -77,40 +112,54 @@ def looked_for(model: Any, remove: int, steps: int, seed: int) -> dict[str, Any]
     skipped.requires_grad_(True)
     alone = {str(layer): round(loss([layer]), 5) for layer in range(1, LAYERS + 1)}
     found = search(
-        range(1, LAYERS + 1), remove, loss, train=train, steps=steps, turn=3, subsets=4, seed=seed,
+        range(1, LAYERS + 1), remove, loss, train=train, steps=steps, turn=3, subsets=5, seed=seed,
         rate=2.0,
     )  # fmt: skip
-    model.requires_grad_(True)
     return {"loss": round(loss([]), 5), "loss_without_one": alone, **found.to_dict()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--remove", type=int, default=4, help="attentions")
-    parser.add_argument("--layers", help="these, as in 13,14, without a search")
-    parser.add_argument("--rank", type=int, default=RANK, help="of the adapters; 0: none")
-    parser.add_argument("--trained", choices=["adapters", "decoder"], default="decoder")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="few steps")
-    given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
+@torch.no_grad()
+def influences(model: Any) -> list[float]:
+    """How much each layer changes states: 1 minus the mean cosine of its input and output
+    (ShortGPT, arXiv:2403.03853)."""
+    rows = next(batches("validation", HELD_OUT, 1))
+    embedded = model.embed(rows["input_ids"], pixel_values=rows["pixel_values"])
+    language = language_of(model.model)[0]
+    known: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, given, made: known.append(torch.cosine_similarity(
+            given[0], made[0] if isinstance(made, tuple) else made, dim=-1).mean()))
+        for layer in language.layers
+    ]  # fmt: skip
+    language(inputs_embeds=embedded, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [1 - float(cosine) for cosine in known]
+
+
+def chosen(given: argparse.Namespace) -> list[int]:
+    """The layers that lose their attention, or are lost as a whole."""
+    if given.layers:
+        return [int(layer) for layer in given.layers.split(",")]
+    if given.choose == "last":
+        return list(range(LAYERS - given.remove + 1, LAYERS + 1))
+    if given.choose == "random":
+        rng = np.random.default_rng(given.seed)
+        return sorted(1 + rng.choice(LAYERS, given.remove, replace=False)).copy()
+    if given.choose == "whole":
+        scores = influences(with_exits_before(given.model, 1))
+        return sorted(1 + int(layer) for layer in np.argsort(scores)[: given.remove])
     report = given.output / "search.json"
-    if given.layers is None and not report.exists():
+    if not report.exists():
         steps = 6 if given.smoke else SEARCH_STEPS
-        found = looked_for(bare(given.model), given.remove, steps, given.seed)
+        found = looked_for(with_exits_before(given.model, 1), given.remove, steps, given.seed)
         report.write_text(json.dumps(found, indent=1) + "\n")
-    layers = (
-        [int(layer) for layer in given.layers.split(",")]
-        if given.layers
-        else json.loads(report.read_text())["chosen"]
-    )
-    print(f"without the attentions of layers {layers}")
-    model = bare(given.model)
-    rewrite(model, layers, given.rank or None)
-    folder = given.output / "state"
+    return list(json.loads(report.read_text())["chosen"])
+
+
+def trained(model: Any, given: argparse.Namespace, first: int) -> int:
+    """Trains the decoder's layers from one on. Returns seconds."""
+    folder, started = given.output / "state", time.monotonic()
     arguments = TrainingArguments(
         str(folder),
         max_steps=2 if given.smoke else given.steps,
@@ -130,14 +179,77 @@ def main() -> None:
         disable_tqdm=True,
     )
     rows = Conversations(Pixels(make_processor()), given.seed, packed=True)
-    method = Eas(trained=given.trained)
+    method = Eas(trained=given.trained, first=first)
     trainer = ExitTrainer(model, method, arguments, train_dataset=rows, data_collator=collate)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return round(time.monotonic() - started)
+
+
+def answered(model: Any, questions: int) -> dict[str, float]:
+    """Kind and steps -> share of the test's questions that the model answers right; ``all``: of
+    all."""
+    shares = accuracy.table(model.eval(), "test", questions, layers=False)[f"exit_{model.depth}"]
+    return {"all": round(float(np.mean(list(shares.values()))), 4)} | shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("-m", "--model", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--remove", type=int, default=6, help="attentions; 0: answers as it is")
+    parser.add_argument("--choose", choices=CHOICES, default="search")
+    parser.add_argument("--layers", help="these, as in 13,14")
+    parser.add_argument("--rank", type=int, default=RANK, help="of the adapters; 0: none")
+    parser.add_argument("--trained", choices=["adapters", "decoder"], default="decoder")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=20, help="of each kind and steps")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="DIR", help="only gather reports")
+    parser.add_argument("--smoke", action="store_true", help="few steps")
+    given = parser.parse_args()
+    if given.table:
+        found = {path.name: json.loads((path / "report.json").read_text()) for path in given.table}
+        given.output.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    given.output.mkdir(parents=True, exist_ok=True)
+    questions = 1 if given.smoke else given.questions
+    report: dict[str, Any] = {"remove": given.remove, "questions_each": questions, "right": {}}
+    if given.remove:
+        report |= without(given, report["right"], questions)
+    else:
+        report["right"]["whole"] = answered(with_exits_before(given.model, 1), questions)
+    (given.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print({name: own["all"] for name, own in report["right"].items()})
+
+
+def without(given: argparse.Namespace, right: dict[str, Any], questions: int) -> dict[str, Any]:
+    """Chooses, trains and saves. Returns what was done; `right` gets the answers."""
+    layers = [int(layer) for layer in chosen(given)]
+    whole = given.choose == "whole"
+    print(f"without {'layers' if whole else 'the attentions of layers'} {layers}")
+    if whole:
+        model: Any = without_layers(given.model, layers)
+    else:
+        model = with_exits_before(given.model, layers[0])
+        rewrite(model, layers, given.rank or None)
+    first = min(layers[0], model.depth)
+    right["untrained"] = answered(model, questions)
+    seconds = trained(model, given, first)
     save(model, make_processor(), given.output / "adapted")
-    if given.rank:
+    right["adapted"] = answered(model, questions)
+    if given.rank and not whole:
         prompts = batches("train", 24, given.seed + 1)
         fold(model, (next(prompts) for _ in range(FOLDED_ON)))
         save(model, make_processor(), given.output / "folded")
+        right["folded"] = answered(model, questions)
+    return {
+        "choose": given.choose,
+        "layers": layers,
+        "rank": 0 if whole else given.rank,
+        "steps": given.steps,
+        "trained": f"{given.trained} from layer {first} on",
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":

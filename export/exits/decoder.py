@@ -16,7 +16,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -187,19 +187,23 @@ class ExitDecoder(DecoderPass):
         borders = [0, *self.border_layers, self.depth]
         for number, (start, stop) in enumerate(itertools.pairwise(borders)):
             layers, state = every[start:stop], state_between(f"state_{stop}", trunk.width)
+            answers = stop in (*self.exit_layers, self.depth)
+            score = Tensor(
+                name=f"segment_{number}/saturation", dtype="float32", axes=["batch", "new"]
+            )
             states = self._held(start, stop, f"segment_{number}")
             projects = start > 0 and any(isinstance(one, TokenState) for one in states)
             segments.append(
                 Component(
                     name=f"segment_{number}",
                     inputs=(segments[-1].outputs[0] if segments else embedded, POSITIONS, *also),
-                    outputs=(state,),
-                    forms=stacks.forms(layers, stem=start == 0),
+                    outputs=(state, score) if answers else (state,),
+                    forms=stacks.forms(layers, stem=start == 0, scored=answers),
                     states=states,
                     projection=stacks.projection(layers) if projects else None,
                 )
             )
-            if stop not in (*self.exit_layers, self.depth):
+            if not answers:
                 continue
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
@@ -217,6 +221,7 @@ class ExitDecoder(DecoderPass):
                     name=f"exit_{stop}",
                     behind=segments[-1].name,
                     outputs={"logits": "logits", "token": "token"},
+                    scores={"saturation": score.name},
                     path=path,
                 )
             )
@@ -241,8 +246,18 @@ class ExitDecoder(DecoderPass):
         return tuple(states)
 
     def _reference(self, inputs: Values) -> Iterator[Values]:
-        for layer, logits in self.each_exit(inputs["tokens"]):
-            yield {f"exit_{layer}": logits}
+        yield from self._answers(inputs["tokens"])
+
+    def _answers(self, tokens: torch.Tensor, early: str = "", **options: Any) -> Iterator[Values]:
+        """What the samples hold of every exit: logits and `saturation` of all tokens.
+
+        Args:
+            early: Prefix of the exits' names: an early exit of an earlier chain.
+            options: As for `each_exit`.
+        """
+        for layer, logits, score in self.each_exit(tokens, **options):
+            name = f"{early}exit_{layer}"
+            yield {name: logits, f"{name}/saturation": score}
 
 
 def _random_tokens(vocabulary: int, rows: int) -> Values:

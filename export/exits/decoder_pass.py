@@ -18,7 +18,7 @@ from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
 from edgeexit.export.exits.saved import check_adapters, check_layers
 from edgeexit.export.exits.skipped_attention import SkippedAttention
 from edgeexit.export.trace.attention import causal_attention
-from edgeexit.export.trace.layer_stacks import CutLayer
+from edgeexit.export.trace.layer_stacks import CutLayer, Saturation
 
 _PART_TOKENS = 32  # whose logits `DecoderPass.each_exit` returns at a time
 
@@ -115,7 +115,7 @@ class DecoderPass(nn.Module):
             input_ids, exits=exits, skipped=skipped, source=source, prompts=prompts, **inputs
         )
         logits, features = {}, {}
-        for layer, state in states:
+        for layer, state, _, _ in states:
             logits[layer] = self._logits(state)
             if finish is not None:
                 norm = getattr(self.trunk.head, "norm", None)
@@ -124,12 +124,16 @@ class DecoderPass(nn.Module):
 
     def each_exit(
         self, input_ids: torch.Tensor, **options: Any
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """As `forward`, in parts: ``(layer, logits [batch, part, vocabulary])``, the tokens of an
-        exit in order. Logits of a large vocabulary take more memory than the layers."""
-        for layer, state in self._each_state(input_ids, **options):
-            for part in state.split(_PART_TOKENS, dim=1):
-                yield layer, self._logits(part)
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """As `forward`, in parts: ``(layer, logits [batch, part, vocabulary], saturation [batch,
+        part])``, the tokens of an exit in order. Logits of a large vocabulary take more memory than
+        the layers."""
+        score = Saturation()
+        for layer, *states in self._each_state(input_ids, **options):
+            for part, before, after in zip(
+                *(state.split(_PART_TOKENS, dim=1) for state in states), strict=True
+            ):
+                yield layer, self._logits(part), score(before, after)
 
     def _each_state(
         self,
@@ -140,8 +144,9 @@ class DecoderPass(nn.Module):
         source: Sequence[torch.Tensor] = (),
         prompts: torch.Tensor | None = None,
         **inputs: Any,
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """What the head takes at each exit: ``(layer, state [batch, seq, width])``."""
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """At each exit: its layer, what the head takes ``[batch, seq, width]``, and the layer's
+        input and output."""
         wanted = [*self.exit_layers, self.depth] if exits is None else list(exits)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = positions.expand_as(input_ids)
@@ -149,13 +154,14 @@ class DecoderPass(nn.Module):
         state = self._first_state(input_ids, positions, **inputs)
         belongs = None if prompts is None else positions < prompts[:, None]
         for number in range(1, self.depth + 1):
+            before = state
             if number not in skipped:
                 state = self._past_layer(number, state, positions, belongs, *source)
             if number in wanted:
                 adapted = state
                 for adapter_layer in self._adapter(number):
                     adapted = self._layer(adapter_layer, adapted, positions, *source)
-                yield number, adapted
+                yield number, adapted, before, state
 
     def summaries(
         self, input_ids: torch.Tensor, prompts: torch.Tensor | None = None, **inputs: torch.Tensor

@@ -203,8 +203,7 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
         if not early:
             yield {f"{JOINED}/{ENCODED}": state, f"{JOINED}/{JOINED_MASK.name}": mask}
         source = self._normed(state), mask.bool()
-        for layer, logits in self.each_exit(inputs["tokens"], source=source):
-            yield {f"{early}exit_{layer}": logits}
+        yield from self._answers(inputs["tokens"], early, source=source)
 
 
 class _Join(nn.Module):

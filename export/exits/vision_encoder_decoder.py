@@ -168,7 +168,7 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
             if layer == self.tower.depth:
                 continue
             for found in super()._reference(inputs | {PIXELS: answers[IMAGE_FEATURES]}):
-                yield {f"{name}/{key}": x for key, x in found.items() if "/" not in key}
+                yield {f"{name}/{key}": x for key, x in found.items() if key.startswith("exit_")}
 
 
 __all__ = ["ExitVisionEncoderDecoder", "VisionEncoderTrunk"]

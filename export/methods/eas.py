@@ -77,9 +77,12 @@ class Eas(Method):
     Attributes:
         trained: ``adapters``: those in place of attentions, with everything else frozen.
             ``decoder``: all layers of the decoder, its embedding and its head as well.
+        first: With ``decoder``, the first layer that is trained. With 2 or more, the layers before
+            it, the embedding and the head stay as they are, and so do exits and gates there.
     """
 
     trained: Trained = "adapters"
+    first: int = 1
     left_out: ClassVar[str] = "it trains the last layer's answers"
 
     def check(self, model: Any) -> None:
@@ -88,6 +91,11 @@ class Eas(Method):
             raise UsageError(
                 f"Eas: trained {self.trained!r} is not known",
                 fix=f"Use one of {', '.join(get_args(Trained))}.",
+            )
+        if type(self.first) is not int or not 1 <= self.first <= model.depth:
+            raise UsageError(
+                f"Eas: the model has no layer {self.first!r} to train from",
+                fix=f"Give a layer from 1 to {model.depth}.",
             )
         if self.trained == "adapters" and not len(model.skipped.pia):
             raise UsageError(
@@ -99,8 +107,10 @@ class Eas(Method):
     def part(self, model: ExitDecoder) -> nn.Module:
         if self.trained == "adapters":
             return model.skipped.pia
-        own = nn.ModuleList([model.skipped.pia, *model.layers, model.trunk.head])
-        own.register_parameter("embedding", model.trunk.embedding)  # type: ignore[arg-type]
+        own = nn.ModuleList([model.skipped.pia, *model.layers[self.first - 1 :]])
+        if self.first == 1:
+            own.append(model.trunk.head)
+            own.register_parameter("embedding", model.trunk.embedding)  # type: ignore[arg-type]
         return own
 
     def inputs(self, model: ExitDecoder) -> list[str]:

@@ -120,6 +120,7 @@ class _Halves:
                 for layer in stack.layers
             ],
             head=None if stack.head is None else self._module(stack.head, carried),
+            closing=None if stack.closing is None else self._module(stack.closing),
         )
 
     def _module(self, module: nn.Module, carried: list[bool] | None = None) -> nn.Module:

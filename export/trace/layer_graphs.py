@@ -71,8 +71,10 @@ class Pieces:
         common = {tensor.name: x for tensor, x in zip(stack.shared, values_of, strict=True)}
         of_layers: list[ir.Value] = []
         taken = given = 0
+        before = carried
         for number, layer in enumerate(stack.layers):
             name = f"layer_{number + 1}"
+            before = carried
             takes = own[taken : taken + layer.states]
             gives = made[given : given + layer.updated]
             taken, given = taken + layer.states, given + layer.updated
@@ -96,6 +98,17 @@ class Pieces:
                 stack.head, [stack.state], outputs, known, opset=opset, what=f"{what}, head"
             )
             of_stack = join.add(head, "head", [carried])
+        if stack.closing is not None:
+            pair = [msgspec.structs.replace(stack.state, name=n) for n in ("before", "after")]
+            closing = self._trace(
+                stack.closing,
+                pair,
+                outputs[1:],
+                {"before": state, "after": state.clone()},  # one tensor would be one input
+                opset=opset,
+                what=f"{what}, closing",
+            )
+            of_stack += join.add(closing, "closing", [before, carried])
         return join.finish([*of_stack, *of_layers], [*outputs, *made], opset)
 
     def _trace_layer(

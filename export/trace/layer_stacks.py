@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from edgeexit.bundle.manifest import Tensor
 from edgeexit.export.contract import Form, Layer, Stack
@@ -80,13 +81,24 @@ class Stacks:
         self._rotations = _Rotations(heads)
         self._kinds: list[_Kind] = []
         self._without: list[WithoutAttention] = []
+        self._saturation = Saturation().eval()
 
     def forms(
-        self, layers: Sequence[nn.Module], *, stem: bool = False, head: bool = False
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        stem: bool = False,
+        head: bool = False,
+        scored: bool = False,
     ) -> tuple[Form, ...]:
         """Layers with their caches, in every form that supports the heads. Layers without attention
         (`WithoutAttention`) may be among them; a stack of nothing else has forms with and without
-        ONNX Runtime's own operators."""
+        ONNX Runtime's own operators.
+
+        Args:
+            stem, head: Whether it begins with the stem, and ends with the head.
+            scored: Whether the last layer's `Saturation` is an output behind the state.
+        """
         attends = any(not isinstance(layer, WithoutAttention) for layer in layers)
         summarises = any(isinstance(layer, WithoutAttention) and layer.takes for layer in layers)
         made: list[Form] = []
@@ -102,6 +114,7 @@ class Stacks:
                     shared=entry.shared,
                     layers=[self._layer(layer, number) for layer in layers],
                     head=self._head if head else None,
+                    closing=self._saturation if scored else None,
                 ),
                 requires=requires,
                 states=attention.states if attends else "append",
@@ -236,6 +249,14 @@ class _CachedLayer(nn.Module):
         return layer.after(state, attended), key, value
 
 
+class Saturation(nn.Module):
+    """How little a layer changes each token: the cosine similarity of its input and output (CALM,
+    arXiv:2207.07061; MuE, CVPR 2023), float32 ``[batch, new]``."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
 class _LastToken(nn.Module):
     """Applies the head to each row's last token."""
 
@@ -334,4 +355,4 @@ def _shapes(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in _tensors(layer).items()}
 
 
-__all__ = ["CutLayer", "ReadingLayer", "Stacks"]
+__all__ = ["CutLayer", "ReadingLayer", "Saturation", "Stacks"]

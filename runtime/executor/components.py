@@ -158,11 +158,10 @@ def outputs_asked(
     wanted = {name: set(graph_outputs(known[name])) for name in chain.components}
     taken = {tensor.name for name in chain.components for tensor in known[name].inputs}
     for exit_ in stops:
-        if scored_before_path(exit_, known):
-            wanted[exit_.behind] -= {*exit_.scores.values()} - taken
-        elif not exit_.path:
-            answers = {*exit_.outputs.values(), *exit_.scores.values()}
-            wanted[exit_.behind] -= answers - taken
+        own = {exit_.scores[name] for name in scored_before_path(exit_, known)}
+        if not exit_.path:
+            own = {*exit_.outputs.values(), *exit_.scores.values()}
+        wanted[exit_.behind] -= own - taken
     for number, (exit_, ask) in enumerate(zip(stops, asked, strict=True)):
         if ask is None:
             if number < len(stops) - 1:
@@ -172,19 +171,20 @@ def outputs_asked(
             wanted[call.component] = set(graph_outputs(known[call.component]))
         giver = exit_.path[-1].component if exit_.path else exit_.behind
         states = set(updated_states(known[giver]))
-        scores = {exit_.scores[name] for name in scores_asked(exit_, ask)}
+        before = scored_before_path(exit_, known)
         wanted[giver] = wanted.get(giver, states) | {*exit_.outputs.values()}
-        wanted[exit_.behind if scored_before_path(exit_, known) else giver] |= scores
+        for name in scores_asked(exit_, ask):
+            wanted[exit_.behind if name in before else giver].add(exit_.scores[name])
     return wanted
 
 
-def scored_before_path(exit_: Exit, components: Mapping[str, Component]) -> bool:
-    """Whether an exit's scores are outputs of the component in front of it although it has a path.
-    The path then runs only where rows stop."""
-    if not exit_.path or not exit_.scores:
-        return False
-    last = components[exit_.path[-1].component]
-    return not {tensor.name for tensor in last.outputs} & {*exit_.scores.values()}
+def scored_before_path(exit_: Exit, components: Mapping[str, Component]) -> set[str]:
+    """Scores of an exit with a path that are outputs of the component in front of it. If one of
+    them decides, the path runs only where rows stop."""
+    if not exit_.path:
+        return set()
+    given = {tensor.name for tensor in components[exit_.path[-1].component].outputs}
+    return {name for name, tensor in exit_.scores.items() if tensor not in given}
 
 
 def scores_asked(exit_: Exit, ask: str) -> list[str]:

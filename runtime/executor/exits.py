@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from edgeexit.bundle.policy import Decision
 
 
-def leaving(scores: NDArray[Any], decision: Decision, rows: list[int]) -> list[int]:
-    """The rows whose score ``[batch]`` reaches the threshold. NaN never does."""
-    values = scores.tolist()
-    return [row for row in rows if values[row] >= decision.threshold]
+def leaving(scores: NDArray[Any], decision: Decision, rows: list[int], token: int) -> list[int]:
+    """The rows whose score ``[batch]`` reaches the threshold for token number `token` of a text
+    (1 = the first). NaN never does."""
+    values, threshold = scores.tolist(), decision.threshold_at(token)
+    return [row for row in rows if values[row] >= threshold]
 
 
 class Streak:

@@ -72,12 +72,14 @@ class Part:
         self._appends = bool(own) and not self._in_place
         self._token_states = own
         self._prompt_states = made_by_others(self.component)
-        states = [state for state in prompt_states(self.component) if state.made]
-        self.made = MadeStates(states, session.batch, self._engine)
+        made = [state for state in prompt_states(self.component) if state.made]
+        self.made = MadeStates(made, session.batch, self._engine)
         self._projections: dict[int, tuple[Callable[[], object], NewStates]] = {}
         self._bindings: dict[_Key, _Run] = {}
         self._new: dict[tuple[int, int], NewStates] = {}
-        self._state = [t for t in self.component.outputs if "new" in t.axes][-1:]
+        scores = session.token_scores.tensors
+        states = [t for t in self.component.outputs if "new" in t.axes and t.name not in scores]
+        self._state = states[-1:]
         answers = [tensor for tensor in self.component.outputs if "new" not in tensor.axes]
         self._answers = GraphAnswers(answers, session.batch, self._engine)
         self.answers: Answers = {}
@@ -176,6 +178,10 @@ class Part:
         run, _ = self._bindings.get(key) or self._bind(key)
         return run
 
+    def forget_bindings(self) -> None:
+        """Binds again at the next run, as its graph was opened again."""
+        self._bindings.clear()
+
     def failure(self, error: Exception) -> EdgeExitError:
         """The error for a failed run."""
         fix = f"Run `edgeexit check {self._bundle}`. If the bundle is intact, please report this, "
@@ -192,8 +198,10 @@ class Part:
         inputs |= self.made.read | self.states.past()
         inputs |= session.places.lengths(self.variant.lengths)
         outputs: dict[str, Bound] = self._answers.bound | self.made.written
+        graph = session.components.graph(self.name)
+        given = session.components[self.name].outputs
         for tensor in self.component.outputs:
-            if "new" in tensor.axes:
+            if "new" in tensor.axes and tensor.name in given:
                 outputs[tensor.name] = session.bindings.bound(tensor.name, sizes)
         if not self._appends:
             outputs |= self.states.present()
@@ -207,7 +215,7 @@ class Part:
             rows, count = (self._batch, new) if group is None else (group.rows, group.tokens)
             new_states = self._new_states(rows, count)
             outputs |= new_states.bound
-        run = session.components.graph(self.name).bind(inputs, outputs)
+        run = graph.bind(inputs, outputs)
         if self._answers.bound:
             run, self.answers = self._answers.around(run)
         while len(self._bindings) >= BINDINGS_KEPT:

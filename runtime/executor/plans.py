@@ -186,7 +186,7 @@ class Plans:
         seen = views[scores[ask]] if ask in scores else None
         assert seen is None or isinstance(seen, np.ndarray)
         # Components launched ahead leave no moment for a path of its own.
-        if self._ahead is None and scored_before_path(
+        if self._ahead is None and ask in scored_before_path(
             exit_, self._components.bundle.manifest.components
         ):
             return Step(runs[0], views, seen, _Sequence(runs[1:]))

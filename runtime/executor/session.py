@@ -21,7 +21,6 @@ from edgeexit.runtime.executor.components import (
     Components,
     inputs_taken,
     outputs_asked,
-    token_states,
 )
 from edgeexit.runtime.executor.gates import Gates
 from edgeexit.runtime.executor.handed import Handed
@@ -29,6 +28,7 @@ from edgeexit.runtime.executor.head import Floats, Head
 from edgeexit.runtime.executor.parts import Part, alike, only_calls, run_alike
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
+from edgeexit.runtime.executor.token_scores import TokenScores
 
 
 class Session:
@@ -78,13 +78,15 @@ class Session:
         self.gates = Gates(self, chain)
         self.chunk = chunk = capacity if self.gates.may_read_whole else chunk
         self.places = Places(batch, chunk, self.engine, masks)
-        self.bindings = Bindings(chain, manifest.components, [embedded.output], set(), self.engine)
+        self.token_scores = TokenScores(self)
+        known, scores = manifest.components, self.token_scores.tensors
+        self.bindings = Bindings(chain, known, [embedded.output], scores, self.engine)
         self.handed = Handed()
         self.ragged = False
         self._sizes = {"batch": batch, "new": chunk}
         self.parts = [Part(self, name) for name in chain.components]
         self.boundaries = [self._embedded, *(part.state for part in self.parts)]
-        for name in self.boundaries:
+        for name in [*self.boundaries, *scores]:
             if "new" in self.bindings.tensors[name].axes:
                 self.bindings.bound(name, self._sizes)  # allocates the largest size
         self.rings = [self._ring(name) for name in self.boundaries[:-1]]
@@ -110,16 +112,12 @@ class Session:
         assert exit_ is not None
         return not exit_.path
 
-    def shares(self) -> list[float]:
-        """Per component, the share of the chain's layers up to and including it; layers are counted
-        by their states."""
-        layers = [max(1, len(token_states(part.component))) for part in self.parts]
-        return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
-
     def head(self, number: int, scores: Collection[str] = ()) -> Head:
-        """The head of the exit behind a component, with at least these scores."""
+        """The head of the exit behind a component, with at least these scores, as far as it is the
+        head that computes them (`TokenScores`)."""
         exit_ = self.exits[number]
         assert exit_ is not None and exit_.path
+        scores = set(scores) - self.token_scores.of(number)
         key = (exit_.path[-1].component, *sorted((exit_.outputs | exit_.scores).items()))
         head = self._heads.get(key)
         if head is None or not head.scores.issuperset(scores):

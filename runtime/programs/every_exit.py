@@ -49,6 +49,8 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
     heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
     given = {number: _Collected(exit_.scores) for number, exit_ in exits}
+    for number, exit_ in exits:
+        session.token_scores.open(number, exit_.scores)
     following = np.concatenate([tokens[:, 1:], np.full((rows, 1), NO_TOKEN)], axis=1)
     times_ms: list[list[float]] = []
     for start in range(0, length, step):
@@ -58,10 +60,10 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
         times_ms.append([])
         for number in range(len(session.parts)):
             started = time.perf_counter_ns()
-            block = session.run(number, block)
+            before, block = block, session.run(number, block)
             left = block.positions is None or any(block.counts)
             answers = (
-                _ask(session, number, heads.get(number), block)
+                _ask(session, number, heads.get(number), before, block)
                 if number in given and left
                 else None
             )
@@ -166,11 +168,24 @@ def segment_times(session: Session, tokens: NDArray[np.int64]) -> list[float]:
     return [time_ns / 1e6 for time_ns in times_ns]
 
 
-def _ask(session: Session, number: int, head: Head | None, block: Block) -> Answers:
+def _ask(session: Session, number: int, head: Head | None, before: Block, block: Block) -> Answers:
+    """An exit's answers for all tokens of a block behind its component. `before`: the block that
+    the component ran over, from which a gate may have dropped tokens."""
     if head is None:
         return session.parts[number].answers
+    own = session.token_scores.every(number, before.new)
+    if block.positions is not None:
+        ends = session.parts[number].states.positions
+        starts = [end - count for end, count in zip(ends, before.counts, strict=True)]
+        stood = [list(places) for places in standing(before, starts)]
+        left = standing(block, starts)
+        for score, values in own.items():
+            own[score] = np.full((len(values), block.new), np.nan, np.float32)
+            for row, places in enumerate(left):
+                kept = [stood[row].index(place) for place in places]
+                own[score][row, : len(kept)] = values[row, kept]
     states = session.adapters.run(number, block)
-    return head(states.reshape(-1, states.shape[-1]))
+    return {**head(states.reshape(-1, states.shape[-1])), **own}
 
 
 def _log_probs(logits: NDArray[Any], tokens: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from edgeexit.bundle.manifest import Call, Chain, Exit
 from edgeexit.bundle.policy import ALWAYS, NEVER, Decision, decide, drop_thresholds, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, PolicyError
-from edgeexit.runtime import Policy, Rule, load, read_policy, write_policy
+from edgeexit.runtime import Policy, Rule, Schedule, load, read_policy, write_policy
 
 EXITS = [
     Exit(name=name, behind=name, outputs={"logits": f"{name}/l"}, scores={"max_prob": f"{name}/p"})
@@ -41,6 +41,23 @@ def in_a_rule(text: str) -> str:
 
 def thresholds(rule: Rule) -> list[float]:
     return [d.threshold if d.consult else NEVER for d in decide(rule, EXITS)[:-1]]
+
+
+def test_a_schedule_lowers_thresholds_from_token_to_token_as_in_the_papers() -> None:
+    calm = decide(Rule(thresholds=0.8, schedule=Schedule(length=10)), EXITS)[0]
+    found = [calm.threshold_at(token) for token in (1, 5, 10)]
+    expected = [0.9 * 0.8 + 0.1 * math.exp(-4 * token / 10) for token in (1, 5, 10)]
+    assert found == pytest.approx(expected, rel=1e-6)
+    longest, threshold = 20, 0.95  # MuE's own code, whose steps begin with 0
+    mue = Schedule(length=longest + 1, temperature=1, warm_up=1 / 3)
+    decision = decide(Rule(thresholds=threshold, schedule=mue), EXITS)[0]
+    for step in range(longest):
+        theirs = 0.9 * threshold + 0.1 * math.exp(-(step + 1) / (longest + 1))
+        if step < (longest + 1) / 3:
+            theirs = NEVER
+        assert decision.threshold_at(step + 1) == pytest.approx(theirs, rel=1e-6)
+    always = decide(Rule(thresholds=ALWAYS, schedule=mue), EXITS)[0]
+    assert always.threshold_at(7) == NEVER and always.threshold_at(8) == ALWAYS
 
 
 @pytest.mark.parametrize(
@@ -90,6 +107,11 @@ def test_first_and_last_bound_the_exits_consulted(
         (Rule(thresholds=None), "not a number"),  # type: ignore[arg-type]
         (Rule(score="luck", thresholds=0.5), "no score 'luck'"),
         (Rule(patience=-1), "patience -1"),
+        (Rule(schedule=Schedule(length=0)), "length is 0"),
+        (Rule(schedule=Schedule(length=1.5)), "length is 1.5"),  # type: ignore[arg-type]
+        (Rule(schedule=Schedule(length=9, temperature=-1.0)), "temperature is -1.0"),
+        (Rule(schedule=Schedule(length=9, warm_up=float("nan"))), "warm_up is nan"),
+        (Rule(schedule="calm"), "schedule is 'calm'"),  # type: ignore[arg-type]
         (Rule(patience="two"), "patience 'two'"),  # type: ignore[arg-type]
         (Rule(first="z"), "first names the exit 'z'"),
         (Rule(last="d"), "last names the exit 'd'"),

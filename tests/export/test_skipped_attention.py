@@ -279,7 +279,7 @@ def test_training_changes_the_adapters_alone_or_the_decoder(tmp_path: Path) -> N
         dict(zip(("input_ids", "labels"), row, strict=True))
         for row in zip(*batch(32, 9, 4).values(), strict=True)
     ]
-    for method in (Eas(), Eas(trained="decoder")):
+    for method in (Eas(), Eas(trained="decoder"), Eas(trained="decoder", first=2)):
         decoder = make("adapters")
         before = copy.deepcopy(decoder.state_dict())
         args = arguments(tmp_path, max_steps=3, learning_rate=1e-2)
@@ -291,10 +291,12 @@ def test_training_changes_the_adapters_alone_or_the_decoder(tmp_path: Path) -> N
         assert pia <= changed
         assert (changed == pia) == (method.trained == "adapters")
         if method.trained == "decoder":
-            assert {
+            assert "model.model.layers.1.mlp.up_proj.weight" in changed
+            before_it = (
                 "model.model.embed_tokens.weight",
-                "model.model.layers.1.mlp.up_proj.weight",
-            } <= changed
+                "model.model.layers.0.mlp.up_proj.weight",
+            )
+            assert all((name in changed) == (method.first == 1) for name in before_it)
 
 
 def test_an_export_has_the_weights_of_its_time() -> None:
@@ -366,6 +368,7 @@ def test_a_search_finds_the_attentions_that_cost_least() -> None:
         (lambda decoder: fold(decoder, []), "there is none to fold"),
         (lambda decoder: Eas().check(decoder), "no attention of the model has an adapter"),
         (lambda decoder: Eas(trained="x").check(decoder), "trained 'x' is not known"),  # type: ignore[arg-type]
+        (lambda decoder: Eas(first=5).check(decoder), "no layer 5 to train from"),
         (lambda decoder: search([1, 2], 2, lambda _: 0.0), "2 of 2 attentions cannot be removed"),
         (lambda decoder: search([1, 2], 1, lambda _: 0.0, subsets=1), "compare nothing"),
         (lambda decoder: search([1, 2], 1, lambda _: float("nan")), "loss .* is not finite"),

@@ -8,17 +8,22 @@ values from the exit's hidden state.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeexit.bundle.policy import Decision
 from edgeexit.runtime.engines.base import Array
 from edgeexit.runtime.executor.blocks import CHUNK, Block
 from edgeexit.runtime.executor.exits import leaving
-from edgeexit.runtime.executor.head import Answers, Head
+from edgeexit.runtime.executor.head import Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics, last_states, pick
 from edgeexit.runtime.programs.sampling import Sampler
+
+_ONE = Block(1, [1])
+"""A run of one token."""
 
 
 class Fast:
@@ -48,7 +53,12 @@ class Fast:
         self.statistics = Statistics()
         self._decisions = list(decisions)
         self._heads = heads_of(session, decisions)
-        self._pending, self.audit = pending, audit
+        # Scores of each row's newest token that are known before the head runs.
+        self._known = [
+            np.full(session.batch, np.nan, np.float32) if known else None
+            for known in known_scores(session, decisions)
+        ]
+        self._pending, self.audit, self._token = pending, audit, 0
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         # Per row, for every token that has not reached the last boundary: the early exit's answer,
         # or -1 if no early exit answered.
@@ -59,11 +69,13 @@ class Fast:
         ]
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        self._token = 1
         last = last_states(self.session, prompts, self._enter_prompt)
         return self._decide(last, [True] * self.session.batch).copy()
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
+        self._token += 1
         session.embed(self._current)
         counts = [int(on) for on in active]
         for row, on in enumerate(active):
@@ -105,8 +117,14 @@ class Fast:
                 continue
             head = self._heads[number]
             assert head is not None
+            known = self._known[number]
+            if known is not None and not self._leaving(number, known, undecided):
+                continue
             answers = head(states)
-            gone = undecided if number == last else self._leaving(number, answers, undecided)
+            gone = undecided
+            if number < last:
+                scores = answers[self._decisions[number].score] if known is None else known
+                gone = self._leaving(number, scores, undecided)
             for row in gone:
                 if number < last:
                     self._emitted[row][-1] = int(answers["token"][row])
@@ -117,15 +135,25 @@ class Fast:
             undecided = [row for row in undecided if row not in gone]
         return self._current[:, 0]
 
-    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
-        """The rows that stop at an exit."""
-        decision = self._decisions[number]
-        return leaving(answers[decision.score], decision, rows)
+    def _leaving(self, number: int, scores: NDArray[Any], rows: list[int]) -> list[int]:
+        """The rows that stop at an exit, by its scores ``[batch]``."""
+        return leaving(scores, self._decisions[number], rows, self._token)
+
+    def _run(self, number: int, block: Block) -> Block:
+        """Runs a component over a block, and notes the newest scores. Returns the block behind."""
+        after = self.session.run(number, block)
+        if (known := self._known[number]) is not None:
+            score = self._decisions[number].score
+            newest = self.session.token_scores.newest(number, score, block)
+            for row, count in enumerate(block.counts):
+                if count:
+                    known[row] = newest[row]
+        return after
 
     def _enter(self, block: Block) -> tuple[Array, Sequence[int]]:
         """Runs the first component; its tokens then wait behind it. Returns its exit's input
         ``[batch, width]``, and the number of real tokens per row."""
-        block = self.session.run(0, block)
+        block = self._run(0, block)
         self._wait(1, block)
         return self._look(0, block), block.counts
 
@@ -153,7 +181,7 @@ class Fast:
             self.statistics.catch_ups += 1
         part = session.parts[number]
         for block, ends in session.portions(ring, part, session.boundaries[number]):
-            before, block = block, session.run(number, block)
+            before, block = block, self._run(number, block)
             seen = self._look(number, block)
             gone = [a - b for a, b in zip(before.counts, block.counts, strict=True)]
             for row in ends:
@@ -205,16 +233,19 @@ class Approximate:
         self.session, self.exits, self.sampler = session, exits, sampler
         self._decisions = list(decisions)
         self._heads = heads_of(session, decisions)
+        self._known, self._token = known_scores(session, decisions), 0
         self._full = Full(session, exits, sampler)
         self.statistics = self._full.statistics
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
+        self._token = 1
         self._current[:, 0] = self._full.prefill(prompts)
         return self._current[:, 0].copy()
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
         session = self.session
+        self._token += 1
         places = session.parts[0].states.positions
         undecided = [row for row, on in enumerate(active) if on]
         gone: list[int] = []
@@ -252,8 +283,15 @@ class Approximate:
         if not final and not decision.consult:
             return []
         assert head is not None
-        answers = head(states)
-        gone = undecided if final else leaving(answers[decision.score], decision, undecided)
+        known: NDArray[Any] | None = None
+        if self._known[number]:
+            known = self.session.token_scores.newest(number, decision.score, _ONE)
+            if not leaving(known, decision, undecided, self._token):
+                return []
+        answers, gone = head(states), undecided
+        if not final:
+            scores = answers[decision.score] if known is None else known
+            gone = leaving(scores, decision, undecided, self._token)
         for row in gone:
             self._current[row, 0] = pick(answers, row, self.sampler)
         self.statistics.count(self.exits[number], len(gone))
@@ -271,4 +309,13 @@ def heads_of(session: Session, decisions: Sequence[Decision]) -> list[Head | Non
     ]
 
 
-__all__ = ["Approximate", "Fast", "heads_of"]
+def known_scores(session: Session, decisions: Sequence[Decision]) -> list[bool]:
+    """Per exit, whether its score is known before its head runs. Opens those scores."""
+    last = len(decisions) - 1
+    return [
+        number < last and decision.consult and session.token_scores.open(number, [decision.score])
+        for number, decision in enumerate(decisions)
+    ]
+
+
+__all__ = ["Approximate", "Fast", "heads_of", "known_scores"]

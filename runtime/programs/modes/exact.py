@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.runtime.executor.blocks import Block
+from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.executor.head import Answers
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.drafter import Drafter
@@ -54,7 +56,7 @@ class Exact:
         last = len(session.parts) - 1
         self._head = session.head(last)
         self._fixed, self._threshold, self._score = drafts, threshold, score
-        shares = session.shares()
+        shares = _shares(session)
         # The same seed must give the same text, so sampling must not depend on times.
         self._timed = sampler is None
         known = paces if paces is not None and self._timed else {}
@@ -68,6 +70,7 @@ class Exact:
         scores = [score] if threshold > 0 else []
         self._paces = {number: known[number] for number in chosen}
         self._drafters = {n: Drafter(session, n, session.head(n, scores)) for n in chosen}
+        self._known = {n for n in chosen if session.token_scores.open(n, scores)}
         self._full = Full(session, exits, sampler, asked=chosen)
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
@@ -102,7 +105,7 @@ class Exact:
                 break
             answers = drafter.ask(states)
             # Decided before sampling: discarding tokens after they were drawn would bias the text.
-            if self._unsure(answers, active):
+            if self._unsure(exit_number, answers, active):
                 break
             tokens[:, 0] = self._draft(answers, drafts[:, :drafted], chances)
             drafts[:, drafted] = tokens[:, 0]
@@ -146,11 +149,15 @@ class Exact:
     def force(self, tokens: Ints) -> None:
         self._current = tokens.copy()
 
-    def _unsure(self, answers: Answers, active: Sequence[bool]) -> bool:
+    def _unsure(self, number: int, answers: Answers, active: Sequence[bool]) -> bool:
         """Whether drafting must stop: the score of every active row is below the threshold."""
         if self._threshold <= 0:
             return False
-        scores = answers[self._score].tolist()
+        if number in self._known:
+            newest = self.session.token_scores.newest(number, self._score, Block(1, [1]))
+            scores = newest.tolist()
+        else:
+            scores = answers[self._score].tolist()
         pairs = zip(scores, active, strict=True)
         return all(score < self._threshold for score, on in pairs if on)
 
@@ -193,6 +200,13 @@ class Exact:
                 pace.guess(known or 1.0)
         number = max(self._paces, key=lambda number: self._paces[number].best[1])
         return number, self._paces[number].best[0] if self._fixed is None else self._fixed
+
+
+def _shares(session: Session) -> list[float]:
+    """Per component, the share of the chain's layers up to and including it; layers are counted by
+    their states."""
+    layers = [max(1, len(token_states(part.component))) for part in session.parts]
+    return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
 
 
 class Pace:

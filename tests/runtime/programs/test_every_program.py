@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import InputError
-from edgeexit.runtime import Model, load
+from edgeexit.errors import InputError, PolicyError
+from edgeexit.runtime import Model, Policy, Rule, Schedule, load
 from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB
 from tests.decoder_reference import Reference, Row, Written
@@ -48,6 +48,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "own mean, adapter": {"stateless": True, "own_mean": True, "adapter": 1, "layers": (2, 1, 1)},
     "encoder, own mean": {"encoder": True, "stateless": True, "own_mean": True},
     "encoder, stateless, adapter": {"encoder": True, "stateless": True, "adapter": 0},
+    "saturation": {"saturated": True, "layers": (1, 2, 1)},
+    "saturation, gate and adapter": {
+        "saturated": True,
+        "gate": True,
+        "gate_behind": 0,
+        "adapter": 1,
+        "prefix": True,
+    },
+    "saturation, encoder": {"saturated": True, "encoder": True, "stateless": True},
 }
 Toys = Callable[[str], tuple[DecoderToy, Bundle]]
 
@@ -75,7 +84,7 @@ def thresholds(toy: DecoderToy, rows: Sequence[Row]) -> dict[str, float]:
     plain = Reference(toy)
     found = {}
     for name in [*toy.stops][:-1]:
-        found[name] = between(np.concatenate([plain.trace(r)[name]["max_prob"] for r in rows]))
+        found[name] = between(np.concatenate([plain.trace(r)[name][toy.score] for r in rows]))
     if toy.gate:
         said = [plain.run(row).gate for row in rows]
         found["gate"] = between([score for score in said if score is not None])
@@ -258,6 +267,37 @@ def test_a_prompt_that_ends_with_tokens_that_leave_is_refused(toys: Toys) -> Non
         ):
             model.generate([[5, 6, 1]], max_new_tokens=2).finish()
         assert len(model.generate([[5, 1, 6]], max_new_tokens=2).finish().tokens[0]) == 2
+
+
+@pytest.mark.parametrize("mode", ["fast", "approximate"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["plain", "saturation"])
+def test_a_schedule_moves_thresholds_from_token_to_token(
+    toys: Toys, kind: str, batch: int, mode: str
+) -> None:
+    toy, bundle = toys(kind)
+    schedule = Schedule(length=12, temperature=2, warm_up=0.25)
+    with load(bundle) as model:
+        sure, early = 0, 0
+        for seed in range(4):
+            rows = make_rows(toy, LENGTHS[:batch], seed=seed)
+            limits = thresholds(toy, rows)
+            rule = Rule(thresholds=limits, score=toy.score, schedule=schedule)
+            model.policy = Policy(rules={"decoder": rule})
+            reference = Reference(toy, limits, schedule=schedule)
+            expected = [getattr(reference, mode)(row, NEW) for row in rows]
+            for made, row in zip(generate(model, rows, mode=mode), expected, strict=True):
+                sure += compare(made, row)
+                assert row.exits[:3] == [[*toy.stops][-1]] * 3
+                early += len(set(row.exits)) > 1
+        assert sure and early
+
+
+def test_a_schedule_is_for_chains_that_write(toys: Toys) -> None:
+    _, bundle = toys("encoder")
+    rules = {"encoder": Rule(schedule=Schedule(length=9)), "decoder": Rule()}
+    with pytest.raises(PolicyError, match="chain encoder has a schedule over the tokens"):
+        load(bundle, policy=Policy(rules=rules))
 
 
 def test_a_threshold_that_equals_the_score_leaves_alone_and_in_batches(tmp_path: Path) -> None:

@@ -152,8 +152,10 @@ def test_a_float16_decoder_keeps_states_and_caches_in_half_and_answers_in_float3
     components = half_decoder.manifest.components
     for name in half_decoder.manifest.last_chain.components:
         segment = components[name]
-        states = [segment.inputs[0], *segment.outputs, *token_states(segment)]
+        state, saturation = segment.outputs
+        states = [segment.inputs[0], state, *token_states(segment)]
         assert {tensor.dtype for tensor in states} == {"float16"}
+        assert saturation.dtype == "float32"
         assert {variant.precision for variant in segment.variants} == {"float16"}
     answers = {tensor.dtype for tensor in components["head"].outputs if tensor.name != "token"}
     assert answers == {"float32"}
