@@ -17,7 +17,7 @@ from edgeexit.bundle.policy import Decision
 from edgeexit.runtime.engines.base import Array
 from edgeexit.runtime.executor.blocks import CHUNK, Block
 from edgeexit.runtime.executor.exits import leaving
-from edgeexit.runtime.executor.head import Head
+from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics, last_states, pick
 from edgeexit.runtime.programs.sampling import Sampler
@@ -117,14 +117,11 @@ class Fast:
                 continue
             head = self._heads[number]
             assert head is not None
-            known = self._known[number]
-            if known is not None and not self._leaving(number, known, undecided):
+            known, decision = self._known[number], self._decisions[number]
+            if known is not None and not leaving(known, decision, undecided, self._token):
                 continue
             answers = head(states)
-            gone = undecided
-            if number < last:
-                scores = answers[self._decisions[number].score] if known is None else known
-                gone = self._leaving(number, scores, undecided)
+            gone = undecided if number == last else self._leaving(number, answers, undecided)
             for row in gone:
                 if number < last:
                     self._emitted[row][-1] = int(answers["token"][row])
@@ -135,9 +132,11 @@ class Fast:
             undecided = [row for row in undecided if row not in gone]
         return self._current[:, 0]
 
-    def _leaving(self, number: int, scores: NDArray[Any], rows: list[int]) -> list[int]:
-        """The rows that stop at an exit, by its scores ``[batch]``."""
-        return leaving(scores, self._decisions[number], rows, self._token)
+    def _leaving(self, number: int, answers: Answers, rows: list[int]) -> list[int]:
+        """The rows that stop at an exit."""
+        decision, known = self._decisions[number], self._known[number]
+        scores = answers[decision.score] if known is None else known
+        return leaving(scores, decision, rows, self._token)
 
     def _run(self, number: int, block: Block) -> Block:
         """Runs a component over a block, and notes the newest scores. Returns the block behind."""
