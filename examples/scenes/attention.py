@@ -208,7 +208,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few steps")
     given = parser.parse_args()
     if given.table:
-        found = {path.name: json.loads((path / "report.json").read_text()) for path in given.table}
+        found = {}
+        for path in given.table:
+            found[path.name] = json.loads((path / "report.json").read_text())
+            if (search_ := path / "search.json").exists():
+                found[path.name]["search"] = json.loads(search_.read_text())
         given.output.write_text(json.dumps(found, indent=1) + "\n")
         return
     given.output.mkdir(parents=True, exist_ok=True)

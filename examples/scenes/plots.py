@@ -1,11 +1,11 @@
 """Draws what was measured on the scenes example: ``exits.png`` (where tokens leave, by kind and
-steps; quality against time) and ``depth.png`` (right answers by the layer of an exit, for several
-ways to train adapters).
+steps; quality against time), ``depth.png`` (right answers by the layer of an exit, for several
+ways to train adapters) and ``attention.png`` (which attentions it can do without).
 
     python examples/scenes/plots.py
 
 Reads scenes-seed-0.json and scenes.json in benchmarks/results (benchmarks/scenes.py), and
-depth.json (depth.py). Needs ``edgeexit[plot]``.
+depth.json (depth.py) and attention.json (attention.py). Needs ``edgeexit[plot]``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ OTHERS = {
     "random": ("random exits", (5, -3)),
     "tower_2": ("tower left behind layer 2", (-30, 6)),
 }
+WAYS = {
+    "search": "attentions of the search",
+    "last": "the last attentions",
+    "random": "drawn attentions",
+    "without": "the last, without adapters",
+    "whole": "whole layers (ShortGPT)",
+}
+"""Way to choose what is removed (examples/scenes/attention.py) -> its name."""
 
 
 def draw_depths(axes: Axes, cases: dict[str, Any]) -> None:
@@ -93,6 +101,30 @@ def draw_settings(axes: Axes, depth: dict[str, Any], kinds: tuple[str, ...], tit
     axes.legend(fontsize=7)
 
 
+def draw_attentions(axes: Axes, values: dict[str, float], label: str, chosen: list[int]) -> None:
+    """A value for the attention of each layer; those that are removed stand out."""
+    colours = ["C3" if int(layer) in chosen else "0.6" for layer in values]
+    axes.bar([int(layer) for layer in values], list(values.values()), color=colours)
+    axes.set(xlabel="layer of the attention", ylabel=label)
+    axes.set_xticks([int(layer) for layer in values])
+
+
+def draw_removed(axes: Axes, attention: dict[str, Any]) -> None:
+    """Right answers by the number of attentions that are removed, for several ways to choose."""
+    ways: dict[str, list[tuple[int, float]]] = {}
+    whole = attention["base"]["right"]["whole"]["all"]
+    for name, one in attention.items():
+        if one["remove"]:
+            way = name.rpartition("-")[0]
+            right = one["right"]["adapted"]["all"]
+            ways.setdefault(way, []).append((one["remove"], 100 * right))
+    axes.axhline(100 * whole, color="0.7")
+    for way, points in ways.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=WAYS.get(way, way))
+    axes.set(xlabel="removed", ylabel="right answers in %")
+    axes.legend(fontsize=7)
+
+
 def main() -> None:
     plt.rcParams["font.size"] = 8
     one, means = (
@@ -110,6 +142,16 @@ def main() -> None:
     draw_settings(left, depth, ("read", "walk", "follow"), "described scenes and walks")
     draw_settings(right, depth, ("go",), "steps at once")
     figure.savefig(HERE / "depth.png", dpi=110)
+    if not (HERE / "attention.json").exists():
+        return print("attention.json is missing, so attention.png is not drawn: run attention.py")
+    attention = json.loads((HERE / "attention.json").read_text())
+    found = next(one["search"] for one in attention.values() if "search" in one)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    draw_attentions(axes[0], found["loss_without_one"], "loss without it", found["chosen"])
+    axes[0].set_yscale("log")
+    draw_attentions(axes[1], found["scores"], "score of the search", found["chosen"])
+    draw_removed(axes[2], attention)
+    figure.savefig(HERE / "attention.png", dpi=110)
 
 
 if __name__ == "__main__":

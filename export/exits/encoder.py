@@ -156,7 +156,11 @@ def unread_of(read: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def saturation(
-    before: torch.Tensor, after: torch.Tensor, read: torch.Tensor | None
+    before: torch.Tensor,
+    after: torch.Tensor,
+    read: torch.Tensor | None,
+    *,
+    flatten: bool = False,
 ) -> torch.Tensor:
     """Cosine similarity of a layer's input and output, with all tokens of a row as one vector and
     without padding (MuE, CVPR 2023).
@@ -164,11 +168,16 @@ def saturation(
     Args:
         before, after: ``[batch, source, width]``; without `read` any shape.
         read: ``[batch, source]``, 0 at padding; None: there is none.
+        flatten: As in MuE's public code: the whole batch is one vector, padding included, so that
+            all rows have one score, which depends on what stands beside them.
 
     Returns:
         ``[batch]``, float32.
     """
     before, after = before.float(), after.float()
+    if flatten:
+        cosine = functional.cosine_similarity(before.flatten(), after.flatten(), dim=0)
+        return cosine.expand(len(before))
     if read is not None:
         kept = read.unsqueeze(-1).to(torch.float32)
         before, after = before * kept, after * kept

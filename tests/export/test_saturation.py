@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from edgeexit.bundle.reader import Bundle
+from edgeexit.export.exits.encoder import saturation
 from edgeexit.measure.check import check
 from edgeexit.runtime import Rule, Schedule, load
 from tests.decoders import EXITS, LAYERS, random_prompts
@@ -55,6 +56,21 @@ class States:
         """The next token by the states of a layer."""
         state = self.model.model.norm(self.of(tokens)[layer][-1])
         return int(self.model.lm_head(state).argmax())
+
+
+def test_a_row_has_its_own_score_unless_the_batch_is_flattened_as_in_mue() -> None:
+    before, after = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    read = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    alone = [saturation(b[None, r], a[None, r], None) for b, a, r in zip(before, after, read)]  # noqa: B905
+    torch.testing.assert_close(saturation(before, after, read), torch.cat(alone))
+    # MuE's published formula, for a batch with its padding
+    one, other = before.reshape(-1).double(), after.reshape(-1).double()
+    theirs = (one @ other / (one.norm() * other.norm())).float()
+    flat = saturation(before, after, read, flatten=True)
+    torch.testing.assert_close(flat, theirs.expand(3))
+    beside = torch.stack([before[0], after[1], after[2]])
+    assert saturation(beside, after, read, flatten=True)[0] != flat[0]
+    assert saturation(beside, after, read)[0] == saturation(before, after, read)[0]
 
 
 @pytest.mark.parametrize("step", [None, 4])
