@@ -204,11 +204,10 @@ class ExitDecoder(DecoderPass):
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
                 name, looked_at = f"adapter_{stop}", state_between(f"adapted_{stop}", trunk.width)
-                names = [f"{name}/{layer}" for layer in layer_names(0, len(adapter))]
-                states = token_states(trunk.heads, names)
+                states = self._adapter_states(name, len(adapter))
                 # What a single layer keeps of a token follows from its input alone.
                 projection = stacks.projection(adapter) if len(adapter) == 1 else None
-                ins, outs, forms = (state, POSITIONS), (looked_at,), stacks.forms(adapter)
+                ins, outs, forms = (state, POSITIONS, *also), (looked_at,), stacks.forms(adapter)
                 adapters.append(Component(name, ins, outs, forms, states, projection))
                 path.append(Call(component=name))
             path.append(Call(component="head", inputs={"state": looked_at.name}))
@@ -239,6 +238,11 @@ class ExitDecoder(DecoderPass):
             else:
                 states += token_states(self.trunk.heads, layer_names(n, n + 1))
         return tuple(states)
+
+    def _adapter_states(self, adapter: str, layers: int) -> tuple[TokenState | PromptState, ...]:
+        """States of an adapter of so many layers, layer by layer."""
+        names = [f"{adapter}/{layer}" for layer in layer_names(0, layers)]
+        return token_states(self.trunk.heads, names)
 
     def _reference(self, inputs: Values) -> Iterator[Values]:
         for layer, logits in self.each_exit(inputs["tokens"]):

@@ -109,12 +109,9 @@ def from_pretrained(
             "--max-tiles (tower_exits, image_encoder_exits, image_drops, gates, most_tiles).",
         )
     if config.model_type in ENCODER_DECODERS:
-        if adapters is not None:
-            raise UsageError(
-                f"{path}: adapters are for models without an encoder, not {config.model_type}",
-                fix="Leave them out.",
-            )
-        return read_encoder_decoder(checkpoint, saved, exits, encoder_exits, untrained=untrained)
+        return read_encoder_decoder(
+            checkpoint, saved, exits, encoder_exits, adapters, untrained=untrained
+        )
     if encoder_exits is not None:
         raise UsageError(
             f"{path}: a {config.model_type} has no encoder before a decoder",

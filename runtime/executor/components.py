@@ -253,12 +253,11 @@ def choose_variant(
 
 
 def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
-    """Input tensors of a chain's components, of the makers of their states, and of its exits."""
+    """Input tensors of a chain's components, of its exits, and of the makers of their states."""
     names = [*chain.components]
-    for name in chain.components:
-        names += [state.maker for state in made_by_others(manifest.components[name])]
-    for exit_ in chain.exits:
-        names += [call.component for call in exit_.path]
+    names += [call.component for exit_ in chain.exits for call in exit_.path]
+    states = [state for name in names for state in made_by_others(manifest.components[name])]
+    names += [state.maker for state in states]
     return {tensor.name for name in names for tensor in manifest.components[name].inputs}
 
 
