@@ -254,8 +254,8 @@ def _check_roles(manifest: Manifest, where: str, chain: Chain) -> None:
         ]
         if taken:
             raise BundleError(
-                f"{where}: {maker} makes states of {taken[0]}, the tokens of a prompt, for the path "
-                "of an exit, which may be asked behind the prompt",
+                f"{where}: {maker} makes states for the path of an exit of {taken[0]}, the tokens "
+                "of a prompt, behind which the exit may first be asked",
                 fix="Makers for exits take outputs of earlier steps. Export again.",
             )
 

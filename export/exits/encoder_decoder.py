@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -83,6 +83,30 @@ class ExitEncoderDecoder(ExitDecoder):
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        columns: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `ExitDecoder.forward`; with `columns` of a training batch in place of `source`."""
+        if columns is not None:
+            options["source"] = self.encode_columns(columns)
+        return super().forward(input_ids, **options)
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """Columns of a training batch that `encode_columns` reads; the first must be there."""
+        return (SOURCE_IDS.name, SOURCE_MASK.name, *self.read_by_source)
+
+    def encode_columns(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The encoder's output for columns of a training batch. Without a mask all is read."""
+        ids = columns[SOURCE_IDS.name]
+        mask = columns.get(SOURCE_MASK.name)
+        images = [columns[name] for name in self.read_by_source if name in columns]
+        return self.encode(ids, torch.ones_like(ids) if mask is None else mask, images=images)
 
     def encode(
         self,

@@ -67,6 +67,8 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
     """
 
+    read_by_source = (PIXELS,)
+
     def __init__(
         self,
         model: nn.Module,

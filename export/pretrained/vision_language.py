@@ -202,7 +202,8 @@ def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
     """Refuses exits of parts that the model does not have."""
     if kind.encodes and list(exits.drops):
         raise UsageError(
-            f"{path}: layers that drop image tokens are for models whose decoder reads them",
+            f"{path}: layers that drop image tokens are for models whose decoder reads the image "
+            "tokens",
             fix="Leave them out.",
         )
     if not kind.encodes and (exits.encoder is not None or exits.image_encoder is not None):

@@ -1,4 +1,4 @@
-"""Adapters of the decoder's exits in encoder-decoders: layers that read the encoder's output, too."""
+"""Adapters in encoder-decoders: layers of exits that read the encoder's output, too."""
 
 from __future__ import annotations
 
