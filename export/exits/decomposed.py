@@ -204,7 +204,7 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
         if not early:
             yield {f"{JOINED}/{ENCODED}": state, f"{JOINED}/{JOINED_MASK.name}": mask}
         source = self._normed(state), mask.bool()
-        for layer, logits in self.each_exit(inputs["tokens"], source=source):
+        for layer, logits in self._each_answer(inputs["tokens"], source=source):
             yield {f"{early}exit_{layer}": logits}
 
 

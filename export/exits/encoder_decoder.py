@@ -296,7 +296,7 @@ class ExitEncoderDecoder(ExitDecoder):
             yield {f"{exit_}/{encoder.output}": state, f"{exit_}/saturation": score}
             early = f"{exit_}/" if layer < encoder.depth else ""
             source = self._normed(state), mask.bool()
-            for number, logits in self.each_exit(inputs["tokens"], source=source):
+            for number, logits in self._each_answer(inputs["tokens"], source=source):
                 yield {f"{early}exit_{number}": logits}
 
     def _images_of(self, inputs: Values) -> tuple[torch.Tensor, ...]:

@@ -332,7 +332,7 @@ class ExitVisionLanguage(ExitDecoder):
             yield from self._gate_scores(tokens, image, features[-1])
         batch = torch.cat([tokens[~seeing], *[tokens[seeing]] * len(behind)])
         blind, each = (~seeing).cumsum(0), seeing.cumsum(0)
-        for number, logits in self.each_exit(batch, image_features=torch.cat(features)):
+        for number, logits in self._each_answer(batch, image_features=torch.cat(features)):
             for place, early in enumerate(behind):
                 rows = torch.where(seeing, blind[-1] + place * each[-1] + each, blind) - 1
                 yield {f"{early}exit_{number}": logits[rows]}

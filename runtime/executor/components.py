@@ -178,6 +178,28 @@ def outputs_asked(
     return wanted
 
 
+def has_own_head(chain: Chain, exit_: Exit) -> bool:
+    """Whether an exit has a head that the last exit does not have, such as one over a draft
+    vocabulary."""
+    own, last = ([call.component for call in e.path[-1:]] for e in (exit_, chain.stops[-1]))
+    return own != last
+
+
+def opened_early(chain: Chain, asked: Sequence[str | None] | None = None) -> list[str | None]:
+    """What is asked of the exits of a chain that writes text before it does. A head that the last
+    exit does not have is opened when it is asked, because it computes logits only where they are
+    asked, too.
+
+    Args:
+        asked: As for `outputs_asked`; None: answers without scores.
+    """
+    asked = [NO_SCORE] * len(chain.stops) if asked is None else asked
+    return [
+        None if ask != EVERY_SCORE and has_own_head(chain, exit_) else ask
+        for exit_, ask in zip(chain.stops, asked, strict=True)
+    ]
+
+
 def scored_before_path(exit_: Exit, components: Mapping[str, Component]) -> bool:
     """Whether an exit's scores are outputs of the component in front of it although it has a path.
     The path then runs only where rows stop."""
@@ -263,6 +285,7 @@ def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
 
 __all__ = [
     "EVERY_SCORE", "NO_SCORE", "Components", "Opened", "choose_variant", "exit_calls",
-    "graph_outputs", "inputs_taken", "made_by_others", "outputs_asked", "prompt_states",
-    "scored_before_path", "scores_asked", "token_states", "unsplit_chain",
+    "graph_outputs", "has_own_head", "inputs_taken", "made_by_others", "opened_early",
+    "outputs_asked", "prompt_states", "scored_before_path", "scores_asked", "token_states",
+    "unsplit_chain",
 ]  # fmt: skip
