@@ -84,7 +84,7 @@ class ExitEncoderDecoder(ExitDecoder):
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         *,

@@ -56,12 +56,9 @@ def decoder_batch(
         tokens, targets = checked_tokens(model, inputs, step)
         return tokens, targets, further_inputs(model, inputs, step)
     targets = _targets(model, inputs, step)
-    tokens = inputs.get(DECODER_IDS)
-    if tokens is None:
-        tokens = shifted(
-            targets, model.encoder.trunk.start_tokens[0], model.encoder.trunk.pad_token
-        )
-    elif tokens.shape != targets.shape:
+    encoder = model.encoder.trunk
+    tokens = inputs.get(DECODER_IDS, shifted(targets, encoder.start_tokens[0], encoder.pad_token))
+    if tokens.shape != targets.shape:
         raise UsageError(
             f"training: {DECODER_IDS} has the shape {list(tokens.shape)}, labels "
             f"{list(targets.shape)}",

@@ -40,9 +40,8 @@ def make_model(kind: str) -> Any:
     return make_decoder(kind) if made is None else made()
 
 
-def make(kind: str, *, double: bool = False) -> ExitDecoder:
+def make(kind: str) -> ExitDecoder:
     model = make_model(kind)
-    model = model.double() if double else model
     parts = KINDS[kind].trunk(model)
     if isinstance(parts, tuple):
         return ExitEncoderDecoder(model, *parts, [1, 2], adapters=[WITH_ADAPTER])
@@ -93,7 +92,7 @@ def written(model: Model, kind: str, rows: int, **options: Any) -> Any:
 
 
 def test_tokens_logits_and_scores_are_those_of_float64(model: Model, kind: str) -> None:
-    inputs, split = inputs_of(kind), make(kind, double=True)
+    inputs, split = inputs_of(kind), make(kind).double()
     given = {name: torch.from_numpy(value) for name, value in inputs.items()}
     source: Any = ()
     if isinstance(split, ExitEncoderDecoder):
