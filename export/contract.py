@@ -117,6 +117,8 @@ class Component:
         projection: Layers that compute the token states from the component's input only, for tokens
             that skip the component (``approximate`` decoding). That of an adapter must give what
             the component gives: prompt tokens that nobody asks pass by it.
+        scored: The output that scores are computed from, instead of the exit's logits: those of a
+            draft vocabulary, which the exit's logits have among -inf. A module computes ``token``.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Component:
     forms: tuple[Form, ...]
     states: tuple[TokenState | PromptState, ...] = ()
     projection: Stack | None = None
+    scored: str | None = None
 
     @property
     def token_states(self) -> list[TokenState]:

@@ -61,10 +61,12 @@ def derived_at(model: SplitModel, exit_: Exit) -> Derived | None:
     if LOGITS not in exit_.outputs:
         return None
     giver, token = exit_giver(exit_), exit_.outputs.get(TOKEN)
-    if token in [tensor.name for tensor in model.component(giver).outputs]:
+    component = model.component(giver)
+    if token in [tensor.name for tensor in component.outputs]:
         token = None
     # Exits may share a head; an exit without a path does not share its component.
-    return Derived(exit_.outputs[LOGITS], giver if exit_.path else exit_.name, token)
+    logits = component.scored or exit_.outputs[LOGITS]
+    return Derived(logits, giver if exit_.path else exit_.name, token)
 
 
 def derived_of(model: SplitModel) -> dict[str, list[Derived]]:

@@ -73,8 +73,13 @@ def reference_sample(
 def _of_every_token(logits: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Greedy token, gap and scores ``[rows, seq]``, computed for a few tokens at a time: float64
     copies of all logits of a large vocabulary take a multiple of the model's memory, and copies
-    that fit a core's cache are made ten times as fast."""
+    that fit a core's cache are made ten times as fast. Tokens beyond a draft vocabulary, whose
+    logits are all -inf, are left out."""
     flat = logits.reshape(-1, logits.shape[-1])
+    known = np.flatnonzero(~np.isneginf(flat).all(0))
+    if 0 < len(known) < flat.shape[-1]:
+        of_known = _of_every_token(np.ascontiguousarray(logits[..., known]))
+        return of_known | {"token": known[of_known["token"]]}
     found: list[dict[str, NDArray[Any]]] = []
     step = max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
     for start in range(0, len(flat), step):
@@ -110,6 +115,8 @@ def check_finite(
                 "sample rows",
                 fix=fix,
             )
+        if f"{exit_}/token" in sample:  # beyond a draft vocabulary all are -inf
+            rows = rows[:, ~np.isneginf(rows).all(0)]
         if np.isneginf(rows).any():
             logger.warning(
                 "%s: exit %s gives -inf for some classes, so its score entropy is NaN; use "

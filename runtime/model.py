@@ -22,6 +22,7 @@ from edgeexit.runtime.executor.components import (
     EVERY_SCORE,
     NO_SCORE,
     Components,
+    opened_early,
     outputs_asked,
     unsplit_chain,
 )
@@ -88,7 +89,7 @@ class Model(Writer, Loaded):
         tables = Tables(bundle)
         if manifest.decoding is not None:
             name = manifest.decoding.chain
-            heads = [ask or NO_SCORE for ask in asked.pop(name)]
+            heads = opened_early(chains[name], [ask or NO_SCORE for ask in asked.pop(name)])
             components.open(outputs_asked(manifest, chains[name], heads))
         self._steps = InputSteps(components, chains, tables, asked, launch_ahead)
         steps = self._steps

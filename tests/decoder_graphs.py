@@ -241,7 +241,8 @@ class Components:
         for number in range(len(toy.layers)):
             self._segment(number)
             if toy.encoder and any(map(toy.attends, toy.layers_of(number))):
-                self._cross_maker(number)
+                attending = filter(toy.attends, toy.layers_of(number))
+                self._cross_maker(f"cross_{number}", [f"layer{layer}" for layer in attending])
         self._head()
         if toy.adapter is not None:
             self._adapter()
@@ -326,15 +327,14 @@ class Components:
             state = _feed_forward(graph, name, state)
         return state
 
-    def _cross_maker(self, number: int) -> None:
+    def _cross_maker(self, maker: str, layers: Sequence[str]) -> None:
         graph = Graph(self.store)
         state = graph.take(ENCODER_STATE)
-        for layer in filter(self._toy.attends, self._toy.layers_of(number)):
-            name = f"layer{layer}"
+        for name in layers:
             for tensor, kind in zip(cross_tensors(name), ("key", "value"), strict=True):
                 made = graph.linear(state, f"{name}/cross_{kind}")
                 graph.give(tensor, graph.unsqueeze(made, 1))
-        self._add(f"cross_{number}", graph)
+        self._add(maker, graph)
 
     def _mean_maker(self) -> None:
         """The mean of the states of the prompt's tokens that come into the layer without keys."""
@@ -360,6 +360,9 @@ class Components:
         graph = Graph(self.store)
         tensor = Tensor(name="state", dtype="float32", axes=["batch", "new", WIDTH])
         state = _self_attention(graph, "adapter", graph.take(tensor))
+        if self._toy.adapter_reads:
+            state = _cross_attention(graph, "adapter", state, "cross_adapter")
+            self._cross_maker("cross_adapter", ["adapter"])
         made = Tensor(name="adapted", dtype="float32", axes=["batch", "new", WIDTH])
         graph.give(made, _feed_forward(graph, "adapter", state))
         self._add("adapter", graph)

@@ -51,6 +51,7 @@ class Pass:
         kept: Token state (``layer0/keys``, ``adapter/values``) -> ``[tokens, HEAD]``.
         gate: What the gate says; None: there is none.
         dropped: Whether the image tokens left there.
+        source: What the encoder hands on ``[source, WIDTH]``; None: there is none.
     """
 
     places: list[NDArray] = field(default_factory=list)
@@ -60,6 +61,7 @@ class Pass:
     kept: dict[str, NDArray] = field(default_factory=dict)
     gate: float | None = None
     dropped: bool = False
+    source: NDArray | None = None
 
 
 @dataclass
@@ -181,6 +183,7 @@ class Reference:
                 state, places = self._ask_gate(row, state, places, found)
             found.states.append(state)
             found.places.append(places)
+            found.source = source.get("encoder_state")
             if number == toy.adapter:
                 self._adapted(found)
         return found
@@ -338,6 +341,10 @@ class Reference:
         assert number is not None
         state, places = found.states[number], found.places[number]
         state = state + self._attend_before("adapter", state, places, found)
+        if self._toy.adapter_reads:
+            assert found.source is not None
+            every = np.ones((len(state), len(found.source)), bool)
+            state = state + self._attend("adapter", _norm(state), found.source, every, "cross_")
         return self._feed_forward("adapter", state)
 
     def _logits(self, passed: Pass, exit: str, length: int) -> NDArray:

@@ -85,6 +85,7 @@ class DecoderToy:
         layers: How many layers each component has.
         exits: Components behind which early exits stand; behind the last one there always is one.
         adapter: The component whose exit has an adapter: a layer with keys and values of its own.
+        adapter_reads: The adapter, too, attends to what the encoder hands on.
         stateless: The third layer has no attention. It reads a vector made of the mean of the
             states of the prompt's tokens that come into it.
         own_mean: The component that reads the mean makes it in its own run.
@@ -104,6 +105,7 @@ class DecoderToy:
     layers: tuple[int, ...] = (1,) * LAYERS
     exits: tuple[int, ...] = (0, 1)
     adapter: int | None = None
+    adapter_reads: bool = False
     stateless: bool = False
     own_mean: bool = False
     gate: bool = False
@@ -157,6 +159,7 @@ def make_decoder_toy(*, seed: int = 0, **options: Any) -> DecoderToy:
     toy = DecoderToy(weights, **options)
     assert sum(toy.layers) == LAYERS and all(n < len(toy.layers) - 1 for n in toy.exits)
     assert toy.adapter is None or toy.adapter in toy.exits
+    assert not toy.adapter_reads or (toy.encoder and toy.adapter is not None)
     assert not (toy.encoder and toy.groups)  # an encoder prompts, and has no placeholders
     if toy.stateless and not toy.own_mean:  # what comes into the layer comes into a component
         assert STATELESS in [toy.layers_of(n)[0] for n in range(len(toy.layers))]

@@ -72,6 +72,7 @@ def spread(outputs: NDArray) -> float:
     """
     values = np.asarray(outputs, np.float64)
     rows = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+    rows = rows[:, ~np.isneginf(rows).all(0)]  # beyond a draft vocabulary
     rows = rows[np.isfinite(rows).all(-1)]
     if not rows.size:
         return 0.0

@@ -248,6 +248,16 @@ def _check_roles(manifest: Manifest, where: str, chain: Chain) -> None:
         raise BundleError(
             f"{where}: {both[0]} makes states and is a component of its own", fix=EXPORT_AGAIN
         )
+    for maker in sorted(_makers(manifest, on_paths)):
+        taken = [
+            tensor.name for tensor in manifest.components[maker].inputs if "new" in tensor.axes
+        ]
+        if taken:
+            raise BundleError(
+                f"{where}: {maker} makes states for the path of an exit of {taken[0]}, the tokens "
+                "of a prompt, behind which the exit may first be asked",
+                fix="Makers for exits take outputs of earlier steps. Export again.",
+            )
 
 
 def _check_exit_order(where: str, chain: Chain) -> None:

@@ -12,7 +12,7 @@ import click
 from edgeexit.cli.calibration_data import read_calibration_data
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size, warn
 from edgeexit.cli.export_onnx import export_file
-from edgeexit.cli.options import output_options
+from edgeexit.cli.options import draft_vocabularies, output_options
 from edgeexit.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ OF_CHECKPOINTS = {
     "tower_exits": "--tower-exits",
     "image_drops": "--drop-image-tokens",
     "gates": "--gates",
+    "draft_vocabularies": "--draft-vocabulary",
     "max_tiles": "--max-tiles",
 }
 """Parameters that say which exits a checkpoint gets -> their options."""
@@ -78,6 +79,14 @@ OF_CHECKPOINTS = {
     metavar="DIR",
     help="Checkpoints: a peft adapter (LoRA) to merge into the weights; may be given several "
     "times.",
+)
+@click.option(
+    "--draft-vocabulary",
+    "draft_vocabularies",
+    multiple=True,
+    metavar="EXIT=FILE",
+    help="Models that write text: an exit computes only the tokens whose ids a JSON file lists, as "
+    "in exit_2=ids.json; may be given several times. Default: as saved with the checkpoint.",
 )
 @click.option(
     "--encoder-exits",
@@ -296,7 +305,7 @@ def _split(model: str, options: Mapping[str, Any]) -> SplitModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if ":" in model and not Path(model).exists():
-        if given := [name for name in OF_CHECKPOINTS if options[name] is not None]:
+        if given := [name for name in OF_CHECKPOINTS if options[name] not in (None, ())]:
             option = OF_CHECKPOINTS[given[0]]
             raise UsageError(
                 f"{model}: {option} cannot be used with a function",
@@ -362,6 +371,7 @@ def _from_checkpoint(model: str, options: Mapping[str, Any]) -> SplitModel:
         tower_exits=given("tower_exits"),
         image_drops=given("image_drops") or (),
         gates=given("gates"),
+        draft_vocabularies=draft_vocabularies(options["draft_vocabularies"]),
         most_tiles=options["max_tiles"],
         adapter=options["merged"],
         untrained=untrained_exits is not None,

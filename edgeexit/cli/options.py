@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
+
+from edgeexit.errors import UsageError, first_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +100,32 @@ def verbosity_options(function: F) -> F:
         is_eager=True,
         help="Show only errors on stderr, no progress.",
     )(function)
+
+
+def draft_vocabularies(given: Sequence[str]) -> dict[int, list[int]] | None:
+    """Exit layer -> token ids, of values of --draft-vocabulary; None: there are none."""
+    found: dict[int, list[int]] = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        layer = name.strip().removeprefix("exit_")
+        if not file or not (layer.isascii() and layer.isdigit()):
+            raise UsageError(
+                f"--draft-vocabulary {text}: it is not EXIT=FILE",
+                fix="Give an exit and a file, as in exit_2=ids.json.",
+            )
+        try:
+            ids = msgspec.json.decode(Path(file).read_bytes(), type=list[int])
+        except (OSError, msgspec.MsgspecError) as error:
+            raise UsageError(
+                f"--draft-vocabulary {text}: {file} cannot be read ({first_line(error)})",
+                fix="Give a JSON file with a list of token ids, as in [0, 5, 17].",
+            ) from error
+        if int(layer) in found:
+            raise UsageError(
+                f"--draft-vocabulary {text}: {name} is given twice", fix="Give each exit once."
+            )
+        found[int(layer)] = ids
+    return found or None
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")

@@ -73,7 +73,12 @@ def compare_exits(
                 judge.count(exit_.name, f"greedy token, {how}", wrong)
                 continue
             if name in exit_.outputs:
-                judge.compare(exit_.name, f"{name}, {how}", answers[key], expected)
+                found = answers[key]
+                if "token" in exit_.outputs and found.shape == expected.shape:
+                    # Beyond a draft vocabulary both are -inf.
+                    covered = ~(np.isneginf(found) & np.isneginf(expected)).all(0)
+                    found, expected = found[:, covered], expected[:, covered]
+                judge.compare(exit_.name, f"{name}, {how}", found, expected)
             else:
                 judge.compare_score(exit_.name, f"score {name}, {how}", answers[key], expected)
 

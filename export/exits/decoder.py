@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import nn
 
@@ -36,6 +37,7 @@ from edgeexit.errors import UsageError
 from edgeexit.export.contract import Component, Form, SplitModel, Table, Values
 from edgeexit.export.exits.decoder_pass import DecoderPass
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
+from edgeexit.export.exits.draft_vocabulary import ShortHead, check_vocabularies, head_over
 from edgeexit.export.exits.origins import Origin
 from edgeexit.export.exits.saved import (
     SavedExits,
@@ -55,6 +57,7 @@ class ExitDecoder(DecoderPass):
     Attributes:
         exit_origins: What is known about the training of each exit, adapter included.
         border_layers: Layers behind which a segment ends, without the last layer.
+        draft_vocabularies: Exit layer -> token ids that its head computes, if not all.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class ExitDecoder(DecoderPass):
         super().__init__(model, trunk, exits, adapters)
         self.border_layers = self.exit_layers
         self.name = type(model).__name__
+        self.draft_vocabularies: dict[int, tuple[int, ...]] = {}
         self.tokenizer_folder: Path | None = None
         self.generation: GenerationDefaults | None = None
         self.provenance: dict[str, str] = {}
@@ -82,6 +86,20 @@ class ExitDecoder(DecoderPass):
             int(name.removeprefix("exit_")): len(cast("nn.ModuleList", adapter))
             for name, adapter in self.adapters.items()
         }
+
+    def set_draft_vocabularies(self, given: Mapping[int, Iterable[int]]) -> None:
+        """Gives exits heads over some tokens only (`edgeexit.export.exits.draft_vocabulary`):
+        exit layer -> token ids. Exits that are not named compute all logits.
+
+        Raises:
+            UsageError: There is no such exit, or ids are not tokens of the model.
+            ExportError: Tokens cannot be taken from the model's head.
+        """
+        size = self.trunk.embedding.shape[0]
+        found = check_vocabularies(given, self.exit_layers, size)
+        for ids in found.values():
+            head_over(self.trunk.head, ids, self.trunk.width, size)
+        self.draft_vocabularies = found
 
     def save_pretrained(
         self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -102,6 +120,7 @@ class ExitDecoder(DecoderPass):
             origins=self.exit_origins,
             removed=list(self.skipped.removed),
             pia=self.skipped.ranks,
+            vocabularies=self.draft_vocabularies,
         )
 
     def saved_modules(self) -> dict[str, nn.ModuleDict]:
@@ -134,6 +153,8 @@ class ExitDecoder(DecoderPass):
             for number, layer in enumerate(trunk.layers, start=1)
         ]
         segments, adapters, exits = self._segments(embedded, stacks, layers)
+        heads = [Component("head", (looked_at,), (logits,), (Form(trunk.head),))]
+        heads += [self._short_head(layer, looked_at, logits) for layer in self.draft_vocabularies]
         unsplit = Component(
             name="unsplit",
             inputs=(embedded, POSITIONS, *also),
@@ -141,7 +162,6 @@ class ExitDecoder(DecoderPass):
             forms=stacks.forms(layers, stem=True, head=True),
             states=self._held(0, self.depth, "unsplit"),
         )
-        head = Component("head", (looked_at,), (logits,), (Form(trunk.head),))
         chain = Chain(
             components=[segment.name for segment in segments],
             outputs=[logits, token],
@@ -153,7 +173,7 @@ class ExitDecoder(DecoderPass):
             name=self.name,
             task="text-generation",
             inputs=(Tensor(name="tokens", dtype="int64", axes=["batch", "new"]),),
-            components=[*segments, *adapters, unsplit, head],
+            components=[*segments, *adapters, unsplit, *heads],
             chains={"main": chain},
             steps=[
                 Table("tokens", embedded, scaled(trunk.embedding.detach(), trunk.embedding_scale)),
@@ -208,24 +228,41 @@ class ExitDecoder(DecoderPass):
             path, looked_at = [], state
             if adapter := cast("list[nn.Module]", self._adapter(stop)):
                 name, looked_at = f"adapter_{stop}", state_between(f"adapted_{stop}", trunk.width)
-                names = [f"{name}/{layer}" for layer in layer_names(0, len(adapter))]
-                states = token_states(trunk.heads, names)
+                states = self._adapter_states(name, len(adapter))
                 # What a single layer keeps of a token follows from its input alone.
                 projection = stacks.projection(adapter) if len(adapter) == 1 else None
-                ins, outs, forms = (state, POSITIONS), (looked_at,), stacks.forms(adapter)
+                ins, outs, forms = (state, POSITIONS, *also), (looked_at,), stacks.forms(adapter)
                 adapters.append(Component(name, ins, outs, forms, states, projection))
                 path.append(Call(component=name))
-            path.append(Call(component="head", inputs={"state": looked_at.name}))
+            head, of_head = ("head", "") if stop not in self.draft_vocabularies else _short(stop)
+            path.append(Call(component=head, inputs={"state": looked_at.name}))
             exits.append(
                 Exit(
                     name=f"exit_{stop}",
                     behind=segments[-1].name,
-                    outputs={"logits": "logits", "token": "token"},
+                    outputs={name: f"{of_head}{name}" for name in ("logits", "token")},
                     scores={"saturation": score.name},
                     path=path,
                 )
             )
         return segments, adapters, exits
+
+    def _short_head(self, layer: int, state: Tensor, logits: Tensor) -> Component:
+        """The head of the exit behind a layer over its draft vocabulary."""
+        ids, (name, prefix) = self.draft_vocabularies[layer], _short(layer)
+        scored = f"{prefix}draft_logits"
+        outputs = (
+            Tensor(name=scored, dtype="float32", axes=["batch", len(ids)]),
+            msgspec.structs.replace(logits, name=f"{prefix}logits"),
+            Tensor(name=f"{prefix}token", dtype="int64", axes=["batch"]),
+        )
+        forms = (Form(self._head_over(layer)),)
+        return Component(name, (state,), outputs, forms, scored=scored)
+
+    def _head_over(self, layer: int) -> ShortHead:
+        trunk = self.trunk
+        ids, size = self.draft_vocabularies[layer], trunk.embedding.shape[0]
+        return ShortHead(trunk.head, ids, trunk.width, size).eval()
 
     @property
     def _has_early_exit(self) -> bool:
@@ -245,11 +282,17 @@ class ExitDecoder(DecoderPass):
                 states += token_states(self.trunk.heads, layer_names(n, n + 1))
         return tuple(states)
 
+    def _adapter_states(self, adapter: str, layers: int) -> tuple[TokenState | PromptState, ...]:
+        """States of an adapter of so many layers, layer by layer."""
+        names = [f"{adapter}/{layer}" for layer in layer_names(0, layers)]
+        return token_states(self.trunk.heads, names)
+
     def _reference(self, inputs: Values) -> Iterator[Values]:
         yield from self._answers(inputs["tokens"])
 
     def _answers(self, tokens: torch.Tensor, early: str = "", **options: Any) -> Iterator[Values]:
-        """What the samples hold of every exit: logits and `saturation` of all tokens.
+        """What the samples hold of every exit, of all tokens: `saturation`, and logits, which are
+        -inf for tokens that the exit's draft vocabulary does not have.
 
         Args:
             early: Prefix of the exits' names: an early exit of an earlier chain.
@@ -257,7 +300,16 @@ class ExitDecoder(DecoderPass):
         """
         for layer, logits, score in self.each_exit(tokens, **options):
             name = f"{early}exit_{layer}"
+            if layer in self.draft_vocabularies:
+                known = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+                known[list(self.draft_vocabularies[layer])] = True
+                logits = logits.masked_fill(~known, float("-inf"))
             yield {name: logits, f"{name}/saturation": score}
+
+
+def _short(layer: int) -> tuple[str, str]:
+    """Name of an exit's own head, and prefix of its outputs."""
+    return f"head_{layer}", f"head_{layer}/"
 
 
 def _random_tokens(vocabulary: int, rows: int) -> Values:

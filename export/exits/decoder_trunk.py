@@ -24,7 +24,9 @@ class DecoderTrunk:
         layers: Each has ``before(state) -> (q, k, v)``, ``[batch, new, heads * size]`` and not yet
             rotated, and ``after(state, attended) -> state``.
         head: ``state [rows, width] -> logits [rows, vocabulary]``: final norm (its attribute
-            ``norm``, if there is one) and projection.
+            ``norm``, if there is one) and projection. Exits can have a draft vocabulary if its last
+            step is an ``nn.Linear`` ``projection``, with, at most, a ``bias`` added
+            (`edgeexit.export.exits.draft_vocabulary`).
         width: Size of a state.
         positions: The most positions that the model supports; None: any number.
         capacity: Default limit of a text, in tokens; None: `positions`. One of the two must be

@@ -10,7 +10,7 @@ undecomposed model only if the model was trained in this form.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
     """An encoder-decoder with a vision tower, whose encoder reads one image and a text apart.
 
     Args:
-        model, trunk, exits, tower_exits: As for `ExitVisionEncoderDecoder`.
+        model, trunk, exits, tower_exits, adapters: As for `ExitVisionEncoderDecoder`.
         text_exits, image_exits: Layers of the encoder's branches with an exit.
 
     Attributes:
@@ -60,8 +60,9 @@ class ExitDecomposed(ExitVisionEncoderDecoder):
         text_exits: Iterable[int] = (),
         image_exits: Iterable[int] = (),
         tower_exits: Iterable[int] = (),
+        adapters: Iterable[int] | Mapping[int, int] = (),
     ) -> None:
-        super().__init__(model, trunk, exits, (), tower_exits)
+        super().__init__(model, trunk, exits, (), tower_exits, adapters)
         image, text = trunk.branches
         self.encoder = ExitEncoder(text, text_exits, "text_encoder")
         self.image_encoder = ExitEncoder(image, image_exits, "image_encoder")

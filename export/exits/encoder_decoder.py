@@ -3,8 +3,8 @@
 The decoder is that of `edgeexit.export.exits.decoder`; its layers also read the encoder's output.
 
 The encoder (`edgeexit.export.exits.encoder`) passes the state of one of its exits on. One component
-for each segment of the decoder computes the keys and values of cross attention from that state,
-once per prompt.
+for each segment of the decoder, and for each adapter of its exits, computes the keys and values of
+cross attention from that state, once per prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -35,6 +35,7 @@ from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
 from edgeexit.export.exits.encoder import EncoderTrunk, ExitEncoder, unread_of
 from edgeexit.export.exits.saved import SavedExits
+from edgeexit.export.exits.states import layer_names, token_states
 from edgeexit.export.trace.attention import Heads, causal_attention, read_source, split_heads
 
 if TYPE_CHECKING:
@@ -55,11 +56,16 @@ class ExitEncoderDecoder(ExitDecoder):
             (`edgeexit.export.trace.layer_stacks.ReadingLayer`).
         exits: Layers of the decoder with an exit (1 = behind the first).
         encoder_exits: Those of the encoder.
+        adapters: As for `ExitDecoder`. An adapter's layers read the encoder's output, too.
 
     Attributes:
         encoder: The encoder with its exits.
+        read_by_source: Inputs of `embed_source` besides token ids, in order; training passes them
+            on.
         preprocessing, preprocessing_sample: How a text becomes token ids, and a sample.
     """
+
+    read_by_source: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -68,14 +74,39 @@ class ExitEncoderDecoder(ExitDecoder):
         trunk: DecoderTrunk,
         exits: Iterable[int],
         encoder_exits: Iterable[int] = (),
+        adapters: Iterable[int] | Mapping[int, int] = (),
     ) -> None:
-        super().__init__(model, trunk, exits)
+        super().__init__(model, trunk, exits, adapters)
         self.encoder = ExitEncoder(encoder, encoder_exits)
         names = map(self.encoder.exit_name, self.encoder.exit_layers)
         self.exit_origins |= dict.fromkeys(names, "unknown")
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        *,
+        columns: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `ExitDecoder.forward`; with `columns` of a training batch in place of `source`."""
+        if columns is not None:
+            options["source"] = self.encode_columns(columns)
+        return super().forward(input_ids, **options)
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """Columns of a training batch that `encode_columns` reads; the first must be there."""
+        return (SOURCE_IDS.name, SOURCE_MASK.name, *self.read_by_source)
+
+    def encode_columns(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The encoder's output for columns of a training batch. Without a mask all is read."""
+        ids = columns[SOURCE_IDS.name]
+        mask = columns.get(SOURCE_MASK.name)
+        images = [columns[name] for name in self.read_by_source if name in columns]
+        return self.encode(ids, torch.ones_like(ids) if mask is None else mask, images=images)
 
     def encode(
         self,
@@ -175,27 +206,31 @@ class ExitEncoderDecoder(ExitDecoder):
         return Tensor(name=ENCODED, dtype="float32", axes=axes)
 
     def _makers(self) -> Iterator[Component]:
-        """Components that compute the cross keys and values, one for each decoder segment."""
+        """Components that compute the cross keys and values, one for each decoder segment and for
+        each adapter."""
         for number, (start, stop) in enumerate(itertools.pairwise(self._borders)):
-            made = [
-                state.tensor
-                for layer in range(start, stop)
-                for state in self._cross_states(layer + 1, number)
-            ]
-            layers = [*self.layers][start:stop]
-            body = _Cross(self.encoder.trunk.norm, layers, self.trunk.heads)
-            yield Component(_maker(number), (self._encoded,), tuple(made), (Form(body.eval()),))
+            yield self._maker(str(number), self.layers[start:stop], layer_names(start, stop))
+        for exit_, adapter in self.adapters.items():
+            layers, name = list(cast("nn.ModuleList", adapter)), _adapter(exit_)
+            names = [f"{name}/{layer}" for layer in layer_names(0, len(layers))]
+            yield self._maker(name, layers, names)
 
-    def _cross_states(self, layer: int, segment: int) -> list[PromptState]:
+    def _maker(self, of: str, layers: Sequence[nn.Module], names: Sequence[str]) -> Component:
+        """The component that computes the cross keys and values of layers with these names."""
+        made = [state.tensor for name in names for state in self._cross_states(name, of)]
+        body = _Cross(self.encoder.trunk.norm, layers, self.trunk.heads)
+        return Component(_maker(of), (self._encoded,), tuple(made), (Form(body.eval()),))
+
+    def _cross_states(self, layer: str, of: str) -> list[PromptState]:
         heads = self.trunk.heads
         return [
             PromptState(
                 tensor=Tensor(
-                    name=f"layer_{layer}/cross_{kind}",
+                    name=f"{layer}/cross_{kind}",
                     dtype="float32",
                     axes=["batch", heads.queries, "source", heads.size],
                 ),
-                maker=_maker(segment),
+                maker=_maker(of),
             )
             for kind in ("key", "value")
         ]
@@ -217,7 +252,14 @@ class ExitEncoderDecoder(ExitDecoder):
         for layer in range(start, stop):
             segment = sum(border <= layer for border in self._borders[1:])
             states += super()._held(layer, layer + 1, component)
-            states += self._cross_states(layer + 1, segment)
+            states += self._cross_states(f"layer_{layer + 1}", str(segment))
+        return tuple(states)
+
+    def _adapter_states(self, adapter: str, layers: int) -> tuple[TokenState | PromptState, ...]:
+        states: list[TokenState | PromptState] = []
+        for layer in layer_names(0, layers):
+            states += token_states(self.trunk.heads, [f"{adapter}/{layer}"])
+            states += self._cross_states(f"{adapter}/{layer}", adapter)
         return tuple(states)
 
     def _through_layer(
@@ -265,8 +307,13 @@ ENCODED = "encoder_state"
 """What the decoder reads: the encoder's output."""
 
 
-def _maker(segment: int) -> str:
-    return f"cross_{segment}"
+def _maker(of: str) -> str:
+    return f"cross_{of}"
+
+
+def _adapter(exit_: str) -> str:
+    """Name of the component that is the adapter of an exit."""
+    return exit_.replace("exit", "adapter")
 
 
 class _Cross(nn.Module):

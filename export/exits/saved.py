@@ -42,6 +42,7 @@ class SavedExits:
         tower: Layers of a vision tower with an exit.
         gates: Layers with a gate that drops image tokens -> width of the gate.
         removed: Layers of a decoder without attention.
+        vocabularies: Decoder exits with a draft vocabulary: exit layer -> its token ids.
         pia: Of these, layers with an adapter in its place -> its rank.
         origins: Exit name -> what is known about its training. Exits that are missing, as in files
             of older versions: unknown.
@@ -55,6 +56,7 @@ class SavedExits:
     gates: dict[int, int] = field(default_factory=dict)
     removed: list[int] = field(default_factory=list)
     pia: dict[int, int] = field(default_factory=dict)
+    vocabularies: Mapping[int, Sequence[int]] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
@@ -88,6 +90,8 @@ def save_exits(
     if exits.removed:
         config["removed_attention"] = exits.removed
         config["pia"] = {str(layer): rank for layer, rank in exits.pia.items()}
+    if exits.vocabularies:
+        config["draft_vocabularies"] = {str(n): list(ids) for n, ids in exits.vocabularies.items()}
     config["origins"] = dict(exits.origins)
     (folder / EXITS_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     weights: dict[str, torch.Tensor] = {}
@@ -109,6 +113,7 @@ class _File(msgspec.Struct):
     gates: dict[_Layer, _Size] = {}
     removed_attention: list[_Layer] = []
     pia: dict[_Layer, _Size] = {}
+    draft_vocabularies: dict[_Layer, list[int]] = {}
     origins: dict[str, Origin] = {}
 
     def __post_init__(self) -> None:
@@ -118,10 +123,11 @@ class _File(msgspec.Struct):
             )
         for name, given, of in (
             ("adapters", self.adapters, self.exits),
+            ("draft_vocabularies", self.draft_vocabularies, self.exits),
             ("pia", self.pia, self.removed_attention),
         ):
             if more := sorted(set(given) - set(of)):
-                what = "an exit" if name == "adapters" else "its attention removed"
+                what = "its attention removed" if name == "pia" else "an exit"
                 raise ValueError(f"{name} names layer {more[0]}, which does not have {what}")
 
 
@@ -141,6 +147,7 @@ def read_exits(folder: Path) -> SavedExits:
         gates=saved.gates,
         removed=saved.removed_attention,
         pia=saved.pia,
+        vocabularies=saved.draft_vocabularies,
         origins=saved.origins,
     )
 

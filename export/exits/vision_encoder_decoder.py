@@ -8,7 +8,7 @@ The image tokens replace the placeholders of the text that the encoder reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,15 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
     Args:
         model: The transformers model that owns the weights.
         trunk: Its description.
-        exits, encoder_exits: As for `ExitEncoderDecoder`.
+        exits, encoder_exits, adapters: As for `ExitEncoderDecoder`.
         tower_exits: Layers of the tower with an exit.
 
     Attributes:
         tower: The vision tower with its exits.
         prompt: What a prompt says for an image; None: there is no tokenizer to write it with.
     """
+
+    read_by_source = (PIXELS,)
 
     def __init__(
         self,
@@ -74,8 +76,9 @@ class ExitVisionEncoderDecoder(ExitEncoderDecoder):
         exits: Iterable[int],
         encoder_exits: Iterable[int] = (),
         tower_exits: Iterable[int] = (),
+        adapters: Iterable[int] | Mapping[int, int] = (),
     ) -> None:
-        super().__init__(model, trunk.encoder, trunk.decoder, exits, encoder_exits)
+        super().__init__(model, trunk.encoder, trunk.decoder, exits, encoder_exits, adapters)
         self.whole = trunk
         self.tower = ExitTower(trunk.tower, tower_exits)
         self.exit_origins |= dict.fromkeys(self.tower.projectors, "untrained")

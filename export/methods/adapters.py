@@ -16,15 +16,9 @@ from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.methods.images import further_inputs
-from edgeexit.export.methods.layerskip import (
-    IGNORED,
-    agreement_loss,
-    check_decoder,
-    checked_tokens,
-    tokens_and_targets,
-)
+from edgeexit.export.methods.layerskip import agreement_loss, check_decoder
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
+from edgeexit.export.methods.sources import columns_of, count_targets, decoder_batch
 
 
 @dataclass(frozen=True)
@@ -33,14 +27,16 @@ class AdapterDistillation(Method):
 
     The loss is the mean, over adapters and tokens, of the cross-entropy between the exit's
     prediction and the last layer's probabilities, in nats. Batches are those of
-    `edgeexit.export.methods.layerskip.LayerSkip`.
+    `edgeexit.export.methods.layerskip.LayerSkip`. Those of an encoder-decoder hold what its encoder
+    reads, and ``labels``, the text to write, as transformers' models take them
+    (`edgeexit.export.methods.sources`).
     """
 
     left_out: ClassVar[str] = "they have no adapters"
 
     def check(self, model: Any) -> None:
         name = type(self).__name__
-        check_decoder(name, model)
+        check_decoder(name, model, encoder=True)
         if not len(model.adapters):
             raise UsageError(
                 f"{name}: the decoder has no adapters",
@@ -52,18 +48,18 @@ class AdapterDistillation(Method):
         return model.adapters
 
     def inputs(self, model: ExitDecoder) -> list[str]:
-        return ["input_ids", "attention_mask", *model.read_by_embed]
+        return columns_of(model)
 
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
-        tokens, targets = checked_tokens(model, inputs, step)
+        tokens, targets, others = decoder_batch(model, inputs, step)
         exits = [*model.adapter_sizes, model.depth]
-        logits = forward(tokens, exits=exits, **further_inputs(model, inputs, step))
+        logits = forward(tokens, exits=exits, **others)
         last = logits[model.depth]
         losses = [agreement_loss(logits[n], last, targets) for n in model.adapter_sizes]
         return torch.stack(losses).mean(), {f"exit_{n}": z for n, z in logits.items()}
 
-    def count(self, inputs: Batch) -> torch.Tensor:
-        return (tokens_and_targets(inputs)[1] != IGNORED).sum()
+    def count(self, model: ExitDecoder, inputs: Batch) -> torch.Tensor:
+        return count_targets(model, inputs)
 
     def trains(self, model: ExitDecoder) -> list[str]:
         return list(model.adapters)

@@ -122,7 +122,7 @@ class Eas(Method):
         last = logits[model.depth]
         return token_loss(last, targets), {f"exit_{model.depth}": last}
 
-    def count(self, inputs: Batch) -> torch.Tensor:
+    def count(self, model: ExitDecoder, inputs: Batch) -> torch.Tensor:
         return (inputs["labels"][:, 1:] >= 0).sum()
 
     def trains(self, model: ExitDecoder) -> list[str]:

@@ -20,14 +20,9 @@ from torch.nn import functional
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.methods.adapters import AdapterDistillation
-from edgeexit.export.methods.images import further_inputs
-from edgeexit.export.methods.layerskip import (
-    IGNORED,
-    agreement_loss,
-    checked_tokens,
-    token_loss,
-)
-from edgeexit.export.methods.method import Batch, Forward, Loss, column, is_number
+from edgeexit.export.methods.layerskip import agreement_loss, token_loss
+from edgeexit.export.methods.method import IGNORED, Batch, Forward, Loss, column, is_number
+from edgeexit.export.methods.sources import decoder_batch
 
 Supervision = Literal["labels", "distillation"]
 Features = dict[int, torch.Tensor]
@@ -44,7 +39,7 @@ class Free(AdapterDistillation):
 
     The loss is the mean over exits of the supervised loss of a token plus `adversary` times the
     adapter's adversarial loss; beside it, each discriminator minimises its own
-    (`adversarial_losses`). Batches are those of `edgeexit.export.methods.layerskip.LayerSkip`. The
+    (`adversarial_losses`). Batches are those of `AdapterDistillation`. The
     paper trains both with AdamW at 1e-4 and clips gradients to a norm of 1.0.
 
     Attributes:
@@ -85,7 +80,7 @@ class Free(AdapterDistillation):
     def loss(self, model: ExitDecoder, forward: Forward, inputs: Batch, step: int | None) -> Loss:
         if self.supervision == "labels":
             column(inputs, "labels", _FIX_LABELS)
-        tokens, targets = checked_tokens(model, inputs, step)
+        tokens, targets, others = decoder_batch(model, inputs, step)
         exits = [*model.adapter_sizes, model.depth]
         counted = targets != IGNORED
         against = self.adversary and step is not None and bool(counted.any())
@@ -93,9 +88,7 @@ class Free(AdapterDistillation):
         def finish(logits: Features, features: Features) -> Loss:
             return self._loss(model, logits, features if against else {}, targets)
 
-        made: Loss = forward(
-            tokens, exits=exits, finish=finish, **further_inputs(model, inputs, step)
-        )
+        made: Loss = forward(tokens, exits=exits, finish=finish, **others)
         return made
 
     def _loss(

@@ -116,7 +116,7 @@ class LayerSkip(Method):
         total = 1 + sum(weights[layer] for layer in early)
         return loss / total, {f"exit_{layer}": z for layer, z in logits.items()}
 
-    def count(self, inputs: Batch) -> torch.Tensor:
+    def count(self, model: ExitDecoder, inputs: Batch) -> torch.Tensor:
         return (tokens_and_targets(inputs)[1] != IGNORED).sum()
 
     def trains(self, model: ExitDecoder) -> list[str]:
@@ -129,14 +129,15 @@ class LayerSkip(Method):
         return exit_weights(model.exit_layers, model.depth, self.exit_scale)
 
 
-def check_decoder(method: str, model: nn.Module) -> None:
-    """Raises `UsageError` unless a model is a language model without an encoder."""
-    if not isinstance(model, ExitDecoder) or isinstance(model, ExitEncoderDecoder):
+def check_decoder(method: str, model: nn.Module, *, encoder: bool = False) -> None:
+    """Raises `UsageError` unless a model writes text, without an encoder if not `encoder`."""
+    reads = isinstance(model, ExitEncoderDecoder)
+    if not isinstance(model, ExitDecoder) or (reads and not encoder):
+        without = "" if encoder else " and without an encoder"
         classifies, writes = isinstance(model, ExitClassifier), isinstance(model, ExitDecoder)
         fix = "Use Joint for a classifier." if classifies else GIVE_EXITS
         raise UsageError(
-            f"{method} trains language models with exits and without an encoder, not "
-            f"{type(model).__name__}",
+            f"{method} trains language models with exits{without}, not {type(model).__name__}",
             fix="Write a Method for it." if writes else fix,
         )
 

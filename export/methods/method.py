@@ -80,7 +80,7 @@ class Method(abc.ABC):
         resume from store them."""
         return nn.ModuleDict()
 
-    def count(self, inputs: Batch) -> torch.Tensor:
+    def count(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Number of targets in a batch, of which `loss` is the mean; by default its rows."""
         return torch.tensor(len(next(iter(inputs.values()))))
 

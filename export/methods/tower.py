@@ -59,7 +59,7 @@ class TowerDistillation(Method):
         loss = torch.stack(errors).mean() / whole.var()
         return loss, {exit_name(layer): made for layer, made in features.items()}
 
-    def count(self, inputs: Batch) -> torch.Tensor:
+    def count(self, model: Any, inputs: Batch) -> torch.Tensor:
         return torch.tensor(len(column(inputs, PIXELS, GIVE_IMAGES)))
 
     def trains(self, model: Any) -> list[str]:

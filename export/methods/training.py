@@ -189,10 +189,10 @@ class ExitTrainer(transformers.Trainer):
             )
         if training and any(group["lr"] > 0 for group in self.optimizer.param_groups):
             new = set(logits).intersection(self.method.trains(self.exits)) - self._trained
-            if new and bool(self.method.count(inputs)):  # a GPU is asked once per exit
+            if new and bool(self.method.count(self.exits, inputs)):  # a GPU is asked once per exit
                 self._trained |= new
         if num_items_in_batch is not None:
-            loss = loss * (self.method.count(inputs) / num_items_in_batch)
+            loss = loss * (self.method.count(self.exits, inputs) / num_items_in_batch)
         return (loss, logits) if return_outputs else loss
 
     def _get_num_items_in_batch(
@@ -202,7 +202,10 @@ class ExitTrainer(transformers.Trainer):
         gradients are averaged."""
         if not batch_samples:
             return None
-        counts = [self.method.count(batch).to(device, torch.float32) for batch in batch_samples]
+        counts = [
+            self.method.count(self.exits, batch).to(device, torch.float32)
+            for batch in batch_samples
+        ]
         count = torch.stack(counts).sum()
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             count = self.accelerator.reduce(count, reduction="mean")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +25,8 @@ from edgeexit.export.pretrained.vision_language import VISION_LANGUAGE, Exits, r
 
 logger = logging.getLogger(__name__)
 
+AnyDecoder = TypeVar("AnyDecoder", bound=ExitDecoder)
+
 
 def from_pretrained(
     path: str | Path,
@@ -35,6 +38,7 @@ def from_pretrained(
     tower_exits: Iterable[int] | None = None,
     image_drops: Iterable[int] = (),
     gates: Iterable[int] | Mapping[int, int] | None = None,
+    draft_vocabularies: Mapping[int, Iterable[int]] | None = None,
     most_tiles: int | None = None,
     adapter: str | Path | Iterable[str | Path] | None = None,
     untrained: bool = False,
@@ -60,6 +64,9 @@ def from_pretrained(
         gates: Vision-language models: layers behind which a gate decides for every prompt whether
             its image tokens leave (`edgeexit.export.exits.gates`); as a mapping: layer -> width of
             the gate. None: those saved with the checkpoint.
+        draft_vocabularies: Models that write text: exit layer -> ids of the tokens that its head
+            computes; exits that are not named compute all
+            (`edgeexit.export.exits.draft_vocabulary`). None: as saved with the checkpoint.
         most_tiles: Vision-language models: most tiles that an image is cut into, besides its
             overview; None: as the checkpoint's processor does.
         adapter: A folder (or hub id) with a peft adapter such as LoRA, or several. They are merged
@@ -89,6 +96,7 @@ def from_pretrained(
     if untrained:
         asked = {"exit": exits, "tower_exit": tower_exits, "gate": gates}
         _tell_of_left_out(checkpoint, saved, asked)
+    vocabularies = saved, draft_vocabularies
     if config.model_type in VISION_LANGUAGE:
         chosen = Exits(
             decoder=exits,
@@ -100,7 +108,7 @@ def from_pretrained(
             gates=gates,
             untrained=untrained,
         )
-        return read_vision_language(checkpoint, saved, chosen, most_tiles)
+        return _short(read_vision_language(checkpoint, saved, chosen, most_tiles), vocabularies)
     of_images = (tower_exits, image_encoder_exits, gates, most_tiles)
     if any(one is not None for one in of_images) or list(image_drops):
         raise UsageError(
@@ -109,27 +117,37 @@ def from_pretrained(
             "--max-tiles (tower_exits, image_encoder_exits, image_drops, gates, most_tiles).",
         )
     if config.model_type in ENCODER_DECODERS:
-        if adapters is not None:
-            raise UsageError(
-                f"{path}: adapters are for models without an encoder, not {config.model_type}",
-                fix="Leave them out.",
-            )
-        return read_encoder_decoder(checkpoint, saved, exits, encoder_exits, untrained=untrained)
+        split = read_encoder_decoder(
+            checkpoint, saved, exits, encoder_exits, adapters, untrained=untrained
+        )
+        return _short(split, vocabularies)
     if encoder_exits is not None:
         raise UsageError(
             f"{path}: a {config.model_type} has no encoder before a decoder",
             fix="Leave out --encoder-exits (encoder_exits).",
         )
     if config.model_type in DECODERS:
-        return read_decoder(checkpoint, saved, exits, adapters, untrained=untrained)
-    if adapters is not None:
+        decoder = read_decoder(checkpoint, saved, exits, adapters, untrained=untrained)
+        return _short(decoder, vocabularies)
+    if adapters is not None or draft_vocabularies is not None:
+        what = "draft vocabularies" if adapters is None else "adapters"
         raise UsageError(
-            f"{path}: adapters are for language models, this is a {config.model_type}",
+            f"{path}: {what} are for language models, this is a {config.model_type}",
             fix="Leave them out: a classifier's exits have heads of their own.",
         )
     return read_classifier(
         checkpoint, saved, exits, *FAMILIES[config.model_type], untrained=untrained
     )
+
+
+def _short(
+    decoder: AnyDecoder, vocabularies: tuple[SavedExits, Mapping[int, Iterable[int]] | None]
+) -> AnyDecoder:
+    """The model with the draft vocabularies that are given, or with those that are saved."""
+    saved, given = vocabularies
+    held = {n: ids for n, ids in saved.vocabularies.items() if n in decoder.exit_layers}
+    decoder.set_draft_vocabularies(held if given is None else given)
+    return decoder
 
 
 def depth_of(path: str | Path) -> int:

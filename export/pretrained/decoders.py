@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, read_model
@@ -39,7 +39,7 @@ def read_decoder(
 ) -> ExitDecoder:
     """A causal language model; its exits share its own head, so any layer can have one."""
     path, config = checkpoint.path, checkpoint.config
-    saved, held = found.layers, found.adapters
+    saved = found.layers
     if exits is None and saved is None:
         raise ExportError(
             f"{path}: the checkpoint does not say where its exits are",
@@ -53,9 +53,7 @@ def read_decoder(
         )
     trunk = trunk_of(checkpoint, DECODERS[config.model_type], model)
     chosen = list(saved or [] if exits is None else exits)
-    if adapters is None:
-        adapters = {layer: size for layer, size in held.items() if layer in chosen}
-    decoder = ExitDecoder(model, trunk, chosen, adapters)
+    decoder = ExitDecoder(model, trunk, chosen, adapters_of(found, chosen, adapters))
     load_skipped(checkpoint, decoder, found)
     load_adapters(checkpoint, decoder, found, untrained=untrained)
     decoder.eval()
@@ -66,6 +64,15 @@ def read_decoder(
     decoder.provenance = dict(checkpoint.provenance)
     note_origins(decoder, origins_of_decoder(decoder, found, untrained=untrained))
     return decoder
+
+
+def adapters_of(
+    saved: SavedExits, exits: Collection[int], given: Iterable[int] | Mapping[int, int] | None
+) -> Iterable[int] | Mapping[int, int]:
+    """The adapters that a decoder gets: those given, or those that are saved for its exits."""
+    if given is not None:
+        return given
+    return {layer: size for layer, size in saved.adapters.items() if layer in exits}
 
 
 def load_adapters(
@@ -116,4 +123,11 @@ def _sizes(held: Mapping[int, int]) -> str:
     return ", ".join(found) or "none"
 
 
-__all__ = ["DECODERS", "load_adapters", "load_skipped", "origins_of_decoder", "read_decoder"]
+__all__ = [
+    "DECODERS",
+    "adapters_of",
+    "load_adapters",
+    "load_skipped",
+    "origins_of_decoder",
+    "read_decoder",
+]

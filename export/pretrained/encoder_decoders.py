@@ -1,8 +1,8 @@
-"""Encoder-decoders that write text: no exit has weights of its own, so any layer can have one."""
+"""Encoder-decoders that write text: exits share the model's own head, so any layer can have one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from edgeexit.errors import ExportError
 from edgeexit.export.checkpoint import Checkpoint, read_model
@@ -19,6 +19,7 @@ from edgeexit.export.pretrained.common import (
     tell_of_tokenizer,
     trunk_of,
 )
+from edgeexit.export.pretrained.decoders import adapters_of, load_adapters, origins_of_decoder
 
 ENCODER_DECODERS = {
     "bart": ("bart", "BartForConditionalGeneration"),
@@ -33,10 +34,11 @@ def read_encoder_decoder(
     saved: SavedExits,
     exits: Iterable[int] | None,
     encoder_exits: Iterable[int] | None,
+    adapters: Iterable[int] | Mapping[int, int] | None = None,
     *,
     untrained: bool,
 ) -> ExitEncoderDecoder:
-    """An encoder-decoder; no exit has weights of its own, so any layer can have one."""
+    """An encoder-decoder; its exits share its own head, so any layer can have one."""
     path, config = checkpoint.path, checkpoint.config
     if exits is None and saved.layers is None and encoder_exits is None:
         raise ExportError(
@@ -54,7 +56,9 @@ def read_encoder_decoder(
     chosen = list(saved.layers or [] if exits is None else exits)
     own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
     encoder, decoder = trunk_of(checkpoint, module_name, model)
-    split = ExitEncoderDecoder(model, encoder, decoder, chosen, own)
+    layers = adapters_of(saved, chosen, adapters)
+    split = ExitEncoderDecoder(model, encoder, decoder, chosen, own, layers)
+    load_adapters(checkpoint, split, saved, untrained=untrained)
     split.eval()
     split.name = name_of(path)
     split.tokenizer_folder = checkpoint.text_folder
@@ -74,13 +78,12 @@ def origins_of_both(
     """What is known about the exits of an encoder-decoder, in all of its parts but a tower."""
     otherwise: Origin = "untrained" if untrained else "unknown"
     parts: list[tuple[str, list[int], list[int] | None]] = [
-        ("exit", split.exit_layers, saved.layers),
         (f"{split.encoder.name}_exit", split.encoder.exit_layers, saved.encoder),
     ]
     if isinstance(split, ExitDecomposed):
         image = split.image_encoder
         parts.append((f"{image.name}_exit", image.exit_layers, saved.image_encoder))
-    found: dict[str, Origin] = {}
+    found = origins_of_decoder(split, saved, untrained=untrained)
     for prefix, layers, held in parts:
         found |= origins_of(layers, held, saved.origins, prefix=prefix, otherwise=otherwise)
     return found

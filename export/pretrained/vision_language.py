@@ -35,6 +35,7 @@ from edgeexit.export.pretrained.common import (
     trunk_of,
 )
 from edgeexit.export.pretrained.decoders import (
+    adapters_of,
     load_adapters,
     load_skipped,
     origins_of_decoder,
@@ -153,15 +154,13 @@ def read_vision_language(
     if kind.encodes:
         split = _with_encoder(path, model, trunk, saved, exits, chosen, tower_exits)
     else:
-        adapters = exits.adapters
-        if adapters is None:
-            adapters = {k: n for k, n in saved.adapters.items() if k in chosen}
+        adapters = adapters_of(saved, chosen, exits.adapters)
         gates = _gates(path, saved, exits)
         split = ExitVisionLanguage(model, trunk, chosen, tower_exits, drops, adapters, gates)
         load_skipped(checkpoint, split, saved)
-        load_adapters(checkpoint, split, saved, untrained=exits.untrained)
         if held := [layer for layer in split.gate_layers if layer in saved.gates]:
             load_exits(split.gates, held, checkpoint.folder, prefix="gate")
+    load_adapters(checkpoint, split, saved, untrained=exits.untrained)
     _load_projectors(checkpoint, split.tower, saved, untrained=exits.untrained)
     split.eval()
     split.tokenizer_folder = checkpoint.text_folder
@@ -187,23 +186,24 @@ def _with_encoder(
     """A model whose encoder reads image and text together, or apart."""
     encoder = list(saved.encoder or [] if exits.encoder is None else exits.encoder)
     images = saved.image_encoder if exits.image_encoder is None else exits.image_encoder
+    adapters = adapters_of(saved, chosen, exits.adapters)
     if images is None:
-        return ExitVisionEncoderDecoder(model, trunk, chosen, encoder, tower_exits)
+        return ExitVisionEncoderDecoder(model, trunk, chosen, encoder, tower_exits, adapters)
     if saved.image_encoder is None:
         logger.warning(
             "%s: the checkpoint does not say that it was trained to read images and texts apart: "
             "its answers will differ from the original model's",
             path,
         )
-    return ExitDecomposed(model, trunk, chosen, encoder, images, tower_exits)
+    return ExitDecomposed(model, trunk, chosen, encoder, images, tower_exits, adapters)
 
 
 def _check_parts(path: Any, kind: Kind, exits: Exits) -> None:
     """Refuses exits of parts that the model does not have."""
-    if kind.encodes and (exits.adapters is not None or list(exits.drops)):
-        what = "adapters" if exits.adapters is not None else "layers that drop image tokens"
+    if kind.encodes and list(exits.drops):
         raise UsageError(
-            f"{path}: {what} are for models whose decoder reads the image tokens",
+            f"{path}: layers that drop image tokens are for models whose decoder reads the image "
+            "tokens",
             fix="Leave them out.",
         )
     if not kind.encodes and (exits.encoder is not None or exits.image_encoder is not None):

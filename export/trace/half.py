@@ -52,6 +52,7 @@ def _kept(model: SplitModel) -> set[str]:
         for exit_ in chain.exits:
             kept |= set(exit_.scores.values())
             kept |= set(exit_.outputs.values()) if chain is model.last_chain else set()
+    kept |= {component.scored for component in model.components if component.scored}
     if model.float32:
         own = [state for component in model.components for state in component.states]
         of_prompts = {state.tensor.name for state in own if isinstance(state, PromptState)}

@@ -222,7 +222,8 @@ def _chain_uses(manifest: Manifest, chain: Chain, when: When) -> Iterator[tuple[
             else:
                 takes_tokens = _takes_tokens(manifest.components[call.component])
                 yield call.component, when if takes_tokens else "states"
-    for name in _makers(manifest, chain.components):
+    on_paths = [call.component for exit_ in chain.exits for call in exit_.path]
+    for name in _makers(manifest, [*chain.components, *on_paths]):
         yield name, "prompt"
 
 

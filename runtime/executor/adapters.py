@@ -4,6 +4,9 @@
 An adapter must process every token that passes its exit, in order; otherwise its KV cache has gaps.
 But few of a prompt's tokens are asked: of the others, an adapter of one layer needs only the keys
 and values, which its projection computes in a fraction of the time.
+
+Prompt states that an adapter reads, such as the cross keys and values of an encoder's output, are
+made when it is first asked for a prompt: the adapters of exits that nobody asks cost nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Adapters:
         """
         session, path = self._session, self._paths[number]
         for part in path:
-            session.advance(part, block)
+            self._advance(part, block)
         name = path[-1].state if path else session.boundaries[number + 1]
         return session.tensor(name, block.new)
 
@@ -79,7 +82,7 @@ class Adapters:
         first = session.row_states("first of a block", one)
         first[...], one[...] = one, newest
         last = None if positions is None else last_of(positions, block.counts)
-        session.advance(part, Block(1, [min(count, 1) for count in block.counts], last))
+        self._advance(part, Block(1, [min(count, 1) for count in block.counts], last))
         one[...] = first
         asked: Array = session.tensor(part.state, 1)[:, 0]
         return asked
@@ -90,6 +93,11 @@ class Adapters:
         for part in parts:
             session.tensor(part.state, session.chunk)
         return parts
+
+    def _advance(self, part: Part, block: Block) -> None:
+        if part.reads_prompt:
+            part.make_prompt_states(block.new)
+        self._session.advance(part, block)
 
     def _projecting(self, number: int) -> Part | None:
         """The adapter of an exit, if it is a single component with a projection."""

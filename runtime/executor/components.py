@@ -178,6 +178,28 @@ def outputs_asked(
     return wanted
 
 
+def has_own_head(chain: Chain, exit_: Exit) -> bool:
+    """Whether an exit has a head that the last exit does not have, such as one over a draft
+    vocabulary."""
+    own, last = ([call.component for call in e.path[-1:]] for e in (exit_, chain.stops[-1]))
+    return own != last
+
+
+def opened_early(chain: Chain, asked: Sequence[str | None] | None = None) -> list[str | None]:
+    """What is asked of the exits of a chain that writes text before it does. A head that the last
+    exit does not have is opened when it is asked, because it computes logits only where they are
+    asked, too.
+
+    Args:
+        asked: As for `outputs_asked`; None: answers without scores.
+    """
+    asked = [NO_SCORE] * len(chain.stops) if asked is None else asked
+    return [
+        None if ask != EVERY_SCORE and has_own_head(chain, exit_) else ask
+        for exit_, ask in zip(chain.stops, asked, strict=True)
+    ]
+
+
 def scored_before_path(exit_: Exit, components: Mapping[str, Component]) -> set[str]:
     """Scores of an exit with a path that are outputs of the component in front of it. If one of
     them decides, the path runs only where rows stop."""
@@ -253,17 +275,17 @@ def choose_variant(
 
 
 def inputs_taken(manifest: Manifest, chain: Chain) -> set[str]:
-    """Input tensors of a chain's components, of the makers of their states, and of its exits."""
+    """Input tensors of a chain's components, of its exits, and of the makers of their states."""
     names = [*chain.components]
-    for name in chain.components:
-        names += [state.maker for state in made_by_others(manifest.components[name])]
-    for exit_ in chain.exits:
-        names += [call.component for call in exit_.path]
+    names += [call.component for exit_ in chain.exits for call in exit_.path]
+    states = [state for name in names for state in made_by_others(manifest.components[name])]
+    names += [state.maker for state in states]
     return {tensor.name for name in names for tensor in manifest.components[name].inputs}
 
 
 __all__ = [
     "EVERY_SCORE", "NO_SCORE", "Components", "Opened", "choose_variant", "exit_calls",
-    "graph_outputs", "inputs_taken", "made_by_others", "outputs_asked", "prompt_states",
-    "scored_before_path", "scores_asked", "token_states", "unsplit_chain",
+    "graph_outputs", "has_own_head", "inputs_taken", "made_by_others", "opened_early",
+    "outputs_asked", "prompt_states", "scored_before_path", "scores_asked", "token_states",
+    "unsplit_chain",
 ]  # fmt: skip

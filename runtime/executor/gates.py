@@ -133,7 +133,7 @@ class Gates:
                 )
 
     def _open(self) -> bool:
-        if self._left or len(self._made) < len(self._makers):
+        if self._left or not self._makers <= self._made:
             return True
         for gate in self._all if self.thresholds else ():
             if gate.name not in self.thresholds:

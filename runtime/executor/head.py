@@ -78,23 +78,27 @@ class Head:
         components: The bundle's components on an engine.
         exit_: The exit; the last component of its path is the head.
         scores: Scores to compute. Each takes time, and an engine computes all outputs of a graph.
+        logits: Whether to compute logits, too.
 
     Raises:
         PolicyError: The exit does not have such a score.
     """
 
-    def __init__(self, components: Components, exit_: Exit, scores: frozenset[str]) -> None:
+    def __init__(
+        self, components: Components, exit_: Exit, scores: frozenset[str], *, logits: bool = True
+    ) -> None:
         if unknown := sorted(scores - exit_.scores.keys()):
             raise PolicyError(
                 f"exit {exit_.name} has no score {unknown[0]!r}",
                 fix=f"Use one of {', '.join(exit_.scores)}.",
             )
         call = exit_.path[-1]
-        self.scores = scores
+        self.scores, self.logits = scores, logits
         self._name, self._components, self._engine = call.component, components, components.engine
         component = components[call.component].component
         [self._state] = component.inputs
-        tensors = exit_.outputs | {name: exit_.scores[name] for name in scores}
+        tensors = {name: t for name, t in exit_.outputs.items() if logits or name != "logits"}
+        tensors |= {name: exit_.scores[name] for name in scores}
         self._plain = {tensor: name for name, tensor in tensors.items()}
         self._outputs = [tensor for tensor in component.outputs if tensor.name in self._plain]
         components.open({self._name: list(self._plain)})

@@ -17,9 +17,10 @@ from edgeexit.runtime.executor.adapters import Adapters
 from edgeexit.runtime.executor.bindings import Bindings
 from edgeexit.runtime.executor.blocks import Block, even_chunk, have_gaps, standing
 from edgeexit.runtime.executor.components import (
-    NO_SCORE,
     Components,
+    has_own_head,
     inputs_taken,
+    opened_early,
     outputs_asked,
 )
 from edgeexit.runtime.executor.gates import Gates
@@ -72,7 +73,7 @@ class Session:
         manifest = components.bundle.manifest
         stops = {exit_.behind: exit_ for exit_ in chain.stops}
         self.exits: list[Exit | None] = [stops.get(name) for name in chain.components]
-        components.open(outputs_asked(manifest, chain, [NO_SCORE] * len(chain.stops)))
+        components.open(outputs_asked(manifest, chain, opened_early(chain)))
         self.engine = components.engine
         self._masks = masks = [g.mask for g in decoding.groups.values() if g.mask is not None]
         self.gates = Gates(self, chain)
@@ -112,17 +113,20 @@ class Session:
         assert exit_ is not None
         return not exit_.path
 
-    def head(self, number: int, scores: Collection[str] = ()) -> Head:
+    def head(self, number: int, scores: Collection[str] = (), *, logits: bool = False) -> Head:
         """The head of the exit behind a component, with at least these scores, as far as it is the
-        head that computes them (`TokenScores`)."""
+        head that computes them (`TokenScores`). With logits, if they are asked or the last exit has
+        the same head."""
         exit_ = self.exits[number]
         assert exit_ is not None and exit_.path
+        own = {n: t for n, t in exit_.scores.items() if n not in self.token_scores.of(number)}
         scores = set(scores) - self.token_scores.of(number)
-        key = (exit_.path[-1].component, *sorted((exit_.outputs | exit_.scores).items()))
+        key = (exit_.path[-1].component, *sorted((exit_.outputs | own).items()))
         head = self._heads.get(key)
-        if head is None or not head.scores.issuperset(scores):
-            known = head.scores if head is not None else frozenset()
-            head = self._heads[key] = Head(self.components, exit_, known | frozenset(scores))
+        logits = logits or not has_own_head(self.chain, exit_) or bool(head and head.logits)
+        names = frozenset(scores) | (head.scores if head else frozenset())
+        if head is None or (head.scores, head.logits) != (names, logits):
+            head = self._heads[key] = Head(self.components, exit_, names, logits=logits)
         return head
 
     def boundary(self, number: int, new: int) -> Array:
@@ -133,8 +137,8 @@ class Session:
         """A tensor of the chain for that many new tokens."""
         view = self._views.get((name, new))
         if view is None:
-            sizes = {"batch": self.batch, "new": new}
-            view = self._views[name, new] = self.bindings.view(name, sizes)
+            view = self.bindings.view(name, {"batch": self.batch, "new": new})
+            self._views[name, new] = view
         return view
 
     def row_states(self, name: str, like: Array) -> Array:
@@ -160,9 +164,8 @@ class Session:
 
     def late(self, number: int) -> Ring:
         """The ring of tokens that wait for an exit's adapter, emptied."""
-        ring = self._late.get(number)
-        if ring is None:
-            ring = self._late[number] = self._ring(self.boundaries[number + 1])
+        waiting = self.boundaries[number + 1]
+        ring = self._late[number] = self._late.get(number) or self._ring(waiting)
         ring.clear(positions=self.ragged)
         return ring
 
@@ -255,8 +258,7 @@ class Session:
         Returns:
             Boundary `last`, ``[batch, new, width]``.
         """
-        added = [new] * self.batch if counts is None else counts
-        self.run_through(first, last, Block(new, added))
+        self.run_through(first, last, Block(new, counts or [new] * self.batch))
         return self.boundary(last, new)
 
     def _run_calls(
@@ -389,9 +391,8 @@ class Session:
         return bound
 
     def _ring(self, boundary: str) -> Ring:
-        tensor = self.bindings.tensors[boundary]
         _, dtype, shape = self.bindings.bound(boundary, self._sizes)
-        assert "new" in tensor.axes
+        assert "new" in self.bindings.tensors[boundary].axes
         return Ring(self.batch, self.capacity, shape[-1], dtype, self.engine)
 
 

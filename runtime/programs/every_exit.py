@@ -47,7 +47,9 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
         )
     step = step or even_chunk(length, session.chunk)
     exits = [(n, exit_) for n, exit_ in enumerate(session.exits) if exit_ is not None]
-    heads = {} if session.answers_itself else {n: session.head(n, e.scores) for n, e in exits}
+    heads: dict[int, Head] = {}
+    if not session.answers_itself:
+        heads = {n: session.head(n, e.scores, logits=True) for n, e in exits}
     given = {number: _Collected(exit_.scores) for number, exit_ in exits}
     for number, exit_ in exits:
         session.token_scores.open(number, exit_.scores)

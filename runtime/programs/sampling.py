@@ -114,6 +114,11 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
             )
     if sampling.suppressed:
         z[[token for token in sampling.suppressed if token < len(z)]] = -np.inf
+        if np.isneginf(z.max()):
+            raise UsageError(
+                "suppressed holds every token that an exit can answer with (its draft vocabulary)",
+                fix="Suppress fewer tokens, or draft at another exit.",
+            )
     if sampling.temperature == 0:
         only = np.zeros_like(z)
         only[z.argmax()] = 1.0

@@ -31,7 +31,7 @@ def manifests(toy_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> d
     found = {"classifier": toy_bundle.manifest}
     options: dict[str, dict[str, Any]] = {
         "decoder": {"gate": True, "prefix": True, "stateless": True, "adapter": 0},
-        "encoder": {"encoder": True},
+        "encoder": {"encoder": True, "adapter": 1, "adapter_reads": True},
         "plain": {},
     }
     for name, chosen in options.items():
@@ -818,6 +818,12 @@ ENCODERS: Cases = {
     "cross keys that come from inside the encoder": (
         lambda raw: component(raw, "cross_0")["inputs"][0].update(name="read2"),
         "maker cross_0 takes read2, which is not an output of the chain encoder",
+    ),
+    "states of an exit that are made of tokens": (
+        lambda raw: component(raw, "cross_adapter")["inputs"].append(
+            tensor("h1", "batch", "new", 6)
+        ),
+        "cross_adapter makes states for the path of an exit of h1, the tokens of a prompt",
     ),
     "decoder that runs once per request": (
         lambda raw: run_of(raw, "decoder").update(when="input"),

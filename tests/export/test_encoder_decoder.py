@@ -317,8 +317,6 @@ def test_exits_are_saved_and_read_again(split: ExitEncoderDecoder, tmp_path: Pat
 
 
 def test_what_cannot_be_had_is_refused(folder: Path, model: Model) -> None:
-    with pytest.raises(UsageError, match="adapters are for models without an encoder"):
-        from_pretrained(folder, exits=[1], adapters=[1])
     with pytest.raises(UsageError, match="there is no layer 9"):
         from_pretrained(folder, exits=[1], encoder_exits=[9])
     with pytest.raises(PolicyError, match="no rule for the chain encoder"):

@@ -154,7 +154,8 @@ def test_padding_and_ignored_tokens_are_not_learned() -> None:
     assert targets.tolist() == [[6, 7, 8], [6, IGNORED, IGNORED]]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     assert tokens_and_targets(batch)[1].tolist() == [[IGNORED, 7, 8], [6, IGNORED, IGNORED]]
-    assert LayerSkip().count(batch) == AdapterDistillation().count(batch) == 3
+    model = decoder([1], adapters=[1])
+    assert LayerSkip().count(model, batch) == AdapterDistillation().count(model, batch) == 3
     with pytest.raises(UsageError, match=r"padding before a token. Pad on the right"):
         tokens_and_targets({"input_ids": ids, "attention_mask": mask.flip(1)})
 

@@ -52,7 +52,7 @@ class Fast:
         self.session, self.exits, self.sampler = session, exits, sampler
         self.statistics = Statistics()
         self._decisions = list(decisions)
-        self._heads = heads_of(session, decisions)
+        self._heads = heads_of(session, decisions, logits=sampler is not None)
         # Scores of each row's newest token that are known before the head runs.
         self._known = [
             np.full(session.batch, np.nan, np.float32) if known else None
@@ -231,7 +231,7 @@ class Approximate:
     ) -> None:
         self.session, self.exits, self.sampler = session, exits, sampler
         self._decisions = list(decisions)
-        self._heads = heads_of(session, decisions)
+        self._heads = heads_of(session, decisions, logits=sampler is not None)
         self._known, self._token = known_scores(session, decisions), 0
         self._full = Full(session, exits, sampler)
         self.statistics = self._full.statistics
@@ -297,13 +297,13 @@ class Approximate:
         return gone
 
 
-def heads_of(session: Session, decisions: Sequence[Decision]) -> list[Head | None]:
-    """The head of every exit that is used, with the scores that decide. The last exit is always
-    used and needs no score."""
+def heads_of(session: Session, decisions: Sequence[Decision], *, logits: bool) -> list[Head | None]:
+    """The head of every exit that is used, with the scores that decide, and with logits if they are
+    asked. The last exit is always used and needs no score."""
     last = len(decisions) - 1
     scores = {d.score for d in decisions[:-1] if d.consult}
     return [
-        session.head(number, scores) if decision.consult or number == last else None
+        session.head(number, scores, logits=logits) if decision.consult or number == last else None
         for number, decision in enumerate(decisions)
     ]
 

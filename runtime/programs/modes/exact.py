@@ -69,7 +69,8 @@ class Exact:
         chosen = early if exit_number is None else [exit_number]
         scores = [score] if threshold > 0 else []
         self._paces = {number: known[number] for number in chosen}
-        self._drafters = {n: Drafter(session, n, session.head(n, scores)) for n in chosen}
+        heads = {n: session.head(n, scores, logits=sampler is not None) for n in chosen}
+        self._drafters = {n: Drafter(session, n, heads[n]) for n in chosen}
         self._known = {n for n in chosen if session.token_scores.open(n, scores)}
         self._full = Full(session, exits, sampler, asked=chosen)
 

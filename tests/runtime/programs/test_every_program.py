@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "own mean, gate": {"stateless": True, "own_mean": True, "gate": True, "prefix": True},
     "own mean, adapter": {"stateless": True, "own_mean": True, "adapter": 1, "layers": (2, 1, 1)},
     "encoder, own mean": {"encoder": True, "stateless": True, "own_mean": True},
+    "encoder, adapter that reads": {"encoder": True, "adapter": 1, "adapter_reads": True},
+    "encoder, reading adapter of the first": {"encoder": True, "adapter": 0, "adapter_reads": True},
     "encoder, stateless, adapter": {"encoder": True, "stateless": True, "adapter": 0},
     "saturation": {"saturated": True, "layers": (1, 2, 1)},
     "saturation, gate and adapter": {
