@@ -3,16 +3,16 @@ the same model unsplit, and what is required."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from results import ROOT, verdict
+from thresholds import Asked
 
 from edgeexit import runtime
 from edgeexit.measure.bench.texts import Writer, whole_s
@@ -28,69 +28,28 @@ KEPT = {"free": 0.99, "gates": 0.99, "tower_gates": 0.98, "all": 0.98}
 """Share of the right answers that a case must keep."""
 
 
-class Questions:
-    """Questions about scenes of a split, as a bundle's inputs.
+class Questions(Asked):
+    """Questions about scenes of a split; all kinds take turns. `items` have their pictures."""
 
-    Attributes:
-        items: Questions with their pictures and answers; all kinds take turns.
-        texts: Prompts.
-        answers: Token ids of the right answers, without the token that ends them.
-    """
+    kinds, new_tokens = data.KINDS, 48
 
     def __init__(
         self, model: runtime.Model, split: str, count: int, seed: int, most_steps: int
     ) -> None:
-        self.items = data.items(split, count, seed, most_steps=most_steps)
+        items = data.items(split, count, seed, most_steps=most_steps)
         written, _ = image_input(model.bundle)
         marker = "" if written is None or written.in_front else written.placeholder
         chats = [
             model.chat_prompt([{"role": "user", "content": f"{marker}{item.question}"}])
-            for item in self.items
+            for item in items
         ]
-        pictures = [[item.picture] for item in self.items]
         rows = [
-            model.prompts_with_images([chat], [own])
-            for chat, own in zip(chats, pictures, strict=True)
+            model.prompts_with_images([chat], [[item.picture]])
+            for chat, item in zip(chats, items, strict=True)
         ]
-        self.texts = [Text(list(tokens), inputs) for [tokens], inputs in rows]
-        self.answers = [model.encode(item.answer, special_tokens=False) for item in self.items]
-
-    def answered_right(self, model: runtime.Model, new_tokens: int) -> Questions:
-        """Those that the model answers right at full depth. Of these, answers that an exit changes
-        are right answers that it loses."""
-        written = [
-            model.generate(t.tokens, inputs=t.inputs, max_new_tokens=new_tokens, text=False)
-            .finish()
-            .tokens[0]
-            for t in self.texts
-        ]
-        return self._only(np.flatnonzero(self.right(written)).tolist())
-
-    def first(self, count: int) -> Questions:
-        """The first questions."""
-        return self._only(range(min(count, len(self.items))))
-
-    def with_targets(self) -> list[Text]:
-        """The prompts with their right answers."""
-        return [
-            Text([*text.tokens, *answer], text.inputs, len(text.tokens))
-            for text, answer in zip(self.texts, self.answers, strict=True)
-        ]
-
-    def right(self, written: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
-        """Which answers are right, word for word."""
-        pairs = zip(written, self.answers, strict=True)
-        return np.array([list(made) == answer for made, answer in pairs])
-
-    def of_kind(self, kind: str) -> NDArray[np.bool_]:
-        """Which questions are of a kind, or of ``all``."""
-        return np.array([kind in (item.kind, "all") for item in self.items])
-
-    def _only(self, numbers: Iterable[int]) -> Questions:
-        chosen, found = list(numbers), copy.copy(self)
-        for name in ("items", "texts", "answers"):
-            setattr(found, name, [getattr(self, name)[number] for number in chosen])
-        return found
+        texts = [Text(list(tokens), inputs) for [tokens], inputs in rows]
+        answers = [model.encode(item.answer, special_tokens=False) for item in items]
+        super().__init__(items, texts, answers)
 
 
 Records = list[dict[str, Any]]
@@ -104,7 +63,7 @@ class Answered:
         right: ``[question]``, which answers are right.
     """
 
-    def __init__(self, writer: Writer, asked: Questions) -> None:
+    def __init__(self, writer: Writer, asked: Asked) -> None:
         self.name, self.case = writer.name, writer.case
         self.records: Records = sorted(writer.usual(), key=lambda one: int(one["prompt"]))
         assert [one["prompt"] for one in self.records] == list(range(len(asked.items)))
@@ -116,7 +75,7 @@ class Answered:
 
 
 def figures_of(
-    case: Answered, plain: Sequence[Answered], best: Answered, asked: Questions
+    case: Answered, plain: Sequence[Answered], best: Answered, asked: Asked
 ) -> dict[str, Any]:
     """Quality and times of a case. Times are ratios to those of the unsplit model: of the time to
     the first token, per token behind it, and of whole answers, each over all answers of a kind.
@@ -133,7 +92,7 @@ def figures_of(
         "kept_interval": interval(case.right, best.right),
         "same_answers": round(float(np.mean(same)), 4),
     }
-    for kind in ("all", *data.KINDS):
+    for kind in ("all", *asked.kinds):
         of_kind = asked.of_kind(kind)
         chosen = np.flatnonzero(of_kind)
         ours, *theirs = ([one.records[n] for n in chosen] for one in (case, *plain))
@@ -152,7 +111,7 @@ def kept(right: NDArray[Any], best: NDArray[Any]) -> float:
 
 def times(ours: Records, baselines: Sequence[Records]) -> dict[str, float]:
     """Ratios of summed times, a case's over the fastest baseline's. Times per token are of answers
-    with more than one, behind the first."""
+    with more than one, behind the first; ``behind_tower`` are whole answers without the tower."""
 
     def ratio(read: Callable[[dict[str, Any]], float], chosen: Sequence[int] | range) -> float:
         totals = [sum(read(one[n]) for n in chosen) for one in (ours, *baselines)]
@@ -163,6 +122,7 @@ def times(ours: Records, baselines: Sequence[Records]) -> dict[str, float]:
         "first_token": ratio(_first_token, every),
         "prefill": ratio(_prefill, every),
         "whole": ratio(whole_s, every),
+        "behind_tower": ratio(_behind_tower, every),
     }
     several = [n for n in every if min(len(one[n]["tokens"]) for one in (ours, *baselines)) > 1]
     if several:
@@ -174,6 +134,10 @@ def times(ours: Records, baselines: Sequence[Records]) -> dict[str, float]:
 
 def _prefill(record: dict[str, Any]) -> float:
     return float(record["first_token_s"] - record["earlier_s"])
+
+
+def _behind_tower(record: dict[str, Any]) -> float:
+    return whole_s(record) - float(record["chains_s"].get("vision", 0.0))
 
 
 def _first_token(record: dict[str, Any]) -> float:
@@ -202,7 +166,7 @@ def _draws(count: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(count, size=(2000, count))
 
 
-def depths(records: list[dict[str, Any]], asked: Questions) -> dict[str, float]:
+def depths(records: list[dict[str, Any]], asked: Asked) -> dict[str, float]:
     """Mean layer of a token's exit by ``kind steps``, and of ``all``."""
     of_kind: dict[str, list[dict[str, Any]]] = {"all": records}
     for one in records:

@@ -16,19 +16,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from alternatives import exit_chances
-from placement import TOKEN_RISKS, asking_costs, oracle, placements
+from placement import asking_costs, oracle, placements
 from results import HERE, RESULTS, SCRATCH, save, say
 from scenefigures import (
     Answered,
@@ -41,38 +37,38 @@ from scenefigures import (
     totals,
     truncate_instead,
 )
+from thresholds import (
+    LOST,
+    MAIN,
+    Rules,
+    Thresholds,
+    always_left,
+    digest,
+    exported,
+    opened,
+    trace_of_answers,
+)
 
 from edgeexit import runtime
-from edgeexit.bundle.policy import ALWAYS, NEVER
+from edgeexit.bundle.policy import ALWAYS
 from edgeexit.bundle.policy_file import rules_to_json
-from edgeexit.errors import CheckError
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Side, best_setting
 from edgeexit.measure.bench.texts import Writer, take_turns
 from edgeexit.measure.bench.vision_cases import layer_of
-from edgeexit.measure.calibrate import calibrate, cumulative_ms
-from edgeexit.measure.calibrate import figures as exit_figures
-from edgeexit.measure.texts import Text, as_data
-from edgeexit.measure.threshold_search import search
-from edgeexit.measure.trace import Trace, record, replay
-from edgeexit.measure.trace_answers import record_answers
+from edgeexit.measure.texts import Text
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 QUESTIONS = {"validation": 1600, "test": 360}
 TOKEN_QUESTIONS = 800
 """Of the validation split, for thresholds of token exits: each question has many tokens."""
 QUICK = 24
-NEW_TOKENS, CAPACITY = 48, 192
-LOST = 0.005
-"""Share of the answers that thresholds may get wrong on the validation split: those of token exits,
-beyond those that the whole model gets wrong; else when answers that become right are deducted."""
-SCORES = ("max_prob", "margin", "entropy")
+NEW_TOKENS, CAPACITY = Questions.new_tokens, 192
 CLOSE = 1.1
 """A plain model takes part in its fastest thread setting and in those that take up to so many times
 as long; the fastest in turns counts."""
-MAIN, TOWER = "main", "vision"
-Rules = dict[str, runtime.Rule]
+TOWER = "vision"
 Cases = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -125,9 +121,9 @@ def main() -> None:
     for name, checkpoint in beside.items():
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
-    with opened(folder / "tokens") as model:
+    with opened(folder / "tokens", CAPACITY) as model:
         everything = Questions(model, "validation", count["validation"], 25, given.most_steps)
-        known = everything.first(TOKEN_QUESTIONS).answered_right(model, NEW_TOKENS)
+        known = everything.first(TOKEN_QUESTIONS).answered_right(model)
         asked = Questions(model, "test", count["test"], given.test_seed, given.most_steps)
         if given.place:
             return place(model, known, quick=given.quick)
@@ -136,7 +132,7 @@ def main() -> None:
         tokens.use({})
         earliest = oracle(trace_of_answers(model, asked))
         early = [exit_.name for exit_ in model.exits[:-1]]
-    with opened(folder / "images") as model:
+    with opened(folder / "images", CAPACITY) as model:
         images = Thresholds(model, everything, known)
         rules["tower"], rules["gates"] = images.of_answers({}, TOWER), images.of_answers({}, None)
         rules["tower_gates"] = images.of_answers(rules["tower"], None)
@@ -144,7 +140,7 @@ def main() -> None:
         gated = {layer_of(e.name) for e in model.chain.exits if e.path and e.action == "drop"}
         if lacking := gated - set(drops):
             parser.error(f"--drops lacks layers of gates: {sorted(lacking)}")
-    with opened(folder / "both") as model:
+    with opened(folder / "both", CAPACITY) as model:
         both = Thresholds(model, everything, known)
         seen = rules["tower_gates"]
         if given.both:  # other gates
@@ -194,34 +190,6 @@ def summarise(names: Sequence[str]) -> None:
     save("scenes", result, quick=False)
 
 
-def digest(checkpoint: str | Path) -> str:
-    """SHA-256 over a checkpoint's weights, the first 16 digits."""
-    found = hashlib.sha256()
-    for file in sorted(Path(checkpoint).glob("*.safetensors")):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def opened(bundle: Path) -> runtime.Model:
-    """A bundle for choosing thresholds; nothing stops early."""
-    model = runtime.load(bundle, threads="process", capacity=CAPACITY, all_scores=True)
-    model.policy = runtime.Policy(rules={name: runtime.Rule() for name in model.chains})
-    return model
-
-
-def exported(checkpoint: str | Path, bundle: Path, more: Sequence[str], *, keep: bool) -> None:
-    """Exports a checkpoint, unless its bundle of the last run is to be kept, which must be of the
-    same weights and options."""
-    note = bundle.with_suffix(".txt")
-    source = " ".join([digest(checkpoint), *more])
-    if keep and bundle.is_dir() and note.is_file() and note.read_text() == source:
-        return
-    command = [sys.executable, "-m", "edgeexit", "export", "-m", str(checkpoint)]
-    note.unlink(missing_ok=True)
-    subprocess.run([*command, *more, "--overwrite", "-o", str(bundle)], check=True)
-    note.write_text(source)
-
-
 def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
     """Compares sets of exits and writes a result."""
     watch = environment.Watch()
@@ -243,100 +211,6 @@ def place(model: runtime.Model, questions: Questions, *, quick: bool) -> None:
         "environment": environment.describe() | {"machine": machine},
     }
     save("scenes-placement", result, quick=quick)
-
-
-def trace_of_answers(model: runtime.Model, questions: Questions) -> Trace:
-    """What every exit says in the model's own answers, under its policy."""
-    texts = []
-    for text in questions.texts:
-        made = model.generate(
-            text.tokens, inputs=text.inputs, max_new_tokens=NEW_TOKENS, text=False
-        )
-        [written] = made.finish().tokens
-        texts.append(Text([*text.tokens, *written], text.inputs, len(text.tokens)))
-    return record(model, as_data(texts, model.bundle, "answers"), 1)
-
-
-class Thresholds:
-    """Chooses rules for a bundle.
-
-    Args:
-        everything: Questions, for what changes answers as a whole.
-        known: Those that the whole model answers right, for exits of tokens.
-
-    Attributes:
-        exits: Kind of exits -> exit -> how many answers stay the same if all leave there, and how
-            well its score tells them.
-    """
-
-    def __init__(self, model: runtime.Model, everything: Questions, known: Questions) -> None:
-        self._model, self._everything, self._questions = model, everything, known
-        self.exits: dict[str, dict[str, dict[str, float]]] = {}
-
-    def use(self, rules: Rules) -> None:
-        """Loads a policy of these rules."""
-        never = {name: runtime.Rule() for name in self._model.chains}
-        self._model.policy = runtime.Policy(rules=never | rules)
-
-    def of_tokens(self, before: Rules, scores: Sequence[str] = SCORES) -> Rules:
-        """Token exits behind the rules `before`: the fewest layers with which at most
-        `LOST` of the answers change."""
-        self.use(before)
-        trace = trace_of_answers(self._model, self._questions)
-        best: tuple[float, Rules] = (np.inf, before)
-        for score in scores:
-            for risk in TOKEN_RISKS:
-                try:
-                    policy, _, _ = calibrate(trace, max_risk=risk, score=score, per_exit=True)
-                except CheckError:
-                    continue
-                changed, layers = effect(trace, policy.rules[MAIN])
-                if changed <= LOST and layers < best[0]:
-                    best = (layers, before | policy.rules)
-        say(f"  token exits: {best}")
-        return best[1]
-
-    def of_answers(self, before: Rules, chain: str | None) -> Rules:
-        """Exits of the tower, or gates (None), behind the rules `before`: the fastest thresholds
-        with which the share of right answers falls by at most `LOST`."""
-        kind = "gates" if chain is None else "tower"
-        self.use(before)
-        trace = record_answers(
-            self._model,
-            self._everything.with_targets(),
-            name="questions",
-            chain=chain,
-            max_new_tokens=NEW_TOKENS,
-        )
-        [score] = trace.scores
-        if kind not in self.exits:
-            self.exits[kind] = {
-                one.name: {"same_answers": round(one.agreement, 4), "auroc": round(one.auroc, 4)}
-                for one in exit_figures(trace, score)[:-1]
-            }
-            say(f"  {kind}: {self.exits[kind]}")
-        usable = trace.scores[score][:-1].astype(np.float64)
-        wrong = (trace.predictions != trace.labels).astype(np.float64)
-        found = search(usable, wrong - wrong[-1], cumulative_ms(trace), LOST, NEVER)
-        thresholds = dict(zip(trace.exits[:-1], found, strict=True))
-        taken = replay(trace, runtime.Rule(thresholds=thresholds, score=score))
-        shares = np.bincount(taken, minlength=len(trace.exits)) / trace.rows
-        say(f"  {kind}: {dict(zip(trace.exits, shares.round(3).tolist(), strict=True))}")
-        if chain is None:
-            own = before.get(MAIN, runtime.Rule())
-            return before | {MAIN: msgspec.structs.replace(own, thresholds=thresholds)}
-        return before | {chain: runtime.Rule(thresholds=thresholds, score=score)}
-
-
-def effect(trace: Trace, rule: runtime.Rule) -> tuple[float, float]:
-    """The share of texts that a rule changes, and the mean layer of a token."""
-    taken = replay(trace, rule)
-    said = trace.predictions[taken, np.arange(trace.rows)]
-    assert trace.groups is not None
-    wrong = said != trace.predictions[-1]
-    changed = len(np.unique(trace.groups[wrong])) / len(np.unique(trace.groups))
-    layers = np.array([layer_of(name) for name in trace.exits])
-    return changed, float(layers[taken].mean())
 
 
 def floor_of(model: runtime.Model, texts: Sequence[Text]) -> float:
@@ -384,11 +258,6 @@ def cases_of(
         }
         for layer in drops
     }
-
-
-def always_left(exit_name: str) -> runtime.Rule:
-    """The rule by which every row leaves a tower at an exit."""
-    return runtime.Rule(thresholds={exit_name: ALWAYS}, score="saturation")
 
 
 def measure(
