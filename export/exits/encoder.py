@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from edgeexit.bundle.manifest import Axis, Chain, Exit, Tensor
 from edgeexit.export.contract import Component, Form
@@ -175,7 +174,14 @@ def saturation(
     if read is not None:
         kept = read.unsqueeze(-1).to(torch.float32)
         before, after = before * kept, after * kept
-    return functional.cosine_similarity(before.flatten(1), after.flatten(1), dim=1)
+    norms = _total(before * before).sqrt() * _total(after * after).sqrt()
+    return _total(before * after) / norms.clamp_min(1e-8)
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """Sums per row, token by token first: one sum over all values of a long source, which engines
+    may compute in order, would be wrong in the fourth digit."""
+    return values.flatten(2).sum(2).sum(1) if values.ndim > 2 else values.sum(1)
 
 
 class _Segment(nn.Module):
