@@ -1,7 +1,8 @@
-"""Small Whisper models with random weights, and their checkpoints."""
+"""Small Whisper models with random weights, their checkpoints, and sounds."""
 
 from __future__ import annotations
 
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,18 @@ def make_sound(seconds: float = 0.8, seed: int = 0, rate: int = RATE) -> np.ndar
         loud = (time_s >= start) & (time_s < start + length)
         sound += loud * 0.2 * np.sin(2 * np.pi * random.uniform(100, 3000) * time_s)
     return sound.astype(np.float32)
+
+
+def write_wav(path: Path, samples: np.ndarray, *, width: int = 2, rate: int = RATE) -> Path:
+    """Writes ``[samples, channels]`` float32 as whole numbers of that many bytes."""
+    most = 2.0 ** (8 * width - 1)
+    whole = np.clip(np.round(samples.astype(np.float64) * most), -most, most - 1).astype("<i4")
+    raw = np.ascontiguousarray(whole).view(np.uint8).reshape(-1, 4)[:, :width]
+    if width == 1:
+        raw = raw + np.uint8(128)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(raw.tobytes())
+    return path

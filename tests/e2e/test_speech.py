@@ -16,21 +16,10 @@ from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError, UsageError
 from edgeexit.runtime import Model, load
 from tests.e2e.conftest import Ran
-from tests.preprocessing.test_audio import write_wav
-from tests.speech_models import RATE, make_sound, make_whisper, save_checkpoint
+from tests.speech_models import RATE, make_sound, write_wav
 
 Run = Callable[..., Ran]
 WRITES = ("--max-new-tokens", "4", "--threads", "1")  # other tests of this process load models, too
-
-
-@pytest.fixture(scope="module")
-def speech_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from edgeexit.export import export
-    from edgeexit.export.pretrained import from_pretrained
-
-    folder = save_checkpoint(make_whisper(), tmp_path_factory.mktemp("speech") / "checkpoint")
-    split = from_pretrained(folder, exits=[1, 2], encoder_exits=[1, 2])
-    return export(split.split_model(), folder.parent / "bundle")
 
 
 @pytest.fixture

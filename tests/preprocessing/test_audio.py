@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import transformers
 from edgeexit.bundle.manifest import AudioPreprocessing
 from edgeexit.errors import DataError, EngineError
 from edgeexit.preprocessing.audio import Sound, log_mel, mel_filters, one_channel, open_sound
-from tests.speech_models import MELS, RATE, make_extractor, make_sound
+from tests.speech_models import MELS, RATE, make_extractor, make_sound, write_wav
 
 WHISPER = AudioPreprocessing(input="x")
 SECONDS = np.arange(RATE * 4) / RATE
@@ -88,24 +87,6 @@ def test_features_have_every_size_that_an_extractor_can_have(options: dict[str, 
 def test_filters_are_those_of_transformers() -> None:
     own = make_extractor()
     np.testing.assert_allclose(mel_filters(MELS, 400, RATE, 8000.0), own.mel_filters.T, atol=1e-12)
-
-
-def write_wav(path: Path, samples: np.ndarray, *, width: int = 2, rate: int = RATE) -> Path:
-    """Writes ``[samples, channels]`` float32 as whole numbers."""
-    whole = np.clip(
-        np.round(samples * 2.0 ** (8 * width - 1)),
-        -(2.0 ** (8 * width - 1)),
-        2.0 ** (8 * width - 1) - 1,
-    )
-    raw = whole.astype("<i4").view(np.uint8).reshape(-1, 4)[:, :width]
-    if width == 1:
-        raw = raw + np.uint8(128)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(samples.shape[1])
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(raw.tobytes())
-    return path
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
