@@ -33,8 +33,8 @@ def start_tokens(
         if option is None:
             raise InputError(
                 f"the model must be told the {name}, for which its checkpoint has no default",
-                fix=f'Choose it: choices={{"{name}": "{next(iter(choice.options))}"}} '
-                f"({_options(choice)}).",
+                fix=f'Choose it: choices={{"{name}": "{next(iter(choice.options))}"}} (--{name}); '
+                f"it has {_options(choice)}.",
             )
         tokens += choice.options[_known(name, choice, option)]
     if decoding.timestamps is not None and not timestamps:
@@ -55,7 +55,7 @@ def check_choices(
         if name not in decoding.choices:
             has = ", ".join(decoding.choices) or "none"
             raise UsageError(
-                f"choices: the model has no choice of {name!r} (it has {has})", fix="Leave it out."
+                f"the model has no choice of {name!r} (it has {has})", fix="Leave it out."
             )
         _known(name, decoding.choices[name], option)
     if timestamps and decoding.timestamps is None:
@@ -67,9 +67,7 @@ def _known(name: str, choice: StartChoice, option: object) -> str:
     plain = option.lower().strip("<|>") if isinstance(option, str) else ""
     plain = choice.aliases.get(plain, plain)
     if plain not in choice.options:
-        raise UsageError(
-            f"choices: {option!r} is no {name} of the model", fix=f"Use {_options(choice)}."
-        )
+        raise UsageError(f"{option!r} is no {name} of the model", fix=f"Use {_options(choice)}.")
     return plain
 
 

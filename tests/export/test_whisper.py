@@ -282,7 +282,7 @@ def test_language_and_task_are_chosen_per_call(model: Model, folder: Path) -> No
 
 def test_wrong_choices_are_refused(model: Model) -> None:
     for choices, said in (
-        ({"language": "fr"}, "'fr' is no language of the model .Use de, en"),
+        ({"language": "fr"}, "'fr' is no language of the model. Use de, en"),
         ({"tone": "kind"}, "no choice of 'tone' .it has language, task"),
         ({"task": 3}, "3 is no task of the model"),
         (["en"], "choices are a list, not a mapping"),
@@ -309,7 +309,9 @@ def test_a_language_without_a_default_must_be_chosen(folder: Path, tmp_path: Pat
     assert split.whole.choices["language"].default is None
     assert split.whole.choices["task"].default == "translate"
     with load(export(split.split_model(), tmp_path / "bundle")) as model:
-        with pytest.raises(InputError, match="must be told the language.*choices=.*de, en"):
+        with pytest.raises(
+            InputError, match="must be told the language.*choices=.*--language.*de, en"
+        ):
             model.generate(audio=(SOUNDS[0], RATE))
         model.generate(audio=(SOUNDS[0], RATE), choices={"language": "de"}, max_new_tokens=3)
 
