@@ -75,7 +75,7 @@ def start_choices(model: WhisperForConditionalGeneration) -> dict[str, StartChoi
     settings = model.generation_config
     languages = getattr(settings, "lang_to_id", None) or {}
     tasks = getattr(settings, "task_to_id", None) or {}
-    if getattr(settings, "is_multilingual", bool(languages)) is False:
+    if getattr(settings, "is_multilingual", None) is False:
         return {}
     forced = _forced(model)
     language, task = (getattr(settings, name, None) for name in ("language", "task"))
