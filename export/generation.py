@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ UNHEEDED: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (),
     "constraints": (),
     "sequence_bias": (),
-    "begin_suppress_tokens": (),
     "forced_decoder_ids": (),
     "forced_eos_token_id": (),
     "exponential_decay_length_penalty": (),
@@ -48,6 +47,10 @@ UNHEEDED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "hybrid"),
     "penalty_alpha": (0.0,),
     "dola_layers": (),
+    "condition_on_prev_tokens": (False,),
+    "compression_ratio_threshold": (),
+    "logprob_threshold": (),
+    "no_speech_threshold": (),
 }
 """Unsupported settings that change the text of transformers -> values without effect, besides None
 and an empty list."""
@@ -72,18 +75,23 @@ _RANGES = {
 """Setting -> lowest value, whether it is excluded, highest value, and the range in words."""
 
 
-def generation_of(model: PreTrainedModel, path: str | Path) -> GenerationDefaults | None:
+def generation_of(
+    model: PreTrainedModel, path: str | Path, heeded: Collection[str] = ()
+) -> GenerationDefaults | None:
     """A model's own settings for generation; None for greedy decoding.
 
     Warnings list unsupported settings that change the text of transformers, and token ids that the
     model does not have.
+
+    Args:
+        heeded: Settings that the model's family heeds itself.
 
     Raises:
         ExportError: A setting is out of range.
     """
     config, file = model.generation_config, _file_of(path)
     draws = bool(config.do_sample)
-    _tell_unheeded(model, draws, file)
+    _tell_unheeded(model, draws, file, heeded)
     _tell_unknown_ids(model, file)
     with translated(file, "its settings cannot be used", "Correct or remove the file."):
         made = GenerationDefaults(
@@ -92,6 +100,7 @@ def generation_of(model: PreTrainedModel, path: str | Path) -> GenerationDefault
             top_p=float(_or(config.top_p, 1.0)) if draws else 1.0,
             repetition_penalty=float(_or(config.repetition_penalty, 1.0)),
             suppressed=_known_ids(model, config.suppress_tokens)[0],
+            suppressed_first=_known_ids(model, config.begin_suppress_tokens)[0],
         )
     for name, (lowest, excluded, highest, range_) in _RANGES.items():
         value = getattr(made, name)
@@ -115,14 +124,16 @@ def _file_of(path: str | Path) -> Path:
     return config if config.is_file() and not own.is_file() else own
 
 
-def _tell_unheeded(model: PreTrainedModel, draws: bool, file: Path) -> None:
+def _tell_unheeded(
+    model: PreTrainedModel, draws: bool, file: Path, heeded: Collection[str]
+) -> None:
     known: Mapping[str, tuple[Any, ...]] = UNHEEDED | (UNHEEDED_DRAWING if draws else {})
     config = model.generation_config
     given = {name: getattr(config, name, None) for name in known}
     left = [
         f"{name}={value}"
         for name, value in given.items()
-        if value is not None and value not in known[name] and value != []
+        if value is not None and value not in known[name] and value != [] and name not in heeded
     ]
     if not model.config.is_encoder_decoder and config.forced_bos_token_id is not None:
         left.append(f"forced_bos_token_id={config.forced_bos_token_id}")
@@ -133,7 +144,7 @@ def _tell_unheeded(model: PreTrainedModel, draws: bool, file: Path) -> None:
 
 
 def _tell_unknown_ids(model: PreTrainedModel, file: Path) -> None:
-    for name in ("eos_token_id", "suppress_tokens"):
+    for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
         if unknown := _known_ids(model, getattr(model.generation_config, name))[1]:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             logger.warning(

@@ -122,6 +122,22 @@ def decoder_bundle(decoder_folder: Callable[[str], Path], once: Once) -> Callabl
 
 
 @pytest.fixture(scope="session")
+def speech_bundle(once: Once) -> Bundle:
+    """A small Whisper as a bundle with exits. Shared: never change it."""
+    from tests.speech_models import make_whisper, save_checkpoint
+
+    def make(folder: Path) -> None:
+        from edgeexit.export import export
+        from edgeexit.export.pretrained import from_pretrained
+
+        checkpoint = save_checkpoint(make_whisper(), folder.with_name("speech-checkpoint"))
+        split = from_pretrained(checkpoint, exits=[1, 2], encoder_exits=[1, 2])
+        export(split.split_model(), folder)
+
+    return open_bundle(once("speech-bundle", make))
+
+
+@pytest.fixture(scope="session")
 def half_decoder(decoder_folder: Callable[[str], Path], once: Once) -> Bundle:
     """The Llama in float16 as a bundle. Shared: never change it."""
     from tests.decoders import EXITS

@@ -24,6 +24,7 @@ from edgeexit.cli import VERBS, cli
 from edgeexit.export import export_onnx
 from edgeexit.runtime import Policy, Rule, write_policy
 from tests.command_lines import find_commands, parse
+from tests.speech_models import make_sound, write_wav
 from tests.vision_models import make_images
 
 ROOT = Path(edgeexit.__file__).parent.parent
@@ -129,6 +130,7 @@ def folder(
     decoder_bundle: Callable[[str], Bundle],
     vision_bundle: Callable[[str], Bundle],
     chat_bundle: Bundle,
+    speech_bundle: Bundle,
 ) -> Path:
     """A folder with the bundles and the policy that documents name, small and untrained."""
     folder = tmp_path_factory.mktemp("documents")
@@ -137,6 +139,9 @@ def folder(
     (folder / "writer").symlink_to(decoder_bundle("llama").path)
     (folder / "talker").symlink_to(chat_bundle.path)
     (folder / "vlm").symlink_to(vision_bundle("llava").path)
+    (folder / "speech").symlink_to(speech_bundle.path)
+    for seed, name in enumerate(("speech.wav", "more.wav")):
+        write_wav(folder / name, make_sound(0.8, seed)[:, None])
     for name, image in zip(("cat.jpg", "dog.png"), make_images(2), strict=True):
         image.save(folder / name)
     return folder

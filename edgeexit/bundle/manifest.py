@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgeexit.bundle.raw_inputs import AudioPreprocessing as AudioPreprocessing
 from edgeexit.bundle.raw_inputs import Chat as Chat
 from edgeexit.bundle.raw_inputs import ImagePreprocessing as ImagePreprocessing
 from edgeexit.bundle.raw_inputs import ImageText as ImageText
@@ -24,6 +25,8 @@ from edgeexit.bundle.raw_inputs import Name as Name
 from edgeexit.bundle.raw_inputs import Preprocessing as Preprocessing
 from edgeexit.bundle.raw_inputs import TextPreprocessing as TextPreprocessing
 from edgeexit.bundle.raw_inputs import Tiles as Tiles
+from edgeexit.bundle.special_tokens import StartChoice as StartChoice
+from edgeexit.bundle.special_tokens import Timestamps as Timestamps
 
 FORMAT_MAJOR = 2
 FORMAT_MINOR = 0
@@ -253,7 +256,7 @@ class GenerationDefaults(Struct, frozen=True, kw_only=True):
 
     `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 exclude no token. For tokens
     that occurred before, `repetition_penalty` divides positive logits and multiplies negative ones.
-    Tokens in `suppressed` are never chosen.
+    Tokens in `suppressed` are never chosen, those in `suppressed_first` not as the first token.
     """
 
     temperature: Annotated[float, Meta(ge=0)] = 0.0
@@ -261,6 +264,7 @@ class GenerationDefaults(Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     suppressed: list[int] = []
+    suppressed_first: list[int] = []
 
 
 class Decoding(Struct, frozen=True, kw_only=True):
@@ -269,9 +273,11 @@ class Decoding(Struct, frozen=True, kw_only=True):
     `chain` runs for every token and gives ``token`` and ``logits``. `tokens` is the program's input
     of ids ``[batch, new]``, `positions` the int64 feed ``[batch, new]`` with each token's position.
     With `start_tokens`, the prompt is the program's other input (an encoder's), and a text begins
-    with them: the first is not part of the result, the others are its first tokens. `capacity` is
-    the default for the largest number of tokens of a text; None: the limit ``positions``, which a
-    model with relative positions does not have.
+    with them: the first is not part of the result, the others are its first tokens. Behind a single
+    start token stand those of `choices`, in order, and the token of `timestamps` for a text without
+    times; none of them is part of the result. `capacity` is the default for the largest number of
+    tokens of a text; None: the limit ``positions``, which a model with relative positions does not
+    have.
     """
 
     chain: Name
@@ -279,6 +285,8 @@ class Decoding(Struct, frozen=True, kw_only=True):
     positions: Tensor
     capacity: Annotated[int, Meta(ge=2)] | None = None
     start_tokens: list[int] = []
+    choices: dict[Name, StartChoice] = {}
+    timestamps: Timestamps | None = None
     stop_tokens: list[int] = []
     groups: dict[Name, TokenGroup] = {}
     generation: GenerationDefaults | None = None
@@ -337,6 +345,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
     def image_preprocessing(self) -> ImagePreprocessing | None:
         """How images become an input, if the bundle says so."""
         return next((p for p in self.preprocessing if isinstance(p, ImagePreprocessing)), None)
+
+    @property
+    def audio_preprocessing(self) -> AudioPreprocessing | None:
+        """How sounds become an input, if the bundle says so."""
+        return next((p for p in self.preprocessing if isinstance(p, AudioPreprocessing)), None)
 
     @property
     def text_preprocessing(self) -> TextPreprocessing | None:

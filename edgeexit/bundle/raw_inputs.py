@@ -1,5 +1,5 @@
 """Structs of the manifest (`edgeexit.bundle.manifest`) that say how raw data becomes inputs of a
-program: images, texts, prompts with images, and conversations."""
+program: images, sounds, texts, prompts with images, and conversations."""
 
 from __future__ import annotations
 
@@ -72,6 +72,37 @@ class ImagePreprocessing(
     std: list[float] = msgspec.field(default_factory=lambda: [1.0])
 
 
+class AudioPreprocessing(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="audio"
+):
+    """Sound to log-mel features ``[batch, mels, samples / hop]`` float32, as Whisper takes them.
+
+    A sound of one channel at `rate` Hz is padded with silence to `samples`. Frames of `fft` samples
+    begin every `hop` samples, centred there (the sound is reflected at both ends), times a Hann
+    window; the power of their spectrum goes through `mels` triangular filters from 0 to
+    `highest_hz` (Slaney's scale and norm). x = log10(power), at least -10 and at least 8 below the
+    largest; value = (x + 4) / 4.
+    """
+
+    input: str
+    rate: Annotated[int, Meta(ge=1000, le=192_000)] = 16_000
+    samples: Annotated[int, Meta(ge=1)] = 480_000
+    fft: Annotated[int, Meta(ge=16, le=65_536)] = 400
+    hop: Annotated[int, Meta(ge=1, le=65_536)] = 160
+    mels: Annotated[int, Meta(ge=1, le=1024)] = 80
+    highest_hz: Annotated[float, Meta(gt=0)] = 8000.0
+
+    @property
+    def frames(self) -> int:
+        """Frames of features that the model takes at a time: a window."""
+        return self.samples // self.hop
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of sound that the model takes at a time."""
+        return self.samples / self.rate
+
+
 class TextPreprocessing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="text"):
     """Text (or a pair of texts) to token ids with the bundle's tokenizer, padded to the batch."""
 
@@ -83,7 +114,7 @@ class TextPreprocessing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     pad_token: str = "[PAD]"
 
 
-Preprocessing = ImagePreprocessing | TextPreprocessing
+Preprocessing = ImagePreprocessing | AudioPreprocessing | TextPreprocessing
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -21,15 +21,16 @@ from edgeexit.bundle.manifest import (
     Component,
     Decoding,
     Gather,
-    ImagePreprocessing,
     Manifest,
     PromptState,
     Run,
     Tensor,
+    TextPreprocessing,
     TokenState,
 )
 from edgeexit.bundle.tensor_forms import check_rows, describe
 from edgeexit.bundle.validate_images import check_images
+from edgeexit.bundle.validate_speech import check_audio, check_choices, special_tokens
 from edgeexit.bundle.validate_steps import check_steps
 from edgeexit.bundle.validate_texts import check_text_chain
 from edgeexit.errors import BundleError, IntegrityError
@@ -49,6 +50,7 @@ def check_structure(manifest: Manifest) -> None:
         _check_feeds(manifest, manifest.decoding)
     check_steps(manifest)
     check_images(manifest)
+    check_audio(manifest)
     if manifest.decoding is not None:
         _check_decoding(manifest, manifest.decoding)
     elif any(isinstance(step, Run | Gather) and step.when != "input" for step in manifest.steps):
@@ -102,8 +104,8 @@ def _check_inputs(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST}: no input has an axis named batch", fix=EXPORT_AGAIN)
     made: list[str | None] = []
     for one in manifest.preprocessing:
-        is_image = isinstance(one, ImagePreprocessing)
-        made += [one.input] if is_image else [one.ids, one.mask, one.types]  # type: ignore[union-attr]
+        is_text = isinstance(one, TextPreprocessing)
+        made += [one.ids, one.mask, one.types] if is_text else [one.input]  # type: ignore[union-attr]
     if len(manifest.preprocessing) > len({type(one) for one in manifest.preprocessing}):
         raise BundleError(f"{MANIFEST}: two preprocessings of one kind", fix=EXPORT_AGAIN)
     inputs = {tensor.name for tensor in manifest.inputs}
@@ -316,6 +318,7 @@ def _check_decoding(manifest: Manifest, decoding: Decoding) -> None:
             f"{MANIFEST}: the chain {decoding.chain} does not give logits [batch, vocabulary]",
             fix=EXPORT_AGAIN,
         )
+    check_choices(decoding)
     _check_tokens(manifest, decoding)
     if "positions" not in manifest.limits and decoding.capacity is None:
         raise BundleError(
@@ -355,7 +358,9 @@ def _check_tokens(manifest: Manifest, decoding: Decoding) -> None:
     named += [("start token", token) for token in decoding.start_tokens]
     named += [(f"token of the group {n}", group.token) for n, group in decoding.groups.items()]
     if decoding.generation is not None:
-        named += [("suppressed token", token) for token in decoding.generation.suppressed]
+        never = [*decoding.generation.suppressed, *decoding.generation.suppressed_first]
+        named += [("suppressed token", token) for token in never]
+    named += special_tokens(decoding)
     for what, token in named:
         if not 0 <= token < tables[0].size:
             raise BundleError(

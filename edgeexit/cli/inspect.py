@@ -103,6 +103,9 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
         click.echo("preprocessing: " + ", ".join(f"{k} {v}" for k, v in parts))
     if found["images"]:
         click.echo(_images(found["images"]))
+    for name, choice in found["choices"].items():
+        default = choice["default"] or "none"
+        click.echo(f"{name}: {', '.join(choice['options'])} (default: {default})")
     if found["tokenizer"]:
         click.echo(f"tokenizer: {found['tokenizer']}")
     if found["chat"]:

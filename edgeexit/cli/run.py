@@ -19,6 +19,7 @@ from edgeexit.cli.policies import (
     of_last_chain,
     say_cautions,
 )
+from edgeexit.cli.speech import speech_options
 from edgeexit.cli.writing import read_writing, write, writing_given, writing_options
 from edgeexit.errors import DataError, UsageError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
+OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages", "audio")
 """Input options of models that answer rows, and of models that write text."""
 
 
@@ -88,6 +89,7 @@ OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages")
     help="Rows per batch.",
 )
 @writing_options
+@speech_options
 @engine_options
 @click.option(
     "--fallback",
@@ -107,6 +109,7 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
     edgeexit run bundle --prompt "def main(" --mode exact --stream
     edgeexit run bundle --prompt "Why is the sky blue?" --chat --stream
     edgeexit run bundle --image cat.jpg --prompt "What is it?" --chat --stream
+    edgeexit run bundle --audio speech.wav --language en --timestamps --stream
     """
     kind = _only_kind(options, bundle)
     check_stopping(options)
@@ -136,7 +139,7 @@ def command(bundle: Path, as_json: bool, verbose: int, quiet: bool, **options: A
 def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
     """The input option that was given. Raises `UsageError` if it is not exactly one."""
     names = {"data": "data", "image": "images", "text": "texts", "prompt": "prompts"}
-    names["messages"] = "messages"
+    names |= {"messages": "messages", "audio": "sounds"}
     given = [kind for kind, name in names.items() if options[name]]
     if len(given) == 1:
         return given[0]

@@ -18,6 +18,7 @@ from edgeexit.cli.mode_options import (
     check_policy_used,
     in_options,
 )
+from edgeexit.cli.speech import read_speech
 from edgeexit.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Writing:
         drawing: Arguments of `Sampling` that replace the model's defaults.
         stream: Whether to print the text as it is generated.
         images: Image files of the only prompt.
+        speech: Arguments of `Model.generate` for sounds.
     """
 
     inputs: list[str] | list[Conversation]
@@ -135,11 +137,13 @@ class Writing:
     drawing: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     images: tuple[Path, ...] = ()
+    speech: dict[str, Any] = field(default_factory=dict)
 
 
 def writing_given(options: Mapping[str, Any]) -> list[str]:
     """The given options of models that write text, without prompts and messages."""
     names = [*GENERATING, "stops", *DRAWING, *TALKING, "capacity", "stream", "chat"]
+    names += ["language", "task", "timestamps"]
     # 0 is a value, as in --temperature 0, and it equals False.
     return [
         name
@@ -172,17 +176,21 @@ def read_writing(options: Mapping[str, Any], bundle: Bundle, *, as_json: bool) -
     images: tuple[Path, ...] = options["images"]
     if images and len(options["prompts"]) > 1:
         raise UsageError("--image is for one prompt", fix="Give one --prompt.")
+    speech = read_speech(options, bundle)
     inputs: list[str] | list[Conversation] = list(options["prompts"])
+    if speech:
+        inputs = [str(path) for path in options["sounds"]]
     if options["messages"] is not None:
         inputs = read_conversations(options["messages"])
     elif options["chat"]:
         inputs = asked(options["prompts"], options["system_prompt"], images)
     if options["stream"] and (as_json or len(inputs) > 1):
-        raise UsageError("--stream is for one text", fix="Give one --prompt, and no --json.")
+        what = "--audio" if speech else "--prompt"
+        raise UsageError("--stream is for one text", fix=f"Give one {what}, and no --json.")
     if options["stops"]:
         generating["stop"] = options["stops"]
     images = () if options["chat"] else images  # the message has them
-    return Writing(inputs, templates, generating, drawing, options["stream"], images)
+    return Writing(inputs, templates, generating, drawing, options["stream"], images, speech)
 
 
 def write(
@@ -202,12 +210,13 @@ def write(
     check_policy_used(bundle, loading["policy"], writing.generating.get("mode", "full"), quiet)
     with in_options(), load(bundle, capacity=capacity, **loading) as model:
         rows, prompts, before = _rows(model, writing)
-        rows, images = _with_images(model, writing, rows)
+        rows, images = ([], None) if writing.speech else _with_images(model, writing, rows)
         sampling = msgspec.structs.replace(model.default_sampling, **writing.drawing)
         check_drawing(writing.drawing, sampling)
         if not quiet and (said := _own_settings(model.default_sampling, writing.drawing)):
             click.echo(said, err=True)
-        made = model.generate(rows, inputs=images, sampling=sampling, **writing.generating)
+        options = {"inputs": images, "sampling": sampling} | writing.speech | writing.generating
+        made = model.generate(rows, **options)
         if writing.stream:
             click.echo(before[0], nl=False)
             for piece in made:

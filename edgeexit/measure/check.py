@@ -24,6 +24,7 @@ from edgeexit.measure.check_exits import Checked, compare_exits, decided, only, 
 from edgeexit.measure.check_texts import check_texts
 from edgeexit.measure.judge import Judge, Report, tolerances
 from edgeexit.measure.probe import ask, ask_in_batches, chains_before, full_depth
+from edgeexit.preprocessing.audio import log_mel
 from edgeexit.preprocessing.images import image_from_array, preprocess_images
 from edgeexit.runtime import Model, load
 from edgeexit.runtime.engines.base import Threads
@@ -31,6 +32,8 @@ from edgeexit.runtime.text.tokenizer import encode_batch
 
 REFERENCE = "samples/reference.npz"
 PREPROCESSING = "samples/preprocessing.npz"
+FEATURES_APART = 1e-3
+"""Largest difference of a sound's features: transformers computes them in float32."""
 GREY_LEVELS = 2.0
 """Tolerance for resized pixels: image libraries differ by one grey level, at borders by two."""
 
@@ -198,6 +201,11 @@ def _check_preprocessing(bundle: Bundle, judge: Judge) -> None:
         made[images.input] = preprocess_images(images, [image_from_array(arrays["image"])])
         levels = GREY_LEVELS * images.scale / min(abs(value) for value in images.std)
         atol[images.input] = max(judge.atol, levels)
+    if (sounds := manifest.audio_preprocessing) is not None:
+        if "sound" not in arrays or sounds.input not in expected:
+            raise BundleError(f"{PREPROCESSING}: no sound or no answer", fix="Export again.")
+        made[sounds.input] = log_mel(sounds, arrays["sound"])[None]
+        atol[sounds.input] = FEATURES_APART
     if manifest.text_preprocessing is not None:
         if "text" not in arrays:
             raise BundleError(f"{PREPROCESSING}: no text in it", fix="Export again.")

@@ -64,9 +64,21 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "labels": manifest.labels,
         "preprocessing": msgspec.to_builtins(manifest.preprocessing),
         "images": _images(bundle),
+        "choices": _choices(bundle),
         "tokenizer": manifest.tokenizer,
         "chat": msgspec.to_builtins(manifest.chat),
         "provenance": manifest.provenance,
+    }
+
+
+def _choices(bundle: Bundle) -> dict[str, Any]:
+    """What a text may begin with: per choice, its options and their default."""
+    decoding = bundle.manifest.decoding
+    if decoding is None:
+        return {}
+    return {
+        name: {"options": list(choice.options), "default": choice.default}
+        for name, choice in decoding.choices.items()
     }
 
 

@@ -4,7 +4,8 @@ Formats: ``.jsonl`` with ``prompt`` or ``text``, or ``tokens`` (ids), per line; 
 the program's inputs; or ``module:function`` that returns a list of texts, of lists of ids, or of
 such objects. ``target`` is the answer to a prompt: what traces are about. If an encoder reads the
 prompt, it is the text of the decoder. A line may have ``image`` or ``images``: paths, relative to
-the file.
+the file. Speech models take ``audio``, a path, in place of a prompt, and ``language`` and ``task``
+where their checkpoint's defaults do not hold.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import Gather
 from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, InputError
+from edgeexit.errors import DataError, InputError, UsageError
 from edgeexit.measure.batches import LABEL, Batch, DataSet, Update, read_npz
 from edgeexit.measure.functions import load_function
 from edgeexit.measure.raw_data import json_object
 from edgeexit.runtime.programs.forward import check_inputs
 from edgeexit.runtime.programs.images import image_input, marked, write_images
 from edgeexit.runtime.programs.prompts import pad_source
+from edgeexit.runtime.programs.sounds import audio_input, features_of, is_long, read_sounds
+from edgeexit.runtime.programs.start_tokens import start_tokens
 from edgeexit.runtime.text.tokenizer import encode, encode_batch, open_tokenizer
 
 
@@ -77,7 +80,7 @@ def open_texts(source: str, bundle: Bundle) -> DataSet:
     reader = _Reader(bundle, targets=True)
     texts = [
         functools.partial(reader.text, row, where)
-        if reader.images(row, where)
+        if reader.images(row, where) or "audio" in row
         else reader.text(row, where)
         for where, row in _rows(source)
     ]
@@ -106,14 +109,14 @@ def _rows(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _beside(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The object of a line, with paths of images from its file's folder."""
+    """The object of a line, with paths of images and sounds from its file's folder."""
 
     def path(given: Any) -> Any:
         return folder / given if isinstance(given, str) and "://" not in given else given
 
     found = dict(row)
-    if "image" in row:
-        found["image"] = path(row["image"])
+    for key in {"image", "audio"} & row.keys():
+        found[key] = path(row[key])
     if isinstance(row.get("images"), list):
         found["images"] = [path(given) for given in row["images"]]
     return found
@@ -174,6 +177,8 @@ class _Reader:
 
     def text(self, row: Mapping[str, Any], where: str) -> Text:
         """A text from the fields of a line."""
+        if row.get("audio") is not None:
+            return self._heard(row, where)
         given = next((row[name] for name in ("prompt", "text", "tokens") if name in row), None)
         images = self.images(row, where)
         if not self._start:
@@ -200,6 +205,33 @@ class _Reader:
             n for n in range(len(self._start), -1, -1) if self._start[-n:] == written[:n] or not n
         )
         return Text([*self._start, *written[shared:]], inputs)
+
+    def _heard(self, row: Mapping[str, Any], where: str) -> Text:
+        """What is said in a sound, with the model's own start and end around the target."""
+        decoding = self._bundle.manifest.decoding
+        assert decoding is not None
+        choices = {name: str(row[name]) for name in decoding.choices if row.get(name) is not None}
+        try:
+            preprocessing = audio_input(self._bundle)
+            sounds = read_sounds(self._bundle, row["audio"])
+            if is_long(preprocessing, sounds):
+                raise DataError(
+                    f"the sound is longer than the model's window of {preprocessing.seconds:g} s",
+                    fix="Cut it into parts, each with its target.",
+                )
+            start = start_tokens(decoding, choices)
+        except (InputError, DataError, UsageError) as error:
+            raise DataError(f"{where}: {error.what}", fix=error.fix) from error
+        inputs: dict[str, NDArray] = dict(features_of(preprocessing, sounds))
+        if not self._targets:
+            return Text(start, inputs)
+        if "target" not in row:
+            raise DataError(
+                f"{where}: there is no 'target', what is said",
+                fix='Write lines like {"audio": "a.wav", "target": "..."}.',
+            )
+        written = self._ids(row["target"], self._tokens, where, special_tokens=False)
+        return Text([*start, *written, *decoding.stop_tokens[:1]], inputs)
 
     def images(self, row: Mapping[str, Any], where: str) -> list[Any]:
         """The images of a line. Raises `DataError` for what is none, and for missing files."""
@@ -242,9 +274,12 @@ class _Reader:
         """The encoder's inputs for a text or token ids."""
         preprocessing = self._bundle.manifest.text_preprocessing
         if preprocessing is None:
+            hears = self._bundle.manifest.audio_preprocessing is not None
             raise DataError(
                 f"{where}: the bundle has no preprocessing for prompts",
-                fix="Give the model's inputs as .npz.",
+                fix='Write lines like {"audio": "a.wav", "target": "..."}.'
+                if hears
+                else "Give the model's inputs as .npz.",
             )
         if self._needs_image:
             raise DataError(
@@ -292,9 +327,9 @@ def _lines(source: str) -> list[tuple[str, Any]]:
             continue
         where, example = f"{source}: line {number}", '{"prompt": "def main("}'
         row = json_object(line, where, example)
-        if not {"prompt", "text", "tokens"} & row.keys():
+        if not {"prompt", "text", "tokens", "audio"} & row.keys():
             raise DataError(
-                f"{where}: there is no prompt, text or tokens",
+                f"{where}: there is no prompt, text, tokens or audio",
                 fix=f"Write one object per line: {example}",
             )
         found.append((where, row))

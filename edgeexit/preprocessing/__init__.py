@@ -1,2 +1,3 @@
-"""Preprocessing: images to tensors with Pillow, texts to token ids with tokenizers. The device runs
-this code; at export, its results are compared with those of transformers."""
+"""Preprocessing: images to tensors with Pillow, sounds to features with numpy, texts to token ids
+with tokenizers. The device runs this code; at export, its results are compared with those of
+transformers."""

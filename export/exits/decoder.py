@@ -146,7 +146,7 @@ class ExitDecoder(DecoderPass):
         logits = Tensor(name="logits", dtype="float32", axes=["batch", vocabulary])
         token = Tensor(name="token", dtype="int64", axes=["batch"])
         also = self._also_read()
-        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head, reading=bool(also))
+        stacks = Stacks(trunk.heads, trunk.width, trunk.stem, trunk.head, masked=bool(also))
         removed = self.skipped.removed
         layers = [
             self.skipped.deployed(number) if number in removed else layer

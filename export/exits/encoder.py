@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from edgeexit.bundle.manifest import Chain, Exit, Tensor
+from edgeexit.bundle.manifest import Axis, Chain, Exit, Tensor
 from edgeexit.export.contract import Component, Form
 from edgeexit.export.exits.saved import check_layers
 from edgeexit.export.trace.relative_bias import RelativeBias
@@ -27,8 +26,8 @@ class EncoderTrunk:
 
     Attributes:
         embedding: The model's own parameter ``[vocabulary, width]``; the stem takes the rows of its
-            tokens, times `embedding_scale`.
-        stem: ``embedded [batch, source, width] -> state`` of the same shape.
+            tokens, times `embedding_scale`. None: the stem takes an input of the program.
+        stem: ``embedded [batch, source, width] -> state`` of the same shape, or of `state_axes`.
         layers: Each is ``(state, read [batch, source] bool) -> state``; `read` is False at padding,
             and None where nothing is padded.
         positions: The longest source, in tokens; None: any length.
@@ -37,9 +36,10 @@ class EncoderTrunk:
         bias: Added to attention scores by distance; each layer gets it as a third argument,
             ``[heads, source, source]``.
         norm: Applied to a state before the decoder reads it, also to the state of an exit.
+        state_axes: Axes of a state; None: those of the embedded source.
     """
 
-    embedding: torch.Tensor
+    embedding: torch.Tensor | None
     stem: nn.Module
     layers: Sequence[nn.Module]
     positions: int | None
@@ -48,6 +48,7 @@ class EncoderTrunk:
     bias: RelativeBias | None = None
     norm: nn.Module | None = None
     embedding_scale: float = 1.0
+    state_axes: tuple[Axis, ...] | None = None
 
 
 class ExitEncoder:
@@ -134,8 +135,9 @@ class ExitEncoder:
         return Chain(components=names, outputs=outputs, exits=exits, unsplit=[self._unsplit])
 
     def state(self, takes: Tensor) -> Tensor:
-        """What every exit passes on: a tensor like the embedded source."""
-        return Tensor(name=self.output, dtype="float32", axes=list(takes.axes))
+        """What every exit passes on: a tensor like the embedded source, or of the trunk's axes."""
+        axes = self.trunk.state_axes or takes.axes
+        return Tensor(name=self.output, dtype="float32", axes=list(axes))
 
     @property
     def _borders(self) -> list[int]:
@@ -176,12 +178,19 @@ def saturation(
     """
     before, after = before.float(), after.float()
     if flatten:
-        cosine = functional.cosine_similarity(before.flatten(), after.flatten(), dim=0)
-        return cosine.expand(len(before))
+        whole = before.flatten(0, 1)[None], after.flatten(0, 1)[None]
+        return saturation(*whole, None).expand(len(before))
     if read is not None:
         kept = read.unsqueeze(-1).to(torch.float32)
         before, after = before * kept, after * kept
-    return functional.cosine_similarity(before.flatten(1), after.flatten(1), dim=1)
+    norms = _total(before * before).sqrt() * _total(after * after).sqrt()
+    return _total(before * after) / norms.clamp_min(1e-8)
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """Sums per row, token by token first: one sum over all values of a long source, which engines
+    may compute in order, would be wrong in the fourth digit."""
+    return values.flatten(2).sum(2).sum(1) if values.ndim > 2 else values.sum(1)
 
 
 class _Segment(nn.Module):

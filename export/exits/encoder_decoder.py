@@ -129,8 +129,8 @@ class ExitEncoderDecoder(ExitDecoder):
 
     def embed_source(self, input_ids: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[batch, source, width]`` of a source's token ids ``[batch, source]``."""
-        trunk = self.encoder.trunk
-        return scaled(functional.embedding(input_ids, trunk.embedding), trunk.embedding_scale)
+        embedded = functional.embedding(input_ids, self._source_embedding)
+        return scaled(embedded, self.encoder.trunk.embedding_scale)
 
     @property
     def encoder_exit_layers(self) -> list[int]:
@@ -191,19 +191,29 @@ class ExitEncoderDecoder(ExitDecoder):
 
     @property
     def _table(self) -> torch.Tensor:
-        trunk = self.encoder.trunk
-        return scaled(trunk.embedding.detach(), trunk.embedding_scale)
+        return scaled(self._source_embedding.detach(), self.encoder.trunk.embedding_scale)
+
+    @property
+    def _source_embedding(self) -> torch.Tensor:
+        embedding = self.encoder.trunk.embedding
+        assert embedding is not None
+        return embedding
 
     @property
     def _source(self) -> Tensor:
-        width = self.encoder.trunk.embedding.shape[1]
+        width = self._source_embedding.shape[1]
         return Tensor(name="source", dtype="float32", axes=["batch", "source", width])
 
     @property
     def _encoded(self) -> Tensor:
         """What the decoder reads."""
-        axes: list[Axis] = ["batch", "source", self.trunk.width]
+        axes: list[Axis] = ["batch", self._source_axis, self.trunk.width]
         return Tensor(name=ENCODED, dtype="float32", axes=axes)
+
+    @property
+    def _source_axis(self) -> Axis:
+        """The axis of a source's states."""
+        return "source"
 
     def _makers(self) -> Iterator[Component]:
         """Components that compute the cross keys and values, one for each decoder segment and for
@@ -228,7 +238,7 @@ class ExitEncoderDecoder(ExitDecoder):
                 tensor=Tensor(
                     name=f"{layer}/cross_{kind}",
                     dtype="float32",
-                    axes=["batch", heads.queries, "source", heads.size],
+                    axes=["batch", heads.queries, self._source_axis, heads.size],
                 ),
                 maker=_maker(of),
             )
@@ -269,7 +279,7 @@ class ExitEncoderDecoder(ExitDecoder):
         positions: torch.Tensor,
         *source: torch.Tensor,
     ) -> torch.Tensor:
-        encoded, read = source
+        encoded, read = source[0], source[1] if len(source) > 1 else None
         own, heads = cast("ReadingLayer", layer), self.trunk.heads
         q, k, v = own.before(state)
         state, q = own.between(state, causal_attention(q, k, v, heads, positions))

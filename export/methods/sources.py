@@ -134,7 +134,9 @@ def _check_ids(model: ExitEncoderDecoder, source: Batch, step: int | None) -> No
             f"training: a row has {ids.shape[1]} tokens, the encoder reads at most {most}",
             fix="Cut the sources: tokenizer(..., truncation=True).",
         )
-    whole_numbers(ids, SOURCE_IDS.name, model.encoder.trunk.embedding.shape[0], step)
+    embedding = model.encoder.trunk.embedding
+    assert embedding is not None
+    whole_numbers(ids, SOURCE_IDS.name, embedding.shape[0], step)
 
 
 __all__ = ["columns_of", "count_targets", "decoder_batch", "shifted"]

@@ -10,6 +10,8 @@ from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.exits.encoder_decoder import ExitEncoderDecoder
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import SavedExits, name_layers
+from edgeexit.export.exits.speech_encoder_decoder import ExitSpeechEncoderDecoder, SpeechTrunk
+from edgeexit.export.feature_extractors import audio_preprocessing
 from edgeexit.export.generation import generation_of
 from edgeexit.export.preprocessing import text_preprocessing
 from edgeexit.export.pretrained.common import (
@@ -25,6 +27,7 @@ ENCODER_DECODERS = {
     "bart": ("bart", "BartForConditionalGeneration"),
     "t5": ("t5", "T5ForConditionalGeneration"),
     "mt5": ("t5", "MT5ForConditionalGeneration"),
+    "whisper": ("whisper", "WhisperForConditionalGeneration"),
 }
 """transformers' model type -> (module of `edgeexit.export.families`, class that reads it)."""
 
@@ -55,18 +58,27 @@ def read_encoder_decoder(
         )
     chosen = list(saved.layers or [] if exits is None else exits)
     own = list(saved.encoder or [] if encoder_exits is None else encoder_exits)
-    encoder, decoder = trunk_of(checkpoint, module_name, model)
+    trunk = trunk_of(checkpoint, module_name, model)
     layers = adapters_of(saved, chosen, adapters)
-    split = ExitEncoderDecoder(model, encoder, decoder, chosen, own, layers)
+    hears = isinstance(trunk, SpeechTrunk)
+    if hears:
+        split: ExitEncoderDecoder = ExitSpeechEncoderDecoder(model, trunk, chosen, own, layers)
+    else:
+        encoder, decoder = trunk
+        split = ExitEncoderDecoder(model, encoder, decoder, chosen, own, layers)
     load_adapters(checkpoint, split, saved, untrained=untrained)
     split.eval()
     split.name = name_of(path)
     split.tokenizer_folder = checkpoint.text_folder
-    split.generation = generation_of(model, path)
+    split.generation = generation_of(model, path, heeded=trunk.settings if hears else ())
     split.provenance = dict(checkpoint.provenance)
     note_origins(split, origins_of_both(split, saved, untrained=untrained))
     tell_of_tokenizer(checkpoint)
-    takes, longest = ["input_ids", "attention_mask"], encoder.positions or LONGEST_TEXT
+    if hears:
+        if sounds := audio_preprocessing(checkpoint.folder, trunk.mels, trunk.frames):
+            split.preprocessing, split.preprocessing_sample = (sounds[0],), sounds[1]
+        return split
+    takes, longest = ["input_ids", "attention_mask"], split.longest_text or LONGEST_TEXT
     if texts := text_preprocessing(checkpoint.text_folder, takes, longest):
         split.preprocessing, split.preprocessing_sample = (texts[0],), texts[2]
     return split

@@ -59,8 +59,8 @@ class Stacks:
         width: Size of a state.
         stem: ``(embedded, positions) -> state``, before the first layer; optional.
         head: ``state [rows, width] -> logits``, behind the last layer.
-        reading: Whether layers also attend over a source (`ReadingLayer`); its mask is then an
-            input after positions.
+        masked: Whether layers that also attend over a source (`ReadingLayer`) leave out its
+            padding; its mask is then an input after positions.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Stacks:
         stem: nn.Module | None,
         head: nn.Module,
         *,
-        reading: bool = False,
+        masked: bool = False,
     ) -> None:
         self._heads = heads
         self._state = Tensor(name="state", dtype="float32", axes=["batch", "new", width])
         self._attentions = [form(heads) for form in forms(heads)]
-        self._stem, self._reading = stem, reading
+        self._stem, self._masked = stem, masked
         self._entries: dict[tuple[object, ...], _Entry] = {}
         self._head = _LastToken(head)
         self._rotations = _Rotations(heads)
@@ -133,7 +133,7 @@ class Stacks:
         key = attention, stem, summarises
         if key not in self._entries:
             self._entries[key] = _Entry(
-                self._stem if stem else None, attention, self._reading, summarises=summarises
+                self._stem if stem else None, attention, self._masked, summarises=summarises
             )
         return self._entries[key]
 
@@ -146,12 +146,12 @@ class Stacks:
             names = tuple(tensor.name for tensor in layer.takes)
             count = 0 if layer.width is None else 1
             return Layer(module.eval(), _own_tensors(layer), names, count, count)
-        shared = (*self._attentions[number].shared, *((_UNREAD,) if self._reading else ()))
+        shared = (*self._attentions[number].shared, *((_UNREAD,) if self._masked else ()))
         return Layer(
             self._kind(layer).cached[number],
             _weights(layer),
             tuple(tensor.name for tensor in shared),
-            states=4 if self._reading else 2,
+            states=4 if hasattr(layer, "between") else 2,
             updated=2,
         )
 
@@ -192,23 +192,23 @@ class _Entry(nn.Module):
     """Computes the first state, and the values that layers share (`shared`)."""
 
     def __init__(
-        self, stem: nn.Module | None, attention: AnyForm | None, reading: bool, *, summarises: bool
+        self, stem: nn.Module | None, attention: AnyForm | None, masked: bool, *, summarises: bool
     ) -> None:
         super().__init__()
         self.stem = stem
         self.attention = attention
-        self.reading = reading
+        self.masked = masked
         self.summarises = summarises
 
     @property
     def shared(self) -> tuple[Tensor, ...]:
         own = () if self.attention is None else self.attention.shared
-        return (*own, *((_UNREAD,) if self.reading else ()), *(PROMPT if self.summarises else ()))
+        return (*own, *((_UNREAD,) if self.masked else ()), *(PROMPT if self.summarises else ()))
 
     def forward(
         self, state: torch.Tensor, positions: torch.Tensor, *rest: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        source, given = (rest[:1], list(rest[1:])) if self.reading else ((), list(rest))
+        source, given = (rest[:1], list(rest[1:])) if self.masked else ((), list(rest))
         past = None if self.attention is None else given.pop()
         counts = [given.pop()] if self.summarises else []
         if self.stem is not None:
@@ -241,8 +241,10 @@ class _CachedLayer(nn.Module):
         if not hasattr(layer, "between"):
             attended, key, value = self.attention(q, k, v, past, rest)
             return layer.after(state, attended), key, value
-        cross_key, cross_value, *shared, unread = rest
-        attended, key, value = self.attention(q, k, v, past, shared)
+        cross_key, cross_value, *given = rest
+        own = len(self.attention.shared)
+        attended, key, value = self.attention(q, k, v, past, given[:own])
+        unread = given[own] if len(given) > own else None
         state, q = cast("ReadingLayer", layer).between(state, attended)
         scale = self.attention.heads.scale
         attended = read_source(q, cross_key, cross_value, unread, scale=scale)

@@ -19,6 +19,9 @@ Prompt = str | Sequence[int]
 class Options(TypedDict, total=False):
     """The arguments of `Model.generate` except the prompts. `Model.chat` takes them, too."""
 
+    audio: Any
+    choices: Mapping[str, str] | None
+    timestamps: bool
     inputs: Mapping[str, NDArray[Any]] | None
     max_new_tokens: int | None
     mode: ModeName
@@ -84,6 +87,15 @@ def check_options(
     if sampling is not None:
         sampling.check()
     return max_new_tokens
+
+
+def check_alone(prompts: Any, images: object, inputs: object) -> None:
+    """Raises `UsageError` for what cannot be given together with a sound."""
+    others = {"prompts": len(prompts) > 0, "images": images is not None}
+    others["inputs"] = inputs is not None
+    for name, is_given in others.items():
+        if is_given:
+            raise UsageError(f"audio and {name} exclude each other", fix="Give one of them.")
 
 
 def _is_count(value: object) -> bool:
@@ -183,6 +195,7 @@ __all__ = [
     "Options",
     "Prompt",
     "are_ids",
+    "check_alone",
     "check_options",
     "check_prompts",
     "check_room",

@@ -8,6 +8,8 @@ while it runs.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import time
 import weakref
@@ -17,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from edgeexit.errors import StateError, UsageError
+from edgeexit.preprocessing.audio import Floats
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.executor.tables import check_ids
 from edgeexit.runtime.programs.arguments import (
     ModeName,
     Options,
     Prompt,
+    check_alone,
     check_options,
     check_room,
     stop_strings,
 )
+from edgeexit.runtime.programs.call import Call
 from edgeexit.runtime.programs.generation import Generation, Piece, Rounds
 from edgeexit.runtime.programs.images import Image, fill_images, take_images, write_images
 from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
@@ -34,7 +39,19 @@ from edgeexit.runtime.programs.modes.early import Fast
 from edgeexit.runtime.programs.modes.full import Mode, Statistics
 from edgeexit.runtime.programs.prompts import Prompts, check_alike, pad_source, read_prompts
 from edgeexit.runtime.programs.sampling import Sampler, Sampling, sampler_of
+from edgeexit.runtime.programs.sounds import (
+    Audio,
+    Windows,
+    audio_input,
+    check_windows,
+    features_of,
+    is_long,
+    read_sounds,
+)
+from edgeexit.runtime.programs.start_tokens import check_choices, start_tokens
 from edgeexit.runtime.programs.text_program import TextProgram
+from edgeexit.runtime.programs.times import WrittenTimes
+from edgeexit.runtime.programs.transcribe import read_windows
 from edgeexit.runtime.text.chat import Message, conversations
 from edgeexit.runtime.text.tokenizer import Stream
 
@@ -52,9 +69,12 @@ class Writer(TextProgram):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] = (),
         *,
         images: Image | Sequence[Image] | Sequence[Sequence[Image]] | None = None,
+        audio: Audio | list[Audio] | None = None,
+        choices: Mapping[str, str] | None = None,
+        timestamps: bool = False,
         inputs: Mapping[str, NDArray[Any]] | None = None,
         max_new_tokens: int | None = None,
         mode: ModeName = "full",
@@ -74,10 +94,16 @@ class Writer(TextProgram):
             images: Images for the prompts: paths, images of Pillow, or uint8 arrays. One image, or
                 several in the order of the placeholders that the prompts have for them; or a list
                 for each prompt.
+            audio: A sound, or a list of sounds, in place of prompts: paths, or ``(samples, rate)``.
+                A sound that is longer than the model's window is read window by window.
+            choices: What a text begins with, by name, as in ``{"language": "en"}``; missing ones
+                have the checkpoint's defaults.
+            timestamps: Whether a text says times, where the model can write them.
             inputs: Inputs of earlier chains, by name. Encoders: one row per prompt (without inputs,
                 the prompt text is encoded). Images and the like: one row per item, in the order of
                 the placeholders in the prompts.
-            max_new_tokens: Most new tokens per row; None: 128, or fewer if the capacity is smaller.
+            max_new_tokens: Most new tokens per row, or per window of a sound; None: 128, or fewer
+                if the capacity is smaller; sounds: as many as the capacity allows.
             mode: ``full``: every layer runs for every token. ``exact``: the same tokens, but an
                 early exit drafts them and the last exit verifies them. ``fast``: a token stops at
                 the first exit whose score reaches the policy's threshold; later layers catch up
@@ -112,39 +138,98 @@ class Writer(TextProgram):
             on_piece=on_piece,
         )
         self._check_usable()
-        self._decoding()
-        drafting = Drafting(draft_exit, drafts, draft_threshold)
-        self._check_mode(mode, drafting)
-        stops = stop_strings(stop)
+        decoding = self._decoding()
+        check_choices(decoding, choices, timestamps=timestamps)
+        call = Call(
+            mode=mode,
+            drafting=Drafting(draft_exit, drafts, draft_threshold),
+            sampling=self.default_sampling if sampling is None else sampling,
+            most=max_new_tokens,
+            stops=stop_strings(stop),
+            on_piece=on_piece,
+            audit=audit,
+            text=text,
+            times=decoding.timestamps if timestamps else None,
+        )
+        self._check_mode(mode, call.drafting)
+        if audio is not None:
+            check_alone(prompts, images, inputs)
+            return self._hear(read_sounds(self.bundle, audio), choices, call)
+        if choices and inputs is not None and len(prompts):
+            raise UsageError(
+                "choices and token ids that the text begins with exclude each other",
+                fix="Give one of them.",
+            )
         if images is not None:
             if inputs is not None:
                 raise UsageError("images and inputs exclude each other", fix="Give one of them.")
             prompts, inputs = self.prompts_with_images(prompts, images)
-        given = read_prompts(self.bundle, prompts, inputs, self.encode)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))
+        start = functools.partial(start_tokens, decoding, choices, timestamps=timestamps)
+        return self._begin(read_prompts(self.bundle, prompts, inputs, self.encode, start), call)
+
+    def _begin(self, given: Prompts, call: Call) -> Generation:
+        """Begins to write; `generate` says what is checked."""
+        most = call.most
+        if most is None:
+            most = max(1, min(NEW_TOKENS, self.capacity - max(given.lengths)))
         limit = self.bundle.manifest.limits.get("positions")
         for row, length in zip(given.tokens, given.lengths, strict=True):
             check_ids(self._text_table(), row)
-            check_room(length, max_new_tokens, self.capacity, limit)
+            check_room(length, most, self.capacity, limit)
         if self.unsplit:
             check_alike(given.tokens)
         if given.asks_earlier:
             self._checked.sizes(given.inputs)
         rows = len(given.tokens)
         generation = Generation([[] for _ in range(rows)], [""] * rows, Statistics())
-        sampling = self.default_sampling if sampling is None else sampling
-        sampler = sampler_of(sampling, given.tokens, self._text_table().size)
+        sampler = sampler_of(call.sampling, given.tokens, self._text_table().size, call.times)
         # A weak reference: with a cycle, a generation that is deleted before its end would block
         # the model until garbage collection.
         generation._pieces = self._write(
             weakref.proxy(generation),
             given,
-            lambda session: self._mode(session, mode, sampler, drafting, audit=audit),
-            max_new_tokens,
-            stops,
-            on_piece,
-            text=text,
+            lambda session: self._mode(
+                session, call.mode, sampler, call.drafting, audit=call.audit
+            ),
+            most,
+            call,
+        )
+        return generation
+
+    def _hear(
+        self, sounds: Sequence[Floats], choices: Mapping[str, str] | None, call: Call
+    ) -> Generation:
+        """Begins to write what was said in sounds."""
+        decoding, preprocessing = self._decoding(), audio_input(self.bundle)
+        times, long = decoding.timestamps, is_long(preprocessing, sounds)
+        in_windows = long or call.times is not None
+        start = start_tokens(decoding, choices, timestamps=in_windows and times is not None)
+        call = dataclasses.replace(call, most=call.most or max(1, self.capacity - len(start)))
+
+        def begin(inputs: Mapping[str, NDArray[Any]], call: Call) -> Generation:
+            rows = [start] * len(inputs[preprocessing.input])
+            return self._begin(read_prompts(self.bundle, rows, inputs, None), call)
+
+        if not in_windows:
+            return begin(features_of(preprocessing, sounds), call)
+        check_windows(preprocessing, sounds, call.stops, times)
+        assert times is not None
+        windows = Windows(preprocessing, times, sounds)
+        written = [WrittenTimes(times, call.times is not None) for _ in sounds]
+        streams = None
+        if call.text and self.bundle.manifest.tokenizer is not None:
+            tokenizer = self._tokenizers()
+            streams = [Stream(tokenizer, (), start, own.text) for own in written]
+        each = dataclasses.replace(call, times=times, text=False, on_piece=None)
+        count = len(sounds)
+        generation = Generation([[] for _ in range(count)], [""] * count, Statistics())
+        generation._pieces = read_windows(
+            weakref.proxy(generation),
+            windows,
+            lambda rows: begin(windows.inputs(rows), each),
+            streams,
+            written,
+            call.on_piece,
         )
         return generation
 
@@ -253,10 +338,7 @@ class Writer(TextProgram):
         prompts: Prompts,
         make_mode: Callable[[Session], Mode],
         most: int,
-        stops: Sequence[str],
-        on_piece: Callable[[Piece], object] | None,
-        *,
-        text: bool,
+        call: Call,
     ) -> Generator[Piece, None, None]:
         """Runs the rounds. Holds the lock until the iterator ends or is deleted."""
         self._check_usable()
@@ -266,18 +348,21 @@ class Writer(TextProgram):
                 fix="Finish or close the other generation first, or load a second model.",
             )
         try:
-            ends = set(self._decoding().stop_tokens)
+            ends, times = set(self._decoding().stop_tokens), self._decoding().timestamps
             streams = None
-            if (text and self.bundle.manifest.tokenizer is not None) or stops:
+            if (call.text and self.bundle.manifest.tokenizer is not None) or call.stops:
                 tokenizer = self._tokenizers()
+                label = None if times is None else WrittenTimes(times, call.times is not None).text
                 before = zip(prompts.tokens, prompts.lengths, strict=True)
-                streams = [Stream(tokenizer, stops, row[:n].tolist()) for row, n in before]
+                streams = [
+                    Stream(tokenizer, call.stops, row[:n].tolist(), label) for row, n in before
+                ]
             started = time.perf_counter()
             session = self.session(len(prompts.tokens))
             mode = make_mode(session)
             generation.statistics = mode.statistics
             self._hand_on(session, prompts, generation)
-            rounds = Rounds(generation, mode, streams, ends, most, on_piece)
+            rounds = Rounds(generation, mode, streams, ends, most, call.on_piece)
             yield from rounds.run(prompts.tokens, prompts.forced, started, self._check_usable)
             if isinstance(mode, Fast) and mode.audit:
                 mode.flush()

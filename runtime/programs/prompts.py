@@ -86,8 +86,14 @@ def read_prompts(
     prompts: Prompt | Sequence[Prompt],
     inputs: Mapping[str, NDArray[Any]] | None,
     encode: Callable[[str], list[int]] | None,
+    start: Callable[[], Sequence[int]] | None = None,
 ) -> Prompts:
     """Converts prompts and inputs to the form that the steps of a program take.
+
+    Args:
+        encode: Converts a text to token ids; None: prompts are what the decoder's text begins with.
+        start: Gives what a text begins with, where an encoder reads the prompts; None: the start
+            tokens.
 
     Raises:
         InputError: A prompt is invalid, or inputs are missing.
@@ -103,8 +109,10 @@ def read_prompts(
     forced: Sequence[int] = ()
     if decoding.start_tokens and encode is not None:
         begun = given and not _is_empty(prompts)
-        forced = () if begun else decoding.start_tokens[1:]
-        rows, more = _source_texts(bundle, prompts, given, decoding.start_tokens)
+        first = decoding.start_tokens if begun or start is None else start()
+        chosen = bool(decoding.choices) or decoding.timestamps is not None
+        forced = () if begun or chosen else first[1:]
+        rows, more = _source_texts(bundle, prompts, given, first)
         given |= more
     else:
         rows = token_rows(prompts, encode or (lambda text: []))
@@ -165,6 +173,11 @@ def _source_texts(
                 "token ids are the start of the generated text.",
             )
         return token_rows(prompts, lambda text: []), {}
+    if bundle.manifest.audio_preprocessing is not None:
+        raise InputError(
+            f"{bundle.path}: the model reads sounds, not prompts",
+            fix="Give audio: generate(audio=...) (--audio).",
+        )
     if preprocessing is None:
         raise InputError(
             f"{bundle.path}: the bundle has no text preprocessing for prompts",

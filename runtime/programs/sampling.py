@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Decoding
+from edgeexit.bundle.manifest import Decoding, Timestamps
 from edgeexit.errors import UsageError
+from edgeexit.runtime.programs.times import forbid
 
 _LARGEST = float(np.finfo(np.float64).max)
 Floats64 = NDArray[np.float64]
@@ -32,6 +33,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         repetition_penalty: For tokens that occurred before, positive logits are divided by it and
             negative logits multiplied (CTRL, arXiv:1909.05858). 1: no penalty.
         suppressed: Tokens that are never generated.
+        suppressed_first: Tokens that are not generated as the first one of a text.
         seed: Random seed. Each row of a batch has its own random stream.
 
     Raises:
@@ -43,12 +45,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
     seed: int = 0
 
     @property
     def plain(self) -> bool:
         """Whether the token with the largest unprocessed logit is taken."""
-        return self.temperature == 0 and self.repetition_penalty == 1.0 and not self.suppressed
+        never = self.suppressed or self.suppressed_first
+        return self.temperature == 0 and self.repetition_penalty == 1.0 and not never
 
     def __post_init__(self) -> None:
         self.check()
@@ -81,9 +85,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if not math.isfinite(value) or not holds:
                 raise UsageError(f"{name} {value} is out of range", fix=f"Use {range_}.")
-        for token in self.suppressed:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise UsageError(f"suppressed holds {token!r}", fix="Use token ids.")
+        for name in ("suppressed", "suppressed_first"):
+            for token in getattr(self, name):
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise UsageError(f"{name} holds {token!r}", fix="Use token ids.")
 
 
 def own_sampling(decoding: Decoding) -> Sampling:
@@ -92,16 +97,25 @@ def own_sampling(decoding: Decoding) -> Sampling:
     if given is None:
         return Sampling()
     settings = {name: getattr(given, name) for name in given.__struct_fields__}
-    return Sampling(**settings | {"suppressed": tuple(given.suppressed)})
+    never = {name: tuple(settings[name]) for name in ("suppressed", "suppressed_first")}
+    return Sampling(**settings | never)
 
 
-def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) -> Floats64:
+def distribution(
+    logits: NDArray,
+    sampling: Sampling,
+    history: Sequence[int],
+    begin: int = 0,
+    times: Timestamps | None = None,
+) -> Floats64:
     """Probabilities ``[vocabulary]`` of the next token, after all processors, in the order that
     transformers applies them. With temperature 0, a single token has probability 1.
 
     Args:
         logits: ``[vocabulary]``.
-        history: Earlier tokens, prompt included; only the repetition penalty reads them.
+        history: Earlier tokens, prompt included.
+        begin: Number of tokens of the prompt.
+        times: Tokens that say times, in a text that has them.
     """
     z = logits.astype(np.float64)
     if sampling.repetition_penalty != 1.0 and len(history):
@@ -114,11 +128,16 @@ def distribution(logits: NDArray, sampling: Sampling, history: Sequence[int]) ->
             )
     if sampling.suppressed:
         z[[token for token in sampling.suppressed if token < len(z)]] = -np.inf
-        if np.isneginf(z.max()):
-            raise UsageError(
-                "suppressed holds every token that an exit can answer with (its draft vocabulary)",
-                fix="Suppress fewer tokens, or draft at another exit.",
-            )
+    if sampling.suppressed_first and len(history) <= begin:
+        z[[token for token in sampling.suppressed_first if token < len(z)]] = -np.inf
+    if times is not None:
+        forbid(z, times, history[begin:])
+    if np.isneginf(z.max()):
+        raise UsageError(
+            "no token is left: those that an exit can answer with (its draft vocabulary) are all "
+            "suppressed, or forbidden behind the tokens so far",
+            fix="Suppress fewer tokens, give the draft vocabulary more, or draft at another exit.",
+        )
     if sampling.temperature == 0:
         only = np.zeros_like(z)
         only[z.argmax()] = 1.0
@@ -147,21 +166,29 @@ class Sampler:
 
     Attributes:
         histories: Per row, the prompt and the tokens so far; the caller appends new tokens.
+        times: Tokens that say times, if the texts have them.
     """
 
     sampling: Sampling
     histories: list[list[int]]
+    times: Timestamps | None = None
 
     def __post_init__(self) -> None:
+        own = self.sampling
+        self._begins = [len(history) for history in self.histories]
+        self._remembers = (
+            own.repetition_penalty != 1.0 or bool(own.suppressed_first) or self.times is not None
+        )
         self._streams = [
             np.random.default_rng((self.sampling.seed, row)) for row in range(len(self.histories))
         ]
 
     def chances(self, row: int, logits: NDArray, drafted: Sequence[int] = ()) -> Floats64:
         """`distribution` after a row's history and the drafted tokens."""
-        if self.sampling.repetition_penalty == 1.0:
+        if not self._remembers:
             return distribution(logits, self.sampling, ())
-        return distribution(logits, self.sampling, [*self.histories[row], *drafted])
+        history = [*self.histories[row], *drafted]
+        return distribution(logits, self.sampling, history, self._begins[row], self.times)
 
     def draw(self, row: int, chances: Floats64) -> int:
         """A random token with these probabilities."""
@@ -191,9 +218,13 @@ class Sampler:
 
 
 def sampler_of(
-    sampling: Sampling, rows: Sequence[NDArray[np.int64]], vocabulary: int
+    sampling: Sampling,
+    rows: Sequence[NDArray[np.int64]],
+    vocabulary: int,
+    times: Timestamps | None = None,
 ) -> Sampler | None:
-    """The sampler for these prompts; None if the token that the graph outputs can be used.
+    """The sampler for these prompts; None if the token that the graph outputs can be used. `times`:
+    tokens that say times, if the texts have them.
 
     Raises:
         UsageError: Every token of the vocabulary is suppressed.
@@ -203,7 +234,9 @@ def sampler_of(
             f"suppressed holds all {vocabulary} tokens of the model: none is left to generate",
             fix="Suppress fewer tokens.",
         )
-    return None if sampling.plain else Sampler(sampling, [row.tolist() for row in rows])
+    if sampling.plain and times is None:
+        return None
+    return Sampler(sampling, [row.tolist() for row in rows], times)
 
 
 __all__ = ["Sampler", "Sampling", "distribution", "own_sampling", "sampler_of"]

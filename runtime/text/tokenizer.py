@@ -7,7 +7,7 @@ stop strings (`Stream`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -140,6 +140,7 @@ class Stream:
         tokenizer: From `open_tokenizer`.
         stops: Strings that end the text. A stop string may be a special token.
         prompt: Tokens of the prompt.
+        label: What the text says for a token that is no text, a time; it returns None for others.
 
     Attributes:
         text: The output so far.
@@ -150,9 +151,13 @@ class Stream:
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        label: Callable[[int], str | None] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._label = tokenizer, label
         ends = special_stops(tokenizer, stops)
         self._ends = set(ends.values())
         self._stops = [stop for stop in stops if stop and stop not in ends]
@@ -170,6 +175,11 @@ class Stream:
             given = self.end()
             self.stopped = True
             return given
+        if self._label is not None and (label := self._label(token)) is not None:
+            self._take_rest()
+            self._tokens, self._start, self._read = [], 0, 0
+            self._held += label
+            return self._release(final=False)
         self._tokens.append(token)
         known = self._decode(self._start, self._read)
         now = self._decode(self._start, len(self._tokens))
@@ -183,11 +193,16 @@ class Stream:
 
     def end(self) -> str:
         """Ends the text. Returns the text that was held back."""
-        if not self.stopped and self._read < len(self._tokens):
+        if not self.stopped:
+            self._take_rest()
+        return self._release(final=True)
+
+    def _take_rest(self) -> None:
+        """Holds the text of the tokens that wait for the rest of a character."""
+        if self._read < len(self._tokens):
             known = self._decode(self._start, self._read)
             self._held += self._decode(self._start, len(self._tokens))[len(known) :]
             self._read = len(self._tokens)
-        return self._release(final=True)
 
     def _decode(self, start: int, stop: int) -> str:
         text: str = self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True)

@@ -58,7 +58,7 @@ class Exact:
         self._fixed, self._threshold, self._score = drafts, threshold, score
         shares = _shares(session)
         # The same seed must give the same text, so sampling must not depend on times.
-        self._timed = sampler is None
+        self._timed = sampler is None or sampler.sampling.temperature == 0
         known = paces if paces is not None and self._timed else {}
         early = [number for number, exit_ in enumerate(session.exits[:-1]) if exit_ is not None]
         for number in early:

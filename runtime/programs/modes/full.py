@@ -12,6 +12,7 @@ tokens per row). All modes follow four rules:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,16 @@ class Statistics:
         self.tokens += tokens
         if tokens:
             self.exits[exit_name] = self.exits.get(exit_name, 0) + tokens
+
+    def add(self, other: Statistics) -> None:
+        """Adds the counts of another generation; lists per row get its rows behind theirs."""
+        for each in dataclasses.fields(self):
+            own, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(more, dict):
+                for key, value in more.items():
+                    own[key] = own[key] + value if key in own else value
+            else:
+                setattr(self, each.name, own + more)
 
     @property
     def acceptance(self) -> float | None:
