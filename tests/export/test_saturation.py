@@ -94,11 +94,10 @@ def test_tokens_stop_where_their_state_no_longer_changes(
 ) -> None:
     states, seen = States(decoder_folder("llama")), set()
     with load(decoder_bundle("llama")) as model:
-        for prompt in map(list, random_prompts(3, [9, 5, 14])):
+        prompts = map(list, random_prompts(3, [9, 5, 14]))
+        for prompt, more in zip(prompts, (-0.02, 0.02, 0.3), strict=True):
             own = [states.saturation(prompt, layer)[-1] for layer in EXITS]
-            thresholds = dict(
-                zip(("exit_1", "exit_2"), (own[0] + 0.02, own[1] - 0.02), strict=True)
-            )
+            thresholds = {"exit_1": own[0] + 0.02, "exit_2": own[1] + more}
             model.policy = Rule(score="saturation", thresholds=thresholds, schedule=schedule)
             text, exits, closest = list(map(int, prompt)), [], 1.0
             for number in range(1, NEW + 1):
@@ -117,4 +116,4 @@ def test_tokens_stop_where_their_state_no_longer_changes(
             assert made.tokens == [text[len(prompt) :]]
             assert made.statistics.exits == {name: exits.count(name) for name in {*exits}}
             seen |= {*exits}
-    assert len(seen) == 3
+    assert len(seen) == (3 if schedule is None else 2)
