@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -76,6 +76,23 @@ class ExitEncoderDecoder(ExitDecoder):
         self.preprocessing: tuple[Preprocessing, ...] = ()
         self.preprocessing_sample: Mapping[str, np.ndarray] | None = None
         self._borders = [0, *self.exit_layers, self.depth]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        *,
+        to_encode: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `ExitDecoder.forward`.
+
+        Args:
+            to_encode: Arguments of `encode`, which runs first and gives `source`. Training needs
+                both in one call.
+        """
+        if to_encode is not None:
+            options["source"] = self.encode(**to_encode)
+        return super().forward(input_ids, **options)
 
     def encode(
         self,

@@ -30,7 +30,7 @@ def further_inputs(model: ExitDecoder, inputs: Batch, step: int | None) -> dict[
         if PIXELS in inputs:
             images = len(checked_pixels(model.tower, inputs))
         if not (ids.is_cuda and step):
-            _check_places(ids == model.whole.placeholder, images, model.whole.tower.tokens)
+            check_places(ids == model.whole.placeholder, images, model.whole.tower.tokens)
     others = {name: inputs[name] for name in model.read_by_embed if name in inputs}
     return others | ({"prompts": prompts_of(inputs)} if model.skipped.summarises else {})
 
@@ -67,7 +67,7 @@ def checked_pixels(tower: ExitTower, inputs: Batch) -> torch.Tensor:
     return pixels
 
 
-def _check_places(places: torch.Tensor, images: int, tokens: int) -> None:
+def check_places(places: torch.Tensor, images: int, tokens: int) -> None:
     """Raises `UsageError` unless rows have as many places ``[batch, seq]`` as images have
     tokens."""
     of_row = places.sum(1).tolist()
@@ -88,4 +88,4 @@ def _check_places(places: torch.Tensor, images: int, tokens: int) -> None:
         )
 
 
-__all__ = ["GIVE_IMAGES", "checked_pixels", "further_inputs"]
+__all__ = ["GIVE_IMAGES", "check_places", "checked_pixels", "further_inputs"]
