@@ -31,6 +31,7 @@ import data  # noqa: E402
 from batches import IGNORED, Asked  # noqa: E402
 from model import IMAGE, TOKENS  # noqa: E402
 from train import Pictures  # noqa: E402
+from variants import KINDS  # noqa: E402
 
 ROWS = 50
 ASKED = {kind: (kind, 1) for kind in ("read", "walk", "rings")} | {
@@ -106,7 +107,10 @@ def table(
     """Name of a row -> kind and steps -> share of right answers."""
     shares: dict[str, dict[str, float]] = {}
     in_words = not isinstance(model, ExitVisionEncoderDecoder)
+    kinds = KINDS["bart" if in_words else "florence"]
     for column, (kind, steps) in ASKED.items():
+        if kind not in kinds:
+            continue
         hits: dict[str, list[bool]] = {}
         for asked, pixels in asked_of(split, kind, steps, count, in_words=in_words):
             for name, rows in right(model, asked, pixels, early=early).items():
@@ -117,7 +121,7 @@ def table(
 
 
 def show(shares: dict[str, dict[str, float]]) -> None:
-    columns = list(ASKED)
+    columns = list(shares["model"])
     print(f"{'':16}" + "".join(f"{column:>9}" for column in columns))
     order = ("model", "exit", "image", "text", "encoder", "verdict")
     for name in sorted(shares, key=lambda name: (order.index(name.split()[0]), name)):

@@ -5,7 +5,7 @@ The scenes are those of the scenes example: pictures of cards with two handwritt
 card leads from its left digit to its right one. The model reads a text, and writes another one,
 which repeats the question before the answer:
 
-- ``read``: "read the cards", answered by every card in reading order, ``4 7 , 2 8 , 8 4 , 7 2``;
+- ``read``: "read the cards", answered by every card in reading order, ``4 7 2 8 8 4 7 2``;
 - ``walk``: "walk from 8", answered by the way back to it, ``walk from 8 : 4 7 2 8``;
 - ``go``: "from 8 go two", answered by where two steps lead, ``from 8 go two : 7``;
 - ``check``: "from 8 go two is 4", a statement that the scene entails or contradicts,
@@ -83,7 +83,8 @@ class Item:
 def ask(scene: Any, kind: str, steps: int, rng: np.random.Generator) -> Question:
     """A random question of a kind."""
     if kind == "read":
-        return Question(kind, 0, "read the cards", scenes.listing(scene))
+        digits = " ".join(map(str, scene.cards.flatten()))
+        return Question(kind, 0, "read the cards", digits)
     if kind == "rings":
         named = " , ".join(" ".join(map(str, ring)) for ring in rings_of(scene))
         return Question(kind, 1, "name the rings", named)
@@ -142,3 +143,46 @@ def items(
         question = ask(scene, kinds[number % len(kinds)], steps, rng)
         made.append(Item(scenes.draw(scene, split, rng), scene, question))
     return made
+
+
+def validation() -> list[dict[str, object]]:
+    """400 questions of the validation split with their pictures and answers, for ``edgeexit
+    trace``."""
+    return _rows("validation", 400, 2)
+
+
+def test() -> list[dict[str, object]]:
+    """200 questions of the test split."""
+    return _rows("test", 200, 3)
+
+
+def validation_in_words() -> list[dict[str, object]]:
+    """400 questions about scenes in words, with their answers."""
+    return _rows_in_words(400, 2)
+
+
+def test_in_words() -> list[dict[str, object]]:
+    """200 other questions about scenes in words."""
+    return _rows_in_words(200, 3)
+
+
+def _rows(split: str, count: int, seed: int) -> list[dict[str, object]]:
+    return [
+        {
+            "prompt": item.question.text,
+            "target": f"{item.question.answer} </s>",
+            "images": [item.picture],
+        }
+        for item in items(split, count, seed, KINDS[:4])
+    ]
+
+
+def _rows_in_words(count: int, seed: int) -> list[dict[str, object]]:
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        scene = make_scene(rng)
+        steps = int(rng.integers(1, MOST_STEPS + 1))
+        question = ask(scene, KINDS[1 + number % 4], steps, rng)
+        text = f"{scenes.listing(scene)} : {question.text}"
+        rows.append({"text": text, "target": f"{question.answer} </s>"})
+    return rows

@@ -50,8 +50,8 @@ from model import (  # noqa: E402
 from train import Pictures  # noqa: E402
 
 KINDS = {"florence": ("read", "walk", "go", "check"), "bart": ("rings", "walk", "go", "check")}
-STEPS, BATCH, RATE = 400, 32, 4e-4
-SCENES = 3000
+STEPS, BATCH, RATE = 300, 32, 4e-4
+SCENES = 2000
 """Pictures that a training draws, each for several questions."""
 
 
