@@ -28,7 +28,7 @@ from edgeexit.export.pretrained import from_pretrained
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import data  # noqa: E402
-from batches import IGNORED, Asked  # noqa: E402
+from batches import IGNORED, PARTS, Asked  # noqa: E402
 from model import IMAGE, TOKENS  # noqa: E402
 from train import Pictures  # noqa: E402
 from variants import KINDS  # noqa: E402
@@ -72,20 +72,31 @@ def right(
     split: ExitEncoderDecoder, asked: Asked, pixels: torch.Tensor | None, *, early: bool = True
 ) -> dict[str, list[bool]]:
     """Which rows are answered right; with `early` also behind early layers. ``verdict ...``: of
-    statements, whether the verdict alone is."""
+    statements, whether the verdict is, whatever the model says where the steps lead."""
     found: dict[str, list[bool]] = {}
-    verdicts = asked.parts == 4
     for behind, source in sources(split, asked, pixels):
         layers = range(1, split.depth + 1) if early and not behind else [split.depth]
         for layer, logits in split(asked.tokens, exits=layers, source=source).items():
             same = (logits.argmax(-1) == asked.targets) | (asked.targets == IGNORED)
             name = behind or ("" if layer == split.depth else f"exit {layer}")
             found[name] = same.all(-1).tolist()
-            if verdicts.any():
-                found[f"verdict {name}".strip()] = same[verdicts].tolist()
+            if (asked.parts == PARTS.index("verdict")).any():
+                own = verdicts(split, asked, source, layer, logits)
+                found[f"verdict {name}".strip()] = own.tolist()
         if not early:
             break
     return found
+
+
+def verdicts(
+    split: ExitEncoderDecoder, asked: Asked, source: Source, layer: int, logits: torch.Tensor
+) -> torch.Tensor:
+    """Which statements a layer judges right behind what itself says where their steps lead."""
+    row, place = (asked.parts == PARTS.index("answer")).nonzero(as_tuple=True)
+    tokens = asked.tokens.clone()
+    tokens[row, place + 1] = logits[row, place].argmax(-1)
+    again = split(tokens, exits=[layer], source=source)[layer]
+    return again[row, place + 1].argmax(-1) == asked.targets[row, place + 1]
 
 
 def asked_of(

@@ -4,6 +4,7 @@ judged without the picture."""
 from __future__ import annotations
 
 import collections
+import itertools
 import runpy
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_answers_are_those_that_the_cards_give(data: dict[str, Any]) -> None:
             assert words == " ".join(f"{a} {b}" for a, b in scene.cards).split()
         elif kind == "rings":
             rings = [ring.split() for ring in question.answer.split(" , ")]
-            assert sorted(sum(rings, [])) == sorted(map(str, cards))
+            assert sorted(itertools.chain(*rings)) == sorted(map(str, cards))
             for ring in rings:
                 assert ring[0] == min(ring)
                 assert all(
