@@ -2,10 +2,11 @@
 
     python examples/entailment/train.py --form florence   # goes on where it was interrupted
     python examples/entailment/train.py --form bart
-    python examples/entailment/train.py --smoke -o DIR    # a few steps of each stage
+    python examples/entailment/train.py --smoke --state DIR    # two steps of each stage
 
-The stages are ``words`` (the language model, on image tokens that are made from what lies in a
-scene), ``tower`` (image tokens from pixels) and ``pixels`` (all of it). The result is a model that
+The stages are ``encoder`` (what follows each digit), ``hops`` (where steps lead from it), ``words``
+(all questions, on image tokens that are made from what lies in a scene), ``tower`` (image tokens
+from pixels) and ``pixels`` (all of it). The result is a model that
 variants.py trains on. Needs ``edgeexit[export]`` and scikit-learn. Only pictures of the training
 split are trained on.
 """
@@ -66,10 +67,10 @@ WEIGHTS = {"read": 4.0}
 """Of the losses of `PARTS`; of others 1."""
 FOLLOWING = 5.0
 """Weight of that loss."""
-ENCODER_RATE, ENCODER_STEPS, ENCODER_BATCH = 2e-3, 400, 32
-HOPS_RATE, HOPS_STEPS, HOPS_BATCH = 1.5e-3, 1500, 48
-WORDS_RATE, WORDS_STEPS = 1.5e-3, 3000
-TOWER_RATE, TOWER_STEPS, TOWER_BATCH = 2e-3, 1500, 48
+ENCODER_RATE, ENCODER_STEPS, ENCODER_BATCH = 2e-3, 200, 32
+HOPS_RATE, HOPS_STEPS, HOPS_BATCH = 1.5e-3, 250, 48
+WORDS_RATE, WORDS_STEPS = 1.5e-3, 450
+TOWER_RATE, TOWER_STEPS, TOWER_BATCH = 2e-3, 600, 48
 PIXELS_RATE, PIXELS_STEPS = 1e-3, 250
 SAVE_EVERY = 100
 
@@ -348,8 +349,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--only", choices=["encoder", "hops", "words", "tower", "pixels"])
     parser.add_argument("--state", type=Path)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of each stage; default: as many as it needs")
+    parser.add_argument("--smoke", action="store_true", help="two steps a stage; needs --state")
     options = parser.parse_args()
+    if options.smoke:
+        if options.state is None:
+            parser.error("give --state: it would replace the stages of a training")
+        options.steps = 2
     torch.set_num_threads(1)
     torch.manual_seed(0)
     state = options.state or HERE.parents[1] / f"local/entailment/{options.form}-{options.width}"
