@@ -28,6 +28,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from edgeexit.export.exits.draft_vocabulary import frequent_tokens
 from edgeexit.export.methods.adapters import AdapterDistillation
@@ -66,7 +67,10 @@ def transcribe(
         features = extractor(given, sampling_rate=RATE, return_tensors="pt").input_features
         states = model.get_encoder()(features).last_hidden_state
         written = model.generate(
-            encoder_outputs=(states,), do_sample=False, num_beams=1, max_new_tokens=180
+            encoder_outputs=BaseModelOutput(states),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=180,
         )
         arrays = {"states": states.half().numpy()}
         for row, tokens in enumerate(written.tolist()):
@@ -114,7 +118,7 @@ def collate(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
 def reading_states(model: Any) -> Any:
     """Lets a model train on its encoder's states, which need not be computed again."""
     model.source_columns = (STATES,)
-    model.encode_columns = lambda columns: (columns[STATES],)
+    model.encode_columns = lambda columns, **_: (columns[STATES],)
     return model
 
 

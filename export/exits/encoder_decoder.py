@@ -89,11 +89,18 @@ class ExitEncoderDecoder(ExitDecoder):
         input_ids: torch.Tensor,
         *,
         columns: Mapping[str, torch.Tensor] | None = None,
+        hand_over: Mapping[str, int] | None = None,
         **options: Any,
     ) -> Any:
-        """As `ExitDecoder.forward`; with `columns` of a training batch in place of `source`."""
+        """As `ExitDecoder.forward`.
+
+        Args:
+            columns: Of a training batch, which `encode_columns` reads first; they give `source`.
+                Training needs both in one call.
+            hand_over: How many layers of the encoder run then, by the names of `encode`.
+        """
         if columns is not None:
-            options["source"] = self.encode_columns(columns)
+            options["source"] = self.encode_columns(columns, **(hand_over or {}))
         return super().forward(input_ids, **options)
 
     @property
@@ -101,12 +108,16 @@ class ExitEncoderDecoder(ExitDecoder):
         """Columns of a training batch that `encode_columns` reads; the first must be there."""
         return (SOURCE_IDS.name, SOURCE_MASK.name, *self.read_by_source)
 
-    def encode_columns(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The encoder's output for columns of a training batch. Without a mask all is read."""
+    def encode_columns(
+        self, columns: Mapping[str, torch.Tensor], **layers: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The encoder's output for columns of a training batch. Without a mask all is read.
+        `layers`: as for `encode`."""
         ids = columns[SOURCE_IDS.name]
         mask = columns.get(SOURCE_MASK.name)
+        mask = torch.ones_like(ids) if mask is None else mask
         images = [columns[name] for name in self.read_by_source if name in columns]
-        return self.encode(ids, torch.ones_like(ids) if mask is None else mask, images=images)
+        return self.encode(ids, mask, images=images, **layers)
 
     def encode(
         self,

@@ -74,8 +74,10 @@ class ExitSpeechEncoderDecoder(ExitEncoderDecoder):
         super().__init__(model, trunk.encoder, trunk.decoder, exits, encoder_exits, adapters)
         self.whole = trunk
 
-    def encode_columns(self, columns: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.encode(columns[FEATURES])
+    def encode_columns(
+        self, columns: Mapping[str, torch.Tensor], **layers: int
+    ) -> tuple[torch.Tensor, ...]:
+        return self.encode(columns[FEATURES], **layers)
 
     def encode(  # type: ignore[override]
         self, input_features: torch.Tensor, *, layers: int | None = None

@@ -15,7 +15,12 @@ from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.exits.encoder_decoder import SOURCE_IDS, SOURCE_MASK, ExitEncoderDecoder
 from edgeexit.export.exits.vision_encoder_decoder import ExitVisionEncoderDecoder
-from edgeexit.export.methods.images import check_places, checked_pixels, further_inputs
+from edgeexit.export.methods.images import (
+    GIVE_IMAGES,
+    check_places,
+    checked_pixels,
+    further_inputs,
+)
 from edgeexit.export.methods.layerskip import checked_tokens, tokens_and_targets
 from edgeexit.export.methods.method import IGNORED, Batch, column, whole_numbers
 
@@ -57,6 +62,8 @@ def decoder_batch(
         return tokens, targets, further_inputs(model, inputs, step)
     targets = _targets(model, inputs, step)
     encoder = model.encoder.trunk
+    if DECODER_IDS not in inputs and asks(targets, step):
+        _check_labels_follow(targets)
     tokens = inputs.get(DECODER_IDS, shifted(targets, encoder.start_tokens[0], encoder.pad_token))
     if tokens.shape != targets.shape:
         raise UsageError(
@@ -77,6 +84,23 @@ def shifted(labels: torch.Tensor, start: int, pad: int) -> torch.Tensor:
     """
     first = torch.full_like(labels[:, :1], start)
     return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad)], dim=1)
+
+
+def asks(tensor: torch.Tensor, step: int | None) -> bool:
+    """Whether to look into a tensor. A GPU, which would wait, is asked in the first step."""
+    return not (tensor.is_cuda and step)
+
+
+def _check_labels_follow(targets: torch.Tensor) -> None:
+    """Refuses labels with a part that is ignored in front of one that is not: what the decoder
+    reads there is not known."""
+    ignored = targets == IGNORED
+    if bool((ignored[:, :-1] & ~ignored[:, 1:]).any()):
+        raise UsageError(
+            "training: a label that is ignored (-100) stands in front of one that is not, so it is "
+            "unknown what the decoder reads there",
+            fix=f"Give {DECODER_IDS}, too: the start token and the text that the labels continue.",
+        )
 
 
 def _targets(model: ExitEncoderDecoder, inputs: Batch, step: int | None) -> torch.Tensor:
@@ -110,11 +134,29 @@ def _source(model: ExitEncoderDecoder, inputs: Batch, rows: int, step: int | Non
     if SOURCE_IDS.name in source:
         _check_ids(model, source, step)
     if isinstance(model, ExitVisionEncoderDecoder):
-        pixels = checked_pixels(model.tower, source)
-        ids = source[SOURCE_IDS.name]
-        if not isinstance(model, ExitDecomposed) and not (ids.is_cuda and step):
-            check_places(ids == model.whole.placeholder, len(pixels), model.whole.tower.tokens)
+        _check_images(model, source, step)
     return source
+
+
+def _check_images(model: ExitVisionEncoderDecoder, source: Batch, step: int | None) -> None:
+    """Compares a batch's images with the places that its rows have for them."""
+    pixels, ids = checked_pixels(model.tower, source), source[SOURCE_IDS.name]
+    apart = isinstance(model, ExitDecomposed)
+    if apart and len(pixels) != len(ids):
+        raise UsageError(
+            f"training: a batch has {len(ids)} rows and {len(pixels)} images",
+            fix=f"Give one image for each row. {GIVE_IMAGES}",
+        )
+    if not asks(ids, step):
+        return
+    if not apart:
+        check_places(ids == model.whole.placeholder, len(pixels), model.whole.tower.tokens)
+    elif bool((ids == model.whole.placeholder).any()):
+        raise UsageError(
+            "training: input_ids have placeholders of image tokens, but the model reads images and "
+            "texts apart",
+            fix="Give the texts alone: tokenizer(texts), without the processor's image tokens.",
+        )
 
 
 def _check_ids(model: ExitEncoderDecoder, source: Batch, step: int | None) -> None:
@@ -127,6 +169,11 @@ def _check_ids(model: ExitEncoderDecoder, source: Batch, step: int | None) -> No
         raise UsageError(
             f"training: {SOURCE_IDS.name} has the shape {what}, not [batch, source]",
             fix="Give a list of token ids per row, and attention_mask with one entry per token.",
+        )
+    if mask is not None and asks(ids, step) and bool((mask[:, :-1] < mask[:, 1:]).any()):
+        raise UsageError(
+            "training: a batch has padding before a token",
+            fix='Pad on the right: tokenizer.padding_side = "right".',
         )
     most = model.longest_text
     if most is not None and ids.shape[1] > most:
