@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -53,8 +54,18 @@ from edgeexit.measure.texts import Text
 from edgeexit.runtime.engines.onnxruntime import available_cores
 from edgeexit.runtime.text.tokenizer import encode_batch
 
-sys.path.insert(0, str(ROOT / "examples" / "entailment"))
-import data
+
+def _example() -> Any:
+    """The module examples/entailment/data.py; ``data`` is that of the scenes example here."""
+    path = ROOT / "examples" / "entailment" / "data.py"
+    found = importlib.util.spec_from_file_location("entailment_data", path)
+    assert found is not None and found.loader is not None
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+data = _example()
 
 TASKS = {"check": ("check",), "read": ("read",), "words": ("walk", "go", "check", "rings")}
 """Task -> its kinds of questions."""
@@ -177,9 +188,8 @@ def choose(
     encoders = [name for name in model.chains if name.endswith("encoder")]
     earliest = oracle(trace_of_answers(model, known.first(200)))
     found: dict[str, Rules] = {}
-    for name, lost in {"mue": LOST[task]} | (
-        {"further": FURTHER} if task == "read" else {}
-    ).items():
+    points = {"mue": LOST[task]} | ({"further": FURTHER} if task == "read" else {})
+    for name, lost in points.items():
         chooser = Thresholds(model, everything, known, lost=lost)
         handed: Rules = {}
         for chain in encoders:

@@ -208,6 +208,7 @@ def alternatives(
     threads: Any,
     capacity: int,
     cases: dict[str, dict[str, Any]],
+    own_sampling: bool = False,
 ) -> Subject:
     """One loaded chain under several policies, in the runtime's modes and in those of
     `alternatives`.
@@ -216,6 +217,8 @@ def alternatives(
         cases: Name -> ``rules`` (as `rules_to_json` made them; default: nothing stops), ``mode``
             (the runtime's, or a name in `alternatives.MODES`), and arguments of `Model.generate`
             or of that mode.
+        own_sampling: Tokens are chosen as the checkpoint says, such as without suppressed ones;
+            else greedily.
     """
     from alternatives import MODES
 
@@ -255,7 +258,7 @@ def alternatives(
                 [tokens],
                 inputs=inputs,
                 max_new_tokens=new_tokens,
-                sampling=runtime.Sampling(),
+                sampling=None if own_sampling else runtime.Sampling(),
                 text=False,
                 **arguments,
             ).finish()

@@ -20,6 +20,7 @@ FRONT_DOORS = {
         "Result",
         "Rule",
         "Sampling",
+        "Schedule",
         "Trace",
         "load",
         "read_policy",
