@@ -42,10 +42,12 @@ from edgeexit.runtime.programs.sounds import audio_input, features_of, read_soun
 sys.path.insert(0, str(ROOT / "examples" / "whisper"))
 from speech import RATE, Speech, read_aloud, spoken, word_errors, words
 
-SOUNDS = {"validation": 40, "test": 40}
+SOUNDS = {"validation": 24, "test": 24}
 QUICK, CAPACITY = 4, 224
 MORE_ERRORS = 0.003
 """Word error rate that mode ``fast`` may add."""
+SEARCH_S = 4.0
+"""Seconds for each thread setting; a sound takes up to two."""
 RISKS = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 
 
@@ -186,7 +188,7 @@ def measure(
         tried["ctranslate2"] = functools.partial(peer, "ctranslate2", given.ctranslate2), counts
     threads = {}
     for case, (make, choices) in tried.items():
-        side, threads[case], _ = best_setting(make, case, choices)
+        side, threads[case], _ = best_setting(make, case, choices, seconds=SEARCH_S)
         side.close()
     say(f"  threads: {threads}")
     with ExitStack() as stack:

@@ -365,7 +365,7 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
     [
         (("run", "--data", "x.npz"), "writes text. Give --prompt or --messages"),
         (("run", "--prompt", b"\xff"), "cannot encode one of the texts"),
-        (("run",), "one kind of input. Give --prompt or --messages."),
+        (("run",), "one kind of input. Give --prompt or --messages"),
         (
             ("run", "--prompt", "w5", "--max-new-tokens", "6000"),
             "--max-new-tokens is 6000, but a text",

@@ -221,9 +221,8 @@ def test_exits_of_speech_models_are_traced_and_calibrated(
     Path("said.jsonl").write_text("\n".join(map(json.dumps, lines)))
     path = speech_bundle.path
     for chain, policy in (("encoder", "encoder.json"), ("main", "main.json")):
-        ran = run_here(
-            "trace", path, "--data", "said.jsonl", "--chain", chain, "-o", f"{chain}.npz"
-        )
+        options = ("--data", "said.jsonl", "--chain", chain, "--threads", "1")
+        ran = run_here("trace", path, *options, "-o", f"{chain}.npz")
         assert ran.code == 0, ran.err
         ran = run_here("calibrate", f"{chain}.npz", "--max-risk", "50%", "-o", policy)
         assert ran.code == 0, ran.err
@@ -248,7 +247,8 @@ def test_lines_that_do_not_fit_are_refused(
     run_here: Run, folder: Path, speech_bundle: Bundle, line: dict[str, str], said: str
 ) -> None:
     Path("said.jsonl").write_text(json.dumps(line))
-    ran = run_here("trace", speech_bundle.path, "--data", "said.jsonl", "-o", "t.npz")
+    options = ("--data", "said.jsonl", "-o", "t.npz", "--threads", "1")
+    ran = run_here("trace", speech_bundle.path, *options)
     refused(ran, 1, said)
 
 

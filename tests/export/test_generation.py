@@ -136,7 +136,7 @@ FIELDS_WITHOUT_EFFECT_ON_TEXT = {
 }  # fmt: skip
 OBEYED = {
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "suppress_tokens",
-    "eos_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "begin_suppress_tokens", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id",
 }  # fmt: skip
 
 
