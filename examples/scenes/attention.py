@@ -145,7 +145,7 @@ def chosen(given: argparse.Namespace) -> list[int]:
         return list(range(LAYERS - given.remove + 1, LAYERS + 1))
     if given.choose == "random":
         rng = np.random.default_rng(given.seed)
-        return sorted(1 + rng.choice(LAYERS, given.remove, replace=False)).copy()
+        return sorted(1 + int(n) for n in rng.choice(LAYERS, given.remove, replace=False))
     if given.choose == "whole":
         scores = influences(with_exits_before(given.model, 1))
         return sorted(1 + int(layer) for layer in np.argsort(scores)[: given.remove])
@@ -228,7 +228,7 @@ def main() -> None:
 
 def without(given: argparse.Namespace, right: dict[str, Any], questions: int) -> dict[str, Any]:
     """Chooses, trains and saves. Returns what was done; `right` gets the answers."""
-    layers = [int(layer) for layer in chosen(given)]
+    layers = chosen(given)
     whole = given.choose == "whole"
     print(f"without {'layers' if whole else 'the attentions of layers'} {layers}")
     if whole:

@@ -42,8 +42,8 @@ class SavedExits:
         tower: Layers of a vision tower with an exit.
         gates: Layers with a gate that drops image tokens -> width of the gate.
         removed: Layers of a decoder without attention.
-        vocabularies: Decoder exits with a draft vocabulary: exit layer -> its token ids.
         pia: Of these, layers with an adapter in its place -> its rank.
+        vocabularies: Decoder exits with a draft vocabulary: exit layer -> its token ids.
         origins: Exit name -> what is known about its training. Exits that are missing, as in files
             of older versions: unknown.
     """

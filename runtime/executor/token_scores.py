@@ -60,7 +60,8 @@ class TokenScores:
 
     def every(self, number: int, new: int) -> dict[str, NDArray[np.float32]]:
         """All scores of an exit that are open, ``[batch, new]``, of a run of so many tokens."""
-        session, outputs = self._session, self._session.components[self._name(number)].outputs
+        session = self._session
+        outputs = session.components[session.parts[number].name].outputs
         return {
             score: fetch(session.tensor(name, new))
             for score, name in self._tensors[number].items()
@@ -76,9 +77,6 @@ class TokenScores:
         last = np.array([max(count - 1, 0) for count in block.counts])
         newest: NDArray[np.float32] = scores[np.arange(len(last)), last]
         return newest
-
-    def _name(self, number: int) -> str:
-        return self._session.parts[number].name
 
 
 __all__ = ["TokenScores"]
