@@ -304,8 +304,12 @@ def test_half_precision_holds(family: str, tmp_path: Path) -> None:
     split = split_of(family, tmp_path, whole)
     with load(export(split.split_model(), tmp_path / "half", dtype="float16")) as model:
         check(model).require()
-        for tensor in model.bundle.manifest.components["segment_0"].outputs:
-            assert tensor.dtype == ("float16" if family == "bart" else "float32")
+        types = {
+            tensor.name: tensor.dtype
+            for tensor in model.bundle.manifest.components["segment_0"].outputs
+        }
+        assert types.pop("segment_0/saturation") == "float32"  # a score, whatever the state
+        assert set(types.values()) == {"float16" if family == "bart" else "float32"}
 
 
 def test_exits_are_saved_and_read_again(split: ExitEncoderDecoder, tmp_path: Path) -> None:
