@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgeexit.bundle.blocks import Table
 from edgeexit.bundle.manifest import (
     LENGTHS,
     Chain,
@@ -76,10 +76,10 @@ class Walk:
         other.known = [dict(known) for known in self.known]
         return other
 
-    def look_up(self, step: Gather, table: NDArray[Any]) -> None:
-        """Runs a step that looks up ids in a table."""
+    def look_up(self, step: Gather, table: Callable[[Any], Any]) -> None:
+        """Runs a step that looks up ids in a table: ``table(ids)`` gives its rows."""
         for known in self.known:
-            known[step.output.name] = table[known[step.ids]]
+            known[step.output.name] = table(known[step.ids])
 
     def feeds(self, name: str, names: Mapping[str, str] | None = None) -> list[Known]:
         """Inputs of a component, lengths and states included.
@@ -89,6 +89,8 @@ class Walk:
             names: Input -> tensor that it takes, where the names differ.
         """
         component = self.manifest.components[name]
+        if not self.known:
+            return []
         for state in component.states:
             if isinstance(state, TokenState) or state.made is not None:
                 continue
@@ -101,7 +103,8 @@ class Walk:
     ) -> None:
         """Runs a component, or another graph instead. `names`: see `feeds`."""
         component = self.manifest.components[name]
-        feeds = self.feeds(name, names)
+        if not (feeds := self.feeds(name, names)):
+            return
         made = self.evaluate(name, feeds) if graph is None else run_graph(graph, feeds)
         first = component.inputs[0].name
         for known, feed, answers in zip(self.known, feeds, made, strict=True):
@@ -149,12 +152,14 @@ class Walk:
                 del known[name]
 
 
-def table_of(bundle: Bundle, step: Gather) -> NDArray[Any]:
-    """A step's table ``[size, width]``, memory-mapped."""
-    width = step.output.axes[-1]
-    assert isinstance(width, int)
-    shape = (step.size, width)
-    return np.memmap(bundle.file(WEIGHTS), step.output.dtype, "r", step.offset, shape)
+def table_of(bundle: Bundle, step: Gather) -> Table:
+    """A step's table, memory-mapped."""
+    return table_in(bundle.file(WEIGHTS), step)
+
+
+def table_in(store: Path, step: Gather) -> Table:
+    """A step's table in a weight store, memory-mapped."""
+    return Table.of(step, np.memmap(store, np.uint8, "r"), np.dtype(step.output.dtype))
 
 
 def _feed(component: Component, known: Known, names: Mapping[str, str]) -> Known:
@@ -184,4 +189,4 @@ def _feed(component: Component, known: Known, names: Mapping[str, str]) -> Known
     return feed
 
 
-__all__ = ["Walk", "table_of"]
+__all__ = ["Known", "Walk", "table_in", "table_of"]

@@ -28,6 +28,8 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.contract import SplitModel, Table, Values
 from edgeexit.export.describe import Precision, check, derived_of, manifest_of
 from edgeexit.export.passes.quantise import quantise_bundle
+from edgeexit.export.passes.quantisers import ActivationInt8, FewBits
+from edgeexit.export.passes.weight_bits import WeightBits
 from edgeexit.export.samples import REFERENCE, check_finite, torch_reference, write_samples
 from edgeexit.export.text_files import TextFiles, write_text_files
 from edgeexit.export.trace.component_graphs import graph_of_form, graph_of_projection
@@ -52,6 +54,7 @@ def export(
     dtype: str = "float32",
     opset: int = DEFAULT_OPSET,
     calibration: Calibration | None = None,
+    weights: WeightBits | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -66,29 +69,33 @@ def export(
         opset: ONNX opset of every graph, but for forms that need a newer one. 20 is read by ONNX
             Runtime 1.23 and TensorRT 10.3.
         calibration: With ``int8``: gives batches of inputs, on which ranges of activations are
-            measured.
+            measured. With `weights`, if given: batches whose float32 answers are kept, to compare.
+        weights: How weights are stored in 4 or 8 bits (`edgeexit.export.passes.weight_bits`), for
+            ONNX Runtime; everything else is float32.
 
     Raises:
         ExportError: The model cannot be split; no partial files remain.
         UsageError: An option cannot be used, or there is too little data.
         OutputExistsError: `output` exists.
     """
-    check_options(dtype, opset, calibration)
+    check_options(dtype, opset, calibration, weights)
     check(model)
     components = model.components
     count = sum(len(one.forms) + (one.projection is not None) for one in components) + 1
-    if calibration is None:
+    if calibration is None and weights is None:
         tell = counter(progress, count)
         return _write(model, output, cast("Precision", dtype), opset, overwrite, tell)
-    check_int8(model)
+    quantising = ActivationInt8() if weights is None else FewBits(weights)
+    check_quantisable(model, quantising.precision)
     check_output(Path(output), overwrite=overwrite)
-    in_chains = {name for c in model.chains.values() for name in [*c.components, *c.unsplit]}
-    tell = counter(progress, count + len(in_chains) + 2)
+    tell = counter(progress, count + len(components) + 2)
     with tempfile.TemporaryDirectory(prefix="edgeexit-") as scratch:
         whole = _write(model, Path(scratch) / "float32", "float32", opset, False, tell)
         tell("calibration data")
+        data = () if calibration is None else calibration(whole)
         with BundleWriter(output, overwrite=overwrite) as writer:
-            return writer.commit(quantise_bundle(whole, writer.folder, calibration(whole), tell))
+            made = quantise_bundle(whole, writer.folder, quantising, data, tell)
+            return writer.commit(made)
 
 
 def _write(
@@ -198,11 +205,21 @@ def _text_files(model: SplitModel, folder: Path) -> TextFiles:
     return TextFiles(tokenizer="tokenizer/tokenizer.json")
 
 
-def check_options(dtype: str, opset: int, calibration: Calibration | None = None) -> None:
+def check_options(
+    dtype: str,
+    opset: int,
+    calibration: Calibration | None = None,
+    weights: WeightBits | None = None,
+) -> None:
     """Refuses an unsupported precision or opset."""
     if dtype not in ("float32", "float16", "int8"):
         raise UsageError(f"dtype {dtype!r} is not known", fix="Use float32, float16 or int8.")
-    if (dtype == "int8") != (calibration is not None):
+    if weights is not None and dtype != "float32":
+        raise UsageError(
+            f"dtype {dtype} and weights in {weights.bits} bits exclude each other",
+            fix="Leave dtype out: everything but weights stays in float32.",
+        )
+    if (dtype == "int8") != (calibration is not None) and weights is None:
         raise UsageError(
             f"dtype {dtype!r} {'needs' if calibration is None else 'takes no'} calibration",
             fix="Give calibration with dtype int8, and only then.",
@@ -214,13 +231,13 @@ def check_options(dtype: str, opset: int, calibration: Calibration | None = None
         )
 
 
-def check_int8(model: SplitModel) -> None:
+def check_quantisable(model: SplitModel, precision: str) -> None:
     """Refuses a model that cannot be quantised, before its data is read."""
     images = any(isinstance(one, ImagePreprocessing) for one in model.preprocessing)
     places = any(isinstance(step, Place) for step in model.steps)
     if places or (images and model.decoding is not None):
         raise ExportError(
-            f"{model.name}: int8 is not supported for models that write text about images",
+            f"{model.name}: {precision} is not supported for models that write text about images",
             fix="Export it in float32 or float16.",
         )
 

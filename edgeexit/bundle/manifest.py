@@ -212,17 +212,32 @@ class Run(Struct, frozen=True, kw_only=True, tag="run"):
     when: When = "input"
 
 
+class TableBlocks(Struct, frozen=True, kw_only=True):
+    """How a table in 4 or 8 bits is stored (`edgeexit.bundle.blocks`).
+
+    Its numbers are uint8 ``[size, blocks, block * bits / 8]``. At byte `scales` of the weight store
+    begin scales, float32 ``[size, blocks]``, at byte `zero_points` zero points, uint8 ``[size,
+    blocks * bits / 8]``; null: half of the range. `block` divides the width of a row.
+    """
+
+    bits: Literal[4, 8]
+    block: Annotated[int, Meta(ge=2)]
+    scales: Annotated[int, Meta(ge=0)]
+    zero_points: Annotated[int, Meta(ge=0)] | None = None
+
+
 class Gather(Struct, frozen=True, kw_only=True, tag="gather"):
     """A step that looks up ids in a table: an embedding.
 
     The runtime gathers the rows from the weight store, where the table ``[size, width]`` of the
-    output's dtype begins at byte `offset`.
+    output's dtype begins at byte `offset`; with `blocks`, the numbers of a float32 table.
     """
 
     ids: Name
     output: Tensor
     size: Annotated[int, Meta(ge=1)]
     offset: Annotated[int, Meta(ge=0)]
+    blocks: TableBlocks | None = None
     when: When = "token"
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from edgeexit.bundle.blocks import table_parts
 from edgeexit.bundle.layout import EXPORT_AGAIN, MANIFEST, RECOPY, WEIGHTS
 from edgeexit.bundle.manifest import (
-    ITEM_BYTES,
     Axis,
     Call,
     Chain,
@@ -109,7 +109,14 @@ class _Walk:
             )
         if store is None:
             raise BundleError(f"{where}: there is no {WEIGHTS} for its table", fix=EXPORT_AGAIN)
-        end = step.offset + step.size * width * ITEM_BYTES[output.dtype]
+        blocks = step.blocks
+        if blocks is not None and (width % blocks.block or output.dtype != "float32"):
+            raise BundleError(
+                f"{where}: a table of {output.dtype} {width} wide cannot be in blocks of "
+                f"{blocks.block}",
+                fix=EXPORT_AGAIN,
+            )
+        end = max(first + size for first, size in table_parts(step).values())
         if end > store.bytes:
             raise IntegrityError(
                 f"{where}: the table is outside the weight store (it would end at byte {end} of "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
-    """Reads batches of the data, as many as an int8 export uses.
+    """Reads batches of the data, as many as a quantised export uses.
 
     Raises:
         ExportError: The model cannot be quantised.
@@ -24,10 +24,10 @@ def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any
         UsageError: There is too little data.
     """
     from edgeexit.export.passes.calibration import split as shares
-    from edgeexit.export.write import check_int8, describe_bundle
+    from edgeexit.export.write import check_quantisable, describe_bundle
     from edgeexit.measure.data import open_data
 
-    check_int8(split)
+    check_quantisable(split, "int8")
     add_current_directory()
     found: list[Mapping[str, Any]] = []
 

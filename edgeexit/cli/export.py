@@ -13,6 +13,7 @@ from edgeexit.cli.calibration_data import read_calibration_data
 from edgeexit.cli.common import add_current_directory, print_json, progress_bar, size, warn
 from edgeexit.cli.export_onnx import export_file
 from edgeexit.cli.options import draft_vocabularies, output_options
+from edgeexit.cli.weight_options import weight_bits, weight_options
 from edgeexit.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
@@ -21,12 +22,9 @@ if TYPE_CHECKING:
 
 NEEDED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 DTYPES = {
-    "float32": "float32",
-    "fp32": "float32",
-    "float16": "float16",
-    "fp16": "float16",
+    "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16",
     "int8": "int8",
-}
+}  # fmt: skip
 OF_CHECKPOINTS = {
     "exits": "--exits",
     "untrained_exits": "--untrained-exits",
@@ -135,10 +133,12 @@ OF_CHECKPOINTS = {
     type=click.Choice(list(DTYPES)),
     help="Precision of the graphs; default: float32. ONNX files keep their precision.",
 )
+@weight_options
 @click.option(
     "--calibration-data",
     metavar="DATA",
-    help="--dtype int8: data to measure activation ranges on, in any format of `trace --data`.",
+    help="--dtype int8: data to measure activation ranges on, in any format of `trace --data`. "
+    "--weights: data whose float32 answers `check` compares.",
 )
 @click.option("--name", help="Name of the bundle; default: that of the model.")
 @click.option(
@@ -187,6 +187,7 @@ def command(
     edgeexit export -m llava --untrained-exits 6,12 --tower-exits 8 --max-tiles 1 -o bundle
     edgeexit export -m model.onnx --exits logits_3,logits_6,logits -o bundle
     edgeexit export -m my_package.model:make -o bundle
+    edgeexit export -m checkpoint --exits 6 --weights int4 -o bundle
     edgeexit export -m checkpoint --dtype int8 --calibration-data train.npz -o bundle
     """
     from edgeexit.bundle.writer import check_output
@@ -197,7 +198,9 @@ def command(
     writing: dict[str, Any] = {"overwrite": overwrite}
     writing |= {} if dtype is None else {"dtype": DTYPES[dtype]}
     writing |= {} if opset is None else {"opset": opset}
-    if (options["calibration_data"] is not None) != (writing.get("dtype") == "int8"):
+    bits, int8 = weight_bits(options), writing.get("dtype") == "int8"
+    writing |= {} if bits is None else {"weights": bits}
+    if bits is None and (options["calibration_data"] is not None) != int8:
         raise UsageError(
             "--dtype int8 and --calibration-data require each other",
             fix="Give both, or neither.",

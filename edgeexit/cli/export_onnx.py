@@ -25,6 +25,7 @@ def export_file(
             "Add exits before the conversion to ONNX, and name their outputs with --exits.",
         ),
         "dtype": ("not supported for ONNX files", "Leave it out, or convert the file first."),
+        "weights": ("not supported for ONNX files", "Leave it out, or quantise the file first."),
         "opset": ("not supported for ONNX files", "Leave it out, or convert the file first."),
     }
     for name, (why, fix) in refused.items():

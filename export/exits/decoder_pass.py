@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgeexit.export.exits.decoder_trunk import DecoderTrunk, scaled
+from edgeexit.export.exits.draft_vocabulary import head_over
 from edgeexit.export.exits.saved import check_adapters, check_layers
 from edgeexit.export.exits.skipped_attention import SkippedAttention
 from edgeexit.export.trace.attention import causal_attention
@@ -90,6 +91,8 @@ class DecoderPass(nn.Module):
         source: Sequence[torch.Tensor] = (),
         finish: Callable[[dict[int, torch.Tensor], dict[int, torch.Tensor]], Any] | None = None,
         prompts: torch.Tensor | None = None,
+        kept: Mapping[int, torch.Tensor] | None = None,
+        over: Sequence[int] | None = None,
         **inputs: torch.Tensor,
     ) -> Any:
         """Logits of exits for whole sequences, for training and as a reference.
@@ -106,17 +109,28 @@ class DecoderPass(nn.Module):
                 be used within this call.
             prompts: Tokens of each row's prompt ``[batch]``, which layers without attention
                 summarise; None: all tokens.
+            kept: What `states` gave for these tokens; the layers then do not run, only adapters do.
+            over: Tokens whose logits to compute, in this order; None: all. No gradient flows into
+                the head then.
             inputs: Further inputs of `embed`.
 
         Returns:
             Layer -> logits ``[batch, seq, vocabulary]``.
         """
-        states = self._each_state(
-            input_ids, exits=exits, skipped=skipped, source=source, prompts=prompts, **inputs
-        )
+        states: Iterable[tuple[int, torch.Tensor]]
+        if kept is None:
+            options: Any = {"exits": exits, "skipped": skipped, "source": source, **inputs}
+            each = self._each_state(input_ids, prompts=prompts, **options)
+            states = ((layer, state) for layer, state, _, _ in each)
+        else:
+            wanted = list(kept) if exits is None else exits
+            self._heads = self._heads.on(input_ids.device)
+            states = ((layer, self._adapted(layer, kept[layer], *source)) for layer in wanted)
+        head, width, size = self.trunk.head, self.trunk.width, self.trunk.embedding.shape[0]
+        short = None if over is None else head_over(head, over, width, size)
         logits, features = {}, {}
-        for layer, state, _, _ in states:
-            logits[layer] = self._logits(state)
+        for layer, state in states:
+            logits[layer] = self._logits(state) if short is None else short(state)
             if finish is not None:
                 norm = getattr(self.trunk.head, "norm", None)
                 features[layer] = state if norm is None else norm(state)
@@ -158,10 +172,25 @@ class DecoderPass(nn.Module):
             if number not in skipped:
                 state = self._past_layer(number, state, positions, belongs, *source)
             if number in wanted:
-                adapted = state
-                for adapter_layer in self._adapter(number):
-                    adapted = self._layer(adapter_layer, adapted, positions, *source)
-                yield number, adapted, before, state
+                yield number, self._adapted(number, state, *source), before, state
+
+    def _adapted(self, number: int, state: torch.Tensor, *source: torch.Tensor) -> torch.Tensor:
+        """What the head takes of the state ``[batch, seq, width]`` behind a layer."""
+        positions = torch.arange(state.shape[1], device=state.device).expand(state.shape[:2])
+        for layer in self._adapter(number):
+            state = self._layer(layer, state, positions, *source)
+        return state
+
+    @torch.no_grad()
+    def states(
+        self, input_ids: torch.Tensor, layers: Sequence[int], **options: Any
+    ) -> dict[int, torch.Tensor]:
+        """States behind layers, without their exits' adapters: layer -> ``[batch, seq, width]``.
+        Options: as for `forward`."""
+        return {
+            number: state
+            for number, _, _, state in self._each_state(input_ids, exits=layers, **options)
+        }
 
     def summaries(
         self, input_ids: torch.Tensor, prompts: torch.Tensor | None = None, **inputs: torch.Tensor

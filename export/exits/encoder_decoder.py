@@ -95,13 +95,22 @@ class ExitEncoderDecoder(ExitDecoder):
         """As `ExitDecoder.forward`.
 
         Args:
-            columns: Of a training batch, which `encode_columns` reads first; they give `source`.
+            columns: Of a training batch, which `source_of` reads first; they give `source`.
                 Training needs both in one call.
             hand_over: How many layers of the encoder run then, by the names of `encode`.
         """
         if columns is not None:
-            options["source"] = self.encode_columns(columns, **(hand_over or {}))
+            options["source"] = self.source_of(columns, **(hand_over or {}))
         return super().forward(input_ids, **options)
+
+    def source_of(
+        self, columns: Mapping[str, torch.Tensor], **layers: int
+    ) -> tuple[torch.Tensor, ...]:
+        """`encode_columns`, if the columns do not hold the encoder's output already
+        (`edgeexit.export.methods.kept_states`)."""
+        if ENCODED in columns:
+            return tuple(columns[name] for name in (ENCODED, READ) if name in columns)
+        return self.encode_columns(columns, **layers)
 
     @property
     def source_columns(self) -> tuple[str, ...]:
@@ -326,6 +335,9 @@ class ExitEncoderDecoder(ExitDecoder):
 
 ENCODED = "encoder_state"
 """What the decoder reads: the encoder's output."""
+READ = "encoder_read"
+"""Column of a training batch: which places of the encoder's output are read, bool ``[batch,
+source]``."""
 
 
 def _maker(of: str) -> str:
@@ -355,4 +367,4 @@ class _Cross(nn.Module):
         )
 
 
-__all__ = ["ExitEncoderDecoder"]
+__all__ = ["ENCODED", "READ", "ExitEncoderDecoder"]

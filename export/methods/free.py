@@ -20,6 +20,7 @@ from torch.nn import functional
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.methods.adapters import AdapterDistillation
+from edgeexit.export.methods.kept_states import kept_of
 from edgeexit.export.methods.layerskip import agreement_loss, token_loss
 from edgeexit.export.methods.method import IGNORED, Batch, Forward, Loss, column, is_number
 from edgeexit.export.methods.sources import decoder_batch
@@ -88,7 +89,8 @@ class Free(AdapterDistillation):
         def finish(logits: Features, features: Features) -> Loss:
             return self._loss(model, logits, features if against else {}, targets)
 
-        made: Loss = forward(tokens, exits=exits, finish=finish, **others)
+        kept = kept_of(inputs, exits, tokens.shape[1])
+        made: Loss = forward(tokens, exits=exits, finish=finish, kept=kept, **others)
         return made
 
     def _loss(

@@ -13,7 +13,13 @@ import torch
 from edgeexit.errors import UsageError
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.decomposed import ExitDecomposed
-from edgeexit.export.exits.encoder_decoder import SOURCE_IDS, SOURCE_MASK, ExitEncoderDecoder
+from edgeexit.export.exits.encoder_decoder import (
+    ENCODED,
+    READ,
+    SOURCE_IDS,
+    SOURCE_MASK,
+    ExitEncoderDecoder,
+)
 from edgeexit.export.exits.vision_encoder_decoder import ExitVisionEncoderDecoder
 from edgeexit.export.methods.images import (
     GIVE_IMAGES,
@@ -31,10 +37,20 @@ _FIX_LABELS = (
 )
 
 
+def state_column(layer: int) -> str:
+    """The column with states behind a layer (`edgeexit.export.methods.kept_states`)."""
+    return f"state_{layer}"
+
+
+def has_states(batch: Batch) -> bool:
+    """Whether a batch holds states of the model's layers."""
+    return any(name.startswith("state_") for name in batch)
+
+
 def columns_of(model: ExitDecoder) -> list[str]:
     """Columns of a data set that `decoder_batch` reads, without labels."""
     if isinstance(model, ExitEncoderDecoder):
-        return [*model.source_columns, DECODER_IDS]
+        return [*model.source_columns, ENCODED, READ, DECODER_IDS]
     return ["input_ids", "attention_mask", *model.read_by_embed]
 
 
@@ -59,7 +75,8 @@ def decoder_batch(
     """
     if not isinstance(model, ExitEncoderDecoder):
         tokens, targets = checked_tokens(model, inputs, step)
-        return tokens, targets, further_inputs(model, inputs, step)
+        further = {} if has_states(inputs) else further_inputs(model, inputs, step)
+        return tokens, targets, further
     targets = _targets(model, inputs, step)
     encoder = model.encoder.trunk
     if DECODER_IDS not in inputs and asks(targets, step):
@@ -122,7 +139,9 @@ def _targets(model: ExitEncoderDecoder, inputs: Batch, step: int | None) -> torc
 
 
 def _source(model: ExitEncoderDecoder, inputs: Batch, rows: int, step: int | None) -> Batch:
-    """The columns that the encoder reads, after checks against the model."""
+    """The columns that the encoder reads, after checks against the model; or what it gave."""
+    if ENCODED in inputs:
+        return {name: inputs[name] for name in (ENCODED, READ) if name in inputs}
     first, *_ = model.source_columns
     fix = "Give what the encoder reads, as the model's tokenizer or processor makes it."
     if (given := len(column(inputs, first, fix))) != rows:
@@ -186,4 +205,11 @@ def _check_ids(model: ExitEncoderDecoder, source: Batch, step: int | None) -> No
     whole_numbers(ids, SOURCE_IDS.name, embedding.shape[0], step)
 
 
-__all__ = ["columns_of", "count_targets", "decoder_batch", "shifted"]
+__all__ = [
+    "columns_of",
+    "count_targets",
+    "decoder_batch",
+    "has_states",
+    "shifted",
+    "state_column",
+]

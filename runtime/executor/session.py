@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.blocks import Table
 from edgeexit.bundle.manifest import Chain, Decoding, Exit, Gather, Tensor
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.adapters import Adapters
@@ -25,7 +26,7 @@ from edgeexit.runtime.executor.components import (
 )
 from edgeexit.runtime.executor.gates import Gates
 from edgeexit.runtime.executor.handed import Handed
-from edgeexit.runtime.executor.head import Floats, Head
+from edgeexit.runtime.executor.head import Head
 from edgeexit.runtime.executor.parts import Part, alike, only_calls, run_alike
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
@@ -61,7 +62,7 @@ class Session:
         components: Components,
         chain: Chain,
         embedded: Gather,
-        table: Floats,
+        table: Table,
         decoding: Decoding,
         batch: int,
         capacity: int,
@@ -204,7 +205,7 @@ class Session:
         """
         self.engine.settle()
         first = self.boundary(0, tokens.shape[1])
-        self._table.take(tokens, axis=0, out=first)  # type: ignore[call-overload]
+        self._table.take(tokens, first)
         if start is None:
             return
         for row, (places, rows) in enumerate(self.prefix):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.blocks import Table
 from edgeexit.bundle.manifest import Gather
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import InputError
@@ -20,27 +21,22 @@ class Tables:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._mapped: mmap.mmap | None = None
-        self._known: dict[tuple[int, int], NDArray[Any]] = {}
+        self._known: dict[tuple[int, int], Table] = {}
 
-    def table(self, step: Gather) -> NDArray[Any]:
-        """The table of a step, ``[size, width]``."""
+    def table(self, step: Gather) -> Table:
+        """The table of a step."""
         key = step.offset, step.size
         if key not in self._known:
             if self._mapped is None:
                 with self._bundle.file(WEIGHTS).open("rb") as file:
                     self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            width = step.output.axes[-1]
-            assert isinstance(width, int)
-            flat = np.frombuffer(
-                self._mapped, dtype_of(step.output), count=step.size * width, offset=step.offset
-            )
-            self._known[key] = flat.reshape(step.size, width)
+            self._known[key] = Table.of(step, self._mapped, dtype_of(step.output))
         return self._known[key]
 
     def look_up(self, step: Gather, ids: NDArray[np.int64]) -> NDArray[Any]:
         """Rows of a step's table for ids of any shape. Raises `InputError` for unknown ids."""
         check_ids(step, ids)
-        return np.take(self.table(step), ids, axis=0)
+        return self.table(step).take(ids)
 
 
 def check_ids(step: Gather, ids: NDArray[np.int64]) -> None:

@@ -1,0 +1,337 @@
+"""Weights in 4 or 8 bits: products with weights become ``MatMulNBits``, whose blocks of weights
+have scales of their own; everything else stays in float32.
+
+Such a product reads a quarter, or half, of the bytes of an int8 one or of float32, which is what a
+token's time is spent on. ONNX Runtime rounds activations to 8 bits, block by block, as it computes
+(``accuracy_level`` 4), so no ranges of activations are measured. Its quantisers choose the numbers
+(`METHODS`):
+
+- ``rtn``: round to nearest;
+- ``hqq``: zero points that lessen the error's norm (half-quadratic quantisation);
+- ``k-quant``: scales and zero points of least weighted squared error, as llama.cpp chooses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeexit.bundle.blocks import dequantised, packed
+from edgeexit.errors import ExportError, UsageError
+
+Method = Literal["rtn", "hqq", "k-quant"]
+METHODS: tuple[Method, ...] = get_args(Method)
+BITS = (4, 8)
+BLOCKS = (16, 32, 64, 128, 256)
+NARROWEST = 16
+"""Products with fewer columns stay as they are: gates, heads with a few classes."""
+DOMAIN = "com.microsoft"
+REQUIRES = "onnxruntime-operators"
+
+
+@dataclass(frozen=True)
+class WeightBits:
+    """How weights are stored.
+
+    Attributes:
+        bits: 4 or 8, of all products with weights but those of `head`.
+        head: Bits of exit heads, and of a table of embeddings; 32: they stay in float32. None: as
+            `bits`.
+        block: Weights that share a scale.
+        symmetric: Without zero points.
+        method: Which of ONNX Runtime's quantisers chooses the numbers.
+
+    Raises:
+        UsageError: A setting is not one of those above, or they exclude each other.
+    """
+
+    bits: int = 4
+    head: int | None = None
+    block: int = 32
+    symmetric: bool = False
+    method: Method = "k-quant"
+
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[Any, ...]] = {
+            "bits": BITS,
+            "head": (None, *BITS, 32),
+            "block": BLOCKS,
+            "method": METHODS,
+        }
+        for name, choices in known.items():
+            if (given := getattr(self, name)) not in choices or isinstance(given, bool):
+                listed = ", ".join(str(one) for one in choices if one is not None)
+                raise UsageError(f"weights: {name} is {given!r}", fix=f"Use one of {listed}.")
+        if self.symmetric and self.method != "rtn":
+            raise UsageError(
+                f"weights: {self.method} chooses zero points, so it is not symmetric",
+                fix="Use the method rtn, or leave symmetric out.",
+            )
+
+    @property
+    def head_bits(self) -> int | None:
+        """Bits of heads; None: float32."""
+        bits = self.bits if self.head is None else self.head
+        return None if bits == 32 else bits
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks (`edgeexit.bundle.blocks`).
+
+    Attributes:
+        numbers: Packed, uint8 ``[rows, blocks, block * bits / 8]``.
+        scales: float32 ``[rows, blocks]``.
+        zero_points: Packed, uint8 ``[rows, blocks * bits / 8]``; None: half of the range.
+        bits, block: As in `WeightBits`.
+        width: Elements of a row.
+    """
+
+    numbers: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
+    bits: int
+    block: int
+    width: int
+
+    def floats(self) -> NDArray[np.float32]:
+        """The matrix ``[rows, width]`` in float32."""
+        return dequantised(self.numbers, self.scales, self.zero_points, self.bits, self.width)
+
+
+@dataclass
+class Quantiser:
+    """Quantises weights, each once, however many graphs have it.
+
+    Attributes:
+        settings: How.
+        known: Digest of a weight and its bits -> its blocks. Weights that a checkpoint holds in
+            blocks already are entered beforehand (`enter`).
+    """
+
+    settings: WeightBits
+    known: dict[tuple[bytes, int | None], Blocks] = field(default_factory=dict)
+
+    def blocks(self, weight: NDArray[np.float32], bits: int, what: str) -> Blocks:
+        """Blocks of a matrix ``[rows, width]``, whose rows are quantised independently.
+
+        Raises:
+            ExportError: Its rows cannot be divided into blocks.
+        """
+        digest = _digest(weight)
+        for key in ((digest, None), (digest, bits)):
+            if key in self.known:
+                return self.known[key]
+        block = self.settings.block
+        if weight.shape[1] % block:
+            smaller = [one for one in BLOCKS if not weight.shape[1] % one]
+            instead = f"blocks of {smaller[-1]}" if smaller else "weights in float32"
+            raise ExportError(
+                f"{what}: its inputs ({weight.shape[1]}) cannot be divided into blocks of {block}",
+                fix=f"Use {instead}.",
+            )
+        found = _QUANTISERS[self.settings.method](weight, bits, block, self.settings.symmetric)
+        self.known[digest, bits] = found
+        return found
+
+    def enter(self, weight: NDArray[np.float32], blocks: Blocks) -> None:
+        """Enters the blocks that a weight ``[rows, width]`` was made of."""
+        self.known[_digest(weight), None] = blocks
+
+
+def _digest(weight: NDArray[np.float32]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(weight).data).digest()
+
+
+def _rtn(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
+
+    config = library.DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=symmetric, bits=bits
+    )
+    turned = np.ascontiguousarray(weight.T)
+    numbers, scales, zero = library.DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
+    return Blocks(numbers, scales, None if symmetric else zero, bits, block, weight.shape[1])
+
+
+def _hqq(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
+    import torch
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
+
+    config = library.HQQWeightOnlyQuantConfig(block_size=block, bits=bits)
+    numbers, scales, zero = library.HQQWeightOnlyQuantizer(config).quantize_internal(
+        torch.from_numpy(weight), bits=bits, group_size=block
+    )
+    return _from_float_zero(numbers.numpy(), scales.numpy(), zero.numpy(), bits, block, weight)
+
+
+def _from_float_zero(
+    numbers: NDArray[Any],
+    scales: NDArray[Any],
+    zero: NDArray[Any],
+    bits: int,
+    block: int,
+    weight: NDArray[np.float32],
+) -> Blocks:
+    """Rounds zero points, which ``MatMulNBits`` multiplies much faster as whole numbers, and rounds
+    the weight once more with them."""
+    most, blocks = (1 << bits) - 1, weight.shape[1] // block
+    zero = np.clip(np.rint(zero), 0, most).reshape(-1, blocks).astype(np.uint8)
+    scales = scales.reshape(-1, blocks).astype(np.float32)
+    parts = weight.reshape(len(weight), blocks, block)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        again = np.nan_to_num(np.rint(parts / scales[..., None]) + zero[..., None])
+    numbers = np.clip(again, 0, most).astype(np.uint8)
+    return _made(parts, numbers, scales, zero, bits)
+
+
+def _made(
+    parts: NDArray[np.float32],
+    numbers: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    zero: NDArray[np.uint8],
+    bits: int,
+) -> Blocks:
+    """Blocks of parts of a weight ``[rows, blocks, block]``. Parts whose elements are equal, which
+    the quantisers do not heed, get their value as scale."""
+    equal = (parts == parts[..., :1]).all(-1)
+    numbers[equal], zero[equal], scales[equal] = 1, 0, parts[equal, 0]
+    _, blocks, block = parts.shape
+    return Blocks(packed(numbers, bits), scales, packed(zero, bits), bits, block, blocks * block)
+
+
+def _k_quant(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
+    from onnxruntime.quantization.neural_compressor import weight_only as library
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers, scales, zero = library.quant_tensor_k_quant_cpu(weight, bits, block)
+    blocks = weight.shape[1] // block
+    numbers = np.nan_to_num(numbers).astype(np.uint8).reshape(len(weight), blocks, block)
+    scales = scales.reshape(-1, blocks).astype(np.float32)
+    parts = weight.reshape(len(weight), blocks, block)
+    return _made(parts, numbers, scales, zero.reshape(-1, blocks), bits)
+
+
+_QUANTISERS: Mapping[str, Callable[[NDArray[np.float32], int, int, bool], Blocks]] = {
+    "rtn": _rtn,
+    "hqq": _hqq,
+    "k-quant": _k_quant,
+}
+
+
+def rewrite(model: ir.Model, quantiser: Quantiser, bits_of: Callable[[ir.Node], int | None]) -> int:
+    """Replaces products with weights in a graph, in place.
+
+    Args:
+        model: Float32.
+        quantiser: Gives the blocks.
+        bits_of: Bits of the weights of a product; None: it stays as it is.
+
+    Returns:
+        How many products were replaced.
+
+    Raises:
+        ExportError: A weight cannot be divided into blocks.
+    """
+    replaced = 0
+    for node in list(model.graph):
+        weight = _weight_of(node)
+        bits = None if weight is None or len(weight) < NARROWEST else bits_of(node)
+        if weight is None or bits is None:
+            continue
+        operand = node.inputs[1]
+        assert operand is not None
+        what = operand.name or node.op_type
+        _replace(model.graph, node, quantiser.blocks(weight, bits, what), what)
+        replaced += 1
+    if replaced:
+        model.opset_imports.setdefault(DOMAIN, 1)
+        _remove_unused(model)
+    return replaced
+
+
+def _weight_of(node: ir.Node) -> NDArray[np.float32] | None:
+    """The weight ``[columns, inputs]`` of a product; None: it has none, or is no plain product."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    weight = _constant(node.inputs[1])
+    if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+        return None
+    if node.op_type == "MatMul":
+        return np.ascontiguousarray(weight.T)
+    attributes = {name: one.value for name, one in node.attributes.items()}
+    plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+    if attributes.get("transA", 0) or not plain:
+        return None
+    return weight if attributes.get("transB", 0) else np.ascontiguousarray(weight.T)
+
+
+def _constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """A value that no input changes: an initializer, or initializers that are joined (queries, keys
+    and values)."""
+    if value is None:
+        return None
+    if value.is_initializer() and not value.is_graph_input():
+        return None if value.const_value is None else value.const_value.numpy()
+    node = value.producer()
+    if node is None or node.op_type != "Concat":
+        return None
+    parts = [_constant(one) for one in node.inputs]
+    known = [part for part in parts if part is not None]
+    return (
+        np.concatenate(known, node.attributes["axis"].value) if len(known) == len(parts) else None
+    )
+
+
+def _replace(graph: ir.Graph, node: ir.Node, blocks: Blocks, what: str) -> None:
+    prefix = f"{what}/{node.outputs[0].name}"
+    operands: dict[str, NDArray[Any]] = {"numbers": blocks.numbers, "scales": blocks.scales}
+    if blocks.zero_points is not None:
+        operands["zero_points"] = blocks.zero_points
+    constants = []
+    for kind, array in operands.items():
+        tensor = ir.tensor(array, name=f"{prefix}/{kind}")
+        value = ir.Value(name=tensor.name, const_value=tensor)
+        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        graph.register_initializer(value)
+        constants.append(value)
+    product = ir.node(
+        "MatMulNBits",
+        [node.inputs[0], *constants],
+        {
+            "K": blocks.width,
+            "N": len(blocks.scales),
+            "bits": blocks.bits,
+            "block_size": blocks.block,
+            "accuracy_level": 4,
+        },
+        domain=DOMAIN,
+        name=f"{node.name}/{blocks.bits}-bit",
+    )
+    made, output = [product], node.outputs[0]
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        made.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}/bias"))
+    last = made[-1].outputs[0]
+    name, last.shape = output.name or "", output.shape
+    for value in (one.outputs[0] for one in made):
+        value.dtype = ir.DataType.FLOAT
+    graph.insert_before(node, made)
+    ir.convenience.replace_all_uses_with(output, last, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    last.name = name
+
+
+def _remove_unused(model: ir.Model) -> None:
+    """Removes weights, and what joined them, that nothing reads any more."""
+    import onnx_ir.passes.common as passes
+
+    passes.RemoveUnusedNodesPass()(model)
+
+
+__all__ = ["BITS", "BLOCKS", "METHODS", "REQUIRES", "Blocks", "Quantiser", "WeightBits", "rewrite"]
