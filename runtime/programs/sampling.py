@@ -6,9 +6,11 @@ exit use the same processors (arXiv:2211.17192). Everything is computed in float
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -109,35 +111,10 @@ def distribution(
     times: Timestamps | None = None,
 ) -> Floats64:
     """Probabilities ``[vocabulary]`` of the next token, after all processors, in the order that
-    transformers applies them. With temperature 0, a single token has probability 1.
-
-    Args:
-        logits: ``[vocabulary]``.
-        history: Earlier tokens, prompt included.
-        begin: Number of tokens of the prompt.
-        times: Tokens that say times, in a text that has them.
+    transformers applies them. With temperature 0, a single token has probability 1. Arguments: as
+    for `processed`.
     """
-    z = logits.astype(np.float64)
-    if sampling.repetition_penalty != 1.0 and len(history):
-        seen = np.unique(np.asarray(history))
-        with np.errstate(over="ignore"):
-            z[seen] = np.where(
-                z[seen] > 0,
-                z[seen] / sampling.repetition_penalty,
-                z[seen] * sampling.repetition_penalty,
-            )
-    if sampling.suppressed:
-        z[[token for token in sampling.suppressed if token < len(z)]] = -np.inf
-    if sampling.suppressed_first and len(history) <= begin:
-        z[[token for token in sampling.suppressed_first if token < len(z)]] = -np.inf
-    if times is not None:
-        forbid(z, times, history[begin:])
-    if np.isneginf(z.max()):
-        raise UsageError(
-            "no token is left: those that an exit can answer with (its draft vocabulary) are all "
-            "suppressed, or forbidden behind the tokens so far",
-            fix="Suppress fewer tokens, give the draft vocabulary more, or draft at another exit.",
-        )
+    z = processed(logits, sampling, history, begin, times).astype(np.float64, copy=False)
     if sampling.temperature == 0:
         only = np.zeros_like(z)
         only[z.argmax()] = 1.0
@@ -158,6 +135,54 @@ def distribution(
         p[order[before >= sampling.top_p]] = 0.0
         p /= p.sum()
     return np.asarray(p, np.float64)
+
+
+def processed(
+    logits: NDArray,
+    sampling: Sampling,
+    history: Sequence[int],
+    begin: int = 0,
+    times: Timestamps | None = None,
+) -> NDArray[Any]:
+    """Logits ``[vocabulary]`` without those of tokens that must not follow, and with penalties.
+
+    Args:
+        logits: ``[vocabulary]``; they are not changed.
+        history: Earlier tokens, prompt included.
+        begin: Number of tokens of the prompt.
+        times: Tokens that say times, in a text that has them.
+
+    Raises:
+        UsageError: No token is left.
+    """
+    exact = sampling.repetition_penalty != 1.0 or times is not None
+    z = logits.astype(np.float64) if exact else np.array(logits)
+    if sampling.repetition_penalty != 1.0 and len(history):
+        seen = np.unique(np.asarray(history))
+        with np.errstate(over="ignore"):
+            z[seen] = np.where(
+                z[seen] > 0,
+                z[seen] / sampling.repetition_penalty,
+                z[seen] * sampling.repetition_penalty,
+            )
+    if sampling.suppressed:
+        z[_within(sampling.suppressed, len(z))] = -np.inf
+    if sampling.suppressed_first and len(history) <= begin:
+        z[_within(sampling.suppressed_first, len(z))] = -np.inf
+    if times is not None:
+        forbid(z, times, history[begin:])
+    if np.isneginf(z.max()):
+        raise UsageError(
+            "no token is left: those that an exit can answer with (its draft vocabulary) are all "
+            "suppressed, or forbidden behind the tokens so far",
+            fix="Suppress fewer tokens, give the draft vocabulary more, or draft at another exit.",
+        )
+    return z
+
+
+@functools.lru_cache(maxsize=32)
+def _within(tokens: tuple[int, ...], vocabulary: int) -> NDArray[np.int64]:
+    return np.array([token for token in tokens if token < vocabulary], np.int64)
 
 
 @dataclass
@@ -189,6 +214,19 @@ class Sampler:
             return distribution(logits, self.sampling, ())
         history = [*self.histories[row], *drafted]
         return distribution(logits, self.sampling, history, self._begins[row], self.times)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether always the likeliest token is taken, of those that are left."""
+        return self.sampling.temperature == 0
+
+    def likeliest(self, row: int, logits: NDArray, drafted: Sequence[int] = ()) -> int:
+        """The token with probability 1 if `greedy`."""
+        if not self._remembers:
+            return int(processed(logits, self.sampling, ()).argmax())
+        history = [*self.histories[row], *drafted]
+        begin = self._begins[row]
+        return int(processed(logits, self.sampling, history, begin, self.times).argmax())
 
     def draw(self, row: int, chances: Floats64) -> int:
         """A random token with these probabilities."""

@@ -25,8 +25,8 @@ from edgeexit.runtime.programs.every_exit import segment_times, trace_texts
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation
-from edgeexit.runtime.programs.modes.exact import Pace
 from edgeexit.runtime.programs.modes.full import Statistics, has_numbers
+from edgeexit.runtime.programs.modes.pace import Pace
 from edgeexit.runtime.programs.prompts import Prompts, read_prompts
 from edgeexit.runtime.programs.sampling import Sampling, own_sampling
 from edgeexit.runtime.text.chat import ChatTemplates

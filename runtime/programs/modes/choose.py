@@ -14,8 +14,9 @@ from edgeexit.runtime.executor.components import token_states
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.arguments import ModeName
 from edgeexit.runtime.programs.modes.early import Approximate, Fast
-from edgeexit.runtime.programs.modes.exact import Exact, Pace
+from edgeexit.runtime.programs.modes.exact import Exact
 from edgeexit.runtime.programs.modes.full import Full, Mode
+from edgeexit.runtime.programs.modes.pace import Pace
 from edgeexit.runtime.programs.sampling import Sampler
 
 logger = logging.getLogger(__name__)

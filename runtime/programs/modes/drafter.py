@@ -40,18 +40,19 @@ class Drafter:
         ``[batch, 1, width]``."""
         if self._adapter is None or not self._late.most():
             return self._head(self._session.adapters.run(self._number, self._block)[:, 0])
-        self._push(states)
+        self._push(states, self._block)
         return self._head(self._catch_up())
 
-    def pass_by(self, states: Array) -> None:
-        """Processes the last output of the component in front of the exit, ``[batch, 1, width]``,
+    def pass_by(self, states: Array, new: int = 1) -> None:
+        """Processes the last output of the component in front of the exit, ``[batch, new, width]``,
         when no answer is needed."""
         if self._adapter is None:
             return
+        block = self._block if new == 1 else Block(new, [new] * self._session.batch)
         if self._waits:
-            self._push(states)
+            self._push(states, block)
         else:
-            self._session.adapters.run(self._number, self._block)
+            self._session.adapters.run(self._number, block)
 
     def crop(self, positions: Sequence[int]) -> None:
         """Removes waiting states from these positions ``[batch]`` on. Call it after cropping all
@@ -60,11 +61,11 @@ class Drafter:
             held = self._adapter.states.positions
             self._late.crop([max(a - b, 0) for a, b in zip(positions, held, strict=True)])
 
-    def _push(self, states: Array) -> None:
+    def _push(self, states: Array, block: Block) -> None:
         positions = None
         if self._late.positions is not None:
-            positions = self._session.positions_of(self._number, self._block)
-        self._late.push(states, self._one, positions)
+            positions = self._session.positions_of(self._number, block)
+        self._late.push(states, block.counts, positions)
 
     def _catch_up(self) -> Array:
         """Runs the adapter over all waiting states. Returns the newest state of every row,

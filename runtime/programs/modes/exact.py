@@ -1,11 +1,13 @@
-"""Mode ``exact``: an early exit drafts tokens and the layers behind it verify them. The text is the
-full model's.
+"""Mode ``exact``: an early exit, or the text itself, drafts tokens and the last exit verifies them.
+The text is the full model's.
 
-`Exact` runs the rounds. `Pace` measures them, to choose the exit and the length of the next draft.
+`Exact` runs the rounds; `edgeexit.runtime.programs.modes.pace` measures them, to choose the exit
+and the length of the next draft.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -14,25 +16,34 @@ from numpy.typing import NDArray
 
 from edgeexit.runtime.executor.blocks import Block
 from edgeexit.runtime.executor.components import token_states
-from edgeexit.runtime.executor.head import Answers
+from edgeexit.runtime.executor.head import Answers, Floats
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.modes.drafter import Drafter
 from edgeexit.runtime.programs.modes.full import Full, Ints, Statistics
+from edgeexit.runtime.programs.modes.lookup import Lookup
+from edgeexit.runtime.programs.modes.pace import Pace
 from edgeexit.runtime.programs.sampling import Floats64, Sampler
+
+LOOKUP = -1
+"""Key of the measurements of drafts from texts, beside those of exits."""
 
 
 class Exact:
     """Self-speculation: the first components draft, the others verify (LayerSkip,
     arXiv:2404.16710).
 
-    A round drafts up to `drafts` tokens with the components before the exit, then runs the
-    components behind it once over all drafts. Drafts that agree with the last exit's greedy tokens
-    are kept, followed by one more token of the last exit. The first components compute nothing
-    twice.
+    Where the text repeats tokens, those that followed them before are a draft, too (`Lookup`),
+    which all components verify. In every round the source with the best measured speed is asked.
+
+    A round of an exit drafts up to `drafts` tokens with the components before the exit, then runs
+    the components behind it once over all drafts. Drafts that agree with the last exit's greedy
+    tokens are kept, followed by one more token of the last exit. The first components compute
+    nothing twice.
 
     Args:
         exit_number: Index of the component whose exit drafts; None: in every round the exit with
-            the best measured speed (`Pace`); the earliest exits are tried first.
+            the best measured speed (`Pace`); the earliest exits are tried first. With an exit or a
+            number of drafts given, the text is not looked up.
         drafts: Most tokens of a draft; None: the fastest measured number, which may be 0.
         threshold: Drafting stops when the drafting exit's score is below this.
         paces: Measurements per exit from earlier texts in batches of the same size; updated.
@@ -58,11 +69,14 @@ class Exact:
         self._fixed, self._threshold, self._score = drafts, threshold, score
         shares = _shares(session)
         # The same seed must give the same text, so sampling must not depend on times.
-        self._timed = sampler is None or sampler.sampling.temperature == 0
+        self._timed = sampler is None or sampler.greedy
         known = paces if paces is not None and self._timed else {}
         early = [number for number, exit_ in enumerate(session.exits[:-1]) if exit_ is not None]
         for number in early:
-            known.setdefault(number, Pace(shares[number])).next_text()
+            known.setdefault(number, Pace(shares[number], timed=self._timed)).next_text()
+        looks_up = exit_number is None and drafts is None and sampler is None and threshold == 0
+        self._lookup = known.setdefault(LOOKUP, Pace(0.0, timed=True)) if looks_up else None
+        self._texts: list[Lookup] = []
         # An adapter must process every token, so exits with adapters cannot alternate.
         if exit_number is None and any(session.adapters[number] for number in early):
             exit_number = early[0]
@@ -78,18 +92,95 @@ class Exact:
         first = self._full.prefill(prompts)
         self._current = first.copy()
         self.statistics.count(self.exits[-1], len(first))
+        if self._lookup is not None:
+            pairs = zip(prompts, first.tolist(), strict=True)
+            self._texts = [Lookup([*prompt.tolist(), token]) for prompt, token in pairs]
+            self._lookup.next_text()
         return first
 
     def step(self, active: Sequence[bool], most: int | None = None) -> list[list[int]]:
-        session, batch = self.session, self.session.batch
-        exit_number, drafts_wanted = self._plan()
-        behind, drafter = exit_number + 1, self._drafters[exit_number]
+        session = self.session
         if not all(active):  # finished rows still run, but need no room
             kept_rows = [session.capacity if on else 0 for on in active]
             session.crop(kept_rows)
-            drafter.crop(kept_rows)
+            for drafter in self._drafters.values():
+                drafter.crop(kept_rows)
+        exit_number, drafts_wanted = self._plan()
+        room = self._room(self.session.chunk, max(session.parts[0].states.positions), most)
+        rows = self._look_up(active, room, self._paces[exit_number].best[1])
+        if rows is not None:
+            new = self._verify_whole(rows, active)
+        else:
+            new = self._round(exit_number, min(drafts_wanted, room), active)
+        for text, tokens in zip(self._texts, new, strict=False):
+            text.extend(tokens)
+        return new
+
+    def _look_up(self, active: Sequence[bool], room: int, other: float) -> NDArray[np.int64] | None:
+        """Drafts ``[batch, drafts]`` from the texts, if they are expected to be faster than
+        `other`, in tokens per second; where a text has none, they are wrong."""
+        if self._lookup is None:
+            return None
+        pace = self._lookup
+        if not pace.full_s:
+            pace.guess(next((p.full_s for p in self._paces.values() if p.full_s), 1.0))
+        wanted, rate = pace.best
+        wanted = min(wanted, room)
+        if not wanted or rate <= other:
+            return None
+        found = [
+            text.following(wanted) if on else []
+            for text, on in zip(self._texts, active, strict=True)
+        ]
+        if not any(found):
+            return None
+        return np.array([row or [0] * wanted for row in found], np.int64)
+
+    def _verify_whole(self, drafts: NDArray[np.int64], active: Sequence[bool]) -> list[list[int]]:
+        """A round of drafts ``[batch, drafts]`` from the texts: all components run over them."""
+        session, batch, rows = self.session, self.session.batch, drafts.shape[1] + 1
+        lengths = session.parts[0].states.positions
+        started = time.perf_counter()
+        session.embed(np.concatenate([self._current[:, None], drafts], axis=1))
+        start = 0
+        for number, drafter in self._drafters.items():
+            if session.adapters[number] is not None:
+                drafter.pass_by(session.run_all(start, number + 1, rows), rows)
+                start = number + 1
+        states = session.run_all(start, len(session.parts), rows)
+        answers = self._head(states.reshape(batch * rows, -1))
+        kept, self._current = self._verify(answers, drafts, [])
+        self._crop(lengths, kept, active)
+        took_s = time.perf_counter() - started
+        tested = sum(min(count + 1, rows - 1) for count, on in zip(kept, active, strict=True) if on)
+        accepted = sum(count for count, on in zip(kept, active, strict=True) if on)
+        assert self._lookup is not None
+        self._lookup.tell(rows - 1, tested, accepted, sum(active), took_s)
+        self.statistics.proposed += (rows - 1) * sum(active)
+        self.statistics.looked_up += accepted
+        self.statistics.count(self.exits[-1], accepted + sum(active))
+        return self._new_tokens(drafts, kept, active)
+
+    def _crop(self, lengths: Sequence[int], kept: Sequence[int], active: Sequence[bool]) -> None:
+        """Removes rejected drafts from all states."""
+        length = [a + b + 1 if on else a for a, b, on in zip(lengths, kept, active, strict=True)]
+        self.session.crop(length)
+        for drafter in self._drafters.values():
+            drafter.crop(length)
+
+    def _new_tokens(
+        self, drafts: NDArray[np.int64], kept: Sequence[int], active: Sequence[bool]
+    ) -> list[list[int]]:
+        return [
+            [*drafts[row, :count].tolist(), int(self._current[row])] if on else []
+            for row, (count, on) in enumerate(zip(kept, active, strict=True))
+        ]
+
+    def _round(self, exit_number: int, wanted: int, active: Sequence[bool]) -> list[list[int]]:
+        """A round of up to `wanted` drafts of an exit."""
+        session, batch = self.session, self.session.batch
+        behind, drafter = exit_number + 1, self._drafters[exit_number]
         start = session.parts[0].states.positions
-        wanted = self._room(drafts_wanted, max(start), most)
         tokens = self._current[:, None].copy()
         drafts = np.empty((batch, wanted), np.int64)
         chances: list[list[Floats64]] = [[] for _ in range(batch)]
@@ -111,24 +202,16 @@ class Exact:
             tokens[:, 0] = self._draft(answers, drafts[:, :drafted], chances)
             drafts[:, drafted] = tokens[:, 0]
             drafted += 1
-        draft_end = time.perf_counter()
         rows = drafted + 1
         session.boundary(behind, rows)[...] = ring.states(0, rows)
         ring.clear()
         states = session.run_all(behind, len(session.parts), rows)
         answers = self._head(states.reshape(batch * rows, -1))
         kept, self._current = self._verify(answers, drafts[:, :drafted], chances)
-        length = [a + b + 1 if on else a for a, b, on in zip(start, kept, active, strict=True)]
-        session.crop(length)
-        drafter.crop(length)
-        verify_end = time.perf_counter()
-        new_tokens: list[list[int]] = []
+        self._crop(start, kept, active)
+        took_s = time.perf_counter() - started
         tested = accepted = 0
-        for row, count in enumerate(kept):
-            if not active[row]:
-                new_tokens.append([])
-                continue
-            new_tokens.append([*drafts[row, :count].tolist(), int(self._current[row])])
+        for count in itertools.compress(kept, active):
             tested += min(count + 1, drafted)
             accepted += count
             self.statistics.count(self.exits[exit_number], count)
@@ -136,9 +219,12 @@ class Exact:
             self.statistics.drafted += drafted
         self.statistics.tested += tested
         self.statistics.accepted += accepted
-        times = (draft_end - started, verify_end - draft_end) if self._timed else None
-        self._paces[exit_number].tell(drafted, tested, accepted, times)
-        return new_tokens
+        times = took_s if self._timed else None
+        self._paces[exit_number].tell(drafted, tested, accepted, sum(active), times)
+        if not drafted and times is not None:
+            for pace in (*self._paces.values(), *([self._lookup] if self._lookup else [])):
+                pace.tell_full(took_s)
+        return self._new_tokens(drafts, kept, active)
 
     def _room(self, wanted: int, longest: int, most: int | None) -> int:
         """Limits the number of drafts to the room that is left; a round adds one more token."""
@@ -170,6 +256,9 @@ class Exact:
             return answers["token"]
         tokens = np.empty(len(drafted), np.int64)
         for row, logits in enumerate(answers["logits"]):
+            if self.sampler.greedy:
+                tokens[row] = self.sampler.likeliest(row, logits, drafted[row].tolist())
+                continue
             q = self.sampler.chances(row, logits, drafted[row].tolist())
             chances[row].append(q)
             tokens[row] = self.sampler.draw(row, q)
@@ -189,9 +278,21 @@ class Exact:
         kept, after = [0] * batch, np.empty(batch, np.int64)
         for row in range(batch):
             drafted = drafts[row].tolist()
+            if self.sampler.greedy:
+                kept[row], after[row] = self._agreeing(row, drafted, logits[row])
+                continue
             p = [self.sampler.chances(row, logits[row, n], drafted[:n]) for n in range(count + 1)]
             kept[row], after[row] = self.sampler.verify(row, drafted, chances[row], p)
         return kept, after
+
+    def _agreeing(self, row: int, drafted: list[int], logits: Floats) -> tuple[int, int]:
+        """Drafts that are the likeliest tokens left, and the likeliest after them."""
+        assert self.sampler is not None
+        for place, token in enumerate(drafted):
+            own = self.sampler.likeliest(row, logits[place], drafted[:place])
+            if own != token:
+                return place, own
+        return len(drafted), self.sampler.likeliest(row, logits[len(drafted)], drafted)
 
     def _plan(self) -> tuple[int, int]:
         """The exit that drafts next, and how many tokens."""
@@ -210,82 +311,4 @@ def _shares(session: Session) -> list[float]:
     return [sum(layers[: n + 1]) / sum(layers) for n in range(len(layers))]
 
 
-class Pace:
-    """Measured benefit and cost of drafting at one exit.
-
-    A round of d drafts gives (1 - a^(d+1)) / (1 - a) tokens; a is the probability that a draft is
-    accepted if all drafts before it were. A round takes d + 1 runs of the layers before the exit
-    and one run of the layers behind it, whose time grows with its d + 1 rows. Until times are
-    measured, they are estimated from the share of layers, so the cheapest exits are tried first.
-
-    Attributes:
-        full_s: Seconds of a round without drafts; 0 until the first measurement.
-        best: The fastest number of drafts, and its tokens per second.
-    """
-
-    MOST_DRAFTS = 8
-    ACCEPTANCE = 0.75
-    """Initial estimate of a. While no drafts are tested, a slowly returns to it."""
-
-    HEAD_SHARE, SLOPE = 0.08, 0.05
-    """Estimates: the time of the head as a share of all layers, and the slowdown of the layers
-    behind the exit per additional row."""
-
-    FADING, RETURN = 0.9, 0.005
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._seen, self._kept = 4.0, 4.0 * self.ACCEPTANCE
-        self._draft_s = self._behind_s = 0.0
-        self.full_s = 0.0
-        self.best = (0, 0.0)
-
-    def guess(self, full_s: float) -> None:
-        """Estimates times from the share of layers; `full_s` is the time of a full step."""
-        self._draft_s = full_s * (self._share + self.HEAD_SHARE)
-        self._behind_s = full_s * (1 - self._share + self.HEAD_SHARE)
-        self._choose()
-
-    def tell(self, drafts: int, tested: int, kept: int, times: tuple[float, float] | None) -> None:
-        """Adds a round: drafts tested and kept over all rows, and the seconds of the layers before
-        and behind the exit (None: keep the estimates)."""
-        if tested:
-            self._seen = self.FADING * self._seen + tested
-            self._kept = self.FADING * self._kept + kept
-        else:
-            self._kept += self.RETURN * (self.ACCEPTANCE * self._seen - self._kept)
-        if times is not None:
-            draft_s, behind_s = times[0] / (drafts + 1), times[1] / (1 + self.SLOPE * drafts)
-            if self.full_s:
-                draft_s = _smooth(self._draft_s, draft_s)
-                behind_s = _smooth(self._behind_s, behind_s)
-            self._draft_s, self._behind_s = draft_s, behind_s
-            self.full_s = draft_s + behind_s
-        self._choose()
-
-    def next_text(self) -> None:
-        """Keeps the times, but reduces the weight of the acceptance, because texts differ."""
-        fewer = min(1.0, 4.0 / self._seen)
-        self._seen, self._kept = self._seen * fewer, self._kept * fewer
-        if self.full_s:
-            self._choose()
-
-    def _choose(self) -> None:
-        alpha = min(self._kept / self._seen, 0.99)
-        self.best = (0, 0.0)
-        tokens, power = 0.0, 1.0
-        for drafts in range(self.MOST_DRAFTS + 1):
-            tokens += power
-            power *= alpha
-            took = (drafts + 1) * self._draft_s + self._behind_s * (1 + self.SLOPE * drafts)
-            if tokens / took > self.best[1]:
-                self.best = (drafts, tokens / took)
-
-
-def _smooth(known_s: float, seen_s: float) -> float:
-    """A smoothed time that decreases faster than it increases: a single slow run was probably
-    disturbed."""
-    return known_s + (0.5 if seen_s < known_s else 0.1) * (seen_s - known_s)
-
-
-__all__ = ["Exact", "Pace"]
+__all__ = ["Exact"]

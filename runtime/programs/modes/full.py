@@ -43,6 +43,8 @@ class Statistics:
         drafted: Drafted tokens (``exact``).
         accepted: Drafts that the full model accepted.
         tested: Drafts that were compared: those up to and including the first rejected draft.
+        proposed: Drafts that the text itself gave (``exact``).
+        looked_up: Those of them that the last exit accepted; they count as its tokens.
         catch_ups: Runs in which a component processed more than one waiting token (``fast``).
         audited: Tokens of early exits for which the full model's token was computed.
         agreed: Audited tokens that equal the full model's greedy token.
@@ -56,6 +58,8 @@ class Statistics:
     drafted: int = 0
     accepted: int = 0
     tested: int = 0
+    proposed: int = 0
+    looked_up: int = 0
     catch_ups: int = 0
     audited: int = 0
     agreed: int = 0
@@ -181,6 +185,8 @@ def pick(answers: Answers, row: int, sampler: Sampler | None) -> int:
     """The token of one row of a head's answers."""
     if sampler is None:
         return int(answers["token"][row])
+    if sampler.greedy:
+        return sampler.likeliest(row, answers["logits"][row])
     return int(sampler.draw(row, sampler.chances(row, answers["logits"][row])))
 
 
