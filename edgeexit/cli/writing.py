@@ -354,6 +354,8 @@ def _statistics(made: Generation) -> dict[str, Any]:
         "dropped": statistics.dropped,
         "acceptance": statistics.acceptance,
         "alpha": statistics.alpha,
+        "proposed": statistics.proposed,
+        "looked_up": statistics.looked_up,
         "catch_ups": statistics.catch_ups,
         "agreement": statistics.agreement,
     }
@@ -376,6 +378,8 @@ def _summary(made: Generation) -> str:
     said.append("exits " + ", ".join(f"{k} {v}" for k, v in in_exit_order(statistics.exits)))
     if statistics.acceptance is not None:
         said.append(f"{statistics.acceptance:.0%} of drafts accepted")
+    if statistics.looked_up:
+        said.append(f"{statistics.looked_up} tokens drafted from the text itself")
     if statistics.agreement is not None:
         said.append(
             f"the last exit agrees with {statistics.agreement:.1%} of early tokens in this text"
