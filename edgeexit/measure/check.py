@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.compare import spread
+from edgeexit.bundle.compare import outliers, spread
 from edgeexit.bundle.manifest import Chain
 from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
@@ -67,7 +67,9 @@ def check(
     bundle = model.bundle
     given = None if policy is None else policy_for(policy, bundle)
     default_atol, default_rtol = tolerances(bundle)
-    judge = Judge(default_atol if atol is None else atol, default_rtol if rtol is None else rtol)
+    few = outliers(bundle.manifest) if atol is None and rtol is None else 0.0
+    atol, rtol = default_atol if atol is None else atol, default_rtol if rtol is None else rtol
+    judge = Judge(atol, rtol, few)
     samples = _samples(model)
     inputs = {t.name: samples[f"input/{t.name}"] for t in bundle.manifest.inputs}
     checked = Checked(model, samples, inputs, judge)

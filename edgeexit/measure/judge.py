@@ -86,12 +86,14 @@ class Judge:
     Attributes:
         atol: Allowed difference relative to the spread of an exit's outputs; of scores, absolute.
         rtol: Allowed difference relative to the value.
+        outliers: Share of elements that may be further apart.
         notes: What is odd about the reference, and does not fail the check.
     """
 
-    def __init__(self, atol: float, rtol: float) -> None:
+    def __init__(self, atol: float, rtol: float, outliers: float = 0.0) -> None:
         self.atol = atol
         self.rtol = rtol
+        self.outliers = outliers
         self.comparisons: list[Comparison] = []
         self.notes: list[str] = []
 
@@ -104,7 +106,7 @@ class Judge:
             atol: Absolute tolerance; None: the judge's, times the spread of the reference.
         """
         atol = self.atol * spread(expected) if atol is None else atol
-        result = difference(found, expected, atol, self.rtol)
+        result = difference(found, expected, atol, self.rtol, self.outliers)
         if result.infinite:
             self._note(
                 f"{where}: {_short(what)}: the reference itself is infinite for some classes"
@@ -117,7 +119,7 @@ class Judge:
     def compare_score(self, where: str, what: str, found: NDArray, expected: NDArray) -> None:
         """Compares scores of an exit. NaN in the reference is noted only: rows with such a score
         never exit, and outputs that are NaN fail the check."""
-        result = difference(found, expected, self.atol, self.rtol)
+        result = difference(found, expected, self.atol, self.rtol, self.outliers)
         if result.nan:
             self._note(f"{where}: {_short(what)}: the reference itself is NaN; use another score")
         self._add(where, what, result)
