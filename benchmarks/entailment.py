@@ -45,7 +45,7 @@ from thresholds import (
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS
-from edgeexit.bundle.policy_file import rules_to_json
+from edgeexit.bundle.policy_file import rules_from_json, rules_to_json
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Side, best_setting
@@ -113,7 +113,10 @@ def main() -> None:
     parser.add_argument("--exits", default="1,2,3,4", help="layers of the decoder")
     parser.add_argument("--encoder-exits", default="2,4", help="layers of each encoder")
     parser.add_argument("--questions", type=int, nargs=2, metavar=("VALIDATION", "TEST"))
-    parser.add_argument("--keep", action="store_true", help="reuse the bundles of the last run")
+    parser.add_argument("--choose", action="store_true", help="only export and choose thresholds")
+    parser.add_argument(
+        "--keep", action="store_true", help="reuse the bundles and thresholds of the last run"
+    )
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     count = dict(zip(QUESTIONS, given.questions or QUESTIONS.values(), strict=True))
@@ -132,31 +135,35 @@ def main() -> None:
         depth = json.loads((Path(checkpoint) / "config.json").read_text())
         layers = depth.get("text_config", depth)["decoder_layers"]
         exported(checkpoint, folder / name, ["--exits", str(layers - 1)], keep=given.keep)
-    rules: dict[str, dict[str, Rules]] = {}
-    with opened(folder / "mue", CAPACITY) as model:
-        asked = Statements(model, given.task, "test", count["test"], 26)
-        known, chosen, earliest, floor = choose(model, given.task, count["validation"], asked)
-        rules["mue"] = chosen
-        early = [exit_.name for exit_ in model.exits[:-1]]
-    if given.published:
-        with opened(folder / "published", CAPACITY) as model:
-            published = choose(model, given.task, count["validation"], asked)[1]["mue"]
-            rules["published"] = {"published": published}
-    write_inputs(folder / "test.npz", [dict(text.row("tokens")) for text in asked.texts])
+    key = {"count": count, "weights": {name: digest(c) for name, c in bundles.items()}}
+    choice = chosen(folder, given.task, key, keep=given.keep)
+    if given.choose:
+        return
+    rules = {
+        bundle: {name: rules_from_json(one) for name, one in own.items()}
+        for bundle, own in choice["rules"].items()
+    }
     watch = environment.Watch()
     result: dict[str, Any] = {
         "task": given.task,
         "kinds": TASKS[given.task],
-        "questions": count | {"validation, right": known},
+        "questions": count | {"validation, right": choice["known"]},
         "bundles": dict.fromkeys(bundles, options),
         "beside": list(beside),
         "checkpoints": {name: digest(c) for name, c in {**bundles, **beside}.items()},
         "lost": LOST[given.task],
         "rules": {b: {n: rules_to_json(r) for n, r in own.items()} for b, own in rules.items()},
-        "oracle": earliest,
-        "floor": floor,
+        "oracle": choice["oracle"],
+        "floor": choice["floor"],
     }
-    result |= measure(folder, asked, cases_of(rules, early), early, list(beside))
+    asked = {}
+    for name in (*bundles, *beside):  # each encodes questions its own way
+        with opened(folder / name, CAPACITY) as model:
+            asked[name] = Statements(model, given.task, "test", count["test"], 26)
+        rows = [dict(text.row("tokens")) for text in asked[name].texts]
+        write_inputs(prompts_of(folder, name), rows)
+    early = choice["early"]
+    result |= measure(folder, asked["mue"], cases_of(rules, early), early, list(beside))
     kept, must, aim = GOALS[given.task]
     mue = result["cases"]["mue"]
     behind_tower = mue["all"]["behind_tower"]
@@ -170,6 +177,35 @@ def main() -> None:
     machine.pop("other_load_cores")
     result["environment"] = environment.describe() | {"machine": machine}
     save(f"entailment-{given.task}", result, quick=given.quick)
+
+
+def prompts_of(folder: Path, bundle: str) -> Path:
+    """Where the test split's questions are, as a bundle takes them."""
+    return folder / f"test-{bundle}.npz"
+
+
+def chosen(folder: Path, task: str, key: dict[str, Any], *, keep: bool) -> dict[str, Any]:
+    """The rules of every bundle, as JSON, and what was seen on the way; chosen, or those of the
+    last run where they are to be kept and are of the same weights and questions."""
+    path = folder / "choice.json"
+    if keep and path.exists():
+        held: dict[str, Any] = json.loads(path.read_text())
+        if held["key"] == key:
+            return held
+    made: dict[str, Any] = {"key": key, "rules": {}}
+    count = key["count"]
+    for bundle in key["weights"]:
+        with opened(folder / bundle, CAPACITY) as model:
+            asked = Statements(model, task, "test", count["test"], 26)
+            known, rules, earliest, floor = choose(model, task, count["validation"], asked)
+            early = [exit_.name for exit_ in model.exits[:-1]]
+        if bundle == "mue":
+            made |= {"known": known, "oracle": earliest, "floor": floor, "early": early}
+        else:
+            rules = {bundle: rules["mue"]}
+        made["rules"][bundle] = {name: rules_to_json(own) for name, own in rules.items()}
+    path.write_text(json.dumps(made))
+    return made
 
 
 def choose(
@@ -257,15 +293,15 @@ def measure(
 ) -> dict[str, Any]:
     """Every case answers every question, taking turns."""
     own = {"new_tokens": Statements.new_tokens, "capacity": CAPACITY}
-    prompts = str(folder / "test.npz")
 
     def chain(bundle: str, threads: Any) -> Side:
-        options = own | {"bundle": str(folder / bundle), "prompts": prompts, "threads": threads}
-        options["cases"] = cases[bundle]
+        options = own | {"bundle": str(folder / bundle), "threads": threads}
+        options |= {"prompts": str(prompts_of(folder, bundle)), "cases": cases[bundle]}
         return Side("peers:alternatives", options, folder=str(HERE), name=bundle)
 
     def unsplit(bundle: str, threads: Any) -> Side:
-        options = own | {"bundle": str(folder / bundle), "inputs": prompts, "threads": threads}
+        options = own | {"bundle": str(folder / bundle), "threads": threads}
+        options["inputs"] = str(prompts_of(folder, bundle))
         return Side("edgeexit.measure.bench.cases:unsplit", options, name=bundle)
 
     def fastest(open_side: Callable[[Any], Side], case: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgeexit.bundle.manifest import StateForm
 from edgeexit.bundle.reader import Bundle, open_bundle
@@ -22,6 +23,8 @@ from edgeexit.runtime.build.profiles import Asked
 from edgeexit.runtime.build.work_list import sample_sizes, work_of
 from edgeexit.runtime.engines.tensorrt.engine_cache import EngineSet
 from edgeexit.runtime.engines.tensorrt.library import Library, find_library
+from tests import encoder_decoders, speech_models
+from tests.decoders import make_decoder
 from tests.vision_models import FAMILIES, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -78,10 +81,15 @@ def _build(
     root: Path,
     form: StateForm | None = None,
     capacity: int = CAPACITY,
+    largest: Mapping[str, int] | None = None,
 ) -> EngineSet:
     """Builds everything that a bundle has: segments, heads and projections; for the first target
-    unsplit, too."""
-    asked = Asked({}, {}, {}, capacity) if bundle.manifest.decoding else Asked({}, {}, {})
+    unsplit, too.
+
+    Args:
+        largest: Largest sizes of axes that the bundle does not limit.
+    """
+    asked = Asked({}, {}, dict(largest or {}), capacity if bundle.manifest.decoding else None)
     works = work_of(
         bundle.manifest,
         rtx.features,
@@ -195,3 +203,69 @@ def test_vision_language_models(family: str, rtx: Library, tmp_path: Path) -> No
         for graph, types in _products(made).items():
             # A gate's mean over tokens is taken in single precision.
             assert set(types) <= {"HALF"} or ("gate_2" in graph and "HALF" in types), graph
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint", "checkpoint-words"])
+def test_entailment(checkpoint: str, rtx: Library, tmp_path: Path) -> None:
+    """The example of MuE: Florence-2 that reads image and text apart, and BART; each encoder hands
+    over from its own exits."""
+    from edgeexit.export import export
+    from edgeexit.export.pretrained import from_pretrained
+
+    words = checkpoint == "checkpoint-words"
+    model = from_pretrained(ROOT / "examples/entailment" / checkpoint, exits=[2, 4])
+    bundle = export(model.split_model(), tmp_path / "bundle", dtype="float16")
+    encoders = ["encoder"] if words else ["image_encoder", "text_encoder"]
+    for target in TARGETS[:2]:
+        made = _build(bundle, rtx, target, tmp_path / "engines", capacity=96)
+        names = {plan.graph.split("/")[1].split(".")[0] for plan in made.plans}
+        assert {f"{encoder}_0" for encoder in encoders} | {"segment_0", "segment_2"} <= names
+        assert set().union(*_products(made).values()) == {"HALF"}
+
+
+def _without_attentions(*, folded: bool) -> Any:
+    """A Llama whose second and third layers have adapters in place of their attentions."""
+    from edgeexit.export.exits.decoder import ExitDecoder
+    from edgeexit.export.families import llama
+    from edgeexit.export.methods.eas import fold, rewrite
+
+    model = make_decoder("llama")
+    decoder = ExitDecoder(model, llama.trunk(model), [1, 2])  # type: ignore[arg-type]
+    rewrite(decoder, [2, 3], 8)
+    if folded:
+        fold(decoder, [{"input_ids": torch.ones(2, 5, dtype=torch.long)}])
+    return decoder.eval()
+
+
+def _hears(folder: Path) -> Any:
+    from edgeexit.export.pretrained import from_pretrained
+
+    checkpoint = speech_models.save_checkpoint(speech_models.make_whisper(), folder)
+    options = {"exits": [1, 2], "encoder_exits": [1], "adapters": [1], "untrained": True}
+    return from_pretrained(checkpoint, **options)  # type: ignore[arg-type]
+
+
+def _reads(folder: Path) -> Any:
+    from edgeexit.export.pretrained import from_pretrained
+
+    checkpoint = encoder_decoders.save_checkpoint(encoder_decoders.make_t5("t5"), folder)
+    return from_pretrained(checkpoint, exits=[1, 2], encoder_exits=[1])
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper", "adapters for attentions", "folded adapters"])
+def test_models_that_write_texts(kind: str, rtx: Library, tmp_path: Path) -> None:
+    """Of every further class, in half precision, for two targets."""
+    from edgeexit.export import export
+
+    if "adapters" in kind:
+        split = _without_attentions(folded=kind.startswith("folded"))
+    else:
+        split = {"t5": _reads, "whisper": _hears}[kind](tmp_path / "checkpoint")
+    bundle = export(split.split_model(), tmp_path / "bundle", dtype="float16")
+    for target in TARGETS[:2]:
+        longest = {"source": 32} if kind == "t5" else None
+        made = _build(bundle, rtx, target, tmp_path / "engines", capacity=48, largest=longest)
+        names = {plan.graph.split("/")[1].split(".")[0] for plan in made.plans}
+        assert {"segment_0", "segment_1", "head"} <= names
+        assert "adapters" in kind or {"encoder_0", "encoder_1"} <= names
+        assert all("HALF" in types for types in _products(made).values())
