@@ -83,6 +83,9 @@ def main() -> None:
     parser.add_argument("--drops", default="4,5,6,7", help="layers of static cuts")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument(
+        "--against", default="unsplit", help="the plain model of --beside that times refer to"
+    )
+    parser.add_argument(
         "--questions",
         type=lambda text: dict(zip(QUESTIONS, map(int, text.split(",")), strict=True)),
         default=QUESTIONS,
@@ -118,6 +121,8 @@ def main() -> None:
     for name, options in bundles.items():
         exported(given.model, folder / name, options, keep=given.keep)
     beside = dict(one.split("=", 1) for one in given.beside)
+    if given.against not in {"unsplit", *beside}:
+        parser.error(f"--against {given.against}: --beside does not name it")
     for name, checkpoint in beside.items():
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
@@ -153,6 +158,7 @@ def main() -> None:
         "test_seed": given.test_seed,
         "most_steps": given.most_steps,
         "beside": list(beside),
+        "against": given.against,
         "checkpoints": {n: digest(c) for n, c in {"exits": given.model, **beside}.items()},
         "bundles": bundles,
         "lost": LOST,
@@ -167,6 +173,7 @@ def main() -> None:
         cases_of(rules, drops, early, list(images.exits["tower"])),
         early,
         list(beside),
+        given.against,
     )
     result["truncate_instead"] = truncate_instead([result])
     say(f"  truncate instead: {result['truncate_instead']}")
@@ -261,9 +268,15 @@ def cases_of(
 
 
 def measure(
-    folder: Path, asked: Questions, cases: Cases, early: Sequence[str], beside: Sequence[str]
+    folder: Path,
+    asked: Questions,
+    cases: Cases,
+    early: Sequence[str],
+    beside: Sequence[str],
+    against: str,
 ) -> dict[str, Any]:
-    """Every case answers every question, taking turns."""
+    """Every case answers every question, taking turns; times refer to those of the plain model
+    `against`."""
     own = {"new_tokens": NEW_TOKENS, "capacity": CAPACITY}
     prompts = str(folder / "test.npz")
 
@@ -307,7 +320,7 @@ def measure(
             side = stack.enter_context(chain(bundle, of_chain))
             writers += [Writer(name, side, name, lead=True) for name in of_bundle]
         take_turns([*(one for own in rivals.values() for one in own), *writers], numbers)
-    settings_of_plain = [Answered(writer, asked) for writer in rivals["unsplit"]]
+    settings_of_plain = [Answered(writer, asked) for writer in rivals[against]]
     for name, own in rivals.items():  # what is fastest alone need not be so in turns
         number = min(range(len(own)), key=lambda number: own[number].seconds())
         threads[name], rivals[name] = threads[name][number], [own[number]]
