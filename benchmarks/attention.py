@@ -97,7 +97,7 @@ def measure(name: str) -> dict[str, Any]:
 
     def side(bundle: Path, threads: Any) -> Side:
         options = {"bundle": str(bundle), "inputs": str(folder / "prompts.npz"), "threads": threads}
-        options |= {"new_tokens": TOKENS[name], "capacity": CAPACITY, "endless": True}
+        options |= {"new_tokens": TOKENS[name], "capacity": CAPACITY, "ignore_eos": True}
         return Side("edgeexit.measure.bench.cases:unsplit", options, name=bundle.name)
 
     tried = settings("cpu", available_cores())

@@ -212,7 +212,7 @@ def ask_everywhere(
         name: [[] for _ in model.exits] for name in ("max_prob", "margin", "entropy")
     }
     for prompt in prompts:
-        made = model.generate(prompt, max_new_tokens=NEW_TOKENS, text=False).finish()
+        made = model.generate(prompt, max_new_tokens=NEW_TOKENS, text=False, reuse=False).finish()
         session = model.session(1)
         for number, states in enumerate(all_states(session, [*prompt, *made.tokens[0]])):
             answers = session.head(number, scores)(states[len(prompt) - 1 : -1])
@@ -573,7 +573,9 @@ def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
     found: dict[str, Any] = {"texts": 0, "equal": 0, "excused": 0, "wrong": 0}
     with runtime.load(bundle, threads="process", capacity=CAPACITY) as model:
         expected = [
-            model.generate(row, max_new_tokens=NEW_TOKENS, text=False).finish().tokens[0]
+            model.generate(row, max_new_tokens=NEW_TOKENS, text=False, reuse=False)
+            .finish()
+            .tokens[0]
             for row in rows
         ]
         rounding = max(kernel_rounding(model.session(1), row) for row in rows[:10])
@@ -587,6 +589,7 @@ def exactness(bundle: Path, rows: list[list[int]]) -> dict[str, Any]:
                 mode="exact",
                 drafts=drafts,
                 text=False,
+                reuse=False,
             ).finish()
             for number, tokens in zip(group, made.tokens, strict=True):
                 found["texts"] += 1

@@ -122,7 +122,7 @@ def main() -> None:
     count = dict(zip(QUESTIONS, given.questions or QUESTIONS.values(), strict=True))
     if given.quick:
         count = dict.fromkeys(count, QUICK)
-    folder = SCRATCH / f"entailment-{given.task}"
+    folder = SCRATCH / (f"entailment-{given.task}" + "-quick" * given.quick)
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--exits", given.exits, "--encoder-exits", given.encoder_exits]
     if given.task != "words":

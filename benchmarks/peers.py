@@ -260,6 +260,7 @@ def alternatives(
                 max_new_tokens=new_tokens,
                 sampling=None if own_sampling else runtime.Sampling(),
                 text=False,
+                reuse=False,
                 **arguments,
             ).finish()
 
@@ -282,7 +283,7 @@ def peak_bytes(what: str, bundle: str, prompts: str, threads: str, capacity: str
     with runtime.load(
         bundle, threads=setting, capacity=int(capacity), unsplit=what == "unsplit"
     ) as model:
-        model.generate(row, max_new_tokens=32).finish()
+        model.generate(row, max_new_tokens=32, reuse=False).finish()
         return largest() - before
 
 

@@ -187,7 +187,9 @@ def totals(records: list[dict[str, Any]], key: str) -> dict[str, int]:
         taken = one[key] if key == "exits" else Counter(one[key].values())
         for name, number in taken.items():
             counts[name] = counts.get(name, 0) + number
-    return {name: counts[name] for name in sorted(counts, key=layer_of)}
+    # A chain whose only exit is its last one may be named otherwise.
+    ordered = sorted(counts, key=lambda name: layer_of(name) if name[-1].isdigit() else 0)
+    return {name: counts[name] for name in ordered}
 
 
 def drops(records: Sequence[dict[str, Any]]) -> dict[str, float]:

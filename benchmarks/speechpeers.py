@@ -27,7 +27,9 @@ def unsplit(bundle: str, prompts: str, new_tokens: int, threads: Any, capacity: 
     def call(number: int) -> Any:
         inputs = dict(rows[number])
         tokens = [int(token) for token in inputs.pop("tokens").reshape(-1)]
-        made = model.generate([tokens], inputs=inputs, max_new_tokens=new_tokens, text=False)
+        made = model.generate(
+            [tokens], inputs=inputs, max_new_tokens=new_tokens, text=False, reuse=False
+        )
         return made.finish()
 
     case = Case(call, read_generation)

@@ -35,10 +35,12 @@ def measure(bundle: str, threads: Any) -> float:
     with load(bundle, threads=threads, policy=policy) as model:
         if model.writes:
             prompt = list(range(1, PROMPT_TOKENS + 1))
-            model.generate([prompt], max_new_tokens=NEW_TOKENS, text=False).finish()
+            model.generate([prompt], max_new_tokens=NEW_TOKENS, text=False, reuse=False).finish()
             rates = []
             for _ in range(TEXTS):
-                made = model.generate([prompt], max_new_tokens=NEW_TOKENS, text=False).finish()
+                made = model.generate(
+                    [prompt], max_new_tokens=NEW_TOKENS, text=False, reuse=False
+                ).finish()
                 rates.append(made.tokens_per_s)
             return 1e3 / statistics.median(rates)
         samples = np.load(model.bundle.file("samples/reference.npz"))

@@ -62,7 +62,9 @@ class Asked:
         """Those that the model answers right at full depth. Of these, answers that an exit changes
         are right answers that it loses."""
         written = [
-            model.generate(t.tokens, inputs=t.inputs, max_new_tokens=self.new_tokens, text=False)
+            model.generate(
+                t.tokens, inputs=t.inputs, max_new_tokens=self.new_tokens, text=False, reuse=False
+            )
             .finish()
             .tokens[0]
             for t in self.texts

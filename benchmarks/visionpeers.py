@@ -114,14 +114,14 @@ class Sides:
     new_tokens: int
 
     def open(
-        self, what: str, prompts: str, threads: Any, *, new_tokens: int, endless: bool
+        self, what: str, prompts: str, threads: Any, *, new_tokens: int, ignore_eos: bool
     ) -> Side:
-        """Opens ``bundle`` or one of `PEERS`. `endless`: no token ends the bundle's texts."""
+        """Opens ``bundle`` or one of `PEERS`. `ignore_eos`: no token ends the bundle's texts."""
         arguments = {"new_tokens": new_tokens, "threads": threads}
         place = str(self.folder / what)
         if what == "bundle":
             arguments |= {"bundle": place, "inputs": prompts}
-            arguments |= {"capacity": self.capacity, "endless": endless}
+            arguments |= {"capacity": self.capacity, "ignore_eos": ignore_eos}
             return Side("edgeexit.measure.bench.cases:chain", arguments, name=what)
         arguments |= {"folder": place, "prompts": prompts}
         arguments |= (
@@ -139,7 +139,7 @@ def search(sides: Sides, prompts: str) -> tuple[dict[str, Any], dict[str, dict[s
         tried = PEER_SETTINGS if what == "genai" else settings("cpu", available_cores())
 
         def make(setting: Any, what: str = what) -> Side:
-            return sides.open(what, prompts, setting, new_tokens=SEARCH_NEW_TOKENS, endless=True)
+            return sides.open(what, prompts, setting, new_tokens=SEARCH_NEW_TOKENS, ignore_eos=True)
 
         best, found[what], others[what] = best_setting(make, case, tried, seconds=2.0)
         best.close()
@@ -151,14 +151,14 @@ def against(
     sides: Sides, peer: str, prompts: str, threads: dict[str, Any], turns: int
 ) -> dict[str, Any]:
     """Lets the bundle and a peer continue the same prompts in turns, in `LAUNCHES` of both."""
-    endless = peer != "genai"  # its texts end at the checkpoint's last token
+    ignore_eos = peer != "genai"  # its texts end at the checkpoint's last token
     launches = []
     for launch in range(LAUNCHES):
         with ExitStack() as stack:
             own = []
             for what in ("bundle", peer)[:: -1 if launch % 2 else 1]:
                 side = sides.open(
-                    what, prompts, threads[what], new_tokens=sides.new_tokens, endless=endless
+                    what, prompts, threads[what], new_tokens=sides.new_tokens, ignore_eos=ignore_eos
                 )
                 own.append(Writer(what, stack.enter_context(side), CASES[what]))
                 side.run(CASES[what], [0], lead=False)

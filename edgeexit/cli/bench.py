@@ -130,8 +130,8 @@ def command(
     """
     import json
 
+    from edgeexit.bundle.files import check_output, write_atomic
     from edgeexit.measure.bench.bench import Options, bench
-    from edgeexit.measure.files import check_output, write_atomic
     from edgeexit.measure.plots import check_plot, plot_bench
 
     if options["engine"] == "cpu" and options["launch_ahead"] != "never":

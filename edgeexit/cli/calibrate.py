@@ -83,8 +83,8 @@ def command(
     edgeexit calibrate trace.npz --max-risk 1% --risk performance --per-exit -o policy.json
     edgeexit calibrate trace.npz --max-risk 0.5% -o policy.json --plot trade-off.png
     """
+    from edgeexit.bundle.files import check_output
     from edgeexit.measure.calibrate import calibrate, default_score, figures
-    from edgeexit.measure.files import check_output
     from edgeexit.measure.plots import check_plot, plot_calibration
     from edgeexit.measure.trace_file import read_trace
 
@@ -142,8 +142,8 @@ def _limit(max_risk: str | None, *, quiet: bool) -> float:
 
 def _write(policy: Policy, output: Path, *, overwrite: bool) -> None:
     """Writes the policy; of several processes that write one file, one succeeds."""
+    from edgeexit.bundle.files import write_atomic
     from edgeexit.bundle.policy import write_policy
-    from edgeexit.measure.files import write_atomic
 
     with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
         own = Path(folder) / "policy.json"

@@ -84,8 +84,8 @@ def command(
     edgeexit trace writer --data texts.jsonl -o trace.npz
     edgeexit trace vlm --data questions.jsonl --gates -o gates.npz
     """
+    from edgeexit.bundle.files import check_output
     from edgeexit.measure.data import open_data
-    from edgeexit.measure.files import check_output
     from edgeexit.measure.texts import read_texts
     from edgeexit.measure.trace import record
     from edgeexit.measure.trace_answers import record_answers

@@ -333,6 +333,7 @@ def _write(checked: Checked, prompts: Sequence[list[int]], count: int, **options
     others = dict(checked.inputs)
     others.pop(_decoding(checked.model).tokens)
     options |= {"inputs": others, "max_new_tokens": count, "text": False, "sampling": Sampling()}
+    options["reuse"] = False
     return checked.model.generate(prompts, **options).finish()
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeexit.bundle.files import check_output, write_atomic
 from edgeexit.errors import MeasurementError, UsageError
-from edgeexit.measure.files import check_output, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

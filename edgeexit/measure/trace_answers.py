@@ -140,7 +140,9 @@ def _row(
         model.policy = _with(before, choice.chain, rule)
         model.features.clear()
         started = time.perf_counter()
-        made = model.generate(prompt, inputs=text.inputs or None, max_new_tokens=most, text=False)
+        made = model.generate(
+            prompt, inputs=text.inputs or None, max_new_tokens=most, text=False, reuse=False
+        )
         pieces = iter(made)
         next(pieces, None)
         first_ms = (time.perf_counter() - started) * 1000

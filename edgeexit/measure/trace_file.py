@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.files import write_atomic
 from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.bundle.policy_file import rules_from_json, rules_to_json
 from edgeexit.errors import DataError
 from edgeexit.measure.batches import read_npz
-from edgeexit.measure.files import write_atomic
 from edgeexit.measure.trace import Trace
 
 TRACE_FORMAT = "2.0"
@@ -32,7 +32,7 @@ _OPTIONAL = {
 
 
 def write_trace(trace: Trace, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
-    """Writes a trace as `edgeexit.measure.files.write_atomic` does."""
+    """Writes a trace as `edgeexit.bundle.files.write_atomic` does."""
     about = {name: getattr(trace, name) for name in _ABOUT}
     about |= {"format": TRACE_FORMAT, "scores": list(trace.scores)}
     about |= {

@@ -11,7 +11,7 @@ made when it is first asked for a prompt: the adapters of exits that nobody asks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from edgeexit.bundle.manifest import Exit
@@ -37,6 +37,13 @@ class Adapters:
     def parts(self) -> list[Part]:
         """All of them."""
         return [part for path in self._paths for part in path]
+
+    def __iter__(self) -> Iterator[Part | None]:
+        return (self[number] for number in range(len(self._paths)))
+
+    def path(self, number: int) -> list[Part]:
+        """What stands between a boundary and the head of its exit."""
+        return self._paths[number]
 
     def __getitem__(self, number: int) -> Part | None:
         """The last component of an exit's path in front of its head; None: there is none."""

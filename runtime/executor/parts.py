@@ -13,6 +13,7 @@ from edgeexit.errors import EdgeExitError
 from edgeexit.runtime.engines.base import Bound
 from edgeexit.runtime.engines.host import rows_of
 from edgeexit.runtime.executor.bindings import failure
+from edgeexit.runtime.executor.blocks import Block, have_gaps
 from edgeexit.runtime.executor.components import made_by_others, prompt_states, token_states
 from edgeexit.runtime.executor.head import BINDINGS_KEPT, Answers, GraphAnswers
 from edgeexit.runtime.executor.made_states import MadeStates
@@ -267,6 +268,26 @@ def only_calls(parts: Sequence[Part], new: int) -> list[Callable[[], object]]:
     return calls
 
 
+def run_calls(
+    session: Session, parts: Sequence[Part], calls: Sequence[Callable[[], object]], block: Block
+) -> None:
+    """Runs parts of a session by their only calls (`Part.only_call`)."""
+    start, gaps = 0, have_gaps(block)
+    while start < len(parts):
+        stop = start + 1  # behind a gate that dropped tokens, states are shorter
+        while stop < len(parts) and alike(parts[start], parts[stop], gaps=session.ragged):
+            stop += 1
+        session.place(parts[start], block)
+        if gaps:
+            for part in parts[start:stop]:
+                part.write_gaps(block.new)
+        run_alike(parts[start:stop], calls[start:stop], block.counts)
+        if block.positions is not None:
+            for part in parts[start:stop]:
+                part.states.find_gaps(block.counts, block.positions)
+        start = stop
+
+
 def run_alike(
     parts: Sequence[Part], calls: Sequence[Callable[[], object]], added: Sequence[int]
 ) -> None:
@@ -296,4 +317,4 @@ def release(session: Session | None) -> None:
         vars(session).clear()
 
 
-__all__ = ["Part", "alike", "only_calls", "release", "run_alike"]
+__all__ = ["Part", "alike", "only_calls", "release", "run_alike", "run_calls"]

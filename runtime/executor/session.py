@@ -6,7 +6,7 @@ earlier steps. The modes decide what runs when (`edgeexit.runtime.programs.modes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ from edgeexit.runtime.executor.components import (
 from edgeexit.runtime.executor.gates import Gates
 from edgeexit.runtime.executor.handed import Handed
 from edgeexit.runtime.executor.head import Head
-from edgeexit.runtime.executor.parts import Part, alike, only_calls, run_alike
+from edgeexit.runtime.executor.held_texts import HeldTexts
+from edgeexit.runtime.executor.parts import Part, only_calls, run_calls
 from edgeexit.runtime.executor.places import Places
 from edgeexit.runtime.executor.states import Ring
 from edgeexit.runtime.executor.token_scores import TokenScores
@@ -54,6 +55,7 @@ class Session:
         prompts: Per row, the number of tokens in its prompt.
         prefix: As for `begin`.
         group_masks: Mask -> per row, which tokens of the prompt belong to the group.
+        texts: The tokens that the states are of.
         ragged: Whether gates may drop tokens of these texts, so that positions have gaps.
     """
 
@@ -98,6 +100,7 @@ class Session:
         self._late: dict[int, Ring] = {}
         self.adapters = Adapters(self)
         self.takes = inputs_taken(manifest, chain)
+        self.texts = HeldTexts(self)
         self.prompts: list[int] = [0] * batch
         self.prefix: list[tuple[NDArray[np.int64], NDArray]] = []
         self.group_masks: dict[str, list[NDArray[np.bool_]]] = {}
@@ -176,6 +179,7 @@ class Session:
         prefix: Sequence[tuple[NDArray[np.int64], NDArray]] = (),
         groups: Mapping[str, Sequence[NDArray[np.bool_]]] | None = None,
         handed: Mapping[str, NDArray] | None = None,
+        kept: Sequence[int] = (),
     ) -> None:
         """Starts new texts.
 
@@ -185,8 +189,12 @@ class Session:
                 chain, and those embeddings ``[positions, width]``; empty: there are none.
             groups: Token group -> per row, which tokens of the prompt belong to it.
             handed: Tensors of earlier steps, by name.
+            kept: Per row, how many of the first tokens in its states stay; empty: none.
         """
-        self.empty()
+        if any(kept):
+            self.texts.keep(kept)
+        else:
+            self.empty()
         self.prompts, self.prefix = list(prompts), list(prefix)
         self.group_masks = {
             group.mask: list((groups or {})[name])
@@ -204,6 +212,7 @@ class Session:
             start: Position of the first token in the prompt; None: not prompt tokens.
         """
         self.engine.settle()
+        self.texts.note(tokens)
         first = self.boundary(0, tokens.shape[1])
         self._table.take(tokens, first)
         if start is None:
@@ -242,7 +251,7 @@ class Session:
             wait = self.gates.pending or apart or not any(block.counts)
             calls = [] if wait else only_calls(parts, block.new)
             if calls:
-                self._run_calls(parts, calls, block)
+                run_calls(self, parts, calls, block)
                 break
             block = self.run(number, block)
         return block
@@ -261,25 +270,6 @@ class Session:
         """
         self.run_through(first, last, Block(new, counts or [new] * self.batch))
         return self.boundary(last, new)
-
-    def _run_calls(
-        self, parts: Sequence[Part], calls: Sequence[Callable[[], object]], block: Block
-    ) -> None:
-        """Runs parts by their only calls (`Part.only_call`)."""
-        start, gaps = 0, have_gaps(block)
-        while start < len(parts):
-            stop = start + 1  # behind a gate that dropped tokens, states are shorter
-            while stop < len(parts) and alike(parts[start], parts[stop], gaps=self.ragged):
-                stop += 1
-            self.place(parts[start], block)
-            if gaps:
-                for part in parts[start:stop]:
-                    part.write_gaps(block.new)
-            run_alike(parts[start:stop], calls[start:stop], block.counts)
-            if block.positions is not None:
-                for part in parts[start:stop]:
-                    part.states.find_gaps(block.counts, block.positions)
-            start = stop
 
     def advance(self, part: Part, block: Block) -> None:
         """Runs a part over the block at its boundary."""
@@ -335,6 +325,7 @@ class Session:
 
     def empty(self) -> None:
         """Removes all texts."""
+        self.texts.clear()
         self.ragged = bool(self.gates.thresholds)
         for part in self.stateful:
             part.states.clear()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import TokenState
 from edgeexit.errors import EngineError, InputError
@@ -148,6 +149,11 @@ class TokenStates:
                 self.gaps[row] = end - self.lengths[row]
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of a token of a row, in all caches."""
+        return sum(len(g.states) * g.heads * g.size * g.dtype.itemsize for g in self._groups)
+
+    @property
     def positions(self) -> list[int]:
         """Per row, the position of its next token in the text."""
         return [a + b for a, b in zip(self.lengths, self.gaps, strict=True)]
@@ -161,6 +167,24 @@ class TokenStates:
         """Removes all tokens."""
         self.lengths, self.gaps = [0] * self._batch, [0] * self._batch
         self.extent = self._extents[0]
+
+    def read(self, row: int, count: int) -> list[NDArray]:
+        """A copy of a row's first tokens: per shape and dtype of caches, ``[cache, heads, count,
+        size]``."""
+        arrays = [group.array(self._batch, self.extent) for group in self._groups]
+        return [np.array(array[:, row, :, :count]) for array in arrays]
+
+    def forms(self, count: int) -> list[tuple[np.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each array that `read` gives."""
+        return [(g.dtype, (len(g.states), g.heads, count, g.size)) for g in self._groups]
+
+    def write(self, row: int, count: int, arrays: Sequence[NDArray]) -> None:
+        """Replaces a row's tokens by the first `count` that `read` gave."""
+        self._reserve(count)
+        for group, array in zip(self._groups, arrays, strict=True):
+            group.array(self._batch, self.extent)[:, row, :, :count] = array[:, :, :count]
+        self.lengths = [count if n == row else own for n, own in enumerate(self.lengths)]
+        self.gaps = [0 if n == row else own for n, own in enumerate(self.gaps)]
 
     def past(self) -> dict[str, Bound]:
         """Graph input -> the part of the buffer that the graph reads."""

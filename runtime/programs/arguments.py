@@ -32,6 +32,8 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     audit: bool
     text: bool
+    ignore_eos: bool
+    reuse: bool
     on_piece: Callable[[Piece], object] | None
 
 

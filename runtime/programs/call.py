@@ -30,6 +30,8 @@ class Call:
     on_piece: Callable[[Piece], object] | None
     audit: bool
     text: bool
+    ignore_eos: bool
+    reuse: bool
     times: Timestamps | None
 
 

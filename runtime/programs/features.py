@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.errors import UsageError
 from edgeexit.runtime.executor.rows import Answers
+from edgeexit.runtime.memory import check_limit_bytes
 
 FEATURES_BYTES = 64 << 20
 """Default bound of kept image tokens."""
@@ -45,14 +45,7 @@ class FeatureCache:
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int | None) -> None:
-        if limit_bytes is not None:
-            whole = isinstance(limit_bytes, (int, np.integer)) and not isinstance(limit_bytes, bool)
-            if not whole or limit_bytes < 0:
-                raise UsageError(
-                    f"limit_bytes is {limit_bytes!r}",
-                    fix="Use a whole number from 0 up; None: no bound.",
-                )
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = check_limit_bytes(limit_bytes)
 
     def clear(self) -> None:
         """Forgets all images: another policy may leave the tower at another exit."""

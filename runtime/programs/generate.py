@@ -33,12 +33,13 @@ from edgeexit.runtime.programs.arguments import (
 )
 from edgeexit.runtime.programs.call import Call
 from edgeexit.runtime.programs.generation import Generation, Piece, Rounds
-from edgeexit.runtime.programs.images import Image, fill_images, take_images, write_images
+from edgeexit.runtime.programs.images import Image, fill_images, take_images
 from edgeexit.runtime.programs.modes.choose import Drafting, check_mode, make_mode
-from edgeexit.runtime.programs.modes.early import Fast
+from edgeexit.runtime.programs.modes.early import Approximate, Fast
 from edgeexit.runtime.programs.modes.full import Mode, Statistics
-from edgeexit.runtime.programs.prompts import Prompts, check_alike, pad_source, read_prompts
+from edgeexit.runtime.programs.prompts import Prompts, check_alike, read_prompts
 from edgeexit.runtime.programs.sampling import Sampler, Sampling, sampler_of
+from edgeexit.runtime.programs.saved_prefixes import SavedPrefixes
 from edgeexit.runtime.programs.sounds import (
     Audio,
     Windows,
@@ -49,7 +50,6 @@ from edgeexit.runtime.programs.sounds import (
     read_sounds,
 )
 from edgeexit.runtime.programs.start_tokens import check_choices, start_tokens
-from edgeexit.runtime.programs.text_program import TextProgram
 from edgeexit.runtime.programs.times import WrittenTimes
 from edgeexit.runtime.programs.transcribe import read_windows
 from edgeexit.runtime.text.chat import Message, conversations
@@ -64,7 +64,7 @@ NEW_TOKENS = 128
 """Default of `max_new_tokens`."""
 
 
-class Writer(TextProgram):
+class Writer(SavedPrefixes):
     """Generation and chat of a `edgeexit.runtime.model.Model`."""
 
     def generate(
@@ -85,6 +85,8 @@ class Writer(TextProgram):
         stop: str | Sequence[str] = (),
         audit: bool = False,
         text: bool = True,
+        ignore_eos: bool = False,
+        reuse: bool = True,
         on_piece: Callable[[Piece], object] | None = None,
     ) -> Generation:
         """Continues prompts.
@@ -118,6 +120,10 @@ class Writer(TextProgram):
             audit: Also compute the last exit's token wherever an early exit answered, given the
                 text so far (``fast``).
             text: Return text as well as tokens, if the bundle has a tokenizer. False saves time.
+            ignore_eos: Write on where the model would end its text, for measurements.
+            reuse: Compute nothing again that earlier texts began with (`prefixes`), and let later
+                ones do the same. The tokens are those of a text from the beginning, but for the
+                rounding of other shapes. Texts only: not behind images, sounds or encoders.
             on_piece: Called with every piece before it is yielded.
 
         Raises:
@@ -149,6 +155,8 @@ class Writer(TextProgram):
             on_piece=on_piece,
             audit=audit,
             text=text,
+            ignore_eos=ignore_eos,
+            reuse=reuse,
             times=decoding.timestamps if timestamps else None,
         )
         self._check_mode(mode, call.drafting)
@@ -245,8 +253,8 @@ class Writer(TextProgram):
     ) -> Generation:
         """Answers a conversation, or a batch of conversations.
 
-        Calls are independent. To continue a conversation, append the answer as a message of the
-        assistant, then the next question.
+        To continue a conversation, append the answer as a message of the assistant, then the next
+        question; what the model has read already is not computed again.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists. A content
@@ -277,61 +285,6 @@ class Writer(TextProgram):
             rows, options["inputs"] = self.prompts_with_images(prompts, found, special_tokens=False)
         return self.generate(rows, **options)
 
-    def prompts_with_images(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        images: Image | Sequence[Image] | Sequence[Sequence[Image]],
-        *,
-        special_tokens: bool = True,
-    ) -> tuple[list[Any], dict[str, NDArray[Any]]]:
-        """Prompts and inputs as `generate` takes them, for prompts with images.
-
-        Args:
-            prompts, images: As for `generate`.
-            special_tokens: As for `encode`.
-
-        Raises:
-            InputError: The number of images is not that of the placeholders; the model takes none.
-            DataError: An image cannot be read.
-        """
-
-        def encode(text: str) -> list[int]:
-            return self.encode(text, special_tokens=special_tokens)
-
-        rows, inputs = write_images(self.bundle, prompts, images, encode)
-        if self._decoding().start_tokens:  # an encoder reads the prompts
-            return [], inputs | pad_source(self.bundle, rows)
-        return rows, inputs
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt that `chat` creates from a conversation, with the bundle's chat template.
-
-        It contains the special tokens, so encode it without adding any. Special tokens inside a
-        message have their special meaning, too: remove them from texts that you do not trust.
-
-        Args:
-            messages: ``[{"role": "user", "content": "..."}]``.
-            tools: Functions that the model may call, as JSON schemas.
-            template: Name of a chat template; None: the default, or the template for tools.
-            variables: Further variables of the template, as in ``{"enable_thinking": False}``.
-
-        Raises:
-            InputError: The bundle has no template, the messages are invalid, or the template fails
-                on them or rejects them.
-            BundleError: The template is damaged.
-            EngineError: jinja2 is missing, or too old to be safe.
-            UsageError: There is no template with that name.
-        """
-        plain, _ = take_images(messages)
-        return self._chat.render(plain, tools=tools, template=template, variables=variables)
-
     def _write(
         self,
         generation: Generation,
@@ -349,6 +302,7 @@ class Writer(TextProgram):
             )
         try:
             ends, times = set(self._decoding().stop_tokens), self._decoding().timestamps
+            ends = set() if call.ignore_eos else ends
             streams = None
             if (call.text and self.bundle.manifest.tokenizer is not None) or call.stops:
                 tokenizer = self._tokenizers()
@@ -358,14 +312,21 @@ class Writer(TextProgram):
                     Stream(tokenizer, call.stops, row[:n].tolist(), label) for row, n in before
                 ]
             started = time.perf_counter()
-            session = self.session(len(prompts.tokens))
+            session = self._session_of(len(prompts.tokens))
             mode = make_mode(session)
             generation.statistics = mode.statistics
-            self._hand_on(session, prompts, generation)
+            kept = self._fetch(session, mode, prompts) if call.reuse else []
+            generation.reused_tokens = sum(kept)
+            self._hand_on(session, prompts, generation, kept=kept)
             rounds = Rounds(generation, mode, streams, ends, most, call.on_piece)
-            yield from rounds.run(prompts.tokens, prompts.forced, started, self._check_usable)
+            reusable = call.reuse and not prompts.inputs and not isinstance(mode, Approximate)
+            for piece in rounds.run(prompts.tokens, prompts.forced, started, self._check_usable):
+                session.texts.whole = reusable  # from here on the iterator may be closed
+                yield piece
+                session.texts.whole = False
             if isinstance(mode, Fast) and mode.audit:
                 mode.flush()
+            session.texts.whole = reusable
         finally:
             self._lock.release()
 

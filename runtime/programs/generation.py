@@ -37,6 +37,7 @@ class Generation:
         earlier_s: Of these, seconds of the steps before the text: encoders, a vision tower.
         chains_s: Of these, seconds of each chain that ran.
         decode_s: Seconds from the first token to the last.
+        reused_tokens: Tokens of the prompts that were not computed again, over all rows.
     """
 
     tokens: list[list[int]]
@@ -46,6 +47,7 @@ class Generation:
     earlier_s: float = 0.0
     chains_s: dict[str, float] = field(default_factory=dict)
     decode_s: float = 0.0
+    reused_tokens: int = 0
     _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
     _failed: str | None = field(default=None, repr=False)
 

@@ -21,15 +21,19 @@ from edgeexit.runtime.executor.components import Components, token_states
 from edgeexit.runtime.executor.parts import release
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.executor.tables import Tables, check_ids
+from edgeexit.runtime.programs.arguments import Prompt
 from edgeexit.runtime.programs.every_exit import segment_times, trace_texts
 from edgeexit.runtime.programs.features import FeatureCache
 from edgeexit.runtime.programs.forward import CheckedInputs, InputSteps, Trace, check_inputs
 from edgeexit.runtime.programs.generation import Generation
-from edgeexit.runtime.programs.modes.full import Statistics, has_numbers
+from edgeexit.runtime.programs.images import Image, take_images, write_images
+from edgeexit.runtime.programs.modes.early import Fast
+from edgeexit.runtime.programs.modes.full import Mode, Statistics, has_numbers
 from edgeexit.runtime.programs.modes.pace import Pace
-from edgeexit.runtime.programs.prompts import Prompts, read_prompts
+from edgeexit.runtime.programs.prefix_cache import PrefixCache
+from edgeexit.runtime.programs.prompts import Prompts, pad_source, read_prompts
 from edgeexit.runtime.programs.sampling import Sampling, own_sampling
-from edgeexit.runtime.text.chat import ChatTemplates
+from edgeexit.runtime.text.chat import ChatTemplates, Message
 from edgeexit.runtime.text.tokenizer import encode, open_tokenizer
 
 
@@ -43,6 +47,7 @@ class TextProgram:
     exits: list[Exit]
     policy: Policy
     chain_name: str
+    chains: Mapping[str, Chain]
     _components: Components | None
     _decisions: dict[str, list[Decision]]
     _patience: dict[str, int]
@@ -51,7 +56,9 @@ class TextProgram:
     _lock: threading.Lock
     _check_usable: Callable[[], Components]
     _enter: Callable[[], None]
+    describe_engine: Callable[[], dict[str, str]]
     features: FeatureCache
+    prefixes: PrefixCache
 
     def _begin_texts(self, tables: Tables) -> None:
         """Sets up text generation; called by `Model`."""
@@ -61,6 +68,7 @@ class TextProgram:
         self._tokenizer: Any = None
         self._chat = ChatTemplates(self.bundle)
         self.features = FeatureCache()
+        self.prefixes = PrefixCache()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, as `generate` takes them.
@@ -71,6 +79,61 @@ class TextProgram:
                 a start token. The result of `chat_prompt` already has them.
         """
         return encode(self._tokenizers(), text, special_tokens=special_tokens)
+
+    def prompts_with_images(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        images: Image | Sequence[Image] | Sequence[Sequence[Image]],
+        *,
+        special_tokens: bool = True,
+    ) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+        """Prompts and inputs as `generate` takes them, for prompts with images.
+
+        Args:
+            prompts, images: As for `generate`.
+            special_tokens: As for `encode`.
+
+        Raises:
+            InputError: The number of images is not that of the placeholders; the model takes none.
+            DataError: An image cannot be read.
+        """
+
+        def encode(text: str) -> list[int]:
+            return self.encode(text, special_tokens=special_tokens)
+
+        rows, inputs = write_images(self.bundle, prompts, images, encode)
+        if self._decoding().start_tokens:  # an encoder reads the prompts
+            return [], inputs | pad_source(self.bundle, rows)
+        return rows, inputs
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that `chat` creates from a conversation, with the bundle's chat template.
+
+        It contains the special tokens, so encode it without adding any. Special tokens inside a
+        message have their special meaning, too: remove them from texts that you do not trust.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}]``.
+            tools: Functions that the model may call, as JSON schemas.
+            template: Name of a chat template; None: the default, or the template for tools.
+            variables: Further variables of the template, as in ``{"enable_thinking": False}``.
+
+        Raises:
+            InputError: The bundle has no template, the messages are invalid, or the template fails
+                on them or rejects them.
+            BundleError: The template is damaged.
+            EngineError: jinja2 is missing, or too old to be safe.
+            UsageError: There is no template with that name.
+        """
+        plain, _ = take_images(messages)
+        return self._chat.render(plain, tools=tools, template=template, variables=variables)
 
     def _decoding(self) -> Decoding:
         manifest = self.bundle.manifest
@@ -99,6 +162,12 @@ class TextProgram:
     def session(self, batch: int) -> Session:
         """An empty session for that many texts, under the current policy. The session is reused
         while the number of texts stays the same."""
+        session = self._session_of(batch)
+        session.empty()
+        return session
+
+    def _session_of(self, batch: int) -> Session:
+        """As `session`, but it may still hold the last texts."""
         components, decoding = self._check_usable(), self._decoding()
         session = self._session
         if session is None or session.batch != batch or not has_numbers(session):
@@ -123,10 +192,30 @@ class TextProgram:
                 chunk,
             )
             self._session = session
-        session.empty()
         rule = self.policy.rules.get(self.chain_name, Rule())
         session.gates.thresholds = {} if self.unsplit else drop_thresholds(rule, self.chain)
+        if session.ragged or session.gates.thresholds:
+            session.empty()
         return session
+
+    def _fetch(self, session: Session, mode: Mode, prompts: Prompts) -> list[int]:
+        """How many of each prompt's first tokens need not be computed again; empty: all must be."""
+        alike = not session.answers_itself or session.batch == 1  # else one length for all
+        if prompts.inputs or not alike or not self._reusable(session):
+            return []
+        waiting = isinstance(mode, Fast)
+        return [
+            self.prefixes.fetch(session, row, tokens, mode.asked, waiting=waiting)
+            for row, tokens in enumerate(prompts.tokens)
+        ]
+
+    def _reusable(self, session: Session) -> bool:
+        """Whether what a token becomes depends on the tokens before it alone: not on an encoder's
+        output, on gates, or on states of the whole prompt."""
+        others = [chain for name, chain in self.chains.items() if name != self.chain_name]
+        handed = {tensor.name for chain in others for tensor in chain.outputs}
+        reads = any(part.reads_prompt for part in session.stateful)
+        return not (session.takes & handed or session.ragged or reads)
 
     def _hand_on(
         self,
@@ -134,9 +223,10 @@ class TextProgram:
         prompts: Prompts,
         generation: Generation,
         asked: Sequence[int] | None = None,
+        kept: Sequence[int] = (),
     ) -> None:
         """Runs the steps before the text, and starts the session with their outputs. `asked`: as
-        for `Model.trace`."""
+        for `Model.trace`; `kept`: as for `Session.begin`."""
         handed: dict[str, NDArray[Any]] = {}
         if prompts.asks_earlier and self._steps.passes:
             self._checked.sizes(prompts.inputs)
@@ -155,6 +245,7 @@ class TextProgram:
             prompts.prefix(handed),
             prompts.groups,
             {key: value for key, value in handed.items() if key in session.takes},
+            kept,
         )
         gates, statistics = session.gates, generation.statistics
         statistics.gates, statistics.dropped = gates.scores, gates.dropped

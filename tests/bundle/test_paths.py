@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from edgeexit.bundle.files import check_output
 from edgeexit.bundle.paths import not_a_file, not_a_folder
 from edgeexit.bundle.policy import read_policy
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import EdgeExitError, UsageError
 from edgeexit.measure.data import open_data
-from edgeexit.measure.files import check_output
 from edgeexit.measure.trace_file import read_trace
 from edgeexit.runtime import Policy, load, write_policy
 

@@ -123,7 +123,7 @@ class _Sides:
             own["policy"] = os.fspath(options.policy)
         if inputs.lengths:
             common |= {"new_tokens": options.new_tokens, "capacity": inputs.capacity}
-            common["endless"] = not inputs.real
+            common["ignore_eos"] = not inputs.real
             self._cases = {"unsplit": "search", "chain": "search"}
         else:
             own["launch_ahead"] = options.launch_ahead

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS, OUT_OF_REACH, Policy, Rule, drops_of, forced
-from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure.bench.vision_cases import vision_settings
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.measure.given_text import GivenText, on_given_texts
@@ -60,26 +59,27 @@ def unsplit(
     threads: Threads = "brief",
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
-    endless: bool = False,
+    ignore_eos: bool = False,
 ) -> Subject:
     """The model as one graph per chain, without exits. Its case is ``unsplit``; language models
     also have ``search``, with few tokens.
 
     Args:
         new_tokens, capacity: Language models: new tokens per prompt, and the capacity.
-        endless: Language models: no token ends a text.
+        ignore_eos: Language models: no token ends a text.
     """
-    opened = _without_stop_tokens(bundle) if endless else bundle
-    model = runtime.load(opened, engine, threads=threads, capacity=capacity, unsplit=True)
+    model = runtime.load(bundle, engine, threads=threads, capacity=capacity, unsplit=True)
     model.features.limit_bytes = 0  # a known image would not run
-    return subject_of_unsplit(model, inputs, new_tokens)
+    return subject_of_unsplit(model, inputs, new_tokens, ignore_eos=ignore_eos)
 
 
-def subject_of_unsplit(model: Model, inputs: str, new_tokens: int = NEW_TOKENS) -> Subject:
+def subject_of_unsplit(
+    model: Model, inputs: str, new_tokens: int = NEW_TOKENS, *, ignore_eos: bool = False
+) -> Subject:
     """`unsplit` from a loaded model."""
     rows = read_inputs(inputs)
     if model.writes:
-        cases = _text_cases(model, rows, new_tokens, {"unsplit": {}})
+        cases = _text_cases(model, rows, new_tokens, {"unsplit": {"ignore_eos": ignore_eos}})
     else:
         cases = {"unsplit": Case(call=lambda number: model(rows[number]), read=read_answers)}
     return Subject(cases, len(rows), model.describe_engine(), model.close)
@@ -95,7 +95,7 @@ def chain(
     launch_ahead: LaunchAhead = "never",
     new_tokens: int = NEW_TOKENS,
     capacity: int | None = None,
-    endless: bool = False,
+    ignore_eos: bool = False,
     settings: dict[str, dict[str, Any]] | None = None,
 ) -> Subject:
     """The model split at its exits, opened with the policy's scores or with every score.
@@ -118,12 +118,12 @@ def chain(
     every score, so it must run after timed cases.
 
     Args:
-        new_tokens, capacity, endless: As for `unsplit`.
+        new_tokens, capacity, ignore_eos: As for `unsplit`.
         settings: Further cases of texts: name -> arguments of `Model.generate`, and optionally
             ``thresholds`` that replace the policy's.
     """
     model = runtime.load(
-        _without_stop_tokens(bundle) if endless else bundle,
+        bundle,
         engine,
         threads=threads,
         policy=policy,
@@ -142,7 +142,9 @@ def chain(
         modes[BY_POLICY] = {"mode": "full"}
         for name, own in vision_settings(model.bundle.manifest).items():
             modes[name] = {"rules": plain | own["rules"]}
-        cases = _text_cases(model, rows, new_tokens, modes | (settings or {}))
+        ends: dict[str, Any] = {"ignore_eos": ignore_eos}
+        every = {name: ends | own for name, own in (modes | (settings or {})).items()}
+        cases = _text_cases(model, rows, new_tokens, every)
     else:
         cases = _row_cases(model, rows)
         rule = model.policy.rules.get(model.chain_name, Rule())
@@ -159,16 +161,6 @@ def _once_per_prompt_never(model: Model) -> dict[str, Rule]:
         left = {name: value for name, value in own.thresholds.items() if name not in drops}
         own = msgspec.structs.replace(own, thresholds=left)
     return rules | {model.chain_name: own}
-
-
-def _without_stop_tokens(bundle: str) -> Bundle:
-    """The bundle of a language model in which no token ends a text."""
-    opened = open_bundle(bundle)
-    decoding = opened.manifest.decoding
-    assert decoding is not None
-    decoding = msgspec.structs.replace(decoding, stop_tokens=[])
-    manifest = msgspec.structs.replace(opened.manifest, decoding=decoding)
-    return dataclasses.replace(opened, manifest=manifest)
 
 
 def _row_cases(model: Model, rows: Sequence[Inputs]) -> dict[str, Case]:
@@ -262,7 +254,7 @@ def _text_cases(
                 model.policy = policy
 
         def call(number: int) -> Generation:
-            options = {"max_new_tokens": count, "text": False, **arguments}
+            options = {"max_new_tokens": count, "text": False, "reuse": False, **arguments}
             options.setdefault("sampling", Sampling())  # so that both sides write the same text
             return model.generate([prompts[number]], inputs=others[number], **options).finish()
 
@@ -272,7 +264,7 @@ def _text_cases(
         return on_given_texts(model, prompts, others)
 
     cases = {name: case(arguments, new_tokens) for name, arguments in settings.items()}
-    full = {} if model.unsplit else settings["full"]
+    full = settings["unsplit" if model.unsplit else "full"]
     cases["search"] = case(full, min(new_tokens, SEARCH_TOKENS))
     enter = case(full, 1).enter
     cases["memory"] = Case(lambda _: _memory(), lambda found: found, enter)

@@ -7,7 +7,7 @@ values from the exit's hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,15 @@ class Fast:
             for number in range(len(session.parts))
         ]
 
+    @property
+    def asked(self) -> Collection[int]:
+        return [number for number, head in enumerate(self._heads[:-1]) if head is not None]
+
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         self._token = 1
+        first, last_part = self.session.parts[0].states, self.session.parts[-1].states
+        waiting = zip(first.lengths, last_part.lengths, strict=True)  # of a text that goes on
+        self._emitted = [[-1] * (before - after) for before, after in waiting]
         last = last_states(self.session, prompts, self._enter_prompt)
         return self._decide(last, [True] * self.session.batch).copy()
 
@@ -236,6 +243,10 @@ class Approximate:
         self._full = Full(session, exits, sampler)
         self.statistics = self._full.statistics
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
+
+    @property
+    def asked(self) -> Collection[int]:
+        return ()
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         self._token = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,10 @@ class Exact:
         self._drafters = {n: Drafter(session, n, heads[n]) for n in chosen}
         self._known = {n for n in chosen if session.token_scores.open(n, scores)}
         self._full = Full(session, exits, sampler, asked=chosen)
+
+    @property
+    def asked(self) -> Collection[int]:
+        return self._full.asked
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         first = self._full.prefill(prompts)

@@ -105,6 +105,10 @@ class Mode(Protocol):
     statistics: Statistics
     sampler: Sampler | None
 
+    @property
+    def asked(self) -> Collection[int]:
+        """Early exits whose adapters must have processed every token."""
+
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         """Processes prompts, one per row. Returns the first token of every row, ``[batch]``."""
 
@@ -137,6 +141,10 @@ class Full:
         self._current: Ints = np.zeros((session.batch, 1), np.int64)
         self._own = session.answers_itself
         self._head = None if self._own else session.head(len(session.parts) - 1)
+
+    @property
+    def asked(self) -> Collection[int]:
+        return self._asked
 
     def prefill(self, prompts: Sequence[Ints]) -> Ints:
         last = last_states(self.session, prompts, self._pass)
@@ -195,14 +203,15 @@ def last_states(
     prompts: Sequence[Ints],
     take: Callable[[Block], tuple[Array, Sequence[int]]],
 ) -> Array:
-    """Processes prompts in chunks. Returns the state of each row's last token, ``[batch, width]``;
-    the next call overwrites it.
+    """Processes prompts in chunks, without what the states hold of them. Returns the state of each
+    row's last token, ``[batch, width]``; the next call overwrites it.
 
     Args:
         take: Runs a block whose embeddings are at the first boundary. Returns states
             ``[batch, new, width]``, and the number of real tokens per row.
     """
     last: Array | None = None
+    prompts = [row[kept:] for row, kept in zip(prompts, session.texts.kept, strict=True)]
     lengths = [len(prompt) for prompt in prompts]
     chunk = even_chunk(max(lengths), session.chunk)
     for start in range(0, max(lengths), chunk):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from edgeexit.bundle.files import write_atomic
 from edgeexit.bundle.reader import Bundle
 from edgeexit.cli import cli
 from edgeexit.errors import OutputExistsError
-from edgeexit.measure.files import write_atomic
 from tests.toys import make_inputs
 
 
