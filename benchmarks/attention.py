@@ -69,13 +69,14 @@ def main() -> None:
     """Measures and writes one result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, help="default: all")
+    parser.add_argument("--share", choices=["half", "all"], help="of the attentions; default: both")
     parser.add_argument("--export", nargs=3, metavar=("SHAPE", "CASE", "FOLDER"))
     given = parser.parse_args()
     if given.export is not None:
         return export_case(given.export[0], given.export[1], Path(given.export[2]))
     for name in SHAPES if given.shape is None else [given.shape]:
         watch = environment.Watch()
-        own = measure(name)
+        own = measure(name, given.share or "")
         own["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
         own["environment"]["machine"].pop("other_load_cores")
         path = RESULTS / "attention.json"
@@ -86,8 +87,8 @@ def main() -> None:
     return None
 
 
-def measure(name: str) -> dict[str, Any]:
-    """All cases of a shape."""
+def measure(name: str, share: str) -> dict[str, Any]:
+    """All cases of a shape, or those without one share of the attentions."""
     folder = SCRATCH / "attention" / name
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -105,7 +106,9 @@ def measure(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": SHAPES[name], "threads": threads, "threads_tried": others}
     whole_model = Writer("whole", first, "unsplit")
     found["groups"] = []
-    for cases in TOGETHER[name]:
+    for cases in ([case for case in own if case.startswith(share)] for own in TOGETHER[name]):
+        if not cases:
+            continue
         bundles = [exported(name, case, folder) for case in cases]
         with ExitStack() as stack:
             sides = [stack.enter_context(side(bundle, threads)) for bundle in bundles]

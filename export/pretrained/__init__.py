@@ -163,8 +163,10 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
     """The exits that are saved with a checkpoint. A warning says that they are not used, or that
     they were trained without the adapters that are merged."""
     found = read_exits(checkpoint.folder)
+    apart = None if found.image_encoder is None else []
+    without = SavedExits(removed=found.removed, pia=found.pia, image_encoder=apart)  # of the model
     if not found.layers and not found.encoder:
-        return found if use else SavedExits(removed=found.removed, pia=found.pia)
+        return found if use else without
     layers = ", ".join(map(str, found.layers or []))
     if not use:
         logger.warning(
@@ -173,7 +175,7 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
             checkpoint.path,
             layers,
         )
-        return SavedExits(removed=found.removed, pia=found.pia)  # no matter of exits
+        return without
     if checkpoint.adapters is not None:
         logger.warning(
             "%s: the exits that are saved with the checkpoint (behind layers %s) were trained "

@@ -17,6 +17,7 @@ from edgeexit.bundle.policy import Policy, Rule, forced
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import ExportError, InputError, UsageError
 from edgeexit.export import export
+from edgeexit.export.exits.decomposed import ExitDecomposed
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.measure.check import check
 from edgeexit.measure.inspect import axis_sizes, describe
@@ -216,6 +217,9 @@ def test_a_saved_checkpoint_is_read_apart_again(
     assert "apart" not in caplog.text
     assert again.encoder_exit_layers == [1, 3]
     assert again.image_encoder.exit_layers == [2]
+    # How it reads is no matter of exits: it stays so where those that are saved are ignored.
+    other = from_pretrained(tmp_path, exits=[1], saved_exits=False)
+    assert isinstance(other, ExitDecomposed) and other.image_encoder.exit_layers == []
 
 
 def test_a_checkpoint_that_was_not_trained_so_gives_a_warning(
