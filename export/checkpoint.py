@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import transformers
 
 from edgeexit.errors import ExportError, first_line
+from edgeexit.export import gguf_files
 from edgeexit.export.device_tokenizer import has_tokenizer
 from edgeexit.export.library_errors import translated
 from edgeexit.export.peft_adapters import (
@@ -30,12 +32,14 @@ from edgeexit.export.peft_adapters import (
     refuse_adapter,
     warn_of_other_bases,
 )
+from edgeexit.export.stored_blocks import StoredRows, read_stored, settings_of
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3
 """Names of weights that a message shows."""
 UNREADABLE = "transformers cannot read it"
+CHECK_GGUF = "Check the file with transformers' from_pretrained(folder, gguf_file=...)."
 
 
 @dataclass(frozen=True)
@@ -47,23 +51,39 @@ class Checkpoint:
         folder: Where it is.
         config: Its configuration, read by transformers.
         adapters: peft adapters to merge into it.
+        quantised: ``quantization_config`` of its configuration, if its weights are in few bits.
+        gguf: The file, if it is a GGUF file; `folder` is where it is.
     """
 
     path: str | Path
     folder: Path
     config: transformers.PretrainedConfig
     adapters: Adapters | None = None
+    quantised: Mapping[str, Any] | None = None
+    gguf: Path | None = None
 
     @property
     def text_folder(self) -> Path:
         """The folder of its tokenizer: an adapter may have its own tokenizer."""
         own = None if self.adapters is None else self.adapters.tokenizer_folder
+        if own is None and self.gguf is not None:
+            return self._tokenizer_of_gguf
         return self.folder if own is None else own
+
+    @functools.cached_property
+    def _tokenizer_of_gguf(self) -> Path:
+        assert self.gguf is not None
+        with translated(self.path, "transformers cannot read its tokenizer", CHECK_GGUF):
+            return gguf_files.tokenizer_of(self.gguf)
 
     @property
     def provenance(self) -> dict[str, str]:
         """Origin of the weights, for the manifest."""
         found = {"model_type": str(self.config.model_type)}
+        if self.gguf is not None:
+            found["quantised_by"] = "gguf"
+        if self.quantised is not None:
+            found["quantised_by"] = str(self.quantised.get("quant_method"))
         return found if self.adapters is None else found | {"merged_adapters": str(self.adapters)}
 
 
@@ -75,8 +95,10 @@ def open_checkpoint(
     Raises:
         ExportError: As `find_checkpoint` and `read_config`; or an adapter is invalid or damaged.
     """
+    if gguf_files.is_gguf(path):
+        return _open_gguf(path, adapter)
     folder = find_checkpoint(path)
-    config = read_config(path, folder)
+    config, quantised = read_config(path, folder)
     adapters = open_adapters(adapter, find_checkpoint)
     if adapters is not None and adapters.classes not in (None, config.num_labels):
         config = copy.deepcopy(config)
@@ -86,7 +108,19 @@ def open_checkpoint(
         own = raw.get("_name_or_path")
         names = [path, folder.resolve(), *([own] if isinstance(own, str) and own else [])]
         warn_of_other_bases(adapters, path, names)
-    return Checkpoint(path, folder, config, adapters)
+    return Checkpoint(path, folder, config, adapters, quantised)
+
+
+def _open_gguf(path: str | Path, adapter: object) -> Checkpoint:
+    file = Path(path).resolve()
+    if adapter:
+        raise ExportError(
+            f"{path}: adapters are merged into the weights of checkpoints, not of GGUF files",
+            fix="Give the checkpoint that it was made from.",
+        )
+    gguf_files.require_gguf(file)
+    with translated(path, UNREADABLE, CHECK_GGUF):
+        return Checkpoint(path, file.parent, gguf_files.config_of(file), gguf=file)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -122,15 +156,18 @@ def find_checkpoint(path: str | Path) -> Path:
     return Path(found)
 
 
-def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig:
-    """The configuration of a checkpoint of plain weights.
+def read_config(
+    path: str | Path, folder: Path
+) -> tuple[transformers.PretrainedConfig, Mapping[str, Any] | None]:
+    """The configuration of a checkpoint, and how its weights are quantised, if they are.
 
     Args:
         path: What the caller gave, for messages.
         folder: Its directory.
 
     Raises:
-        ExportError: The folder is not a checkpoint, is an adapter, or has quantised weights.
+        ExportError: The folder is not a checkpoint, is an adapter, or has weights that are
+            quantised in a way that is not known.
     """
     if (folder / "manifest.json").is_file():
         raise ExportError(f"{path} is a bundle", fix="Give the checkpoint it was made from.")
@@ -145,7 +182,7 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
         if not isinstance(raw, dict):
             raise ValueError("config.json is not a JSON object")
         if quantised := raw.get("quantization_config") or raw.get("compression_config"):
-            raise _quantised(path, quantised)
+            settings_of(path, quantised)
         if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
             raise ExportError(
                 f"{path}: its model is custom Python code (auto_map in config.json), which is not "
@@ -154,8 +191,12 @@ def read_config(path: str | Path, folder: Path) -> transformers.PretrainedConfig
                 "module:function.",
             )
         found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if quantised:
+        for name in ("quantization_config", "compression_config"):
+            found.__dict__.pop(name, None)  # transformers would ask for the quantiser's library
+        return found, quantised
     _refuse_packed(path, folder)
-    return found
+    return found, None
 
 
 def _of_another_kind(folder: Path) -> tuple[str, str] | None:
@@ -165,12 +206,7 @@ def _of_another_kind(folder: Path) -> tuple[str, str] | None:
     if not names:
         return "the folder is empty", give
     if found := [name for name in names if name.endswith(".gguf")]:
-        return (
-            f"{found[0]} is a GGUF file, not a checkpoint",
-            f"Read it with transformers' from_pretrained(folder, gguf_file={found[0]!r}), put its "
-            "state_dict into a new model of its config, and save that and the tokenizer with "
-            "save_pretrained.",
-        )
+        return f"{found[0]} is a GGUF file", f"Give the file itself: -m {folder / found[0]}."
     if found := [name for name in names if name.endswith(".onnx")]:
         return f"{found[0]} is an ONNX file", f"Give the file itself: -m {folder / found[0]}."
     if any(name.endswith((".safetensors", ".bin")) for name in names):
@@ -205,13 +241,14 @@ def _refuse_packed(path: str | Path, folder: Path) -> None:
 
 def read_model(
     reader: str, checkpoint: Checkpoint
-) -> tuple[transformers.PreTrainedModel, list[str]]:
+) -> tuple[transformers.PreTrainedModel, list[str], StoredRows | None]:
     """Reads a model with one of transformers' classes, in float32, and merges its adapters.
 
     A warning lists weights of the checkpoint that the model does not use.
 
     Returns:
-        The model, and the names of weights that neither the checkpoint nor an adapter has.
+        The model, the names of weights that neither the checkpoint nor an adapter has, and the
+        integers of weights that are quantised.
 
     Raises:
         ExportError: A file is damaged, or transformers or peft cannot read it.
@@ -219,9 +256,21 @@ def read_model(
     path, folder, adapters = checkpoint.path, checkpoint.folder, checkpoint.adapters
     fix = "Check the checkpoint with transformers' from_pretrained."
     with translated(path, UNREADABLE, fix, folder=folder), _without_bars():
+        source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+        kind, stored = getattr(transformers, reader), None
+        if checkpoint.quantised is not None:
+            state, rows = read_stored(path, folder, checkpoint.quantised)
+            stored = rows if rows.matrices else None
+            source = {"pretrained_model_name_or_path": None, "state_dict": state}
+            if hasattr(kind, "from_config"):  # which needs a folder, as it chooses the class
+                with torch.device("meta"):
+                    kind = type(kind.from_config(checkpoint.config))
+        if checkpoint.gguf is not None:
+            stored = gguf_files.stored_rows(checkpoint.gguf)
+            source["gguf_file"] = checkpoint.gguf.name
         # The model is read in float32 whatever the checkpoint's dtype; export lowers it on request.
-        model, found = getattr(transformers, reader).from_pretrained(
-            folder,
+        model, found = kind.from_pretrained(
+            **source,
             config=checkpoint.config,
             attn_implementation="eager",
             trust_remote_code=False,
@@ -247,7 +296,7 @@ def read_model(
     missing = sorted(set(found["missing_keys"]) - brought)
     if adapters is not None and not missing:
         model = merge_adapters(model, adapters)
-    return model, missing
+    return model, missing, stored
 
 
 def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tuple[str, ...]:
@@ -299,15 +348,6 @@ def read_labels(path: str | Path, config: transformers.PretrainedConfig) -> tupl
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _quantised(path: str | Path, about: Any) -> ExportError:
-    kind = about.get("quant_method") if isinstance(about, dict) else None
-    return ExportError(
-        f"{path}: its weights are already quantised ({kind or 'quantization_config'} in "
-        "config.json)",
-        fix="Give the original checkpoint; --dtype int8 quantises during export.",
-    )
 
 
 @contextlib.contextmanager

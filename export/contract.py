@@ -34,6 +34,7 @@ from edgeexit.bundle.manifest import (
     When,
 )
 from edgeexit.errors import ExportError
+from edgeexit.export.stored_blocks import StoredRows
 
 Length = Literal["past", "last", "most", "prompt"]
 Values = dict[str, torch.Tensor]
@@ -221,6 +222,7 @@ class SplitModel:
         tokenizer: Content of a ``tokenizer.json``, for text preprocessing.
         tokenizer_folder: Folder of the tokenizer's files and chat templates, if there are any.
         preprocessing: How images and texts become inputs; at most one of each.
+        stored: Rows of weights that the checkpoint has in few bits, whose integers are kept.
         preprocessing_sample: Raw data and the result of the model's own preprocessing, so that a
             device can check its own: ``image`` uint8 ``[height, width(, 3)]``, or ``text`` strings
             ``[n]``; and ``expected/<input>`` for every input.
@@ -243,6 +245,7 @@ class SplitModel:
     tokenizer_folder: str | None = None
     preprocessing_sample: Mapping[str, np.ndarray] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    stored: StoredRows | None = None
 
     def component(self, name: str) -> Component:
         """A component by its name."""

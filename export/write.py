@@ -6,6 +6,7 @@ that write text, and both with encoders. `edgeexit.export.cut.export_onnx` expor
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import logging
@@ -13,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import onnx_ir as ir
@@ -54,7 +55,7 @@ def export(
     dtype: str = "float32",
     opset: int = DEFAULT_OPSET,
     calibration: Calibration | None = None,
-    weights: WeightBits | None = None,
+    weights: WeightBits | Literal["float32"] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -71,21 +72,27 @@ def export(
         calibration: With ``int8``: gives batches of inputs, on which ranges of activations are
             measured. With `weights`, if given: batches whose float32 answers are kept, to compare.
         weights: How weights are stored in 4 or 8 bits (`edgeexit.export.passes.weight_bits`), for
-            ONNX Runtime; everything else is float32.
+            ONNX Runtime; everything else is float32. None: as the checkpoint has them; what it has
+            in few bits stays so in float32 bundles (`SplitModel.stored`), and other products get 8
+            bits. ``float32``: that becomes float32, too.
 
     Raises:
         ExportError: The model cannot be split; no partial files remain.
         UsageError: An option cannot be used, or there is too little data.
         OutputExistsError: `output` exists.
     """
+    if weights == "float32":
+        model, weights = dataclasses.replace(model, stored=None), None
     check_options(dtype, opset, calibration, weights)
     check(model)
+    if model.stored is not None and weights is None and dtype == "float32":
+        weights = WeightBits(bits=8) if _quantisable(model) else None
     components = model.components
     count = sum(len(one.forms) + (one.projection is not None) for one in components) + 1
     if calibration is None and weights is None:
         tell = counter(progress, count)
         return _write(model, output, cast("Precision", dtype), opset, overwrite, tell)
-    quantising = ActivationInt8() if weights is None else FewBits(weights)
+    quantising = ActivationInt8() if weights is None else FewBits(weights, model.stored)
     check_quantisable(model, quantising.precision)
     check_output(Path(output), overwrite=overwrite)
     tell = counter(progress, count + len(components) + 2)
@@ -233,13 +240,17 @@ def check_options(
 
 def check_quantisable(model: SplitModel, precision: str) -> None:
     """Refuses a model that cannot be quantised, before its data is read."""
-    images = any(isinstance(one, ImagePreprocessing) for one in model.preprocessing)
-    places = any(isinstance(step, Place) for step in model.steps)
-    if places or (images and model.decoding is not None):
+    if not _quantisable(model):
         raise ExportError(
             f"{model.name}: {precision} is not supported for models that write text about images",
             fix="Export it in float32 or float16.",
         )
+
+
+def _quantisable(model: SplitModel) -> bool:
+    images = any(isinstance(one, ImagePreprocessing) for one in model.preprocessing)
+    places = any(isinstance(step, Place) for step in model.steps)
+    return not (places or (images and model.decoding is not None))
 
 
 def provenance() -> dict[str, str]:

@@ -208,8 +208,8 @@ def command(
     with progress_bar(quiet) as progress:
         progress("reading the model", 0, 0)
         writing["progress"] = progress
-        export = export_file if model.endswith(".onnx") else _torch
-        bundle = export(model, output, options, writing)
+        read = export_file if model.endswith(".onnx") else _torch
+        bundle = read(model, output, options, writing)
     exits = [exit_.name for chain in bundle.manifest.chains.values() for exit_ in chain.exits]
     weights = weights_bytes(bundle)
     made = sum(file.bytes for file in bundle.manifest.files.values())
@@ -263,9 +263,10 @@ def _about_exits(bundle: Bundle, output: Path) -> str:
 
 def _with_targets(bundle: Bundle) -> str:
     """What lines of --data need beside a text, where an encoder reads it."""
-    decoding = bundle.manifest.decoding
-    reads = decoding is not None and decoding.start_tokens
-    return ' (lines with "text" and "target")' if reads else ""
+    if bundle.manifest.decoding is None or not bundle.manifest.decoding.start_tokens:
+        return ""
+    what = "text" if bundle.manifest.audio_preprocessing is None else "audio"
+    return f' (lines with "{what}" and "target")'
 
 
 def _require_extra() -> None:
@@ -294,7 +295,6 @@ def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[s
             f"--calibration-data {data}: does not exist",
             fix="Give a file, a folder of images, or module:function.",
         )
-
     batches = read_calibration_data(data, split)
     return export(split, output, calibration=lambda bundle: batches, **writing)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -22,9 +22,9 @@ def weight_options(function: F) -> F:
     for option in (
         click.option(
             "--weights",
-            type=click.Choice(["int4", "int8"]),
+            type=click.Choice(list(BITS)),
             help="Checkpoints: store weights in 4 or 8 bits, for ONNX Runtime; everything else is "
-            "float32.",
+            "float32. Default: as the checkpoint has them.",
         ),
         click.option(
             "--head-weights",
@@ -52,7 +52,7 @@ def weight_options(function: F) -> F:
     return function
 
 
-def weight_bits(options: Mapping[str, Any]) -> WeightBits | None:
+def weight_bits(options: Mapping[str, Any]) -> WeightBits | Literal["float32"] | None:
     """How weights are stored, as the options say; None: as the checkpoint has them."""
     from edgeexit.export.passes.weight_bits import WeightBits
 
@@ -63,12 +63,12 @@ def weight_bits(options: Mapping[str, Any]) -> WeightBits | None:
         "symmetric": options["weights_symmetric"] or None,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    if options["weights"] is None:
+    if options["weights"] in (None, "float32"):
         if given:
             name = next(iter(given))
             option = "--head-weights" if name == "head" else f"--weights-{name}"
             raise UsageError(f"{option} needs --weights", fix="Add --weights int4 or int8.")
-        return None
+        return "float32" if options["weights"] else None
     if given.get("symmetric") and "method" not in given:
         given["method"] = "rtn"
     return WeightBits(bits=BITS[options["weights"]], **given)

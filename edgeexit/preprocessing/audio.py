@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import stat
 import wave
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ from numpy.typing import NDArray
 from edgeexit.bundle.manifest import AudioPreprocessing
 from edgeexit.errors import DataError, EngineError, first_line
 
+logger = logging.getLogger(__name__)
+
+RATES = (1_000, 384_000)
+"""Lowest and highest rate of a file, in Hz."""
+UNKNOWN = 1 << 29
+"""Samples from which on a header says that its writer, a pipe, did not know their number."""
 FILE_LIMIT_BYTES = 4 << 30
 FRAMES_AT_ONCE = 4096
 LOWEST, RANGE = 1e-10, 8.0
@@ -135,19 +142,30 @@ def open_sound(path: Path, where: str) -> Sound:
         raise DataError(f"{where}: {str(path)!a} is not a file name", fix=_FIX) from error
     if not raw:
         raise DataError(f"{where}: the file is empty", fix=_FIX)
-    return _plain_wav(raw) or _with_soundfile(raw, where)
+    sound = _plain_wav(raw, where) or _with_soundfile(raw, where)
+    low, high = RATES
+    if not low <= sound.rate <= high:
+        raise DataError(
+            f"{where}: a rate of {sound.rate} Hz, which no sound of speech has",
+            fix=f"Give a sound of {low} to {high} Hz.",
+        )
+    return sound
 
 
-def _plain_wav(raw: bytes) -> Sound | None:
+def _plain_wav(raw: bytes, where: str) -> Sound | None:
     """The sound of a WAV file of whole numbers; None: it is something else."""
     try:
         with wave.open(io.BytesIO(raw)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = file.readframes(file.getnframes())
+            count = file.getnframes()
+            data = file.readframes(count)
     except (wave.Error, EOFError):
         return None
     if width not in (1, 2, 3, 4) or channels < 1 or rate < 1:
         return None
+    frames = len(data) // (width * channels)
+    if frames < count < UNKNOWN:
+        logger.warning("%s: the file is cut off: it has %d of %d samples", where, frames, count)
     values = np.frombuffer(data[: len(data) // (width * channels) * width * channels], np.uint8)
     if width == 1:
         samples = (values.astype(np.float32) - 128.0) / 128.0

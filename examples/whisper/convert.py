@@ -252,6 +252,8 @@ def main() -> int:
         if spec is None or spec.origin is None:
             raise SystemExit(f"{PACKAGE} is not installed; install it, or give --source")
         source = Path(spec.origin).parent / "model"
+    if absent := [str(path) for path in options.check or () if not path.is_file()]:
+        parser.error(f"--check: there is no file {absent[0]}")
     convert(source, options.output)
     return 0 if not options.check or compare(source, options.output, options.check) else 1
 

@@ -22,6 +22,7 @@ from edgeexit.bundle.manifest import Axis, Chain, Exit, Preprocessing, Run, Tens
 from edgeexit.export.contract import Component, Form, SplitModel
 from edgeexit.export.exits.origins import Origin
 from edgeexit.export.exits.saved import SavedExits, check_layers, save_exits
+from edgeexit.export.stored_blocks import StoredRows
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class ExitClassifier(nn.Module):
         self.tokenizer: bytes | None = None
         self.preprocessing_sample: dict[str, np.ndarray] | None = None
         self.provenance: dict[str, str] = {}
+        self.stored: StoredRows | None = None
 
     @property
     def trained(self) -> bool:
@@ -217,6 +219,7 @@ class ExitClassifier(nn.Module):
             tokenizer=self.tokenizer,
             preprocessing_sample=self.preprocessing_sample,
             provenance=self.provenance,
+            stored=self.stored,
         )
 
     def _state(self, layer: int) -> Tensor:

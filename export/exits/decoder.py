@@ -45,6 +45,7 @@ from edgeexit.export.exits.saved import (
     save_exits,
 )
 from edgeexit.export.exits.states import POSITIONS, layer_names, state_between, token_states
+from edgeexit.export.stored_blocks import StoredRows
 from edgeexit.export.trace.layer_stacks import Stacks
 
 
@@ -74,6 +75,7 @@ class ExitDecoder(DecoderPass):
         self.tokenizer_folder: Path | None = None
         self.generation: GenerationDefaults | None = None
         self.provenance: dict[str, str] = {}
+        self.stored: StoredRows | None = None
         self.exit_origins: dict[str, Origin] = {
             name: "untrained" if name in self.adapters else "unknown"
             for name in (f"exit_{layer}" for layer in self.exit_layers)
@@ -193,6 +195,7 @@ class ExitDecoder(DecoderPass):
             limits={} if trunk.positions is None else {"positions": trunk.positions},
             tokenizer_folder=None if self.tokenizer_folder is None else str(self.tokenizer_folder),
             provenance=self.provenance,
+            stored=self.stored,
         )
 
     def _segments(

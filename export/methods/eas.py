@@ -30,6 +30,8 @@ from edgeexit.export.methods.layerskip import check_decoder, checked_tokens, tok
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
 
 Trained = Literal["adapters", "decoder"]
+LARGEST = 100.0
+"""Of scores and of gains, beyond which an exponential means nothing."""
 
 
 def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) -> None:
@@ -44,10 +46,16 @@ def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) 
         rank: Of the new adapters, which change nothing until they are trained; None: no adapters.
 
     Raises:
-        UsageError: Layers or rank are out of range, or the family is not supported.
+        UsageError: Layers or rank are out of range, the family is not supported, or attentions were
+            removed before.
     """
     check_decoder("EAS", model)
-    removed = list(layers)
+    removed = _whole_numbers("layers", layers)
+    if gone := model.skipped.removed:
+        raise UsageError(
+            f"EAS: the attentions of layers {', '.join(map(str, gone))} are removed already",
+            fix="Name all layers at once, for the model as it was.",
+        )
     check_removed(removed, model.depth)
     check_rank(rank)
     ranks = {} if rank is None else dict.fromkeys(removed, rank)
@@ -147,6 +155,10 @@ def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
             "EAS: no attention of the model has an adapter in its place, so there is none to fold",
             fix="Remove some first: eas.rewrite(model, [3, 4]).",
         )
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise UsageError(
+            f"EAS: batches are a {type(batches).__name__}", fix="Give a list of batches."
+        )
     sums: dict[int, torch.Tensor] = {}
     rows = 0
     for batch in batches:
@@ -228,17 +240,23 @@ def search(
     Raises:
         UsageError: A number is out of range, or a loss is not finite.
     """
-    scores = dict.fromkeys(layers, 0.0)
+    scores = dict.fromkeys(_whole_numbers("layers", layers), 0.0)
+    _whole_numbers("numbers", [remove, steps, warm_up, turn, subsets, seed])
+    if not callable(loss) or not (train is None or callable(train)):
+        raise UsageError("EAS: loss or train is no function", fix="Give loss(layers).")
     if not 0 < remove < len(scores):
         raise UsageError(
             f"EAS: {remove} of {len(scores)} attentions cannot be removed",
             fix="Remove at least one, and leave at least one.",
         )
-    if steps < 1 or turn < 1 or subsets < 2 or not rate > 0:
+    compared = range(max(turn, 1), steps + 1, max(turn, 1))
+    finite = 0 < rate < math.inf
+    if turn < 1 or subsets < 2 or seed < 0 or not finite or not compared or compared[-1] <= warm_up:
         raise UsageError(
-            f"EAS: {steps} steps with {subsets} subsets every {turn} steps at a rate of {rate} "
-            "compare nothing",
-            fix="Give at least one step, two subsets, and a rate above 0.",
+            f"EAS: {steps} steps with {subsets} subsets every {turn} steps behind {warm_up} at a "
+            f"rate of {rate} compare nothing",
+            fix="Give more steps than warm_up and than turn, two subsets or more, and a rate above "
+            "0.",
         )
     found = Search(scores, remove)
     random = np.random.default_rng(seed)
@@ -259,9 +277,9 @@ def _learn(
     """Compares subsets and changes the scores."""
     losses = [float(loss(subset)) for subset in subsets]
     found.tried += zip(subsets, losses, strict=True)
-    if not all(map(math.isfinite, losses)):
+    if not all(math.isfinite(loss) and loss > -LARGEST for loss in losses):
         raise UsageError(
-            "EAS: the loss of a subset is not finite",
+            f"EAS: the loss of a subset is {losses}",
             fix="Check the loss function; a mean of cross-entropies in nats is usual.",
         )
     rewards = [math.exp(-loss) for loss in losses]
@@ -281,7 +299,15 @@ def _draw(scores: Mapping[int, float], count: int, random: np.random.Generator) 
 
 
 def _sigmoid(score: float) -> float:
-    return 1 / (1 + math.exp(-score))
+    return 1 / (1 + math.exp(-max(min(score, LARGEST), -LARGEST)))
+
+
+def _whole_numbers(what: str, given: object) -> list[int]:
+    """A list of whole numbers. Raises `UsageError` for anything else."""
+    found: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if wrong := [one for one in found if type(one) is not int]:
+        raise UsageError(f"EAS: {what}: {wrong[0]!r} is no whole number", fix="Give ints.")
+    return found
 
 
 __all__ = ["Eas", "Search", "check_rank", "fold", "rewrite", "search"]

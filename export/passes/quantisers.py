@@ -27,6 +27,7 @@ from edgeexit.export.describe import LOGITS, Precision
 from edgeexit.export.passes.calibration import Rows, split
 from edgeexit.export.passes.static_int8 import QUANTISED, quantise
 from edgeexit.export.passes.weight_bits import Quantiser, WeightBits, rewrite
+from edgeexit.export.stored_blocks import StoredRows
 from edgeexit.export.walk import Walk
 from edgeexit.export.weights import WeightStore
 
@@ -104,14 +105,18 @@ class FewBits(Quantising):
 
     Args:
         settings: How weights are stored.
+        stored: Rows that the checkpoint holds in few bits already, which stay as they are.
     """
 
     one_form = False
 
-    def __init__(self, settings: WeightBits) -> None:
+    def __init__(self, settings: WeightBits, stored: StoredRows | None = None) -> None:
         self._settings = settings
         self._quantiser = Quantiser(settings)
-        self.precision = "int4" if settings.bits == 4 else "int8"
+        if stored is not None:
+            self._quantiser.stored = stored.find
+        least = min(settings.bits, 8 if stored is None else stored.least)
+        self.precision = "int4" if least == 4 else "int8"
 
     def graph(
         self, model: ir.Model, component: Component, chain: Chain | None, name: str, walk: Walk
@@ -138,7 +143,7 @@ class FewBits(Quantising):
             step,
             offset=store.place(ir.tensor(made.numbers)),
             blocks=TableBlocks(
-                bits=4 if bits == 4 else 8,
+                bits=4 if made.bits == 4 else 8,
                 block=made.block,
                 scales=store.place(ir.tensor(made.scales)),
                 zero_points=None if zero is None else store.place(ir.tensor(zero)),

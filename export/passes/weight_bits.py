@@ -111,12 +111,16 @@ class Quantiser:
 
     Attributes:
         settings: How.
-        known: Digest of a weight and its bits -> its blocks. Weights that a checkpoint holds in
-            blocks already are entered beforehand (`enter`).
+        stored: Finds a matrix ``[rows, width]`` that the checkpoint holds in blocks already; these
+            are kept.
+        known: Digest of a weight and its bits -> its blocks.
+        kept: How many weights were kept as the checkpoint has them.
     """
 
     settings: WeightBits
-    known: dict[tuple[bytes, int | None], Blocks] = field(default_factory=dict)
+    stored: Callable[[NDArray[np.float32]], Blocks | None] = lambda weight: None
+    known: dict[tuple[bytes, int], Blocks] = field(default_factory=dict)
+    kept: int = 0
 
     def blocks(self, weight: NDArray[np.float32], bits: int, what: str) -> Blocks:
         """Blocks of a matrix ``[rows, width]``, whose rows are quantised independently.
@@ -124,10 +128,13 @@ class Quantiser:
         Raises:
             ExportError: Its rows cannot be divided into blocks.
         """
-        digest = _digest(weight)
-        for key in ((digest, None), (digest, bits)):
-            if key in self.known:
-                return self.known[key]
+        key = _digest(weight), bits
+        if key in self.known:
+            return self.known[key]
+        if (held := self.stored(weight)) is not None:
+            self.kept += 1
+            self.known[key] = held
+            return held
         block = self.settings.block
         if weight.shape[1] % block:
             smaller = [one for one in BLOCKS if not weight.shape[1] % one]
@@ -137,12 +144,8 @@ class Quantiser:
                 fix=f"Use {instead}.",
             )
         found = _QUANTISERS[self.settings.method](weight, bits, block, self.settings.symmetric)
-        self.known[digest, bits] = found
+        self.known[key] = found
         return found
-
-    def enter(self, weight: NDArray[np.float32], blocks: Blocks) -> None:
-        """Enters the blocks that a weight ``[rows, width]`` was made of."""
-        self.known[_digest(weight), None] = blocks
 
 
 def _digest(weight: NDArray[np.float32]) -> bytes:

@@ -163,7 +163,7 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
     """The exits that are saved with a checkpoint. A warning says that they are not used, or that
     they were trained without the adapters that are merged."""
     found = read_exits(checkpoint.folder)
-    apart = None if found.image_encoder is None else []
+    apart: list[int] | None = None if found.image_encoder is None else []
     without = SavedExits(removed=found.removed, pia=found.pia, image_encoder=apart)  # of the model
     if not found.layers and not found.encoder:
         return found if use else without

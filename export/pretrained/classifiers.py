@@ -53,7 +53,7 @@ def read_classifier(
             f"--untrained-exits {layers} (untrained=True) to "
             "measure latency before training.",
         )
-    model, missing_weights = read_model(reader, checkpoint)
+    model, missing_weights, stored = read_model(reader, checkpoint)
     if missing_weights and not untrained:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}, "
@@ -88,6 +88,7 @@ def read_classifier(
     classifier.name, classifier.task = name_of(path), task
     classifier.labels = labels
     classifier.provenance = dict(checkpoint.provenance)
+    classifier.stored = stored
     note_origins(classifier, _origins(classifier, found))
     if missing_weights:
         classifier.provenance["head"] = "untrained"

@@ -45,7 +45,7 @@ def read_decoder(
             f"{path}: the checkpoint does not say where its exits are",
             fix=f"{name_layers(depth_of_config(config))} (--exits).",
         )
-    model, missing_weights = read_model("AutoModelForCausalLM", checkpoint)
+    model, missing_weights, stored = read_model("AutoModelForCausalLM", checkpoint)
     if missing_weights:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
@@ -62,6 +62,7 @@ def read_decoder(
     tell_of_tokenizer(checkpoint)
     decoder.generation = generation_of(model, path)
     decoder.provenance = dict(checkpoint.provenance)
+    decoder.stored = stored
     note_origins(decoder, origins_of_decoder(decoder, found, untrained=untrained))
     return decoder
 

@@ -50,7 +50,7 @@ def read_encoder_decoder(
             "(--encoder-exits) or both.",
         )
     module_name, reader = ENCODER_DECODERS[config.model_type]
-    model, missing_weights = read_model(reader, checkpoint)
+    model, missing_weights, stored = read_model(reader, checkpoint)
     if missing_weights:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing_weights[0]}",
@@ -72,6 +72,7 @@ def read_encoder_decoder(
     split.tokenizer_folder = checkpoint.text_folder
     split.generation = generation_of(model, path, heeded=trunk.settings if hears else ())
     split.provenance = dict(checkpoint.provenance)
+    split.stored = stored
     note_origins(split, origins_of_both(split, saved, untrained=untrained))
     tell_of_tokenizer(checkpoint)
     if hears:

@@ -134,7 +134,7 @@ def read_vision_language(
             f"{path}: the checkpoint has no image processor, so nothing cuts images into tiles",
             fix="Leave --max-tiles (most_tiles) out, or add preprocessor_config.json.",
         )
-    model, missing = read_model(kind.reader, checkpoint)
+    model, missing, stored = read_model(kind.reader, checkpoint)
     if missing:
         raise ExportError(
             f"{path}: the checkpoint has no weights for {missing[0]}",
@@ -168,6 +168,7 @@ def read_vision_language(
     split.prompt = _prompt_of(checkpoint, trunk.placeholder, trunk.prompt)
     split.name = name_of(path)
     split.provenance = dict(checkpoint.provenance)
+    split.stored = stored
     note_origins(split, _origins(split, saved, untrained=exits.untrained))
     tell_of_tokenizer(checkpoint)
     _add_preprocessing(checkpoint, split, images)

@@ -23,7 +23,7 @@ LEAST = 16
 """Fewer tokens take less time to compute than to copy and look after."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # eq: arrays have no truth value
 class Prefix:
     """States of a text's first tokens.
 
@@ -83,7 +83,8 @@ class PrefixCache:
         Raises:
             StateError: They are larger than what `limit_bytes` leaves.
         """
-        held = sum(other.bytes for other in self._kept if other.stays)
+        others = [one for one in self._kept if one.stays and not _same(one, prefix)]
+        held = sum(other.bytes for other in others)
         limit = self.limit_bytes
         if limit is not None and held + prefix.bytes > limit:
             raise StateError(
@@ -113,10 +114,10 @@ class PrefixCache:
         most, texts = len(prompt) - 1, session.texts
         own = np.asarray(texts.tokens(row) if texts.whole else [], np.int64)
         here = texts.usable(row, min(_alike(own, prompt), most), asked, waiting=waiting)
-        found, best = None, here + LEAST
+        found, best = None, here
         for prefix in self._kept:
             usable = _usable(prefix, session, min(_alike(prefix.tokens, prompt), most), asked)
-            if usable >= best:
+            if usable >= best + (1 if prefix.stays or found else LEAST):
                 found, best = prefix, usable
         if texts.whole and len(own) - here >= LEAST:  # what follows will be overwritten
             self._copy(session, row)
@@ -124,6 +125,7 @@ class PrefixCache:
             put(session, row, found)
             here = best
             self._kept = [*(one for one in self._kept if one is not found), found]
+            self._drop_oldest()
         self.hits += here > 0
         self.misses += here == 0
         return here
@@ -144,7 +146,8 @@ class PrefixCache:
         self._kept = [
             one
             for one in self._kept
-            if one.stays or _alike(one.tokens, prefix.tokens) < len(one.tokens)
+            if (one.stays and not (prefix.stays and _same(one, prefix)))
+            or (not one.stays and _alike(one.tokens, prefix.tokens) < len(one.tokens))
         ]
         self._kept.append(prefix)
         self._drop_oldest()
@@ -156,7 +159,7 @@ class PrefixCache:
             if limit is None or size <= limit:
                 break
             if not one.stays:
-                self._kept.remove(one)
+                self._kept = [other for other in self._kept if other is not one]
                 size -= one.bytes
 
 
@@ -183,6 +186,10 @@ def _usable(prefix: Prefix, session: Session, most: int, asked: Collection[int])
     held = dict(zip(session.stateful, prefix.counts, strict=True))
     needed = [*session.parts, *(part for number in asked for part in session.adapters.path(number))]
     return min(most, *(held[part] for part in needed))
+
+
+def _same(one: Prefix, other: Prefix) -> bool:
+    return np.array_equal(one.tokens, other.tokens)
 
 
 def _alike(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edgeexit.bundle.files import write_atomic
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, StateError
+from edgeexit.errors import DataError, StateError, first_line
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.prefix_cache import Prefix
 
 FORMAT = 1
 AGAIN = "Save it again: model.save_prefix(path, prompt)."
+
+
+class _About(msgspec.Struct):
+    """``about`` of a file."""
+
+    format: int
+    bundle: str
+    engine: dict[str, str]
 
 
 def write_prefix(
@@ -58,24 +66,19 @@ def read_prefix(
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = json.loads(bytes(file["about"]))
-            tokens = np.asarray(file["tokens"], np.int64).reshape(-1)
-            known = {
-                "bundle": (about["bundle"], bundle.digest),
-                "engine": (about["engine"], _bound(engine)),
-            }
-            for what, (theirs, here) in known.items():
-                if about["format"] == FORMAT and theirs != here:
-                    raise StateError(
-                        f"{Path(path)}: the states are of another {what} ({_told(theirs)}; this is "
-                        f"{_told(here)})",
-                        fix=AGAIN,
-                    )
-            if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']}, this edgeexit reads {FORMAT}")
+            about = msgspec.json.decode(bytes(file["about"]), type=_About)
+            if about.format != FORMAT:
+                raise ValueError(f"format {about.format}, this edgeexit reads {FORMAT}")
+            _check_bound(path, "bundle", about.bundle, bundle.digest)
+            _check_bound(path, "engine", about.engine, _bound(engine))
+            tokens = file["tokens"]
+            if tokens.dtype != np.int64 or tokens.ndim != 1 or not len(tokens):
+                raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
             states = _states(file, session, len(tokens))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or error
+    except StateError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(
             f"{Path(path)}: cannot be read as saved states ({reason})", fix=AGAIN
         ) from error
@@ -99,9 +102,19 @@ def _states(file: Any, session: Session, count: int) -> list[list[Any]]:
                     f"states of {part.name} are {array.dtype} {list(array.shape)}, not {dtype} "
                     f"{list(shape)}"
                 )
+            if not np.isfinite(array).all():
+                raise ValueError(f"states of {part.name} are not numbers")
             arrays.append(array)
         found.append(arrays)
     return found
+
+
+def _check_bound(path: object, what: str, theirs: object, here: object) -> None:
+    if theirs != here:
+        raise StateError(
+            f"{path}: the states are of another {what} ({_told(theirs)}; this is {_told(here)})",
+            fix=AGAIN,
+        )
 
 
 def _bound(engine: Mapping[str, str]) -> dict[str, str]:

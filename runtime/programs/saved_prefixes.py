@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from edgeexit.errors import StateError
+from edgeexit.errors import InputError, StateError, UsageError
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.executor.tables import check_ids
 from edgeexit.runtime.programs.arguments import Prompt, check_room
@@ -37,10 +37,16 @@ class SavedPrefixes(TextProgram):
                 prompts, or the states are on a GPU.
             UsageError: The file cannot be written.
         """
+        _check_path(path)
         self._enter()
         try:
             session = self._session_for_prefix()
             given = read_prompts(self.bundle, prompt, None, self.encode)
+            if len(given.tokens) > 1:
+                raise InputError(
+                    f"{len(given.tokens)} prompts are given to save",
+                    fix="Save one prompt in each file.",
+                )
             [tokens] = given.tokens
             check_ids(self._text_table(), tokens)
             check_room(len(tokens), 1, self.capacity, self.bundle.manifest.limits.get("positions"))
@@ -62,10 +68,12 @@ class SavedPrefixes(TextProgram):
             StateError: It is of another bundle or engine, too long for the capacity, or larger than
                 what ``prefixes.limit_bytes`` leaves; or the model is in use.
         """
+        _check_path(path)
         self._enter()
         try:
             session = self._session_for_prefix()
             prefix = read_prefix(path, self.bundle, self.describe_engine(), session)
+            check_ids(self._text_table(), prefix.tokens)
             self.prefixes.add(prefix)
             return len(prefix.tokens)
         finally:
@@ -84,6 +92,11 @@ class SavedPrefixes(TextProgram):
                 fix="Give the whole prompt each time.",
             )
         return session
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path is a {type(path).__name__}", fix="Give the path of a file.")
 
 
 __all__ = ["SavedPrefixes"]

@@ -204,10 +204,13 @@ class TextProgram:
         if prompts.inputs or not alike or not self._reusable(session):
             return []
         waiting = isinstance(mode, Fast)
-        return [
+        kept = [
             self.prefixes.fetch(session, row, tokens, mode.asked, waiting=waiting)
             for row, tokens in enumerate(prompts.tokens)
         ]
+        # Rows run side by side, so the longest new part is padded behind the longest kept one.
+        new = max(len(row) - count for row, count in zip(prompts.tokens, kept, strict=True))
+        return kept if max(kept) + new < self.capacity else [min(kept)] * len(kept)
 
     def _reusable(self, session: Session) -> bool:
         """Whether what a token becomes depends on the tokens before it alone: not on an encoder's

@@ -86,8 +86,6 @@ def test_a_configuration_that_cannot_be_is_an_error_of_ours(
 
 QUANTISED: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "hyper4": {"quant_method": "hyper4"},
@@ -98,7 +96,7 @@ QUANTISED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_weights_are_refused_by_their_kind(copy: Path, kind: str) -> None:
     configure(copy, quantization_config=QUANTISED[kind])
-    refused(copy, "already quantised", kind, "--dtype int8")
+    refused(copy, "already quantised", kind, "--weights int4 or int8")
 
 
 def write_adapter(folder: Path) -> None:
@@ -251,7 +249,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "code in a pickle": (_pickled, "code in it is not run.*safetensors"),
     "a shard missing": (_shards, r"model-00002-of-00002\.safetensors is not there"),
     "8 bits": (_packed, "mlp.*is stored as I8"),
-    "GGUF": (_instead("m.gguf"), "m.gguf is a GGUF file.*gguf_file"),
+    "GGUF": (_instead("m.gguf"), "m.gguf is a GGUF file.*-m .*m.gguf"),
     "ONNX": (_instead("m.onnx"), "m.onnx is an ONNX file.*Give the file itself"),
     "nothing": (_instead(""), "the folder is empty"),
     "code of its own": (

@@ -371,7 +371,15 @@ def test_a_search_finds_the_attentions_that_cost_least() -> None:
         (lambda decoder: Eas(first=5).check(decoder), "no layer 5 to train from"),
         (lambda decoder: search([1, 2], 2, lambda _: 0.0), "2 of 2 attentions cannot be removed"),
         (lambda decoder: search([1, 2], 1, lambda _: 0.0, subsets=1), "compare nothing"),
-        (lambda decoder: search([1, 2], 1, lambda _: float("nan")), "loss .* is not finite"),
+        (lambda decoder: search([1, 2], 1, lambda _: 0.0, steps=5), "compare nothing"),
+        (lambda decoder: search([1, 2], 1, lambda _: 0.0, warm_up=200), "compare nothing"),
+        (lambda decoder: search([1, 2], 1, lambda _: 0.0, rate=float("inf")), "compare nothing"),
+        (lambda decoder: search([1, 2], 1.5, lambda _: 0.0), "1.5 is no whole number"),  # type: ignore[arg-type]
+        (lambda decoder: search([1, 2], 1, None), "loss or train is no function"),  # type: ignore[arg-type]
+        (lambda decoder: search([1, 2], 1, lambda _: float("nan")), r"loss of a subset is \[nan"),
+        (lambda decoder: search([1, 2], 1, lambda _: -1e4), r"loss of a subset is \[-10000"),
+        (lambda decoder: rewrite(decoder, None), "None is no whole number"),  # type: ignore[arg-type]
+        (lambda decoder: rewrite(decoder, [True]), "True is no whole number"),
     ],
 )
 def test_what_cannot_be_removed_is_refused(
@@ -385,9 +393,20 @@ def test_what_cannot_be_removed_is_refused(
     assert all(torch.equal(value, before[key]) for key, value in decoder.state_dict().items())
 
 
+def test_attentions_are_removed_once() -> None:
+    """A second rewrite would leave those of the first without anything in their place."""
+    decoder = make("adapters")
+    with pytest.raises(UsageError, match="attentions of layers 1, 3 are removed already"):
+        rewrite(decoder, [2])
+    assert decoder.skipped.removed == (1, 3)
+
+
 def test_folding_without_data_and_other_families_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="folding needs prompts of the task"):
         fold(make("adapters"), [])
+    for wrong in (None, batch(2, 5, 3)):
+        with pytest.raises(UsageError, match="Give a list of batches"):
+            fold(make("adapters"), wrong)  # type: ignore[arg-type]
     model = make_decoder("opt")
     decoder = ExitDecoder(model, opt.trunk(model), [1])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="from models of the Llama and Qwen families only"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,22 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         open_sound(tmp_path / "none.wav", "none.wav")
     with pytest.raises(DataError, match="not a regular file"):
         open_sound(tmp_path, "folder")
+
+
+def test_a_file_that_is_cut_off_gives_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_wav(tmp_path / "a.wav", make_sound(0.5)[:, None])
+    whole = open_sound(path, "a.wav")
+    with caplog.at_level(logging.WARNING):
+        assert not caplog.records
+        path.write_bytes(path.read_bytes()[:5001])
+        cut = open_sound(path, "a.wav")
+    assert f"it has {len(cut.samples)} of {len(whole.samples)} samples" in caplog.text
+
+
+@pytest.mark.parametrize("rate", [1, 4_000_000])
+def test_rates_that_no_sound_has_are_refused(tmp_path: Path, rate: int) -> None:
+    path = write_wav(tmp_path / "a.wav", make_sound(0.5)[:, None], rate=rate)
+    with pytest.raises(DataError, match=f"a rate of {rate} Hz"):
+        open_sound(path, "a.wav")

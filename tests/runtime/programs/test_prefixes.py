@@ -167,6 +167,32 @@ def test_conversations_that_take_turns_are_kept_up_to_a_bound(model: Model) -> N
     assert model.prefixes.bytes == 0
 
 
+def test_a_bound_that_is_full_keeps_what_was_loaded(model: Model, tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    path, system = tmp_path / "system.npz", random_text(random, 40)
+    model.save_prefix(path, system)
+    for _ in range(3):
+        model.load_prefix(path)
+    one = model.prefixes.bytes
+    model.prefixes.limit_bytes = 2 * one + 100
+    talks = [random_text(random, 40) for _ in range(3)]
+    for _ in range(2):
+        for talk in talks:
+            write(model, talk)
+            assert one <= model.prefixes.bytes <= 2 * one + 100
+    assert write(model, [*system, 3])[1] == len(system)
+
+
+def test_rows_of_which_unlike_parts_are_kept_still_fit(model: Model) -> None:
+    """Rows run side by side: a long new part stands behind the longest kept one."""
+    random = np.random.default_rng(6)
+    a, b, c = (random_text(random, 80) for _ in range(3))
+    for mode in ("full", "exact", "fast"):
+        write(model, [a, b], mode=mode)
+        prompts = [[*a, 5], c]
+        assert write(model, prompts, mode=mode)[0] == write(model, prompts, reuse=False)[0]
+
+
 def test_an_error_in_the_middle_leaves_nothing_behind(model: Model) -> None:
     prompt = random_text(np.random.default_rng(1), 30)
 
@@ -257,17 +283,30 @@ def test_a_prefix_of_something_else_is_refused(
         model.load_prefix(path)
     assert model.prefixes.bytes == 0
     raw = path.read_bytes()
-    for damaged in (raw[: len(raw) // 2], b"", b"no archive"):
+    entry = raw.index(b"PK\x01\x02")  # whose seventh byte is the version that is needed
+    flipped = raw[: entry + 6] + b"\xd7" + raw[entry + 7 :]
+    model.prefixes.limit_bytes = None
+    for damaged in (raw[: len(raw) // 2], b"", b"no archive", flipped):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read as saved states"):
             model.load_prefix(path)
     with pytest.raises(DataError, match="No such file"):
         model.load_prefix(tmp_path / "none.npz")
+    with pytest.raises(UsageError, match="path is a NoneType"):
+        model.load_prefix(None)  # type: ignore[arg-type]
+    for name, value in {
+        "tokens": np.array([1.0, 2.0]),
+        "about": np.frombuffer(b'{"format": 1, "bundle": null, "engine": {}}', np.uint8),
+        "states/0/0": np.full_like(held["states/0/0"], np.nan),
+    }.items():
+        np.savez(path, **(held | {name: value}))  # type: ignore[arg-type]
+        with pytest.raises((DataError, StateError)):
+            model.load_prefix(path)
 
 
-@pytest.mark.parametrize("prompt", [[], [10**6], list(range(3, 20)) * 6])
+@pytest.mark.parametrize("prompt", [[], [10**6], list(range(3, 20)) * 6, [[3, 4], [5, 6]]])
 def test_prompts_that_cannot_be_saved_are_refused(
-    model: Model, prompt: list[int], tmp_path: Path
+    model: Model, prompt: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(EdgeExitError):
         model.save_prefix(tmp_path / "system.npz", prompt)
