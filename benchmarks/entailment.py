@@ -197,7 +197,10 @@ def chosen(folder: Path, task: str, key: dict[str, Any], *, keep: bool) -> dict[
     for bundle in key["weights"]:
         with opened(folder / bundle, CAPACITY) as model:
             asked = Statements(model, task, "test", count["test"], 26)
-            known, rules, earliest, floor = choose(model, task, count["validation"], asked)
+            every = bundle == "mue"
+            known, rules, earliest, floor = choose(
+                model, task, count["validation"], asked, every=every
+            )
             early = [exit_.name for exit_ in model.exits[:-1]]
         if bundle == "mue":
             made |= {"known": known, "oracle": earliest, "floor": floor, "early": early}
@@ -209,10 +212,10 @@ def chosen(folder: Path, task: str, key: dict[str, Any], *, keep: bool) -> dict[
 
 
 def choose(
-    model: runtime.Model, task: str, validation: int, asked: Statements
+    model: runtime.Model, task: str, validation: int, asked: Statements, *, every: bool
 ) -> tuple[int, dict[str, Rules], dict[str, Any], float]:
     """Chooses rules: MuE's, by saturation alone; by whatever score needs the fewest layers; further
-    on in captions; and DeeBERT's, by entropy.
+    on in captions; and DeeBERT's, by entropy. Without `every`, MuE's alone.
 
     Returns:
         How many questions the whole model answers right, name -> rules, the oracle of tokens, and
@@ -224,14 +227,14 @@ def choose(
     encoders = [name for name in model.chains if name.endswith("encoder")]
     earliest = oracle(trace_of_answers(model, known.first(200)))
     found: dict[str, Rules] = {}
-    points = {"mue": LOST[task]} | ({"further": FURTHER} if task == "read" else {})
+    points = {"mue": LOST[task]} | ({"further": FURTHER} if task == "read" and every else {})
     for name, lost in points.items():
         chooser = Thresholds(model, everything, known, lost=lost)
         handed: Rules = {}
         for chain in encoders:
             handed = chooser.of_answers(handed, chain)
         found[name] = chooser.of_tokens(handed, (SATURATION,))
-        if name == "mue":
+        if name == "mue" and every:
             found["encoders"] = handed
             found["best"] = chooser.of_tokens(handed, (SATURATION, *SCORES))
             found["entropy"] = chooser.of_tokens({}, ("entropy",))
