@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import MANIFEST
-from edgeexit.errors import OutputExistsError, UsageError
+from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
 
 
 def write_atomic(
@@ -24,8 +24,8 @@ def write_atomic(
     Raises:
         OutputExistsError: `path` exists, and `overwrite` is not set. Of several processes that
             write one file, one succeeds.
-        UsageError: `path` is a directory, or is inside a bundle; or the file cannot be written; no
-            partial file remains.
+        UsageError: `path` is a directory, or is inside a bundle.
+        MeasurementError: The file cannot be written; no partial file remains.
     """
     path = Path(path)
     _check_output(path, (), overwrite=True)
@@ -42,7 +42,7 @@ def write_atomic(
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
-        raise UsageError(
+        raise MeasurementError(
             f"{path}: cannot be written ({error.strerror or error}); no partial file remains",
             fix="Free some space, or choose another -o.",
         ) from error

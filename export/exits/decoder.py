@@ -170,7 +170,6 @@ class ExitDecoder(DecoderPass):
             exits=exits,
             unsplit=[unsplit.name],
         )
-        stops = list(trunk.stop_tokens)
         return SplitModel(
             name=self.name,
             task="text-generation",
@@ -188,7 +187,7 @@ class ExitDecoder(DecoderPass):
                 tokens="tokens",
                 positions=POSITIONS,
                 capacity=trunk.capacity,
-                stop_tokens=stops,
+                stop_tokens=list(trunk.stop_tokens),
                 generation=self.generation,
             ),
             float32=trunk.float32,

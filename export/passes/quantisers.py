@@ -114,7 +114,7 @@ class FewBits(Quantising):
         self._settings = settings
         self._quantiser = Quantiser(settings)
         if stored is not None:
-            self._quantiser.stored = stored.find
+            self._quantiser.stored, self._quantiser.lenient = stored.find, True
         least = min(settings.bits, 8 if stored is None else stored.least)
         self.precision = "int4" if least == 4 else "int8"
 

@@ -113,14 +113,21 @@ class Quantiser:
         settings: How.
         stored: Finds a matrix ``[rows, width]`` that the checkpoint holds in blocks already; these
             are kept.
+        lenient: Other weights whose rows cannot be divided into blocks stay in float32.
         known: Digest of a weight and its bits -> its blocks.
         kept: How many weights were kept as the checkpoint has them.
     """
 
     settings: WeightBits
     stored: Callable[[NDArray[np.float32]], Blocks | None] = lambda weight: None
+    lenient: bool = False
     known: dict[tuple[bytes, int], Blocks] = field(default_factory=dict)
     kept: int = 0
+
+    def takes(self, weight: NDArray[np.float32]) -> bool:
+        """Whether a matrix ``[rows, width]`` is to be quantised."""
+        divides = not weight.shape[1] % self.settings.block
+        return divides or not self.lenient or self.stored(weight) is not None
 
     def blocks(self, weight: NDArray[np.float32], bits: int, what: str) -> Blocks:
         """Blocks of a matrix ``[rows, width]``, whose rows are quantised independently.
@@ -246,7 +253,7 @@ def rewrite(model: ir.Model, quantiser: Quantiser, bits_of: Callable[[ir.Node], 
     for node in list(model.graph):
         weight = _weight_of(node)
         bits = None if weight is None or len(weight) < NARROWEST else bits_of(node)
-        if weight is None or bits is None:
+        if weight is None or bits is None or not quantiser.takes(weight):
             continue
         operand = node.inputs[1]
         assert operand is not None

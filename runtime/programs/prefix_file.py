@@ -43,7 +43,7 @@ def write_prefix(
         engine: As `Model.describe_engine` tells.
 
     Raises:
-        UsageError: The file cannot be written.
+        MeasurementError, UsageError: The file cannot be written.
     """
     about = {"format": FORMAT, "bundle": bundle.digest, "engine": _bound(engine)}
     arrays: dict[str, Any] = {

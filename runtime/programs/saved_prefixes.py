@@ -35,7 +35,7 @@ class SavedPrefixes(TextProgram):
             InputError: The prompt is invalid, or longer than the capacity.
             StateError: The model is in use, or what it keeps cannot be copied: an encoder reads the
                 prompts, or the states are on a GPU.
-            UsageError: The file cannot be written.
+            MeasurementError, UsageError: The file cannot be written.
         """
         _check_path(path)
         self._enter()
