@@ -45,7 +45,7 @@ def stored_rows(file: Path) -> StoredRows | None:
     """The integers of a file's matrices; None: there are none that can be kept."""
     import gguf
 
-    rows, others = StoredRows("gguf"), set()
+    rows, others = StoredRows(), set()
     kinds = gguf.GGMLQuantizationType
     for tensor in gguf.GGUFReader(str(file)).tensors:
         kind = tensor.tensor_type

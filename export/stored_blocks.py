@@ -45,11 +45,9 @@ class StoredRows:
     """Rows of matrices that a checkpoint holds in few bits.
 
     Attributes:
-        kind: e.g. ``gptq``, for messages and provenance.
         least: Fewest bits of any.
     """
 
-    kind: str
     least: int = 8
     _matrices: list[Blocks] = field(default_factory=list)
     _rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -221,7 +219,7 @@ class _Format:
     """How a kind of checkpoint stores a matrix.
 
     Attributes:
-        parts: Last parts of the names of its tensors; the first is always there.
+        parts: Last parts of the names of its tensors.
         read: Makes a matrix of them.
     """
 
@@ -304,7 +302,7 @@ def read_stored(
         else:
             wide = tensor.float() if tensor.is_floating_point() else tensor
             matrices.setdefault(place, {})[part] = wide.numpy()
-    rows, left = StoredRows("compressed-tensors" if kind == "int-quantized" else kind), []
+    rows, left = StoredRows(), []
     for place, stored in matrices.items():
         try:
             matrix = layout.read(stored, settings)

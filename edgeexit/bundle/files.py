@@ -1,4 +1,4 @@
-"""Writes files atomically, and checks output paths."""
+"""Writes files atomically, checks output paths, and reads archives of arrays."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import MANIFEST
-from edgeexit.errors import MeasurementError, OutputExistsError, UsageError
+from edgeexit.errors import (
+    DataError,
+    MeasurementError,
+    OutputExistsError,
+    UsageError,
+    first_line,
+)
 
 
 def write_atomic(
@@ -49,6 +58,28 @@ def write_atomic(
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def read_npz(
+    path: Path,
+    fix: str = "Write it with numpy.savez(path, **arrays), one array per input.",
+    what: str = ".npz",
+) -> dict[str, NDArray]:
+    """Reads every array of a ``.npz`` file. Raises `DataError`, also for pickled objects.
+
+    Args:
+        what: What the file should be, in messages.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array, not an archive")
+            with archive:
+                return {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy, zipfile and zlib raise many types for a damaged file
+        reason = "it has pickled objects" if "pickle" in str(error) else first_line(error)
+        raise DataError(f"{path.name}: cannot be read as {what} ({reason})", fix=fix) from error
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:

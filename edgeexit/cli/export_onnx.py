@@ -41,8 +41,8 @@ def export_file(
         )
     if not Path(model).is_file():
         raise UsageError(f"{model} does not exist", fix="Give an ONNX file.")
+    from edgeexit.bundle.files import read_npz
     from edgeexit.export import export_onnx
-    from edgeexit.measure.batches import read_npz
 
     own = ("task", "name", "outputs")
     extra = {name: options[name] for name in own if options[name] is not None}

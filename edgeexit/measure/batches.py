@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.paths import shown
 from edgeexit.bundle.reader import Bundle
-from edgeexit.errors import DataError, InputError, UsageError, first_line
+from edgeexit.errors import DataError, InputError, UsageError
 
 LABEL = "label"
 Update = Callable[[bytes], None]
@@ -109,22 +108,6 @@ def naming_rows(first: int, count: int) -> Iterator[None]:
     except InputError as error:
         rows = f"row {first}" if count == 1 else f"rows {first} to {first + count - 1}"
         raise InputError(f"{rows}: {error.what}", fix=error.fix) from error
-
-
-def read_npz(
-    path: Path, fix: str = "Write it with numpy.savez(path, **arrays), one array per input."
-) -> dict[str, NDArray]:
-    """Reads every array of a ``.npz`` file. Raises `DataError`, also for pickled objects."""
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array, not an archive")
-            with archive:
-                return {name: archive[name] for name in archive.files}
-    except Exception as error:  # numpy, zipfile and zlib raise many types for a damaged file
-        reason = "it has pickled objects" if "pickle" in str(error) else first_line(error)
-        raise DataError(f"{path.name}: cannot be read as .npz ({reason})", fix=fix) from error
 
 
 def refuse_misnamed_label(arrays: Mapping[str, NDArray], bundle: Bundle, where: str) -> None:

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.compare import outliers, spread
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.manifest import Chain
 from edgeexit.bundle.policy import Policy, Rule, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError, EngineError
-from edgeexit.measure.batches import read_npz, take_rows
+from edgeexit.measure.batches import take_rows
 from edgeexit.measure.check_exits import Checked, compare_exits, decided, only, rules_of
 from edgeexit.measure.check_texts import check_texts
 from edgeexit.measure.judge import Judge, Report, tolerances

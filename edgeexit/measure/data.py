@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.paths import not_a_file, not_a_folder, shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError
@@ -28,7 +29,6 @@ from edgeexit.measure.batches import (
     Update,
     class_count,
     label_index,
-    read_npz,
     refuse_misnamed_label,
     take_rows,
 )

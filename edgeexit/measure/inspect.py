@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.manifest import (
     ITEM_BYTES,
     Chain,
@@ -22,7 +23,6 @@ from edgeexit.bundle.manifest import (
 )
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
-from edgeexit.measure.batches import read_npz
 from edgeexit.measure.check import REFERENCE
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.policy import Policy, Rule, decisions_of, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError
-from edgeexit.measure.batches import read_npz
 from edgeexit.measure.probe import ask_in_batches, full_depth, predictions
 from edgeexit.runtime import Model
 

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.manifest import Gather
 from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, InputError, UsageError
-from edgeexit.measure.batches import LABEL, Batch, DataSet, Update, read_npz
+from edgeexit.measure.batches import LABEL, Batch, DataSet, Update
 from edgeexit.measure.functions import load_function
 from edgeexit.measure.raw_data import json_object
 from edgeexit.runtime.programs.forward import check_inputs

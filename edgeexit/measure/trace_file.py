@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.files import write_atomic
+from edgeexit.bundle.files import read_npz, write_atomic
 from edgeexit.bundle.paths import not_a_file, shown
 from edgeexit.bundle.policy_file import rules_from_json, rules_to_json
 from edgeexit.errors import DataError
-from edgeexit.measure.batches import read_npz
 from edgeexit.measure.trace import Trace
 
 TRACE_FORMAT = "2.0"

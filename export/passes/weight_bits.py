@@ -115,14 +115,12 @@ class Quantiser:
             are kept.
         lenient: Other weights whose rows cannot be divided into blocks stay in float32.
         known: Digest of a weight and its bits -> its blocks.
-        kept: How many weights were kept as the checkpoint has them.
     """
 
     settings: WeightBits
     stored: Callable[[NDArray[np.float32]], Blocks | None] = lambda weight: None
     lenient: bool = False
     known: dict[tuple[bytes, int], Blocks] = field(default_factory=dict)
-    kept: int = 0
 
     def takes(self, weight: NDArray[np.float32]) -> bool:
         """Whether a matrix ``[rows, width]`` is to be quantised."""
@@ -139,7 +137,6 @@ class Quantiser:
         if key in self.known:
             return self.known[key]
         if (held := self.stored(weight)) is not None:
-            self.kept += 1
             self.known[key] = held
             return held
         block = self.settings.block

@@ -163,14 +163,14 @@ class PrefixCache:
                 size -= one.bytes
 
 
-def taken(session: Session, row: int, count: int, *, stays: bool = False) -> Prefix:
+def taken(session: Session, row: int, count: int) -> Prefix:
     """A copy of the states of a row's first tokens."""
     counts = [min(count, part.states.lengths[row]) for part in session.stateful]
     states = [
         part.states.read(row, own) for part, own in zip(session.stateful, counts, strict=True)
     ]
     tokens = np.array(session.texts.tokens(row)[:count], np.int64)
-    return Prefix(tokens, counts, states, stays)
+    return Prefix(tokens, counts, states)
 
 
 def put(session: Session, row: int, prefix: Prefix) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgeexit.bundle.files import write_atomic
+from edgeexit.bundle.files import read_npz, write_atomic
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, StateError, first_line
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.prefix_cache import Prefix
 
 FORMAT = 1
+SAVED = "saved states"
 AGAIN = "Save it again: model.save_prefix(path, prompt)."
 
 
@@ -64,23 +65,20 @@ def read_prefix(
         DataError: The file is missing or damaged.
         StateError: It is of another bundle or engine, or longer than the capacity.
     """
+    arrays = read_npz(Path(path), AGAIN, SAVED)
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = msgspec.json.decode(bytes(file["about"]), type=_About)
-            if about.format != FORMAT:
-                raise ValueError(f"format {about.format}, this edgeexit reads {FORMAT}")
-            _check_bound(path, "bundle", about.bundle, bundle.digest)
-            _check_bound(path, "engine", about.engine, _bound(engine))
-            tokens = file["tokens"]
-            if tokens.dtype != np.int64 or tokens.ndim != 1 or not len(tokens):
-                raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
-            states = _states(file, session, len(tokens))
-    except StateError:
-        raise
-    except Exception as error:  # a damaged archive fails in many ways
-        reason = getattr(error, "strerror", None) or first_line(error)
+        about = msgspec.json.decode(bytes(arrays["about"]), type=_About)
+        if about.format != FORMAT:
+            raise ValueError(f"format {about.format}, this edgeexit reads {FORMAT}")
+        _check_bound(path, "bundle", about.bundle, bundle.digest)
+        _check_bound(path, "engine", about.engine, _bound(engine))
+        tokens = arrays["tokens"]
+        if tokens.dtype != np.int64 or tokens.ndim != 1 or not len(tokens):
+            raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
+        states = _states(arrays, session, len(tokens))
+    except (KeyError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise DataError(
-            f"{Path(path)}: cannot be read as saved states ({reason})", fix=AGAIN
+            f"{Path(path)}: cannot be read as {SAVED} ({first_line(error)})", fix=AGAIN
         ) from error
     if len(tokens) >= session.capacity:
         raise StateError(
@@ -90,13 +88,13 @@ def read_prefix(
     return Prefix(tokens, [len(tokens)] * len(session.stateful), states, stays=True)
 
 
-def _states(file: Any, session: Session, count: int) -> list[list[Any]]:
+def _states(arrays: Mapping[str, Any], session: Session, count: int) -> list[list[Any]]:
     """Per part, its arrays, which must have the form of the session's."""
     found = []
     for number, part in enumerate(session.stateful):
-        arrays = []
+        own = []
         for group, (dtype, shape) in enumerate(part.states.forms(count)):
-            array = file[f"states/{number}/{group}"]
+            array = arrays[f"states/{number}/{group}"]
             if (array.dtype, array.shape) != (dtype, shape):
                 raise ValueError(
                     f"states of {part.name} are {array.dtype} {list(array.shape)}, not {dtype} "
@@ -104,8 +102,8 @@ def _states(file: Any, session: Session, count: int) -> list[list[Any]]:
                 )
             if not np.isfinite(array).all():
                 raise ValueError(f"states of {part.name} are not numbers")
-            arrays.append(array)
-        found.append(arrays)
+            own.append(array)
+        found.append(own)
     return found
 
 

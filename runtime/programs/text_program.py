@@ -1,5 +1,6 @@
-"""What all uses of a model that writes text share: its tokenizer, its sessions, and the steps that
-run before the text, such as encoders and vision towers.
+"""What all uses of a model that writes text share: its tokenizer and chat templates, its sessions,
+what they keep of earlier texts, and the steps that run before the text, such as encoders and vision
+towers.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.files import read_npz
 from edgeexit.bundle.manifest import Gather, Tensor
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import DataError, MeasurementError
-from edgeexit.measure.batches import Batch, read_npz, take_rows
+from edgeexit.measure.batches import Batch, take_rows
 from edgeexit.measure.bench.cases import write_inputs
 from edgeexit.measure.check import REFERENCE
 from edgeexit.measure.data import open_data
