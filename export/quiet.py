@@ -18,3 +18,15 @@ def quiet(*names: str) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
         yield
+
+
+@contextlib.contextmanager
+def keep_root_logger() -> Iterator[None]:
+    """For imports of modules that set up the root logger, which belongs to the program."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 settings.register_profile("edgeexit", deadline=None, print_blob=True)
 settings.load_profile("edgeexit")
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_command_line() -> Iterator[None]:
+    """The command line sets up its process: logging to its stderr, warnings, what SIGTERM does. A
+    test that runs it here leaves the next one its own."""
+    root, ours = logging.getLogger(), logging.getLogger("edgeexit")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    terminate = signal.getsignal(signal.SIGTERM)
+    with warnings.catch_warnings():
+        yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+    if signal.getsignal(signal.SIGTERM) is not terminate:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 SLOW_FILES = (

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.blocks import dequantised, packed
 from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.quiet import keep_root_logger
 
 Method = Literal["rtn", "hqq", "k-quant"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -156,9 +157,14 @@ def _digest(weight: NDArray[np.float32]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(weight).data).digest()
 
 
-def _rtn(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
-    from onnxruntime.quantization import matmul_nbits_quantizer as library
+def _quantisers_of_onnxruntime() -> Any:
+    with keep_root_logger():
+        from onnxruntime.quantization import matmul_nbits_quantizer
+    return matmul_nbits_quantizer
 
+
+def _rtn(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
+    library = _quantisers_of_onnxruntime()
     config = library.DefaultWeightOnlyQuantConfig(
         block_size=block, is_symmetric=symmetric, bits=bits
     )
@@ -169,8 +175,8 @@ def _rtn(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) ->
 
 def _hqq(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
     import torch
-    from onnxruntime.quantization import matmul_nbits_quantizer as library
 
+    library = _quantisers_of_onnxruntime()
     config = library.HQQWeightOnlyQuantConfig(block_size=block, bits=bits)
     numbers, scales, zero = library.HQQWeightOnlyQuantizer(config).quantize_internal(
         torch.from_numpy(weight), bits=bits, group_size=block

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-
 import click
 import pytest
 from click.testing import CliRunner
 
 from edgeexit.cli import VERBS, cli
 from tests.command_lines import find_commands, parse
-
-
-@pytest.fixture(autouse=True)
-def quiet_parsing() -> Iterator[None]:
-    """Parsing -v and -q sets up logging and warnings, which other tests have their own way."""
-    handlers = logging.root.handlers[:]
-    level = logging.getLogger("edgeexit").level
-    with warnings.catch_warnings():
-        yield
-    logging.root.handlers[:] = handlers
-    logging.getLogger("edgeexit").setLevel(level)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,11 +146,9 @@ def cli(tmp_path: Path) -> Cli:
 
 
 @pytest.fixture
-def run_here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """The command line in this process, which has torch already; importing it takes seconds."""
     from edgeexit.cli import main
-
-    handlers, terminate = logging.root.handlers[:], signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Ran:
         with pytest.raises(SystemExit) as ended:
@@ -159,9 +156,7 @@ def run_here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]
         shown = capsys.readouterr()
         return Ran(int(ended.value.code or 0), shown.out, shown.err)
 
-    yield run
-    logging.root.handlers[:] = handlers
-    signal.signal(signal.SIGTERM, terminate)
+    return run
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,20 @@ def test_methods_come_close_and_the_careful_ones_closer(method: str, bits: int) 
     step = np.ptp(given.reshape(64, -1, 32), axis=-1).max() / (2**bits - 1)
     assert errors[method] < 0.3 * step
     assert errors[method] <= 1.02 * errors["rtn"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_root_logger_stays_the_programs(method: str) -> None:
+    code = f"""
+import logging
+import numpy as np
+from edgeexit.export.passes.weight_bits import Quantiser, WeightBits
+Quantiser(WeightBits(4, method="{method}")).blocks(np.ones((8, 64), np.float32), 4, "a")
+root = logging.getLogger()
+print(root.handlers, root.level == logging.WARNING)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["[]", "True"]
 
 
 def test_equal_numbers_and_zeros_are_kept() -> None:
