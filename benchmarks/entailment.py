@@ -39,6 +39,7 @@ from thresholds import (
     Thresholds,
     digest,
     exported,
+    kept_choice,
     opened,
     trace_of_answers,
 )  # fmt: skip
@@ -187,28 +188,26 @@ def prompts_of(folder: Path, bundle: str) -> Path:
 def chosen(folder: Path, task: str, key: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     """The rules of every bundle, as JSON, and what was seen on the way; chosen, or those of the
     last run where they are to be kept and are of the same weights and questions."""
-    path = folder / "choice.json"
-    if keep and path.exists():
-        held: dict[str, Any] = json.loads(path.read_text())
-        if held["key"] == key:
-            return held
-    made: dict[str, Any] = {"key": key, "rules": {}}
-    count = key["count"]
-    for bundle in key["weights"]:
-        with opened(folder / bundle, CAPACITY) as model:
-            asked = Statements(model, task, "test", count["test"], 26)
-            every = bundle == "mue"
-            known, rules, earliest, floor = choose(
-                model, task, count["validation"], asked, every=every
-            )
-            early = [exit_.name for exit_ in model.exits[:-1]]
-        if bundle == "mue":
-            made |= {"known": known, "oracle": earliest, "floor": floor, "early": early}
-        else:
-            rules = {bundle: rules["mue"]}
-        made["rules"][bundle] = {name: rules_to_json(own) for name, own in rules.items()}
-    path.write_text(json.dumps(made))
-    return made
+
+    def make() -> dict[str, Any]:
+        made: dict[str, Any] = {"rules": {}}
+        count = key["count"]
+        for bundle in key["weights"]:
+            with opened(folder / bundle, CAPACITY) as model:
+                asked = Statements(model, task, "test", count["test"], 26)
+                every = bundle == "mue"
+                known, rules, earliest, floor = choose(
+                    model, task, count["validation"], asked, every=every
+                )
+                early = [exit_.name for exit_ in model.exits[:-1]]
+            if bundle == "mue":
+                made |= {"known": known, "oracle": earliest, "floor": floor, "early": early}
+            else:
+                rules = {bundle: rules["mue"]}
+            made["rules"][bundle] = {name: rules_to_json(own) for name, own in rules.items()}
+        return made
+
+    return kept_choice(folder / "choice.json", key, make, keep=keep)
 
 
 def choose(

@@ -45,13 +45,14 @@ from thresholds import (
     always_left,
     digest,
     exported,
+    kept_choice,
     opened,
     trace_of_answers,
 )
 
 from edgeexit import runtime
 from edgeexit.bundle.policy import ALWAYS
-from edgeexit.bundle.policy_file import rules_to_json
+from edgeexit.bundle.policy_file import rules_from_json, rules_to_json
 from edgeexit.measure import environment
 from edgeexit.measure.bench.cases import settings, write_inputs
 from edgeexit.measure.bench.paired import Side, best_setting
@@ -97,14 +98,17 @@ def main() -> None:
     parser.add_argument("--most-steps", type=int, default=data.MOST_STEPS, help="that are asked")
     parser.add_argument("--summary", nargs="+", metavar="NAME", help="of results: their means")
     parser.add_argument("--place", action="store_true", help="only compare sets of exits")
-    parser.add_argument("--keep", action="store_true", help="reuse the bundles of the last run")
+    parser.add_argument("--choose", action="store_true", help="only export and choose thresholds")
+    parser.add_argument(
+        "--keep", action="store_true", help="reuse the bundles and thresholds of the last run"
+    )
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.summary:
         return summarise(given.summary)
     if given.model is None:
         parser.error("give -m, a checkpoint, or --summary")
-    folder = SCRATCH / "scenes"
+    folder = SCRATCH / ("scenes" + "-quick" * given.quick)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((given.model / "config.json").read_text())
     last = ["--exits", str(config["text_config"]["num_hidden_layers"])]
@@ -126,35 +130,30 @@ def main() -> None:
     for name, checkpoint in beside.items():
         exported(checkpoint, folder / name, [], keep=given.keep)
     count = {split: QUICK if given.quick else most for split, most in given.questions.items()}
-    with opened(folder / "tokens", CAPACITY) as model:
-        everything = Questions(model, "validation", count["validation"], 25, given.most_steps)
-        known = everything.first(TOKEN_QUESTIONS).answered_right(model)
-        asked = Questions(model, "test", count["test"], given.test_seed, given.most_steps)
-        if given.place:
+
+    def questions(model: runtime.Model, split: str) -> Questions:
+        seed = {"validation": 25, "test": given.test_seed}[split]
+        return Questions(model, split, count[split], seed, given.most_steps)
+
+    if given.place:
+        with opened(folder / "tokens", CAPACITY) as model:
+            known = questions(model, "validation").first(TOKEN_QUESTIONS).answered_right(model)
             return place(model, known, quick=given.quick)
-        tokens = Thresholds(model, everything, known)
-        rules = {"free": tokens.of_tokens({}), "entropy": tokens.of_tokens({}, ("entropy",))}
-        tokens.use({})
-        earliest = oracle(trace_of_answers(model, asked))
-        early = [exit_.name for exit_ in model.exits[:-1]]
-    with opened(folder / "images", CAPACITY) as model:
-        images = Thresholds(model, everything, known)
-        rules["tower"], rules["gates"] = images.of_answers({}, TOWER), images.of_answers({}, None)
-        rules["tower_gates"] = images.of_answers(rules["tower"], None)
-        floor = floor_of(model, asked.texts[:QUICK])
-        gated = {layer_of(e.name) for e in model.chain.exits if e.path and e.action == "drop"}
-        if lacking := gated - set(drops):
-            parser.error(f"--drops lacks layers of gates: {sorted(lacking)}")
-    with opened(folder / "both", CAPACITY) as model:
-        both = Thresholds(model, everything, known)
-        seen = rules["tower_gates"]
-        if given.both:  # other gates
-            seen = both.of_answers(rules["tower"], None)
-        rules["all"] = both.of_tokens(seen)
+    key = {"bundles": bundles, "weights": digest(given.model), "count": count}
+    key |= {"seed": given.test_seed, "most_steps": given.most_steps}
+    make = functools.partial(choose, folder, questions, other_gates=bool(given.both))
+    choice = kept_choice(folder / "choice.json", key, make, keep=given.keep)
+    if lacking := set(choice["gated"]) - set(drops):
+        parser.error(f"--drops lacks layers of gates: {sorted(lacking)}")
+    if given.choose:
+        return
+    rules = {name: rules_from_json(own) for name, own in choice["rules"].items()}
+    with opened(folder / "tokens", CAPACITY) as model:
+        asked = questions(model, "test")
     write_inputs(folder / "test.npz", [dict(text.row("tokens")) for text in asked.texts])
     watch = environment.Watch()
     result = {
-        "questions": count | {"validation, right": len(known.items)},
+        "questions": count | {"validation, right": choice["known"]},
         "test_seed": given.test_seed,
         "most_steps": given.most_steps,
         "beside": list(beside),
@@ -162,16 +161,13 @@ def main() -> None:
         "checkpoints": {n: digest(c) for n, c in {"exits": given.model, **beside}.items()},
         "bundles": bundles,
         "lost": LOST,
-        "rules": {name: rules_to_json(own) for name, own in rules.items()},
-        "exits": images.exits,
-        "floor": floor,
-        "oracle": earliest,
+        **{name: choice[name] for name in ("rules", "exits", "floor", "oracle")},
     }
     result |= measure(
         folder,
         asked,
-        cases_of(rules, drops, early, list(images.exits["tower"])),
-        early,
+        cases_of(rules, drops, choice["early"], list(choice["exits"]["tower"])),
+        choice["early"],
         list(beside),
         given.against,
     )
@@ -182,6 +178,41 @@ def main() -> None:
     machine.pop("other_load_cores")
     result["environment"] = environment.describe() | {"machine": machine}
     save(f"scenes-{given.name}" if given.name else "scenes", result, quick=given.quick)
+
+
+def choose(
+    folder: Path, questions: Callable[[runtime.Model, str], Questions], *, other_gates: bool
+) -> dict[str, Any]:
+    """Rules of every case, and what was seen on the way; as JSON. With `other_gates` the bundle of
+    everything has gates of its own."""
+    with opened(folder / "tokens", CAPACITY) as model:
+        everything = questions(model, "validation")
+        known = everything.first(TOKEN_QUESTIONS).answered_right(model)
+        tokens = Thresholds(model, everything, known)
+        rules = {"free": tokens.of_tokens({}), "entropy": tokens.of_tokens({}, ("entropy",))}
+        tokens.use({})
+        asked = questions(model, "test")
+        earliest = oracle(trace_of_answers(model, asked))
+        early = [exit_.name for exit_ in model.exits[:-1]]
+    with opened(folder / "images", CAPACITY) as model:
+        images = Thresholds(model, everything, known)
+        rules["tower"], rules["gates"] = images.of_answers({}, TOWER), images.of_answers({}, None)
+        rules["tower_gates"] = images.of_answers(rules["tower"], None)
+        floor = floor_of(model, asked.texts[:QUICK])
+        gated = {layer_of(e.name) for e in model.chain.exits if e.path and e.action == "drop"}
+    with opened(folder / "both", CAPACITY) as model:
+        both = Thresholds(model, everything, known)
+        seen = both.of_answers(rules["tower"], None) if other_gates else rules["tower_gates"]
+        rules["all"] = both.of_tokens(seen)
+    return {
+        "rules": {name: rules_to_json(own) for name, own in rules.items()},
+        "known": len(known.items),
+        "exits": images.exits,
+        "floor": floor,
+        "oracle": earliest,
+        "early": early,
+        "gated": sorted(gated),
+    }
 
 
 def summarise(names: Sequence[str]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,17 @@ __all__ = [
     "LOST", "MAIN", "SCORES", "Asked", "Rules", "Thresholds", "always_left", "digest", "effect",
     "exported", "opened", "trace_of_answers",
 ]  # fmt: skip
+
+
+def kept_choice(
+    path: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]], *, keep: bool
+) -> dict[str, Any]:
+    """Thresholds and what was seen as they were chosen, as JSON: made, or those of the last run
+    where they are to be kept and its `key`, what they follow from, is the same."""
+    if keep and path.exists():
+        held: dict[str, Any] = json.loads(path.read_text())
+        if held["key"] == key:
+            return held
+    path.write_text(json.dumps({"key": key} | make()))
+    made: dict[str, Any] = json.loads(path.read_text())
+    return made
