@@ -104,9 +104,10 @@ def make_models(folder: Path, shape: dict[str, int]) -> None:
     build_genai(folder / "checkpoint", folder / "genai")
 
 
-def build_genai(checkpoint: Path, folder: Path) -> None:
+def build_genai(checkpoint: Path, folder: Path, precision: str = "fp32") -> None:
     """Converts a checkpoint with onnxruntime-genai's own builder."""
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    builder += ["-p", precision, "-e", "cpu"]
     places = ["-m", str(checkpoint), "-o", str(folder), "-c", str(folder.parent / "cache")]
     # Logits of the last token only, as ours.
     run([*builder, *places, "--extra_options", "prune_lm_head=true"])

@@ -7,6 +7,7 @@ Every case returns records like `edgeexit.measure.bench.cases.read_generation`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 from subjects import session_options
 
-from edgeexit.measure.bench.cases import read_inputs
+from edgeexit.measure.bench.cases import memory_case, read_inputs
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.runtime.engines.onnxruntime import SLOW_FUSIONS
 
 
 def genai(
-    folder: str, prompts: str, new_tokens: int, threads: Any, capacity: int | None = None
+    folder: str,
+    prompts: str,
+    new_tokens: int,
+    threads: Any,
+    capacity: int | None = None,
+    ignore_eos: bool = False,
 ) -> Subject:
-    """onnxruntime-genai with the model of its own builder. Case ``genai``.
+    """onnxruntime-genai with the model of its own builder. Cases ``genai`` and ``memory``.
 
     `threads` is ``default`` (its own choice), ``blocking`` (the pool does not spin), or a number.
     """
@@ -43,7 +49,9 @@ def genai(
         params = og.GeneratorParams(model)
         length = len(rows[number]) + new_tokens
         params.set_search_options(
-            do_sample=False, max_length=max(length, capacity or 0), min_length=0
+            do_sample=False,
+            max_length=max(length, capacity or 0),
+            min_length=length if ignore_eos else 0,
         )
         generator = og.Generator(model, params)  # not timed: our caches are not either
         started = time.perf_counter()
@@ -58,7 +66,48 @@ def genai(
         return {"first_token_s": first - started, "decode_s": ended - first, "tokens": made}
 
     facts = {"library": "onnxruntime-genai", "version": og.__version__, "threads": str(threads)}
-    return Subject({"genai": Case(call, lambda record: record)}, len(rows), facts)
+    cases = {"genai": Case(call, lambda record: record), "memory": memory_case()}
+    return Subject(cases, len(rows), facts)
+
+
+def llama_cpp(
+    file: str, prompts: str, new_tokens: int, threads: Any, capacity: int | None = None
+) -> Subject:
+    """llama.cpp with a GGUF file, by its C functions; no token ends a text. Cases ``llama.cpp`` and
+    ``memory``."""
+    import llama_cpp as library
+
+    count = len(os.sched_getaffinity(0)) if threads == "default" else int(threads)
+    rows = _rows(prompts)
+    size = capacity or max(map(len, rows)) + new_tokens
+    model = library.Llama(
+        file, n_ctx=size, n_batch=size, n_threads=count, n_threads_batch=count, verbose=False
+    )
+    context = model.ctx
+    vocabulary = model.n_vocab()
+
+    def read(tokens: list[int]) -> int:
+        """Runs tokens. Returns the likeliest next one."""
+        array = (library.llama_token * len(tokens))(*tokens)
+        if library.llama_decode(context, library.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        logits = library.llama_get_logits_ith(context, -1)
+        return int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())
+
+    def call(number: int) -> dict[str, Any]:
+        model.reset()
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        started = time.perf_counter()
+        made = [read(rows[number])]
+        first = time.perf_counter()
+        while len(made) < new_tokens:
+            made.append(read(made[-1:]))
+        ended = time.perf_counter()
+        return {"first_token_s": first - started, "decode_s": ended - first, "tokens": made}
+
+    facts = {"library": "llama.cpp", "version": library.__version__, "threads": str(threads)}
+    cases = {"llama.cpp": Case(call, lambda record: record), "memory": memory_case()}
+    return Subject(cases, len(rows), facts)
 
 
 def exporters(

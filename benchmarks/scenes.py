@@ -202,8 +202,11 @@ def choose(
         gated = {layer_of(e.name) for e in model.chain.exits if e.path and e.action == "drop"}
     with opened(folder / "both", CAPACITY) as model:
         both = Thresholds(model, everything, known)
-        seen = both.of_answers(rules["tower"], None) if other_gates else rules["tower_gates"]
-        rules["all"] = both.of_tokens(seen)
+        before = {"gates_tokens": rules["gates"], "all": rules["tower_gates"]}
+        if other_gates:
+            before["gates_tokens"] = both.of_answers({}, None)
+            before["all"] = both.of_answers(rules["tower"], None)
+        rules |= {name: both.of_tokens(own) for name, own in before.items()}
     return {
         "rules": {name: rules_to_json(own) for name, own in rules.items()},
         "known": len(known.items),
@@ -287,7 +290,7 @@ def cases_of(
         "images": {name: case("full", rules[name]) for name in ("tower", "gates", "tower_gates")}
         | {"whole": case("full", {})}
         | {f"tower_{layer_of(name)}": case("full", {TOWER: always_left(name)}) for name in towers},
-        "both": {"all": case("fast", rules["all"])},
+        "both": {name: case("fast", rules[name]) for name in ("gates_tokens", "all")},
     } | {
         f"cut_{layer}": {
             f"static_{layer}": case(

@@ -118,13 +118,15 @@ def _print_flips(flips: list[Flips], what: str, score: str, *, of_policy: bool) 
     print_table(
         f"against float32, {flips[0].rows} {what} of the calibration data, decisions "
         + ("of the policy" if of_policy else f"where {score} is at its median"),
-        ("exit", "other answers", "other decisions", f"largest difference of {score}"),
+        ("exit", "other answers", "other decisions", f"largest difference of {score}")
+        + (("perplexity", "in float32") if flips[0].perplexity else ()),
         [
             (
                 f.exit,
                 _of(f.answers, f.rows),
                 "-" if f.decisions is None else _of(f.decisions, f.rows),
                 f"{f.score:.3g}",
+                *(f"{one:.4g}" for one in reversed(f.perplexity or ())),
             )
             for f in flips
         ],

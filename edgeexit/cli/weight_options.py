@@ -39,8 +39,9 @@ def weight_options(function: F) -> F:
         ),
         click.option(
             "--weights-method",
-            type=click.Choice(["rtn", "hqq", "k-quant"]),
-            help="With --weights: which of ONNX Runtime's quantisers; default: k-quant.",
+            type=click.Choice(["rtn", "hqq", "k-quant", "gptq"]),
+            help="With --weights: how numbers are chosen; gptq needs --calibration-data. Default: "
+            "k-quant.",
         ),
         click.option(
             "--weights-symmetric",

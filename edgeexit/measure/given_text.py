@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.next_tokens import perplexity
 from edgeexit.bundle.policy import Policy, Rule, rule_of
 from edgeexit.measure.texts import Text, as_data
 from edgeexit.measure.trace import Trace, record, replay
@@ -95,8 +96,8 @@ def of_exits(trace: Trace, taken: NDArray[np.int64]) -> GivenText | None:
         exits=dict(zip(trace.exits, counts, strict=True)),
         agreement=float(agrees[early].mean()) if early.any() else None,
         agreement_of_all_tokens=float(agrees.mean()),
-        perplexity=_perplexity(chosen),
-        perplexity_full=_perplexity(trace.next_log_probs[-1, rows]),
+        perplexity=perplexity(chosen),
+        perplexity_full=perplexity(trace.next_log_probs[-1, rows]),
     )
 
 
@@ -124,11 +125,6 @@ def on_given_texts(
     data = as_data(given, model.bundle, "given texts")
     rule = rule_of(model.policy, model.chain, model.chain_name)  # drops are in the trace already
     return judge(record(model, data, 1, token_times=False), rule)
-
-
-def _perplexity(log_probs: NDArray[np.float32]) -> float:
-    mean = float(log_probs.mean(dtype=np.float64))
-    return math.exp(-mean) if mean > -700 else math.inf
 
 
 __all__ = ["FEW_TOKENS", "GivenText", "judge", "of_exits", "on_given_texts"]

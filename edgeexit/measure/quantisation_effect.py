@@ -9,12 +9,15 @@ on float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeexit.bundle.files import read_npz
+from edgeexit.bundle.next_tokens import NEXT_LOG_PROB, perplexity
 from edgeexit.bundle.policy import Policy, Rule, decisions_of, policy_for
 from edgeexit.bundle.reader import Bundle
 from edgeexit.errors import BundleError
@@ -38,6 +41,8 @@ class Flips:
         decisions: Number of rows that stop here in only one precision; None at the last exit, and
             at exits where the policy never stops.
         score: Largest difference of the compared score.
+        perplexity: Of the texts, in float32 and as it is here; None: rows are not tokens, or the
+            bundle is of a version that did not store it.
     """
 
     exit: str
@@ -45,6 +50,7 @@ class Flips:
     answers: int
     decisions: int | None
     score: float
+    perplexity: tuple[float, float] | None = None
 
 
 def has_float32(bundle: Bundle) -> bool:
@@ -90,9 +96,19 @@ def count_flips(model: Model, policy: Policy | Rule | None = None) -> list[Flips
                 answers=int(others.sum()),
                 decisions=flipped if asked else None,
                 score=float(np.abs(ours - theirs).max()),
+                perplexity=_perplexities(known, made, exit_.name),
             )
         )
     return found
+
+
+def _perplexities(
+    known: Mapping[str, NDArray], made: Mapping[str, NDArray], exit_: str
+) -> tuple[float, float] | None:
+    name = f"{exit_}/{NEXT_LOG_PROB}"
+    if name not in known:
+        return None
+    return perplexity(known[name]), perplexity(made[name])
 
 
 def describe(flips: list[Flips]) -> list[dict[str, Any]]:

@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.bundle.manifest import Chain, Exit
+from edgeexit.bundle.next_tokens import NEXT_LOG_PROB, NO_TOKEN
 from edgeexit.bundle.policy import Policy, Rule, decide
 from edgeexit.errors import DataError, MeasurementError, PolicyError
 from edgeexit.measure.batches import Batch, DataSet, naming_rows
 from edgeexit.measure.probe import Answers, ask, chain_named, predictions
 from edgeexit.measure.token_times import TIMED_TEXTS, measure_token_times
 from edgeexit.runtime import Model
-from edgeexit.runtime.programs.every_exit import NEXT_LOG_PROB, NO_TOKEN
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from edgeexit.bundle.manifest import (
     Step,
     Variant,
 )
+from edgeexit.bundle.next_tokens import NEXT_LOG_PROB, log_probs, next_tokens
 from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import ExportError
 from edgeexit.export.describe import LOGITS
@@ -154,13 +155,6 @@ class _Quantised:
 
     def _quantise_chain(self, chain: Chain, *, answering: bool) -> None:
         alone, small = self._ranges.branch(), self._small[""].branch()
-        for name in chain.unsplit:
-            self._quantise(name, chain, alone)
-            alone.run(name)
-            small.run(name)
-        if chain.unsplit and answering and not self._texts:
-            [known] = small.known
-            self.reference |= {f"unsplit/{t.name}": known[t.name] for t in chain.outputs}
         early: dict[str, Walk] = {}
         for number, name in enumerate(chain.components):
             self._quantise(name, chain, self._ranges)
@@ -174,6 +168,14 @@ class _Quantised:
                     early[f"{exit_.name}/"] = self._small[""].behind(chain, exit_)
             for walk in self._walks:
                 walk.forget(chain, number)
+        # Behind the segments: these have less to hold at once while data is measured.
+        for name in chain.unsplit:
+            self._quantise(name, chain, alone)
+            alone.run(name)
+            small.run(name)
+        if chain.unsplit and answering and not self._texts:
+            [known] = small.known
+            self.reference |= {f"unsplit/{t.name}": known[t.name] for t in chain.outputs}
         for walk in self._walks if not answering else ():
             walk.hand_on(chain)
         self._small |= early
@@ -204,6 +206,9 @@ class _Quantised:
             return
         outputs = {name: stacked([part[name] for part in parts]) for name in parts[0]}
         sample = reference_sample({}, {exit_.name: outputs}, every_token=self._texts)
+        if (decoding := self.whole.manifest.decoding) is not None and LOGITS in outputs:
+            following = next_tokens(self.float32[f"input/{decoding.tokens}"])
+            sample[f"{exit_.name}/{NEXT_LOG_PROB}"] = log_probs(outputs[LOGITS], following)
         for name in (LOGITS, "gap") if self._texts else ():
             sample.pop(f"{exit_.name}/{name}", None)
         self.float32 |= sample
@@ -213,12 +218,13 @@ class _Quantised:
         component, one = self.whole.manifest.components[name], self._quantising.one_form
         self.tell(f"{name}, {self._quantising.precision}")
         given = component.variants[-1:] if one else component.variants
-        variants = [self._form(name, chain, walk, variant, one) for variant in given]
+        # The last form first: it is the one that data runs through.
+        variants = [self._form(name, chain, walk, variant, one) for variant in reversed(given)]
         projection = None if one else component.projection
         if projection is not None:
             projection = self._form(name, None, walk, projection, one)
         self._done[name] = msgspec.structs.replace(
-            component, variants=variants, projection=projection
+            component, variants=variants[::-1], projection=projection
         )
 
     def _form(

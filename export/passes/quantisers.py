@@ -23,10 +23,17 @@ import onnx_ir as ir
 
 from edgeexit.bundle.blocks import Table
 from edgeexit.bundle.manifest import Chain, Component, Gather, Manifest, TableBlocks
+from edgeexit.errors import UsageError
 from edgeexit.export.describe import LOGITS, Precision
 from edgeexit.export.passes.calibration import Rows, split
+from edgeexit.export.passes.gptq import second_moments
 from edgeexit.export.passes.static_int8 import QUANTISED, quantise
-from edgeexit.export.passes.weight_bits import Quantiser, WeightBits, rewrite
+from edgeexit.export.passes.weight_bits import (
+    Quantiser,
+    WeightBits,
+    measured_inputs,
+    rewrite,
+)
 from edgeexit.export.stored_blocks import StoredRows
 from edgeexit.export.walk import Walk
 from edgeexit.export.weights import WeightStore
@@ -131,7 +138,11 @@ class FewBits(Quantising):
         def bits_of(node: ir.Node) -> int | None:
             return settings.head_bits if node.name in of_heads else settings.bits
 
-        return rewrite(model, self._quantiser, bits_of) > 0
+        moments = None
+        if chain is not None and settings.method == "gptq":
+            inputs = measured_inputs(model, self._quantiser, bits_of)
+            moments = second_moments(model, inputs, walk.feeds(name)) if inputs else None
+        return rewrite(model, self._quantiser, bits_of, moments) > 0
 
     def table(self, step: Gather, table: Table, store: WeightStore) -> Gather:
         bits, rows = self._settings.head_bits, np.array(table.rows)
@@ -152,6 +163,11 @@ class FewBits(Quantising):
 
     def split(self, batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
         given = list(itertools.islice(batches, MOST_BATCHES))
+        if not given and self._settings.method == "gptq":
+            raise UsageError(
+                f"{manifest.name}: gptq measures on data what weights are multiplied with",
+                fix="Give --calibration-data with some texts or rows, or use another method.",
+            )
         return split(given, manifest) if given else ([], [])
 
 

@@ -3,31 +3,24 @@ have scales of their own; everything else stays in float32.
 
 Such a product reads a quarter, or half, of the bytes of an int8 one or of float32, which is what a
 token's time is spent on. ONNX Runtime rounds activations to 8 bits, block by block, as it computes
-(``accuracy_level`` 4), so no ranges of activations are measured. Its quantisers choose the numbers
-(`METHODS`):
-
-- ``rtn``: round to nearest;
-- ``hqq``: zero points that lessen the error's norm (half-quadratic quantisation);
-- ``k-quant``: scales and zero points of least weighted squared error, as llama.cpp chooses them.
+(``accuracy_level`` 4), so no ranges of activations are measured. `edgeexit.export.passes.roundings`
+chooses the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeexit.bundle.blocks import dequantised, packed
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.quiet import keep_root_logger
+from edgeexit.export.passes.roundings import METHODS, QUANTISERS, Blocks, Method, gptq
 
-Method = Literal["rtn", "hqq", "k-quant"]
-METHODS: tuple[Method, ...] = get_args(Method)
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
 NARROWEST = 16
@@ -46,7 +39,7 @@ class WeightBits:
             `bits`.
         block: Weights that share a scale.
         symmetric: Without zero points.
-        method: Which of ONNX Runtime's quantisers chooses the numbers.
+        method: What chooses the numbers.
 
     Raises:
         UsageError: A setting is not one of those above, or they exclude each other.
@@ -82,30 +75,6 @@ class WeightBits:
         return None if bits == 32 else bits
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix in blocks (`edgeexit.bundle.blocks`).
-
-    Attributes:
-        numbers: Packed, uint8 ``[rows, blocks, block * bits / 8]``.
-        scales: float32 ``[rows, blocks]``.
-        zero_points: Packed, uint8 ``[rows, blocks * bits / 8]``; None: half of the range.
-        bits, block: As in `WeightBits`.
-        width: Elements of a row.
-    """
-
-    numbers: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8] | None
-    bits: int
-    block: int
-    width: int
-
-    def floats(self) -> NDArray[np.float32]:
-        """The matrix ``[rows, width]`` in float32."""
-        return dequantised(self.numbers, self.scales, self.zero_points, self.bits, self.width)
-
-
 @dataclass
 class Quantiser:
     """Quantises weights, each once, however many graphs have it.
@@ -128,8 +97,22 @@ class Quantiser:
         divides = not weight.shape[1] % self.settings.block
         return divides or not self.lenient or self.stored(weight) is not None
 
-    def blocks(self, weight: NDArray[np.float32], bits: int, what: str) -> Blocks:
+    def knows(self, weight: NDArray[np.float32], bits: int) -> bool:
+        """Whether its blocks need no data: they were made before, or the checkpoint has them."""
+        return (_digest(weight), bits) in self.known or self.stored(weight) is not None
+
+    def blocks(
+        self,
+        weight: NDArray[np.float32],
+        bits: int,
+        what: str,
+        moments: NDArray[np.float64] | None = None,
+    ) -> Blocks:
         """Blocks of a matrix ``[rows, width]``, whose rows are quantised independently.
+
+        Args:
+            what: The weight, for messages.
+            moments: Second moments of a product's inputs ``[width, width]``, for ``gptq``.
 
         Raises:
             ExportError: Its rows cannot be divided into blocks.
@@ -148,7 +131,11 @@ class Quantiser:
                 f"{what}: its inputs ({weight.shape[1]}) cannot be divided into blocks of {block}",
                 fix=f"Use {instead}.",
             )
-        found = _QUANTISERS[self.settings.method](weight, bits, block, self.settings.symmetric)
+        if moments is not None:
+            found = gptq(weight, moments, bits, block)
+        else:
+            method = QUANTISERS[self.settings.method]
+            found = method(weight, bits, block, self.settings.symmetric)
         self.known[key] = found
         return found
 
@@ -157,94 +144,44 @@ def _digest(weight: NDArray[np.float32]) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(weight).data).digest()
 
 
-def _quantisers_of_onnxruntime() -> Any:
-    with keep_root_logger():
-        from onnxruntime.quantization import matmul_nbits_quantizer
-    return matmul_nbits_quantizer
+BitsOf = Callable[[ir.Node], "int | None"]
+"""Bits of the weights of a product; None: it stays as it is."""
 
 
-def _rtn(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
-    library = _quantisers_of_onnxruntime()
-    config = library.DefaultWeightOnlyQuantConfig(
-        block_size=block, is_symmetric=symmetric, bits=bits
-    )
-    turned = np.ascontiguousarray(weight.T)
-    numbers, scales, zero = library.DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
-    return Blocks(numbers, scales, None if symmetric else zero, bits, block, weight.shape[1])
+def measured_inputs(model: ir.Model, quantiser: Quantiser, bits_of: BitsOf) -> list[ir.Value]:
+    """What products of a graph read whose blocks are not known yet."""
+    read = [
+        node.inputs[0]
+        for node, weight, bits in _products(model, quantiser, bits_of)
+        if not quantiser.knows(weight, bits)
+    ]
+    return [value for value in read if value is not None]
 
 
-def _hqq(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
-    import torch
-
-    library = _quantisers_of_onnxruntime()
-    config = library.HQQWeightOnlyQuantConfig(block_size=block, bits=bits)
-    numbers, scales, zero = library.HQQWeightOnlyQuantizer(config).quantize_internal(
-        torch.from_numpy(weight), bits=bits, group_size=block
-    )
-    return _from_float_zero(numbers.numpy(), scales.numpy(), zero.numpy(), bits, block, weight)
-
-
-def _from_float_zero(
-    numbers: NDArray[Any],
-    scales: NDArray[Any],
-    zero: NDArray[Any],
-    bits: int,
-    block: int,
-    weight: NDArray[np.float32],
-) -> Blocks:
-    """Rounds zero points, which ``MatMulNBits`` multiplies much faster as whole numbers, and rounds
-    the weight once more with them."""
-    most, blocks = (1 << bits) - 1, weight.shape[1] // block
-    zero = np.clip(np.rint(zero), 0, most).reshape(-1, blocks).astype(np.uint8)
-    scales = scales.reshape(-1, blocks).astype(np.float32)
-    parts = weight.reshape(len(weight), blocks, block)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        again = np.nan_to_num(np.rint(parts / scales[..., None]) + zero[..., None])
-    numbers = np.clip(again, 0, most).astype(np.uint8)
-    return _made(parts, numbers, scales, zero, bits)
+def _products(
+    model: ir.Model, quantiser: Quantiser, bits_of: BitsOf
+) -> Iterator[tuple[ir.Node, NDArray[np.float32], int]]:
+    """Products that are to be replaced, their weights ``[rows, width]`` and bits."""
+    for node in list(model.graph):
+        weight = _weight_of(node)
+        bits = None if weight is None or len(weight) < NARROWEST else bits_of(node)
+        if weight is not None and bits is not None and quantiser.takes(weight):
+            yield node, weight, bits
 
 
-def _made(
-    parts: NDArray[np.float32],
-    numbers: NDArray[np.uint8],
-    scales: NDArray[np.float32],
-    zero: NDArray[np.uint8],
-    bits: int,
-) -> Blocks:
-    """Blocks of parts of a weight ``[rows, blocks, block]``. Parts whose elements are equal, which
-    the quantisers do not heed, get their value as scale."""
-    equal = (parts == parts[..., :1]).all(-1)
-    numbers[equal], zero[equal], scales[equal] = 1, 0, parts[equal, 0]
-    _, blocks, block = parts.shape
-    return Blocks(packed(numbers, bits), scales, packed(zero, bits), bits, block, blocks * block)
-
-
-def _k_quant(weight: NDArray[np.float32], bits: int, block: int, symmetric: bool) -> Blocks:
-    from onnxruntime.quantization.neural_compressor import weight_only as library
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        numbers, scales, zero = library.quant_tensor_k_quant_cpu(weight, bits, block)
-    blocks = weight.shape[1] // block
-    numbers = np.nan_to_num(numbers).astype(np.uint8).reshape(len(weight), blocks, block)
-    scales = scales.reshape(-1, blocks).astype(np.float32)
-    parts = weight.reshape(len(weight), blocks, block)
-    return _made(parts, numbers, scales, zero.reshape(-1, blocks), bits)
-
-
-_QUANTISERS: Mapping[str, Callable[[NDArray[np.float32], int, int, bool], Blocks]] = {
-    "rtn": _rtn,
-    "hqq": _hqq,
-    "k-quant": _k_quant,
-}
-
-
-def rewrite(model: ir.Model, quantiser: Quantiser, bits_of: Callable[[ir.Node], int | None]) -> int:
+def rewrite(
+    model: ir.Model,
+    quantiser: Quantiser,
+    bits_of: BitsOf,
+    moments: Mapping[str, NDArray[np.float64]] | None = None,
+) -> int:
     """Replaces products with weights in a graph, in place.
 
     Args:
         model: Float32.
         quantiser: Gives the blocks.
-        bits_of: Bits of the weights of a product; None: it stays as it is.
+        bits_of: Which, and how.
+        moments: Tensor -> its second moments, for products that read it (``gptq``).
 
     Returns:
         How many products were replaced.
@@ -253,15 +190,12 @@ def rewrite(model: ir.Model, quantiser: Quantiser, bits_of: Callable[[ir.Node], 
         ExportError: A weight cannot be divided into blocks.
     """
     replaced = 0
-    for node in list(model.graph):
-        weight = _weight_of(node)
-        bits = None if weight is None or len(weight) < NARROWEST else bits_of(node)
-        if weight is None or bits is None or not quantiser.takes(weight):
-            continue
-        operand = node.inputs[1]
-        assert operand is not None
+    for node, weight, bits in _products(model, quantiser, bits_of):
+        source, operand = node.inputs[0], node.inputs[1]
+        assert source is not None and operand is not None
         what = operand.name or node.op_type
-        _replace(model.graph, node, quantiser.blocks(weight, bits, what), what)
+        known = (moments or {}).get(str(source.name))
+        _replace(model.graph, node, quantiser.blocks(weight, bits, what, known), what)
         replaced += 1
     if replaced:
         model.opset_imports.setdefault(DOMAIN, 1)
@@ -347,4 +281,14 @@ def _remove_unused(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-__all__ = ["BITS", "BLOCKS", "METHODS", "REQUIRES", "Blocks", "Quantiser", "WeightBits", "rewrite"]
+__all__ = [
+    "BITS",
+    "BLOCKS",
+    "METHODS",
+    "REQUIRES",
+    "Blocks",
+    "Quantiser",
+    "WeightBits",
+    "measured_inputs",
+    "rewrite",
+]

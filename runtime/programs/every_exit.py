@@ -13,16 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.bundle.next_tokens import NEXT_LOG_PROB, NO_TOKEN, log_probs, next_tokens
 from edgeexit.errors import UsageError
 from edgeexit.runtime.executor.blocks import Block, even_chunk, standing
 from edgeexit.runtime.executor.head import Answers, Head
 from edgeexit.runtime.executor.session import Session
 from edgeexit.runtime.programs.forward import Trace
-
-NEXT_LOG_PROB = "next_log_prob"
-
-NO_TOKEN = -1
-"""Instead of a token: none follows, or the token was dropped and nothing answers behind it."""
 
 
 def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -> Trace:
@@ -53,7 +49,7 @@ def trace_texts(session: Session, tokens: NDArray[np.int64], step: int | None) -
     given = {number: _Collected(exit_.scores) for number, exit_ in exits}
     for number, exit_ in exits:
         session.token_scores.open(number, exit_.scores)
-    following = np.concatenate([tokens[:, 1:], np.full((rows, 1), NO_TOKEN)], axis=1)
+    following = next_tokens(tokens)
     times_ms: list[list[float]] = []
     for start in range(0, length, step):
         part = np.ascontiguousarray(tokens[:, start : start + step])
@@ -115,14 +111,14 @@ class _Collected:
             own = {name: np.array(answers[name]).reshape(rows, -1) for name in self._names}
             if block.positions is None:
                 # The unsplit graph answers only for the last token of a run.
-                own[NEXT_LOG_PROB] = _log_probs(logits, following[:, -logits.shape[1] :])
+                own[NEXT_LOG_PROB] = log_probs(logits, following[:, -logits.shape[1] :])
                 made, self._logits = own, logits[:, -1]
             else:
                 places = [np.array(p, np.int64) - start for p in standing(block, [start] * rows)]
                 nexts = np.full(logits.shape[:2], NO_TOKEN)
                 for row, kept in enumerate(places):
                     nexts[row, : len(kept)] = following[row, kept]
-                own[NEXT_LOG_PROB] = _log_probs(logits, nexts)
+                own[NEXT_LOG_PROB] = log_probs(logits, nexts)
                 for name, values in own.items():
                     made[name] = made[name].astype(values.dtype)
                     for row, kept in enumerate(places):
@@ -190,15 +186,4 @@ def _ask(session: Session, number: int, head: Head | None, before: Block, block:
     return {**head(states.reshape(-1, states.shape[-1])), **own}
 
 
-def _log_probs(logits: NDArray[Any], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Log-probabilities ``[batch, seq]`` of tokens, from logits ``[batch, seq, vocabulary]``; NaN
-    for `NO_TOKEN`. Computed token by token, because a copy of all logits may not fit in memory."""
-    log_probs = np.full(tokens.shape, np.nan, np.float32)
-    for row, place in np.argwhere(tokens != NO_TOKEN):
-        own = logits[row, place].astype(np.float32)
-        own -= own.max()
-        log_probs[row, place] = own[tokens[row, place]] - np.log(np.exp(own).sum())
-    return log_probs
-
-
-__all__ = ["NEXT_LOG_PROB", "NO_TOKEN", "segment_times", "trace_texts"]
+__all__ = ["segment_times", "trace_texts"]

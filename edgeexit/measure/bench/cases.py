@@ -267,7 +267,7 @@ def _text_cases(
     full = settings["unsplit" if model.unsplit else "full"]
     cases["search"] = case(full, min(new_tokens, SEARCH_TOKENS))
     enter = case(full, 1).enter
-    cases["memory"] = Case(lambda _: _memory(), lambda found: found, enter)
+    cases["memory"] = dataclasses.replace(memory_case(), enter=enter)
     if tokens := {group.token for group in decoding.groups.values()}:
 
         def parts(_: int) -> dict[str, list[float]]:
@@ -287,9 +287,10 @@ def _text_cases(
     return cases
 
 
-def _memory() -> dict[str, int]:
-    """Memory of this process."""
-    return {"peak_bytes": peak_bytes(), "resident_bytes": resident_bytes()}
+def memory_case() -> Case:
+    """Its record is the memory of the process, in bytes."""
+    memory = {"peak_bytes": peak_bytes, "resident_bytes": resident_bytes}
+    return Case(lambda _: {name: of() for name, of in memory.items()}, lambda found: found)
 
 
 def read_generation(generation: Generation) -> dict[str, Any]:
@@ -330,6 +331,7 @@ __all__ = [
     "NEW_TOKENS",
     "chain",
     "gpu_facts",
+    "memory_case",
     "on_its_way",
     "policy_case",
     "read_answers",

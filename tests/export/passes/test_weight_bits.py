@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from edgeexit.bundle.blocks import dequantised, packed, unpacked
 from edgeexit.bundle.manifest import Gather
@@ -227,6 +230,15 @@ def test_check_counts_what_changed(decoder_folder: Folders, tmp_path: Path) -> N
         flips = count_flips(model)
     assert len(flips) == len(EXITS) + 1
     assert all(0 <= one.answers < one.rows and one.score > 0 for one in flips)
+    tokens = np.load(open_bundle(tmp_path / "b").file("samples/float32.npz"))["input/tokens"]
+    whole = AutoModelForCausalLM.from_pretrained(decoder_folder("llama"))
+    given = torch.from_numpy(tokens)
+    with torch.no_grad():
+        loss = float(whole(input_ids=given, labels=given).loss)
+    assert flips[-1].perplexity is not None
+    in_float32, here = flips[-1].perplexity
+    assert in_float32 == pytest.approx(math.exp(loss), rel=1e-4)
+    assert here != in_float32 and here == pytest.approx(in_float32, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Prompts of four kinds for a small chat model: questions, code to continue, texts to rewrite that
+quote their prompt, and stories to continue.
+
+Code and the texts to rewrite come from Python's standard library, so another Python gives others.
+
+    edgeexit bench smol4 --data examples/smollm/data.py:every_prompt
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+QUESTIONS = (
+    "Why is the sky blue?",
+    "How do I boil an egg so that the yolk stays soft?",
+    "What is the difference between weather and climate?",
+    "Give me three ideas for a birthday present for my grandmother.",
+    "Explain to a ten year old how a refrigerator works.",
+    "What should I pack for a weekend in the mountains?",
+    "Write a short email to my landlord about a dripping tap.",
+    "Which countries border Switzerland?",
+    "How can I fall asleep faster?",
+    "What does a transformer do in an electric grid?",
+    "Is it better to learn the piano or the guitar first?",
+    "Tell me about the history of the bicycle.",
+    "What are the advantages of public transport?",
+)
+FUNCTIONS = (
+    "textwrap.dedent",
+    "shlex.split",
+    "textwrap.shorten",
+    "fnmatch.filter",
+    "heapq.merge",
+    "statistics.median_grouped",
+    "difflib.get_close_matches",
+    "calendar.timegm",
+    "colorsys.rgb_to_hls",
+    "random.shuffle",
+    "string.capwords",
+    "functools.update_wrapper",
+)
+TEXTS = (
+    "argparse",
+    "tempfile",
+    "cmd",
+    "shelve",
+    "timeit",
+    "unittest",
+    "fileinput",
+    "csv",
+    "subprocess",
+    "copy",
+    "random",
+    "logging.Formatter",
+)
+STORIES = (
+    "The lighthouse keeper had not spoken to anyone for three weeks when",
+    "On the morning of the festival, the baker discovered that",
+    "Nobody in the village remembered who had built the bridge, but",
+    "The old train stopped between two stations, and",
+    "My grandfather kept a locked box under his bed. One day",
+    "When the snow melted, the children found",
+    "The captain looked at the map again and sighed, because",
+    "In a small town by the sea there lived a clockmaker who",
+    "The letter arrived ten years too late. It said that",
+    "Far beyond the last farm, where the road ends,",
+    "She opened the door of the library and",
+    "The dog waited at the station every evening until",
+    "It was the hottest summer in a hundred years, and",
+)
+REWRITE = "Rewrite this text. Keep its words, and correct only mistakes.\n\n"
+WORDS = 90
+"""Of a text to rewrite."""
+
+
+def prompts() -> list[dict[str, Any]]:
+    """Objects with a ``kind`` and either ``messages`` or a ``prompt`` that is continued."""
+    asked = [{"kind": "chat", "messages": _said(question)} for question in QUESTIONS]
+    code = [{"kind": "code", "prompt": _beginning(name)} for name in FUNCTIONS]
+    quoting = [{"kind": "quoting", "messages": _said(REWRITE + _words(name))} for name in TEXTS]
+    free = [{"kind": "free", "prompt": text} for text in STORIES]
+    return [*asked, *code, *quoting, *free]
+
+
+def every_prompt() -> list[dict[str, Any]]:
+    """The same, with messages as plain text: for ``--data``."""
+    return [{"prompt": one.get("prompt") or one["messages"][0]["content"]} for one in prompts()]
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.partition(".")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def _beginning(name: str) -> str:
+    """The first half of a function's source."""
+    lines = inspect.getsource(_find(name)).splitlines(keepends=True)
+    return "".join(lines[: max(4, len(lines) // 2)])
+
+
+def _words(name: str) -> str:
+    return " ".join(str(inspect.getdoc(_find(name))).split()[:WORDS])
