@@ -85,12 +85,15 @@ class Quantiser:
             are kept.
         lenient: Other weights whose rows cannot be divided into blocks stay in float32.
         known: Digest of a weight and its bits -> its blocks.
+        rows: Digest of a row and its bits -> its numbers, scales and zero points, of what was
+            measured: one graph may have queries, keys and values apart, another one joined.
     """
 
     settings: WeightBits
     stored: Callable[[NDArray[np.float32]], Blocks | None] = lambda weight: None
     lenient: bool = False
     known: dict[tuple[bytes, int], Blocks] = field(default_factory=dict)
+    rows: dict[tuple[bytes, int], tuple[NDArray[Any], ...]] = field(default_factory=dict)
 
     def takes(self, weight: NDArray[np.float32]) -> bool:
         """Whether a matrix ``[rows, width]`` is to be quantised."""
@@ -99,7 +102,9 @@ class Quantiser:
 
     def knows(self, weight: NDArray[np.float32], bits: int) -> bool:
         """Whether its blocks need no data: they were made before, or the checkpoint has them."""
-        return (_digest(weight), bits) in self.known or self.stored(weight) is not None
+        if (_digest(weight), bits) in self.known or self.stored(weight) is not None:
+            return True
+        return all((_digest(row), bits) in self.rows for row in weight)
 
     def blocks(
         self,
@@ -131,8 +136,15 @@ class Quantiser:
                 f"{what}: its inputs ({weight.shape[1]}) cannot be divided into blocks of {block}",
                 fix=f"Use {instead}.",
             )
-        if moments is not None:
+        if self.rows and self.knows(weight, bits):
+            own = zip(*(self.rows[_digest(row), bits] for row in weight), strict=True)
+            numbers, scales, zero = map(np.stack, own)
+            found = Blocks(numbers, scales, zero, bits, block, weight.shape[1])
+        elif moments is not None:
             found = gptq(weight, moments, bits, block)
+            assert found.zero_points is not None
+            made = zip(found.numbers, found.scales, found.zero_points, strict=True)
+            self.rows |= {(_digest(row), bits): own for row, own in zip(weight, made, strict=True)}
         else:
             method = QUANTISERS[self.settings.method]
             found = method(weight, bits, block, self.settings.symmetric)
