@@ -1,15 +1,21 @@
-"""Prompts of four kinds for a small chat model: questions, code to continue, texts to rewrite that
-quote their prompt, and stories to continue.
+"""Prompts of four kinds for a small chat model (questions, code to continue, texts to rewrite that
+quote their prompt, and stories to continue), and texts to quantise with.
 
-Code and the texts to rewrite come from Python's standard library, so another Python gives others.
+Code and texts come from Python's standard library, so another Python gives others.
 
+    edgeexit export -m smollm2 --exits 6 --weights int4 --weights-method gptq \\
+        --calibration-data examples/smollm/data.py:calibration -o smol4
     edgeexit bench smol4 --data examples/smollm/data.py:every_prompt
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import random
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 QUESTIONS = (
@@ -73,6 +79,8 @@ STORIES = (
 REWRITE = "Rewrite this text. Keep its words, and correct only mistakes.\n\n"
 WORDS = 90
 """Of a text to rewrite."""
+PASSAGE, PASSAGES = 120, 128
+"""Words of a passage to quantise with, and their number."""
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -87,6 +95,22 @@ def prompts() -> list[dict[str, Any]]:
 def every_prompt() -> list[dict[str, Any]]:
     """The same, with messages as plain text: for ``--data``."""
     return [{"prompt": one.get("prompt") or one["messages"][0]["content"]} for one in prompts()]
+
+
+def calibration() -> list[str]:
+    """Passages of the documentation of modules and classes, in a random order."""
+    texts = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        documented = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for node in documented:
+            words = (ast.get_docstring(node) or "").split(" ")
+            texts += [
+                " ".join(words[start : start + PASSAGE])
+                for start in range(0, len(words) - PASSAGE // 2, PASSAGE)
+            ]
+    random.Random(0).shuffle(texts)
+    return texts[:PASSAGES]
 
 
 def _said(text: str) -> list[dict[str, str]]:
