@@ -233,7 +233,9 @@ def _without_attentions(*, folded: bool) -> Any:
     decoder = ExitDecoder(model, llama.trunk(model), [1, 2])  # type: ignore[arg-type]
     rewrite(decoder, [2, 3], 8)
     if folded:
-        fold(decoder, [{"input_ids": torch.ones(2, 5, dtype=torch.long)}])
+        tokens, labels = torch.ones(2, 5, dtype=torch.long), torch.full((2, 5), -100)
+        labels[:, -1] = 1  # a prompt of four tokens
+        fold(decoder, [{"input_ids": tokens, "labels": labels}])
     return decoder.eval()
 
 
