@@ -25,9 +25,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from edgeexit.bundle.blocks import packed
+from edgeexit.bundle.blocks import BLOCKS, Blocks, packed
 from edgeexit.errors import ExportError
-from edgeexit.export.passes.weight_bits import BLOCKS, Blocks
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,10 @@ Buffer = Any
 """What ``numpy.frombuffer`` reads."""
 
 
+BLOCKS = (16, 32, 64, 128, 256)
+"""Elements that may share a scale."""
+
+
 def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Numbers ``[..., n]`` of bytes ``[..., n * bits / 8]``.
 
@@ -135,4 +139,29 @@ def table_parts(step: Gather) -> dict[str, tuple[int, int]]:
     return parts
 
 
-__all__ = ["Table", "dequantised", "packed", "table_parts", "unpacked"]
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks.
+
+    Attributes:
+        numbers: Packed, uint8 ``[rows, blocks, block * bits / 8]``.
+        scales: float32 ``[rows, blocks]``.
+        zero_points: Packed, uint8 ``[rows, blocks * bits / 8]``; None: half of the range.
+        bits: 4 or 8.
+        block: Elements that share a scale.
+        width: Elements of a row.
+    """
+
+    numbers: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
+    bits: int
+    block: int
+    width: int
+
+    def floats(self) -> NDArray[np.float32]:
+        """The matrix ``[rows, width]`` in float32."""
+        return dequantised(self.numbers, self.scales, self.zero_points, self.bits, self.width)
+
+
+__all__ = ["BLOCKS", "Blocks", "Table", "dequantised", "packed", "table_parts", "unpacked"]

@@ -13,42 +13,17 @@ All but the last's rounding are ONNX Runtime's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.blocks import dequantised, packed, unpacked
+from edgeexit.bundle.blocks import Blocks, packed, unpacked
 from edgeexit.export.passes.gptq import Grid, round_in_turn
 from edgeexit.export.quiet import keep_root_logger
 
 Method = Literal["rtn", "hqq", "k-quant", "gptq"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix in blocks (`edgeexit.bundle.blocks`).
-
-    Attributes:
-        numbers: Packed, uint8 ``[rows, blocks, block * bits / 8]``.
-        scales: float32 ``[rows, blocks]``.
-        zero_points: Packed, uint8 ``[rows, blocks * bits / 8]``; None: half of the range.
-        bits, block: As in `WeightBits`.
-        width: Elements of a row.
-    """
-
-    numbers: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8] | None
-    bits: int
-    block: int
-    width: int
-
-    def floats(self) -> NDArray[np.float32]:
-        """The matrix ``[rows, width]`` in float32."""
-        return dequantised(self.numbers, self.scales, self.zero_points, self.bits, self.width)
 
 
 def _quantisers_of_onnxruntime() -> Any:
@@ -146,4 +121,4 @@ QUANTISERS: Mapping[str, Callable[[NDArray[np.float32], int, int, bool], Blocks]
 }
 
 
-__all__ = ["METHODS", "QUANTISERS", "Blocks", "Method", "gptq"]
+__all__ = ["METHODS", "QUANTISERS", "Method", "gptq"]

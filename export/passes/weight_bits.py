@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeexit.bundle.blocks import BLOCKS, Blocks
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.passes.roundings import METHODS, QUANTISERS, Blocks, Method, gptq
+from edgeexit.export.passes.roundings import METHODS, QUANTISERS, Method, gptq
 
 BITS = (4, 8)
-BLOCKS = (16, 32, 64, 128, 256)
 NARROWEST = 16
 """Products with fewer columns stay as they are: gates, heads with a few classes."""
 DOMAIN = "com.microsoft"
@@ -295,10 +295,8 @@ def _remove_unused(model: ir.Model) -> None:
 
 __all__ = [
     "BITS",
-    "BLOCKS",
     "METHODS",
     "REQUIRES",
-    "Blocks",
     "Quantiser",
     "WeightBits",
     "measured_inputs",
