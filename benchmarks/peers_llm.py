@@ -7,9 +7,9 @@ depth, memory and loading; and what mode ``exact`` gains on four kinds of prompt
     python benchmarks/peers_llm.py --quick                  # few short turns: does the script run?
 
 SmolLM2-135M-Instruct, from the package's GGUF file (examples/smollm). Every side has a process of
-its own and its fastest thread setting on both lengths together; sides take turns, and no token ends
-a text. The peers' models are made of the same checkpoint: onnxruntime-genai's by its own builder,
-llama.cpp's by its own quantiser. benchmarks/README.md explains the figures.
+its own and the thread setting that is fastest on the shorter prompts; sides take turns, and no
+token ends a text. The peers' models have the same weights: onnxruntime-genai's are made by its own
+builder, llama.cpp's by its own quantiser. Not run yet.
 """
 
 from __future__ import annotations
@@ -118,8 +118,13 @@ sys.exit(failed)
 """
 
 
-def side(folder: Path, what: str, prompts: Path, threads: Any) -> tuple[Side, str]:
-    """One of the sides, in its own process, and the name of its case."""
+def case_of(what: str) -> str:
+    """The case of a side that writes texts."""
+    return {"llama": "llama.cpp", "genai": "genai"}.get(what.partition("-")[0], "full")
+
+
+def side(folder: Path, what: str, prompts: Path, threads: Any) -> Side:
+    """One of the sides, in its own process."""
     common = {
         "prompts": str(prompts),
         "new_tokens": NEW_TOKENS,
@@ -129,13 +134,13 @@ def side(folder: Path, what: str, prompts: Path, threads: Any) -> tuple[Side, st
     kind, _, of = what.partition("-")
     if kind == "llama":
         own = common | {"file": str(folder / f"{of}.gguf")}
-        return Side("peers:llama_cpp", own, folder=str(HERE), name=what), "llama.cpp"
+        return Side("peers:llama_cpp", own, folder=str(HERE), name=what)
     if kind == "genai":
         own = common | {"folder": str(folder / what), "ignore_eos": True}
-        return Side("peers:genai", own, folder=str(HERE), name=what), "genai"
+        return Side("peers:genai", own, folder=str(HERE), name=what)
     own = common | {"bundle": str(folder / what), "ignore_eos": True}
     own["inputs"] = own.pop("prompts")
-    return Side("edgeexit.measure.bench.cases:chain", own, name=what), "full"
+    return Side("edgeexit.measure.bench.cases:chain", own, name=what)
 
 
 def tried(what: str) -> list[Any]:
@@ -154,11 +159,11 @@ def against_peers(folder: Path, *, quick: bool) -> dict[str, Any]:
     for what in sides:
 
         def make(setting: Any, what: str = what) -> Side:
-            return side(folder, what, prompts[LENGTHS[0]], setting)[0]
+            return side(folder, what, prompts[LENGTHS[0]], setting)
 
-        case = side(folder, what, prompts[LENGTHS[0]], tried(what)[0])
-        case[0].close()
-        best, threads[what], searched[what] = best_setting(make, case[1], tried(what), seconds=2.0)
+        best, threads[what], searched[what] = best_setting(
+            make, case_of(what), tried(what), seconds=2.0
+        )
         best.close()
         say(f"  {what}: threads {threads[what]} {searched[what]}")
     threads |= {f"{bits} by default": "brief" for bits in PEERS}
@@ -167,10 +172,10 @@ def against_peers(folder: Path, *, quick: bool) -> dict[str, Any]:
         with ExitStack() as stack:
             writers = {}
             for name, setting in threads.items():
-                opened_side, case = side(folder, name.partition(" ")[0], prompts[length], setting)
-                stack.enter_context(opened_side)
-                writers[name] = Writer(name, opened_side, case)
-                opened_side.run(case, [0], lead=False)
+                what = name.partition(" ")[0]
+                own = stack.enter_context(side(folder, what, prompts[length], setting))
+                writers[name] = Writer(name, own, case_of(what))
+                own.run(case_of(what), [0], lead=False)
             take_turns(
                 [*writers.values()], [turn % PROMPTS for turn in range(2 if quick else TURNS)]
             )

@@ -106,7 +106,7 @@ def _perplexities(
     known: Mapping[str, NDArray], made: Mapping[str, NDArray], exit_: str
 ) -> tuple[float, float] | None:
     name = f"{exit_}/{NEXT_LOG_PROB}"
-    if name not in known:
+    if name not in known or np.isnan(known[name]).all():  # texts of one token
         return None
     return perplexity(known[name]), perplexity(made[name])
 
