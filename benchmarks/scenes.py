@@ -323,6 +323,8 @@ def measure(
         options = own | {"bundle": str(folder / bundle), "inputs": prompts, "threads": threads}
         return Side("edgeexit.measure.bench.cases:unsplit", options, name=bundle)
 
+    if clash := {name for own in cases.values() for name in own} & {*beside}:
+        raise SystemExit(f"--beside {min(clash)}: a case has that name; give the model another one")
     plain = {"unsplit": "tokens"} | {name: name for name in beside}
     searched: dict[str, Any] = {}
 

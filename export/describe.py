@@ -133,7 +133,7 @@ def check(model: SplitModel) -> None:
     try:
         manifest = manifest_of(model, "float32")
         graphs = [v.graph for c in manifest.components.values() for v in c.variants]
-        graphs += [c.projection.graph for c in manifest.components.values() if c.projection]
+        graphs += [v.graph for c in manifest.components.values() for v in c.projections]
         file = File(sha256="0" * 64, bytes=1 << 62)
         files = dict.fromkeys([*graphs, WEIGHTS, *([tokenizer] if tokenizer else [])], file)
         manifest = msgspec.structs.replace(manifest, files=files, tokenizer=tokenizer)
@@ -189,7 +189,7 @@ def _component(
         inputs=list(component.inputs),
         outputs=outputs,
         states=list(component.states),
-        projection=None if component.projection is None else projection,
+        projections=[] if component.projection is None else [projection],
     )
 
 

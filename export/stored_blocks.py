@@ -32,11 +32,27 @@ logger = logging.getLogger(__name__)
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of each 4-bit value in an int32 of AWQ's ``gemm`` layout."""
+LAYOUTS = {
+    "gptq": ("gptq", "gptq_v2"),
+    "awq": ("gemm",),
+    "compressed-tensors": ("pack-quantized", "int-quantized"),
+}
+"""Layouts that can be read; the first is the default."""
+UNUSED = ("input_activations", "kv_cache_scheme", "output_activations")
+"""Settings of compressed-tensors that are not about weights."""
+DTYPES = {
+    **dict.fromkeys(("qweight", "qzeros", "weight_packed"), "int32"),
+    **dict.fromkeys(("scales", "weight_scale"), "float32"),
+}
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class Unexpressed(Exception):
     """Why a matrix cannot be kept as it is stored."""
+
+
+class Damaged(Exception):
+    """Which tensor of a matrix is wrong, and why."""
 
 
 @dataclass
@@ -160,12 +176,16 @@ class Matrix:
         )
 
 
-def _spread(words: NDArray[np.int32], bits: int, axis: int) -> NDArray[np.uint8]:
-    """Values of int32 words, from the lowest bits up, along an axis."""
+def _spread(words: NDArray[np.int32], bits: int, axis: int, size: int = -1) -> NDArray[np.uint8]:
+    """Values of int32 words, from the lowest bits up, along an axis; without padding, if `size`
+    values need so many words."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     last = np.ascontiguousarray(np.moveaxis(words, axis, -1)).view(np.uint32)
     values = (last[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return np.moveaxis(values.reshape(*last.shape[:-1], -1).astype(np.uint8), -1, axis)
+    spread = values.reshape(*last.shape[:-1], -1).astype(np.uint8)
+    if last.shape[-1] == -(-size * bits // 32):
+        spread = spread[..., :size]
+    return np.moveaxis(spread, -1, axis)
 
 
 def _gptq(stored: Arrays, about: Mapping[str, Any]) -> Matrix:
@@ -173,7 +193,7 @@ def _gptq(stored: Arrays, about: Mapping[str, Any]) -> Matrix:
     ``[groups, out]``, and possibly ``g_idx`` ``[in]``, the group of each input."""
     bits = int(about["bits"])
     zero = _spread(stored["qzeros"], bits, 1)
-    if about.get("checkpoint_format", "gptq") == "gptq":  # the first format stores one less
+    if about["layout"] == "gptq":  # the first format stores one less
         zero = (zero + 1) & np.uint8((1 << bits) - 1)
     numbers = _spread(stored["qweight"], bits, 0).T
     return Matrix(numbers, stored["scales"].T, zero.T, bits, stored.get("g_idx"))
@@ -197,44 +217,65 @@ def _compressed(stored: Arrays, about: Mapping[str, Any]) -> Matrix:
     """``weight_packed`` ``[out, in * bits / 32]`` with ``weight_shape``, or ``weight`` in int8
     ``[out, in]``; ``weight_scale`` ``[out, groups]``; and possibly ``weight_zero_point``, packed
     along the rows. Numbers are signed; packed ones have half of the range added."""
-    bits = int(about["bits"])
+    bits, is_packed = int(about["bits"]), about["layout"] == "pack-quantized"
     half = 1 << (bits - 1)
-    if "weight_packed" in stored:
-        rows, width = (int(size) for size in stored["weight_shape"])
-        numbers = _spread(stored["weight_packed"], bits, 1)[:rows, :width]
+    if is_packed:
+        words, shape = stored["weight_packed"], stored["weight_shape"].ravel().tolist()
+        numbers = _spread(words, bits, 1, int(shape[-1]))
+        if list(numbers.shape) != shape:
+            raise Damaged(f"weight_packed {list(words.shape)} does not fit weight_shape {shape}")
     else:
         numbers = (stored["weight"].astype(np.int16) + half).astype(np.uint8)
-    scales = stored["weight_scale"].reshape(len(numbers), -1)
+        if numbers.max() >= 2 * half:
+            raise Damaged(f"weight has numbers that need more than {bits} bits")
+    scales, given = stored["weight_scale"], stored.get("weight_zero_point")
     zero: NDArray[Any] = np.full(scales.shape, half)
-    if (given := stored.get("weight_zero_point")) is not None:
-        signed = given.dtype != np.int32
-        zero = given.astype(np.int16) + half if signed else _spread(given, bits, 0)
-        zero = zero[: len(numbers)].reshape(scales.shape)
+    if given is not None and is_packed and given.dtype == np.int32:
+        zero = _spread(given, bits, 0, len(numbers))
+    elif given is not None:
+        zero = given + np.int16(half)
     return Matrix(numbers, scales, zero, bits, stored.get("weight_g_idx"))
 
 
-@dataclass(frozen=True)
-class _Format:
-    """How a kind of checkpoint stores a matrix.
-
-    Attributes:
-        parts: Last parts of the names of its tensors.
-        read: Makes a matrix of them.
-    """
-
-    parts: tuple[str, ...]
-    read: Callable[[Arrays, Mapping[str, Any]], Matrix]
-
-
-_FORMATS = {
-    "gptq": _Format(("qweight", "qzeros", "scales", "g_idx"), _gptq),
-    "awq": _Format(("qweight", "qzeros", "scales"), _awq),
-    "compressed-tensors": _Format(
-        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-        _compressed,
-    ),
-    "int-quantized": _Format(("weight", "weight_scale", "weight_zero_point"), _compressed),
+_GPTQ = ("qweight", "scales", "qzeros", "g_idx")
+_COMPRESSED = ("weight_scale", "weight_zero_point", "weight_g_idx")
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Mapping[str, Any]], Matrix]]] = {
+    "gptq": (_GPTQ, _gptq),
+    "gptq_v2": (_GPTQ, _gptq),
+    "gemm": (_GPTQ[:3], _awq),
+    "pack-quantized": (("weight_packed", *_COMPRESSED, "weight_shape"), _compressed),
+    "int-quantized": (("weight", *_COMPRESSED), _compressed),
 }
+"""Layout -> its tensors (numbers, scales, zero points, groups), and what reads a matrix of them."""
+
+
+def _read(stored: Arrays, about: Mapping[str, Any]) -> Matrix:
+    """A matrix. Raises `Damaged` if its tensors do not fit each other."""
+    (first, scales, zero, *more), reader = _FORMATS[about["layout"]]
+    for part, array in stored.items():
+        dtype = DTYPES.get(part, str(array.dtype))
+        if part in (first, scales, zero) and (array.dtype != dtype or array.ndim != 2):
+            raise Damaged(f"{part} is {array.dtype} {list(array.shape)}, not {dtype} with two axes")
+        if not array.size or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+            raise Damaged(f"{part} {list(array.shape)} has values that are not finite, or none")
+    matrix = reader(stored, about)
+    (rows, width), count, size = matrix.numbers.shape, matrix.scales.shape[1], about["group_size"]
+    groups, even = matrix.groups, count * min(size or width // count, width) == width
+    for part, other, fits in (
+        (scales, first, matrix.scales.shape == (rows, count) and (even or groups is not None)),
+        (zero, scales, matrix.zero.shape == (rows, count)),
+        (more[0] if more else "", first, groups is None or groups.shape == (width,)),
+    ):
+        if not fits:
+            shapes = [f"{name} {list(stored[name].shape)}" for name in (part, other)]
+            of = f"{matrix.bits} bits" + (f" and group_size {size}" if size else "")
+            raise Damaged(f"{' does not fit '.join(shapes)} with {of}")
+    if groups is not None and not np.isin(groups, np.arange(count, dtype=groups.dtype)).all():
+        least, most = groups.min(), groups.max()
+        raise Damaged(f"{more[0]} names groups {least} to {most}; there are 0 to {count - 1}")
+    if not np.isin(matrix.zero, np.arange(1 << matrix.bits)).all():
+        raise Damaged(f"{zero} has zero points that are not whole numbers of {matrix.bits} bits")
+    return matrix
 
 
 def settings_of(path: str | Path, about: Any) -> tuple[str, dict[str, Any]]:
@@ -249,29 +290,39 @@ def settings_of(path: str | Path, about: Any) -> tuple[str, dict[str, Any]]:
     """
     about = dict(about) if isinstance(about, Mapping) else {}
     kind = str(about.get("quant_method") or "quantization_config")
-    known, why = kind in _FORMATS, ""
+    bits, size, why, known = about.get("bits"), about.get("group_size"), "", False
     if kind == "compressed-tensors":
-        groups = [
-            dict(one.get("weights") or {}) for one in (about.get("config_groups") or {}).values()
-        ]
-        bits = {one.get("num_bits") for one in groups} | {one.get("type") for one in groups}
+        groups = [dict(one.get("weights") or {}) for one in _schemes(about)]
+        both = {one.get("num_bits") for one in groups} | {one.get("type") for one in groups}
         layout = about.get("format")
-        known = layout in ("pack-quantized", "int-quantized") and bits in ({4, "int"}, {8, "int"})
-        why = f" of the format {layout} with {sorted(map(str, bits))}"
-        if known:
-            about["bits"] = next(iter(bits - {"int"}))
-            kind = "int-quantized" if layout == "int-quantized" else kind
-    elif known:
-        bits_, version = about.get("bits"), about.get("version", "gemm")
-        known = bits_ in (4, 8) and (kind != "awq" or (bits_, str(version).lower()) == (4, "gemm"))
-        why = f" with {bits_} bits" + (f" in the version {version}" if kind == "awq" else "")
+        known = layout in LAYOUTS[kind] and both in ({4, "int"}, {8, "int"})
+        why = f" of the format {layout} with {sorted(map(str, both))}"
+        bits, sizes = next(iter(both - {"int"}), None), {one.get("group_size") for one in groups}
+        size = sizes.pop() if len(sizes) == 1 else None
+    elif kind in LAYOUTS:
+        own = about.get("checkpoint_format") or (kind == "awq" and about.get("version"))
+        layout = str(own or about.get("format") or LAYOUTS[kind][0]).lower()
+        layout = "marlin" if about.get("is_marlin_format") else layout
+        layout = "llm-awq" if about.get("backend") == "llm-awq" else layout
+        known = bits in ((4,) if kind == "awq" else (4, 8)) and layout in LAYOUTS[kind]
+        why = f" with {bits!r} bits in the {'version' if kind == 'awq' else 'format'} {layout}"
     if not known:
         raise ExportError(
             f"{path}: its weights are already quantised by {kind}{why}, which edgeexit cannot read",
-            fix="Give the original checkpoint and --weights int4 or int8; known are GPTQ and "
-            "compressed-tensors in 4 or 8 bits, AWQ (gemm) in 4, and GGUF files.",
+            fix="Give the original checkpoint and --weights int4 or int8; known are GPTQ "
+            "(gptq, gptq_v2) and compressed-tensors in 4 or 8 bits, AWQ (gemm) in 4, and GGUF "
+            "files.",
         )
-    return kind, about
+    if type(size) is not int or size < 1 or about.get("dynamic"):
+        size = None  # rows are one group, or matrices differ
+    return kind, about | {"bits": bits, "group_size": size, "layout": layout}
+
+
+def _schemes(about: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What compressed-tensors says of groups of matrices."""
+    groups = about.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    return [one for one in found if isinstance(one, Mapping)]
 
 
 def read_stored(
@@ -288,27 +339,36 @@ def read_stored(
         Weights by name, those that were quantised in float32; and their integers.
 
     Raises:
-        ExportError: The format is not known, or a tensor is missing.
+        ExportError: The format is not known, or a tensor is missing or damaged.
     """
     kind, settings = settings_of(path, about)
-    layout = _FORMATS[kind]
+    parts, _ = _FORMATS[settings["layout"]]
     plain: dict[str, torch.Tensor] = {}
     matrices: dict[str, dict[str, NDArray[Any]]] = {}
     for name, tensor in _tensors(folder):
         place, _, part = name.rpartition(".")
-        if part not in layout.parts or (part == "weight" and tensor.dtype != torch.int8):
+        if part not in parts or (part == "weight" and tensor.dtype != torch.int8):
             plain[name] = tensor
         else:
             wide = tensor.float() if tensor.is_floating_point() else tensor
             matrices.setdefault(place, {})[part] = wide.numpy()
+    given = [settings, *_schemes(settings)]
+    if unused := [name for name in UNUSED if any(one.get(name) for one in given)]:
+        logger.warning(
+            "%s: %s of config.json: ignored, only the quantisation of weights is kept",
+            path,
+            ", ".join(unused),
+        )
     rows, left = StoredRows(), []
     for place, stored in matrices.items():
         try:
-            matrix = layout.read(stored, settings)
-        except KeyError as error:
+            matrix = _read(stored, settings)
+        except (KeyError, Damaged) as error:
+            missing = f" has no tensor {error.args[0]}"
             raise ExportError(
-                f"{path}: {place} has no tensor {error.args[0]}",
-                fix="Download the checkpoint again, or give the original one.",
+                f"{path}: {place}{missing if isinstance(error, KeyError) else f'.{error}'}",
+                fix="The checkpoint is damaged, or config.json is of another one: download it "
+                "again, or give the original one.",
             ) from error
         try:
             weight = rows.add(matrix.blocks())

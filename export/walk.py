@@ -81,6 +81,17 @@ class Walk:
         for known in self.known:
             known[step.output.name] = table(known[step.ids])
 
+    def place(self, step: Place) -> None:
+        """Runs a step that puts rows of one tensor where another has the tokens of a group."""
+        decoding = self.manifest.decoding
+        assert decoding is not None
+        token = decoding.groups[step.group].token
+        for known in self.known:
+            placed, rows = np.array(known[step.target]), np.asarray(known[step.source])
+            places = known[decoding.tokens] == token
+            placed[places] = rows.reshape(-1, rows.shape[-1])[: np.count_nonzero(places)]
+            known[step.target] = placed
+
     def feeds(self, name: str, names: Mapping[str, str] | None = None) -> list[Known]:
         """Inputs of a component, lengths and states included.
 

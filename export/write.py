@@ -26,7 +26,7 @@ from edgeexit.bundle.manifest import File, ImagePreprocessing, Manifest, Place
 from edgeexit.bundle.reader import Bundle, sha256_of
 from edgeexit.bundle.writer import BundleWriter, check_output
 from edgeexit.errors import ExportError, UsageError
-from edgeexit.export.contract import SplitModel, Table, Values
+from edgeexit.export.contract import SplitModel, Stack, Table, Values
 from edgeexit.export.describe import Precision, check, derived_of, manifest_of
 from edgeexit.export.passes.quantise import quantise_bundle
 from edgeexit.export.passes.quantisers import ActivationInt8, FewBits
@@ -72,9 +72,9 @@ def export(
         calibration: With ``int8``: gives batches of inputs, on which ranges of activations are
             measured. With `weights`, if given: batches whose float32 answers are kept, to compare.
         weights: How weights are stored in 4 or 8 bits (`edgeexit.export.passes.weight_bits`), for
-            ONNX Runtime; everything else is float32. None: as the checkpoint has them; what it has
-            in few bits stays so in float32 bundles (`SplitModel.stored`), and other products get 8
-            bits. ``float32``: that becomes float32, too.
+            ONNX Runtime and TensorRT; everything else is in `dtype`. None: as the checkpoint has
+            them; what it has in few bits stays so in float32 bundles (`SplitModel.stored`), and
+            other products get 8 bits. ``float32``: that becomes float32, too.
 
     Raises:
         ExportError: The model cannot be split; no partial files remain.
@@ -86,18 +86,22 @@ def export(
     check_options(dtype, opset, calibration, weights)
     check(model)
     if model.stored is not None and weights is None and dtype == "float32":
-        weights = WeightBits(bits=8) if _quantisable(model) else None
+        weights = WeightBits(bits=8)
     components = model.components
     count = sum(len(one.forms) + (one.projection is not None) for one in components) + 1
     if calibration is None and weights is None:
         tell = counter(progress, count)
         return _write(model, output, cast("Precision", dtype), opset, overwrite, tell)
     quantising = ActivationInt8() if weights is None else FewBits(weights, model.stored)
-    check_quantisable(model, quantising.precision)
+    if weights is None:
+        check_int8(model)
+    else:
+        check_blocks(model, weights)
     check_output(Path(output), overwrite=overwrite)
     tell = counter(progress, count + len(components) + 2)
     with tempfile.TemporaryDirectory(prefix="edgeexit-") as scratch:
-        whole = _write(model, Path(scratch) / "float32", "float32", opset, False, tell)
+        given: Precision = "float32" if dtype == "int8" else cast("Precision", dtype)
+        whole = _write(model, Path(scratch) / given, given, opset, False, tell)
         tell("calibration data")
         data = () if calibration is None else calibration(whole)
         with BundleWriter(output, overwrite=overwrite) as writer:
@@ -179,10 +183,10 @@ def _graphs(
                     derived=derived[component.name],
                 ),
             )
-        if described.projection is not None:
+        for projection in described.projections:
             tell(f"{component.name}, projection")
             graph = graph_of_projection(component, opset=opset, pieces=pieces)
-            yield described.projection.graph, graph
+            yield projection.graph, graph
 
 
 def describe_bundle(model: SplitModel, folder: Path) -> Bundle:
@@ -221,10 +225,14 @@ def check_options(
     """Refuses an unsupported precision or opset."""
     if dtype not in ("float32", "float16", "int8"):
         raise UsageError(f"dtype {dtype!r} is not known", fix="Use float32, float16 or int8.")
-    if weights is not None and dtype != "float32":
+    if weights is not None and not isinstance(weights, WeightBits):
+        raise UsageError(
+            f"weights are {weights!r}", fix='Give WeightBits(4), WeightBits(8), "float32" or None.'
+        )
+    if weights is not None and dtype == "int8":
         raise UsageError(
             f"dtype {dtype} and weights in {weights.bits} bits exclude each other",
-            fix="Leave dtype out: everything but weights stays in float32.",
+            fix="Leave dtype out, or use float16 for a GPU: what everything but weights is.",
         )
     if (dtype == "int8") != (calibration is not None) and weights is None:
         raise UsageError(
@@ -238,19 +246,28 @@ def check_options(
         )
 
 
-def check_quantisable(model: SplitModel, precision: str) -> None:
-    """Refuses a model that cannot be quantised, before its data is read."""
-    if not _quantisable(model):
-        raise ExportError(
-            f"{model.name}: {precision} is not supported for models that write text about images",
-            fix="Export it in float32 or float16.",
-        )
+def check_blocks(model: SplitModel, weights: WeightBits) -> None:
+    """Refuses blocks that do not divide the rows of a model's weights, before it is traced."""
+    if model.stored is not None:
+        return  # such weights stay in floats
+    for component in model.components:
+        body = component.forms[-1].body
+        parts = [*body.layers, body.head] if isinstance(body, Stack) else [body]
+        for part in (part for part in parts if isinstance(part, torch.nn.Module)):
+            for module in part.modules():
+                if isinstance(module, torch.nn.Linear):
+                    weights.block_of(module.in_features)
 
 
-def _quantisable(model: SplitModel) -> bool:
+def check_int8(model: SplitModel) -> None:
+    """Refuses a model whose activations cannot be quantised, before its data is read."""
     images = any(isinstance(one, ImagePreprocessing) for one in model.preprocessing)
     places = any(isinstance(step, Place) for step in model.steps)
-    return not (places or (images and model.decoding is not None))
+    if places or (images and model.decoding is not None):
+        raise ExportError(
+            f"{model.name}: int8 is not supported for models that write text about images",
+            fix="Use --weights int8 or int4, or export it in float32 or float16.",
+        )
 
 
 def provenance() -> dict[str, str]:

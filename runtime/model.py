@@ -289,8 +289,9 @@ class Model(Writer, Loaded):
         self._check_process()
         if not self._lock.acquire(blocking=False):
             raise StateError(
-                "the model is in use by another thread",
-                fix="Give each thread a model of its own, or put a lock around the calls.",
+                "the model is in use: by another thread, or it is writing a text",
+                fix="Finish or close the text first; give each thread a model of its own, or put a "
+                "lock around the calls.",
             )
         if self._components is None:
             self._lock.release()

@@ -265,7 +265,7 @@ class Components:
             inputs=inputs,
             outputs=outputs,
             states=graph.states,
-            projection=projection,
+            projections=[] if projection is None else [projection],
         )
 
     def _variant(self, name: str, graph: Graph) -> Variant:

@@ -57,8 +57,7 @@ class Graphs:
     ) -> dict[str, NDArray]:
         """Runs a component's graph on the feeds that it takes."""
         component = self._bundle.manifest.components[name]
-        variant = component.projection if projection else component.variants[0]
-        assert variant is not None
+        variant = (component.projections if projection else component.variants)[0]
         if variant.graph not in self._sessions:
             path = self._bundle.file(variant.graph)
             self._sessions[variant.graph] = onnxruntime.InferenceSession(path)
@@ -241,9 +240,8 @@ def _between(values: Sequence[Any]) -> float:
 
 def test_graphs_pass_the_checker(bundle: Bundle) -> None:
     for component in bundle.manifest.components.values():
-        for variant in [*component.variants, component.projection]:
-            if variant is not None:
-                onnx.checker.check_model(str(bundle.file(variant.graph)), full_check=True)
+        for variant in [*component.variants, *component.projections]:
+            onnx.checker.check_model(str(bundle.file(variant.graph)), full_check=True)
 
 
 @pytest.mark.parametrize("piece", [0, 4], ids=["prompt in one run", "prompt in two runs"])
@@ -310,8 +308,8 @@ def test_projections_give_what_the_reference_keeps(
     for number in range(behind + 1, len(toy.layers)):
         component = bundle.manifest.components[f"s{number}"]
         tokens = [state for state in component.states if isinstance(state, TokenState)]
-        assert (component.projection is None) == (not tokens)
-        if component.projection is None:
+        assert bool(component.projections) == bool(tokens)
+        if not component.projections:
             continue
         feeds = {f"h{number - 1}": state[None], "positions": np.array([[place]])}
         if toy.encoder:

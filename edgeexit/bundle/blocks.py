@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgeexit.bundle.manifest import ITEM_BYTES, Gather
 
@@ -22,6 +22,8 @@ Buffer = Any
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Elements that may share a scale."""
+FLOATS = ("float32", "float16")
+"""Types of what is looked up in a table in blocks."""
 
 
 def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -82,6 +84,7 @@ class Table:
         rows: ``[size, width]``; or numbers, packed, ``[size, blocks, block * bits / 8]``.
         scales, zero_points, bits: As for `dequantised`; None: rows are stored as they are.
         width: Elements of a row.
+        dtype: Of what `take` gives, if rows are in blocks.
     """
 
     rows: NDArray[Any]
@@ -89,6 +92,7 @@ class Table:
     scales: NDArray[np.float32] | None = None
     zero_points: NDArray[np.uint8] | None = None
     bits: int = 8
+    dtype: DTypeLike = np.float32
 
     @classmethod
     def of(cls, step: Gather, store: Buffer, dtype: np.dtype[Any]) -> Table:
@@ -109,6 +113,7 @@ class Table:
             part("scales", np.float32),
             part("zero_points", np.uint8) if "zero_points" in places else None,
             blocks.bits,
+            dtype,
         )
 
     def take(self, ids: NDArray[Any], out: Any = None) -> NDArray[Any]:
@@ -118,7 +123,7 @@ class Table:
         zero = None if self.zero_points is None else self.zero_points[ids]
         made = dequantised(self.rows[ids], self.scales[ids], zero, self.bits, self.width)
         if out is None:
-            return made
+            return made.astype(self.dtype, copy=False)
         out[...] = made
         return made
 
@@ -164,4 +169,13 @@ class Blocks:
         return dequantised(self.numbers, self.scales, self.zero_points, self.bits, self.width)
 
 
-__all__ = ["BLOCKS", "Blocks", "Table", "dequantised", "packed", "table_parts", "unpacked"]
+__all__ = [
+    "BLOCKS",
+    "FLOATS",
+    "Blocks",
+    "Table",
+    "dequantised",
+    "packed",
+    "table_parts",
+    "unpacked",
+]

@@ -133,7 +133,7 @@ def _check_output(
         if given is not None and there and os.path.samefile(given, path):
             raise UsageError(f"{path} is both input and output", fix="Give another name with -o.")
     if path.is_dir():
-        raise UsageError(f"{path} is a directory", fix="Give the name of a file with -o.")
+        raise UsageError(f"{path} is a directory", fix="Give the name of a file (-o).")
     if path.exists() and not path.is_file():
         raise UsageError(
             f"{path} is a device or a pipe, not a regular file",

@@ -90,7 +90,8 @@ class Variant(Struct, frozen=True, kw_only=True):
     ``past``) when they are built. `lengths` are the kinds (`LENGTHS`) that the graph takes besides
     its inputs.
 
-    Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``opset-24`` (the
+    Features: ``onnxruntime-operators`` (operators of ONNX Runtime's own), ``blocked-weights``
+    (DequantizeLinear of opset 21 with unsigned numbers of 4 or 8 bits in blocks), ``opset-24`` (the
     standard operators up to that opset), ``cache-update`` (TensorScatter may write into the buffer
     that it reads), ``float32-attention`` (fused attention takes float32), ``attention-bias`` (fused
     attention adds a bias to its scores).
@@ -142,16 +143,17 @@ class Component(Struct, frozen=True, kw_only=True):
     """A graph, in one or more variants: a segment, a head, an adapter, a gate, a maker of states.
 
     Its inputs are earlier tensors, by name. If its inputs have no axis ``new`` and it receives a
-    tensor that has one, selected tokens become its rows. `projection` is a graph for tokens that
-    skip the component: it takes the same inputs without lengths and outputs only the token states
-    of the new tokens. On the path of an exit these are what the component itself would give.
+    tensor that has one, selected tokens become its rows. `projections` are forms of a graph for
+    tokens that skip the component: it takes the same inputs without lengths and outputs only the
+    token states of the new tokens. On the path of an exit these are what the component itself would
+    give.
     """
 
     variants: Annotated[list[Variant], Meta(min_length=1)]
     inputs: list[Tensor]
     outputs: list[Tensor]
     states: list[TokenState | PromptState] = []
-    projection: Variant | None = None
+    projections: list[Variant] = []
 
 
 class Call(Struct, frozen=True, kw_only=True):
@@ -230,7 +232,7 @@ class Gather(Struct, frozen=True, kw_only=True, tag="gather"):
     """A step that looks up ids in a table: an embedding.
 
     The runtime gathers the rows from the weight store, where the table ``[size, width]`` of the
-    output's dtype begins at byte `offset`; with `blocks`, the numbers of a float32 table.
+    output's dtype begins at byte `offset`; with `blocks`, the table's numbers.
     """
 
     ids: Name

@@ -1,4 +1,4 @@
-"""Reads and edits ONNX files without onnx: names, external tensors, outputs, axis sizes.
+"""Reads and edits ONNX files without onnx: names, external tensors, outputs, axis sizes, signs.
 
 An ONNX file is a protocol-buffer message. The device has no onnx package, and a graph is checked
 before an engine opens it, so this module parses the wire format: the names of the graph's inputs
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
 _GRAPH_VALUE = 13
 _VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_AXIS, _AXIS_SIZE, _AXIS_NAME = 2, 1, 2, 1, 1, 2
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE, _FUNCTION_NODE, _FUNCTION_ATTRIBUTE = 1, 2, 5, 7, 11
+_NODE_KIND, _ATTRIBUTE_NAME = 4, 1
 _ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
 _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
-_TENSOR_TYPE, _TENSOR_DATA = 2, (4, 5, 7, 9, 10, 11)
+_TENSOR_TYPE, _TENSOR_RAW, _TENSOR_DATA = 2, 9, (4, 5, 7, 9, 10, 11)
+_SIGNED = {21: (22, 0x88), 2: (3, 0x80)}
+"""Types of unsigned numbers -> signed ones, and the bits to turn in each byte: uint4, uint8."""
 _NO_WEIGHTS = (7, 8, 9, 12, 13)  # int64, string, bool, uint32, uint64
 _SPARSE_VALUES, _SPARSE_INDICES = 1, 2
 _MAX_DEPTH = 16
@@ -276,6 +280,53 @@ def fix_axes(data: bytes, sizes: Mapping[str, int]) -> bytes:
         return data
 
     return _rewrite(data, (_MODEL_GRAPH,), graph)
+
+
+def sign_numbers(data: bytes, folder: Path) -> bytes:
+    """The same ONNX model with signed numbers in place of unsigned ones, for what
+    ``DequantizeLinear`` reads in blocks: numbers and zero points become less by half of the range.
+    TensorRT reads only such. The new tensors are in the file itself.
+
+    Args:
+        data: A model that `read_graph_file` accepts.
+        folder: The folder of its external data.
+    """
+    read: set[str] = set()
+
+    def node(data: bytes) -> bytes:
+        kind = next((_text(value) for number, value in _fields(data) if number == _NODE_KIND), "")
+        attributes = [_message(v) for number, v in _fields(data) if number == _NODE_ATTRIBUTE]
+        names = [_text(v) for one in attributes for n, v in _fields(one) if n == _ATTRIBUTE_NAME]
+        if kind == "DequantizeLinear" and "block_size" in names:
+            inputs = [_text(value) for number, value in _fields(data) if number == _NODE_INPUT]
+            read.update(inputs[::2])
+        return data
+
+    def tensor(data: bytes) -> bytes:
+        fields = [(number, value) for number, value in _fields(data)]
+        kind = next((value for number, value in fields if number == _TENSOR_TYPE), 0)
+        if _tensor_name(data) not in read or kind not in _SIGNED:
+            return data
+        signed, turned = _SIGNED[int(kind)]
+        numbers = bytes(byte ^ turned for byte in _tensor_bytes(data, folder))
+        moved = (_TENSOR_TYPE, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION)
+        kept = [_encode(number, value) for number, value in fields if number not in moved]
+        return b"".join([*kept, _encode(_TENSOR_TYPE, signed), _encode(_TENSOR_RAW, numbers)])
+
+    _rewrite(data, (_MODEL_GRAPH, _GRAPH_NODE), node)
+    return _rewrite(data, (_MODEL_GRAPH, _GRAPH_INITIALIZER), tensor)
+
+
+def _tensor_bytes(data: bytes, folder: Path) -> bytes:
+    """The raw data of a tensor's message."""
+    found = GraphFile()
+    _read_tensor(data, found)
+    if not found.externals:
+        return next((_message(v) for number, v in _fields(data) if number == _TENSOR_RAW), b"")
+    [external] = found.externals
+    with (folder / external.location).open("rb") as file:
+        file.seek(external.offset)
+        return file.read(-1 if external.length is None else external.length)
 
 
 def _rewrite(data: bytes, path: Sequence[int], change: Callable[[bytes], bytes]) -> bytes:

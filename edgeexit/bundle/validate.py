@@ -77,8 +77,8 @@ def graph_signatures(manifest: Manifest) -> Iterable[tuple[str, set[str], set[st
         for variant in component.variants:
             lengths = {f"lengths/{kind}" for kind in variant.lengths}
             yield variant.graph, inputs | lengths | past | read, outputs | present | made
-        if component.projection is not None:
-            yield component.projection.graph, inputs, present
+        for variant in component.projections:
+            yield variant.graph, inputs, present
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -181,9 +181,9 @@ def _check_component(where: str, component: Component) -> None:
         ("states", [state.name for state in tokens]),
     ):
         _check_distinct(names, f"{where}: two {what} are named")
-    if component.projection is not None and component.projection.lengths:
+    if any(variant.lengths for variant in component.projections):
         raise BundleError(f"{where} has a projection that takes lengths", fix=EXPORT_AGAIN)
-    if component.projection is not None and not tokens:
+    if component.projections and not tokens:
         raise BundleError(f"{where} has a projection, but no token states", fix=EXPORT_AGAIN)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from edgeexit.bundle.blocks import table_parts
+from edgeexit.bundle.blocks import FLOATS, table_parts
 from edgeexit.bundle.layout import EXPORT_AGAIN, MANIFEST, RECOPY, WEIGHTS
 from edgeexit.bundle.manifest import (
     Axis,
@@ -110,7 +110,7 @@ class _Walk:
         if store is None:
             raise BundleError(f"{where}: there is no {WEIGHTS} for its table", fix=EXPORT_AGAIN)
         blocks = step.blocks
-        if blocks is not None and (width % blocks.block or output.dtype != "float32"):
+        if blocks is not None and (width % blocks.block or output.dtype not in FLOATS):
             raise BundleError(
                 f"{where}: a table of {output.dtype} {width} wide cannot be in blocks of "
                 f"{blocks.block}",

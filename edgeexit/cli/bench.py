@@ -144,7 +144,7 @@ def command(
         check_output(output, overwrite=overwrite)
     if plot is not None:
         check_plot(plot, output, options["data"], options["policy"], overwrite=overwrite)
-    with progress_bar(quiet) as progress:
+    with progress_bar(quiet, lines=True) as progress:
         result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"

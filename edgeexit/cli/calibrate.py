@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 POINTS_SHOWN, POINTS_PRINTED = 20, 1000
 
+TEXTS_WITHOUT_LOSS = 0.9
+"""With fewer texts without any loss, `calibrate` warns."""
+
 
 @click.command("calibrate")
 @click.argument("trace", type=click.Path(path_type=Path))
@@ -123,8 +126,12 @@ def command(
         if per_exit:
             click.echo("")
             _print_thresholds(policy, recorded)
+        elif note := _not_monotone(curve, chosen, score):
+            click.echo(note)
         click.echo("")
         click.echo(f"{output}: {_summary(policy.calibration, recorded)}")
+    if not quiet:
+        _warn_of_texts(policy.calibration)
 
 
 def _limit(max_risk: str | None, *, quiet: bool) -> float:
@@ -249,6 +256,34 @@ def _print_thresholds(policy: Policy, trace: Trace) -> None:
     )
 
 
+def _not_monotone(curve: Curve, chosen: int, score: str) -> str:
+    """A note if a looser threshold looks better than the chosen one; otherwise empty."""
+    from edgeexit.measure.calibrate import looser_and_better
+
+    looser = looser_and_better(curve, chosen)
+    if looser is None:
+        return ""
+    worst = float(curve.risks[chosen:looser].max())
+    one = float(curve.thresholds[looser])
+    return (
+        f"note: {one:.4g} keeps the risk, too ({share(float(curve.risks[looser]))}, "
+        f"{curve.expected_ms[looser]:.3f} ms), but stricter thresholds do not (up to "
+        f"{share(worst)}): {score} hardly tells right from wrong here; try another --score, or "
+        "--per-exit"
+    )
+
+
+def _warn_of_texts(about: dict[str, Any]) -> None:
+    """Warns if a risk per token leaves few texts without a loss."""
+    texts = about.get("risk_of_texts")
+    if texts is not None and texts["share_without_loss"] < TEXTS_WITHOUT_LOSS:
+        warn(
+            f"only {share(texts['share_without_loss'])} of {about['texts']} texts have no loss; "
+            f"the largest has {share(texts['largest'])}. --max-risk is a share of tokens: where "
+            "whole answers must stay the same, use a much lower one"
+        )
+
+
 def _distinct(thresholds: Sequence[float | str]) -> list[str]:
     """Thresholds with four decimals, or with as many as show that they differ.
 
@@ -274,8 +309,8 @@ def _summary(about: dict[str, Any], trace: Trace) -> str:
         text += (
             f"Perplexity {about['perplexity']:.4g}, at full depth {about['perplexity_full']:.4g}. "
         )
-    if "risk_of_texts" in about:
-        texts = about["risk_of_texts"]
+    texts = about.get("risk_of_texts")
+    if texts is not None and texts["share_without_loss"] >= TEXTS_WITHOUT_LOSS:
         text += (
             f"Of {about['texts']} texts, {share(texts['share_without_loss'])} have no loss; the "
             f"largest has {share(texts['largest'])}. "

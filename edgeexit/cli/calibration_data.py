@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from edgeexit.export.contract import SplitModel
 
 
-def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any]]:
-    """Reads batches of the data, as many as a quantised export uses.
+def read_calibration_data(data: str, split: SplitModel, *, int8: bool) -> list[Mapping[str, Any]]:
+    """Reads batches of the data, as many as a quantised export uses; `int8`: of activations, too.
 
     Raises:
         ExportError: The model cannot be quantised.
@@ -24,10 +24,11 @@ def read_calibration_data(data: str, split: SplitModel) -> list[Mapping[str, Any
         UsageError: There is too little data.
     """
     from edgeexit.export.passes.calibration import split as shares
-    from edgeexit.export.write import check_quantisable, describe_bundle
+    from edgeexit.export.write import check_int8, describe_bundle
     from edgeexit.measure.data import open_data
 
-    check_quantisable(split, "int8")
+    if int8:
+        check_int8(split)
     add_current_directory()
     found: list[Mapping[str, Any]] = []
 

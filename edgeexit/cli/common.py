@@ -20,10 +20,18 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def progress_bar(quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr if it is a terminal; otherwise a function that does nothing."""
+def progress_bar(quiet: bool, *, lines: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr if it is a terminal. Otherwise a function that does nothing, or with
+    `lines` prints a line at the beginning of every stage."""
     if quiet or not sys.stderr.isatty():
-        yield lambda what, done, of: None
+        told: set[str] = set()
+
+        def tell(what: str, done: int, of: int) -> None:
+            if lines and not quiet and what not in told:
+                told.add(what)
+                click.echo(f"{what} ...", err=True)
+
+        yield tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

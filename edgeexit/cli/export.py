@@ -46,7 +46,7 @@ OF_CHECKPOINTS = {
     "--model",
     required=True,
     metavar="MODEL",
-    help="Checkpoint directory, hub id, module:function, or file.onnx.",
+    help="Checkpoint directory, hub id, file.gguf, module:function, or file.onnx.",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write."
@@ -236,14 +236,13 @@ def command(
 def _about_exits(bundle: Bundle, output: Path) -> str:
     """What is known about the training of a bundle's exits; empty if they were trained."""
     if bundle.exits_untrained:
-        return (
-            "the exits are untrained: use the bundle to measure latency only, its early answers "
-            "are meaningless"
-        )
+        return "the exits are untrained: measure latency only, their answers are meaningless"
+    hears = bundle.manifest.audio_preprocessing is not None
     if bundle.exits_unknown and len(bundle.manifest.last_chain.exits) == 1:
+        given = "--audio FILE" if hears else "--prompt TEXT"
         return (
             "nothing says that the model was trained to leave the encoder early. To compare texts: "
-            f"edgeexit run {output} --prompt TEXT, with and without --encoder-threshold 0.98"
+            f"edgeexit run {output} {given}, with and without --encoder-threshold 0.98"
         )
     if bundle.exits_unknown and bundle.manifest.decoding is None:
         return (
@@ -254,19 +253,19 @@ def _about_exits(bundle: Bundle, output: Path) -> str:
         return (
             "nothing says that these exits were trained: the checkpoint does not list them. They "
             "share the model's own head, which predicts well from early layers only after a "
-            f"training such as LayerSkip. To measure them: edgeexit bench {output} --data TEXTS, "
-            f"or edgeexit trace {output} --data TEXTS{_with_targets(bundle)} -o tokens.npz and "
-            "edgeexit calibrate tokens.npz"
+            f"training such as LayerSkip. To measure them: edgeexit bench {output} --data TEXTS"
+            f"{_fields(bundle)}, or edgeexit trace {output} --data TEXTS"
+            f"{_fields(bundle, 'target')} -o tokens.npz and edgeexit calibrate tokens.npz"
         )
     return ""
 
 
-def _with_targets(bundle: Bundle) -> str:
-    """What lines of --data need beside a text, where an encoder reads it."""
-    if bundle.manifest.decoding is None or not bundle.manifest.decoding.start_tokens:
-        return ""
-    what = "text" if bundle.manifest.audio_preprocessing is None else "audio"
-    return f' (lines with "{what}" and "target")'
+def _fields(bundle: Bundle, *beside: str) -> str:
+    """What lines of --data hold, where an encoder reads the prompts; `beside`: with these."""
+    decoding, sounds = bundle.manifest.decoding, bundle.manifest.audio_preprocessing
+    fields = [f'"{name}"' for name in ("text" if sounds is None else "audio", *beside)]
+    encodes = decoding is not None and decoding.start_tokens
+    return f" (lines with {' and '.join(fields)})" if encodes else ""
 
 
 def _require_extra() -> None:
@@ -295,7 +294,7 @@ def _torch(model: str, output: Path, options: Mapping[str, Any], writing: dict[s
             f"--calibration-data {data}: does not exist",
             fix="Give a file, a folder of images, or module:function.",
         )
-    batches = read_calibration_data(data, split)
+    batches = read_calibration_data(data, split, int8=writing.get("dtype") == "int8")
     return export(split, output, calibration=lambda bundle: batches, **writing)
 
 

@@ -93,6 +93,9 @@ def _show_program(found: dict[str, Any], path: Path) -> None:
         click.echo("limits: " + ", ".join(f"{k} <= {v}" for k, v in found["limits"].items()))
     if found["capacity"]:
         click.echo(f"capacity: {found['capacity']} tokens (default of --capacity)")
+    if found["layers_without_attention"]:
+        layers = ", ".join(map(str, found["layers_without_attention"]))
+        click.echo(f"layers without attention: {layers}")
     labels = found["labels"]
     if labels:
         click.echo(

@@ -11,6 +11,7 @@ import click
 
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.cli.common import add_current_directory, print_json, print_table
+from edgeexit.cli.input_kinds import OF_ROWS, OF_TEXT, advice
 from edgeexit.cli.options import ENGINES, bundle_argument, engine_options, output_options
 from edgeexit.cli.policies import (
     check_stopping,
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from edgeexit.measure.batches import Batch
 
 logger = logging.getLogger(__name__)
-
-OF_ROWS, OF_TEXT = ("data", "image", "text"), ("prompt", "messages", "audio")
-"""Input options of models that answer rows, and of models that write text."""
 
 
 @click.command("run")
@@ -149,7 +147,7 @@ def _only_kind(options: Mapping[str, Any], bundle: Path) -> str:
     answers, writes = (" or ".join(f"--{kind}" for kind in k) for k in (OF_ROWS, OF_TEXT))
     fix = f"Give {answers}; a language model: {writes}."
     if bundle.is_dir():
-        fix = f"Give {answers if open_bundle(bundle).manifest.decoding is None else writes}."
+        fix = advice(open_bundle(bundle))
     raise UsageError(f"{what}run needs one kind of input", fix=fix)
 
 
@@ -169,12 +167,9 @@ def _open_for(kind: str, bundle: Path) -> Bundle:
     """Opens the bundle; refuses an input that it does not take."""
     opened = open_bundle(bundle)
     writes = opened.manifest.decoding is not None
-    takes = OF_TEXT if writes else OF_ROWS
-    if kind not in takes:
+    if kind not in (OF_TEXT if writes else OF_ROWS):
         does = "writes text" if writes else "does not write text"
-        raise UsageError(
-            f"--{kind}: {bundle} {does}", fix=f"Give {' or '.join(f'--{one}' for one in takes)}."
-        )
+        raise UsageError(f"--{kind}: {bundle} {does}", fix=advice(opened))
     return opened
 
 

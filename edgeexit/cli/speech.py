@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeexit.cli.input_kinds import advice, reads_sound
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,13 +57,8 @@ def read_speech(options: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         return {}
     decoding = bundle.manifest.decoding
     if bundle.manifest.audio_preprocessing is None or decoding is None:
-        reads = "takes sounds only as features" if _reads_sound(bundle) else "takes no sounds"
-        raise UsageError(
-            f"--audio: {bundle.path} {reads}",
-            fix="Export a checkpoint that has a preprocessor_config.json."
-            if _reads_sound(bundle)
-            else "Give --prompt, --text, --image or --data, as the model takes.",
-        )
+        reads = "takes sounds only as features" if reads_sound(bundle) else "takes no sounds"
+        raise UsageError(f"--audio: {bundle.path} {reads}", fix=advice(bundle))
     for name in choices:
         if name not in decoding.choices:
             raise UsageError(
@@ -74,10 +70,6 @@ def read_speech(options: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         "choices": choices or None,
         "timestamps": options["timestamps"],
     }
-
-
-def _reads_sound(bundle: Bundle) -> bool:
-    return bundle.manifest.task == "automatic-speech-recognition"
 
 
 __all__ = ["read_speech", "speech_options"]

@@ -23,8 +23,8 @@ def weight_options(function: F) -> F:
         click.option(
             "--weights",
             type=click.Choice(list(BITS)),
-            help="Checkpoints: store weights in 4 or 8 bits, for ONNX Runtime; everything else is "
-            "float32. Default: as the checkpoint has them.",
+            help="Checkpoints: store weights in 4 or 8 bits; everything else is in --dtype. "
+            "Default: as the checkpoint has them.",
         ),
         click.option(
             "--head-weights",
@@ -35,7 +35,7 @@ def weight_options(function: F) -> F:
             "--weights-block",
             type=int,
             help="With --weights: number of weights that share a scale (16, 32, 64, 128 or 256); "
-            "default: 32.",
+            "default: 32, or 16 where rows cannot be divided by 32.",
         ),
         click.option(
             "--weights-method",

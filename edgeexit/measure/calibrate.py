@@ -149,6 +149,17 @@ def choose(curve: Curve, max_risk: float) -> int:
     return chosen
 
 
+def looser_and_better(curve: Curve, chosen: int) -> int | None:
+    """Index of the fastest looser point that has less risk and takes less time than the chosen one;
+    None: there is none. It is not chosen because a stricter one between them exceeds the limit,
+    which happens where the score hardly tells right from wrong."""
+    better = (curve.risks < curve.risks[chosen] - ROUNDING) & (
+        curve.expected_ms < curve.expected_ms[chosen]
+    )
+    later = np.flatnonzero(better[chosen + 1 :]) + chosen + 1
+    return int(later[curve.expected_ms[later].argmin()]) if len(later) else None
+
+
 def calibrate(
     trace: Trace, *, max_risk: float, score: str, risk: Risk = "consistency", per_exit: bool = False
 ) -> tuple[Policy, Curve, int]:

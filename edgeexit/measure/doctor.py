@@ -32,13 +32,18 @@ PACKAGES = (
     "tokenizers",
     "jinja2",
     "pillow",
+    "soundfile",
+    "soxr",
     "matplotlib",
     "torch",
     "transformers",
+    "accelerate",
+    "peft",
     "onnx",
     "onnx-ir",
     "onnxscript",
     "safetensors",
+    "gguf",
 )
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("run bundles on the processor", ("onnxruntime",)),
@@ -50,10 +55,22 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tensorrt": ("TensorRT engines on servers", ("tensorrt", "cuda-bindings")),
     "text": ("texts as data and prompts", ("tokenizers", "jinja2")),
     "images": ("images as data", ("pillow",)),
+    "audio": ("sounds other than plain WAV, and other rates", ("soundfile", "soxr")),
     "plot": ("plots of calibrate and bench", ("matplotlib",)),
     "export": (
         "export bundles",
-        ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors"),
+        (
+            "torch",
+            "transformers",
+            "accelerate",
+            "peft",
+            "onnx",
+            "onnx-ir",
+            "onnxscript",
+            "safetensors",
+            "tokenizers",
+            "pillow",
+        ),
     ),
 }
 """Extra -> its purpose and its packages."""

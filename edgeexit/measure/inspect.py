@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgeexit.bundle.manifest import (
     Step,
     Tensor,
     TokenState,
+    Variant,
 )
 from edgeexit.bundle.onnx_wire import read_graph_file
 from edgeexit.bundle.reader import Bundle
@@ -57,6 +59,7 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "axis_sizes": dict(sizes),
         "limits": manifest.limits,
         "capacity": manifest.decoding and manifest.decoding.capacity,
+        "layers_without_attention": _without_attention(bundle),
         "chains": {name: _chain(bundle, chain, sizes) for name, chain in manifest.chains.items()},
         "weights_bytes": weights_bytes(bundle),
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
@@ -69,6 +72,27 @@ def describe(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Any]:
         "chat": msgspec.to_builtins(manifest.chat),
         "provenance": manifest.provenance,
     }
+
+
+def _without_attention(bundle: Bundle) -> list[int]:
+    """Numbers of the layers that keep nothing per token, as far as names tell: export names states
+    ``layer_N/...`` and exits ``exit_N``, after the layer that they belong to."""
+    if bundle.manifest.decoding is None:
+        return []
+    chain = bundle.manifest.last_chain
+    states = [
+        state for name in chain.components for state in bundle.manifest.components[name].states
+    ]
+    kept = _numbers("layer", [state.name for state in states if isinstance(state, TokenState)])
+    read = [state.tensor.name for state in states if isinstance(state, PromptState)]
+    layers = {*kept, *_numbers("layer", read), *_numbers("exit", [e.name for e in chain.stops])}
+    return sorted(set(range(1, max(layers) + 1)) - kept) if kept else []
+
+
+def _numbers(kind: str, names: Sequence[str]) -> set[int]:
+    """The numbers in ``KIND_N`` at the beginning of names."""
+    found = (re.match(rf"{kind}_([0-9]{{1,4}})(/|$)", name) for name in names)
+    return {int(match[1]) for match in found if match is not None}
 
 
 def _choices(bundle: Bundle) -> dict[str, Any]:
@@ -114,7 +138,7 @@ def weights_bytes(bundle: Bundle) -> int:
     for name, component in manifest.components.items():
         if name not in unsplit:
             graphs.add(component.variants[0].graph)
-            graphs |= set() if component.projection is None else {component.projection.graph}
+            graphs |= {variant.graph for variant in component.projections[:1]}
     read = (read_graph_file(bundle.file(graph).read_bytes()) for graph in sorted(graphs))
     return bundle.weights_bytes + sum(graph.inline_bytes for graph in read)
 
@@ -213,9 +237,7 @@ def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
     prompt = [state for state in component.states if isinstance(state, PromptState)]
     return {
         "graphs": _graphs(bundle, component),
-        "projection": None
-        if component.projection is None
-        else _graph(bundle, component.projection.graph),
+        "projections": _variants(bundle, component.projections),
         "inputs": [tensor.name for tensor in component.inputs],
         "state_bytes_per_token": _state_bytes(component),
         "prompt_states": [{"name": state.tensor.name, "made_by": state.maker} for state in prompt],
@@ -242,11 +264,18 @@ def _exit(bundle: Bundle, exit_: Exit) -> dict[str, Any]:
 
 def _graphs(bundle: Bundle, component: Component) -> list[dict[str, Any]]:
     tokens = any(isinstance(state, TokenState) for state in component.states)
+    found = _variants(bundle, component.variants)
+    states: list[dict[str, Any]] = [
+        {"states": variant.states} if tokens else {} for variant in component.variants
+    ]
+    return [one | own for one, own in zip(found, states, strict=True)]
+
+
+def _variants(bundle: Bundle, variants: Sequence[Variant]) -> list[dict[str, Any]]:
     return [
         {"precision": variant.precision, "requires": variant.requires}
-        | ({"states": variant.states} if tokens else {})
         | _graph(bundle, variant.graph)
-        for variant in component.variants
+        for variant in variants
     ]
 
 

@@ -34,6 +34,9 @@ from edgeexit.runtime.programs.sounds import audio_input, features_of, is_long, 
 from edgeexit.runtime.programs.start_tokens import start_tokens
 from edgeexit.runtime.text.tokenizer import encode, encode_batch, open_tokenizer
 
+CHOICES = ("language", "task")
+"""Fields of lines that a model without such a choice refuses, as ``edgeexit run`` does."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -211,7 +214,8 @@ class _Reader:
         """What is said in a sound, with the model's own start and end around the target."""
         decoding = self._bundle.manifest.decoding
         assert decoding is not None
-        choices = {name: str(row[name]) for name in decoding.choices if row.get(name) is not None}
+        names = dict.fromkeys([*decoding.choices, *CHOICES])
+        choices = {name: str(row[name]) for name in names if row.get(name) is not None}
         try:
             preprocessing = audio_input(self._bundle)
             sounds = read_sounds(self._bundle, row["audio"])

@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from edgeexit.export.exits.saved import read_exits
-from edgeexit.export.exits.skipped_attention import SkippedAttention
 from edgeexit.export.exits.vision_language import ExitVisionLanguage
 from edgeexit.export.families import llava
 from edgeexit.export.methods.checkpoints import last_checkpoint
-from edgeexit.export.methods.eas import Eas, fold, rewrite, search
+from edgeexit.export.methods.eas import Eas, fold, rewrite, search, search_model
 from edgeexit.export.methods.training import ExitTrainer
 from edgeexit.export.pretrained import from_pretrained
 
@@ -90,10 +89,7 @@ def batches(split: str, size: int, seed: int, *, packed: bool = True) -> Iterato
 
 def looked_for(model: Any, remove: int, steps: int, seed: int) -> dict[str, Any]:
     """Searches while adapters of all layers train. Returns what it tried and chose."""
-    method, width = Eas(), model.trunk.width
-    model.skipped = skipped = SkippedAttention(
-        model.layers, width, dict.fromkeys(range(1, LAYERS + 1), RANK)
-    )
+    method, skipped = Eas(), search_model(model, RANK)
     held_out, rows = next(batches("validation", HELD_OUT, 1)), batches("train", SEARCH_BATCH, seed)
     optimizer = torch.optim.AdamW(skipped.pia.parameters(), lr=2e-3)
 
@@ -108,8 +104,6 @@ def looked_for(model: Any, remove: int, steps: int, seed: int) -> dict[str, Any]
         method.loss(model, model, next(rows), 0)[0].backward()
         optimizer.step()
 
-    model.requires_grad_(False)
-    skipped.requires_grad_(True)
     alone = {str(layer): round(loss([layer]), 5) for layer in range(1, LAYERS + 1)}
     found = search(
         range(1, LAYERS + 1), remove, loss, train=train, steps=steps, turn=3, subsets=5, seed=seed,

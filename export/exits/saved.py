@@ -5,17 +5,18 @@ and what is known about their training,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgeexit.errors import UsageError
+from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.exits.origins import Origin
 from edgeexit.export.library_errors import translated
 
@@ -24,6 +25,17 @@ EXITS_WEIGHTS = "exits.safetensors"
 SAVE_AGAIN = "Save the exits again with save_pretrained."
 FORMAT = 1
 """Of ``edgeexit.json``."""
+KEYS = {
+    "adapters": "adapters",
+    "encoder_exits": "encoder",
+    "image_encoder_exits": "image_encoder",
+    "tower_exits": "tower",
+    "gates": "gates",
+    "removed_attention": "removed",
+    "pia": "pia",
+    "draft_vocabularies": "vocabularies",
+}
+"""Keys of ``edgeexit.json`` that only some models can have -> attributes of `SavedExits`."""
 
 _Layer = Annotated[int, msgspec.Meta(ge=1)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -99,6 +111,8 @@ def save_exits(
         weights |= part.state_dict() if state_dict is None else weights_of(state_dict, f"{place}.")
     if weights:
         save_file({k: v.detach().contiguous() for k, v in weights.items()}, folder / EXITS_WEIGHTS)
+    elif not any(len(part) for part in modules.values()):
+        (folder / EXITS_WEIGHTS).unlink(missing_ok=True)  # of a model that was saved there before
 
 
 class _File(msgspec.Struct):
@@ -150,6 +164,35 @@ def read_exits(folder: Path) -> SavedExits:
         vocabularies=saved.draft_vocabularies,
         origins=saved.origins,
     )
+
+
+def check_keys(folder: Path, saved: SavedExits, can_have: Collection[str], model_type: str) -> None:
+    """Raises `ExportError` if ``edgeexit.json`` lists something that the model cannot have.
+
+    Args:
+        folder: The checkpoint's.
+        can_have: Attributes of `SavedExits`, besides its exits.
+        model_type: For the message.
+    """
+    for key, attribute in KEYS.items():
+        if attribute not in can_have and (value := getattr(saved, attribute)):
+            raise ExportError(
+                f"{folder / EXITS_CONFIG}: {key} ({listed(value)}) is not for a {model_type}",
+                fix=f"Use the {EXITS_CONFIG} that was saved with this checkpoint.",
+            )
+
+
+def unlisted(folder: Path, modules: Collection[str]) -> list[str]:
+    """Names of modules whose weights are in ``exits.safetensors``, besides these."""
+    path = folder / EXITS_WEIGHTS
+    if not path.is_file():
+        return []
+    with (
+        translated(path, "cannot be read", "Download the file again, or delete it."),
+        safe_open(path, framework="pt") as weights,
+    ):
+        names = {name.partition(".")[0] for name in weights.keys()}  # noqa: SIM118, no dictionary
+    return sorted(names.difference(modules), key=lambda name: (len(name), name))
 
 
 def load_exits(
@@ -254,6 +297,7 @@ __all__ = [
     "SAVE_AGAIN",
     "SavedExits",
     "check_adapters",
+    "check_keys",
     "check_layers",
     "example_layers",
     "listed",
@@ -262,5 +306,6 @@ __all__ = [
     "name_layers",
     "read_exits",
     "save_exits",
+    "unlisted",
     "weights_of",
 ]

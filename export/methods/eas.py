@@ -30,8 +30,8 @@ from edgeexit.export.methods.layerskip import check_decoder, checked_tokens, tok
 from edgeexit.export.methods.method import Batch, Forward, Loss, Method
 
 Trained = Literal["adapters", "decoder"]
-LARGEST = 100.0
-"""Of scores and of gains, beyond which an exponential means nothing."""
+LARGEST, LARGEST_LOSS = 100.0, 20.0
+"""Of scores and of gains, and of losses, beyond which an exponential means nothing."""
 
 
 def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) -> None:
@@ -52,10 +52,7 @@ def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) 
     check_decoder("EAS", model)
     removed = _whole_numbers("layers", layers)
     if gone := model.skipped.removed:
-        raise UsageError(
-            f"EAS: the attentions of layers {', '.join(map(str, gone))} are removed already",
-            fix="Name all layers at once, for the model as it was.",
-        )
+        raise _removed_before(gone)
     check_removed(removed, model.depth)
     check_rank(rank)
     ranks = {} if rank is None else dict.fromkeys(removed, rank)
@@ -63,6 +60,41 @@ def rewrite(model: ExitDecoder, layers: Iterable[int], rank: int | None = RANK) 
     model.skipped = skipped.to(next(model.model.parameters()))
     for layer in removed:
         model.layers[layer - 1].silence()  # type: ignore[operator]
+
+
+def search_model(model: ExitDecoder, rank: int = RANK) -> SkippedAttention:
+    """Makes a model that a `search` can train: every layer gets an adapter, and nothing else has
+    gradients. The model is for the search only; `rewrite` a fresh one.
+
+    Args:
+        model: As for `rewrite`; it is changed.
+        rank: Of the adapters.
+
+    Returns:
+        The adapters (parameters ``.pia``), whose ``remove(layers)`` leaves these layers, and only
+        these, without attention.
+
+    Raises:
+        UsageError: The rank is out of range, the family is not supported, or attentions were
+            removed before.
+    """
+    check_decoder("EAS", model)
+    check_rank(rank)
+    if gone := model.skipped.removed:
+        raise _removed_before(gone)
+    ranks = dict.fromkeys(range(1, model.depth + 1), rank)
+    skipped = SkippedAttention(model.layers, model.trunk.width, ranks)
+    model.requires_grad_(False)
+    model.skipped = skipped.to(next(model.model.parameters()))
+    model.skipped.pia.requires_grad_(True)
+    return model.skipped
+
+
+def _removed_before(layers: Sequence[int]) -> UsageError:
+    return UsageError(
+        f"EAS: the attentions of layers {', '.join(map(str, layers))} are removed already",
+        fix="Name all layers at once, for the model as it was.",
+    )
 
 
 def check_rank(rank: int | None) -> None:
@@ -145,10 +177,10 @@ def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
     Give prompts of the kind that the model will see: all with an image, or all without.
 
     Args:
-        batches: As for a training with `Eas`.
+        batches: As for a training with `Eas`; or prompts alone, whose labels are all -100.
 
     Raises:
-        UsageError: There are no adapters, or no batches.
+        UsageError: There are no adapters or no batches, or a summary is not finite.
     """
     if not model.skipped.ranks:
         raise UsageError(
@@ -162,8 +194,14 @@ def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
     sums: dict[int, torch.Tensor] = {}
     rows = 0
     for batch in batches:
-        tokens, _ = checked_tokens(model, batch, None)
+        if not isinstance(batch, Mapping) or not all(torch.is_tensor(v) for v in batch.values()):
+            raise UsageError(
+                f"EAS: a batch is a {type(batch).__name__} of something else than tensors",
+                fix='Give batches as for a training: {"input_ids": ..., "labels": ...}.',
+            )
+        checked_tokens(model, batch, None)
         others = further_inputs(model, batch, None)
+        tokens = batch["input_ids"]
         found = model.summaries(tokens, **{"prompts": prompts_of(batch), **others})
         for layer, own in found.items():
             sums[layer] = sums.get(layer, torch.zeros(())) + own.double().sum(dim=0)
@@ -176,6 +214,12 @@ def fold(model: ExitDecoder, batches: Iterable[Batch]) -> None:
     for layer, total in sums.items():
         pia = model.skipped.adapter(layer)
         assert pia is not None
+        parts = [*pia.parameters(), total]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise UsageError(
+                f"EAS: the adapter of layer {layer}, or its summary, is not finite",
+                fix="Check the model's weights for NaN, or train it again.",
+            )
         pia.fixed.copy_(total / rows)
 
 
@@ -238,7 +282,7 @@ def search(
         seed: Of all draws.
 
     Raises:
-        UsageError: A number is out of range, or a loss is not finite.
+        UsageError: A number is out of range, or a loss is not finite or too large.
     """
     scores = dict.fromkeys(_whole_numbers("layers", layers), 0.0)
     _whole_numbers("numbers", [remove, steps, warm_up, turn, subsets, seed])
@@ -250,7 +294,7 @@ def search(
             fix="Remove at least one, and leave at least one.",
         )
     compared = range(max(turn, 1), steps + 1, max(turn, 1))
-    finite = 0 < rate < math.inf
+    finite = isinstance(rate, (int, float)) and 0 < rate < math.inf
     if turn < 1 or subsets < 2 or seed < 0 or not finite or not compared or compared[-1] <= warm_up:
         raise UsageError(
             f"EAS: {steps} steps with {subsets} subsets every {turn} steps behind {warm_up} at a "
@@ -275,12 +319,18 @@ def _learn(
     rate: float,
 ) -> None:
     """Compares subsets and changes the scores."""
-    losses = [float(loss(subset)) for subset in subsets]
-    found.tried += zip(subsets, losses, strict=True)
-    if not all(math.isfinite(loss) and loss > -LARGEST for loss in losses):
+    try:
+        losses = [float(loss(subset)) for subset in subsets]
+    except (TypeError, ValueError) as error:
         raise UsageError(
-            f"EAS: the loss of a subset is {losses}",
-            fix="Check the loss function; a mean of cross-entropies in nats is usual.",
+            f"EAS: a loss is no number ({error})", fix="Return a float from loss(layers)."
+        ) from error
+    found.tried += zip(subsets, losses, strict=True)
+    if not all(-LARGEST < loss <= LARGEST_LOSS for loss in losses):
+        raise UsageError(
+            f"EAS: losses of subsets are {losses}, and scores change with exp(-loss)",
+            fix=f"Return losses up to {LARGEST_LOSS:.0f}; a mean of cross-entropies in nats is "
+            "usual, a sum over a batch is too large.",
         )
     rewards = [math.exp(-loss) for loss in losses]
     mean = sum(rewards) / len(rewards)
@@ -310,4 +360,4 @@ def _whole_numbers(what: str, given: object) -> list[int]:
     return found
 
 
-__all__ = ["Eas", "Search", "check_rank", "fold", "rewrite", "search"]
+__all__ = ["Eas", "Search", "check_rank", "fold", "rewrite", "search", "search_model"]

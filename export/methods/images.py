@@ -37,7 +37,7 @@ def further_inputs(model: ExitDecoder, inputs: Batch, step: int | None) -> dict[
 
 def prompts_of(inputs: Batch) -> torch.Tensor:
     """Tokens in front of the first label that is not ignored, ``[batch]``; of rows without one, all
-    tokens.
+    tokens but padding behind them.
 
     Raises:
         UsageError: There are no labels.
@@ -49,7 +49,10 @@ def prompts_of(inputs: Batch) -> torch.Tensor:
     )
     answer = labels[:, 1:] != IGNORED
     ends = answer.int().argmax(dim=1) + 1
-    return torch.where(answer.any(dim=1), ends, answer.shape[1])
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.where(answer.any(dim=1), ends, labels.shape[1])
+    return torch.where(answer.any(dim=1), ends, mask.sum(dim=1))
 
 
 def checked_pixels(tower: ExitTower, inputs: Batch) -> torch.Tensor:

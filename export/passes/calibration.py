@@ -1,4 +1,4 @@
-"""Selects data for int8: batches to measure ranges of activations on, and batches to compare.
+"""Selects data to quantise with: batches to measure on, and batches to compare.
 
 Rows of one-pass models stay in their batches. For models that write text, each text is a batch.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Manifest
+from edgeexit.bundle.manifest import Gather, Manifest
 from edgeexit.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS, CALIBRATION_TEXTS = 256, 64
-"""Number of rows, or texts, that ranges of activations are measured on."""
+"""Number of rows, or texts, that are measured on."""
 COMPARED_ROWS, COMPARED_BYTES = 256, 4 << 20
 COMPARED_TEXTS, COMPARED_TOKENS = 16, 64
 """Number of further rows, or texts and tokens of each, whose float32 outputs the bundle stores."""
@@ -27,12 +27,26 @@ Rows = Mapping[str, NDArray[Any]]
 
 
 def split(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
-    """Batches to measure ranges on, and batches to compare (the same ones if there are no more).
+    """Batches to measure on, and batches to compare (the same ones if there are no more).
 
     Raises:
-        UsageError: There is too little data.
+        UsageError: There is too little data, or an id that a table does not have.
     """
-    return (_rows if manifest.decoding is None else _texts)(batches, manifest)
+    checked = (_checked(batch, manifest) for batch in batches)
+    return (_rows if manifest.decoding is None else _texts)(checked, manifest)
+
+
+def _checked(batch: Rows, manifest: Manifest) -> Rows:
+    for step in (step for step in manifest.steps if isinstance(step, Gather)):
+        ids = np.asarray(batch.get(step.ids, ()))
+        wrong = ids[(ids < 0) | (ids >= step.size)]
+        if wrong.size:
+            raise UsageError(
+                f"--calibration-data: {step.ids} has the id {int(wrong[0])}; the model has 0 to "
+                f"{step.size - 1}",
+                fix="Make the data with the model's own tokenizer.",
+            )
+    return batch
 
 
 def _rows(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
@@ -51,15 +65,14 @@ def _rows(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list
             break
     if count(first) < 2:
         raise UsageError(
-            f"{manifest.name}: int8 needs data (two rows or more) to measure the ranges of "
-            "activations",
+            f"{manifest.name}: quantising needs data (two rows or more) to measure on",
             fix=f"Give --calibration-data with some hundred rows ({CALIBRATION_ROWS} are used).",
         )
     return first, rest or first
 
 
 def _texts(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
-    """Texts to measure ranges on, cropped to the model's limit, and texts to compare, all of one
+    """Texts to measure on, cropped to the model's limit, and texts to compare, all of one
     length. Each is a batch."""
     assert manifest.decoding is not None
     name, limit = manifest.decoding.tokens, manifest.limits.get("positions")
@@ -72,12 +85,12 @@ def _texts(batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], lis
             break
     if not texts:
         raise UsageError(
-            f"{manifest.name}: int8 needs texts to measure the ranges of activations",
+            f"{manifest.name}: quantising needs texts to measure on",
             fix=f"Give --calibration-data with some texts ({CALIBRATION_TEXTS} are used).",
         )
     if len(texts) < CALIBRATION_TEXTS:
         logger.warning(
-            "ranges of activations are measured on %d texts; %d are recommended",
+            "quantising measures on %d texts; %d are recommended",
             len(texts),
             CALIBRATION_TEXTS,
         )

@@ -86,36 +86,37 @@ def round_in_turn(
         Numbers ``[rows, blocks, block]``, scales and zero points ``[rows, blocks]``.
     """
     rows, width = weight.shape
-    most, left = (1 << bits) - 1, weight.astype(np.float32)
+    most = (1 << bits) - 1
+    left = np.array(weight.T, np.float32, order="C")  # [width, rows]: an input is contiguous
     inverse = _inverse_factor(moments, left)
-    numbers = np.zeros((rows, width), np.uint8)
+    numbers = np.zeros((width, rows), np.uint8)
     scales, zeros = (np.zeros((rows, width // block), np.float32) for _ in range(2))
     for start in range(0, width, block):
         stop, place = start + block, start // block
-        part, errors = left[:, start:stop].copy(), np.zeros((rows, block), np.float32)
-        scale, zero = scales[:, place], zeros[:, place] = grid(part)
+        part, errors = left[start:stop], np.zeros((block, rows), np.float32)
+        scale, zero = grid(np.ascontiguousarray(part.T))
+        scales[:, place], zeros[:, place] = scale, zero
         for own, column in enumerate(range(start, stop)):
             with np.errstate(divide="ignore", invalid="ignore"):
-                number = np.nan_to_num(np.rint(part[:, own] / scale), posinf=most, neginf=0) + zero
-            number = np.clip(number, 0, most)
-            numbers[:, column] = number
-            error = (part[:, own] - (number - zero) * scale) / inverse[column, column]
-            part[:, own:] -= np.outer(error, inverse[column, column:stop])
-            errors[:, own] = error
-        left[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return numbers.reshape(rows, -1, block), scales, zeros.astype(np.uint8)
+                number = np.nan_to_num(np.rint(part[own] / scale), posinf=most, neginf=0) + zero
+            np.clip(number, 0, most, out=number)
+            numbers[column] = number
+            errors[own] = (part[own] - (number - zero) * scale) / inverse[column, column]
+            part[own:] -= np.outer(inverse[column, column:stop], errors[own])
+        left[stop:] -= inverse[start:stop, stop:].T @ errors
+    return numbers.T.reshape(rows, -1, block), scales, zeros.astype(np.uint8)
 
 
 def _inverse_factor(
     moments: NDArray[np.float64], weight: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The upper Cholesky factor of the inverse of the damped moments. Weights of inputs that are
-    always 0 become 0."""
+    """The upper Cholesky factor of the inverse of the damped moments. Weights ``[width, rows]`` of
+    inputs that are always 0 become 0."""
     damped = moments.copy()
     diagonal = np.arange(len(damped))
     dead = damped[diagonal, diagonal] == 0
     damped[dead, dead] = 1.0
-    weight[:, dead] = 0.0
+    weight[dead] = 0.0
     damped[diagonal, diagonal] += DAMPING * damped[diagonal, diagonal].mean()
     lower = np.linalg.cholesky(np.linalg.inv(damped))
     return np.ascontiguousarray(lower.T.astype(np.float32))

@@ -34,9 +34,9 @@ from edgeexit.bundle.reader import WEIGHTS, Bundle
 from edgeexit.errors import ExportError
 from edgeexit.export.describe import LOGITS
 from edgeexit.export.evaluate import run_graph
+from edgeexit.export.passes.block_products import REQUIRES, Style
 from edgeexit.export.passes.calibration import Rows, count, stacked
 from edgeexit.export.passes.quantisers import Quantising
-from edgeexit.export.passes.weight_bits import REQUIRES
 from edgeexit.export.samples import REFERENCE, reference_sample, write_samples
 from edgeexit.export.trace.torch_graph import save_graph
 from edgeexit.export.walk import Known, Walk, table_in, table_of
@@ -122,6 +122,7 @@ class _Quantised:
         self.changed = False
         self._store = WeightStore(folder)
         self._done: dict[str, Component] = {}
+        self._sampled: dict[str, str] = {}  # component -> the graph that the sample is made with
         self._texts = whole.manifest.decoding is not None
         with np.load(whole.file(f"samples/{REFERENCE}.npz"), allow_pickle=False) as file:
             sample = {t.name: np.array(file[f"input/{t.name}"]) for t in whole.manifest.inputs}
@@ -135,7 +136,10 @@ class _Quantised:
     def step(self, step: Step) -> Step:
         """Quantises what a step runs. Returns the step of the new bundle."""
         manifest = self.whole.manifest
-        assert not isinstance(step, Place)  # `export` refuses it
+        if isinstance(step, Place):
+            for walk in self._walks:
+                walk.place(step)
+            return step
         if isinstance(step, Gather):
             table = table_of(self.whole, step)
             made = self._quantising.table(step, table, self._store)
@@ -190,7 +194,8 @@ class _Quantised:
 
     def _run(self, name: str, feeds: list[Known]) -> list[Known]:
         """Runs a quantised component."""
-        return run_graph(self.folder / self.component(name).variants[-1].graph, feeds)
+        self.component(name)
+        return run_graph(self.folder / self._sampled[name], feeds)
 
     def _record(self, exit_: Exit) -> None:
         """Stores an exit's outputs for the sample."""
@@ -219,33 +224,52 @@ class _Quantised:
         self.tell(f"{name}, {self._quantising.precision}")
         given = component.variants[-1:] if one else component.variants
         # The last form first: it is the one that data runs through.
-        variants = [self._form(name, chain, walk, variant, one) for variant in reversed(given)]
-        projection = None if one else component.projection
-        if projection is not None:
-            projection = self._form(name, None, walk, projection, one)
+        variants = self._forms(name, chain, walk, given[::-1])
+        projections = self._forms(name, None, walk, [] if one else component.projections)
         self._done[name] = msgspec.structs.replace(
-            component, variants=variants[::-1], projection=projection
+            component, variants=variants, projections=projections
         )
 
+    def _forms(
+        self, name: str, chain: Chain | None, walk: Walk, given: Sequence[Variant]
+    ) -> list[Variant]:
+        """Writes forms of a component in every style, last form first. Returns the first style's
+        in their order, then those of the next."""
+        made: dict[Style, list[Variant]] = {style: [] for style in self._quantising.styles}
+        first = next(iter(made))
+        for variant in given:
+            own = [first] if REQUIRES["onnxruntime"] in variant.requires else made
+            for style in own:
+                form = self._form(name, chain, walk, variant, style)
+                made[style].insert(0, form)
+                self._sampled.setdefault(name, form.graph)
+                if form.precision == variant.precision:
+                    break
+        return [form for forms in made.values() for form in forms]
+
     def _form(
-        self, name: str, chain: Chain | None, walk: Walk, variant: Variant, one: bool
+        self, name: str, chain: Chain | None, walk: Walk, variant: Variant, style: Style
     ) -> Variant:
         """Writes a graph of a component."""
-        component = self.whole.manifest.components[name]
+        component, styles = self.whole.manifest.components[name], self._quantising.styles
         model = ir.load(self.whole.file(variant.graph))
         for number, node in enumerate(model.graph.all_nodes()):
             node.name = f"{node.name}.{number}"  # the quantiser finds nodes by name
-        changed = self._quantising.graph(model, component, chain, name, walk)
+        changed = self._quantising.graph(model, component, chain, name, walk, style)
         self.changed |= changed
-        path = f"graphs/{name}.onnx" if one else variant.graph
+        path = f"graphs/{name}.onnx" if self._quantising.one_form else variant.graph
+        if style != next(iter(styles)):
+            path = f"{path.removesuffix('.onnx')}.{style}.onnx"
         passes.RemoveUnusedOpsetsPass()(model)
         self._store.externalize(model.graph)
         save_graph(model, str(self.folder / path))
         if not changed:
             return msgspec.structs.replace(variant, graph=path)
-        requires = variant.requires if one else sorted({*variant.requires, REQUIRES})
         return msgspec.structs.replace(
-            variant, graph=path, precision=self._quantising.precision, requires=requires
+            variant,
+            graph=path,
+            precision=self._quantising.precision,
+            requires=sorted({*variant.requires, *styles[style]}),
         )
 
 

@@ -6,7 +6,8 @@ a bundle.
   float32 components before it. Components have one form, the one that every engine runs, and no
   projection.
 - `FewBits`: weights in 4 or 8 bits (`edgeexit.export.passes.weight_bits`), in all components and
-  forms, and tables of embeddings.
+  forms, and tables of embeddings. A form that needs no operators of ONNX Runtime's own is written
+  in two styles (`edgeexit.export.passes.block_products`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from __future__ import annotations
 import abc
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from edgeexit.bundle.blocks import Table
+from edgeexit.bundle.blocks import FLOATS, Table
 from edgeexit.bundle.manifest import Chain, Component, Gather, Manifest, TableBlocks
 from edgeexit.errors import UsageError
 from edgeexit.export.describe import LOGITS, Precision
+from edgeexit.export.passes.block_products import REQUIRES, Style
 from edgeexit.export.passes.calibration import Rows, split
 from edgeexit.export.passes.gptq import second_moments
 from edgeexit.export.passes.static_int8 import QUANTISED, quantise
@@ -48,14 +50,23 @@ class Quantising(abc.ABC):
     Attributes:
         precision: Of the graphs that it writes.
         one_form: Whether components keep only the form that every engine runs, and no projection.
+        styles: Operators with which a form is written, a graph for each, and the features that they
+            need; the outputs of the first are the bundle's sample.
     """
 
     precision: Precision
     one_form: bool
+    styles: Mapping[Style, frozenset[str]]
 
     @abc.abstractmethod
     def graph(
-        self, model: ir.Model, component: Component, chain: Chain | None, name: str, walk: Walk
+        self,
+        model: ir.Model,
+        component: Component,
+        chain: Chain | None,
+        name: str,
+        walk: Walk,
+        style: Style,
     ) -> bool:
         """Quantises a graph in place, whose nodes have unique names.
 
@@ -65,6 +76,7 @@ class Quantising(abc.ABC):
             chain: The chain that runs it, as a segment or as the unsplit model; None: it is on the
                 path of exits, or makes states.
             walk: Has the component's inputs; not if `chain` is None.
+            style: One of `styles`.
 
         Returns:
             Whether the graph changed.
@@ -72,7 +84,7 @@ class Quantising(abc.ABC):
 
     @abc.abstractmethod
     def table(self, step: Gather, table: Table, store: WeightStore) -> Gather:
-        """Stores a table of float32 rows. Returns the step of the new bundle."""
+        """Stores a table of rows that are not quantised. Returns the step of the new bundle."""
 
     @abc.abstractmethod
     def split(self, batches: Iterable[Rows], manifest: Manifest) -> tuple[list[Rows], list[Rows]]:
@@ -83,9 +95,16 @@ class ActivationInt8(Quantising):
     """Weights and activations of chains' components in int8."""
 
     precision, one_form = "int8", True
+    styles: Mapping[Style, frozenset[str]] = {"standard": frozenset()}
 
     def graph(
-        self, model: ir.Model, component: Component, chain: Chain | None, name: str, walk: Walk
+        self,
+        model: ir.Model,
+        component: Component,
+        chain: Chain | None,
+        name: str,
+        walk: Walk,
+        style: Style,
     ) -> bool:
         if chain is None:
             return False
@@ -116,6 +135,9 @@ class FewBits(Quantising):
     """
 
     one_form = False
+    styles: Mapping[Style, frozenset[str]] = {
+        style: frozenset({feature}) for style, feature in REQUIRES.items()
+    }
 
     def __init__(self, settings: WeightBits, stored: StoredRows | None = None) -> None:
         self._settings = settings
@@ -126,7 +148,13 @@ class FewBits(Quantising):
         self.precision = "int4" if least == 4 else "int8"
 
     def graph(
-        self, model: ir.Model, component: Component, chain: Chain | None, name: str, walk: Walk
+        self,
+        model: ir.Model,
+        component: Component,
+        chain: Chain | None,
+        name: str,
+        walk: Walk,
+        style: Style,
     ) -> bool:
         settings = self._settings
         of_heads: set[str] = set()
@@ -142,13 +170,14 @@ class FewBits(Quantising):
         if chain is not None and settings.method == "gptq":
             inputs = measured_inputs(model, self._quantiser, bits_of)
             moments = second_moments(model, inputs, walk.feeds(name)) if inputs else None
-        return rewrite(model, self._quantiser, bits_of, moments) > 0
+        return rewrite(model, self._quantiser, bits_of, moments, style) > 0
 
     def table(self, step: Gather, table: Table, store: WeightStore) -> Gather:
         bits, rows = self._settings.head_bits, np.array(table.rows)
-        if bits is None or table.width % self._settings.block or step.output.dtype != "float32":
+        floats = rows.astype(np.float32) if step.output.dtype in FLOATS else None
+        if bits is None or floats is None or not self._quantiser.takes(floats):
             return msgspec.structs.replace(step, offset=store.place(ir.tensor(rows)))
-        made = self._quantiser.blocks(rows, bits, f"the table of {step.ids}")
+        made = self._quantiser.blocks(floats, bits, f"the table of {step.ids}")
         zero = made.zero_points
         return msgspec.structs.replace(
             step,

@@ -1,15 +1,16 @@
-"""Weights in 4 or 8 bits: products with weights become ``MatMulNBits``, whose blocks of weights
-have scales of their own; everything else stays in float32.
+"""Weights in 4 or 8 bits: in products with weights, blocks of weights have scales of their own
+(`edgeexit.export.passes.block_products`); everything else stays as it is.
 
-Such a product reads a quarter, or half, of the bytes of an int8 one or of float32, which is what a
-token's time is spent on. ONNX Runtime rounds activations to 8 bits, block by block, as it computes
-(``accuracy_level`` 4), so no ranges of activations are measured. `edgeexit.export.passes.roundings`
-chooses the numbers.
+Such a product reads a quarter, or an eighth, of the bytes of float32, which is what a token's time
+is spent on. ONNX Runtime rounds activations to 8 bits, block by block, as it computes
+(``accuracy_level`` 4), so no ranges of activations are measured; TensorRT multiplies in the type of
+activations. `edgeexit.export.passes.roundings` chooses the numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +21,15 @@ from numpy.typing import NDArray
 
 from edgeexit.bundle.blocks import BLOCKS, Blocks
 from edgeexit.errors import ExportError, UsageError
+from edgeexit.export.passes.block_products import Style, replace
 from edgeexit.export.passes.roundings import METHODS, QUANTISERS, Method, gptq
 
+logger = logging.getLogger(__name__)
+
 BITS = (4, 8)
+DEFAULT_BLOCKS = (32, 16)
 NARROWEST = 16
 """Products with fewer columns stay as they are: gates, heads with a few classes."""
-DOMAIN = "com.microsoft"
-REQUIRES = "onnxruntime-operators"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class WeightBits:
         bits: 4 or 8, of all products with weights but those of `head`.
         head: Bits of exit heads, and of a table of embeddings; 32: they stay in float32. None: as
             `bits`.
-        block: Weights that share a scale.
+        block: Weights that share a scale. None: 32, or 16 where a row is not divided by 32. A
+            weight whose rows are not divided by 16 either stays as it is.
         symmetric: Without zero points.
         method: What chooses the numbers.
 
@@ -47,7 +51,7 @@ class WeightBits:
 
     bits: int = 4
     head: int | None = None
-    block: int = 32
+    block: int | None = None
     symmetric: bool = False
     method: Method = "k-quant"
 
@@ -55,7 +59,7 @@ class WeightBits:
         known: dict[str, tuple[Any, ...]] = {
             "bits": BITS,
             "head": (None, *BITS, 32),
-            "block": BLOCKS,
+            "block": (None, *BLOCKS),
             "method": METHODS,
         }
         for name, choices in known.items():
@@ -67,6 +71,22 @@ class WeightBits:
                 f"weights: {self.method} chooses zero points, so it is not symmetric",
                 fix="Use the method rtn, or leave symmetric out.",
             )
+
+    def block_of(self, width: int) -> int | None:
+        """Block of a row of that width; None: it is not quantised.
+
+        Raises:
+            ExportError: Another block than the given one would divide it.
+        """
+        if self.block is None or width % BLOCKS[0]:
+            return next((block for block in DEFAULT_BLOCKS if not width % block), None)
+        if width % self.block:
+            smaller = max(block for block in BLOCKS if not width % block)
+            raise ExportError(
+                f"weights: rows of {width} cannot be divided into blocks of {self.block}",
+                fix=f"Use blocks of {smaller}, or leave their size out.",
+            )
+        return self.block
 
     @property
     def head_bits(self) -> int | None:
@@ -87,6 +107,7 @@ class Quantiser:
         known: Digest of a weight and its bits -> its blocks.
         rows: Digest of a row and its bits -> its numbers, scales and zero points, of what was
             measured: one graph may have queries, keys and values apart, another one joined.
+        left: Widths of weights that no block divides, which stay as they are.
     """
 
     settings: WeightBits
@@ -94,11 +115,22 @@ class Quantiser:
     lenient: bool = False
     known: dict[tuple[bytes, int], Blocks] = field(default_factory=dict)
     rows: dict[tuple[bytes, int], tuple[NDArray[Any], ...]] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
 
     def takes(self, weight: NDArray[np.float32]) -> bool:
         """Whether a matrix ``[rows, width]`` is to be quantised."""
-        divides = not weight.shape[1] % self.settings.block
-        return divides or not self.lenient or self.stored(weight) is not None
+        width, settings = weight.shape[1], self.settings
+        fits = not self._leaves(width) and settings.block_of(width) is not None
+        if fits or self.stored(weight) is not None:
+            return True
+        if width not in self.left:
+            self.left.add(width)
+            logger.warning("weights with rows of %d stay as they are: no block divides them", width)
+        return False
+
+    def _leaves(self, width: int) -> bool:
+        block = self.settings.block
+        return self.lenient and block is not None and width % block != 0
 
     def knows(self, weight: NDArray[np.float32], bits: int) -> bool:
         """Whether its blocks need no data: they were made before, or the checkpoint has them."""
@@ -128,13 +160,11 @@ class Quantiser:
         if (held := self.stored(weight)) is not None:
             self.known[key] = held
             return held
-        block = self.settings.block
-        if weight.shape[1] % block:
-            smaller = [one for one in BLOCKS if not weight.shape[1] % one]
-            instead = f"blocks of {smaller[-1]}" if smaller else "weights in float32"
+        block = self.settings.block_of(weight.shape[1])
+        if block is None:
             raise ExportError(
-                f"{what}: its inputs ({weight.shape[1]}) cannot be divided into blocks of {block}",
-                fix=f"Use {instead}.",
+                f"{what}: its rows of {weight.shape[1]} cannot be divided into blocks",
+                fix="Use weights in float32.",
             )
         if self.rows and self.knows(weight, bits):
             own = zip(*(self.rows[_digest(row), bits] for row in weight), strict=True)
@@ -186,14 +216,16 @@ def rewrite(
     quantiser: Quantiser,
     bits_of: BitsOf,
     moments: Mapping[str, NDArray[np.float64]] | None = None,
+    style: Style = "onnxruntime",
 ) -> int:
     """Replaces products with weights in a graph, in place.
 
     Args:
-        model: Float32.
+        model: Float32 or float16.
         quantiser: Gives the blocks.
         bits_of: Which, and how.
         moments: Tensor -> its second moments, for products that read it (``gptq``).
+        style: The operators that take the products' place.
 
     Returns:
         How many products were replaced.
@@ -207,10 +239,9 @@ def rewrite(
         assert source is not None and operand is not None
         what = operand.name or node.op_type
         known = (moments or {}).get(str(source.name))
-        _replace(model.graph, node, quantiser.blocks(weight, bits, what, known), what)
+        replace(model, node, quantiser.blocks(weight, bits, what, known), what, style)
         replaced += 1
     if replaced:
-        model.opset_imports.setdefault(DOMAIN, 1)
         _remove_unused(model)
     return replaced
 
@@ -220,8 +251,9 @@ def _weight_of(node: ir.Node) -> NDArray[np.float32] | None:
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
     weight = _constant(node.inputs[1])
-    if weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+    if weight is None or weight.ndim != 2 or weight.dtype not in (np.float32, np.float16):
         return None
+    weight = weight.astype(np.float32, copy=False)
     if node.op_type == "MatMul":
         return np.ascontiguousarray(weight.T)
     attributes = {name: one.value for name, one in node.attributes.items()}
@@ -248,44 +280,6 @@ def _constant(value: ir.Value | None) -> NDArray[Any] | None:
     )
 
 
-def _replace(graph: ir.Graph, node: ir.Node, blocks: Blocks, what: str) -> None:
-    prefix = f"{what}/{node.outputs[0].name}"
-    operands: dict[str, NDArray[Any]] = {"numbers": blocks.numbers, "scales": blocks.scales}
-    if blocks.zero_points is not None:
-        operands["zero_points"] = blocks.zero_points
-    constants = []
-    for kind, array in operands.items():
-        tensor = ir.tensor(array, name=f"{prefix}/{kind}")
-        value = ir.Value(name=tensor.name, const_value=tensor)
-        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-        graph.register_initializer(value)
-        constants.append(value)
-    product = ir.node(
-        "MatMulNBits",
-        [node.inputs[0], *constants],
-        {
-            "K": blocks.width,
-            "N": len(blocks.scales),
-            "bits": blocks.bits,
-            "block_size": blocks.block,
-            "accuracy_level": 4,
-        },
-        domain=DOMAIN,
-        name=f"{node.name}/{blocks.bits}-bit",
-    )
-    made, output = [product], node.outputs[0]
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        made.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}/bias"))
-    last = made[-1].outputs[0]
-    name, last.shape = output.name or "", output.shape
-    for value in (one.outputs[0] for one in made):
-        value.dtype = ir.DataType.FLOAT
-    graph.insert_before(node, made)
-    ir.convenience.replace_all_uses_with(output, last, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    last.name = name
-
-
 def _remove_unused(model: ir.Model) -> None:
     """Removes weights, and what joined them, that nothing reads any more."""
     import onnx_ir.passes.common as passes
@@ -296,7 +290,6 @@ def _remove_unused(model: ir.Model) -> None:
 __all__ = [
     "BITS",
     "METHODS",
-    "REQUIRES",
     "Quantiser",
     "WeightBits",
     "measured_inputs",

@@ -16,7 +16,15 @@ from edgeexit.errors import ExportError, UsageError
 from edgeexit.export.checkpoint import Checkpoint, open_checkpoint
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.decoder import ExitDecoder
-from edgeexit.export.exits.saved import SavedExits, read_exits
+from edgeexit.export.exits.saved import (
+    EXITS_CONFIG,
+    EXITS_WEIGHTS,
+    SAVE_AGAIN,
+    SavedExits,
+    check_keys,
+    read_exits,
+    unlisted,
+)
 from edgeexit.export.pretrained.classifiers import FAMILIES, read_classifier
 from edgeexit.export.pretrained.common import depth_of_config, name_of
 from edgeexit.export.pretrained.decoders import DECODERS, read_decoder
@@ -162,7 +170,9 @@ def depth_of(path: str | Path) -> int:
 def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
     """The exits that are saved with a checkpoint. A warning says that they are not used, or that
     they were trained without the adapters that are merged."""
-    found = read_exits(checkpoint.folder)
+    found, kind = read_exits(checkpoint.folder), checkpoint.config.model_type
+    check_keys(checkpoint.folder, found, _can_have(kind), kind)
+    _tell_of_unlisted(checkpoint, found)
     apart: list[int] | None = None if found.image_encoder is None else []
     without = SavedExits(removed=found.removed, pia=found.pia, image_encoder=apart)  # of the model
     if not found.layers and not found.encoder:
@@ -185,6 +195,53 @@ def _saved_exits(checkpoint: Checkpoint, *, use: bool) -> SavedExits:
             layers,
         )
     return found
+
+
+def _can_have(model_type: str) -> set[str]:
+    """What a checkpoint of this type can have besides exits: attributes of `SavedExits`."""
+    if model_type in FAMILIES:
+        return set()
+    if model_type in DECODERS:
+        own = {"removed", "pia"}
+    elif model_type in ENCODER_DECODERS:
+        own = {"encoder"}
+    elif VISION_LANGUAGE[model_type].encodes:
+        own = {"encoder", "image_encoder", "tower"}
+    else:
+        own = {"tower", "gates", "removed", "pia"}
+    return {"adapters", "vocabularies", *own}
+
+
+def _tell_of_unlisted(checkpoint: Checkpoint, saved: SavedExits) -> None:
+    """Warns of weights of exits that the checkpoint's list does not name.
+
+    Raises:
+        ExportError: They are adapters in place of attentions, which change every exit.
+    """
+    with_weights = {
+        "exit": saved.layers if checkpoint.config.model_type in FAMILIES else saved.adapters,
+        "tower_exit": saved.tower,
+        "gate": saved.gates,
+        "layer": saved.pia,
+    }
+    names = {f"{kind}_{layer}" for kind, layers in with_weights.items() for layer in layers or ()}
+    more = unlisted(checkpoint.folder, names)
+    has_list = (checkpoint.folder / EXITS_CONFIG).is_file()
+    why = f"{EXITS_CONFIG} does not list" if has_list else f"no {EXITS_CONFIG} lists"
+    if gone := [name for name in more if name.startswith("layer_")]:
+        raise ExportError(
+            f"{checkpoint.path}: {EXITS_WEIGHTS} has adapters in place of attentions that {why} "
+            f"({', '.join(gone)}): without them, this is another model",
+            fix=f"Copy the whole checkpoint again. {SAVE_AGAIN}",
+        )
+    if more:
+        logger.warning(
+            "%s: %s has weights that %s, so they are not used: %s",
+            checkpoint.path,
+            EXITS_WEIGHTS,
+            why,
+            ", ".join(more),
+        )
 
 
 def _listed(layers: Iterable[int] | None) -> list[int] | None:

@@ -10,7 +10,7 @@ from edgeexit.export.checkpoint import Checkpoint, read_labels, read_model
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import (
-    EXITS_WEIGHTS,
+    EXITS_CONFIG,
     SavedExits,
     example_layers,
     listed,
@@ -48,7 +48,7 @@ def read_classifier(
     if exits is None and saved is None:
         layers = listed(example_layers(depth_of_config(config)))
         raise ExportError(
-            f"{path}: the checkpoint has no exits ({EXITS_WEIGHTS} is missing)",
+            f"{path}: the checkpoint has no exits ({EXITS_CONFIG} is missing)",
             fix="Train exits with edgeexit.export.methods and save_pretrained, or give "
             f"--untrained-exits {layers} (untrained=True) to "
             "measure latency before training.",

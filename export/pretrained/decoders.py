@@ -9,6 +9,7 @@ from edgeexit.export.checkpoint import Checkpoint, read_model
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.origins import Origin, note_origins, origins_of
 from edgeexit.export.exits.saved import (
+    EXITS_CONFIG,
     SAVE_AGAIN,
     SavedExits,
     load_exits,
@@ -97,9 +98,13 @@ def load_skipped(checkpoint: Checkpoint, decoder: ExitDecoder, found: SavedExits
     if not found.removed:
         return
     with translated(checkpoint.path, "its list of removed attentions does not fit", SAVE_AGAIN):
-        decoder.skipped = skipped = SkippedAttention(
-            decoder.layers, decoder.trunk.width, found.pia, found.removed
-        )
+        try:
+            decoder.skipped = skipped = SkippedAttention(
+                decoder.layers, decoder.trunk.width, found.pia, found.removed
+            )
+        except UsageError as error:  # it does not know the file
+            place = checkpoint.folder / EXITS_CONFIG
+            raise ExportError(f"{place}: {error.what}", fix=SAVE_AGAIN) from error
     if len(skipped.pia):
         load_named(skipped.pia, skipped.pia, checkpoint.folder)
 

@@ -135,10 +135,10 @@ def work_of(
         variant = _usable(name, component, features, form)
         own = [ranges for use in uses for ranges in profiles[use]]
         works.append(_component(name, component, variant, own, capacity))
-        if component.projection is not None:
+        if component.projections:
             one = {**ranges, "new": Range(1, 1, 1)}
             profile = profiles["prompt"][0] if name in on_paths else one
-            works.append(_projection(name, component, component.projection, profile))
+            works.append(_projection(name, component, features, profile))
     return works
 
 
@@ -257,15 +257,21 @@ def _usable(
     """The first variant of a component that the library can build, of the requested form."""
     if not token_states(component):
         form = None
-    for variant in component.variants:
+    return _first(name, component.variants, features, form)
+
+
+def _first(
+    what: str, variants: Sequence[Variant], features: frozenset[str], form: StateForm | None
+) -> Variant:
+    for variant in variants:
         if set(variant.requires) <= features and form in (None, variant.states):
             return variant
     known = ", ".join(
         f"{variant.states} (needs {' and '.join(variant.requires) or 'nothing'})"
-        for variant in component.variants
+        for variant in variants
     )
     raise EngineError(
-        f"{name} has no form {f'{form} ' if form else ''}that this TensorRT can build: {known}",
+        f"{what} has no form {f'{form} ' if form else ''}that this TensorRT can build: {known}",
         fix="Use --states append, which every version can build. The form fixed needs float16 or "
         "bfloat16, and TensorRT 10.15 or newer, or TensorRT-RTX.",
     )
@@ -289,10 +295,11 @@ def _component(
     return Work(name, variant, outputs, shapes, fixed, _largest(profiles, axes))
 
 
-def _projection(name: str, component: Component, variant: Variant, profile: Ranges) -> Work:
+def _projection(name: str, component: Component, features: frozenset[str], profile: Ranges) -> Work:
     """The engine of a component's projection; `largest` leaves its tokens out, because they do not
     limit the other engines."""
     where = f"projection of {name}"
+    variant = _first(where, component.projections, features, None)
     axes = {tensor.name: tensor.axes for tensor in component.inputs}
     outputs = tuple(state.present for state in token_states(component))
     largest = {axis: most for axis, most in _largest([profile], axes).items() if axis != "new"}

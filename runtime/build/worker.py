@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from edgeexit.bundle.onnx_wire import fix_axes, keep_outputs
+from edgeexit.bundle.onnx_wire import fix_axes, keep_outputs, sign_numbers
 from edgeexit.errors import EdgeExitError, EngineError
 from edgeexit.runtime.engines.tensorrt import precision
 from edgeexit.runtime.engines.tensorrt.api import (
@@ -139,6 +139,7 @@ def _make(
     parser = trt.OnnxParser(network, log)
     path = Path(job.graph)
     raw = fix_axes(keep_outputs(path.read_bytes(), job.outputs), job.fixed)
+    raw = sign_numbers(raw, path.parent)
     if not parser.parse(raw, str(path)):
         raise Refused(_parser_failure(parser, log))
     config = _configure(trt, builder, job, log)

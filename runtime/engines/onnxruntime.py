@@ -273,6 +273,8 @@ def features_of(name: str, version: str) -> frozenset[str]:
     Fused attention with a bias is tested on the CPU only.
     """
     features = set() if name == "tensorrt-provider" else {"onnxruntime-operators"}
+    if name != "tensorrt-provider" and _version(version) >= (1, 20):
+        features.add("blocked-weights")
     if name == "cpu":
         features |= {"float32-attention", "attention-bias"}
         if _version(version) >= (1, 25):

@@ -109,7 +109,7 @@ class Adapters:
     def _projecting(self, number: int) -> Part | None:
         """The adapter of an exit, if it is a single component with a projection."""
         path: Sequence[Part] = self._paths[number]
-        projects = len(path) == 1 and path[0].component.projection is not None
+        projects = len(path) == 1 and path[0].component.projections
         return path[0] if projects else None
 
 

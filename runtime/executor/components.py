@@ -111,8 +111,8 @@ class Components:
     def projection(self, name: str) -> Graph:
         """The graph of a component's projection."""
         if name not in self._projections:
-            variant = self.bundle.manifest.components[name].projection
-            assert variant is not None
+            variants = self.bundle.manifest.components[name].projections
+            variant = _first(f"the projection of {name}", variants, self.engine, self.bundle)
             self._projections[name] = self.engine.open(self.bundle.file(variant.graph))
         return self._projections[name]
 
@@ -259,13 +259,23 @@ def choose_variant(
             f"{name} has no states of the form {form!r} (it has {known})",
             fix="Use one of these forms, or leave out states: the fastest form is then used.",
         )
+    return _first(name, variants, engine, bundle, form)
+
+
+def _first(
+    what: str,
+    variants: Sequence[Variant],
+    engine: Engine,
+    bundle: Bundle | None,
+    form: StateForm | None = None,
+) -> Variant:
     fitting = [variant for variant in variants if set(variant.requires) <= engine.features]
     if bundle is not None:
         fitting.sort(key=lambda variant: not engine.offers(bundle.file(variant.graph)))
     if fitting:
         return fitting[0]
     raise EngineError(
-        f"{name} has no form for this engine (its forms need "
+        f"{what} has no form for this engine (its forms need "
         f"{[variant.requires for variant in variants]}, the engine offers "
         f"{sorted(engine.features)})",
         fix="Export again with a newer edgeexit."

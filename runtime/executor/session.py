@@ -307,7 +307,7 @@ class Session:
 
     def project(self, number: int, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Lets one token per row skip a component. The component's projection computes its keys and
-        values from the boundary (`Component.projection`); the boundary does not change.
+        values from the boundary (`Component.projections`); the boundary does not change.
 
         Args:
             rows: Rows with such a token.

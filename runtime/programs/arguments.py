@@ -47,8 +47,13 @@ def check_options(
     sampling: Sampling | None,
     audit: bool,
     on_piece: object = None,
+    **flags: object,
 ) -> int | None:
-    """Raises `UsageError` for invalid options. Returns `max_new_tokens` as an int."""
+    """Raises `UsageError` for invalid options; `flags` are True or False. Returns `max_new_tokens`
+    as an int."""
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise UsageError(f"{name} is {flag!r}", fix="Use True or False.")
     if mode not in get_args(ModeName):
         raise UsageError(
             f"mode {mode!r} is not known", fix=f"Use one of {', '.join(get_args(ModeName))}."

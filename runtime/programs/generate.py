@@ -142,6 +142,8 @@ class Writer(SavedPrefixes):
             sampling=sampling,
             audit=audit,
             on_piece=on_piece,
+            ignore_eos=ignore_eos,
+            reuse=reuse,
         )
         self._check_usable()
         decoding = self._decoding()

@@ -76,7 +76,9 @@ def read_prefix(
         if tokens.dtype != np.int64 or tokens.ndim != 1 or not len(tokens):
             raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
         states = _states(arrays, session, len(tokens))
-    except (KeyError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+    except KeyError as error:
+        raise DataError(f"{Path(path)}: it has no array {error}", fix=AGAIN) from error
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise DataError(
             f"{Path(path)}: cannot be read as {SAVED} ({first_line(error)})", fix=AGAIN
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeexit.bundle.onnx_wire import External, fix_axes, keep_outputs, read_graph_file
+from edgeexit.bundle.onnx_wire import (
+    External,
+    fix_axes,
+    keep_outputs,
+    read_graph_file,
+    sign_numbers,
+)
 from edgeexit.bundle.reader import Bundle
 
 
@@ -241,3 +249,47 @@ def test_cut_models_are_refused(data: st.DataObject) -> None:
     else:
         with pytest.raises(ValueError, match="."):
             read_graph_file(cut)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT4, TensorProto.UINT8])
+@pytest.mark.parametrize("apart", [False, True])
+def test_numbers_in_blocks_become_signed_ones(
+    kind: TensorProto.DataType, apart: bool, tmp_path: Path
+) -> None:
+    """Numbers in the file and in a file of their own; what is not in blocks stays."""
+    random, rows, width, block = np.random.default_rng(1), 3, 32, 16
+    bits = 4 if kind == TensorProto.UINT4 else 8
+    half = 0x88 if bits == 4 else 0x80
+
+    def numbers(name: str, shape: tuple[int, ...], fill: int | None = None) -> TensorProto:
+        count = -(-int(np.prod(shape)) * bits // 8)
+        raw = random.integers(0, 256, count) if fill is None else np.full(count, fill)
+        return helper.make_tensor(name, kind, shape, raw.astype(np.uint8).tobytes(), raw=True)
+
+    scales = helper.make_tensor("scales", TensorProto.FLOAT, (rows, 2), np.arange(1, 7) / 8)
+    whole_scale = helper.make_tensor("scale", TensorProto.FLOAT, (), [0.5])
+    tensors = [numbers("numbers", (rows, width)), scales, numbers("zero", (rows, 2), half)]
+    tensors += [numbers("other", (rows, width)), whole_scale]
+    nodes = [
+        helper.make_node(
+            "DequantizeLinear", ["numbers", "scales", "zero"], ["y"], axis=1, block_size=block
+        ),
+        helper.make_node("DequantizeLinear", ["other", "scale"], ["z"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name in "yz"
+    ]
+    graph = helper.make_graph(nodes, "g", [], outputs, tensors)
+    opset = [helper.make_opsetid("", 21)]
+    path = tmp_path / "m.onnx"
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.save(model, path, save_as_external_data=apart, location="w.bin", size_threshold=16)
+    expected = ReferenceEvaluator(onnx.load(path)).run(None, {})
+    signed = onnx.load_from_string(sign_numbers(path.read_bytes(), tmp_path))
+    types = {tensor.name: tensor.data_type for tensor in signed.graph.initializer}
+    assert types["numbers"] == types["zero"] != types["other"] == kind
+    zero = next(t for t in signed.graph.initializer if t.name == "zero")
+    assert not any(zero.raw_data)
+    onnx.load_external_data_for_model(signed, str(tmp_path))
+    for made, right in zip(ReferenceEvaluator(signed).run(None, {}), expected, strict=True):
+        np.testing.assert_array_equal(made, right)

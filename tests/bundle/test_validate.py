@@ -201,7 +201,7 @@ NAMES: Cases = {
         "two outputs are named h1",
     ),
     "projection of nothing": (
-        lambda raw: component(raw, "s1").update(projection=component(raw, "s1")["variants"][0]),
+        lambda raw: component(raw, "s1").update(projections=component(raw, "s1")["variants"][:1]),
         "has a projection, but no token states",
     ),
     "rows along an axis that is not there": (
@@ -783,7 +783,7 @@ TEXTS: Cases = {
         "the chain decoder does not give logits [batch, vocabulary]",
     ),
     "projection with lengths": (
-        lambda raw: component(raw, "s1")["projection"].update(lengths=["past"]),
+        lambda raw: component(raw, "s1")["projections"][0].update(lengths=["past"]),
         "component s1 has a projection that takes lengths",
     ),
     "positions before there are tokens": (

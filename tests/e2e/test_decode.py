@@ -260,12 +260,12 @@ def test_a_stream_shows_what_the_whole_shows(cli: Cli, writer: Path) -> None:
             "--max-new-tokens is 500, but a text has 96 tokens at most",
         ),
         (("--prompt", "x", "--temperature", "1", "--top-k", "-2"), "--top-k -2 is out of range"),
-        (("--data", "x.npz", "--mode", "exact"), "writes text. Give --prompt or --messages"),
+        (("--data", "x.npz", "--mode", "exact"), "writes text. Give --prompt."),
         (("--prompt", "x", "--seed", "0"), "--seed has no effect with greedy decoding"),
         (("--prompt", "x", "--temperature", "0", "--top-k", "0"), "--temperature above 0"),
         (("--prompt", "x", "--mode", "fast", "--encoder-threshold", "1"), "no encoder with exits"),
         (("--text", "x", "--mode", "exact"), "--prompt"),
-        (("--text", "x"), "writes text. Give --prompt or --messages"),
+        (("--text", "x"), "writes text. Give --prompt."),
     ],
 )
 def test_invalid_arguments_are_refused(
@@ -363,9 +363,9 @@ def test_a_prompt_for_an_encoder_is_encoded_and_not_shown(cli: Cli, tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("run", "--data", "x.npz"), "writes text. Give --prompt or --messages"),
+        (("run", "--data", "x.npz"), "writes text. Give --prompt."),
         (("run", "--prompt", b"\xff"), "cannot encode one of the texts"),
-        (("run",), "one kind of input. Give --prompt or --messages"),
+        (("run",), "one kind of input. Give --prompt."),
         (
             ("run", "--prompt", "w5", "--max-new-tokens", "6000"),
             "--max-new-tokens is 6000, but a text",

@@ -3,17 +3,21 @@ that names the thing and the remedy, and the right code."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgeexit.bundle.reader import Bundle
+from edgeexit.cli.export import _about_exits
 from edgeexit.errors import DataError, InputError, UsageError
+from edgeexit.measure.texts import read_texts
 from edgeexit.runtime import Model, Sampling, load
 from tests.e2e.conftest import Ran
 from tests.speech_models import END, RATE, make_sound, write_wav
@@ -80,9 +84,10 @@ RUNS: dict[str, tuple[list[str], int, list[str]]] = {
     "a prompt beside it": (
         ["--audio", "a.wav", "--prompt", "Say it"],
         2,
-        ["--prompt and --audio exclude each other"],
+        ["--prompt and --audio exclude each other: run needs one kind of input. Give --audio."],
     ),
-    "an image": (["--image", "a.wav"], 2, ["--image: ", "writes text"]),
+    "an image": (["--image", "a.wav"], 2, ["--image: ", "writes text. Give --audio."]),
+    "a text of its own": (["--text", "a"], 2, ["--text: ", "writes text. Give --audio."]),
     "a language that it does not know": (
         ["--audio", "a.wav", "--language", "fr"],
         2,
@@ -125,7 +130,9 @@ def test_a_model_of_texts_takes_no_sounds(
 ) -> None:
     bundle = decoder_bundle("llama")
     ran = run_here("run", bundle.path, "--audio", "a.wav", *WRITES)
-    refused(ran, 2, f"--audio: {bundle.path} takes no sounds")
+    refused(ran, 2, f"--audio: {bundle.path} takes no sounds. Give --prompt.")
+    ran = run_here("run", bundle.path, "--audio", "a.wav", "--prompt", "a", *WRITES)
+    refused(ran, 2, "run needs one kind of input. Give --prompt.")
     with load(bundle, threads=1) as model:
         with pytest.raises(InputError, match="the model takes no sounds"):
             model.generate(audio="a.wav")
@@ -250,6 +257,28 @@ def test_lines_that_do_not_fit_are_refused(
     options = ("--data", "said.jsonl", "-o", "t.npz", "--threads", "1")
     ran = run_here("trace", speech_bundle.path, *options)
     refused(ran, 1, said)
+
+
+@pytest.mark.parametrize("name, option", [("language", "en"), ("task", "transcribe")])
+def test_a_line_with_a_choice_that_the_model_does_not_have_is_refused(
+    folder: Path, speech_bundle: Bundle, name: str, option: str
+) -> None:
+    """As ``run`` does: English-only checkpoints have neither."""
+    manifest = speech_bundle.manifest
+    assert manifest.decoding is not None
+    decoding = msgspec.structs.replace(manifest.decoding, choices={})
+    english = dataclasses.replace(
+        speech_bundle, manifest=msgspec.structs.replace(manifest, decoding=decoding)
+    )
+    Path("said.jsonl").write_text(json.dumps({"audio": "a.wav", "target": "a", name: option}))
+    with pytest.raises(DataError, match=f"line 1: the model has no choice of '{name}'"):
+        read_texts("said.jsonl", english, targets=True)
+
+
+def test_export_says_what_lines_of_data_hold(speech_bundle: Bundle) -> None:
+    said = _about_exits(speech_bundle, Path("speech"))
+    assert 'edgeexit bench speech --data TEXTS (lines with "audio"), or' in said
+    assert 'trace speech --data TEXTS (lines with "audio" and "target") -o' in said
 
 
 def test_choices_are_listed(run_here: Run, speech_bundle: Bundle) -> None:

@@ -53,6 +53,7 @@ def examples(once: Callable[[str, Callable[[Path], object]], Path]) -> Examples:
 
 def _export(name: str, dtype: str, folder: Path) -> None:
     from edgeexit.export import export
+    from edgeexit.export.passes.weight_bits import WeightBits
     from edgeexit.export.pretrained import from_pretrained
 
     def data(bundle: Bundle) -> Any:
@@ -62,7 +63,12 @@ def _export(name: str, dtype: str, folder: Path) -> None:
         return (batch.inputs for batch in open_data(source, bundle).batches(8))
 
     model = from_pretrained(ROOT / "examples" / name / "checkpoint").split_model()
-    export(model, folder, dtype=dtype, calibration=data if dtype == "int8" else None)
+    weights, within, precision = dtype.partition(" in ")
+    if within:
+        bits = WeightBits({"int4": 4, "int8": 8}[weights])
+        export(model, folder, dtype=precision, weights=bits)
+    else:
+        export(model, folder, dtype=dtype, calibration=data if dtype == "int8" else None)
 
 
 def _texts() -> list[np.ndarray]:
@@ -137,6 +143,9 @@ def test_digits(
         ("float16", "append", "HALF"),
         ("float16", "fixed", "HALF"),
         ("int8", "append", "INT8"),
+        ("int4 in float32", "append", "FLOAT"),
+        ("int4 in float16", "fixed", "HALF"),
+        ("int8 in float16", "fixed", "HALF"),
     ],
 )
 def test_codelm(

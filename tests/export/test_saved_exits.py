@@ -4,7 +4,9 @@ what is known about the training of its exits."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from edgeexit.errors import ExportError
 from edgeexit.export.exits.classifier import ExitClassifier
 from edgeexit.export.exits.origins import note_origins
 from edgeexit.export.exits.saved import EXITS_CONFIG
+from edgeexit.export.methods.eas import rewrite
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.runtime import Policy, Rule
-from tests.checkpoints import save_checkpoint
-from tests.decoders import make_decoder
+from tests import vision_models
+from tests.checkpoints import make_model, save_checkpoint
+from tests.decoders import make_decoder, save_decoder
+from tests.encoder_decoders import make_bart
 
 
 @pytest.fixture
@@ -92,6 +97,111 @@ def test_a_list_of_exits_that_cannot_be_read_is_refused_with_its_place(
     (classifier / EXITS_CONFIG).write_text(json.dumps(config | given))
     with pytest.raises(ExportError, match=message):
         from_pretrained(classifier)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("bert", {"removed_attention": [1]}, "removed_attention (1) is not for a bert"),
+        ("bert", {"adapters": {"2": 1}}, "adapters (2) is not for a bert"),
+        ("llama", {"tower_exits": [1]}, "tower_exits (1) is not for a llama"),
+        ("llama", {"encoder_exits": [1, 2]}, "encoder_exits (1,2) is not for a llama"),
+        ("bart", {"removed_attention": [1, 2]}, "removed_attention (1,2) is not for a bart"),
+        ("bart", {"gates": {"1": 8}}, "gates (1) is not for a bart"),
+        ("llava", {"image_encoder_exits": [1]}, "image_encoder_exits (1) is not for a llava"),
+        ("florence2", {"gates": {"1": 8}}, "gates (1) is not for a florence2"),
+    ],
+)
+def test_a_list_of_what_the_model_cannot_have_is_refused(
+    family: str, given: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    makers: dict[str, Any] = {"bert": make_model, "llama": make_decoder, "bart": make_bart}
+    make = makers.get(family, vision_models.make_model)
+    folder = tmp_path / family
+    (make() if family == "bart" else make(family)).save_pretrained(folder)
+    config = folder / EXITS_CONFIG
+    config.write_text(json.dumps({"format": 1, "exits": [2]} | given))
+    with pytest.raises(ExportError, match=re.escape(f"{config}: {message}")) as told:
+        from_pretrained(folder)
+    assert "saved with this checkpoint" in told.value.fix
+
+
+def test_saved_weights_that_are_not_listed_are_told(
+    classifier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from_pretrained(classifier, exits=[1, 2], untrained=True).save_pretrained(classifier)
+    assert not caplog.text
+    config = classifier / EXITS_CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"exits": [2]}))
+    from_pretrained(classifier)
+    told = "exits.safetensors has weights that edgeexit.json does not list, so they are not used"
+    assert f"{classifier}: {told}: exit_1" in caplog.text
+    config.unlink()
+    with pytest.raises(ExportError, match=r"has no exits \(edgeexit.json is missing\)"):
+        from_pretrained(classifier)
+    assert "that no edgeexit.json lists, so they are not used: exit_1, exit_2" in caplog.text
+
+
+def test_adapters_of_a_decoder_that_are_not_listed_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_decoder("llama", tmp_path)
+    made = from_pretrained(folder, exits=[1, 2], adapters=[1, 2], untrained=True)
+    made.save_pretrained(folder)
+    assert from_pretrained(folder).exit_layers == [1, 2] and not caplog.text
+    config = folder / EXITS_CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"adapters": {"1": 1}}))
+    from_pretrained(folder)
+    assert "does not list, so they are not used: exit_2" in caplog.text
+
+
+@pytest.fixture
+def without_attentions(tmp_path: Path) -> Path:
+    """A checkpoint with adapters in place of the attentions of layers 1 and 3."""
+    decoder: Any = from_pretrained(save_decoder("llama", tmp_path / "llama"), exits=[1])
+    rewrite(decoder, [1, 3], rank=8)
+    decoder.save_pretrained(tmp_path / "eas")
+    return tmp_path / "eas"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "no edgeexit.json lists (layer_1, layer_3)"),
+        ({"pia": {}}, "edgeexit.json does not list (layer_1, layer_3)"),
+        ({"pia": {"3": 8}}, "edgeexit.json does not list (layer_1)"),
+        ({"pia": {}, "removed_attention": []}, "edgeexit.json does not list (layer_1, layer_3)"),
+    ],
+)
+def test_adapters_in_place_of_attention_that_are_not_listed_are_refused(
+    change: dict[str, object] | None, message: str, without_attentions: Path
+) -> None:
+    """Without them the model answers differently."""
+    assert from_pretrained(without_attentions).skipped.ranks == {1: 8, 3: 8}  # type: ignore[union-attr]
+    config = without_attentions / EXITS_CONFIG
+    if change is None:
+        config.unlink()
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    expected = f"exits.safetensors has adapters in place of attentions that {message}"
+    for saved in (True, False):
+        with pytest.raises(ExportError, match=re.escape(expected)):
+            from_pretrained(without_attentions, exits=[1], saved_exits=saved)
+
+
+def test_a_model_without_weights_of_exits_replaces_one_with_them(without_attentions: Path) -> None:
+    decoder: Any = from_pretrained(without_attentions.parent / "llama", exits=[2])
+    decoder.save_pretrained(without_attentions)
+    again: Any = from_pretrained(without_attentions)
+    assert again.exit_layers == [2] and not again.skipped.removed
+
+
+def test_a_family_that_cannot_do_without_attention_is_refused_with_the_file(tmp_path: Path) -> None:
+    make_decoder("opt").save_pretrained(tmp_path)
+    config = tmp_path / EXITS_CONFIG
+    config.write_text(json.dumps({"format": 1, "exits": [1], "removed_attention": [2]}))
+    with pytest.raises(ExportError, match=rf"{config}: attention can be removed from .* Llama"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.slow

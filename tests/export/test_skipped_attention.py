@@ -23,8 +23,9 @@ from edgeexit.export.contract import Stack
 from edgeexit.export.exits.decoder import ExitDecoder
 from edgeexit.export.exits.skipped_attention import Pia, deployed
 from edgeexit.export.families import llama, opt
-from edgeexit.export.methods.eas import Eas, fold, rewrite, search
+from edgeexit.export.methods.eas import Eas, fold, rewrite, search, search_model
 from edgeexit.export.methods.training import ExitTrainer
+from edgeexit.export.passes.weight_bits import WeightBits
 from edgeexit.export.pretrained import from_pretrained
 from edgeexit.export.trace.without_attention import FoldedLayer, prompt_of
 from edgeexit.measure.check import check
@@ -337,6 +338,49 @@ def test_folding_takes_the_mean_summary_of_prompts() -> None:
         torch.testing.assert_close(pia.fixed, summaries.mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_prompts_alone_are_summarised_whole_without_their_padding() -> None:
+    decoder = make("adapters")
+    ids = batch(1, 9, 9)["input_ids"]
+    expected = decoder.summaries(ids)
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1),
+        "labels": torch.full((1, 13), -100),
+        "attention_mask": (torch.arange(13) < 9).long()[None],
+    }
+    alone = {"input_ids": ids, "labels": torch.full((1, 9), -100)}
+    for given in (alone, padded):
+        other = copy.deepcopy(decoder)
+        fold(other, [given])
+        for layer, summary in expected.items():
+            pia = other.skipped.adapter(layer)
+            assert pia is not None
+            torch.testing.assert_close(pia.fixed, summary[0], rtol=1e-5, atol=1e-6)
+    padded["attention_mask"] = padded["attention_mask"].flip(1)
+    with pytest.raises(UsageError, match="padding before a token"):
+        fold(decoder, [padded])
+
+
+def test_what_is_not_finite_is_not_folded() -> None:
+    decoder = make("adapters")
+    pia = decoder.skipped.adapter(3)
+    assert pia is not None
+    with torch.no_grad():
+        pia.leave_bias[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="adapter of layer 3, or its summary, is not finite"):
+        fold(decoder, [batch(2, 6, 3)])
+    for wrong in ([1, 2], [{"input_ids": np.ones((1, 3)), "labels": np.ones((1, 3))}]):
+        with pytest.raises(UsageError, match="something else than tensors"):
+            fold(decoder, wrong)  # type: ignore[list-item]
+
+
+def test_adapters_stay_in_floats_where_weights_have_few_bits(tmp_path: Path) -> None:
+    """A matrix of an adapter has rows of 2 * rank + 2, which no block divides."""
+    made = export(make("adapters").split_model(), tmp_path / "b", weights=WeightBits(4, block=16))
+    assert made.manifest.components["segment_0"].variants[0].precision == "int4"
+    with load(made, threads=1, all_scores=True) as model:
+        check(model).require()
+
+
 def test_a_search_finds_the_attentions_that_cost_least() -> None:
     """Each layer has a cost of its own; the search sees the sum of those that are missing."""
     costs = {layer: 0.4 if layer in (3, 5, 6) else 0.0 for layer in range(1, 9)}
@@ -355,6 +399,35 @@ def test_a_search_finds_the_attentions_that_cost_least() -> None:
     assert len(trained) == 600 and all(len(set(layers)) == 5 for layers in trained)
     assert len(found.tried) == 3 * 290 and found.to_dict()["chosen"] == found.chosen
     assert search(costs, 5, lambda layers: 0.0).scores == dict.fromkeys(costs, 0.0)
+
+
+def test_a_search_trains_a_model_with_adapters_everywhere() -> None:
+    model = make_decoder("llama")
+    decoder = ExitDecoder(model, llama.trunk(model), [1])  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapters, method, rows = search_model(decoder, rank=4), Eas(), batch(4, 9, 5)
+    optimizer = torch.optim.AdamW(adapters.pia.parameters(), lr=1e-2)
+    losses: dict[tuple[int, ...], list[float]] = {}
+
+    def loss(layers: Sequence[int]) -> float:
+        adapters.remove(layers)
+        with torch.no_grad():
+            value = float(method.loss(decoder, decoder, rows, None)[0])
+        losses.setdefault(tuple(layers), []).append(value)
+        return value
+
+    def train(layers: Sequence[int]) -> None:
+        adapters.remove(layers)
+        optimizer.zero_grad()
+        method.loss(decoder, decoder, rows, 0)[0].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    found = search(range(1, LAYERS + 1), 2, loss, train=train, steps=60)
+    assert len(found.chosen) == 2
+    assert all(values[-1] < values[0] for values in losses.values() if len(values) > 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UsageError, match="removed already"):
+        search_model(make("adapters"))
 
 
 @pytest.mark.parametrize(
@@ -376,8 +449,11 @@ def test_a_search_finds_the_attentions_that_cost_least() -> None:
         (lambda decoder: search([1, 2], 1, lambda _: 0.0, rate=float("inf")), "compare nothing"),
         (lambda decoder: search([1, 2], 1.5, lambda _: 0.0), "1.5 is no whole number"),  # type: ignore[arg-type]
         (lambda decoder: search([1, 2], 1, None), "loss or train is no function"),  # type: ignore[arg-type]
-        (lambda decoder: search([1, 2], 1, lambda _: float("nan")), r"loss of a subset is \[nan"),
-        (lambda decoder: search([1, 2], 1, lambda _: -1e4), r"loss of a subset is \[-10000"),
+        (lambda decoder: search([1, 2], 1, lambda _: float("nan")), r"losses of subsets are \[nan"),
+        (lambda decoder: search([1, 2], 1, lambda _: -1e4), r"losses of subsets are \[-10000"),
+        (lambda decoder: search([1, 2], 1, lambda _: 900.0), "a sum over a batch is too large"),
+        (lambda decoder: search([1, 2], 1, lambda _: None), "a loss is no number"),  # type: ignore[arg-type,return-value]
+        (lambda decoder: search([1, 2], 1, lambda _: 0.0, rate="1"), "compare nothing"),  # type: ignore[arg-type]
         (lambda decoder: rewrite(decoder, None), "None is no whole number"),  # type: ignore[arg-type]
         (lambda decoder: rewrite(decoder, [True]), "True is no whole number"),
     ],

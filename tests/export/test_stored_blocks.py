@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgeexit.errors import ExportError
 from edgeexit.export import export
 from edgeexit.export.passes.weight_bits import WeightBits
 from edgeexit.export.pretrained import from_pretrained
-from edgeexit.export.stored_blocks import AWQ_ORDER, Matrix, StoredRows
+from edgeexit.export.stored_blocks import AWQ_ORDER, Matrix, StoredRows, read_stored
 from edgeexit.measure.check import check
 from edgeexit.runtime import load
 from tests.decoders import random_prompts, save_decoder
@@ -243,7 +244,32 @@ def test_weights_can_become_float32(folder: Path, tmp_path: Path) -> None:
 UNKNOWN: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "gptq with 3 bits": {"quant_method": "gptq", "bits": 3},
+    "gptq with 4 bits in the format marlin": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "checkpoint_format": "marlin",
+    },
+    "gptq with 8 bits in the format marlin": {
+        "quant_method": "gptq",
+        "bits": 8,
+        "is_marlin_format": True,
+    },
+    "gptq with 4 bits in the format bitblas": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "format": "bitblas",
+    },
     "awq with 4 bits in the version gemv": {"quant_method": "awq", "bits": 4, "version": "gemv"},
+    "awq with 4 bits in the version llm-awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "backend": "llm-awq",
+    },
+    "compressed-tensors of the format pack-quantized": {
+        **COMPRESSED,
+        "format": "pack-quantized",
+        "config_groups": [groups_of(4)],
+    },
     "fp8": {"quant_method": "fp8"},
     "compressed-tensors of the format float-quantized": {
         **COMPRESSED,
@@ -261,6 +287,145 @@ def test_ways_that_are_not_known_are_named(kind: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=f"already quantised by {kind}.*known are GPTQ"):
         from_pretrained(folder, exits=[1])
+
+
+@pytest.mark.parametrize(
+    "named", [{"checkpoint_format": "gptq_v2"}, {"format": "GPTQ_V2"}, {"checkpoint_format": None}]
+)
+def test_the_format_of_gptq_decides_the_zero_points(named: dict[str, Any], folder: Path) -> None:
+    is_first = None in named.values()
+    expected = quantise(folder, "gptq" if is_first else "gptq, second format")
+    weights, _ = read_stored(folder, folder, {"quant_method": "gptq", "bits": 4, **named})
+    assert all(torch.equal(weights[name], one.float()) for name, one in expected.items())
+
+
+def test_quantised_activations_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = quantise(folder, "compressed, 8 bits")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    _, rows = read_stored(folder, folder, settings)
+    assert rows.matrices and not caplog.text
+    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int"}
+    weights, rows = read_stored(folder, folder, settings)
+    assert "input_activations of config.json: ignored, only the quantisation of weights" in (
+        caplog.text
+    )
+    assert rows.matrices and all(torch.equal(weights[k], x.float()) for k, x in expected.items())
+
+
+MATRIX = "model.layers.1.mlp.down_proj"
+"""A matrix ``[64, 48]``."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+FIT, INT32, FINITE = (
+    " does not fit ",
+    ", not int32 with two axes",
+    " has values that are not finite",
+)
+DAMAGED: list[tuple[str, str, Change, str]] = [
+    ("gptq", "qweight", lambda x: x[:-1], f"g_idx [48]{FIT}qweight [5, 64]"),
+    ("gptq", "qweight", lambda x: x[:, :-1], f"scales [3, 64]{FIT}qweight [6, 63]"),
+    ("gptq", "qweight", lambda x: x.flatten(), f"qweight is int32 [384]{INT32}"),
+    ("gptq", "qweight", lambda x: x.long(), f"qweight is int64 [6, 64]{INT32}"),
+    ("gptq", "qweight", lambda x: x.float(), f"qweight is float32 [6, 64]{INT32}"),
+    ("gptq", "qzeros", lambda x: x[:-1], f"qzeros [2, 8]{FIT}scales [3, 64]"),
+    ("gptq", "qzeros", lambda x: x[:, :-1], f"qzeros [3, 7]{FIT}scales [3, 64]"),
+    ("gptq", "scales", lambda x: x[:-1], f"qzeros [3, 8]{FIT}scales [2, 64]"),
+    ("gptq", "scales", lambda x: x * torch.nan, f"scales [3, 64]{FINITE}"),
+    ("gptq", "scales", lambda x: x[:0], f"scales [0, 64]{FINITE}, or none"),
+    ("gptq", "g_idx", lambda x: x + 1, "g_idx names groups 1 to 3; there are 0 to 2"),
+    ("gptq", "g_idx", lambda x: x - 1, "g_idx names groups -1 to 1; there are 0 to 2"),
+    ("gptq", "g_idx", lambda x: x[:-4], f"g_idx [44]{FIT}qweight [6, 64]"),
+    ("awq", "scales", lambda x: x[:-1], f"qzeros [3, 8]{FIT}scales [2, 64]"),
+    ("awq", "qweight", lambda x: x[:, :-1], f"scales [3, 64]{FIT}qweight [48, 7]"),
+    ("awq", "qweight", lambda x: x[:-1], f"scales [3, 64]{FIT}qweight [47, 8]"),
+    (
+        "compressed",
+        "weight_shape",
+        lambda x: x * 2,
+        f"weight_packed [64, 6]{FIT}weight_shape [128, 96]",
+    ),
+    (
+        "compressed",
+        "weight_shape",
+        lambda x: x // 2,
+        f"weight_packed [64, 6]{FIT}weight_shape [32, 24]",
+    ),
+    ("compressed", "weight_shape", lambda x: x[:1], f"weight_packed [64, 6]{FIT}weight_shape [64]"),
+    (
+        "compressed",
+        "weight_scale",
+        lambda x: x[:-1],
+        f"weight_scale [63, 3]{FIT}weight_packed [64, 6]",
+    ),
+    (
+        "compressed",
+        "weight_zero_point",
+        lambda x: x[:-1],
+        f"weight_zero_point [7, 3]{FIT}weight_scale [64, 3]",
+    ),
+    (
+        "compressed, 8 bits",
+        "weight_scale",
+        lambda x: x[:-1],
+        f"weight_scale [63, 1]{FIT}weight [64, 48]",
+    ),
+    (
+        "compressed, 8 bits",
+        "weight_scale",
+        lambda x: x.repeat(1, 5),
+        f"weight_scale [64, 5]{FIT}weight [64, 48]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "change", "message"), DAMAGED)
+def test_tensors_that_do_not_fit_are_named_with_their_shapes(
+    kind: str, part: str, change: Change, message: str, folder: Path
+) -> None:
+    quantise(folder, kind)
+    weights = load_file(folder / "model.safetensors")
+    weights[f"{MATRIX}.{part}"] = change(weights[f"{MATRIX}.{part}"]).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=re.escape(f"{folder}: {MATRIX}.{message}")) as told:
+        from_pretrained(folder, exits=[1])
+    assert "The checkpoint is damaged" in told.value.fix
+
+
+def test_the_size_of_groups_is_that_of_the_configuration(folder: Path) -> None:
+    """Scales and zero points may be cut alike."""
+    quantise(folder, "awq")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    settings["group_size"] = GROUP
+    assert read_stored(folder, folder, settings)[1].matrices
+    weights = load_file(folder / "model.safetensors")
+    for part in ("scales", "qzeros"):
+        weights[f"{MATRIX}.{part}"] = weights[f"{MATRIX}.{part}"][:-1].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    expected = (
+        rf"scales \[2, 64\] does not fit qweight \[48, 8\] with 4 bits and group_size {GROUP}"
+    )
+    with pytest.raises(ExportError, match=expected):
+        read_stored(folder, folder, settings)
+
+
+def test_zero_points_and_numbers_are_in_range(folder: Path) -> None:
+    quantise(folder, "compressed, 8 bits")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    for value, fits in ((-3, True), (-3.0, True), (0.5, False), (200, False)):
+        given = torch.full((64, 1), value, dtype=torch.float32 if type(value) is float else None)
+        save_file({**whole, f"{MATRIX}.weight_zero_point": given}, file, {"format": "pt"})
+        if fits:
+            weights, _ = read_stored(folder, folder, settings)
+            plain = (whole[f"{MATRIX}.weight"] + 3.0) * whole[f"{MATRIX}.weight_scale"]
+            torch.testing.assert_close(weights[f"{MATRIX}.weight"], plain, rtol=1e-6, atol=0)
+            continue
+        with pytest.raises(ExportError, match="weight_zero_point has zero points that are not"):
+            read_stored(folder, folder, settings)
+    save_file(whole, file, {"format": "pt"})
+    settings["config_groups"] = groups_of(4)
+    with pytest.raises(ExportError, match="weight has numbers that need more than 4 bits"):
+        read_stored(folder, folder, settings)
 
 
 def test_a_tensor_that_is_missing_is_named(folder: Path) -> None:

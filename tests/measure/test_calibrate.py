@@ -18,6 +18,7 @@ from edgeexit.measure.calibrate import (
     choose,
     default_score,
     figures,
+    looser_and_better,
     losses,
     sweep,
 )
@@ -132,6 +133,24 @@ def test_choose_takes_the_last_that_holds_not_the_first_that_fails() -> None:
 
 def test_choose_takes_the_loosest_when_all_hold() -> None:
     assert choose(curve_of([0.0, 0.01, 0.02]), 0.05) == 2
+
+
+@pytest.mark.parametrize(
+    "risks, found",
+    [
+        ([0.0, 0.01, 0.02, 0.09, 0.01, 0.0], 5),  # both are better, and the last is faster
+        ([0.0, 0.01, 0.02, 0.09, 0.02], None),
+        ([0.0, 0.01, 0.02], None),
+    ],
+)
+def test_a_looser_threshold_that_looks_better_is_found(
+    risks: list[float], found: int | None
+) -> None:
+    curve = curve_of(risks)
+    curve = dataclasses.replace(curve, expected_ms=np.arange(len(risks), 0.0, -1.0))
+    assert looser_and_better(curve, 2) == found
+    slower = dataclasses.replace(curve, expected_ms=np.arange(float(len(risks))))
+    assert looser_and_better(slower, 2) is None
 
 
 @pytest.mark.parametrize("risks", [[0.0, 0.06, 0.0], [0.0]])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from edgeexit.measure.doctor import EXTRAS, PACKAGES, diagnose
 
@@ -47,6 +50,21 @@ def test_diagnose_finds_this_environment_when_it_is_whole() -> None:
     assert set(found.packages) == set(PACKAGES)
     assert set(found.extras) == set(EXTRAS)
     assert 1 <= found.machine["cores_usable"] <= found.machine["cores"]
+
+
+def test_doctor_knows_every_extra_and_its_packages() -> None:
+    """As the distribution's metadata has them; doctor does not list those of a Jetson."""
+    given = importlib.metadata.metadata("edgeexit").get_all("Provides-Extra") or []
+    assert set(EXTRAS) == {extra for extra in given if extra not in ("dev", "jetson6", "jetson7")}
+    required = [Requirement(one) for one in importlib.metadata.requires("edgeexit") or []]
+    for extra, (_, packages) in EXTRAS.items():
+        own = {
+            requirement.name
+            for requirement in required
+            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
+        }
+        assert set(packages) == own, extra
+    assert {"gguf", "peft", "soundfile", "soxr"} <= set(PACKAGES)
 
 
 def test_diagnose_names_the_clash_when_two_engines_are_installed(tmp_path: Path) -> None:

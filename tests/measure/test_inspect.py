@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -65,6 +68,25 @@ def test_axis_sizes_are_those_of_the_samples_when_none_are_given(bert_bundle: Bu
 def test_tensor_bytes_are_unknown_when_an_axis_is(axes: list, expected: int | None) -> None:
     tensor = Tensor(name="t", dtype="float32", axes=axes)
     assert tensor_bytes(tensor, {"batch": 2}) == expected
+
+
+@pytest.mark.parametrize("gone", [[], [2], [1, 4]])
+def test_layers_without_attention_are_those_without_states(
+    decoder_bundle: Callable[[str], Bundle], gone: list[int]
+) -> None:
+    """Also the last one: exits are named after layers, too."""
+    bundle = decoder_bundle("llama")
+    names = {f"layer_{number}" for number in gone}
+    components = {
+        name: msgspec.structs.replace(
+            component,
+            states=[state for state in component.states if state.name.split("/")[0] not in names],
+        )
+        for name, component in bundle.manifest.components.items()
+    }
+    manifest = msgspec.structs.replace(bundle.manifest, components=components)
+    rewritten = dataclasses.replace(bundle, manifest=manifest)
+    assert describe(rewritten, axis_sizes(rewritten))["layers_without_attention"] == gone
 
 
 def test_describe_tells_states_exits_and_their_paths_of_every_chain(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from edgeexit.errors import MeasurementError
 from edgeexit.runtime.child import child_command
 
 WARM_UP_S = 5.0
-SEARCH_ROUNDS = 5
+SEARCH_ROUNDS, DUEL_S = 5, 5.0
+"""Most rounds in which two thread settings are compared, and the time after which none begins."""
+
 MIN_BLOCK_RUNS = 3
 MIN_ROUNDS = 5
 SLOW_MS, VERY_SLOW_MS = 50.0, 1000.0
@@ -325,7 +327,10 @@ def _duel(champion: Lane, challenger: Lane) -> float:
     lead = champion.expected_ms < VERY_SLOW_MS
     count = max(MIN_BLOCK_RUNS, min(200, round(60.0 / champion.expected_ms))) if lead else 1
     order = random.Random(0)
+    until = time.monotonic() + DUEL_S
     for done in range(SEARCH_ROUNDS if champion.expected_ms < SLOW_MS else 3):
+        if done and time.monotonic() > until:
+            break
         numbers = [order.randrange(champion.side.inputs) for _ in range(count)]
         pair = [champion, challenger] if done % 2 else [challenger, champion]
         times = {

@@ -63,8 +63,8 @@ class Library:
         """Features that graphs may use (`edgeexit.bundle.manifest.Variant`). Before version 10.15,
         binding the same pointer as input and output gives wrong results."""
         if self.rtx or release(self.version) >= (10, 15):
-            return frozenset({"opset-24", "cache-update"})
-        return frozenset()
+            return frozenset({"blocked-weights", "opset-24", "cache-update"})
+        return frozenset({"blocked-weights"})
 
 
 def release(version: str) -> tuple[int, int]:

@@ -110,7 +110,7 @@ def _unskippable(bundle: Bundle, chain: Chain) -> str:
     if any(len(exit_.path) > 1 for exit_ in chain.stops):
         return "its exits have adapters, whose states would lack the tokens that stopped earlier"
     for name in chain.components[1:]:
-        if token_states(components[name]) and components[name].projection is None:
+        if token_states(components[name]) and not components[name].projections:
             return "it has no projections for tokens that skip a component"
     return ""
 

@@ -110,3 +110,21 @@ def test_without_data_it_is_refused(decoder_folder: Folders, tmp_path: Path) -> 
         export(split.split_model(), tmp_path / "b", weights=settings)
     assert "--calibration-data" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [VOCABULARY, -1])
+def test_ids_that_the_model_does_not_have_are_refused(
+    decoder_folder: Folders, tmp_path: Path, wrong: int
+) -> None:
+    tokens = np.full((1, 12), 3)
+    tokens[0, 5] = wrong
+    split = from_pretrained(decoder_folder("llama"), exits=EXITS)
+    with pytest.raises(UsageError, match=f"has the id {wrong}; the model has 0 to") as refused:
+        export(
+            split.split_model(),
+            tmp_path / "b",
+            weights=WeightBits(4, block=16, method="gptq"),
+            calibration=lambda bundle: [{"tokens": tokens}],
+        )
+    assert "tokenizer" in str(refused.value)
+    assert not (tmp_path / "b").exists()

@@ -225,6 +225,9 @@ def test_command_prints_a_table_with_unsplit_first_otherwise(toy_bundle: Bundle)
     ran = CliRunner().invoke(command, arguments, catch_exceptions=False)
     lines = ran.stdout.splitlines()
     assert "p50 ms" in lines[1] and lines[3].startswith("unsplit")
+    stages = ["thread settings: unsplit ...", "thread settings: chain ...", "warm-up ..."]
+    assert ran.stderr.splitlines() == [*stages, "blocks ..."]  # no terminal: no bar
+    assert CliRunner().invoke(command, [*arguments, "-q"], catch_exceptions=False).stderr == ""
     assert any(line.startswith("split tax") for line in lines)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeexit.errors import MeasurementError
+from edgeexit.measure.bench import paired
 from edgeexit.measure.bench.paired import (
     MIN_ROUNDS,
     MIN_RUNS,
@@ -181,6 +182,17 @@ def test_best_setting_finds_the_fastest_when_they_differ_tenfold(clockwork: str)
     with side:
         assert best == 0.5 and side.facts == {"ms": 0.5}
         assert list(relative) == ["5.0", "0.5", "20.0"]
+
+
+def test_the_search_ends_a_comparison_that_takes_too_long(
+    clockwork: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a loaded machine, inputs are slower than the warm-up let expect."""
+    monkeypatch.setattr(paired, "DUEL_S", 0.05)
+    with Side("clockwork:make", {"ms": 5.0}, folder=clockwork) as side:
+        pair = [Lane(name, side, "sleep", expected_ms=2.0) for name in ("champion", "challenger")]
+        assert paired._duel(*pair) > 0
+    assert len(pair[1].ratios) == 1
 
 
 def test_ratios_are_those_of_the_medians_of_neighbouring_blocks(clockwork: str) -> None:

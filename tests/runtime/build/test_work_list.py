@@ -74,12 +74,12 @@ def components() -> dict[str, Component]:
         **component("cross_keys", [MEMORY], [CROSS]),
         **component(
             "d0", [EMBEDDED, POSITIONS], [states[0]], states=[keys("d0"), reads], lengths=["past"],
-            projection=Variant(graph="graphs/d0_projection.onnx"),
+            projections=[Variant(graph="graphs/d0_projection.onnx")],
         ),
         **component("d1", [states[0]], [states[1]], states=[reads]),
         **component(
             "adapter", [states[0], POSITIONS], [states[2]], states=[keys("adapter")],
-            projection=Variant(graph="graphs/adapter_projection.onnx"),
+            projections=[Variant(graph="graphs/adapter_projection.onnx")],
         ),
         **component("head", [tensor("state", "batch", WIDTH)], ANSWERS),
         **component(

@@ -350,7 +350,7 @@ def test_prompts_pass_by_an_adapter_of_one_layer(
     monkeypatch.setattr(Part, "run", noted)
     session = decoder.session(1)
     adapters = {part.name: part for part in adapters_of(session).values()}
-    assert {n for n, p in adapters.items() if p.component.projection} == {"adapter_1"}
+    assert {n for n, p in adapters.items() if p.component.projections} == {"adapter_1"}
     decisions = [Decision(True, np.inf), Decision(True, np.inf), Decision(True, -np.inf)]
     mode = Fast(session, ["exit_1", "exit_2", "exit_4"], decisions)
     mode.prefill([np.array(prompt) for prompt in prompts])

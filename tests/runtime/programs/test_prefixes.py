@@ -331,3 +331,9 @@ def test_ignore_eos_writes_on(bundles: Bundles, tmp_path: Path) -> None:
         for mode in ("full", "exact", "fast"):
             [tokens], _ = write(model, prompt, mode=mode, ignore_eos=True)
             assert len(tokens) == NEW
+
+
+@pytest.mark.parametrize("given", [{"ignore_eos": "no"}, {"reuse": None}, {"reuse": 1}])
+def test_flags_are_true_or_false(model: Model, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="Use True or False"):
+        write(model, random_text(np.random.default_rng(1), 5), **given)
