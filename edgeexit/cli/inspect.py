@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeexit.cli.common import print_json, print_table, size
-from edgeexit.cli.options import bundle_argument, output_options
+from edgeexit.cli.options import bundle_argument, output_options, threads_option
 from edgeexit.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.runtime.engines.base import Threads
 
 
 @click.command("inspect")
@@ -21,17 +24,35 @@ from edgeexit.errors import EngineError, UsageError
     metavar="NAME=SIZE",
     help="Size of an axis, as in seq=128; default: its size in the samples, batch 1.",
 )
+@click.option(
+    "--capacity",
+    type=int,
+    metavar="TOKENS",
+    help="Language models: also show what a text of that many tokens costs, in memory and, on ONNX "
+    "Runtime's CPU engine, in time; --axis batch=4: four texts at a time.",
+)
+@threads_option
 @output_options
-def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, quiet: bool) -> None:
+def command(
+    bundle: Path,
+    axes: tuple[str, ...],
+    capacity: int | None,
+    threads: Threads,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
     """Show what is in a bundle: its parts, the bytes that cross each boundary, its engines.
 
     The engines are those in the TensorRT engine cache. If several fit a device, the last is used.
+    Only --capacity runs the model, for a few short runs; --threads is for these.
 
     Examples:
 
     \b
     edgeexit inspect bundle
     edgeexit inspect bundle --axis seq=128 --json
+    edgeexit inspect writer --capacity 4096
     """
     from edgeexit.bundle.reader import open_bundle
     from edgeexit.measure.engine_list import describe_cache
@@ -39,7 +60,12 @@ def command(bundle: Path, axes: tuple[str, ...], as_json: bool, verbose: int, qu
 
     opened = open_bundle(bundle)
     known = {axis for t in opened.manifest.inputs for axis in t.axes if isinstance(axis, str)}
-    found = describe(opened, axis_sizes(opened, _sizes(axes, known)))
+    sizes = axis_sizes(opened, _sizes(axes, known))
+    found = describe(opened, sizes)
+    if capacity is not None:
+        from edgeexit.measure.text_cost import text_cost
+
+        found["text"] = text_cost(opened, capacity, sizes, threads=threads)
     try:
         found["engines"] = describe_cache(opened)
     except EngineError as error:  # show the bundle without its engines
@@ -77,6 +103,8 @@ def _show(found: dict[str, Any], path: Path) -> None:
     )
     for number, one in enumerate(found["engines"]):
         click.echo(("engines: " if number == 0 else "         ") + _engines(one))
+    if "text" in found:
+        _show_text(found["text"])
     click.echo("made by: " + ", ".join(f"{k} {v}" for k, v in found["provenance"].items()))
 
 
@@ -178,6 +206,51 @@ def _path(exit_: dict[str, Any]) -> list[str]:
         line = f"{exit_['name']} {what}: {graph['graph']}, weights {size(graph['weights_bytes'])}"
         found.append(line + (f", states {size(keeps)} per token" if keeps else ""))
     return found
+
+
+def _show_text(text: dict[str, Any]) -> None:
+    """Shows what texts of some length cost."""
+    memory, time, rows = text["memory"], text["time"], text["rows"]
+    click.echo("")
+    click.echo(f"{_count(rows, 'text')} of {text['capacity_tokens']} tokens (--capacity):")
+    states = f"{size(memory['states_bytes'])} ({size(memory['state_bytes_per_token'])} per token)"
+    parts = [f"weights {size(memory['weights_bytes'])} in the files", f"states {states}"]
+    once = memory["prompt_states_bytes"]
+    if once != 0:
+        parts.append("states of the prompt " + ("?" if once is None else size(once)))
+    parts.append(
+        f"hidden states {size(memory['hidden_states_bytes'])} ({memory['chunk_tokens']} tokens)"
+    )
+    if memory["logits_bytes"] is not None:
+        parts.append(f"logits {size(memory['logits_bytes'])}")
+    click.echo("memory: " + ", ".join(parts))
+    if time is None:
+        click.echo(f"time is not told: {text['no_time']}")
+        return
+    held = f"measured: {size(time['engine_bytes'])} more when the model is open"
+    if time["peak_bytes"] is not None:
+        held += f", {size(time['peak_bytes'])} at the peak"
+    click.echo(f"        {held}")
+    engine = time["engine"]
+    click.echo(
+        f"time ({engine['library']} {engine['version']}, {engine['engine']}, threads "
+        f"{engine['threads']}, states {engine['states']}; runs behind states of zeros):"
+    )
+    if time["prefill_ms"] is None:
+        click.echo(f"  prompt: not told: {time['no_prefill']}")
+    else:
+        runs = _count(time["prompt_runs"], "run")
+        click.echo(
+            f"  prompt of {_count(time['prompt_tokens'], 'token')}: {time['prefill_ms']:.1f} ms in "
+            f"{runs}, estimated from {len(time['measured'])}"
+        )
+    for step in time["steps"]:
+        behind = _count(step["past_tokens"], "token")
+        click.echo(f"  next token behind {behind}: {step['ms']:.2f} ms")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _engines(one: dict[str, Any]) -> str:

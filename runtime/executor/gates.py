@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.bundle.manifest import Chain, Exit, PromptState, Tensor
+from edgeexit.bundle.manifest import Chain, Component, Exit, PromptState, Tensor
 from edgeexit.errors import InputError
 from edgeexit.runtime.engines.base import Array, Bound
 from edgeexit.runtime.executor.blocks import Block, keep_tokens
@@ -34,6 +34,51 @@ logger = logging.getLogger(__name__)
 
 _Run = tuple[list[Callable[[], object]], NDArray[np.float32]]
 """Calls that score a prompt, and the scores."""
+
+
+class WholeReaders(NamedTuple):
+    """What reads all states of a prompt, which may then have to pass in one run, by name.
+
+    Attributes:
+        makers: Makers of prompt states that other components read.
+        own: Components that make prompt states in their own run.
+        gates: Exits with the action ``drop``.
+    """
+
+    makers: Set[str]
+    own: Sequence[str]
+    gates: Set[str]
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self.makers or self.own or self.gates)
+
+
+def makers_of(chain: Chain, components: Mapping[str, Component]) -> set[str]:
+    """Components that make the prompt states of a chain's components, except for themselves."""
+    return {state.maker for name in chain.components for state in made_by_others(components[name])}
+
+
+def whole_readers(chain: Chain, components: Mapping[str, Component]) -> WholeReaders:
+    """What reads all states of a prompt in a chain."""
+    makers = makers_of(chain, components)
+    own = [
+        name
+        for name in chain.components
+        if any(state.made for state in prompt_states(components[name]))
+    ]
+    whole = {
+        name
+        for name in [*makers, *(call.component for e in chain.exits for call in e.path)]
+        if any("new" in tensor.axes for tensor in components[name].inputs)
+    }
+    gates = {
+        e.name
+        for e in chain.exits
+        if e.action == "drop" and whole & {call.component for call in e.path}
+    }
+    return WholeReaders(whole & makers, own, gates)
 
 
 class Gates:
@@ -59,28 +104,11 @@ class Gates:
             if exit_.action == "drop":
                 self._gates.setdefault(numbers[exit_.behind], []).append(exit_)
         self._all = [gate for behind in self._gates.values() for gate in behind]
-        makers = {
-            state.maker for name in chain.components for state in made_by_others(components[name])
-        }
-        self._own_makers = [
-            name
-            for name in chain.components
-            if any(state.made for state in prompt_states(components[name]))
-        ]
-        whole = {
-            name
-            for name in [*makers, *(call.component for e in chain.exits for call in e.path)]
-            if any("new" in tensor.axes for tensor in components[name].inputs)
-        }
         self.any = bool(self._gates)
-        self._whole_makers = bool(whole & makers)
-        self._whole_gates = {
-            e.name
-            for e in chain.exits
-            if e.action == "drop" and whole & {call.component for call in e.path}
-        }
-        self.may_read_whole = bool(self._whole_makers or self._own_makers or self._whole_gates)
-        self._makers = makers
+        self._whole = whole = whole_readers(chain, components)
+        self._own_makers = whole.own
+        self.may_read_whole = whole.any
+        self._makers = makers_of(chain, components)
         self.pending = False
         self.thresholds: dict[str, float] = {}
         self.dropped: dict[str, list[bool]] = {}
@@ -100,8 +128,8 @@ class Gates:
     def whole_prompts(self) -> bool:
         """Whether a maker, a component that makes states of its own, or a gate that is in use reads
         all states of a prompt, which must then pass in one run."""
-        always = bool(self._whole_makers or self._own_makers)
-        return always or not self._whole_gates.isdisjoint(self.thresholds)
+        always = bool(self._whole.makers or self._whole.own)
+        return always or not self._whole.gates.isdisjoint(self.thresholds)
 
     def begin(self, groups: Mapping[str, Sequence[NDArray[np.bool_]]]) -> None:
         """Starts a new prompt.
@@ -313,4 +341,4 @@ def _sizes(inputs: Sequence[Tensor], bound: Mapping[str, Bound]) -> dict[str, in
     }
 
 
-__all__ = ["Gates"]
+__all__ = ["Gates", "WholeReaders", "makers_of", "whole_readers"]

@@ -125,6 +125,8 @@ def test_an_exit_that_is_not_there_is_named(cli: Cli, toy_bundle: Bundle, toy_da
 
 def test_an_axis_that_is_not_there_is_named(cli: Cli, toy_bundle: Bundle) -> None:
     assert_clear(cli("inspect", toy_bundle.path, "--axis", "seq=3"), 2, "--axis seq=3", "batch")
+    asked = cli("inspect", toy_bundle.path, "--capacity", "64")
+    assert_clear(asked, 2, "does not write text", "Leave out the capacity (--capacity)")
 
 
 def test_check_fails_with_code_3_when_weights_were_altered(cli: Cli, toy_copy: Path) -> None:

@@ -65,6 +65,20 @@ def test_check_compares_every_exit_and_inspect_shows_the_caches(cli: Cli, writer
     assert "512 B (in-place, fixed, append)" in cli("inspect", writer).out
 
 
+def test_inspect_tells_what_a_text_costs(cli: Cli, run_here: Here, writer: Path) -> None:
+    shown = cli("inspect", writer, "--capacity", "64", "--axis", "batch=2")
+    assert shown.code == 0 and "2 texts of 64 tokens (--capacity):" in shown.out
+    assert "states 128.0 KiB (1.0 KiB per token)" in shown.out
+    assert "prompt of 63 tokens: " in shown.out and "next token behind 63 tokens: " in shown.out
+    text = run_here("inspect", writer, *("--capacity", "64", "--threads", "brief", "--json")).json[
+        "text"
+    ]
+    assert text["memory"]["states_bytes"] == 64 * 1024 and text["time"]["prefill_ms"] > 0
+    refused = run_here("inspect", writer, "--capacity", "0")
+    assert refused.code == 2 and "capacity 0 is out of range (2 to " in refused.err
+    assert not refused.out
+
+
 def test_what_only_draws_are_for_is_refused_where_none_are(cli: Cli, writer: Path) -> None:
     refused = cli("run", writer, "--prompt", "a", "--top-k", "5")
     assert refused.code == 2 and "Add --temperature" in refused.err and not refused.out
@@ -323,9 +337,9 @@ def test_trace_calibrate_and_run_follow_each_other(cli: Cli, writer: Path) -> No
     assert calibrated.json["calibration"]["texts"] == 3
     assert calibrated.json["calibration"]["perplexity_full"] > 1
     assert calibrated.json["exits"][0]["accuracy"] is not None
-    assert (
-        "Of 3 texts, " in cli("calibrate", "trace.npz", *options, "--per-exit", "--overwrite").out
-    )
+    again = cli("calibrate", "trace.npz", *options, "--per-exit", "--overwrite")
+    # With the measured times, which threshold is chosen varies: whether texts lose anything, too.
+    assert ("Of 3 texts, " in again.out) != ("of 3 texts have no loss" in again.err)
     checked = cli("check", writer, "--policy", "policy.json")
     assert checked.code == 0, checked.err
     fast = ("--mode", "fast", "--policy", "policy.json", "--max-new-tokens", "12", "--json")
