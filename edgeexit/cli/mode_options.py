@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from edgeexit.cli.common import warn
 from edgeexit.errors import EdgeExitError, UsageError
 
@@ -18,6 +20,32 @@ if TYPE_CHECKING:
     from edgeexit.bundle.policy import Policy
     from edgeexit.bundle.reader import Bundle
     from edgeexit.runtime import Sampling
+
+MODE_OPTIONS = (
+    click.option(
+        "--mode",
+        type=click.Choice(["full", "exact", "fast", "approximate"]),
+        help="Language models. full: every layer for every token (the default); exact: the same "
+        "tokens, drafted by an early exit; fast, approximate: early exits by score.",
+    ),
+    click.option(
+        "--capacity",
+        type=click.IntRange(min=2),
+        help="Language models: maximum tokens of a text with its prompt; default: the model's "
+        "limit.",
+    ),
+    click.option(
+        "--draft-exit",
+        metavar="NAME",
+        help="--mode exact: the exit that drafts; default: adaptive.",
+    ),
+    click.option(
+        "--drafts",
+        type=click.IntRange(min=1),
+        help="--mode exact: tokens per draft; default: adaptive.",
+    ),
+)
+"""Options of a decoding mode, for `edgeexit.cli.writing` and ``edgeexit serve``."""
 
 EARLY = ("fast", "approximate")
 """Modes in which early exits answer tokens."""
@@ -148,4 +176,11 @@ def _in_options(text: str) -> str:
     return _PYTHON.sub(lambda found: f"--{found[0].replace('_', '-')}", text)
 
 
-__all__ = ["EARLY", "check_drawing", "check_mode_options", "check_policy_used", "in_options"]
+__all__ = [
+    "EARLY",
+    "MODE_OPTIONS",
+    "check_drawing",
+    "check_mode_options",
+    "check_policy_used",
+    "in_options",
+]

@@ -1,10 +1,11 @@
-"""The policy that options of ``edgeexit run`` ask for, and warnings about it."""
+"""The policy that options of ``edgeexit run`` and ``serve`` ask for, and warnings about it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -16,6 +17,54 @@ from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle.policy import Policy, Rule
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_STOPPING = (
+    click.option(
+        "--policy",
+        type=click.Path(path_type=Path),
+        help="When to stop: a file from calibrate; default: no early exits.",
+    ),
+    click.option(
+        "--threshold", type=float, help="Stop where max_prob is at least this (0 to 1); no policy."
+    ),
+    click.option(
+        "--encoder-threshold",
+        type=float,
+        help="Encoder-decoders: stop the encoder where saturation, the cosine of consecutive "
+        "states, is at least this (-1 to 1); no policy.",
+    ),
+    click.option(
+        "--tower-exit",
+        type=int,
+        metavar="LAYER",
+        help="Vision-language models: leave the vision tower behind this layer; no policy.",
+    ),
+    click.option(
+        "--drop-image-tokens",
+        "image_drop",
+        type=int,
+        metavar="LAYER",
+        help="Vision-language models: leave image tokens out behind this layer; no policy.",
+    ),
+    click.option(
+        "--gate-threshold",
+        type=float,
+        metavar="P",
+        help="Vision-language models: leave image tokens out behind the first gate whose score is "
+        "at least P; no policy.",
+    ),
+)
+
+
+def stopping_options(function: F) -> F:
+    """Adds the options that say when rows and tokens stop. `check_stopping` and `chosen_policy`
+    read them."""
+    for option in reversed(_STOPPING):
+        function = option(function)
+    return function
 
 
 def check_stopping(options: Mapping[str, Any]) -> None:

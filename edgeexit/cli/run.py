@@ -19,6 +19,7 @@ from edgeexit.cli.policies import (
     encoders,
     of_last_chain,
     say_cautions,
+    stopping_options,
 )
 from edgeexit.cli.speech import speech_options
 from edgeexit.cli.writing import read_writing, write, writing_given, writing_options
@@ -43,40 +44,7 @@ logger = logging.getLogger(__name__)
     help="An image file; may be given several times. With --prompt: an image of the prompt.",
 )
 @click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
-@click.option(
-    "--policy",
-    type=click.Path(path_type=Path),
-    help="When to stop: a file from calibrate; default: no early exits.",
-)
-@click.option(
-    "--threshold", type=float, help="Stop where max_prob is at least this (0 to 1); no policy."
-)
-@click.option(
-    "--encoder-threshold",
-    type=float,
-    help="Encoder-decoders: stop the encoder where saturation, the cosine of consecutive states, "
-    "is at least this (-1 to 1); no policy.",
-)
-@click.option(
-    "--tower-exit",
-    type=int,
-    metavar="LAYER",
-    help="Vision-language models: leave the vision tower behind this layer; no policy.",
-)
-@click.option(
-    "--drop-image-tokens",
-    "image_drop",
-    type=int,
-    metavar="LAYER",
-    help="Vision-language models: leave image tokens out behind this layer; no policy.",
-)
-@click.option(
-    "--gate-threshold",
-    type=float,
-    metavar="P",
-    help="Vision-language models: leave image tokens out behind the first gate whose score is at "
-    "least P; no policy.",
-)
+@stopping_options
 @click.option("--exit", "exit_name", metavar="NAME", help="Stop all rows at this exit.")
 @click.option("--rows", type=click.IntRange(min=1), help="Use only this many rows of the data.")
 @click.option(

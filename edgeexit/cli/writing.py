@@ -13,6 +13,7 @@ import click
 from edgeexit.cli.common import in_exit_order, print_json
 from edgeexit.cli.conversations import Conversation, asked, read_conversations, template_variables
 from edgeexit.cli.mode_options import (
+    MODE_OPTIONS,
     check_drawing,
     check_mode_options,
     check_policy_used,
@@ -50,34 +51,13 @@ _OPTIONS = (
         metavar="JSON",
         help="--chat, --messages: variables of the template, as in '{\"enable_thinking\": false}'.",
     ),
-    click.option(
-        "--mode",
-        type=click.Choice(["full", "exact", "fast", "approximate"]),
-        help="Language models. full: every layer for every token (the default); exact: the same "
-        "tokens, drafted by an early exit; fast, approximate: early exits by score.",
-    ),
+    *MODE_OPTIONS,
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
         help="Language models: maximum new tokens of a text; default: 128.",
     ),
-    click.option(
-        "--capacity",
-        type=click.IntRange(min=2),
-        help="Language models: maximum tokens of a text with its prompt; default: the model's "
-        "limit.",
-    ),
     click.option("--stream", is_flag=True, help="Language models: print text as it is generated."),
-    click.option(
-        "--draft-exit",
-        metavar="NAME",
-        help="--mode exact: the exit that drafts; default: adaptive.",
-    ),
-    click.option(
-        "--drafts",
-        type=click.IntRange(min=1),
-        help="--mode exact: tokens per draft; default: adaptive.",
-    ),
     click.option(
         "--audit",
         is_flag=True,

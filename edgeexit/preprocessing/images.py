@@ -58,7 +58,7 @@ def open_image(
         DataError: Pillow cannot read the file as an image.
         EngineError: Pillow is not installed.
     """
-    pillow = import_pillow()
+    import_pillow()
     fix = "Give a readable image file, or remove it from the data."
     try:
         status = path.stat()
@@ -76,7 +76,30 @@ def open_image(
         raise DataError(f"{where}: {str(path)!a} is not a file name", fix=fix) from error
     if update is not None:
         update(raw)
-    return _upright(lambda: pillow.open(io.BytesIO(raw)), where, fix, without_alpha=True)
+    return decode_image(raw, where)
+
+
+def decode_image(raw: bytes, where: str, *, limit_pixels: int = IMAGE_LIMIT_PIXELS) -> ImageSource:
+    """An image from the bytes of a file, as `open_image` reads it.
+
+    Args:
+        raw: The bytes.
+        where: Its name in messages.
+        limit_pixels: Images with more pixels are refused before they are decoded.
+
+    Raises:
+        DataError: Pillow cannot read the bytes as an image.
+        EngineError: Pillow is not installed.
+    """
+    pillow = import_pillow()
+    fix = "Give a readable image file, or remove it from the data."
+    return _upright(
+        lambda: pillow.open(io.BytesIO(raw)),
+        where,
+        fix,
+        without_alpha=True,
+        limit_pixels=limit_pixels,
+    )
 
 
 def upright(image: ImageSource, where: str) -> ImageSource:
@@ -86,7 +109,12 @@ def upright(image: ImageSource, where: str) -> ImageSource:
 
 
 def _upright(
-    open_it: Callable[[], ImageSource], where: str, fix: str, *, without_alpha: bool = False
+    open_it: Callable[[], ImageSource],
+    where: str,
+    fix: str,
+    *,
+    without_alpha: bool = False,
+    limit_pixels: int = IMAGE_LIMIT_PIXELS,
 ) -> ImageSource:
     from PIL.ImageOps import exif_transpose
 
@@ -94,7 +122,7 @@ def _upright(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = open_it()
-            if image.width * image.height > IMAGE_LIMIT_PIXELS:
+            if image.width * image.height > limit_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
             image = exif_transpose(image)
@@ -272,6 +300,7 @@ __all__ = [
     "Cut",
     "ImageSource",
     "cut_image",
+    "decode_image",
     "image_from_array",
     "import_pillow",
     "open_image",

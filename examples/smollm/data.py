@@ -1,5 +1,6 @@
 """Prompts of four kinds for a small chat model (questions, code to continue, texts to rewrite that
-quote their prompt, and stories to continue), and texts to quantise with.
+quote their prompt, and stories to continue): some to measure with, others to train exits with
+(`training_prompts`); and texts to quantise with.
 
 Code and texts come from Python's standard library, so another Python gives others.
 
@@ -13,8 +14,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import random
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +79,38 @@ STORIES = (
     "The dog waited at the station every evening until",
     "It was the hottest summer in a hundred years, and",
 )
+ASKED = (
+    "What is {}?",
+    "Explain {} to a beginner.",
+    "Give me three facts about {}.",
+    "Why does {} matter?",
+)
+SUBJECTS = (
+    "photosynthesis", "a compass", "inflation", "the water cycle", "a haiku", "sourdough bread",
+    "electricity", "a glacier", "the immune system", "recycling", "chess", "a black hole",
+    "the metric system", "a volcano", "good sleep", "a contract", "gravity", "the printing press",
+    "a balanced diet", "first aid", "a search engine", "public speaking", "the ozone layer",
+    "time zones", "a sonnet", "compound interest", "a lighthouse", "democracy", "yoga", "coffee",
+)  # fmt: skip
+PLACES = (
+    "In the mountains",
+    "On a small island",
+    "At the edge of the desert",
+    "In the old harbour",
+)
+PEOPLE = ("a young teacher", "two brothers", "a retired sailor", "the new doctor", "a lost tourist")
+EVENTS = (
+    "found a key that",
+    "heard a sound and",
+    "decided to leave because",
+    "met a stranger who",
+)
 REWRITE = "Rewrite this text. Keep its words, and correct only mistakes.\n\n"
 WORDS = 90
 """Of a text to rewrite."""
 PASSAGE, PASSAGES = 120, 128
 """Words of a passage to quantise with, and their number."""
+HELD_OUT = 64
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -92,6 +122,32 @@ def prompts() -> list[dict[str, Any]]:
     return [*asked, *code, *quoting, *free]
 
 
+def training_prompts() -> list[dict[str, Any]]:
+    """The same kinds about other things, equally many of each, in a random order: none of them is
+    one of `prompts`."""
+    asked = [form.format(subject) for subject in SUBJECTS for form in ASKED]
+    found: list[dict[str, Any]] = [{"kind": "chat", "messages": _said(text)} for text in asked]
+    measured = {_words(name) for name in TEXTS}
+    for tree in _modules():
+        documented = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for node in documented:
+            words = " ".join((ast.get_docstring(node) or "").split()[:WORDS])
+            if len(words.split()) >= WORDS // 2 and words not in measured:
+                found.append({"kind": "quoting", "messages": _said(REWRITE + words)})
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name not in _names(FUNCTIONS):
+                lines = ast.unparse(node).splitlines(keepends=True)
+                if len(lines) >= 12:
+                    found.append({"kind": "code", "prompt": "".join(lines[: len(lines) // 2][:20])})
+    for place, person, event in itertools.product(PLACES, PEOPLE, EVENTS):
+        found.append({"kind": "free", "prompt": f"{place}, {person} {event}"})
+    random.Random(0).shuffle(found)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        kinds.setdefault(one["kind"], []).append(one)
+    return [one for some in zip(*kinds.values(), strict=False) for one in some]
+
+
 def every_prompt() -> list[dict[str, Any]]:
     """The same, with messages as plain text: for ``--data``."""
     return [{"prompt": one.get("prompt") or one["messages"][0]["content"]} for one in prompts()]
@@ -99,9 +155,17 @@ def every_prompt() -> list[dict[str, Any]]:
 
 def calibration() -> list[str]:
     """Passages of the documentation of modules and classes, in a random order."""
+    return _passages()[:PASSAGES]
+
+
+def held_out() -> list[str]:
+    """The passages behind those of `calibration`: for perplexities."""
+    return _passages()[PASSAGES : PASSAGES + HELD_OUT]
+
+
+def _passages() -> list[str]:
     texts = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    for tree in _modules():
         documented = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
         for node in documented:
             words = (ast.get_docstring(node) or "").split(" ")
@@ -110,7 +174,17 @@ def calibration() -> list[str]:
                 for start in range(0, len(words) - PASSAGE // 2, PASSAGE)
             ]
     random.Random(0).shuffle(texts)
-    return texts[:PASSAGES]
+    return texts
+
+
+def _modules() -> list[ast.Module]:
+    """Modules of the standard library."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return [ast.parse(path.read_text(encoding="utf-8", errors="replace")) for path in paths]
+
+
+def _names(functions: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in functions}
 
 
 def _said(text: str) -> list[dict[str, str]]:

@@ -38,6 +38,8 @@ class Generation:
         chains_s: Of these, seconds of each chain that ran.
         decode_s: Seconds from the first token to the last.
         reused_tokens: Tokens of the prompts that were not computed again, over all rows.
+        reasons: Per row, why it ended: ``stop`` (the model ended it, or a stop string did),
+            ``length`` (the most new tokens), or an empty string: it has not. Empty for sounds.
     """
 
     tokens: list[list[int]]
@@ -48,6 +50,7 @@ class Generation:
     chains_s: dict[str, float] = field(default_factory=dict)
     decode_s: float = 0.0
     reused_tokens: int = 0
+    reasons: list[str] = field(default_factory=list)
     _pieces: Generator[Piece, None, None] = field(default_factory=lambda: _no_pieces(), repr=False)
     _failed: str | None = field(default=None, repr=False)
 
@@ -109,6 +112,7 @@ class Rounds:
         self._generation, self._mode, self._streams = generation, mode, streams
         self._ends, self._most, self._on_piece = ends, most, on_piece
         self._active = [True] * len(generation.tokens)
+        generation.reasons = [""] * len(generation.tokens)
 
     def run(
         self,
@@ -154,7 +158,7 @@ class Rounds:
         stream = None if self._streams is None else self._streams[row]
         for token in tokens:
             if token in self._ends:
-                self._active[row] = False
+                self._end(row, "stop")
                 break
             kept.append(token)
             own.append(token)
@@ -162,12 +166,21 @@ class Rounds:
                 sampler.histories[row].append(token)
             if stream is not None:
                 written += stream.add(token)
-            if len(own) == self._most or (stream is not None and stream.stopped):
-                self._active[row] = False
+            if stream is not None and stream.stopped:
+                self._end(row, "stop")
+                break
+            if len(own) == self._most:
+                self._end(row, "length")
                 break
         if not self._active[row] and stream is not None:
             written += stream.end()
+            if stream.stopped:  # also by what was held back until now
+                self._generation.reasons[row] = "stop"
         return kept, written
+
+    def _end(self, row: int, reason: str) -> None:
+        self._active[row] = False
+        self._generation.reasons[row] = reason
 
 
 def _no_pieces() -> Generator[Piece, None, None]:
