@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgeexit.cli.bench_notes import direction, gpu_notes, print_more, threads
 from edgeexit.cli.common import (
     add_current_directory,
     print_json,
@@ -16,29 +16,26 @@ from edgeexit.cli.common import (
     share,
     size,
 )
+from edgeexit.cli.comparison import print_comparison, write_json
 from edgeexit.cli.options import (
-    bundle_argument,
     engine_option,
     output_options,
     overwrite_option,
     read_threads,
 )
+from edgeexit.cli.units import seconds_option
 from edgeexit.errors import UsageError
-
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-
-
-def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> float:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(ms|s|m|min|h)", value)
-    if not found or float(found[1]) <= 0:
-        raise click.BadParameter(
-            f"{value!r} is not a time. Give a number with a unit, as in 30s or 2m."
-        )
-    return float(found[1]) * _UNITS_S[found[2]]
 
 
 @click.command("bench")
-@bundle_argument
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A.json B.json",
+    type=click.Path(path_type=Path),
+    help="Measure nothing: compare two results that -o wrote.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["latency", "throughput"]),
@@ -60,7 +57,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     "seconds",
     default="30s",
     show_default=True,
-    callback=_seconds,
+    callback=seconds_option,
     metavar="TIME",
     help="Length of the timed part: a number and ms, s, m or h. Warm-up and the search for thread "
     "settings take additional time.",
@@ -93,6 +90,19 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="On a GPU: launch the next segment while a score is read back; measured: only where that "
     "saves time. Not for language models.",
 )
+@click.option(
+    "--energy",
+    is_flag=True,
+    help="Also measure joules of every exit: ten seconds or more for each. Needs a sensor "
+    "(edgeexit doctor).",
+)
+@click.option(
+    "--soak",
+    "soak_s",
+    callback=seconds_option,
+    metavar="TIME",
+    help="Also run the chain for that long, as in 10min, and show whether it gets slower.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the random order of rows.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the result to this file."
@@ -107,7 +117,8 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 @overwrite_option
 @output_options
 def command(
-    bundle: Path,
+    bundle: Path | None,
+    compare: tuple[Path, Path] | None,
     output: Path | None,
     plot: Path | None,
     overwrite: bool,
@@ -127,13 +138,20 @@ def command(
     edgeexit bench bundle --data test.npz --policy policy.json
     edgeexit bench bundle --data test.npz --mode throughput --batch 32 --time 2m -o bench.json
     edgeexit bench writer --data prompts.jsonl --new-tokens 64 --plot bench.svg
+    edgeexit bench --compare before.json after.json
     """
-    import json
-
-    from edgeexit.bundle.files import check_output, write_atomic
+    from edgeexit.bundle.files import check_output
     from edgeexit.measure.bench.bench import Options, bench
     from edgeexit.measure.plots import check_plot, plot_bench
 
+    if compare is not None:
+        if bundle or plot or options["data"] or options["policy"]:
+            what = "--compare reads results; a bundle, --data, --policy and --plot have no effect"
+            raise UsageError(what, fix="Leave them out.")
+        print_comparison(compare, output, overwrite=overwrite, as_json=as_json)
+        return
+    if bundle is None:
+        raise UsageError("BUNDLE is missing", fix="Give one, or --compare A.json B.json.")
     if options["engine"] == "cpu" and options["launch_ahead"] != "never":
         raise UsageError(
             "--launch-ahead is for GPUs: on a CPU there is no wait for a score",
@@ -147,8 +165,7 @@ def command(
     with progress_bar(quiet, lines=True) as progress:
         result = bench(bundle, Options(**options), progress=progress)
     if output is not None:
-        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        write_atomic(output, lambda file: file.write(text.encode()), overwrite=overwrite)
+        write_json(output, result, overwrite=overwrite)
     if plot is not None:
         plot_bench(plot, result, overwrite=overwrite)
     if as_json:
@@ -159,6 +176,8 @@ def command(
             _print_vision(result["vision"])
     else:
         _print(result)
+    if not as_json:
+        print_more(result)
 
 
 def _print_texts(result: dict[str, Any]) -> None:
@@ -190,7 +209,7 @@ def _print_texts(result: dict[str, Any]) -> None:
             "x unsplit, x full: time to the first token, then time per token, relative to the "
             "unsplit model and to mode full; below 1 is faster",
             f"split tax of decoding {result['split_tax']:.3f} (full depth)",
-            _threads(result["threads"]["unsplit"], result["threads"]["modes"]),
+            threads(result["threads"]["unsplit"], result["threads"]["modes"]),
             f"{machine['processor']}, {machine['cores']} cores, "
             f"{machine['engine']['library']} {machine['engine']['version']}",
             _how_texts_are_written(result),
@@ -311,9 +330,9 @@ def _print(result: dict[str, Any]) -> None:
         rows.append(_row("natural", result["natural"], throughput))
     notes = [
         "",
-        *_direction(result),
+        *direction(result),
         f"split tax {result['split_tax']:.3f} (all scores compared, no early exit)",
-        _threads(result["unsplit"]["threads"], result["chain"]["threads"]),
+        threads(result["unsplit"]["threads"], result["chain"]["threads"]),
         f"{machine['processor']}, {machine['cores']} cores, "
         f"{result['chain']['engine']['library']} {result['chain']['engine']['version']}",
     ]
@@ -330,7 +349,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     if natural is None:
         notes.append("for natural exits, give real inputs with --data")
-    notes += _gpu_notes(result["gpu"], [exit_["name"] for exit_ in result["exits"]])
+    notes += gpu_notes(result["gpu"], [exit_["name"] for exit_ in result["exits"]])
     notes += [f"warning: {text}" for text in result["warnings"]]
     print_table(
         f"{machine['bundle']['name']} on {result['data']['name']}, {result['mode']}",
@@ -338,46 +357,6 @@ def _print(result: dict[str, Any]) -> None:
         rows,
         notes=notes,
     )
-
-
-def _direction(result: dict[str, Any]) -> list[str]:
-    """What the ratios are."""
-    said = "x unsplit: time relative to the unsplit model; below 1 is faster"
-    if result["mode"] != "latency":
-        return [said, "p90, p99: of a batch; chain: all segments, no early exit"]
-    if result["natural"] is not None:
-        said += "; of natural: the median of its runs at each exit, weighted by the exit's rate"
-    return [said]
-
-
-def _threads(unsplit: str, chain: str) -> str:
-    """The thread settings of both sides, and whether ratios compare like with like."""
-    said = f"threads: unsplit {unsplit}, chain {chain}"
-    if unsplit == chain:
-        return said
-    return (
-        f"{said}: each its fastest in the search, so ratios include the difference of the settings "
-        f"(same for both: --threads {unsplit})"
-    )
-
-
-def _gpu_notes(found: dict[str, Any] | None, names: list[str]) -> list[str]:
-    """Transfers and allocations of a warm call on a GPU, and idle times between segments."""
-    if found is None:
-        return []
-    call = found["a_call"]
-    notes = [
-        f"a call: {call['to_device_bytes']} bytes to the GPU, {call['to_host_bytes']} back, "
-        f"{call['allocations']} allocations"
-    ]
-    for name, about in zip(names, found["boundaries"], strict=False):
-        if "gap_ms" in about:
-            ahead = "launched ahead" if about["launched_ahead"] else "not launched ahead"
-            notes.append(
-                f"behind {name}: the GPU is idle for {1e3 * about['gap_ms']:.0f} us, the next "
-                f"segment takes {about['segment_ms']:.3f} ms and is {ahead}"
-            )
-    return notes
 
 
 def _row(

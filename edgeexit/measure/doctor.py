@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeexit import __version__
+from edgeexit.measure.device_state import read_state
+from edgeexit.measure.energy.find import find_source
 from edgeexit.measure.environment import processor, read_text
 
 PACKAGES = (
@@ -35,6 +37,10 @@ PACKAGES = (
     "soundfile",
     "soxr",
     "matplotlib",
+    "fastapi",
+    "uvicorn",
+    "prometheus-client",
+    "nvidia-ml-py",
     "torch",
     "transformers",
     "accelerate",
@@ -57,6 +63,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "images": ("images as data", ("pillow",)),
     "audio": ("sounds other than plain WAV, and other rates", ("soundfile", "soxr")),
     "plot": ("plots of calibrate and bench", ("matplotlib",)),
+    "serve": ("edgeexit serve: HTTP", ("fastapi", "uvicorn", "prometheus-client")),
+    "energy": ("energy of NVIDIA GPUs", ("nvidia-ml-py",)),
     "export": (
         "export bundles",
         (
@@ -75,6 +83,9 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Extra -> its purpose and its packages."""
 
+GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvmap", "/dev/nvhost-ctrl-gpu")
+"""What CUDA opens, on desktops and on a Jetson."""
+
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -88,6 +99,9 @@ class Diagnosis:
         providers: Execution providers of ONNX Runtime.
         extras: Extra -> its purpose, whether it is complete, and the command that installs it.
         problems: What is broken, each with the command that fixes it.
+        energy: The sensor that ``bench --energy`` reads, what it adds up and its power now or None;
+            and why others cannot be used.
+        state: `edgeexit.measure.device_state.read_state`.
     """
 
     machine: dict[str, Any]
@@ -95,11 +109,15 @@ class Diagnosis:
     providers: list[str] = field(default_factory=list)
     extras: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
+    energy: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 def diagnose() -> Diagnosis:
     """Inspects this machine and this Python environment."""
     found = Diagnosis(machine=_machine(), packages={name: _version(name) for name in PACKAGES})
+    found.energy, found.state = _energy(gpu=bool(found.machine["gpus"])), read_state()
+    _check_devices(found)
     _check_onnxruntime(found)
     for extra, (adds, packages) in EXTRAS.items():
         missing = [name for name in packages if found.packages[name] is None]
@@ -151,6 +169,28 @@ def _check_onnxruntime(found: Diagnosis) -> None:
     )
 
 
+def _check_devices(found: Diagnosis) -> None:
+    """Devices of a GPU that this user may not open."""
+    for path in GPU_DEVICES:
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            found.problems.append(
+                {
+                    "what": f"{path} may not be opened by this user, so no GPU can be used",
+                    "fix": "sudo usermod -aG video,render $USER, then log in again",
+                }
+            )
+
+
+def _energy(*, gpu: bool) -> dict[str, Any]:
+    source, reasons = find_source(gpu=gpu)
+    if source is None:
+        return {"sensor": None, "parts": [], "watts": None, "reasons": reasons}
+    watts = round(source.read(), 3) if source.kind == "watts" else None
+    about = {"sensor": source.name, "parts": list(source.parts), "watts": watts}
+    source.close()
+    return about | {"reasons": reasons}
+
+
 def _keep(extra: str) -> str:
     return "onnxruntime-gpu" if extra == "cuda" else "onnxruntime"
 
@@ -177,9 +217,30 @@ def _machine() -> dict[str, Any]:
         "cores_usable": len(os.sched_getaffinity(0)),
         "cgroup_cores": _cgroup_cores(),
         "cgroup_memory_bytes": _cgroup_memory_bytes(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_available_bytes": _available_memory(),
+        "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
+        "board": _board(),
         "gpus": _gpus(),
         "jetson": _first_line("/etc/nv_tegra_release"),
     }
+
+
+def _available_memory() -> int | None:
+    """Memory that programs can still take; None: the kernel does not tell."""
+    for line in read_text("/proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _board() -> str | None:
+    """The board by its device tree, or by its firmware; None: neither is there."""
+    for path in ("/proc/device-tree/model", "/sys/class/dmi/id/product_name"):
+        if name := (_first_line(path) or "").strip("\0 "):
+            return name
+    return None
 
 
 def _cgroup_cores() -> float | None:

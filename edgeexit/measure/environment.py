@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgeexit.measure.device_state import read_state
+
 PACKAGES = ("edgeexit", "numpy", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
 
 
@@ -50,6 +52,7 @@ class Watch:
         self._started = time.perf_counter()
         self._before = _jiffies()
         self._load_before = os.getloadavg()[0]
+        self._state_before = read_state()
 
     def stop(self, own_cpu_s: float) -> dict[str, Any]:
         """Figures since the start. `own_cpu_s` is the CPU time of the measurement itself.
@@ -57,7 +60,8 @@ class Watch:
         Returns:
             Load averages, `steal_share` (share of time taken by other guests of the host) and
             `other_load_cores` (cores busy with other processes); null if the kernel has no
-            counters.
+            counters; `state`: clocks, temperatures and throttling, before and after
+            (`edgeexit.measure.device_state`).
         """
         elapsed = time.perf_counter() - self._started
         found: dict[str, Any] = {
@@ -66,6 +70,7 @@ class Watch:
             "load_after": round(os.getloadavg()[0], 2),
             "steal_share": None,
             "other_load_cores": None,
+            "state": {"before": self._state_before, "after": read_state()},
         }
         after = _jiffies()
         if self._before is None or after is None or elapsed <= 0:

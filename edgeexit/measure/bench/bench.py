@@ -18,11 +18,13 @@ from edgeexit.bundle.cautions import cautions
 from edgeexit.bundle.policy import policy_for
 from edgeexit.bundle.reader import Bundle, open_bundle
 from edgeexit.measure import environment
-from edgeexit.measure.bench import rows, texts
+from edgeexit.measure.bench import energy, rows, soak, texts
 from edgeexit.measure.bench.cases import settings
+from edgeexit.measure.bench.compare import SCHEMA
 from edgeexit.measure.bench.contest import Contest, Options, Progress
 from edgeexit.measure.bench.inputs import Inputs, prepare_rows, prepare_texts
 from edgeexit.measure.bench.paired import Side, best_setting
+from edgeexit.measure.device_state import throttled
 from edgeexit.runtime.engines.onnxruntime import available_cores
 
 MAX_OTHER_CORES = 0.10
@@ -63,6 +65,9 @@ def bench(
     tell = progress or (lambda what, done, of: None)
     watch = environment.Watch()
     with ExitStack() as stack:
+        source = energy.open_source(options.engine) if options.energy else None
+        if source is not None:
+            stack.callback(source.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeexit-bench-"))
         inputs = _prepare(opened, options, folder)
         sides = _Sides(opened, options, inputs, tell)
@@ -72,10 +77,13 @@ def bench(
             opened, options, inputs, unsplit, chain, sides.chosen, sides.searched, tell
         )
         result = (texts if inputs.lengths else rows).measure(contest)
+        result["energy"] = None if source is None else energy.measure(contest, source)
+        result["soak"] = None if options.soak_s is None else soak.measure(contest, options.soak_s)
         own_cpu_s = sides.cpu_s + unsplit.cpu_s + chain.cpu_s + sum(os.times()[:2])
         restless = [side.name for side in (unsplit, chain) if side.restless]
         engine = contest.engine
     machine = watch.stop(own_cpu_s)
+    result["schema"] = SCHEMA
     result["environment"] = {
         **environment.describe(),
         "bundle": {"name": opened.manifest.name, "digest": opened.digest},
@@ -84,6 +92,8 @@ def bench(
     }
     result["warnings"] += doubts(machine, restless)
     result["warnings"] += warnings
+    if result["soak"] is not None:
+        result["warnings"] += soak.doubts(result["soak"])
     return result
 
 
@@ -169,6 +179,12 @@ def doubts(machine: dict[str, Any], restless: Sequence[str]) -> list[str]:
     if steal is not None and steal > MAX_STEAL:
         warnings.append(f"the host gave {steal:.1%} of this machine's time to other guests")
     warnings += [f"{name}: its threads kept spinning between blocks" for name in restless]
+    if (state := machine.get("state")) is not None:
+        warnings += [
+            f"the device was throttled meanwhile ({name}: {count} times): times are those of a hot "
+            "device"
+            for name, count in throttled(state["before"], state["after"]).items()
+        ]
     return warnings
 
 

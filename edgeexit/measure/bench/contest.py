@@ -38,6 +38,8 @@ class Options:
         launch_ahead: As for `edgeexit.runtime.load`; rows only.
         prompt_tokens: Length of random prompts.
         new_tokens: New tokens per prompt.
+        energy: Whether to measure energy, too, which takes ten seconds or more for every case.
+        soak_s: Seconds of a long run of the chain, to see drift; None: no such run.
     """
 
     mode: Mode = "latency"
@@ -51,6 +53,8 @@ class Options:
     launch_ahead: LaunchAhead = "never"
     prompt_tokens: int = 64
     new_tokens: int = NEW_TOKENS
+    energy: bool = False
+    soak_s: float | None = None
 
     def check(self, bundle: Bundle) -> None:
         """Raises `UsageError` for options that are out of range or that the bundle does not
@@ -58,6 +62,10 @@ class Options:
         if not 0 < self.seconds <= 86400:
             raise UsageError(
                 f"--time {self.seconds:g}s is out of range", fix="Use a time from 5s to 1h."
+            )
+        if self.soak_s is not None and not 1 <= self.soak_s <= 86400:
+            raise UsageError(
+                f"--soak {self.soak_s:g}s is out of range", fix="Use a time from 1s to 24h."
             )
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch} is less than 1", fix="Use 1 or more.")

@@ -218,8 +218,9 @@ def _times(lane: Lane, inputs: Inputs, mode: str) -> dict[str, Any]:
 
 
 def _path(lane: Lane, inputs: Inputs, mode: str) -> dict[str, Any]:
-    ratio = round(statistics.median(lane.ratios), 4)
-    return _times(lane, inputs, mode) | {"ratio_to_unsplit": ratio}
+    ratio, varies = statistics.median(lane.ratios), spread(lane.ratios)
+    figures = {"ratio_to_unsplit": round(ratio, 4), "ratio_spread": round(varies, 4)}
+    return _times(lane, inputs, mode) | figures
 
 
 def _answers(lane: Lane) -> dict[int, tuple[list[int], list[int] | None]]:
