@@ -79,13 +79,14 @@ def open_image(
     return decode_image(raw, where)
 
 
-def decode_image(raw: bytes, where: str, *, limit_pixels: int = IMAGE_LIMIT_PIXELS) -> ImageSource:
+def decode_image(raw: bytes, where: str, *, limit_pixels: int | None = None) -> ImageSource:
     """An image from the bytes of a file, as `open_image` reads it.
 
     Args:
         raw: The bytes.
         where: Its name in messages.
-        limit_pixels: Images with more pixels are refused before they are decoded.
+        limit_pixels: Images with more pixels are refused before they are decoded; None:
+            `IMAGE_LIMIT_PIXELS`.
 
     Raises:
         DataError: Pillow cannot read the bytes as an image.
@@ -114,7 +115,7 @@ def _upright(
     fix: str,
     *,
     without_alpha: bool = False,
-    limit_pixels: int = IMAGE_LIMIT_PIXELS,
+    limit_pixels: int | None = None,
 ) -> ImageSource:
     from PIL.ImageOps import exif_transpose
 
@@ -122,7 +123,8 @@ def _upright(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = open_it()
-            if image.width * image.height > limit_pixels:
+            most = IMAGE_LIMIT_PIXELS if limit_pixels is None else limit_pixels
+            if image.width * image.height > most:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.load()
             image = exif_transpose(image)

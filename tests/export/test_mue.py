@@ -220,10 +220,13 @@ def test_a_model_that_sees_trains_with_its_images(tmp_path: Path, apart: bool) -
     trainer.save_model()
     again = from_pretrained(tmp_path, exits=None)
     assert type(again) is type(model) and again.exit_origins == model.exit_origins
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], own) for name, own in model.state_dict().items())
     batch = batch_of(rows[:4])
     with torch.no_grad():
         found = Mue().loss(model, model, batch, None)[0]
-        assert torch.equal(found, Mue().loss(again, again, batch, None)[0])  # type: ignore[arg-type]
+        reread = Mue().loss(again, again, batch, None)[0]  # type: ignore[arg-type]
+        assert torch.isclose(found, reread, rtol=1e-6, atol=0.0)  # buffers lie elsewhere
         batch["pixel_values"] = torch.zeros_like(batch["pixel_values"])
         assert not torch.isclose(found, Mue().loss(model, model, batch, None)[0])
 
